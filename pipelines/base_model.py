@@ -3,8 +3,9 @@
 Two stages make it affordable on two cores:
 
 1. *vision*: the CLIP tower alone learns, from a linear head on every patch, which object (shape,
-   colour, size) or digit the patch belongs to. The heads are thrown away.
-2. *language*: tower, projector and decoder together answer questions. Questions about one image
+   colour, size) or digit the patch belongs to.
+2. *language*: tower, projector and decoder together answer questions, and the patch loss goes on
+   beside it; the patch head is thrown away at the end. Questions about one image
    share its visual tokens: they are packed behind the image in one row and a mask keeps each from
    seeing the others, so one pass over 256 visual tokens pays for a dozen independent questions.
 
@@ -82,13 +83,14 @@ class BaseModelConfig(BaseModel):
     output: Path = Field(Path("models/shapes-llava"), description="folder the finished model is written to")
     work_dir: Path = Field(Path("runs/base"), description="folder for checkpoints and the training log")
     seed: int = Field(0, description="seed of the weights, the scenes and the questions")
-    vision_images: int = Field(32_000, description="stage 1: images seen")
-    vision_batch: int = Field(64, description="stage 1: images per step")
+    vision_images: int = Field(51_200, description="stage 1: images seen")
+    vision_batch: int = Field(32, description="stage 1: images per step")
     vision_learning_rate: float = Field(1.5e-3, description="stage 1: peak AdamW learning rate")
-    language_images: int = Field(50_000, description="stage 2: images seen, each with `questions` questions")
-    language_batch: int = Field(32, description="stage 2: images per step")
-    language_learning_rate: float = Field(1.5e-3, description="stage 2: peak AdamW learning rate of the decoder")
-    tower_learning_rate: float = Field(3e-4, description="stage 2: peak AdamW learning rate of the vision tower")
+    language_images: int = Field(48_000, description="stage 2: images seen, each with `questions` questions")
+    language_batch: int = Field(16, description="stage 2: images per step")
+    language_learning_rate: float = Field(1.2e-3, description="stage 2: peak AdamW learning rate of the decoder")
+    tower_learning_rate: float = Field(6e-4, description="stage 2: peak AdamW learning rate of the vision tower")
+    patch_loss_weight: float = Field(0.3, description="stage 2: weight of stage 1's loss, which goes on")
     questions: int = Field(12, description="stage 2: independent questions per image, one of them the caption")
     warmup: float = Field(0.03, description="share of a stage's steps spent warming up")
     easy_share: float = Field(0.1, description="stage 2: share of the steps that show at most two objects")
@@ -245,9 +247,11 @@ class SceneRows(Dataset):
         objects = (1, 2) if index < self.easy_until else (1, 4)
         scene, rng = sample_scene(self.config.seed, self.split, index, objects=objects)
         image = render(scene)
-        row: dict[str, object] = {"pixel_values": normalised(self.processor, image)}
+        row: dict[str, object] = {
+            "pixel_values": normalised(self.processor, image),
+            "patch_labels": torch.from_numpy(patch_labels(scene)),
+        }
         if not self.packed:
-            row["labels"] = torch.from_numpy(patch_labels(scene))
             return row
         tasks = ["caption", *(TASKS[1 + i % (len(TASKS) - 1)] for i in range(self.config.questions - 1))]
         row["branches"] = [
@@ -275,11 +279,12 @@ def encode_branch(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) 
 class PackedBatch:
     """B images with their packed questions; L is the longest row, P the tokens up to the last visual one.
 
-    ``ids`` (B, L − P); ``targets`` (B, L − P), IGNORED where nothing is asked; ``branch`` (B, L), 0 for
+    ``patch_labels`` (B, 256, 4); ``ids`` (B, L − P); ``targets`` (B, L − P), IGNORED where nothing is asked; ``branch`` (B, L), 0 for
     the image, −1 for padding; ``positions`` (B, L): every question starts right behind the image.
     """
 
     pixel_values: torch.Tensor
+    patch_labels: torch.Tensor
     ids: torch.Tensor
     targets: torch.Tensor
     branch: torch.Tensor
@@ -317,16 +322,17 @@ def collate_packed(rows: list[dict[str, object]], prefix: int, pad: int) -> Pack
             positions[r, prefix + at : prefix + end] = torch.arange(prefix, prefix + len(branch.ids))
             at = end
     pixels = torch.stack([row["pixel_values"] for row in rows])  # type: ignore[misc]
-    return PackedBatch(pixels, ids, targets, branch_of, positions)
+    labels = torch.stack([row["patch_labels"] for row in rows])  # type: ignore[misc]
+    return PackedBatch(pixels, labels, ids, targets, branch_of, positions)
 
 
 def packed_logits(
-    model: LlavaForConditionalGeneration, batch: PackedBatch, prefix_ids: torch.Tensor
+    model: LlavaForConditionalGeneration, batch: PackedBatch, features: torch.Tensor, prefix_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (S, V) and targets (S,) of the S supervised positions of a packed batch."""
     count = len(batch.ids)
     embed = model.get_input_embeddings()
-    visual = model.model.multi_modal_projector(visual_features(model, batch.pixel_values))
+    visual = model.model.multi_modal_projector(features)
     words = embed(torch.cat([prefix_ids.expand(count, -1), batch.ids], dim=1))
     head = len(prefix_ids)
     embeds = torch.cat([words[:, :head], visual.to(words.dtype), words[:, head:]], dim=1)
@@ -393,7 +399,7 @@ class Stage:
         torch.save(state, partial)
         partial.replace(self.path)
 
-    def update(self, loss: torch.Tensor, **measured: float) -> None:
+    def update(self, loss: torch.Tensor, **measured: object) -> None:
         """One optimiser step; logs every 50th, checkpoints by the clock and at the end."""
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
@@ -430,37 +436,46 @@ def _single_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def train_vision(config: BaseModelConfig, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+def patch_loss(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
+    """Cross-entropy of the patch head's (B, 256, classes) scores, and the accuracy on patches that show something."""
+    losses, right = [], {}
+    columns = scores.float().split(list(PATCH_LABELS.values()), dim=-1)
+    for name, column, target in zip(PATCH_LABELS, columns, labels.unbind(-1), strict=True):
+        losses.append(F.cross_entropy(column.flatten(0, 1), target.flatten()))
+        there = target > 0
+        right[f"{name}_accuracy"] = round((column.argmax(-1) == target)[there].float().mean().item(), 3)
+    # Digits cover two or three patches of 256: their share of the mean would be lost otherwise.
+    *rest, digits = losses
+    return sum(rest, start=digits * 4), right
+
+
+def train_vision(
+    config: BaseModelConfig, model: LlavaForConditionalGeneration, head: nn.Module, processor: LlavaProcessor
+) -> None:
     """Stage 1: the vision tower learns to say of every patch what it belongs to."""
     tower = model.model.vision_tower
-    head = nn.Linear(tower.config.hidden_size, sum(PATCH_LABELS.values()))
     parameters = [([*tower.parameters(), *head.parameters()], config.vision_learning_rate)]
     steps = config.vision_images // config.vision_batch
     stage = Stage(config, "vision", parameters, {"tower": tower, "head": head}, steps)
     rows = SceneRows(config, processor, "train", stage.step * config.vision_batch, config.vision_images, packed=False)
     for batch in _loader(rows, config.vision_batch) if stage.step < steps else ():
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(visual_features(model, batch["pixel_values"])).float()
-        losses, right = [], []
-        for column, scores in enumerate(logits.split(list(PATCH_LABELS.values()), dim=-1)):
-            labels = batch["labels"][..., column]
-            losses.append(F.cross_entropy(scores.flatten(0, 1), labels.flatten()))
-            there = labels > 0
-            right.append((scores.argmax(-1) == labels)[there].float().mean().item())
-        measured = {f"{name}_accuracy": round(r, 3) for name, r in zip(PATCH_LABELS, right, strict=True)}
-        # Digits cover two or three patches of 256: their share of the mean would be lost otherwise.
-        stage.update(sum(losses[:3], start=losses[3] * 4), **measured)
+            scores = head(visual_features(model, batch["pixel_values"]))
+        loss, measured = patch_loss(scores, batch["patch_labels"])
+        stage.update(loss, **measured)
         if stage.step == steps:
             break
 
 
-def train_language(config: BaseModelConfig, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+def train_language(
+    config: BaseModelConfig, model: LlavaForConditionalGeneration, head: nn.Module, processor: LlavaProcessor
+) -> None:
     """Stage 2: tower, projector and decoder answer packed questions."""
-    tower = list(model.model.vision_tower.parameters())
+    tower = [*model.model.vision_tower.parameters(), *head.parameters()]
     rest = [p for name, p in model.named_parameters() if ".vision_tower." not in name]
     steps = config.language_images // config.language_batch
     parameters = [(tower, config.tower_learning_rate), (rest, config.language_learning_rate)]
-    stage = Stage(config, "language", parameters, {"model": model}, steps)
+    stage = Stage(config, "language", parameters, {"model": model, "head": head}, steps)
     first = config.vision_images  # scenes that stage 1 has not shown
     prefix_ids = torch.tensor(processor.tokenizer("USER: ", add_special_tokens=False).input_ids)
     prefix, pad = len(prefix_ids) + PATCHES_PER_SIDE**2, processor.tokenizer.pad_token_id
@@ -476,11 +491,14 @@ def train_language(config: BaseModelConfig, model: LlavaForConditionalGeneration
     start = first + stage.step * config.language_batch
     for batch in rows("train", start, first + config.language_images) if stage.step < steps else ():
         with torch.autocast("cpu", torch.bfloat16):
-            logits, targets = packed_logits(model, batch, prefix_ids)
-        measured = {}
-        if (stage.step + 1) % 250 == 0 or stage.step + 1 == steps:
-            measured = {"validation": forced_accuracy(config, model, validation, prefix_ids)}
-        stage.update(F.cross_entropy(logits, targets), **measured)  # type: ignore[arg-type]
+            features = visual_features(model, batch.pixel_values)
+            logits, targets = packed_logits(model, batch, features, prefix_ids)
+            scores = head(features)
+        patches, measured = patch_loss(scores, batch.patch_labels)
+        if (stage.step + 1) % 200 == 0 or stage.step + 1 == steps:
+            measured["validation"] = forced_accuracy(config, model, validation, prefix_ids)
+        answers = F.cross_entropy(logits, targets)
+        stage.update(answers + config.patch_loss_weight * patches, answer_loss=round(answers.item(), 4), **measured)
         if stage.step == steps:
             break
 
@@ -497,7 +515,8 @@ def forced_accuracy(
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
-            logits, targets = packed_logits(model, batch, prefix_ids)
+            features = visual_features(model, batch.pixel_values)
+            logits, targets = packed_logits(model, batch, features, prefix_ids)
         correct = torch.ones_like(batch.targets, dtype=torch.bool)
         correct[batch.targets != IGNORED] = logits.argmax(-1) == targets
         branch = batch.branch[:, -batch.ids.shape[1] :]
@@ -518,8 +537,9 @@ def train_base_model(config: BaseModelConfig) -> Path:
     processor = build_processor(tokenizer)
     model = build_model(tokenizer)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    train_vision(config, model, processor)
-    train_language(config, model, processor)
+    head = nn.Linear(model.config.vision_config.hidden_size, sum(PATCH_LABELS.values()))
+    train_vision(config, model, head, processor)
+    train_language(config, model, head, processor)
     model.eval().save_pretrained(config.output)
     processor.save_pretrained(config.output)
     return config.output
