@@ -1,0 +1,18 @@
+"""Write a shapes data set: real image files and LLaVA JSON for training, validation and test."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
+
+from pipelines.config import load_config, run_job
+from pipelines.shapes_files import ShapesConfig, write_shapes
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    """Write the data set and return what it holds."""
+    return write_shapes(load_config(ShapesConfig, argv, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    run_job(main, sys.argv[1:])
