@@ -1,0 +1,45 @@
+"""Skip-Vision: vision-language models that stop paying for redundant visual tokens.
+
+    image + prompt
+      └ vision tower + projector (unmodified)      N visual tokens per image
+         └ select   which stay on the full path                    ┐
+           merge    the rest becomes a few skipped tokens          ├ one TokenPlan
+           summary  K tokens that remember each group              ┘
+            └ decoder layers, unmodified: skipped tokens bypass the FFN by the plan
+               └ KV cache: skipped tokens leave after prefill
+                  └ text
+
+Read in this order: `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache` (the mechanisms),
+`planning` (the first two make a plan), `attach` (the plan meets a model), `adapter`, `cost`.
+
+Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Models via Adaptive
+Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
+"""
+
+from skipvision.attach import Attachment, attach
+from skipvision.config import SkipConfig
+from skipvision.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    InputError,
+    ResourceError,
+    SkipVisionError,
+    UnsupportedModelError,
+)
+from skipvision.plan import TokenPlan, TokenRole
+
+__all__ = [
+    "AdapterError",
+    "Attachment",
+    "ConfigError",
+    "DataError",
+    "InputError",
+    "ResourceError",
+    "SkipConfig",
+    "SkipVisionError",
+    "TokenPlan",
+    "TokenRole",
+    "UnsupportedModelError",
+    "attach",
+]

@@ -1,0 +1,125 @@
+"""Every choice of the method as a value: `SkipConfig`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from skipvision.errors import ConfigError
+
+Select = Literal["similarity", "ffn_ratio", "diversity", "norm", "views", "uniform", "random"]
+Merge = Literal["similarity", "pool", "drop"]
+
+Count = Annotated[int, Strict(), Field(ge=0)]
+Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
+
+
+class SkipConfig(BaseModel):
+    """How the visual tokens of each image are divided, merged, summarised, skipped and forgotten.
+
+    Frozen; wrong values raise `ConfigError` naming every one of them. ``SkipConfig.full()`` skips nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    retained: Count | Fraction = Field(
+        100,
+        description="visual tokens per image on the full path: a count (int), or a fraction of N (float 0.0 … 1.0)",
+    )
+    skipped: Count | Fraction = Field(
+        156,
+        description="visual tokens per image that bypass the FFN, after merging: a count, or a fraction of N",
+    )
+    select: Select = Field("similarity", description="criterion by which the retained tokens are chosen")
+    merge: Merge = Field("similarity", description="how the rest becomes the skipped tokens")
+    summary_tokens: int = Field(1, ge=0, description="summary tokens K per group (retained, skipped); 0 = none")
+    skip_ffn: bool = Field(True, description="skipped tokens bypass the feed-forward networks")
+    skip_kv: bool = Field(True, description="skipped tokens leave the KV cache after prefill")
+    positions: Literal["original", "contiguous"] = Field(
+        "original", description="survivors keep their position ids, or are numbered without gaps"
+    )
+    layout: Literal["raster", "grouped"] = Field(
+        "raster",
+        description="survivors in image order with the summaries behind them, or "
+        "[retained][its summary][skipped][its summary]",
+    )
+    probe_layer: int = Field(
+        0, ge=0, description="decoder layer (from 0) at whose FFN select='ffn_ratio' reads the ratio"
+    )
+    seed: int = Field(0, ge=0, description="seed of select='random'")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from error
+
+    @model_validator(mode="after")
+    def _something_to_merge_into(self) -> Self:
+        if self.skipped == 0 and self.merge == "pool" and not _is_everything(self.retained):
+            raise ValueError("merge='pool' makes the skipped tokens, but skipped=0; use merge='similarity' or 'drop'")
+        if self.retained == 0 and self.skipped == 0 and self.merge != "drop":
+            raise ValueError(
+                f"retained=0 and skipped=0 leave nothing to merge into (merge={self.merge!r}); use merge='drop'"
+            )
+        return self
+
+    @classmethod
+    def full(cls) -> Self:
+        """The identity: every visual token retained, no summary."""
+        return cls(retained=1.0, skipped=0.0, summary_tokens=0)
+
+    def counts(self, tokens: int) -> tuple[int, int]:
+        """(N_r, N_s) for an image of ``tokens`` visual tokens; retained ones are served first."""
+        retained = min(tokens, _resolve(self.retained, tokens))
+        return retained, min(tokens - retained, _resolve(self.skipped, tokens))
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, every field written out."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """Inverse of `to_yaml`; missing fields take their defaults."""
+        import yaml
+
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise ConfigError(f"a SkipConfig in YAML is a mapping of fields, not {type(values).__name__}: {text!r}")
+        return cls(**values)
+
+    def to_json(self, path: Path) -> None:
+        """Write the configuration to a JSON file."""
+        path.write_text(json.dumps(self.model_dump(), indent=2) + "\n")
+
+
+def _resolve(amount: int | float, tokens: int) -> int:
+    """A count as it is; a positive fraction is at least one token."""
+    if isinstance(amount, int):
+        return amount
+    return max(1, int(amount * tokens + 0.5)) if amount > 0 else 0
+
+
+def _is_everything(amount: int | float) -> bool:
+    return isinstance(amount, float) and amount == 1.0
+
+
+def _explain(error: ValidationError) -> str:
+    seen: dict[str, str] = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        reason = problem["msg"].removeprefix("Value error, ")
+        if name and name not in SkipConfig.model_fields:
+            reason = f"no such field; fields are {', '.join(SkipConfig.model_fields)}"
+        value = f"{name}={problem['input']!r}: " if name else ""
+        # A union reports every alternative; one line per field names them all.
+        if name in seen:
+            seen[name] += f"; or {reason[0].lower()}{reason[1:]}"
+        else:
+            seen[name] = f"{value}{reason}"
+    return "SkipConfig: " + "\n            ".join(seen.values())

@@ -1,0 +1,102 @@
+"""Skip KV-cache: after prefill the skipped tokens' keys and values really leave (METHOD piece 5).
+
+Keys were rotated before they were cached, so what stays needs no change. A pruned cache no longer
+has one entry per caller position; `CacheState` remembers the difference and rides on the cache
+object, so that any number of generations can be interleaved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from skipvision.errors import InputError, UnsupportedModelError
+
+_STATE = "_skip_vision_state"
+
+
+@dataclass(frozen=True, eq=False)
+class CacheState:
+    """What the caller cannot see of a pruned cache.
+
+    Attributes:
+        mask: (B, C) which of the C entries that were cached at prefill are real; later entries are
+            the caller's, one to one.
+        caller_length: positions the caller had fed when those entries were cached.
+        position_shift: (B,) subtracted from later position ids; zero for positions="original".
+    """
+
+    mask: torch.Tensor
+    caller_length: int
+    position_shift: torch.Tensor
+
+    @staticmethod
+    def of(cache: Cache | None) -> CacheState | None:
+        """The state left on a cache by `remember`."""
+        state: CacheState | None = getattr(cache, _STATE, None)
+        # An emptied cache starts anew.
+        return state if cache is not None and state is not None and cache.get_seq_length() > 0 else None
+
+    def remember(self, cache: Cache) -> None:
+        """Leave the state on the cache."""
+        setattr(cache, _STATE, self)
+
+    def extended_mask(self, cached: int, new: int, caller_mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, cached + new) mask over a cache of ``cached`` entries and ``new`` tokens behind them.
+
+        ``caller_mask`` is the caller's, over all positions it ever fed: what came after the pruned
+        part is read off its end.
+        """
+        rows, pruned = self.mask.shape
+        later = cached - pruned + new
+        if caller_mask is None:
+            return torch.cat([self.mask, self.mask.new_ones(rows, later)], dim=1)
+        if caller_mask.dim() != 2 or caller_mask.shape != (rows, self.caller_length + later):
+            raise InputError(
+                f"attention_mask of shape {tuple(caller_mask.shape)} does not fit a pruned cache: {rows} rows over "
+                f"the {self.caller_length + later} positions fed so far are expected (or no mask)"
+            )
+        return torch.cat([self.mask, caller_mask[:, self.caller_length :].bool()], dim=1)
+
+
+def check_prunable(cache: Cache) -> None:
+    """Raise `UnsupportedModelError` unless every layer of the cache can shrink."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            raise UnsupportedModelError(
+                f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned: use a "
+                "DynamicCache (generate's default), or skip_kv=False with summary_tokens=0 and nothing skipped"
+            )
+
+
+def compact(cache: Cache, keep: torch.Tensor) -> torch.Tensor:
+    """Drop entries from every layer, row by row, and free their memory.
+
+    Args:
+        cache: keys and values of shape (B, heads, S, D) per layer.
+        keep: (B, S) entries that stay.
+
+    Returns:
+        (B, C) mask of the real entries of the compacted cache, C = the most that one row keeps; rows
+        that keep fewer are padded on the left.
+    """
+    counts = keep.sum(dim=1)
+    most = int(counts.max())
+    if most == keep.shape[1]:
+        return keep
+    # A stable sort by "stays" puts what leaves first and leaves the rest in order behind it.
+    index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - most :]
+    for layer in cache.layers:
+        if layer.keys is not None and layer.keys.numel():
+            at = index[:, None, :, None].to(layer.keys.device)
+            layer.keys = torch.take_along_dim(layer.keys, at, dim=2)
+            layer.values = torch.take_along_dim(layer.values, at, dim=2)
+    return torch.arange(most, device=keep.device) >= (most - counts)[:, None]
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that the keys and values of a cache occupy."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

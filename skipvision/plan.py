@@ -1,0 +1,100 @@
+"""The one noun: which token takes which path, and where every caller position ended up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+
+
+class TokenRole(IntEnum):
+    """What a token of the reduced sequence is, and so which path it takes."""
+
+    TEXT = 0
+    """Not visual: attention and FFN in every layer, stays in the KV cache."""
+    RETAINED = 1
+    """Visual, full path: attention and FFN in every layer, stays in the KV cache."""
+    SKIPPED = 2
+    """Visual, short path: attention only; leaves the KV cache after prefill."""
+    SUMMARY = 3
+    """Made from a group of visual tokens: full path, stays in the KV cache."""
+    PADDING = 4
+    """Nothing: masked everywhere."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlan:
+    """How one batch is reduced: B rows, T tokens a row as the caller has them, L after reduction.
+
+    All tensors are on the model's device. ``−1`` stands for "none".
+
+    Attributes:
+        roles: (B, L) `TokenRole` of every reduced token, as uint8.
+        source: (B, L) caller position each token came from; −1 for SUMMARY and PADDING.
+        merged_into: (B, T) reduced index each caller position ended in; −1 where it was dropped or padding.
+        ffn_mask: (B, L) tokens that pass through the feed-forward networks.
+        cache_mask: (B, L) tokens whose keys and values stay in the cache after prefill.
+        position_source: (B, L) caller position whose position id the token takes: its own, or for a
+            summary token that of the last token of its group; −1 for PADDING.
+        summary_slot: (B, L) for SUMMARY tokens the flat index into the summaries of all groups,
+            ``group · K + k``; −1 elsewhere.
+        group: (B, L) for RETAINED and SKIPPED tokens ``2 · image + (role is SKIPPED)``, images counted
+            row by row over the batch; −1 elsewhere.
+        removed: (B,) by how many tokens each row became shorter (negative if summaries made it longer).
+        images: number of images in the batch.
+        summary_tokens: K, summary tokens per group.
+    """
+
+    roles: torch.Tensor
+    source: torch.Tensor
+    merged_into: torch.Tensor
+    ffn_mask: torch.Tensor
+    cache_mask: torch.Tensor
+    position_source: torch.Tensor
+    summary_slot: torch.Tensor
+    group: torch.Tensor
+    removed: torch.Tensor
+    images: int
+    summary_tokens: int
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """(B, L) True where there is a token."""
+        return self.roles != TokenRole.PADDING
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """True if the reduced sequence is the caller's, every token on the full path."""
+        return (
+            self.source.shape == self.merged_into.shape
+            and bool((self.source == self.merged_into).all())
+            and bool((self.ffn_mask == self.attention_mask).all())
+            and bool((self.cache_mask == self.attention_mask).all())
+        )
+
+    @cached_property
+    def ffn_index(self) -> torch.Tensor:
+        """(n,) flat indices into (B · L) of the tokens that pass through the feed-forward networks."""
+        return self.ffn_mask.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """(B, L) number of caller positions merged into each token, itself included; 0 for SUMMARY, PADDING."""
+        into = self.merged_into
+        counts = torch.zeros_like(self.source)
+        return counts.scatter_add_(1, into.clamp(min=0), (into >= 0).to(counts.dtype))
+
+    def count(self, role: TokenRole) -> torch.Tensor:
+        """(B,) number of tokens of one role in each row."""
+        return (self.roles == role).sum(dim=1)
+
+    def gather(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows of ``values`` (B, X, H) at ``index`` (B, Y), zeros where the index is −1."""
+        picked = torch.take_along_dim(values, index.clamp(min=0)[..., None], dim=1)
+        return picked.masked_fill((index < 0)[..., None], 0)
+
+    def to_caller(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, L, H) → (B, T, H): each caller position gets the state of the token it was merged into."""
+        return self.gather(hidden, self.merged_into)

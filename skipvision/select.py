@@ -1,0 +1,102 @@
+"""Who is retained: scores of an image's visual tokens, highest kept (METHOD piece 1).
+
+Every criterion sees one padded tensor of all images of the batch: ``features`` (I, N, D) with
+``valid`` (I, N) marking real tokens, so that images of different sizes need no loop. Nothing here
+keeps gradients: which tokens stay is a decision, not a function to differentiate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+
+def normalised(features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(I, N, D) unit vectors in at least float32, zero where there is no token."""
+    wide = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+    return F.normalize(wide, dim=-1) * valid[..., None]
+
+
+def redundancy(unit: torch.Tensor) -> torch.Tensor:
+    """(I, N) summed cosine similarity of each token to the image's other tokens.
+
+    Σ_j cos(i, j) = x̂_i · Σ_j x̂_j, so this is linear in N; the token itself (cosine 1) is taken out.
+    """
+    total = unit.sum(dim=1, keepdim=True)
+    return (unit * total).sum(-1) - (unit * unit).sum(-1)
+
+
+def by_similarity(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+    """The least redundant tokens stay."""
+    return -redundancy(normalised(features, valid))
+
+
+def by_norm(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+    """The longest feature vectors stay."""
+    return features.detach().float().norm(dim=-1)
+
+
+def by_diversity(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+    """Max-min distance: each next token is the one farthest (1 − cosine) from those already chosen.
+
+    As DivPrune (CVPR 2025, arXiv 2503.02175): the first is the token whose nearest neighbour is
+    farthest away. Steps over the retained count, all images at once.
+    """
+    unit = normalised(features, valid)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    images, tokens, _ = distance.shape
+    never = ~valid
+    distance.masked_fill_(never[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=unit.device), float("inf"))
+    nearest = distance.amin(dim=2).masked_fill(never, -float("inf"))
+    score = torch.zeros(images, tokens, device=unit.device)
+    every = torch.arange(images, device=unit.device)
+    chosen = nearest.argmax(dim=1)
+    nearest = torch.full_like(nearest, float("inf")).masked_fill(never, -float("inf"))
+    steps = int(counts.max()) if images else 0
+    for step in range(steps):
+        score[every, chosen] = float(steps - step)
+        nearest = torch.minimum(nearest, distance[every, chosen])
+        nearest[every, chosen] = -float("inf")
+        chosen = nearest.argmax(dim=1)
+    return score
+
+
+def by_position(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+    """Evenly spaced in raster order: token ⌊(i + ½) · N / N_r⌋ for i < N_r."""
+    tokens = valid.sum(dim=1, keepdim=True)
+    places = valid.shape[1]
+    step = torch.arange(places, device=valid.device).expand_as(valid)
+    kept = counts[:, None]
+    landing = ((2 * step + 1) * tokens).div(2 * kept.clamp(min=1), rounding_mode="floor")
+    landing = landing.masked_fill(step >= kept, places)
+    score = torch.zeros(len(valid), places + 1, device=valid.device)
+    return score.scatter_(1, landing, 1.0)[:, :places]
+
+
+def by_chance(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+    """A fixed random order of positions, the same for every image and every batch."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(valid.shape[1], generator=generator, dtype=torch.float64)
+    return order.to(valid.device).expand(valid.shape)
+
+
+Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+CRITERIA: dict[str, Criterion] = {
+    "similarity": by_similarity,
+    "diversity": by_diversity,
+    "norm": by_norm,
+    "uniform": by_position,
+    "random": by_chance,
+}
+"""Criteria that look at features alone; "ffn_ratio" and "views" get their scores from the model."""
+
+
+def top(scores: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """(I, N) mask of each image's ``counts`` (I,) highest scores; ties go to the earlier token."""
+    order = scores.masked_fill(~valid, -float("inf")).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return (rank < counts[:, None]) & valid

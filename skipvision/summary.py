@@ -1,0 +1,64 @@
+"""Summary tokens: what a group of visual tokens held, in K vectors that stay (METHOD piece 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from skipvision.plan import TokenPlan
+
+
+class SummaryLayer(nn.Module):
+    """K scores per token from LayerNorm + Linear; softmax over the group; weighted sum.
+
+    One layer serves all groups. The scores start at zero, so an untrained summary is the mean.
+
+    Args:
+        hidden_size: H, width of the decoder.
+        summary_tokens: K, summaries per group.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        summary_tokens: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, dtype=dtype, device=device)
+        self.score = nn.Linear(hidden_size, summary_tokens, bias=False, dtype=dtype, device=device)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, reduced: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
+        """Fill the summary places of a merged batch.
+
+        Args:
+            reduced: (B, L, H) embeddings with zeros at the summary places.
+            plan: the plan that reduced them.
+
+        Returns:
+            (B, L, H) with each summary token in its place.
+        """
+        members = (plan.group >= 0).nonzero(as_tuple=True)
+        group = plan.group[members]
+        tokens = reduced[members]
+        scores = self.score(self.norm(tokens.to(self.norm.weight.dtype)))
+        weights = _softmax_by_group(scores.to(torch.promote_types(scores.dtype, torch.float32)), group, 2 * plan.images)
+        weighted = weights[:, :, None] * tokens[:, None, :].to(weights.dtype)
+        summaries = weighted.new_zeros(2 * plan.images, *weighted.shape[1:]).index_add(0, group, weighted)
+        places = (plan.summary_slot >= 0).nonzero(as_tuple=True)
+        chosen = summaries.flatten(0, 1)[plan.summary_slot[places]]
+        return reduced.index_put(places, chosen.to(reduced.dtype))
+
+
+def _softmax_by_group(scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    """(n, K) softmax of scores (n, K) over the tokens that share a group (n,)."""
+    index = group[:, None].expand_as(scores)
+    # The shift only keeps exp in range; the softmax does not depend on it, so neither does its gradient.
+    shift = scores.detach().new_full((groups, scores.shape[1]), -float("inf"))
+    shift = shift.scatter_reduce(0, index, scores.detach(), "amax")
+    exponentials = (scores - shift[group]).exp()
+    totals = exponentials.new_zeros(groups, scores.shape[1]).index_add(0, group, exponentials)
+    return exponentials / totals[group]
