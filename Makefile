@@ -1,0 +1,42 @@
+# Everything runs in .venv/, which is made on first use and renewed when pyproject.toml or constraints.txt change.
+# Pip's own settings are honoured: PIP_EXTRA_INDEX_URL, PIP_CACHE_DIR and so on.
+
+PYTHON = $(firstword $(foreach name,python3.11 python3 python,$(shell \
+	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+BIN := .venv/bin
+
+.PHONY: help install demo test test-all lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/installed ## install everything into .venv/
+
+.venv/installed: pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed, as python3.11 or python3 on the PATH))
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[apps,dev]"
+	touch $@
+
+demo: install ## fine-tune with and without Skip-Vision on a local Ray and print the comparison
+	$(BIN)/python jobs/demo.py $(ARGS)
+
+test: install ## the tests, without the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: install ## the slow tests too (those that need a GPU: make test ARGS="-m gpu")
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: install ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## bring the code into the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build leftovers; .venv/ and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
