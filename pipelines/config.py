@@ -45,7 +45,7 @@ _TEXT_EXPECTED = {"string_type", "path_type"}
 """The validation errors of a field that takes text and was given, say, the number 2026."""
 
 
-def load_config(model: type[M], argv: Sequence[str], *, description: str) -> M:
+def load_config(model: type[M], argv: Sequence[str], *, description: str | None) -> M:
     """The job's settings: the model's defaults, then ``--config FILE``, then ``--dotted.field VALUE``.
 
     A section that is given in part keeps the rest of its defaults; a list is replaced whole. Values on
@@ -67,10 +67,10 @@ def load_config(model: type[M], argv: Sequence[str], *, description: str) -> M:
     except ValidationError as error:
         problems = _problems(model, tree, error)
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        source = " and ".join(
-            ([file] if file else []) + (["the command line"] if options or not file else [])
+        sources = (
+            " and ".join(filter(None, [file, "the command line" if options else None])) or "the defaults"
         )
-        raise ConfigError(f"{count} in the settings from {source}\n" + "\n".join(problems)) from None
+        raise ConfigError(f"{count} in the settings from {sources}\n" + "\n".join(problems)) from None
 
 
 def run_job(main: Callable[[list[str]], Mapping[str, object]], argv: Sequence[str]) -> None:
@@ -128,7 +128,7 @@ def _parse_options(argv: Sequence[str]) -> dict[str, str]:
 
 def _read_mapping(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(file.read_bytes(), _Loader)
+        content = yaml.load(file.read_bytes(), _Loader)  # noqa: S506 — a SafeLoader
     except OSError as error:
         raise ConfigError(f"cannot read {file} (in {Path.cwd()}): {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -142,7 +142,7 @@ def _read_mapping(file: Path) -> dict[str, Any]:
 
 def _parse_value(name: str, text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"--{name} {text!r} is not valid YAML: {_yaml_problem(error)}") from None
 
@@ -150,8 +150,8 @@ def _parse_value(name: str, text: str) -> Any:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
-    context = f" {error.context}" if error.context else ""
-    return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}{context}"
+    mark, context = error.problem_mark, f" {error.context}" if error.context else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -308,10 +308,10 @@ def _type_name(annotation: Any) -> str:
     return str(annotation)
 
 
-def _help(model: type[BaseModel], description: str) -> str:
+def _help(model: type[BaseModel], description: str | None) -> str:
     lines = [
         f"usage: {Path(sys.argv[0]).name} [--config FILE] [--FIELD VALUE ...]",
-        *("", description.strip()),
+        *("", (description or "").strip()),
         *("", "Fields, nested in the YAML file where a name has dots; * stands for any element:", ""),
     ]
     for field in _fields(model):
