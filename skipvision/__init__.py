@@ -16,8 +16,10 @@ Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Mod
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
 """
 
-from skipvision.attach import Attachment, attach
+from skipvision.adapter import load_adapter, read_adapter, save_adapter
+from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
+from skipvision.cost import Cost, measure_flops, predict_cost
 from skipvision.errors import (
     AdapterError,
     ConfigError,
@@ -33,6 +35,7 @@ __all__ = [
     "AdapterError",
     "Attachment",
     "ConfigError",
+    "Cost",
     "DataError",
     "InputError",
     "ResourceError",
@@ -42,4 +45,10 @@ __all__ = [
     "TokenRole",
     "UnsupportedModelError",
     "attach",
+    "attachment_of",
+    "load_adapter",
+    "measure_flops",
+    "predict_cost",
+    "read_adapter",
+    "save_adapter",
 ]

@@ -4,7 +4,7 @@ Hooks, and nothing else: no module is replaced, no class patched. One call passe
 
     outer model   ``_find_images``       which positions are visual, from input_ids
     decoder       ``_reduce``            plan, merge, summarise; or continue on a pruned cache
-      layer       `enter_layer` …        skip-FFN by the plan that came with the call
+      layer       `hook_layer`           skip-FFN by the plan that came with the call
     decoder       ``_restore``           hidden states back to the caller's length; cache compacted
 """
 
@@ -25,7 +25,7 @@ from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import Images, make_plan
 from skipvision.probe import ffn_ratio
-from skipvision.skip_ffn import PLAN_KEYWORD, enter_layer, gather_rows, leave_layer, scatter_rows
+from skipvision.skip_ffn import PLAN_KEYWORD, hook_layer
 from skipvision.summary import SummaryLayer
 
 _IMAGES_KEYWORD = "skip_vision_images"
@@ -100,10 +100,7 @@ class Attachment:
         keep(anatomy.decoder.register_forward_pre_hook(self._reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(self._restore, with_kwargs=True))
         for layer in anatomy.layers:
-            keep(layer.register_forward_pre_hook(enter_layer, with_kwargs=True))
-            keep(layer.register_forward_hook(leave_layer, always_call=True))
-            keep(layer.mlp.register_forward_pre_hook(gather_rows))
-            keep(layer.mlp.register_forward_hook(scatter_rows))
+            self._handles += hook_layer(layer.self_attn, layer.mlp)
 
     # ------------------------------------------------------------------------------------- hooks
 

@@ -38,7 +38,7 @@ class Anatomy:
     Attributes:
         outer: module that is called with ``input_ids`` and calls the decoder.
         decoder: text decoder, called with ``inputs_embeds``.
-        layers: its layers, each with an ``mlp``.
+        layers: its layers, each with ``self_attn`` and ``mlp``.
         image_token_id: placeholder token of one visual token.
         hidden_size: width of the decoder.
     """
@@ -116,11 +116,12 @@ def dissect(model: nn.Module) -> Anatomy:
             f"({type(decoder).__name__}) does not have the shape that Skip-Vision hooks"
         )
     for number, layer in enumerate(layers):
-        if not isinstance(getattr(layer, "mlp", None), nn.Module):
-            raise UnsupportedModelError(
-                f"layer {number} of {type(decoder).__name__} ({type(layer).__name__}) has no 'mlp': there is no "
-                "feed-forward network to skip"
-            )
+        for part in ("self_attn", "mlp"):
+            if not isinstance(getattr(layer, part, None), nn.Module):
+                raise UnsupportedModelError(
+                    f"layer {number} of {type(decoder).__name__} ({type(layer).__name__}) has no {part!r}: only "
+                    "layers made of self-attention and a feed-forward network can be skipped"
+                )
     return Anatomy(
         family=family,
         outer=outer,
