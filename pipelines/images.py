@@ -1,0 +1,197 @@
+"""Images by reference: where their bytes are, opened when they are needed, and decoded in one way.
+
+Decoding means: the first frame, upright by its EXIF orientation, transparency laid on white, RGB.
+Sixteen-bit greyscale is scaled to eight. Only the formats in `FORMATS` are tried, so that no file
+reaches a decoder that runs other programs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import IO, ClassVar
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipelines.rows import RejectKind
+from skipvision.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000
+"""Width × height above which an image is refused before its pixels are unpacked."""
+
+
+class ImageError(DataError):
+    """An image that cannot be used; the class says what it is counted as."""
+
+    kind: ClassVar[RejectKind] = "unreadable image"
+
+
+class MissingImageError(ImageError):
+    """There is nothing where the image should be."""
+
+    kind = "missing image"
+
+
+class OversizedImageError(ImageError):
+    """The image has more pixels than allowed: a mistake, or a decompression bomb."""
+
+    kind = "oversized image"
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """An image file: an absolute local path or any fsspec URL."""
+
+    path: str
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
+            return decode(file, self.path, self.max_pixels)
+
+    def check_exists(self) -> None:
+        """Raise `MissingImageError` if there is no such file; cheaper than `open`."""
+        with _errors_of_storage(self):
+            fs, path = fsspec.core.url_to_fs(self.path)
+            if not fs.exists(path):
+                raise FileNotFoundError
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True, slots=True)
+class InlineImage:
+    """An image whose encoded bytes stood in the row itself, as a data URL for example.
+
+    ``name`` says which it is (``"#1 of row a"``), as there is no path that could.
+    """
+
+    data: bytes = field(repr=False)
+    name: str
+    max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def from_base64(cls, text: str, name: str, max_pixels: int = MAX_PIXELS) -> InlineImage:
+        """From base64, with or without ``data:image/…;base64,`` before it."""
+        if text.startswith("data:"):
+            head, comma, text = text.partition(",")
+            if not comma or not head.endswith(";base64"):
+                raise ImageError(f"image {name} is a data URL that is not base64: {head[:60]!r}")
+        try:
+            return cls(base64.b64decode(text, validate=True), name, max_pixels)
+        except ValueError as error:
+            raise ImageError(f"image {name} is not valid base64: {error}") from None
+
+    def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.data), self.name, self.max_pixels)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetImage:
+    """Image ``index`` in one cell of a parquet file, which holds one image or a list of them.
+
+    The row groups used last are kept in memory, so shuffled reading is fast if they are small:
+    100 rows, as Hugging Face datasets writes them, are a good size.
+    """
+
+    path: str
+    row_group: int
+    row: int
+    column: str
+    index: int
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        with _errors_of_storage(self):
+            cell = read_column(self.path, self.row_group, self.column)[self.row].as_py()
+        value = cell[self.index] if isinstance(cell, list) else cell
+        data = value["bytes"] if isinstance(value, dict) else value
+        return decode(io.BytesIO(data), str(self), self.max_pixels)
+
+    def __str__(self) -> str:
+        return f"{self.path}[row group {self.row_group}, row {self.row}].{self.column}[{self.index}]"
+
+
+_parquet_lock = threading.Lock()
+
+
+def read_column(path: str, row_group: int, column: str) -> pa.ChunkedArray:
+    """One column of one row group; the four last ones are remembered, `forget_columns` forgets them."""
+    with _parquet_lock:  # threads that want the same row group wait for one to read it
+        return _read_column(path, row_group, column)
+
+
+def forget_columns() -> None:
+    """Make `read_column` look at the files again."""
+    _read_column.cache_clear()
+
+
+@lru_cache(maxsize=4)
+def _read_column(path: str, row_group: int, column: str) -> pa.ChunkedArray:
+    with fsspec.open(path, "rb") as file:
+        return pq.ParquetFile(file).read_row_group(row_group, columns=[column])[column]
+
+
+@contextmanager
+def _errors_of_storage(image: object) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise MissingImageError(f"image {image} does not exist") from None
+    except Exception as error:  # whatever the storage at the other end raises
+        raise ImageError(f"image {image} cannot be read: {type(error).__name__}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+def decode(file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image as upright RGB; raises `ImageError` if that cannot be done, whatever the bytes are."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise OversizedImageError(
+                    f"image {name} has {image.width} × {image.height} pixels, more than {max_pixels:,}"
+                )
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        what = f"is not an image in a known format ({', '.join(FORMATS)})" if file.seek(0, 2) else "is empty"
+        raise ImageError(f"image {name} {what}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise OversizedImageError(f"image {name} is too large: {error}") from None
+    except Exception as error:  # decoders raise what they like on corrupt bytes
+        raise ImageError(f"image {name} cannot be decoded: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB from any mode: transparency on white, sixteen bits scaled to eight."""
+    if image.mode.startswith("I"):  # Pillow would clip at 255
+        eight_bit = np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(eight_bit.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
