@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.paths import output_path
 from pipelines.rows import IMAGE_PLACEHOLDER
 from pipelines.shapes import IMAGE_SIZE, SPLITS, TASKS, Question, Scene, Split, ask, render, sample_scene
 from skipvision.errors import ConfigError
@@ -52,7 +53,7 @@ def write_shapes(config: ShapesConfig) -> dict[str, object]:
 
     Raises `ConfigError` if the folder holds pictures that were drawn with another seed.
     """
-    output = config.output.expanduser().absolute()
+    output = output_path(config.output, "output")
     _claim(output, config.seed)
     counts: dict[Split, int] = {split: getattr(config, split) for split in SPLITS}
     splits = {split: _write_split(config, output, split, count) for split, count in counts.items() if count}
