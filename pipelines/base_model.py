@@ -88,10 +88,16 @@ class BaseModelConfig(BaseModel):
     vision_learning_rate: float = Field(1.5e-3, description="stage 1: peak AdamW learning rate")
     language_images: int = Field(48_000, description="stage 2: images seen, each with `questions` questions")
     language_batch: int = Field(16, description="stage 2: images per step")
-    language_learning_rate: float = Field(1.2e-3, description="stage 2: peak AdamW learning rate of the decoder")
-    tower_learning_rate: float = Field(6e-4, description="stage 2: peak AdamW learning rate of the vision tower")
+    language_learning_rate: float = Field(
+        1.2e-3, description="stage 2: peak AdamW learning rate of the decoder"
+    )
+    tower_learning_rate: float = Field(
+        6e-4, description="stage 2: peak AdamW learning rate of the vision tower"
+    )
     patch_loss_weight: float = Field(0.3, description="stage 2: weight of stage 1's loss, which goes on")
-    questions: int = Field(12, description="stage 2: independent questions per image, one of them the caption")
+    questions: int = Field(
+        12, description="stage 2: independent questions per image, one of them the caption"
+    )
     warmup: float = Field(0.03, description="share of a stage's steps spent warming up")
     easy_share: float = Field(0.1, description="stage 2: share of the steps that show at most two objects")
     weight_decay: float = Field(0.02, description="AdamW weight decay of matrices")
@@ -411,7 +417,12 @@ class Stage:
         self.seconds += now - self._mark
         self._mark = now
         if self.step % 50 == 0 or self.step == self.steps:
-            entry = {"step": self.step, "seconds": round(self.seconds, 1), "loss": round(loss.item(), 4), **measured}
+            entry = {
+                "step": self.step,
+                "seconds": round(self.seconds, 1),
+                "loss": round(loss.item(), 4),
+                **measured,
+            }
             with self.log_path.open("a") as log:
                 log.write(json.dumps(entry) + "\n")
             left = self.seconds / self.step * (self.steps - self.step)
@@ -457,7 +468,9 @@ def train_vision(
     parameters = [([*tower.parameters(), *head.parameters()], config.vision_learning_rate)]
     steps = config.vision_images // config.vision_batch
     stage = Stage(config, "vision", parameters, {"tower": tower, "head": head}, steps)
-    rows = SceneRows(config, processor, "train", stage.step * config.vision_batch, config.vision_images, packed=False)
+    rows = SceneRows(
+        config, processor, "train", stage.step * config.vision_batch, config.vision_images, packed=False
+    )
     for batch in _loader(rows, config.vision_batch) if stage.step < steps else ():
         with torch.autocast("cpu", torch.bfloat16):
             scores = head(visual_features(model, batch["pixel_values"]))
@@ -483,7 +496,13 @@ def train_language(
     def rows(split: Split, start: int, stop: int) -> DataLoader:
         easy_until = first + int(config.language_images * config.easy_share)
         scenes = SceneRows(
-            config, processor, split, start, stop, packed=True, easy_until=easy_until if split == "train" else 0
+            config,
+            processor,
+            split,
+            start,
+            stop,
+            packed=True,
+            easy_until=easy_until if split == "train" else 0,
         )
         return _loader(scenes, config.language_batch, lambda rows: collate_packed(rows, prefix, pad))
 
@@ -498,7 +517,9 @@ def train_language(
         if (stage.step + 1) % 200 == 0 or stage.step + 1 == steps:
             measured["validation"] = forced_accuracy(config, model, validation, prefix_ids)
         answers = F.cross_entropy(logits, targets)
-        stage.update(answers + config.patch_loss_weight * patches, answer_loss=round(answers.item(), 4), **measured)
+        stage.update(
+            answers + config.patch_loss_weight * patches, answer_loss=round(answers.item(), 4), **measured
+        )
         if stage.step == steps:
             break
 

@@ -10,12 +10,10 @@ of what it shows, and the sampler redraws until the hash agrees (`split_of`).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import numpy as np

@@ -1,8 +1,8 @@
 """One folder holds what fine-tuning made: LoRA, summary layer, and the SkipConfig they were made for.
 
-    adapter_config.json  adapter_model.safetensors    PEFT's own files
-    skip_config.json                                  SkipConfig (null: full tokens), shapes, versions
-    skip_summary.safetensors                          the summary layer, if there is one
+adapter_config.json  adapter_model.safetensors    PEFT's own files
+skip_config.json                                  SkipConfig (null: full tokens), shapes, versions
+skip_summary.safetensors                          the summary layer, if there is one
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             model.save_pretrained(str(partial))
         summary = attachment.summary if attachment is not None else None
         if summary is not None:
-            weights = {name: value.detach().cpu().contiguous() for name, value in summary.state_dict().items()}
+            weights = {
+                name: value.detach().cpu().contiguous() for name, value in summary.state_dict().items()
+            }
             save_file(weights, partial / SUMMARY_WEIGHTS)
         (partial / SKIP_CONFIG).write_text(json.dumps(_describe(model, attachment), indent=2) + "\n")
         partial.chmod(0o755)
@@ -99,7 +101,9 @@ def load_adapter(
         try:
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
         except (RuntimeError, ValueError, SafetensorError, OSError) as error:
-            raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
+            raise AdapterError(
+                f"{folder} does not fit this model, or its files are damaged: {error}"
+            ) from error
     if skip is not None:
         _load_summary(attach(model, skip), folder, is_trainable)
     return model
@@ -148,7 +152,9 @@ def _difference(saved: SkipConfig | None, asked: SkipConfig) -> str:
     if saved is None:
         return f"it has none (full tokens), not {asked!r}"
     before, now = saved.model_dump(), asked.model_dump()
-    return ", ".join(f"{name} is {before[name]!r}, not {now[name]!r}" for name in before if before[name] != now[name])
+    return ", ".join(
+        f"{name} is {before[name]!r}, not {now[name]!r}" for name in before if before[name] != now[name]
+    )
 
 
 def _replace(partial: Path, folder: Path) -> None:

@@ -109,7 +109,11 @@ class Attachment:
         input_ids = args[0] if args else kwargs.get("input_ids")
         if input_ids is None:
             embeds = kwargs.get("inputs_embeds")
-            if CacheState.of(kwargs.get("past_key_values")) is None and embeds is not None and embeds.shape[1] > 1:
+            if (
+                CacheState.of(kwargs.get("past_key_values")) is None
+                and embeds is not None
+                and embeds.shape[1] > 1
+            ):
                 raise InputError(
                     "inputs_embeds without input_ids: which positions are visual cannot be known. Pass input_ids "
                     "(and pixel_values), or detach() for this call"
@@ -244,7 +248,9 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
 
 
 def _brings_images(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("pixel_values") is not None or bool((kwargs.get("mm_encoder_outputs") or {}).get("image"))
+    return kwargs.get("pixel_values") is not None or bool(
+        (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    )
 
 
 def _own_mask(kwargs: dict[str, Any], embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,9 @@ class SkipConfig(BaseModel):
     )
     select: Select = Field("similarity", description="criterion by which the retained tokens are chosen")
     merge: Merge = Field("similarity", description="how the rest becomes the skipped tokens")
-    summary_tokens: int = Field(1, ge=0, description="summary tokens K per group (retained, skipped); 0 = none")
+    summary_tokens: int = Field(
+        1, ge=0, description="summary tokens K per group (retained, skipped); 0 = none"
+    )
     skip_ffn: bool = Field(True, description="skipped tokens bypass the feed-forward networks")
     skip_kv: bool = Field(True, description="skipped tokens leave the KV cache after prefill")
     positions: Literal["original", "contiguous"] = Field(
@@ -60,7 +62,9 @@ class SkipConfig(BaseModel):
     @model_validator(mode="after")
     def _something_to_merge_into(self) -> Self:
         if self.skipped == 0 and self.merge == "pool" and not _is_everything(self.retained):
-            raise ValueError("merge='pool' makes the skipped tokens, but skipped=0; use merge='similarity' or 'drop'")
+            raise ValueError(
+                "merge='pool' makes the skipped tokens, but skipped=0; use merge='similarity' or 'drop'"
+            )
         if self.retained == 0 and self.skipped == 0 and self.merge != "drop":
             raise ValueError(
                 f"retained=0 and skipped=0 leave nothing to merge into (merge={self.merge!r}); use merge='drop'"
@@ -90,7 +94,9 @@ class SkipConfig(BaseModel):
 
         values = yaml.safe_load(text)
         if not isinstance(values, dict):
-            raise ConfigError(f"a SkipConfig in YAML is a mapping of fields, not {type(values).__name__}: {text!r}")
+            raise ConfigError(
+                f"a SkipConfig in YAML is a mapping of fields, not {type(values).__name__}: {text!r}"
+            )
         return cls(**values)
 
     def to_json(self, path: Path) -> None:

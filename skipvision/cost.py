@@ -146,7 +146,9 @@ def measure_flops(function: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def _attention_forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _attention_forward(
+    query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     # Fused CPU attention takes grouped keys as they are; every query head does the full product.
     heads = query[:2]
     return int(sdpa_flop_count(query, (*heads, *key[2:]), (*heads, *value[2:])))
@@ -212,7 +214,9 @@ def _training(g: _Geometry, forward: int, tokens: int, short: int, rank: int) ->
     attention = g.layers * 4 * tokens * tokens * g.attention_width
     if not rank:
         return 3 * forward
-    sites = tokens * sum(a + b for a, b in g.lora_sites) + (tokens - short) * sum(a + b for a, b in g.ffn_lora_sites)
+    sites = tokens * sum(a + b for a, b in g.lora_sites) + (tokens - short) * sum(
+        a + b for a, b in g.ffn_lora_sites
+    )
     return 2 * forward + attention + 3 * 2 * rank * g.layers * sites
 
 
@@ -260,7 +264,9 @@ def _measure(model_config: PretrainedConfig, dtype: torch.dtype | None) -> _Geom
     features = torch.empty(1, 1, vision_config.hidden_size, device="meta")
     projector_flops = measure_flops(lambda: anatomy.outer.multi_modal_projector(features))
     element = dtype or model_config.dtype or torch.float32
-    rest = sum(p.numel() for p in model.parameters()) + (layers - 1) * sum(p.numel() for p in layer.parameters())
+    rest = sum(p.numel() for p in model.parameters()) + (layers - 1) * sum(
+        p.numel() for p in layer.parameters()
+    )
     return _Geometry(
         layers=layers,
         hidden=text.hidden_size,

@@ -86,7 +86,11 @@ def make_plan(
 
 
 def _lay_out(
-    images: Images, attention_mask: torch.Tensor, retained: torch.Tensor, target: torch.Tensor, config: SkipConfig
+    images: Images,
+    attention_mask: torch.Tensor,
+    retained: torch.Tensor,
+    target: torch.Tensor,
+    config: SkipConfig,
 ) -> TokenPlan:
     """Write the decision about the images' tokens as a plan of the whole batch.
 
@@ -112,7 +116,9 @@ def _lay_out(
     is_retained = spread(retained, 0).bool()
     image = spread(image_of, -1)
     visual = image >= 0
-    roles = torch.where(visual, torch.where(is_retained, TokenRole.RETAINED, TokenRole.SKIPPED), TokenRole.TEXT)
+    roles = torch.where(
+        visual, torch.where(is_retained, TokenRole.RETAINED, TokenRole.SKIPPED), TokenRole.TEXT
+    )
     group = torch.where(visual, 2 * image + (~is_retained).long(), -1)
 
     # Summary tokens: K for each group that has members, in the row of its image.
@@ -150,7 +156,9 @@ def _lay_out(
     place = (images.row[:, None].expand_as(column), column)
 
     def side_by_side(values: torch.Tensor, elsewhere: int) -> torch.Tensor:
-        return torch.full((rows, per_row), elsewhere, dtype=torch.long, device=device).index_put(place, values)
+        return torch.full((rows, per_row), elsewhere, dtype=torch.long, device=device).index_put(
+            place, values
+        )
 
     slots = torch.arange(count * 2 * k, device=device).view(count, 2 * k)
     no_summary = torch.full((rows, per_row), -1, dtype=torch.long, device=device)

@@ -28,7 +28,9 @@ def redundancy(unit: torch.Tensor) -> torch.Tensor:
     return (unit * total).sum(-1) - (unit * unit).sum(-1)
 
 
-def by_similarity(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+def by_similarity(
+    features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int
+) -> torch.Tensor:
     """The least redundant tokens stay."""
     return -redundancy(normalised(features, valid))
 
@@ -38,7 +40,9 @@ def by_norm(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, s
     return features.detach().float().norm(dim=-1)
 
 
-def by_diversity(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+def by_diversity(
+    features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int
+) -> torch.Tensor:
     """Max-min distance: each next token is the one farthest (1 − cosine) from those already chosen.
 
     As DivPrune (CVPR 2025, arXiv 2503.02175): the first is the token whose nearest neighbour is
@@ -48,7 +52,9 @@ def by_diversity(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tens
     distance = 1 - unit @ unit.transpose(1, 2)
     images, tokens, _ = distance.shape
     never = ~valid
-    distance.masked_fill_(never[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=unit.device), float("inf"))
+    distance.masked_fill_(
+        never[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=unit.device), float("inf")
+    )
     nearest = distance.amin(dim=2).masked_fill(never, -float("inf"))
     score = torch.zeros(images, tokens, device=unit.device)
     every = torch.arange(images, device=unit.device)

@@ -45,7 +45,9 @@ class SummaryLayer(nn.Module):
         group = plan.group[members]
         tokens = reduced[members]
         scores = self.score(self.norm(tokens.to(self.norm.weight.dtype)))
-        weights = _softmax_by_group(scores.to(torch.promote_types(scores.dtype, torch.float32)), group, 2 * plan.images)
+        weights = _softmax_by_group(
+            scores.to(torch.promote_types(scores.dtype, torch.float32)), group, 2 * plan.images
+        )
         weighted = weights[:, :, None] * tokens[:, None, :].to(weights.dtype)
         summaries = weighted.new_zeros(2 * plan.images, *weighted.shape[1:]).index_add(0, group, weighted)
         places = (plan.summary_slot >= 0).nonzero(as_tuple=True)
