@@ -1,0 +1,82 @@
+"""Joining or starting a Ray, and asking it for no more than it has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.paths import in_ray_job
+from skipvision.errors import ResourceError
+
+ROOT = Path(__file__).parents[1]
+"""The repository: what Ray's workers must be able to import from."""
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """A connection to Ray for the length of the block.
+
+    One that is there already is used and left alone; a Ray job joins its own cluster; ``$RAY_ADDRESS``
+    is joined; otherwise a local Ray is started and stopped again. A Ray that merely happens to run on
+    this machine is never joined.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if in_ray_job():
+        ray.init()
+    elif os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"working_dir": str(ROOT)})
+    else:
+        # Without a mode Ray may write a token that every later cluster of this user then demands.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ray.init(address="local", runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(search)}})
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node of the cluster has in total."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def fitting_workers(nodes: Sequence[Mapping[str, float]], demand: Mapping[str, float]) -> int:
+    """How many workers that need ``demand`` each fit on the nodes; a worker is never split over two."""
+    needed = {name: amount for name, amount in demand.items() if amount > 0}
+    if not needed:
+        raise ValueError("a worker that needs nothing fits any number of times")
+    return sum(min(int(node.get(name, 0) / amount) for name, amount in needed.items()) for node in nodes)
+
+
+def worker_resources(
+    nodes: Sequence[Mapping[str, float]], workers: int, cpus: int | None, gpus: int | None
+) -> dict[str, float]:
+    """What each of the workers gets; refused now if the cluster cannot hold them, as Ray would wait for ever.
+
+    ``cpus`` null shares all CPUs out evenly; ``gpus`` null is one if the cluster has any, else none.
+    """
+    if gpus is None:
+        gpus = int(any(node.get("GPU", 0) >= 1 for node in nodes))
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    # With nothing prescribed, the largest share of CPUs with which all workers still fit.
+    for share in [cpus] if cpus is not None else range(max(most, 1), 0, -1):
+        demand = {"CPU": float(share), "GPU": float(gpus)}
+        if fitting_workers(nodes, demand) >= workers:
+            return demand
+    has = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+    fit = fitting_workers(nodes, demand)
+    raise ResourceError(
+        f"{workers} workers with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each were asked for, but "
+        f"the cluster holds {fit} (its nodes: {has or 'none'}). Lower scaling.workers, "
+        "scaling.cpus_per_worker or scaling.gpus_per_worker, or add nodes"
+    )
