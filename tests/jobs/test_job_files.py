@@ -1,0 +1,62 @@
+"""What every file in jobs/ and jobs/configs/ must hold, those to come included."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+
+
+def job_of(config: Path) -> Path:
+    """A config is named after its job or its last words: ``shapes_demo.yaml`` is for ``make_shapes.py``."""
+    words = config.stem.split("_")
+    names = {"_".join(words[:end]) for end in range(1, len(words) + 1)}
+    jobs = [job for job in JOBS if any(f"_{job.stem}".endswith(f"_{name}") for name in names)]
+    assert len(jobs) == 1, f"{config.name} belongs to {[job.name for job in jobs] or 'no job'}"
+    return jobs[0]
+
+
+class Loaded(Exception):
+    """The job has read its settings."""
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_every_config_is_what_its_job_reads(config, monkeypatch):
+    job = importlib.import_module(f"jobs.{job_of(config).stem}")
+    load_config = job.load_config
+
+    def load_and_stop(*args, **kwargs):
+        load_config(*args, **kwargs)
+        raise Loaded
+
+    monkeypatch.setattr(job, "load_config", load_and_stop)
+    with pytest.raises(Loaded):
+        job.main(["--config", str(config)])
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_every_job_starts_anywhere_and_explains_itself(job, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, job, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    usage, _, description = done.stdout.splitlines()[:3]
+    assert usage.startswith(f"usage: {job.name} ")
+    assert description
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_job_hides_a_library():
+    """``python jobs/x.py`` puts jobs/ on the path: a job named like a library would be imported for it."""
+    taken = sys.stdlib_module_names | packages_distributions().keys()
+    assert not [job.name for job in JOBS if job.stem in taken]

@@ -1,0 +1,63 @@
+"""What the package promises as a whole: what it imports, what it declares and what is pinned."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+"""Where a distribution is not named like what it is imported as."""
+
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys
+import skipvision
+for module in pkgutil.walk_packages(skipvision.__path__, "skipvision."):
+    importlib.import_module(module.name)
+print(*sys.modules)
+"""
+
+
+def test_the_library_loads_no_application():
+    command = [sys.executable, "-c", IMPORT_EVERYTHING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "skipvision" in loaded
+    assert not loaded & {"ray", "mlflow", "fastapi", "pipelines", "serve", "jobs"}
+
+
+def test_the_library_imports_only_what_it_declares():
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["project"]["dependencies"]}
+    imported = set()
+    for file in (ROOT / "skipvision").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"skipvision"}
+    assert {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign} <= declared
+
+
+def test_every_declared_dependency_is_pinned_within_its_range():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert not [pin for pin in pins.values() if "+" in pin], "a local version is on no public index"
+    pins = {canonicalize_name(name): pin for name, pin in pins.items()}
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    for line in sum(extras, PROJECT["project"]["dependencies"]):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), line
+
+
+def test_the_import_contracts_watch_every_package():
+    packages = {file.relative_to(ROOT).parts[0] for file in ROOT.glob("[!.]*/*.py")}
+    watched = set(PROJECT["tool"]["importlinter"]["root_packages"])
+    assert packages - {"tests", "benchmarks"} == watched
