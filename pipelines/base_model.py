@@ -100,6 +100,8 @@ class BaseModelConfig(BaseModel):
     )
     warmup: float = Field(0.03, description="share of a stage's steps spent warming up")
     easy_share: float = Field(0.1, description="stage 2: share of the steps that show at most two objects")
+    digit_weight: float = Field(6.0, description="stage 2: loss weight of digits from `digits_from` on")
+    digits_from: int = Field(1080, description="stage 2: step from which `digit_weight` holds")
     weight_decay: float = Field(0.02, description="AdamW weight decay of matrices")
     workers: int = Field(1, description="processes that draw scenes")
     threads: int = Field(0, description="torch threads; 0 = torch's own choice")
@@ -493,6 +495,8 @@ def train_language(
     prefix_ids = torch.tensor(processor.tokenizer("USER: ", add_special_tokens=False).input_ids)
     prefix, pad = len(prefix_ids) + PATCHES_PER_SIDE**2, processor.tokenizer.pad_token_id
 
+    digits = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
+
     def rows(split: Split, start: int, stop: int) -> DataLoader:
         easy_until = first + int(config.language_images * config.easy_share)
         scenes = SceneRows(
@@ -516,7 +520,10 @@ def train_language(
         patches, measured = patch_loss(scores, batch.patch_labels)
         if (stage.step + 1) % 200 == 0 or stage.step + 1 == steps:
             measured["validation"] = forced_accuracy(config, model, validation, prefix_ids)
-        answers = F.cross_entropy(logits, targets)
+        # A digit is one patch of 256: reading it is learnt last, and not at all beside what is easier.
+        boost = config.digit_weight if stage.step >= config.digits_from else 1.0
+        weights = torch.where(torch.isin(targets, digits), boost, 1.0)
+        answers = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
         stage.update(
             answers + config.patch_loss_weight * patches, answer_loss=round(answers.item(), 4), **measured
         )

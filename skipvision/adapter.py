@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     attachment = attachment_of(model)
     if attachment is None and not isinstance(model, PeftModel):
         raise AdapterError(
-            f"{type(model).__name__} has neither a PEFT adapter nor Skip-Vision attached: there is nothing to save"
+            f"{type(model).__name__} has neither a PEFT adapter nor Skip-Vision attached: nothing to save"
         )
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

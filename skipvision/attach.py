@@ -20,10 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError
 from skipvision.families import Anatomy, dissect
-from skipvision.kv_cache import CacheState, check_prunable, compact
+from skipvision.images import Images
+from skipvision.kv_cache import CacheState, compact, prunable_layers
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
-from skipvision.planning import Images, make_plan
+from skipvision.planning import make_plan
 from skipvision.probe import ffn_ratio
 from skipvision.skip_ffn import PLAN_KEYWORD, hook_layer
 from skipvision.summary import SummaryLayer
@@ -48,7 +49,7 @@ class Attachment:
         anatomy = dissect(model)
         if hasattr(anatomy.decoder, _ATTACHMENT):
             raise ConfigError(
-                "Skip-Vision is attached to this model already: detach() it first, or use the one that is there"
+                "Skip-Vision is attached to this model already: detach() it first, or use that attachment"
             )
         _check(anatomy, config)
         self.model, self.config, self.plan = model, config, None
@@ -86,7 +87,7 @@ class Attachment:
 
     def _add_summary(self) -> SummaryLayer:
         decoder = self._anatomy.decoder
-        embedding = decoder.get_input_embeddings().weight
+        embedding = next(decoder.parameters())
         dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
         summary = SummaryLayer(
             self._anatomy.hidden_size, self.config.summary_tokens, dtype=dtype, device=embedding.device
@@ -100,7 +101,7 @@ class Attachment:
         keep(anatomy.decoder.register_forward_pre_hook(self._reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(self._restore, with_kwargs=True))
         for layer in anatomy.layers:
-            self._handles += hook_layer(layer.self_attn, layer.mlp)
+            self._handles += hook_layer(layer)
 
     # ------------------------------------------------------------------------------------- hooks
 
@@ -115,8 +116,8 @@ class Attachment:
                 and embeds.shape[1] > 1
             ):
                 raise InputError(
-                    "inputs_embeds without input_ids: which positions are visual cannot be known. Pass input_ids "
-                    "(and pixel_values), or detach() for this call"
+                    "inputs_embeds without input_ids: which positions are visual cannot be known. Pass "
+                    "input_ids (and pixel_values), or detach() for this call"
                 )
             return None
         visual = input_ids == self._anatomy.image_token_id
@@ -148,7 +149,7 @@ class Attachment:
         if plan.is_identity:
             return args, kwargs
         if cache is not None:
-            check_prunable(cache)
+            prunable_layers(cache)  # refuse before the work, not after
         reduced = merge_tokens(embeds, plan)
         if self.summary is not None:
             reduced = self.summary(reduced, plan)
@@ -197,7 +198,6 @@ class Attachment:
 
     def _prune(self, cache: Any, plan: TokenPlan, mask: torch.Tensor) -> None:
         """Compact the cache after prefill and leave on it what later calls must know."""
-        check_prunable(cache)
         state = CacheState.of(cache)
         before = mask.shape[1] - plan.attention_mask.shape[1]
         keep = torch.cat([mask[:, :before].bool(), plan.cache_mask], dim=1)
@@ -243,7 +243,8 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
         )
     if config.select == "views" and not anatomy.family.multi_view:
         raise ConfigError(
-            f"select='views' needs a multi-view family; {type(anatomy.outer).__name__} encodes one view per image"
+            f"select='views' needs a multi-view family; {type(anatomy.outer).__name__} encodes one view per "
+            "image"
         )
 
 
@@ -264,8 +265,8 @@ def _own_mask(kwargs: dict[str, Any], embeds: torch.Tensor) -> tuple[torch.Tenso
     if not isinstance(mask, torch.Tensor) or mask.shape != (rows, cached + length):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise InputError(
-            f"attention_mask {shape} cannot be reduced: a 2-D mask of shape {(rows, cached + length)} is expected "
-            "(1 where there is a token), or none"
+            f"attention_mask {shape} cannot be reduced: a 2-D mask of shape {(rows, cached + length)} is "
+            "expected (1 where there is a token), or none"
         )
     return mask[:, cached:].bool(), mask[:, :cached].bool()
 

@@ -27,7 +27,7 @@ class SkipConfig(BaseModel):
 
     retained: Count | Fraction = Field(
         100,
-        description="visual tokens per image on the full path: a count (int), or a fraction of N (float 0.0 … 1.0)",
+        description="visual tokens per image on the full path: a count (int), or a fraction of N (0.0 … 1.0)",
     )
     skipped: Count | Fraction = Field(
         156,
@@ -67,7 +67,8 @@ class SkipConfig(BaseModel):
             )
         if self.retained == 0 and self.skipped == 0 and self.merge != "drop":
             raise ValueError(
-                f"retained=0 and skipped=0 leave nothing to merge into (merge={self.merge!r}); use merge='drop'"
+                f"retained=0 and skipped=0 leave nothing to merge into (merge={self.merge!r}): "
+                "use merge='drop'"
             )
         return self
 

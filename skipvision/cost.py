@@ -251,7 +251,7 @@ def _measure(model_config: PretrainedConfig, dtype: torch.dtype | None) -> _Geom
         model = AutoModelForImageTextToText.from_config(small, dtype=torch.float32)
     anatomy = dissect(model)
     layer = anatomy.layers[0]
-    ffn = [m for m in layer.mlp.modules() if isinstance(m, nn.Linear)]
+    ffn = [m for m in layer.get_submodule("mlp").modules() if isinstance(m, nn.Linear)]
     everything = [m for m in layer.modules() if isinstance(m, nn.Linear)]
     attention = [m for m in everything if not any(m is other for other in ffn)]
     heads = text.num_attention_heads
@@ -260,10 +260,12 @@ def _measure(model_config: PretrainedConfig, dtype: torch.dtype | None) -> _Geom
     per_image = family.tokens_per_image(model_config)
     vision_config = small.vision_config
     image = torch.empty(1, 3, vision_config.image_size, vision_config.image_size, device="meta")
-    vision_flops = measure_flops(lambda: anatomy.outer.vision_tower(image))
+    vision_flops = measure_flops(lambda: anatomy.outer.get_submodule("vision_tower")(image))
+    projector = anatomy.outer.get_submodule("multi_modal_projector")
     features = torch.empty(1, 1, vision_config.hidden_size, device="meta")
-    projector_flops = measure_flops(lambda: anatomy.outer.multi_modal_projector(features))
-    element = dtype or model_config.dtype or torch.float32
+    projector_flops = measure_flops(lambda: projector(features))
+    saved_in = model_config.dtype
+    element = dtype or (saved_in if isinstance(saved_in, torch.dtype) else torch.float32)
     rest = sum(p.numel() for p in model.parameters()) + (layers - 1) * sum(
         p.numel() for p in layer.parameters()
     )

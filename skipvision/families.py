@@ -59,14 +59,14 @@ def _fixed_size_images(call: Mapping[str, Any], placeholders: int) -> list[int]:
     pixel_values = call.get("pixel_values")
     if pixel_values is None:
         raise InputError(
-            f"input_ids hold {placeholders} image placeholders but neither pixel_values nor encoded images came with "
-            "them: pass the processor's pixel_values, or a prompt without <image>"
+            f"input_ids hold {placeholders} image placeholders but neither pixel_values nor encoded images "
+            "came with them: pass the processor's pixel_values, or a prompt without <image>"
         )
     images = len(pixel_values)
     if images == 0 or placeholders % images:
         raise InputError(
-            f"{placeholders} image placeholders cannot be shared out among {images} images of equal size: build "
-            "input_ids and pixel_values with the same processor call"
+            f"{placeholders} image placeholders cannot be shared out among {images} images of equal size: "
+            "build input_ids and pixel_values with one processor call"
         )
     return [placeholders // images] * images
 
@@ -119,8 +119,8 @@ def dissect(model: nn.Module) -> Anatomy:
         for part in ("self_attn", "mlp"):
             if not isinstance(getattr(layer, part, None), nn.Module):
                 raise UnsupportedModelError(
-                    f"layer {number} of {type(decoder).__name__} ({type(layer).__name__}) has no {part!r}: only "
-                    "layers made of self-attention and a feed-forward network can be skipped"
+                    f"layer {number} of {type(decoder).__name__} ({type(layer).__name__}) has no {part!r}: "
+                    "only layers made of self-attention and a feed-forward network can be skipped"
                 )
     return Anatomy(
         family=family,

@@ -55,20 +55,23 @@ class CacheState:
             return torch.cat([self.mask, self.mask.new_ones(rows, later)], dim=1)
         if caller_mask.dim() != 2 or caller_mask.shape != (rows, self.caller_length + later):
             raise InputError(
-                f"attention_mask of shape {tuple(caller_mask.shape)} does not fit a pruned cache: {rows} rows over "
-                f"the {self.caller_length + later} positions fed so far are expected (or no mask)"
+                f"attention_mask of shape {tuple(caller_mask.shape)} does not fit a pruned cache: {rows} rows "
+                f"over the {self.caller_length + later} positions fed so far are expected (or no mask)"
             )
         return torch.cat([self.mask, caller_mask[:, self.caller_length :].bool()], dim=1)
 
 
-def check_prunable(cache: Cache) -> None:
-    """Raise `UnsupportedModelError` unless every layer of the cache can shrink."""
+def prunable_layers(cache: Cache) -> list[DynamicLayer]:
+    """The layers of a cache; raises `UnsupportedModelError` unless every one of them can shrink."""
+    layers = []
     for number, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned: use a "
-                "DynamicCache (generate's default), or skip_kv=False with summary_tokens=0 and nothing skipped"
+                "DynamicCache, generate's default"
             )
+        layers.append(layer)
+    return layers
 
 
 def compact(cache: Cache, keep: torch.Tensor) -> torch.Tensor:
@@ -88,8 +91,8 @@ def compact(cache: Cache, keep: torch.Tensor) -> torch.Tensor:
         return keep
     # A stable sort by "stays" puts what leaves first and leaves the rest in order behind it.
     index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - most :]
-    for layer in cache.layers:
-        if layer.keys is not None and layer.keys.numel():
+    for layer in prunable_layers(cache):
+        if layer.keys is not None and layer.values is not None and layer.keys.numel():
             at = index[:, None, :, None].to(layer.keys.device)
             layer.keys = torch.take_along_dim(layer.keys, at, dim=2)
             layer.values = torch.take_along_dim(layer.values, at, dim=2)
@@ -98,5 +101,5 @@ def compact(cache: Cache, keep: torch.Tensor) -> torch.Tensor:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that the keys and values of a cache occupy."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    tensors = [t for layer in prunable_layers(cache) for t in (layer.keys, layer.values) if t is not None]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

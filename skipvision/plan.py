@@ -81,7 +81,7 @@ class TokenPlan:
 
     @cached_property
     def mass(self) -> torch.Tensor:
-        """(B, L) number of caller positions merged into each token, itself included; 0 for SUMMARY, PADDING."""
+        """(B, L) caller positions merged into each token, itself included; 0 for SUMMARY and PADDING."""
         into = self.merged_into
         counts = torch.zeros_like(self.source)
         return counts.scatter_add_(1, into.clamp(min=0), (into >= 0).to(counts.dtype))

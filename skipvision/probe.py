@@ -33,7 +33,10 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, call: dict[str, Any]) -> tor
         seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
         raise _Enough
 
-    handles = [layer.mlp.register_forward_hook(keep_update), layer.register_forward_hook(stop)]
+    handles = [
+        layer.get_submodule("mlp").register_forward_hook(keep_update),
+        layer.register_forward_hook(stop),
+    ]
     try:
         decoder(**{**call, "past_key_values": None, "use_cache": False, "output_hidden_states": False})
     except _Enough:

@@ -33,8 +33,9 @@ class _PutDown(threading.local):
 _put_down = _PutDown()
 
 
-def hook_layer(attention: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
+def hook_layer(layer: nn.Module) -> list[RemovableHandle]:
     """Make one decoder layer skip by the plan it is called with; without a plan it runs as ever."""
+    attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
     return [
         attention.register_forward_pre_hook(partial(take_plan, mlp), with_kwargs=True),
         mlp.register_forward_pre_hook(gather_rows),

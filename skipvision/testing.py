@@ -58,8 +58,8 @@ def tiny_llava(
         image_token_index=IMAGE_TOKEN,
         image_seq_length=side**2,
         vision_feature_layer=-1,
-        attn_implementation=attention,
     )
+    config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
@@ -69,7 +69,8 @@ def tiny_llava(
                 parameter.data.normal_(0, 0.6 / parameter.shape[-1] ** 0.5)
     # Random weights would now and then say "<image>".
     model.generation_config.suppress_tokens = [IMAGE_TOKEN]
-    return model.to(dtype).eval()
+    model.eval().to(dtype=dtype)
+    return model
 
 
 def tiny_inputs(

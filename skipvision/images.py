@@ -1,0 +1,69 @@
+"""Where the images of a batch stand among its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from skipvision.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The visual tokens of the I images of a batch; N is the most that one of them has.
+
+    Attributes:
+        index: (I, N) flat positions into (B · T) of each image's visual tokens in order.
+        valid: (I, N) False behind the last token of a smaller image.
+        sizes: tokens of each image.
+        row: (I,) batch row of each image.
+        length: T, the caller's length.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    sizes: list[int]
+    row: torch.Tensor
+    length: int
+
+    @classmethod
+    def locate(cls, visual: torch.Tensor, sizes: list[int]) -> Images:
+        """Cut the True entries of ``visual`` (B, T), row by row, into images of the given sizes.
+
+        Raises:
+            InputError: the sizes do not add up to the visual positions, or an image would stretch
+                over two rows.
+        """
+        found = visual.flatten().nonzero().squeeze(1)
+        if sum(sizes) != found.numel():
+            raise InputError(
+                f"the prompt has {found.numel()} image placeholders but the images have {sizes} visual "
+                f"tokens (together {sum(sizes)}): build input_ids and pixel_values with one processor call"
+            )
+        lengths = torch.tensor(sizes, dtype=torch.long, device=visual.device)
+        begin = lengths.cumsum(0) - lengths
+        place = torch.arange(max(sizes, default=0), device=visual.device)
+        valid = place < lengths[:, None]
+        index = found[(begin[:, None] + place).clamp(max=max(found.numel() - 1, 0))]
+        row = index // visual.shape[1]
+        if bool(((row != row[:, :1]) & valid).any()):
+            raise InputError(
+                f"images of {sizes} visual tokens would stretch over two rows of the batch: the placeholders "
+                "of a row do not add up to whole images"
+            )
+        return cls(index, valid, sizes, row[:, 0].contiguous(), visual.shape[1])
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, T, …) → (I, N, …): the images' entries, arbitrary where not ``valid``."""
+        return values.flatten(0, 1)[self.index]
+
+    def spread(self, values: torch.Tensor, rows: int, elsewhere: int) -> torch.Tensor:
+        """(I, N) → (B, T) long: the images' entries in place, ``elsewhere`` at other positions."""
+        whole = torch.full((rows * self.length,), elsewhere, dtype=torch.long, device=values.device)
+        return whole.index_put((self.index[self.valid],), values[self.valid].long()).unflatten(0, (rows, -1))
+
+    @property
+    def position(self) -> torch.Tensor:
+        """(I, N) position of each visual token in its own row."""
+        return self.index % self.length
