@@ -1,0 +1,65 @@
+"""The demo: the same fine-tune with full tokens and with Skip-Vision, submitted to a local Ray, compared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.cluster import ROOT
+from pipelines.local_ray import LocalRay, local_ray
+from pipelines.paths import HOME, output_path
+
+_CONFIGS = "jobs/configs"
+_RUNS = ("demo-full", "demo")
+
+
+class DemoConfig(BaseModel):
+    """The demo runs as it is; this is for trying variations of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    storage: Path = Field(Path("runs"), description="folder for runs, MLflow's database and the comparison")
+    fresh: bool = Field(False, description="forget the demo's earlier runs instead of resuming them")
+    overrides: list[str] = Field(
+        [], description="passed on to both fine-tuning jobs, e.g. [--training.max_steps, 20]"
+    )
+
+
+def run_demo(config: DemoConfig) -> dict[str, object]:
+    """Draw the data, fine-tune twice by ``ray job submit``, compare; takes about ten minutes on two cores."""
+    started = time.monotonic()
+    storage = output_path(config.storage, "storage")
+    if config.fresh:
+        for run in _RUNS:
+            shutil.rmtree(storage / run, ignore_errors=True)
+    with local_ray() as ray:
+        _say(started, f"Ray runs at {ray.dashboard}")
+        _job(ray, started, "data: draw image files", "make_shapes.py", "shapes_demo.yaml")
+        tuning = ["--storage", str(storage), *config.overrides]
+        full = ["--name", _RUNS[0], "--skip", "null"]
+        _job(ray, started, "fine-tune with full tokens", "finetune.py", "finetune_demo.yaml", *full, *tuning)
+        skip = ["--name", _RUNS[1]]
+        _job(ray, started, "fine-tune with Skip-Vision", "finetune.py", "finetune_demo.yaml", *skip, *tuning)
+        _job(ray, started, "compare", "compare.py", "compare_demo.yaml", "--storage", str(storage))
+    _say(started, "done; the Ray that the demo started is stopped")
+    uri = f"sqlite:///{storage / 'mlflow.db'}"
+    mlflow = Path(sys.executable).with_name("mlflow")
+    print(f"Runs, curves, adapters and the comparison in MLflow: {mlflow} ui --backend-store-uri {uri}")
+    return {"storage": str(storage), "mlflow_uri": uri, "seconds": round(time.monotonic() - started)}
+
+
+def _job(ray: LocalRay, started: float, title: str, script: str, settings: str, *options: str) -> None:
+    _say(started, title)
+    ray.submit(
+        ["python", f"jobs/{script}", "--config", f"{_CONFIGS}/{settings}", *options],
+        environment={HOME: os.environ.get(HOME, str(ROOT))},
+    )
+
+
+def _say(started: float, text: str) -> None:
+    print(f"\n=== {time.monotonic() - started:4.0f} s  {text}", flush=True)

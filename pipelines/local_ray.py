@@ -1,0 +1,123 @@
+"""A Ray of one's own on this machine: its ports and files clash with no other, and it ends with us."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.cluster import ROOT
+from skipvision.errors import ResourceError, SkipVisionError
+
+_START_SECONDS = 90
+_STOP_SECONDS = 30
+
+
+class JobFailedError(SkipVisionError):
+    """A submitted job ended with an error, which its output has said."""
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    """A running head node and where its jobs are submitted to."""
+
+    dashboard: str
+    environment: Mapping[str, str]
+
+    def submit(self, entrypoint: Sequence[str], *, environment: Mapping[str, str]) -> None:
+        """``ray job submit`` from the repository's root; follows the job's output until it ends.
+
+        Raises:
+            JobFailedError: the job did not succeed.
+        """
+        variables = ", ".join(f'"{name}": "{value}"' for name, value in environment.items())
+        command = [
+            *_ray("job", "submit", "--address", self.dashboard, "--working-dir", str(ROOT)),
+            *("--runtime-env-json", f'{{"env_vars": {{{variables}}}}}', "--", *entrypoint),
+        ]
+        print(f"$ {' '.join(['ray', *command[command.index('job') :]])}", flush=True)
+        code = subprocess.run(command, env=dict(self.environment), check=False).returncode
+        if code:
+            raise JobFailedError(f"the job `{' '.join(entrypoint)}` failed; its output is above")
+
+
+@contextmanager
+def local_ray() -> Iterator[LocalRay]:
+    """Start a head node, and stop it and all it started at the end of the block, whatever happened."""
+    port, dashboard_port, client_port = _free_ports(3)
+    # Ray's sockets live here, and their paths may have 107 characters at most.
+    files = Path(tempfile.mkdtemp(prefix="skipvision-ray-", dir="/tmp"))
+    binaries = str(Path(sys.executable).parent)
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")]),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Only the loopback interface is bound; without a mode Ray may write a token for all clusters.
+        "RAY_AUTH_MODE": "disabled",
+    }
+    command = _ray(
+        *("start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
+        *(f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
+        *(f"--num-cpus={os.cpu_count() or 1}", f"--object-store-memory={400 * 2**20}", f"--temp-dir={files}"),
+    )
+    log = files / "start.log"
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, files, ignore_errors=True)
+        with log.open("w") as output:
+            head = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        stack.callback(_end, head)
+        dashboard = f"http://127.0.0.1:{dashboard_port}"
+        _wait_for(dashboard, head, log)
+        yield LocalRay(dashboard, environment)
+
+
+def _ray(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def _wait_for(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    """Until jobs are taken."""
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        if head.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=2):  # noqa: S310
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.5)
+    raise ResourceError(
+        f"a local Ray could not be started within {_START_SECONDS} s:\n{log.read_text()[-2000:]}"
+    )
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    """``ray start --block`` ends its children when it is told to; what is left of its session is killed."""
+    head.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        head.wait(_STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
