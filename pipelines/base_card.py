@@ -98,7 +98,8 @@ skipping visual tokens costs something. It knows nothing else.
 
     {COMMAND}
 
-From scratch, seed {config.seed}, {facts["hardware"]}, bfloat16 autocast: {facts["minutes"]["vision"]} minutes for
+From scratch, seed {config.seed}, {facts["hardware"]}, bfloat16 autocast:
+{facts["minutes"]["vision"]} minutes for
 {config.vision_images:,} images whose patches were classified (vision tower), then
 {facts["minutes"]["language"]} minutes for {config.language_images:,} images with {config.questions} packed
 questions each (everything). Only scenes of the train split were shown; scenes are split by a hash
