@@ -1,0 +1,96 @@
+"""The folder of one run: who is using it, what it was started with, what came out.
+
+::
+
+    <storage>/<name>/run.json       configuration, data fingerprint, MLflow run, result once there is one
+                     lock           held by the job that works on the run
+                     rejects.jsonl  rows that could not be used
+                     checkpoints/   Ray Train's
+                     adapter/       the result
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.tracking import flatten
+from skipvision.errors import ConfigError
+
+MAY_DIFFER = ("scaling", "storage")
+"""Settings that do not change what a run computes."""
+
+
+_ABSENT = object()
+
+
+class RunFolder:
+    """Run ``name`` under ``storage``, new or resumed."""
+
+    def __init__(self, storage: Path, name: str) -> None:
+        self.storage, self.name = storage, name
+        self.path = storage / name
+        self.rejects = self.path / "rejects.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.state: dict[str, Any] = {}
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The folder, for this process alone; the claim ends with the process, however that ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"run {self.name!r} in {self.storage} is being worked on by another job; wait for it, or "
+                    "choose another name"
+                ) from None
+            self.state = self._read()
+            yield
+
+    def resumes(self, config: Mapping[str, Any]) -> bool:
+        """Whether something was done already; a run with other settings is refused, unless nothing was."""
+        if not self.state:
+            return False
+        old, new = flatten(_comparable(self.state["config"])), flatten(_comparable(config))
+        differing = [
+            f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
+            for name in sorted({*old, *new})
+            if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+        ]
+        if differing and ("trained" in self.state or any(self.checkpoints.glob("checkpoint_*"))):
+            raise ConfigError(
+                f"run {self.name!r} exists in {self.storage} with other settings:\n"
+                + "\n".join(differing)
+                + "\nSet them back to resume it, choose another name, or delete its folder"
+            )
+        if differing:
+            self.state = {}
+        return not differing
+
+    def remember(self, **values: Any) -> None:
+        """Write to ``run.json``; values are JSON."""
+        state = {**self.state, **values}
+        partial = self.path / ".run.json.partial"
+        partial.write_text(json.dumps(state, indent=2) + "\n")
+        partial.replace(self.path / "run.json")
+        self.state = state
+
+    def _read(self) -> dict[str, Any]:
+        file = self.path / "run.json"
+        state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return state
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in MAY_DIFFER}
+
+
+def _shown(values: Mapping[str, object], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "not there"
