@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pipelines.cluster import node_resources, ray_session, worker_resources
-from pipelines.finetune_config import FinetuneConfig
+from pipelines.finetune_config import FinetuneConfig, ScalingSection
 from pipelines.finetune_data import FinetuneData, read_data
 from pipelines.learner import prepare
 from pipelines.paths import input_path, output_path
@@ -42,10 +42,9 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         if result := folder.state.get("result"):
             print(f"run {config.name!r} is finished already: {folder.adapter}", flush=True)
             return {**result, "already_finished": True}
-        absolute = _absolute(config)
         uri = config.tracking.absolute_uri(folder.storage)
         if "trained" not in folder.state:
-            _train(config, absolute, folder, uri, resumed=resumed)
+            _train(config, folder, uri, resumed=resumed)
         return _hand_in(config, folder, uri)
 
 
@@ -65,21 +64,19 @@ def _absolute(config: FinetuneConfig) -> FinetuneConfig:
     )
 
 
-def _train(
-    config: FinetuneConfig, absolute: FinetuneConfig, folder: RunFolder, uri: str, *, resumed: bool
-) -> None:
+def _train(config: FinetuneConfig, folder: RunFolder, uri: str, *, resumed: bool) -> None:
+    absolute = _absolute(config)
     with ray_session():
-        scaling = config.scaling
-        resources = worker_resources(
-            node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
-        )
+        resources = _resources(config.scaling)
         parameters = _check_model(absolute)
         data = read_data(absolute, folder.rejects)
         if resumed and folder.state["data"] != data.fingerprint:
-            raise DataError(
-                f"{config.data.train} has changed since run {config.name!r} began; restore it, or choose "
-                "another name"
-            )
+            if folder.begun:
+                raise DataError(
+                    f"{config.data.train} has changed since run {config.name!r} began; restore it, or choose "
+                    "another name"
+                )
+            folder.state, resumed = {}, False
         tracker = Tracker.start(
             uri,
             experiment=config.tracking.experiment,
@@ -133,6 +130,22 @@ def _hand_in(config: FinetuneConfig, folder: RunFolder, uri: str) -> dict[str, A
 
 
 # ----------------------------------------------------------------------------------- before training
+
+
+def _resources(scaling: ScalingSection) -> dict[str, float]:
+    """What each worker gets; said if it is not free, refused if it is not there."""
+    import ray
+
+    if scaling.autoscaling:
+        return {"CPU": float(scaling.cpus_per_worker or 1), "GPU": float(scaling.gpus_per_worker or 0)}
+    each = worker_resources(
+        node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
+    )
+    free = ray.available_resources()
+    busy = [name for name, amount in each.items() if free.get(name, 0) < amount * scaling.workers]
+    if busy:
+        print(f"training will wait: not every {' and '.join(busy)} it needs is free now", flush=True)
+    return each
 
 
 def _check_model(config: FinetuneConfig) -> dict[str, int]:

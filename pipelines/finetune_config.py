@@ -119,6 +119,11 @@ class ScalingSection(_Section):
     gpus_per_worker: int | None = Field(
         None, ge=0, le=1, description="GPUs of each; null = one if the cluster has any, else none"
     )
+    autoscaling: bool = Field(
+        False,
+        description="the cluster grows on demand: ask for workers that it cannot hold yet; null counts above "
+        "then mean one CPU and no GPU",
+    )
     max_failures: int = Field(
         2, ge=-1, description="worker crashes after which to resume from the last checkpoint; -1 = any number"
     )

@@ -152,6 +152,8 @@ class Worker:
         if self.rank:
             ray.train.report({"step": done})
             return
+        if self.tracker is not None:
+            self.tracker.flush()  # a run that resumes from here will not repeat these steps
         with tempfile.TemporaryDirectory() as folder:
             extra = {
                 "step": done,

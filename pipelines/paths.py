@@ -40,7 +40,7 @@ def output_path(path: str | Path, field: str) -> Path:
 
 
 def input_path(path: str, field: str) -> str:
-    """The absolute path of an existing file or folder; URLs pass unchanged.
+    """The absolute path of an existing file or folder, or a pattern with ``*`` that matches; URLs pass.
 
     A relative path may lie in ``$SKIPVISION_HOME`` or in the working directory, in this order.
     """
@@ -50,8 +50,12 @@ def input_path(path: str, field: str) -> str:
     bases = [Path(os.environ[HOME]).expanduser()] if os.environ.get(HOME) else []
     candidates = [base.absolute() / given for base in (*bases, Path.cwd())]
     for candidate in candidates:
-        if candidate.exists():
+        if candidate.exists() or ("*" in path and _matches(candidate)):
             return str(candidate)
     looked = " nor ".join(dict.fromkeys(map(str, candidates)))
     hint = f"; give an absolute path, or set {HOME}" if in_ray_job() and not given.is_absolute() else ""
     raise ConfigError(f"{field} = {path}: there is no {looked}{hint}")
+
+
+def _matches(pattern: Path) -> bool:
+    return any(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))

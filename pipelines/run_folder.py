@@ -64,7 +64,7 @@ class RunFolder:
             for name in sorted({*old, *new})
             if old.get(name, _ABSENT) != new.get(name, _ABSENT)
         ]
-        if differing and ("trained" in self.state or any(self.checkpoints.glob("checkpoint_*"))):
+        if differing and self.begun:
             raise ConfigError(
                 f"run {self.name!r} exists in {self.storage} with other settings:\n"
                 + "\n".join(differing)
@@ -73,6 +73,11 @@ class RunFolder:
         if differing:
             self.state = {}
         return not differing
+
+    @property
+    def begun(self) -> bool:
+        """Whether some training is done that other settings or data would mix with."""
+        return "trained" in self.state or any(self.checkpoints.glob("checkpoint_*"))
 
     def remember(self, **values: Any) -> None:
         """Write to ``run.json``; values are JSON."""

@@ -64,8 +64,8 @@ class TrackingConfig(BaseModel):
 class Tracker:
     """One MLflow run, open in this process; other processes may have it open too.
 
-    `metrics`, `watch_system` and `close` never raise and never hold up their caller for long; all other
-    methods raise `TrackingError` when MLflow does not answer after a few tries.
+    `metrics`, `flush`, `watch_system` and `close` never raise and never hold up their caller for long; all
+    other methods raise `TrackingError` when MLflow does not answer after a few tries.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Tracker:
         self._flush_seconds, self._retry_seconds = flush_seconds, retry_seconds
         # Bounded: with a server that stays away for days, the oldest values go.
         self._waiting: deque[Metric] = deque(maxlen=200_000)
-        self._next_flush = 0.0
+        self._next_flush = self._away_until = 0.0
         self._monitor: SystemMetricsMonitor | None = None
 
     @cached_property
@@ -162,7 +162,7 @@ class Tracker:
         now = int(time.time() * 1000)
         self._waiting.extend(Metric(name, float(value), now, step) for name, value in values.items())
         if time.monotonic() >= self._next_flush:
-            self._flush()
+            self.flush()
 
     def watch_system(self, seconds: float) -> None:
         """Sample this machine's CPU, memory, disk, network and GPUs until `close`, behind earlier samples."""
@@ -180,10 +180,14 @@ class Tracker:
         """Hand in what waits; returns how many values MLflow never got. The run itself stays open."""
         if self._monitor is not None:
             self._monitor.finish()
-        self._flush()
+        self._away_until = 0.0
+        self.flush()
         return len(self._waiting)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hand in what waits, unless MLflow was away a moment ago."""
+        if time.monotonic() < self._away_until:
+            return
         try:
             while self._waiting:
                 some = list(islice(self._waiting, 1000))  # MLflow's limit per call
@@ -193,7 +197,7 @@ class Tracker:
             self._next_flush = time.monotonic() + self._flush_seconds
         # Whatever a tracking server and the network can do wrong must not end a training run.
         except Exception as error:
-            self._next_flush = time.monotonic() + self._retry_seconds
+            self._next_flush = self._away_until = time.monotonic() + self._retry_seconds
             warnings.warn(
                 f"MLflow at {self.uri} does not take metrics ({_short(error)}); the run goes on, and "
                 f"{len(self._waiting)} values wait for the next try",

@@ -1,0 +1,120 @@
+"""Relative paths lead where they can be found again, and a cluster is asked for no more than it has."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.cluster import fitting_workers, worker_resources
+from pipelines.paths import input_path, output_path
+from pipelines.run_folder import RunFolder
+from skipvision.errors import ConfigError, ResourceError
+
+LAPTOP = [{"CPU": 2.0}]
+CLUSTER = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 1.0}]
+
+
+@pytest.fixture(autouse=True)
+def _outside(monkeypatch):
+    monkeypatch.delenv("SKIPVISION_HOME", raising=False)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+
+
+# --------------------------------------------------------------------------------------------- paths
+
+
+def test_relative_outputs_start_at_home_or_where_the_user_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert output_path("runs", "storage") == tmp_path / "runs"
+    assert output_path("/x/runs", "storage").as_posix() == "/x/runs"
+    monkeypatch.setenv("SKIPVISION_HOME", "/home/project")
+    assert output_path("runs", "storage").as_posix() == "/home/project/runs"
+
+
+def test_a_relative_output_inside_a_ray_job_is_refused_without_home(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match=r"storage = runs: .* throw-away copy .* absolute path"):
+        output_path("runs", "storage")
+    monkeypatch.setenv("SKIPVISION_HOME", "/home/project")
+    assert output_path("runs", "storage").as_posix() == "/home/project/runs"
+
+
+def test_an_output_is_a_folder_and_no_url():
+    with pytest.raises(ConfigError, match="not a URL"):
+        output_path("s3://bucket/runs", "storage")
+
+
+def test_inputs_are_looked_for_at_home_and_then_here(monkeypatch, tmp_path):
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        (folder / "data").mkdir(parents=True)
+    (here / "data" / "a.json").touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("SKIPVISION_HOME", str(home))
+    assert input_path("data/a.json", "data.train") == str(here / "data" / "a.json")
+    (home / "data" / "a.json").touch()
+    assert input_path("data/a.json", "data.train") == str(home / "data" / "a.json")
+    assert input_path("data/*.json", "data.train") == str(home / "data" / "*.json")
+    assert input_path("s3://bucket/a.json", "data.train") == "s3://bucket/a.json"
+    with pytest.raises(ConfigError, match=r"data.train = data/b.json: there is no .*home.* nor .*here"):
+        input_path("data/b.json", "data.train")
+
+
+# ------------------------------------------------------------------------------------------- workers
+
+
+def test_no_worker_is_split_over_nodes():
+    assert fitting_workers(CLUSTER, {"CPU": 8.0, "GPU": 0.0}) == 5
+    assert fitting_workers(CLUSTER, {"CPU": 9.0}) == 2
+    assert fitting_workers(CLUSTER, {"CPU": 1.0, "GPU": 1.0}) == 3
+
+
+def test_cpus_are_shared_out_and_gpus_used_where_there_are_any():
+    assert worker_resources(LAPTOP, 1, None, None) == {"CPU": 2.0, "GPU": 0.0}
+    assert worker_resources(LAPTOP, 2, None, None) == {"CPU": 1.0, "GPU": 0.0}
+    assert worker_resources(CLUSTER, 3, None, None) == {"CPU": 8.0, "GPU": 1.0}
+    assert worker_resources(CLUSTER, 2, None, None) == {"CPU": 16.0, "GPU": 1.0}
+    assert worker_resources(CLUSTER, 5, None, 0) == {"CPU": 8.0, "GPU": 0.0}
+    assert worker_resources(CLUSTER, 2, 4, 1) == {"CPU": 4.0, "GPU": 1.0}
+
+
+def test_more_than_there_is_is_refused():
+    with pytest.raises(ResourceError, match=r"3 workers with 1 CPU and 0 GPU .* holds 2 \(its nodes: 2 CPU"):
+        worker_resources(LAPTOP, 3, None, None)
+    with pytest.raises(ResourceError, match="the cluster holds 0"):
+        worker_resources(LAPTOP, 1, None, 1)
+    with pytest.raises(ResourceError, match=r"4 workers with 1 CPU and 1 GPU .* holds 3"):
+        worker_resources(CLUSTER, 4, None, None)
+
+
+# ---------------------------------------------------------------------------------------- run folder
+
+
+def begun_run(storage, config):
+    run = RunFolder(storage, "run")
+    with run.claimed():
+        assert not run.resumes(config)
+        run.remember(config=config, mlflow_run_id="1")
+    (run.checkpoints / "checkpoint_00000010").mkdir(parents=True)
+    return RunFolder(storage, "run")
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(tmp_path):
+    config = {"training": {"steps": 5, "rate": 1.0}, "scaling": {"workers": 1}, "storage": "runs"}
+    run = begun_run(tmp_path, config)
+    with run.claimed():
+        elsewhere = {**config, "scaling": {"workers": 8}, "storage": str(tmp_path)}
+        assert run.resumes(elsewhere)
+        assert run.state["mlflow_run_id"] == "1"
+        with pytest.raises(
+            ConfigError, match=r"other settings:\n  training.rate: was 1.0, now 2.0\n  training.s"
+        ):
+            run.resumes({**config, "training": {"steps": 6, "rate": 2.0}})
+
+
+def test_a_run_that_has_not_begun_may_be_started_anew(tmp_path):
+    config = {"training": {"rate": 1.0}}
+    run = begun_run(tmp_path, config)
+    (run.checkpoints / "checkpoint_00000010").rmdir()
+    with run.claimed():
+        assert not run.resumes({"training": {"rate": 2.0}})
+        assert run.state == {}
