@@ -169,7 +169,6 @@ def decode(file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Im
                 raise OversizedImageError(
                     f"image {name} has {image.width} × {image.height} pixels, more than {max_pixels:,}"
                 )
-            image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
     except ImageError:

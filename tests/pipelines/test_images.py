@@ -101,7 +101,7 @@ def flipped(data):
         ("page.jpg", b"<html>Not found</html>", "unreadable image", "is not an image in a known format"),
         (
             "drawing.eps",
-            b"%!PS-Adobe-3.0 EPSF-3.0\n",
+            saved(Image.new("RGB", (9, 9)), "EPS"),
             "unreadable image",
             "is not an image in a known format",
         ),
