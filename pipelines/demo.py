@@ -16,6 +16,11 @@ from pipelines.paths import HOME, output_path
 
 _CONFIGS = "jobs/configs"
 _RUNS = ("demo-full", "demo")
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # peft asks transformers by a name that transformers is about to change.
+    "PYTHONWARNINGS": "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+}
 
 
 class DemoConfig(BaseModel):
@@ -57,7 +62,7 @@ def _job(ray: LocalRay, started: float, title: str, script: str, settings: str, 
     _say(started, title)
     ray.submit(
         ["python", f"jobs/{script}", "--config", f"{_CONFIGS}/{settings}", *options],
-        environment={HOME: os.environ.get(HOME, str(ROOT))},
+        environment={HOME: os.environ.get(HOME, str(ROOT)), **_QUIET},
     )
 
 

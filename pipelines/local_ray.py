@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +25,8 @@ from skipvision.errors import ResourceError, SkipVisionError
 
 _START_SECONDS = 90
 _STOP_SECONDS = 30
+_CHATTER = re.compile(r"(INFO|SUCC|WARNING) \w+\.py:\d+ -- |^Running entrypoint")
+"""What ``ray job submit`` says of itself, twenty lines a job; what the job says is shown."""
 
 
 class JobFailedError(SkipVisionError):
@@ -41,15 +46,18 @@ class LocalRay:
         Raises:
             JobFailedError: the job did not succeed.
         """
-        variables = ", ".join(f'"{name}": "{value}"' for name, value in environment.items())
-        command = [
-            *_ray("job", "submit", "--address", self.dashboard, "--working-dir", str(ROOT)),
-            *("--runtime-env-json", f'{{"env_vars": {{{variables}}}}}', "--", *entrypoint),
-        ]
-        print(f"$ {' '.join(['ray', *command[command.index('job') :]])}", flush=True)
-        code = subprocess.run(command, env=dict(self.environment), check=False).returncode
-        if code:
-            raise JobFailedError(f"the job `{' '.join(entrypoint)}` failed; its output is above")
+        options = ["--address", self.dashboard, "--working-dir", str(ROOT)]
+        options += ["--runtime-env-json", json.dumps({"env_vars": dict(environment)}), "--", *entrypoint]
+        print(f"$ {shlex.join(['ray', 'job', 'submit', *options])}", flush=True)
+        command = _ray("job", "submit", *options)
+        with subprocess.Popen(
+            command, env=dict(self.environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as job:
+            for line in job.stdout or ():
+                if line.strip() and not _CHATTER.search(line):
+                    print(line, end="", flush=True)
+        if job.returncode:
+            raise JobFailedError(f"the job `{shlex.join(entrypoint)}` failed; its output is above")
 
 
 @contextmanager

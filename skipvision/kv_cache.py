@@ -55,8 +55,8 @@ class CacheState:
             return torch.cat([self.mask, self.mask.new_ones(rows, later)], dim=1)
         if caller_mask.dim() != 2 or caller_mask.shape != (rows, self.caller_length + later):
             raise InputError(
-                f"attention_mask of shape {tuple(caller_mask.shape)} does not fit a pruned cache: {rows} rows "
-                f"over the {self.caller_length + later} positions fed so far are expected (or no mask)"
+                f"attention_mask of shape {tuple(caller_mask.shape)} does not fit a pruned cache: {rows} "
+                f"rows over the {self.caller_length + later} positions fed so far are expected (or no mask)"
             )
         return torch.cat([self.mask, caller_mask[:, self.caller_length :].bool()], dim=1)
 

@@ -78,7 +78,7 @@ def test_everything_is_measured_and_recorded(storage, shapes_data):
     assert table == markdown(result)
     assert "| number |" in table
     assert Path(result["picture"]).read_bytes().startswith(b"\x89PNG")
-    tracked = Tracker(**{"uri": f"sqlite:///{storage}/mlflow.db", "run_id": _run_id(storage)})._client
+    tracked = Tracker(uri=f"sqlite:///{storage}/mlflow.db", run_id=_run_id(storage))._client
     run = tracked.get_run(_run_id(storage))
     assert run.data.metrics["ratio_to_full/seconds_per_step"] == 0.5
     assert {a.path for a in tracked.list_artifacts(run.info.run_id)} == {"comparison.md", "comparison.png"}
