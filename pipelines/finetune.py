@@ -33,8 +33,9 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Train, or continue, or only report the run ``config.name``; returns its result.
 
     The result holds ``adapter`` (folder), ``steps``, ``loss``, ``validation_loss``, ``exact_match`` per
-    task, ``training_seconds``, ``seconds_per_step`` (median), ``rejected_rows``, ``mlflow_uri``,
-    ``mlflow_run_id``, ``model_version`` and ``already_finished``.
+    task, ``training_seconds``, ``seconds_per_step`` (median), ``rejected_rows``, ``unrecorded_values``
+    (metrics that MLflow was away for), ``mlflow_uri``, ``mlflow_run_id``, ``model_version`` and
+    ``already_finished``.
     """
     folder = RunFolder(output_path(config.storage, "storage"), config.name)
     with folder.claimed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,5 +77,7 @@ def _read(config: FinetuneConfig, source: str) -> tuple[list[TrainingRow], list[
 def _fingerprint(rows: Sequence[TrainingRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.key, [str(image) for image in row.images], row.messages)).encode())
+        # Not the images' folders: a Ray job finds them in another copy of the project each time.
+        images = [posixpath.basename(str(image)) for image in row.images]
+        digest.update(repr((row.key, images, row.messages)).encode())
     return digest.hexdigest()

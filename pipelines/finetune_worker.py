@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 import time
@@ -45,8 +46,7 @@ class Assignment:
 def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
     """The run from its last checkpoint to its end; returns what there is to say about it."""
     context = ray.train.get_context()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(_threads())
+    torch.set_num_threads(_threads())
     with ExitStack() as stack:
         tracker = None
         if context.get_world_rank() == 0:
@@ -55,7 +55,10 @@ def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
             if work.config.tracking.system_metrics_seconds:
                 tracker.watch_system(work.config.tracking.system_metrics_seconds)
         worker = Worker(work, context.get_world_rank(), context.get_world_size(), tracker)
-        return worker.run()
+        result = worker.run()
+        if tracker is not None:
+            result["unrecorded_values"] = tracker.close()
+        return result
 
 
 class Worker:
@@ -224,9 +227,9 @@ class Crashes(ray.train.UserCallback):
 
 
 def _threads() -> int:
-    """As many torch threads as the worker was given CPUs."""
+    """As many torch threads as the worker was given CPUs, which may be more than there are."""
     given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    return max(1, int(given))
+    return max(1, min(int(given), os.cpu_count() or 1))
 
 
 def _peak_memory(device: torch.device) -> int:
