@@ -1,0 +1,69 @@
+"""One table of configurations, and the batches they are tried on.
+
+An image of `tiny_llava` has 16 visual tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+
+from skipvision import SkipConfig
+from skipvision.testing import IMAGE_TOKEN
+
+CONFIGS = {
+    "counts": SkipConfig(retained=5, skipped=4),
+    "fractions": SkipConfig(retained=0.25, skipped=0.5),
+    "no-summary": SkipConfig(retained=5, skipped=4, summary_tokens=0),
+    "three-summaries": SkipConfig(retained=5, skipped=4, summary_tokens=3),
+    "pool": SkipConfig(retained=3, skipped=5, merge="pool"),
+    "drop": SkipConfig(retained=3, skipped=5, merge="drop"),
+    "grouped": SkipConfig(retained=5, skipped=4, layout="grouped", summary_tokens=2),
+    "contiguous": SkipConfig(retained=5, skipped=4, positions="contiguous"),
+    "grouped-contiguous": SkipConfig(retained=5, skipped=4, layout="grouped", positions="contiguous"),
+    "ffn-for-all": SkipConfig(retained=5, skipped=4, skip_ffn=False),
+    "cache-for-all": SkipConfig(retained=5, skipped=4, skip_kv=False),
+    "retained-only": SkipConfig(retained=6, skipped=0),
+    "skipped-only": SkipConfig(retained=0, skipped=6),
+    "nothing-merged": SkipConfig(retained=0.5, skipped=0.5),
+    "summaries-alone": SkipConfig(retained=16, skipped=0),
+    "diversity": SkipConfig(retained=5, skipped=4, select="diversity"),
+    "norm": SkipConfig(retained=5, skipped=4, select="norm"),
+    "uniform": SkipConfig(retained=5, skipped=4, select="uniform"),
+    "random": SkipConfig(retained=5, skipped=4, select="random", seed=3),
+    "ffn-ratio": SkipConfig(retained=5, skipped=4, select="ffn_ratio"),
+    "ffn-ratio-later": SkipConfig(retained=5, skipped=4, select="ffn_ratio", probe_layer=1),
+}
+
+same_every_time = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+"""Random tests draw the same examples in every run; those marked slow draw many new ones."""
+always_new = settings(same_every_time, max_examples=2000, derandomize=False)
+
+ROWS = [[3, "image", 4], [5], ["image", 2, "image", 3]]
+"""One image, none, two; of different lengths."""
+
+
+def train_summary(summary: torch.nn.Module | None) -> None:
+    """Give a summary layer weights as training might leave them: every token scored differently."""
+    if summary is not None:
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in summary.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / 4)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to the order in which float64 sums are taken."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def labels_for(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Every real word of a batch as its own label; −100 at images and padding."""
+    words = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN)
+    return inputs["input_ids"].masked_fill(~words, -100)

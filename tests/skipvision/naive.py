@@ -1,0 +1,394 @@
+"""The method once more, slowly: one row at a time, in loops and masks, sharing no code with the library.
+
+What the library does for ragged batches with sorts, scatters and hooks is written here as one would
+explain it. A test computes both and compares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from skipvision import SkipConfig, TokenRole
+from skipvision.testing import IMAGE_TOKEN
+
+# ------------------------------------------------------------------------------------- one image
+
+
+class Ambiguous(Exception):
+    """Two choices are equally good up to rounding; two tokens are each other's neighbours, say."""
+
+
+def best(scores: dict[int, float], count: int) -> list[int]:
+    """The ``count`` keys with the highest scores, best first."""
+    order = sorted(scores, key=scores.__getitem__, reverse=True)
+    if 0 < count < len(order) and scores[order[count - 1]] - scores[order[count]] < 1e-9:
+        raise Ambiguous
+    return order[:count]
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def redundancy(features: list[list[float]]) -> list[float]:
+    return [
+        sum(cosine(one, other) for j, other in enumerate(features) if j != i)
+        for i, one in enumerate(features)
+    ]
+
+
+def farthest_first(features: list[list[float]], count: int) -> list[int]:
+    """The diversity criterion: each next token is the one farthest from those already chosen."""
+    places = range(len(features))
+    distance = [[1 - cosine(a, b) for b in features] for a in features]
+    chosen: list[int] = []
+    while len(chosen) < count:
+        others = chosen if chosen else list(places)
+        gaps = {
+            i: min((distance[i][j] for j in others if j != i), default=math.inf)
+            for i in places
+            if i not in chosen
+        }
+        chosen += best(gaps, 1)
+    return chosen
+
+
+def retain(
+    features: list[list[float]], count: int, config: SkipConfig, scores: list[float] | None = None
+) -> set[int]:
+    """The tokens of one image on the full path."""
+    tokens = len(features)
+    if config.select == "diversity":
+        return set(farthest_first(features, count))
+    if config.select == "uniform":
+        return {math.floor((i + 0.5) * tokens / count) for i in range(count)}
+    if config.select == "similarity":
+        scores = [-value for value in redundancy(features)]
+    elif config.select == "norm":
+        scores = [math.sqrt(sum(x * x for x in one)) for one in features]
+    elif config.select == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        scores = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in features]
+    assert scores is not None
+    return set(best(dict(enumerate(scores)), count))
+
+
+def hosts(features: list[list[float]], retained: set[int], skipped: int, merge: str) -> list[int]:
+    """For each token of one image the token it ends in; −1 if dropped."""
+    rest = [i for i in range(len(features)) if i not in retained]
+    ends = list(range(len(features)))
+    if merge == "pool":
+        runs = min(skipped, len(rest))
+        members: list[list[int]] = [[] for _ in range(runs)]
+        for place, token in enumerate(rest):
+            members[place * runs // len(rest)].append(token)
+        for run in members:
+            for token in run:
+                ends[token] = run[(len(run) - 1) // 2]
+        return ends
+    summed = redundancy(features)
+    survivors = best({i: -summed[i] for i in rest}, skipped)
+    for token in rest:
+        if token in survivors:
+            continue
+        similarity = {i: cosine(features[token], features[i]) for i in survivors or retained}
+        ends[token] = -1 if merge == "drop" else best(similarity, 1)[0]
+    return ends
+
+
+# --------------------------------------------------------------------------------------- one row
+
+
+@dataclass
+class Token:
+    """One token of the reduced row; fields as in `TokenPlan`."""
+
+    role: TokenRole
+    source: int = -1
+    position_source: int = -1
+    summary_slot: int = -1
+    group: int = -1
+    mean_of: list[int] = field(default_factory=list)
+    """Caller positions merged into it."""
+    sums_up: list[int] = field(default_factory=list)
+    """For a summary: caller positions of the tokens of its group."""
+
+
+def reduce_row(
+    length: int,
+    images: list[list[int]],
+    features: list[list[list[float]]],
+    config: SkipConfig,
+    *,
+    scores: list[list[float]] | None = None,
+    first_image: int = 0,
+) -> tuple[list[Token], list[int]]:
+    """A row without padding: its reduced tokens, and for each caller position its token's index, or −1.
+
+    Args:
+        length: caller's tokens.
+        images: caller positions of each image.
+        features: of each image's tokens.
+        config: what is asked for.
+        scores: of each image's tokens, for select="ffn_ratio".
+        first_image: number of the first image in its batch.
+    """
+    image_at = {positions[0]: number for number, positions in enumerate(images)}
+    inside = {position for positions in images for position in positions}
+    ends = list(range(length))
+    tokens: list[Token] = []
+    for position in range(length):
+        if position in image_at:
+            number = image_at[position]
+            tokens += _reduce_image(
+                images[number],
+                features[number],
+                config,
+                scores[number] if scores else None,
+                first_image + number,
+                ends,
+            )
+        elif position not in inside:
+            tokens.append(Token(TokenRole.TEXT, position, position, mean_of=[position]))
+    index = {token.source: place for place, token in enumerate(tokens) if token.source >= 0}
+    return tokens, [index.get(end, -1) for end in ends]
+
+
+def _reduce_image(
+    positions: list[int],
+    features: list[list[float]],
+    config: SkipConfig,
+    scores: list[float] | None,
+    number: int,
+    ends: list[int],
+) -> list[Token]:
+    retained_count, skipped_count = config.counts(len(positions))
+    retained = retain(features, retained_count, config, scores)
+    host = hosts(features, retained, skipped_count, config.merge)
+    groups: list[list[Token]] = [[], []]
+    everyone = []
+    for local, position in enumerate(positions):
+        ends[position] = positions[host[local]] if host[local] >= 0 else -1
+        if host[local] != local:
+            continue
+        short = local not in retained
+        token = Token(
+            TokenRole.SKIPPED if short else TokenRole.RETAINED,
+            position,
+            position,
+            group=2 * number + short,
+            mean_of=[positions[other] for other in range(len(positions)) if host[other] == local],
+        )
+        groups[short].append(token)
+        everyone.append(token)
+    k = config.summary_tokens
+    summaries = [
+        [
+            Token(
+                TokenRole.SUMMARY,
+                position_source=members[-1].position_source,
+                summary_slot=(2 * number + short) * k + nth,
+                sums_up=[token.source for token in members],
+            )
+            for nth in range(k)
+            if members
+        ]
+        for short, members in enumerate(groups)
+    ]
+    if config.layout == "grouped":
+        return [*groups[0], *summaries[0], *groups[1], *summaries[1]]
+    return [*everyone, *summaries[0], *summaries[1]]
+
+
+# ------------------------------------------------------------------------------------- the model
+
+
+@dataclass
+class Row:
+    """One reduced row, ready for the decoder."""
+
+    tokens: list[Token]
+    lands: list[int]
+    embeds: torch.Tensor
+    """(1, L, H)"""
+    positions: torch.Tensor
+    """(L,)"""
+
+    @property
+    def takes_ffn(self) -> list[bool]:
+        return [token.role != TokenRole.SKIPPED for token in self.tokens]
+
+
+def embed_rows(model, inputs) -> list[torch.Tensor]:
+    """(T, H) of each row, padding cut off, image features in place."""
+    features = []
+    if "pixel_values" in inputs:
+        features = list(torch.cat(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
+    rows = []
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        ids = ids[mask.bool()]
+        embeds = list(model.get_input_embeddings()(ids))
+        for position in range(len(ids)):
+            if ids[position] == IMAGE_TOKEN:
+                embeds[position] = features.pop(0)
+        rows.append(torch.stack(embeds))
+    return rows
+
+
+def image_positions(ids: torch.Tensor, tokens: int) -> list[list[int]]:
+    """Caller positions of each image of a row."""
+    found = [position for position, token in enumerate(ids.tolist()) if token == IMAGE_TOKEN]
+    return [found[start : start + tokens] for start in range(0, len(found), tokens)]
+
+
+def prepare(model, inputs, config, summary=None, *, from_zero: bool = False) -> list[Row]:
+    """Every row of a batch, reduced.
+
+    Position ids count padding, as a plain forward's do, or start at a row's first token, as generate's do.
+    """
+    decoder = model.model.language_model
+    rows, first_image = [], 0
+    for ids, mask, embeds in zip(
+        inputs["input_ids"], inputs["attention_mask"], embed_rows(model, inputs), strict=True
+    ):
+        images = image_positions(ids[mask.bool()], model.config.image_seq_length)
+        features = [embeds[positions].tolist() for positions in images]
+        scores = None
+        if config.select == "ffn_ratio" and images:
+            ratio = ffn_ratio(decoder, embeds[None], config.probe_layer)
+            scores = [[ratio[position] for position in positions] for positions in images]
+        tokens, lands = reduce_row(
+            len(embeds), images, features, config, scores=scores, first_image=first_image
+        )
+        first_image += len(images)
+        if config.positions == "original":
+            positions = torch.tensor([token.position_source for token in tokens])
+        else:
+            positions = torch.arange(len(tokens))
+        if not from_zero:
+            # Shifting positions changes nothing but the rotary embedding's float32 rounding.
+            positions = positions + mask.argmax()
+        rows.append(Row(tokens, lands, _embeds_of(tokens, embeds, summary)[None], positions))
+    return rows
+
+
+def _embeds_of(tokens: list[Token], embeds: torch.Tensor, summary) -> torch.Tensor:
+    merged = {token.source: embeds[token.mean_of].mean(dim=0) for token in tokens if token.source >= 0}
+    result = []
+    for token in tokens:
+        if token.role == TokenRole.SUMMARY:
+            members = torch.stack([merged[source] for source in token.sums_up])
+            nth = token.summary_slot % summary.score.out_features
+            result.append(sum_up(members, summary, nth))
+        else:
+            result.append(merged[token.source])
+    return torch.stack(result)
+
+
+def sum_up(members: torch.Tensor, summary, nth: int) -> torch.Tensor:
+    """(H,) the ``nth`` summary of a group (n, H)."""
+    scores = [
+        summary.score.weight[nth]
+        @ F.layer_norm(one, one.shape, summary.norm.weight, summary.norm.bias, summary.norm.eps)
+        for one in members
+    ]
+    exponentials = [score.exp() for score in scores]
+    total = sum(exponentials)
+    return sum(e / total * one for e, one in zip(exponentials, members, strict=True))
+
+
+def causal(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def run_layers(decoder, layers, hidden, positions, allowed, takes_ffn, cache=None):
+    """Decoder layers by hand: every token enters every FFN, and a mask forgets what skipped ones got.
+
+    Args:
+        decoder: for its rotary embedding.
+        layers: what to run.
+        hidden: (1, L, H).
+        positions: (L,) position ids.
+        allowed: (L, keys) who attends to whom.
+        takes_ffn: L flags.
+        cache: keys and values of earlier tokens, to be extended.
+    """
+    rotary = decoder.rotary_emb(hidden, position_ids=positions[None])
+    mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, -torch.inf)[None, None]
+    keep = torch.tensor(takes_ffn, dtype=hidden.dtype)[None, :, None]
+    for layer in layers:
+        attended = layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden),
+            position_embeddings=rotary,
+            attention_mask=mask,
+            past_key_values=cache,
+        )[0]
+        hidden = hidden + attended
+        hidden = hidden + keep * layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden
+
+
+def run_row(model, row: Row, config, cache=None) -> torch.Tensor:
+    """(L, H) last hidden states of a reduced row."""
+    decoder = model.model.language_model
+    takes_ffn = row.takes_ffn if config.skip_ffn else [True] * len(row.tokens)
+    allowed = causal(len(row.tokens))
+    return decoder.norm(
+        run_layers(decoder, decoder.layers, row.embeds, row.positions, allowed, takes_ffn, cache)
+    )[0]
+
+
+def ffn_ratio(decoder, embeds: torch.Tensor, probe_layer: int) -> list[float]:
+    """‖FFN(norm(h))‖ / ‖h‖ of every token of an unreduced row at one layer."""
+    length = embeds.shape[1]
+    positions, allowed = torch.arange(length), causal(length)
+    with torch.no_grad():
+        hidden = run_layers(
+            decoder, decoder.layers[:probe_layer], embeds, positions, allowed, [True] * length
+        )
+        layer = decoder.layers[probe_layer]
+        hidden = run_layers(decoder, [layer], hidden, positions, allowed, [False] * length)
+        update = layer.mlp(layer.post_attention_layernorm(hidden))
+    return [float(u.norm() / h.norm()) for u, h in zip(update[0], hidden[0], strict=True)]
+
+
+def logits(model, inputs, config, summary=None) -> torch.Tensor:
+    """(B, T, V) logits at the caller's positions; those of a zero state where dropped or padding."""
+    rows = prepare(model, inputs, config, summary)
+    hidden = torch.zeros(*inputs["input_ids"].shape, model.config.text_config.hidden_size)
+    hidden = hidden.to(model.dtype)
+    for number, row in enumerate(rows):
+        states = run_row(model, row, config)
+        real = inputs["attention_mask"][number].nonzero().squeeze(1).tolist()
+        for position, place in zip(real, row.lands, strict=True):
+            if place >= 0:
+                hidden[number, position] = states[place]
+    return model.lm_head(hidden)
+
+
+@torch.no_grad()
+def decode(model, row: Row, config, answer: list[int]) -> list[torch.Tensor]:
+    """Logits before each token of ``answer``, decoding on the full cache.
+
+    Nothing ever leaves the cache; if skip_kv, every step's mask hides the skipped tokens' keys.
+    """
+    decoder = model.model.language_model
+    cache = DynamicCache()
+    result = [model.lm_head(run_row(model, row, config, cache)[-1])]
+    seen = [not (config.skip_kv and token.role == TokenRole.SKIPPED) for token in row.tokens]
+    position = int(row.positions[-1])
+    for token in answer[:-1]:
+        seen.append(True)
+        position += 1
+        embeds = model.get_input_embeddings()(torch.tensor([[token]]))
+        hidden = run_layers(
+            decoder, decoder.layers, embeds, torch.tensor([position]), torch.tensor([seen]), [True], cache
+        )
+        result.append(model.lm_head(decoder.norm(hidden))[0, -1])
+    return result
