@@ -1,0 +1,149 @@
+"""Who is retained: every criterion against its loop, over images of different sizes at once."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from skipvision import SkipConfig
+from skipvision.probe import ffn_ratio
+from skipvision.select import CRITERIA, redundancy, top
+from skipvision.testing import tiny_inputs, tiny_llava
+from tests.skipvision import naive
+from tests.skipvision.cases import ROWS, close
+
+SIZES = [16, 7, 1, 12]
+RETAINED = [5, 3, 0.5, 0.3, 1, 1.0, 0]
+
+
+def ragged(sizes=SIZES, width=6, seed=1, dtype=torch.float64):
+    """Random features; behind the last token of a smaller image stands garbage that nobody may read."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(len(sizes), max(sizes), width, generator=generator, dtype=dtype)
+    valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    features[~valid] = 1e6
+    return features, valid
+
+
+def retained_by(select, features, valid, counts, seed=0):
+    counts = torch.tensor(counts)
+    return top(CRITERIA[select](features, valid, counts, seed), valid, counts)
+
+
+@pytest.mark.parametrize("amount", RETAINED)
+@pytest.mark.parametrize("select", CRITERIA)
+def test_each_criterion_is_its_loop(select, amount):
+    config = SkipConfig(retained=amount, skipped=2, select=select, seed=7)
+    features, valid = ragged()
+    counts = [config.counts(size)[0] for size in SIZES]
+    got = retained_by(select, features, valid, counts, seed=7)
+    for image, (size, count) in enumerate(zip(SIZES, counts, strict=True)):
+        expected = naive.retain(features[image, :size].tolist(), count, config)
+        assert set(got[image].nonzero().flatten().tolist()) == expected, f"image of {size} tokens"
+
+
+def test_redundancy_is_the_sum_of_cosines():
+    features, _ = ragged([9])
+    unit = features / features.norm(dim=-1, keepdim=True)
+    expected = naive.redundancy(features[0].tolist())
+    close(redundancy(unit)[0], torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("select", CRITERIA)
+def test_an_image_does_not_depend_on_the_others_beside_it(select):
+    features, valid = ragged()
+    together = retained_by(select, features, valid, [8, 2, 1, 5])
+    for image, (size, count) in enumerate(zip(SIZES, [8, 2, 1, 5], strict=True)):
+        alone = retained_by(
+            select, features[image : image + 1, :size], valid[image : image + 1, :size], [count]
+        )
+        assert torch.equal(together[image, :size], alone[0]), f"image of {size} tokens"
+
+
+def test_random_is_fixed_by_its_seed():
+    features, valid = ragged([16, 16])
+    first = retained_by("random", features, valid, [6, 6], seed=1)
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first, retained_by("random", -features, valid, [6, 6], seed=1))
+    assert not torch.equal(first, retained_by("random", features, valid, [6, 6], seed=2))
+
+
+def test_random_draws_more_by_adding_to_what_it_drew():
+    features, valid = ragged([64])
+    drawn = [retained_by("random", features, valid, [count])[0] for count in range(65)]
+    for fewer, more in pairwise(drawn):
+        assert bool((more | ~fewer).all())
+        assert int(more.sum()) == int(fewer.sum()) + 1
+
+
+def test_random_orders_a_smaller_image_like_the_beginning_of_a_larger_one():
+    large = CRITERIA["random"](*ragged([100]), torch.tensor([1]), 4)
+    small = CRITERIA["random"](*ragged([37]), torch.tensor([1]), 4)
+    assert torch.equal(large[:, :37], small)
+
+
+def test_ties_go_to_the_earlier_token():
+    scores = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]])
+    got = top(scores, torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]))
+    assert got.tolist() == [[False, True, True, False, False]]
+
+
+@pytest.mark.parametrize("select", CRITERIA)
+def test_half_precision_features_are_judged_in_full_precision(select):
+    features, valid = ragged([16], width=32, dtype=torch.float32)
+    half = features.to(torch.bfloat16)
+    assert torch.equal(retained_by(select, half, valid, [6]), retained_by(select, half.double(), valid, [6]))
+
+
+@pytest.mark.parametrize("select", CRITERIA)
+def test_choosing_keeps_no_gradient(select):
+    features, valid = ragged()
+    scores = CRITERIA[select](features.requires_grad_(), valid, torch.tensor([5, 3, 1, 4]), 0)
+    assert not scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("retained", "skipped", "tokens", "expected"),
+    [
+        (100, 156, 576, (100, 156)),
+        (100, 156, 200, (100, 100)),
+        (100, 156, 60, (60, 0)),
+        (0.25, 0.25, 576, (144, 144)),
+        (0.25, 0.25, 10, (3, 3)),
+        (0.001, 0.001, 10, (1, 1)),
+        (0.5, 0.5, 7, (4, 3)),
+        (1.0, 0.5, 7, (7, 0)),
+        (1, 1.0, 7, (1, 6)),
+        (0.0, 0.0, 7, (0, 0)),
+        (0, 3, 0, (0, 0)),
+    ],
+)
+def test_counts_and_fractions(retained, skipped, tokens, expected):
+    assert SkipConfig(retained=retained, skipped=skipped, merge="drop").counts(tokens) == expected
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("probe_layer", [0, 1, 2])
+def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
+    model = tiny_llava(dtype=torch.float64)
+    decoder = model.model.language_model
+    inputs = tiny_inputs(ROWS, padding=padding, dtype=torch.float64)
+    rows = naive.embed_rows(model, inputs)
+    embeds = torch.zeros(*inputs["input_ids"].shape, 32, dtype=torch.float64)
+    embeds[inputs["attention_mask"].bool()] = torch.cat(rows).detach()
+    layers_run = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, n=n: layers_run.append(n))
+        for n, layer in enumerate(decoder.layers)
+    ]
+    call = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    got = ffn_ratio(decoder, decoder.layers[probe_layer], call)
+    for handle in handles:
+        handle.remove()
+    assert layers_run == list(range(probe_layer + 1)), "what lies behind need not be computed"
+    for number, row in enumerate(rows):
+        expected = torch.tensor(naive.ffn_ratio(decoder, row[None], probe_layer), dtype=torch.float64)
+        real = got[number][inputs["attention_mask"][number].bool()]
+        # Rotary embeddings are float32 in Hugging Face models, and padding shifts positions.
+        torch.testing.assert_close(real, expected, rtol=1e-5, atol=1e-6)
+    assert not got.requires_grad
