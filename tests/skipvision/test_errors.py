@@ -1,0 +1,281 @@
+"""Everything that cannot be honoured says so: what was wrong, with which value, what to do."""
+
+import pytest
+import torch
+from pydantic import BaseModel, ValidationError
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, StaticCache
+from transformers.models.auto import AutoConfig
+
+import skipvision
+from skipvision import (
+    ConfigError,
+    InputError,
+    SkipConfig,
+    SkipVisionError,
+    UnsupportedModelError,
+    attach,
+    attachment_of,
+)
+from skipvision.testing import IMAGE_TOKEN, tiny_inputs, tiny_llava
+from tests.skipvision.cases import CONFIGS, ROWS
+
+# ---------------------------------------------------------------------------------------- models
+
+
+def small_bert():
+    return BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
+
+
+def small_llama():
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama",
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            vocab_size=9,
+        )
+    )
+
+
+def llava_without_layers():
+    model = tiny_llava()
+    model.model.language_model.layers = torch.nn.ModuleList()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (small_bert, "model_type 'bert' is not supported; supported: llava"),
+        (small_llama, "model_type 'llama' is not supported"),
+        (lambda: torch.nn.Linear(2, 2), "Linear contains no Hugging Face PreTrainedModel"),
+        (llava_without_layers, "has no 'language_model' with a list of layers.*LlamaModel"),
+        (
+            lambda: tiny_llava(text="gpt_neox", num_hidden_layers=1),
+            "layer 0 of GPTNeoXModel .* has no 'self_attn'",
+        ),
+    ],
+)
+def test_models_that_cannot_be_hooked(build, message):
+    model = build()
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    for use in (lambda: attach(model, SkipConfig()), lambda: attachment_of(model)):
+        with pytest.raises(UnsupportedModelError, match=message):
+            use()
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_attaching_twice():
+    model = tiny_llava()
+    with attach(model, CONFIGS["counts"]) as skip:
+        with pytest.raises(ConfigError, match=r"attached to this model already: detach\(\) it first"):
+            attach(model, CONFIGS["pool"])
+        assert attachment_of(model) is skip
+        model(**tiny_inputs(ROWS))
+        assert skip.plan is not None, "the first goes on working"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"select": "ffn_ratio", "probe_layer": 3}, r"probe_layer=3, but the decoder has layers 0 … 2"),
+        ({"select": "views"}, "select='views' needs a multi-view family; LlavaModel"),
+    ],
+)
+def test_configs_that_do_not_fit_the_model(values, message):
+    model = tiny_llava()
+    with pytest.raises(ConfigError, match=message):
+        attach(model, SkipConfig(**values))
+    assert attachment_of(model) is None
+    assert not any("summary" in name for name in model.state_dict())
+
+
+# --------------------------------------------------------------------------------------- configs
+
+
+def test_all_wrong_values_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        SkipConfig(
+            retained=-3,
+            skipped=1.5,
+            select="attention",
+            merge="average",
+            summary_tokens=-1,
+            skip_ffn="perhaps",
+            positions="new",
+            layout="spiral",
+            probe_layer=-2,
+            seed="lucky",
+            speed=11,
+        )
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11
+    for line, expected in zip(
+        lines,
+        [
+            "retained=-3: ",
+            "skipped=1.5: ",
+            "select='attention': ",
+            "merge='average': ",
+            "summary_tokens=-1: ",
+            "skip_ffn='perhaps': ",
+            "positions='new': ",
+            "layout='spiral': ",
+            "probe_layer=-2: ",
+            "seed='lucky': ",
+            "speed=11: no such field; fields are retained, skipped, select, ",
+        ],
+        strict=True,
+    ):
+        assert expected in line
+    assert "'similarity', 'ffn_ratio'" in lines[2], "what is allowed is said"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"retained": True},
+        {"retained": "100"},
+        {"retained": None},
+        {"retained": 1.0001},
+        {"skipped": -0.1},
+        {"skipped": float("nan")},
+        {"summary_tokens": 1.5},
+    ],
+)
+def test_amounts_are_counts_or_fractions(values):
+    ((name, value),) = values.items()
+    with pytest.raises(ConfigError, match=f"{name}={value!r}"):
+        SkipConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"retained": 0, "skipped": 0}, "retained=0 and skipped=0 leave nothing to merge into"),
+        ({"retained": 0.0, "skipped": 0, "merge": "pool"}, "skipped=0"),
+        ({"retained": 5, "skipped": 0, "merge": "pool"}, "use merge='similarity' or 'drop'"),
+    ],
+)
+def test_nothing_to_merge_into(values, message):
+    with pytest.raises(ConfigError, match=message):
+        SkipConfig(**values)
+    SkipConfig(**{**values, "merge": "drop"})
+
+
+@pytest.mark.parametrize("text", ["", "7", "- retained", "[1, 2]"])
+def test_yaml_that_is_no_mapping(text):
+    with pytest.raises(ConfigError, match="is a mapping of fields"):
+        SkipConfig.from_yaml(text)
+
+
+def test_a_config_cannot_be_changed():
+    config = SkipConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.retained = 7
+    assert hash(config) == hash(SkipConfig())
+
+
+def test_a_bad_config_inside_another_model_is_named_there():
+    class Job(BaseModel):
+        skip: SkipConfig
+
+    with pytest.raises(ValidationError, match="retained=-1"):
+        Job.model_validate({"skip": {"retained": -1}})
+
+
+# ---------------------------------------------------------------------------------------- inputs
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_llava()
+    with attach(model, CONFIGS["counts"]):
+        yield model
+
+
+@pytest.fixture
+def inputs():
+    return tiny_inputs(ROWS)
+
+
+def test_embeddings_without_ids(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(InputError, match=r"inputs_embeds without input_ids.*Pass input_ids"):
+        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    with pytest.raises(InputError, match="inputs_embeds without input_ids"):
+        model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=2)
+
+
+def test_placeholders_without_images(model, inputs):
+    del inputs["pixel_values"]
+    with pytest.raises(InputError, match="input_ids hold 48 image placeholders but neither pixel_values"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("images", [0, 5])
+def test_placeholders_that_cannot_be_shared_out(model, inputs, images):
+    inputs["pixel_values"] = torch.zeros(images, 3, 16, 16)
+    with pytest.raises(InputError, match=f"48 image placeholders cannot be shared out among {images} images"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_an_image_across_two_rows(model, inputs, images):
+    inputs["pixel_values"] = inputs["pixel_values"][:images]
+    with pytest.raises(InputError, match="stretch over two rows"):
+        model(**inputs)
+
+
+def test_a_number_of_placeholders_that_is_no_images(model):
+    inputs = tiny_inputs([["image", 3]])
+    inputs["input_ids"] = torch.tensor([[IMAGE_TOKEN] * 12 + [7] * 7])
+    with pytest.raises(ValueError, match=r"[Ii]mage features and image tokens do not match.*12"):
+        model(**inputs)
+
+
+def test_a_mask_of_four_dimensions(model, inputs):
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(3, 1, length, length, dtype=torch.bool).tril()
+    with pytest.raises(
+        InputError, match=rf"attention_mask \(3, 1, {length}, {length}\) cannot be reduced: a 2-D mask"
+    ):
+        model(**inputs)
+
+
+def test_a_mask_of_another_length(model, inputs):
+    inputs["attention_mask"] = inputs["attention_mask"][:, 1:]
+    with pytest.raises(InputError, match="a 2-D mask of shape"):
+        model(**inputs)
+
+
+def test_a_static_cache(model, inputs):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    with pytest.raises(UnsupportedModelError, match="layer 0 is a StaticLayer, which cannot be pruned"):
+        model(**inputs, past_key_values=cache)
+    with pytest.raises(SkipVisionError):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_refused_call_does_not_spoil_the_next(model, inputs):
+    expected = model(**inputs).logits
+    with pytest.raises(InputError):
+        model(**{**inputs, "pixel_values": None})
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+# ------------------------------------------------------------------------------------ the tree
+
+
+def test_one_root_catches_all():
+    errors = [getattr(skipvision, name) for name in skipvision.__all__ if name.endswith("Error")]
+    assert len(errors) == 7
+    for error in errors:
+        assert issubclass(error, SkipVisionError)
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(InputError, ValueError)
+    assert issubclass(UnsupportedModelError, TypeError)

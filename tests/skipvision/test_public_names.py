@@ -1,0 +1,125 @@
+"""The names users type, pinned: changing one of them breaks somebody's script."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+import yaml
+
+import skipvision
+from skipvision import Cost, SkipConfig, TokenPlan, TokenRole, attach, predict_cost
+from tests.skipvision.cases import CONFIGS
+
+NAMES = [
+    "AdapterError",
+    "Attachment",
+    "ConfigError",
+    "Cost",
+    "DataError",
+    "InputError",
+    "ResourceError",
+    "SkipConfig",
+    "SkipVisionError",
+    "TokenPlan",
+    "TokenRole",
+    "UnsupportedModelError",
+    "attach",
+    "attachment_of",
+    "load_adapter",
+    "measure_flops",
+    "predict_cost",
+    "read_adapter",
+    "save_adapter",
+]
+DEFAULTS = {
+    "retained": 100,
+    "skipped": 156,
+    "select": "similarity",
+    "merge": "similarity",
+    "summary_tokens": 1,
+    "skip_ffn": True,
+    "skip_kv": True,
+    "positions": "original",
+    "layout": "raster",
+    "probe_layer": 0,
+    "seed": 0,
+}
+CHOICES = {
+    "select": ["similarity", "ffn_ratio", "diversity", "norm", "views", "uniform", "random"],
+    "merge": ["similarity", "pool", "drop"],
+    "positions": ["original", "contiguous"],
+    "layout": ["raster", "grouped"],
+}
+
+
+def test_the_public_names():
+    assert skipvision.__all__ == NAMES
+    for name in NAMES:
+        assert getattr(skipvision, name).__doc__, f"{name} has no docstring"
+
+
+def test_the_configs_fields_and_defaults():
+    assert SkipConfig().model_dump() == DEFAULTS
+    for name, field in SkipConfig.model_fields.items():
+        assert field.description, name
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in CHOICES for value in CHOICES[name]])
+def test_every_promised_choice(name, value):
+    assert getattr(SkipConfig(**{name: value}), name) == value
+
+
+def test_full_is_the_identity():
+    full = SkipConfig.full()
+    assert (full.retained, full.skipped, full.summary_tokens) == (1.0, 0.0, 0)
+    assert full.counts(576) == (576, 0)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), SkipConfig.full()], ids=[*CONFIGS, "full"])
+def test_configs_survive_yaml_and_json(config, tmp_path):
+    for again in (
+        SkipConfig.from_yaml(config.to_yaml()),
+        SkipConfig(**json.loads(json.dumps(config.model_dump()))),
+        SkipConfig.model_validate_json(config.model_dump_json()),
+        SkipConfig.model_validate(config.model_dump()),
+        SkipConfig(**json.loads(config.model_dump_json())),
+    ):
+        assert again == config
+        # 1 token and all of them are different things.
+        assert type(again.retained) is type(config.retained)
+        assert type(again.skipped) is type(config.skipped)
+    assert yaml.safe_load(config.to_yaml()) == config.model_dump()
+    config.to_json(tmp_path / "config.json")
+    assert SkipConfig(**json.loads((tmp_path / "config.json").read_text())) == config
+
+
+def test_yaml_may_be_partial():
+    assert SkipConfig.from_yaml("retained: 0.25\nmerge: pool") == SkipConfig(retained=0.25, merge="pool")
+
+
+def test_roles():
+    assert [role.name for role in TokenRole] == ["TEXT", "RETAINED", "SKIPPED", "SUMMARY", "PADDING"]
+    assert [int(role) for role in TokenRole] == [0, 1, 2, 3, 4]
+
+
+def test_the_plans_fields():
+    names = {field.name for field in dataclasses.fields(TokenPlan)}
+    assert {"roles", "source", "merged_into", "ffn_mask", "cache_mask"} <= names
+
+
+def test_the_costs_fields():
+    names = {field.name for field in dataclasses.fields(Cost)}
+    assert {"prefill_flops", "decode_flops", "train_flops", "kv_bytes"} <= names
+    assert isinstance(Cost.ratio_to_full, property)
+
+
+def test_signatures():
+    assert list(inspect.signature(attach).parameters) == ["model", "config"]
+    parameters = inspect.signature(predict_cost).parameters
+    assert list(parameters)[:2] == ["model_config", "config"]
+    assert {"images", "text_tokens", "new_tokens"} <= parameters.keys()
+    for options in list(parameters.values())[2:]:
+        assert options.kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(inspect.signature(skipvision.save_adapter).parameters) == ["model", "folder"]
+    assert list(inspect.signature(skipvision.load_adapter).parameters)[:2] == ["model", "folder"]
