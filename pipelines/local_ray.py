@@ -106,13 +106,16 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_for(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    """Until jobs are taken."""
+    """Until jobs are taken: the dashboard answers some time before there is an agent to run one."""
+    nothing = urllib.request.Request(  # noqa: S310
+        f"{dashboard}/api/jobs/",
+        json.dumps({"entrypoint": "true"}).encode(),
+        {"Content-Type": "application/json"},
+    )
     end = time.monotonic() + _START_SECONDS
-    while time.monotonic() < end:
-        if head.poll() is not None:
-            break
+    while time.monotonic() < end and head.poll() is None:
         try:
-            with urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=2):  # noqa: S310
+            with urllib.request.urlopen(nothing, timeout=10):  # noqa: S310
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.5)
