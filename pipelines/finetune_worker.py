@@ -15,6 +15,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+import transformers
 from torch import distributed
 
 import skipvision as sv
@@ -47,6 +48,7 @@ def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
     """The run from its last checkpoint to its end; returns what there is to say about it."""
     context = ray.train.get_context()
     torch.set_num_threads(_threads())
+    transformers.utils.logging.disable_progress_bar()
     with ExitStack() as stack:
         tracker = None
         if context.get_world_rank() == 0:

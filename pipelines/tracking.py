@@ -167,6 +167,7 @@ class Tracker:
     def watch_system(self, seconds: float) -> None:
         """Sample this machine's CPU, memory, disk, network and GPUs until `close`, behind earlier samples."""
         try:
+            _quieten()
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self._monitor = SystemMetricsMonitor(
@@ -217,16 +218,21 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def _connect(uri: str) -> MlflowClient:
-    # MLflow's own patience of several minutes per call would stop the training it watches.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    _quieten()
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _quieten() -> None:
+    """Before MLflow is imported: what it says, to whom, and how long it keeps trying."""
+    # Its own patience of several minutes per call would stop the training it watches.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str, artifacts: Path) -> str:

@@ -15,9 +15,6 @@ from pipelines.finetune_config import FinetuneConfig, TrainingSection
 from pipelines.learner import Learner, arithmetic, learning_rate, load_base, load_processor, prepare
 from skipvision.errors import ConfigError
 
-# PEFT still asks by the old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 CPU = torch.device("cpu")
 SKIPPING = sv.SkipConfig(retained=0.25, skipped=0.25)
 
