@@ -9,7 +9,7 @@ import torch
 from skipvision import SkipConfig, TokenRole, attach
 from skipvision.testing import tiny_inputs, tiny_llava
 from tests.skipvision import naive
-from tests.skipvision.cases import CONFIGS, ROWS, train_summary
+from tests.skipvision.cases import CONFIGS, ROWS, close, train_summary
 
 F64 = torch.float64
 
@@ -19,16 +19,12 @@ def model():
     return tiny_llava(dtype=F64)
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
 @torch.no_grad()
-def both(model, inputs, config, **more):
+def both(model, inputs, config):
     """Logits of the library, of the reference, and the plan."""
     with attach(model, config) as skip:
         train_summary(skip.summary)
-        got = model(**inputs, **more).logits
+        got = model(**inputs).logits
     return got, naive.logits(model, inputs, config, skip.summary), skip.plan
 
 
