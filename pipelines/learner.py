@@ -111,11 +111,18 @@ class StepStats:
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-    """The summed loss over a batch's learnt tokens, and how many they are."""
+    """The summed loss over a batch's learnt tokens, and how many they are.
+
+    With Skip-Vision attached, answers are learnt from what will still be in the KV cache when they are
+    given: otherwise they learn to look at skipped tokens that decoding will not have.
+    """
     # Position t speaks of token t + 1; the LM head runs where something is learnt and nowhere else.
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     learnt = targets != IGNORED
-    logits = model(**batch.inputs, logits_to_keep=learnt, use_cache=False).logits
+    given: dict[str, Any] = {}
+    if sv.attachment_of(model) is not None:
+        given[sv.DECODED_KEYWORD] = (batch.labels != IGNORED).cumsum(dim=1) > 0
+    logits = model(**batch.inputs, **given, logits_to_keep=learnt, use_cache=False).logits
     return F.cross_entropy(logits.float(), targets[learnt], reduction="sum"), int(learnt.sum())
 
 

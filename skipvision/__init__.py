@@ -17,7 +17,7 @@ Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
 """
 
 from skipvision.adapter import load_adapter, read_adapter, save_adapter
-from skipvision.attach import Attachment, attach, attachment_of
+from skipvision.attach import DECODED_KEYWORD, Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.cost import Cost, measure_flops, predict_cost
 from skipvision.errors import (
@@ -32,6 +32,7 @@ from skipvision.errors import (
 from skipvision.plan import TokenPlan, TokenRole
 
 __all__ = [
+    "DECODED_KEYWORD",
     "AdapterError",
     "Attachment",
     "ConfigError",

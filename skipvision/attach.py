@@ -31,6 +31,8 @@ from skipvision.summary import SummaryLayer
 
 _IMAGES_KEYWORD = "skip_vision_images"
 _SUMMARY = "skip_summary"
+DECODED_KEYWORD = "skip_vision_decoded"
+"""Keyword of a training call: (B, T) True from each row's first generated token on (see `attach`)."""
 _ATTACHMENT = "_skip_vision"
 
 
@@ -134,6 +136,7 @@ class Attachment:
     def _reduce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder pre-hook: the caller's sequence becomes the reduced one."""
         images: Images | None = kwargs.pop(_IMAGES_KEYWORD, None)
+        decoded: torch.Tensor | None = kwargs.pop(DECODED_KEYWORD, None)
         cache = kwargs.get("past_key_values")
         state = CacheState.of(cache)
         if images is None and state is None:
@@ -153,10 +156,17 @@ class Attachment:
         reduced = merge_tokens(embeds, plan)
         if self.summary is not None:
             reduced = self.summary(reduced, plan)
+        attention_mask = torch.cat([earlier, plan.attention_mask], dim=1)
+        if decoded is not None and self.config.skip_kv:
+            if cache is not None:
+                raise InputError(
+                    f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache"
+                )
+            attention_mask = _forgetful_mask(plan, decoded, decoder, reduced.dtype)
         return args, {
             **kwargs,
             "inputs_embeds": reduced,
-            "attention_mask": torch.cat([earlier, plan.attention_mask], dim=1),
+            "attention_mask": attention_mask,
             "position_ids": self._positions(kwargs.get("position_ids"), plan, mask, earlier.shape[1]),
             PLAN_KEYWORD: plan,
         }
@@ -217,6 +227,10 @@ def attach(model: nn.Module, config: SkipConfig) -> Attachment:
     caller's length, so labels line up. Positions that were dropped get zero hidden states; positions
     that were merged get their token's.
 
+    With ``skip_kv`` an answer is generated from a cache that holds no skipped tokens, but a plain
+    training call lets it see them. A training call ``model(…, skip_vision_decoded=mask)`` with a
+    (B, T) mask, True from each row's first generated token on, hides them as decoding will.
+
     Args:
         model: a supported Hugging Face vision-language model, bare or wrapped.
         config: what to apply.
@@ -269,6 +283,27 @@ def _own_mask(kwargs: dict[str, Any], embeds: torch.Tensor) -> tuple[torch.Tenso
             "expected (1 where there is a token), or none"
         )
     return mask[:, cached:].bool(), mask[:, :cached].bool()
+
+
+def _forgetful_mask(
+    plan: TokenPlan, decoded: torch.Tensor, decoder: nn.Module, dtype: torch.dtype
+) -> torch.Tensor:
+    """(B, 1, L, L) causal mask in which generated tokens do not see what will have left the cache."""
+    implementation = getattr(decoder.config, "_attn_implementation", None)
+    if implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"{DECODED_KEYWORD} needs attn_implementation 'sdpa' or 'eager', which take a mask per query; "
+            f"this model has {implementation!r}"
+        )
+    length = plan.roles.shape[1]
+    generated = plan.gather(decoded[..., None].long(), plan.source)[..., 0].bool()
+    seen = plan.attention_mask[:, None, :] & ~(generated[:, :, None] & ~plan.cache_mask[:, None, :])
+    square = torch.ones(length, length, dtype=torch.bool, device=decoded.device)
+    # Padding sees itself: a row of a softmax must not be empty.
+    mask = ((seen & square.tril()) | torch.eye(length, dtype=torch.bool, device=decoded.device))[:, None]
+    if implementation == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _continue_on_pruned(kwargs: dict[str, Any], state: CacheState) -> dict[str, Any]:

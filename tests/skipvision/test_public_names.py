@@ -12,6 +12,7 @@ from skipvision import Cost, SkipConfig, TokenPlan, TokenRole, attach, predict_c
 from tests.skipvision.cases import CONFIGS
 
 NAMES = [
+    "DECODED_KEYWORD",
     "AdapterError",
     "Attachment",
     "ConfigError",

@@ -1,0 +1,61 @@
+"""Training as decoding: an answer learnt in one call sees what it will see on the pruned cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import skipvision as sv
+from skipvision.testing import tiny_inputs, tiny_llava
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layout", ["raster", "grouped"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_one_call_gives_the_logits_of_decoding_step_by_step(attention, layout, padding):
+    model = tiny_llava(dtype=torch.float64, attention=attention)
+    rows = [[3, "image", 6], [2, "image", 3, "image", 5], [7]]
+    whole = tiny_inputs(rows, dtype=torch.float64, padding=padding)
+    answer = 3
+    config = sv.SkipConfig(retained=4, skipped=5, summary_tokens=1, layout=layout)
+    lengths = whole["attention_mask"].sum(dim=1)
+    decoded = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
+    for row, length in enumerate(lengths.tolist()):
+        end = decoded.shape[1] if padding == "left" else length
+        decoded[row, end - answer : end] = True
+    with sv.attach(model, config), torch.no_grad():
+        trained = model(**whole, skip_vision_decoded=decoded, use_cache=False).logits
+        plain = model(**whole, use_cache=False).logits
+        for row in range(len(rows)):
+            real = whole["attention_mask"][row].bool()
+            ids = whole["input_ids"][row, real][None]
+            images = [part for part in rows[row] if part == "image"]
+            first = sum(part == "image" for earlier in rows[:row] for part in earlier)
+            pixels = {"pixel_values": whole["pixel_values"][first : first + len(images)]} if images else {}
+            out = model(ids[:, :-answer], **pixels, use_cache=True)
+            steps = [out.logits[:, -1]]
+            for position in range(ids.shape[1] - answer, ids.shape[1]):
+                out = model(ids[:, position : position + 1], past_key_values=out.past_key_values)
+                steps.append(out.logits[:, -1])
+            expected = torch.cat(steps)
+            torch.testing.assert_close(trained[row, real][-answer - 1 :], expected, atol=1e-5, rtol=1e-5)
+            if images:
+                assert not torch.allclose(plain[row, real][-answer:], expected[-answer:])
+
+
+def test_it_is_for_training_calls_only():
+    model = tiny_llava()
+    inputs = tiny_inputs([[3, "image", 4]])
+    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    with sv.attach(model, sv.SkipConfig(retained=4, skipped=5)):
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.reset()
+        with pytest.raises(sv.InputError, match="use_cache=False"):
+            model(**inputs, skip_vision_decoded=mask, past_key_values=cache)
+    # Nothing skipped is forgotten: the mask changes nothing.
+    with sv.attach(model, sv.SkipConfig(retained=4, skipped=5, skip_kv=False)):
+        mask[:, -2:] = True
+        assert torch.equal(
+            model(**inputs, skip_vision_decoded=mask, use_cache=False).logits,
+            model(**inputs, use_cache=False).logits,
+        )
