@@ -1,0 +1,345 @@
+"""What the benchmarks share: models with random weights, a clock that knows its device, samples, tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+import skipvision as sv
+from skipvision.families import dissect
+
+FULL = "full"
+"""Name of the setting without Skip-Vision: no hook is on the model."""
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a LLaVA: a CLIP tower, a projector of two layers, a Llama decoder."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    tower_hidden: int
+    tower_intermediate: int
+    tower_layers: int
+    tower_heads: int
+    image: int = 336
+    patch: int = 14
+
+    def config(self) -> LlavaConfig:
+        """The model's config; the last token of the vocabulary is the image placeholder."""
+        vision = CLIPVisionConfig(
+            hidden_size=self.tower_hidden,
+            intermediate_size=self.tower_intermediate,
+            num_hidden_layers=self.tower_layers,
+            num_attention_heads=self.tower_heads,
+            image_size=self.image,
+            patch_size=self.patch,
+            projection_dim=self.tower_hidden,
+        )
+        text = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            max_position_embeddings=8192,
+        )
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=self.vocabulary - 1,
+            image_seq_length=(self.image // self.patch) ** 2,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+
+
+def build(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A LLaVA with random weights, made where and as it is wanted: no copy elsewhere, none wider."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(
+            geometry.config(), dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.eval()
+
+
+def inputs_for(model: nn.Module, batch: int, text: int) -> dict[str, torch.Tensor]:
+    """Prompts of ``text`` random words around one random image each: four before it, the others behind."""
+    weight = next(model.parameters())
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    vision = config.vision_config
+    words = torch.randint(3, config.text_config.vocab_size - 1, (batch, text), generator=generator)
+    image = torch.full((batch, (vision.image_size // vision.patch_size) ** 2), config.image_token_id)
+    before = min(4, text)
+    ids = torch.cat([words[:, :before], image, words[:, before:]], dim=1)
+    pixels = torch.randn(batch, 3, vision.image_size, vision.image_size, generator=generator)
+    return {
+        "input_ids": ids.to(weight.device),
+        "attention_mask": torch.ones_like(ids, device=weight.device),
+        "pixel_values": pixels.to(weight.device, weight.dtype),
+    }
+
+
+def add_lora(model: nn.Module, rank: int) -> nn.Module:
+    """LoRA on every linear layer of the decoder's layers; all else frozen."""
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config).train()
+
+
+def setting(name: str) -> sv.SkipConfig | None:
+    """``"100+156"`` as a `SkipConfig`; None for ``"full"``."""
+    if name == FULL:
+        return None
+    match = re.fullmatch(r"(\d+)\+(\d+)", name)
+    if match is None:
+        raise SystemExit(f"setting {name!r}: write RETAINED+SKIPPED, e.g. 100+156")
+    return sv.SkipConfig(retained=int(match[1]), skipped=int(match[2]), select="similarity")
+
+
+# -------------------------------------------------------------------------------------------- work
+
+
+def prefill(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """One prefill as generation does it: cache filled, LM head at the last position."""
+    with torch.no_grad():
+        return model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+class LoraStep:
+    """One training step: forward, backward, AdamW on LoRA and summary. The loss is taken at the answers.
+
+    With bfloat16 weights LoRA stays in float32 and products run under autocast, as PEFT and this
+    project's fine-tuning do it.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], answer: int) -> None:
+        self.model, self.inputs = model, inputs
+        ids = inputs["input_ids"]
+        # Position t speaks of token t + 1.
+        self.positions = torch.arange(ids.shape[1] - answer - 1, ids.shape[1] - 1, device=ids.device)
+        self.targets = ids[:, -answer:].reshape(-1)
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    def __call__(self, attachment: sv.Attachment | None) -> None:
+        """The step; the summary layer of this attachment learns with the rest."""
+        optimizers = [self.optimizer]
+        if attachment is not None and attachment.summary is not None:
+            optimizers.append(torch.optim.AdamW(attachment.summary.parameters(), fused=True))
+        device = self.targets.device.type
+        half = next(self.model.parameters()).dtype == torch.bfloat16
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            logits = self.model(**self.inputs, use_cache=False, logits_to_keep=self.positions).logits
+        F.cross_entropy(logits.float().flatten(0, 1), self.targets).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# -------------------------------------------------------------------------------------------- time
+
+
+class Clock:
+    """Points in time on a device's own time line, in seconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Now, as the device will come to it."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def settle(self) -> None:
+        """Wait until the device has done all it was asked for."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds between two marks, after `settle`."""
+        return float(begin.elapsed_time(end)) / 1000 if self.cuda else float(end - begin)
+
+
+@dataclass
+class Sample:
+    """Seconds of one measured call: all of it, planning (select, merge, summary), and restoring.
+
+    Restoring is the way back: hidden states to the caller's length, the cache compacted.
+    """
+
+    total: float
+    planning: float = 0.0
+    restoring: float = 0.0
+
+
+def timed(
+    model: nn.Module,
+    config: sv.SkipConfig | None,
+    clock: Clock,
+    call: Callable[[sv.Attachment | None], Any],
+) -> Sample:
+    """Attach, measure one call, detach."""
+    with _attached(model, config, clock) as (attachment, marks):
+        clock.settle()
+        begin = clock.mark()
+        result = call(attachment)
+        end = clock.mark()
+        clock.settle()
+        del result
+    sample = Sample(clock.between(begin, end))
+    if "planned" in marks:
+        sample.planning = clock.between(marks["arrived"], marks["planned"])
+        sample.restoring = clock.between(marks["decoded"], marks["restored"])
+    return sample
+
+
+@contextmanager
+def _attached(
+    model: nn.Module, config: sv.SkipConfig | None, clock: Clock
+) -> Iterator[tuple[sv.Attachment | None, dict[str, Any]]]:
+    """Attachment with a mark before and behind each of its hooks on the decoder."""
+    marks: dict[str, Any] = {}
+    if config is None:
+        yield None, marks
+        return
+    decoder = dissect(model).decoder
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            marks[name] = clock.mark()
+
+        return hook
+
+    # Hooks run in the order they were registered in.
+    handles = [
+        decoder.register_forward_pre_hook(note("arrived")),
+        decoder.register_forward_hook(note("decoded")),
+    ]
+    with sv.attach(model, config) as attachment:
+        handles += [
+            decoder.register_forward_pre_hook(note("planned")),
+            decoder.register_forward_hook(note("restored")),
+        ]
+        try:
+            yield attachment, marks
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], Sample]], repeats: int, warm_up: int = 1
+) -> dict[str, list[Sample]]:
+    """Measure all cases in turn, over and over, each round beginning with another one."""
+    for _ in range(warm_up):
+        for measure in cases.values():
+            measure()
+    samples: dict[str, list[Sample]] = {name: [] for name in cases}
+    names = list(cases)
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(cases[name]())
+    return samples
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, lowest and highest of several values."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of a non-empty sequence."""
+        return cls(median(values), min(values), max(values))
+
+    def text(self, scale: float = 1.0, digits: int = 0) -> str:
+        """``median (low – high)``, scaled."""
+        middle, low, high = (f"{scale * value:,.{digits}f}" for value in (self.median, self.low, self.high))
+        return f"{middle} ({low} – {high})"
+
+
+# ----------------------------------------------------------------------------------------- reports
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def today() -> str:
+    """The date, UTC."""
+    return datetime.now(UTC).date().isoformat()
+
+
+def versions() -> str:
+    """Versions of what does the work."""
+    names = ("torch", "transformers", "peft")
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
+
+
+def processor() -> str:
+    """The CPU's name, the cores seen and the threads used."""
+    name = _cpu_info("model name") or platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_info("flags").split())
+
+
+def _cpu_info(name: str) -> str:
+    """A field of Linux's description of the first core; empty elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+
+def write_section(file: Path, text: str) -> None:
+    """Put generated text between a page's marks, or make it the page where it has none."""
+    begin, end = "<!-- generated -->", "<!-- end of generated -->"
+    page = file.read_text() if file.exists() else f"{begin}\n{end}\n"
+    if begin not in page or end not in page:
+        raise SystemExit(f"{file} exists without the marks {begin} and {end}: it is not overwritten")
+    before, rest = page.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")

@@ -1,0 +1,180 @@
+"""What deciding costs: select, merge and summary, apart from the model and as a share of its prefill.
+
+    python -m benchmarks.planning --out docs/benchmarks/planning.md
+
+The first table times the steps on random embeddings of Llama-3-8B's width and sets their FLOPs against
+its prefill's. The second times real prefills of a narrower decoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import skipvision as sv
+from benchmarks import _measure
+from benchmarks._measure import Clock, Geometry, Spread
+from benchmarks.gpu import GEOMETRIES
+from skipvision.images import Images
+from skipvision.layout import lay_out
+from skipvision.merge import assign, merge_tokens
+from skipvision.select import CRITERIA, normalised, redundancy, top
+from skipvision.summary import SummaryLayer
+
+TEXT = 32
+"""Text tokens of every row."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; with --out, write too."""
+    options = _options().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    load = os.getloadavg()[0]
+    parts = [
+        _part(select, tokens, batch, options.width, dtype, options.repeats)
+        for select in options.select
+        for tokens in options.tokens
+        for batch in options.batch
+    ]
+    head = ["criterion", "tokens", "batch", "total ms (min – max)", "select", "assign", "lay out", "merge"]
+    head += ["summary", "FLOPs ÷ prefill's", "FLOPs ÷ full prefill's"]
+    prefills = [_prefill(int(tokens), batch, options, dtype) for tokens, batch in options.prefill]
+    command = "python -m benchmarks.planning " + " ".join(arguments or sys.argv[1:])
+    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
+    text = "\n\n".join(
+        [
+            f"`{command.strip()}`",
+            f"{machine}; {options.dtype}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after.",
+            f"### Steps, width {options.width}, a quarter retained and a quarter skipped (ms)",
+            _measure.table(head, parts),
+            f"### Share of the reduced prefill, decoder of {options.layers} layers, hidden {options.hidden}",
+            _measure.table(["tokens", "batch", "prefill ms", "planning ms", "share", "restoring"], prefills),
+        ]
+    )
+    print(text)
+    if options.out:
+        _measure.write_section(options.out, text)
+
+
+def _config(select: str = "similarity") -> sv.SkipConfig:
+    return sv.SkipConfig(retained=0.25, skipped=0.25, select=select)
+
+
+def _part(select: str, tokens: int, batch: int, width: int, dtype: torch.dtype, repeats: int) -> list[str]:
+    """One row of the first table: a batch of rows with one image each."""
+    generator = torch.Generator().manual_seed(0)
+    config = _config(select)
+    visual = torch.zeros(batch, tokens + TEXT, dtype=torch.bool)
+    visual[:, 4 : 4 + tokens] = True
+    embeds = torch.randn(*visual.shape, width, generator=generator).to(dtype)
+    mask = torch.ones_like(visual)
+    layer = SummaryLayer(width, config.summary_tokens)
+    runs = []
+    for _ in range(repeats + 1):
+        seconds: dict[str, float] = {}
+
+        def step(name: str, work: Callable[..., Any], *args: Any, into: dict[str, float] = seconds) -> Any:
+            begin = time.perf_counter()
+            result = work(*args)
+            into[name] = into.get(name, 0.0) + time.perf_counter() - begin
+            return result
+
+        with torch.no_grad():
+            images = step("select", Images.locate, visual, [tokens] * batch)
+            features = step("select", images.take, embeds)
+            counts = torch.tensor([config.counts(tokens)] * batch)
+            scores = step("select", CRITERIA[select], features, images.valid, counts[:, 0], 0)
+            retained = step("select", top, scores, images.valid, counts[:, 0])
+            unit = step("assign", normalised, features, images.valid)
+            redundant = step("assign", redundancy, unit)
+            target = step(
+                "assign", assign, unit, redundant, images.valid, retained, counts[:, 1], config.merge
+            )
+            plan = step("lay out", lay_out, images, mask, retained, target, config)
+            reduced = step("merge", merge_tokens, embeds, plan)
+            step("summary", layer, reduced, plan)
+        runs.append(seconds)
+    runs = runs[1:]
+    big = GEOMETRIES["llama-3-8b"].config()
+    cost = sv.predict_cost(big, config, text_tokens=TEXT, visual_tokens=tokens)
+    whole = cost.full.prefill_flops if cost.full else cost.prefill_flops
+    return [
+        select,
+        f"{tokens:,}",
+        str(batch),
+        Spread.of([sum(run.values()) for run in runs]).text(1000, 1),
+        *(f"{1000 * Spread.of([run[name] for run in runs]).median:.1f}" for name in runs[0]),
+        f"{cost.planning_flops / cost.prefill_flops:.3%}",
+        f"{cost.planning_flops / whole:.3%}",
+    ]
+
+
+def _prefill(tokens: int, batch: int, options: argparse.Namespace, dtype: torch.dtype) -> list[str]:
+    """One row of the second table; the tower is small, so that the decoder is what counts."""
+    side = round(tokens**0.5)
+    geometry = Geometry(
+        hidden=options.hidden,
+        intermediate=options.hidden * 7 // 2,
+        layers=options.layers,
+        heads=max(1, options.hidden // 64),
+        key_heads=max(1, options.hidden // 256),
+        vocabulary=32_000,
+        tower_hidden=64,
+        tower_intermediate=256,
+        tower_layers=2,
+        tower_heads=1,
+        image=14 * side,
+    )
+    model = _measure.build(geometry, torch.device("cpu"), dtype)
+    inputs = _measure.inputs_for(model, batch, TEXT)
+    clock = Clock(torch.device("cpu"))
+    samples = [
+        _measure.timed(model, _config(), clock, lambda _: _measure.prefill(model, inputs))
+        for _ in range(options.prefill_repeats + 1)
+    ][1:]
+    return [
+        f"{side * side:,}",
+        str(batch),
+        Spread.of([sample.total for sample in samples]).text(1000),
+        Spread.of([sample.planning for sample in samples]).text(1000, 1),
+        f"{Spread.of([sample.planning / sample.total for sample in samples]).median:.1%}",
+        f"{Spread.of([sample.restoring / sample.total for sample in samples]).median:.1%}",
+    ]
+
+
+def _pair(text: str) -> tuple[int, int]:
+    tokens, batch = text.split("x")
+    return int(tokens), int(batch)
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--select", nargs="+", default=["similarity", "diversity"], choices=list(CRITERIA))
+    add("--tokens", type=int, nargs="+", default=[576, 2880], help="visual tokens of an image")
+    add("--batch", type=int, nargs="+", default=[1, 16])
+    add("--width", type=int, default=4096, help="of the embeddings in the first table")
+    add("--repeats", type=int, default=9, help="of each row in the first table")
+    add("--prefill", type=_pair, nargs="+", default=[(576, 1), (576, 16), (2880, 1)], metavar="TOKENSxBATCH")
+    add("--hidden", type=int, default=1024, help="width of the decoder in the second table")
+    add("--layers", type=int, default=8)
+    add("--prefill-repeats", type=int, default=5)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
+    add("--out", type=Path, help="Markdown page whose generated part is to be replaced")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Does time follow FLOPs? Full tokens against Skip-Vision, prefill and LoRA step, on a CPU.
+
+A LLaVA with random weights whose layers share out their FLOPs as Llama-3-8B's do (attention's
+products 19 %, FFN 81 %) and whose vision tower weighs as little as there. All settings are measured
+in turn within one run, so that a machine's mood hits them alike.
+
+    python -m benchmarks.time_follows_flops --repeats 9 --out docs/benchmarks/time_follows_flops.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import skipvision as sv
+from benchmarks import _measure
+from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample, Spread
+
+TARGET = 1.15
+"""Time ratio ÷ FLOPs ratio that we promise to stay below."""
+
+Call = Callable[[sv.Attachment | None], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting's results in one dtype."""
+
+    setting: str
+    predicted: int
+    measured: int
+    samples: list[Sample]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; with --out, write too."""
+    options = _options().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    load = os.getloadavg()[0]
+    sections = []
+    for dtype in options.dtype:
+        if dtype == "bfloat16" and not _measure.native_bfloat16():
+            print("bfloat16 left out: this CPU does not multiply it natively", file=sys.stderr)
+            continue
+        sections += _measure_dtype(options, dtype)
+    command = "python -m benchmarks.time_follows_flops " + " ".join(arguments or sys.argv[1:])
+    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
+    conditions = f"{machine}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
+    text = "\n\n".join([f"`{command}`", conditions, _describe(options), *sections])
+    print(text)
+    if options.out:
+        _measure.write_section(options.out, text)
+
+
+def _measure_dtype(options: argparse.Namespace, dtype: str) -> list[str]:
+    """Both tables of one dtype, as Markdown."""
+    device = torch.device("cpu")
+    model = _measure.build(_geometry(options), device, getattr(torch, dtype))
+    inputs = _measure.inputs_for(model, options.batch, options.text)
+    sections = []
+
+    def predict(config: sv.SkipConfig | None) -> sv.Cost:
+        return sv.predict_cost(
+            model.config, config, text_tokens=options.text - options.answer, new_tokens=options.answer
+        )
+
+    def predict_prefill(config: sv.SkipConfig | None) -> int:
+        return sv.predict_cost(model.config, config, text_tokens=options.text).prefill_flops
+
+    share = predict(None).vision_flops / predict_prefill(None)
+    if "prefill" in options.piece:
+        rows = _measure_settings(options, model, lambda _: _measure.prefill(model, inputs), predict_prefill)
+        sections.append(
+            f"### Prefill, {dtype}\n\nTower and projector are {share:.1%} of the full FLOPs.\n\n"
+            + _table(rows)
+        )
+    if "train" in options.piece:
+        tuned = _measure.add_lora(model, options.rank)
+        step = LoraStep(tuned, inputs, options.answer)
+        rows = _measure_settings(options, tuned, step, lambda config: predict(config).train_flops)
+        title = (
+            f"### LoRA training step, {dtype}\n\nRank {options.rank} on every linear layer of the decoder, "
+            f"{options.answer} answer tokens, AdamW's step included."
+        )
+        sections.append(f"{title}\n\n{_table(rows)}")
+    return sections
+
+
+def _measure_settings(
+    options: argparse.Namespace, model: nn.Module, call: Call, predict: Callable[[sv.SkipConfig | None], int]
+) -> list[Row]:
+    clock = Clock(torch.device("cpu"))
+    settings = {name: _measure.setting(name) for name in [FULL, *options.settings]}
+    flops = {}
+    for name, config in settings.items():
+        # Counting runs the call, so it warms up too.
+        flops[name] = sv.measure_flops(partial(_measure.timed, model, config, clock, call))
+        if options.profile:
+            _print_profile(name, partial(_measure.timed, model, config, clock, call))
+    cases = {name: partial(_measure.timed, model, config, clock, call) for name, config in settings.items()}
+    samples = _measure.interleaved(cases, options.repeats)
+    return [
+        Row(name, options.batch * predict(config), flops[name], samples[name])
+        for name, config in settings.items()
+    ]
+
+
+def _table(rows: Sequence[Row]) -> str:
+    full = rows[0]
+    cells = []
+    for row in rows:
+        # Paired by round: both were measured within the same few seconds.
+        pairs = zip(row.samples, full.samples, strict=True)
+        ratio = Spread.of([sample.total / whole.total for sample, whole in pairs])
+        flops = row.measured / full.measured
+        planning = Spread.of([sample.planning / sample.total for sample in row.samples])
+        restoring = Spread.of([sample.restoring / sample.total for sample in row.samples])
+        gap = ratio.median / flops
+        cells.append(
+            [
+                row.setting,
+                f"{row.predicted / 1e9:,.1f}",
+                f"{row.measured / 1e9:,.1f}",
+                Spread.of([sample.total for sample in row.samples]).text(1000),
+                f"{flops:.3f}",
+                ratio.text(digits=3),
+                f"{gap:.2f}" if gap <= TARGET else f"**{gap:.2f}**",
+                f"{planning.median:.1%}",
+                f"{restoring.median:.1%}",
+            ]
+        )
+    head = [
+        "retained+skipped",
+        "GFLOPs predicted",
+        "GFLOPs measured",
+        "ms: median (min – max)",
+        "FLOPs ratio",
+        "time ratio",
+        "time ÷ FLOPs",
+        "planning",
+        "restoring",
+    ]
+    return _measure.table(head, cells)
+
+
+def _print_profile(name: str, call: Callable[[], Sample]) -> None:
+    """Where the time of one call goes, operation by operation."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        sample = call()
+    print(f"\n{name}: {sample}")
+    print(
+        profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50)
+    )
+
+
+def _geometry(options: argparse.Namespace) -> Geometry:
+    """Llama-3-8B's proportions at another width; a tower in proportion to the decoder."""
+    heads = max(1, options.hidden // (64 if options.hidden < 2048 else 128))
+    # Few wide layers, not many narrow ones: the tower's matrices are to be as efficient as the decoder's.
+    tower = max(64, min(1024, options.hidden // 2))
+    return Geometry(
+        hidden=options.hidden,
+        intermediate=options.hidden * 7 // 2,
+        layers=options.layers,
+        heads=heads,
+        key_heads=max(1, heads // 4),
+        vocabulary=32_000,
+        tower_hidden=tower,
+        tower_intermediate=4 * tower,
+        tower_layers=max(1, options.layers // 8),
+        tower_heads=tower // 64,
+        image=options.image,
+    )
+
+
+def _describe(options: argparse.Namespace) -> str:
+    g = _geometry(options)
+    return (
+        f"Decoder: {g.layers} layers, hidden {g.hidden}, FFN {g.intermediate}, {g.heads} query and "
+        f"{g.key_heads} key heads; tower: {g.tower_layers} layers, hidden {g.tower_hidden}, "
+        f"{(g.image // g.patch) ** 2} visual tokens; {options.text} text tokens, batch {options.batch}, "
+        f"{options.repeats} rounds."
+    )
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--hidden", type=int, default=1024, help="width of the decoder (FFN: 3.5 times as wide)")
+    add("--layers", type=int, default=8, help="decoder layers")
+    add("--image", type=int, default=336, help="pixels per side; 336 make 576 visual tokens")
+    add("--text", type=int, default=32, help="text tokens of a row, answer included")
+    add("--answer", type=int, default=16, help="text tokens at which the training step takes its loss")
+    add("--batch", type=int, default=1)
+    add("--rank", type=int, default=16, help="LoRA rank")
+    add("--settings", nargs="+", default=["100+156", "256+320", "144+144"], metavar="RETAINED+SKIPPED")
+    add("--repeats", type=int, default=9, help="rounds over all settings")
+    add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    add("--piece", nargs="+", default=["prefill", "train"], choices=["prefill", "train"])
+    add("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
+    add("--profile", action="store_true", help="print where one call of every setting spends its time")
+    add("--out", type=Path, help="Markdown page whose generated part is to be replaced")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
