@@ -149,6 +149,7 @@ class LoraStep:
         # Position t speaks of token t + 1.
         self.positions = torch.arange(ids.shape[1] - answer - 1, ids.shape[1] - 1, device=ids.device)
         self.targets = ids[:, -answer:].reshape(-1)
+        self.answers = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - answer).expand_as(ids)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
     def __call__(self, attachment: sv.Attachment | None) -> None:
@@ -158,8 +159,12 @@ class LoraStep:
             optimizers.append(torch.optim.AdamW(attachment.summary.parameters(), fused=True))
         device = self.targets.device.type
         half = next(self.model.parameters()).dtype == torch.bfloat16
+        given = dict(self.inputs)
+        if attachment is not None:
+            # Training as the decoding will be: answers do not see what leaves the cache before them.
+            given[sv.DECODED_KEYWORD] = self.answers
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            logits = self.model(**self.inputs, use_cache=False, logits_to_keep=self.positions).logits
+            logits = self.model(**given, use_cache=False, logits_to_keep=self.positions).logits
         F.cross_entropy(logits.float().flatten(0, 1), self.targets).backward()
         for optimizer in optimizers:
             optimizer.step()
