@@ -25,6 +25,12 @@ from skipvision.errors import ResourceError, SkipVisionError
 
 _START_SECONDS = 90
 _STOP_SECONDS = 30
+_AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
 _CHATTER = re.compile(r"(INFO|SUCC|WARNING) \w+\.py:\d+ -- |^Running entrypoint")
 """What ``ray job submit`` says of itself, twenty lines a job; what the job says is shown."""
 
@@ -63,7 +69,7 @@ class LocalRay:
 @contextmanager
 def local_ray() -> Iterator[LocalRay]:
     """Start a head node, and stop it and all it started at the end of the block, whatever happened."""
-    port, dashboard_port, client_port = _free_ports(3)
+    port, dashboard_port, client_port, *agents = _free_ports(7)
     # Ray's sockets live here, and their paths may have 107 characters at most.
     files = Path(tempfile.mkdtemp(prefix="skipvision-ray-", dir="/tmp"))
     binaries = str(Path(sys.executable).parent)
@@ -78,6 +84,8 @@ def local_ray() -> Iterator[LocalRay]:
         *("start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
         *(f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
+        # The agents' default ports belong to whichever Ray came first.
+        *(f"--{name}={free}" for name, free in zip(_AGENT_PORTS, agents, strict=True)),
         *(f"--num-cpus={os.cpu_count() or 1}", f"--object-store-memory={400 * 2**20}", f"--temp-dir={files}"),
     )
     log = files / "start.log"

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from skipvision.families import dissect
 SKIP_CONFIG = "skip_config.json"
 SUMMARY_WEIGHTS = "skip_summary.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
+_PEFT_WEIGHTS = "adapter_model.safetensors"
 _FORMAT = 1
 
 
@@ -97,15 +99,17 @@ def load_adapter(
             f"{folder} was made for a decoder of hidden size {saved['hidden_size']} "
             f"(base model {saved['base_model']!r}), but this model's is {hidden}"
         )
-    if (folder / _PEFT_CONFIG).exists():
-        try:
-            model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-        except (RuntimeError, ValueError, SafetensorError, OSError) as error:
-            raise AdapterError(
-                f"{folder} does not fit this model, or its files are damaged: {error}"
-            ) from error
+    if len(dissect(model).layers) != saved["layers"]:
+        raise AdapterError(
+            f"{folder} was made for a decoder of {saved['layers']} layers (base model "
+            f"{saved['base_model']!r}), but this model's has {len(dissect(model).layers)}"
+        )
+    # Everything is looked at before anything is put on the model.
+    weights = _summary_weights(folder) if skip is not None and skip.summary_tokens else None
+    if saved["lora"]:
+        model = _load_lora(model, folder, is_trainable)
     if skip is not None:
-        _load_summary(attach(model, skip), folder, is_trainable)
+        _fill_summary(attach(model, skip), weights, folder, is_trainable)
     return model
 
 
@@ -118,7 +122,9 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         saved: dict[str, Any] = json.loads(path.read_text())
         skip = saved["skip"]
         saved["skip"] = None if skip is None else SkipConfig(**skip)
-        known = saved["format"] == _FORMAT and isinstance(saved["hidden_size"], int)
+        known = saved["format"] == _FORMAT and all(
+            isinstance(saved[name], int) for name in ("hidden_size", "layers", "lora")
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not known:
@@ -131,20 +137,47 @@ def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]
         "format": _FORMAT,
         "skip": attachment.config.model_dump() if attachment is not None else None,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        "lora": isinstance(model, PeftModel),
         "hidden_size": dissect(model).hidden_size,
+        "layers": len(dissect(model).layers),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
 
-def _load_summary(attachment: Attachment, folder: Path, is_trainable: bool) -> None:
-    if attachment.summary is None:
-        return
+def _load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
+    for name in (_PEFT_CONFIG, _PEFT_WEIGHTS):
+        # PEFT would take the folder's name for that of a repository and ask the internet for the file.
+        if not (folder / name).exists():
+            raise AdapterError(f"{folder} is an incomplete adapter: it has no {name}")
+    try:
+        loaded: nn.Module = PeftModel.from_pretrained(
+            model, str(folder.absolute()), is_trainable=is_trainable
+        )
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
+    return loaded
+
+
+def _summary_weights(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / SUMMARY_WEIGHTS
     try:
-        attachment.summary.load_state_dict(load_file(path))
-    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: the adapter's summary layer cannot be read: {error}") from error
+
+
+def _fill_summary(
+    attachment: Attachment, weights: dict[str, torch.Tensor] | None, folder: Path, is_trainable: bool
+) -> None:
+    if attachment.summary is None or weights is None:
+        return
+    try:
+        attachment.summary.load_state_dict(weights)
+    except RuntimeError as error:
         attachment.detach()
-        raise AdapterError(f"{path}: the summary layer cannot be loaded: {error}") from error
+        raise AdapterError(
+            f"{folder / SUMMARY_WEIGHTS} does not fit the adapter's settings: {error}"
+        ) from error
     attachment.summary.requires_grad_(is_trainable)
 
 
@@ -158,8 +191,17 @@ def _difference(saved: SkipConfig | None, asked: SkipConfig) -> str:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        if not (folder / SKIP_CONFIG).exists() and any(folder.iterdir()):
-            raise AdapterError(f"{folder} exists and is not an adapter: it is not overwritten")
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    """Move the new folder into place; the old one goes only when the new one is there."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    if not (folder / SKIP_CONFIG).exists() and any(folder.iterdir()):
+        raise AdapterError(f"{folder} exists and is not an adapter: it is not overwritten")
+    old = partial.with_name(f"{partial.name}-old")
+    folder.rename(old)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

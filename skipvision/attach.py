@@ -147,7 +147,8 @@ class Attachment:
             return args, kwargs
         embeds = kwargs["inputs_embeds"]
         mask, earlier = _own_mask(kwargs, embeds)
-        scores = self._scores(decoder, kwargs, images)
+        # The probe sees this call's tokens alone, whatever the cache holds.
+        scores = self._scores(decoder, {**kwargs, "attention_mask": mask}, images)
         plan = self.plan = make_plan(images.take(embeds), images, mask, self.config, scores)
         if plan.is_identity:
             return args, kwargs
@@ -190,7 +191,7 @@ class Attachment:
         if self.config.select != "ffn_ratio":
             return None
         layer = self._anatomy.layers[self.config.probe_layer]
-        return images.take(ffn_ratio(decoder, layer, dict(kwargs)))
+        return images.take(ffn_ratio(decoder, layer, kwargs))
 
     def _positions(
         self, position_ids: torch.Tensor | None, plan: TokenPlan, mask: torch.Tensor, offset: int

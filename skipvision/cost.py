@@ -191,6 +191,10 @@ def _cost(
     whole = prompt + new
     # With text behind the prompt the probe runs over more.
     planning_train = _planning(g, config, images, per_image, text + new)
+    if config.select == "ffn_ratio":
+        # The probe's layers carry the LoRA that is being trained.
+        sites = sum(a + b for a, b in (*g.lora_sites, *g.ffn_lora_sites))
+        planning_train += (config.probe_layer + 1) * 2 * rank * sites * (images * per_image + text + new)
     train = vision + planning_train + (2 if rank else 3) * head(new)
     train += _training(g, decoder(whole, whole, whole - short), whole, short, rank)
     if rank and not config.summary_tokens:

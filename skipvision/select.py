@@ -49,7 +49,9 @@ def by_diversity(
     farthest away. Steps over the retained count, all images at once.
     """
     unit = normalised(features, valid)
-    distance = 1 - unit @ unit.transpose(1, 2)
+    similarity = unit @ unit.transpose(1, 2)
+    # A product is symmetric but for rounding; nearest neighbours of each other must tie.
+    distance = 1 - (similarity + similarity.transpose(1, 2)) / 2
     images, tokens, _ = distance.shape
     never = ~valid
     distance.masked_fill_(
