@@ -64,7 +64,9 @@ def by_diversity(
     nearest = torch.full_like(nearest, float("inf")).masked_fill(never, -float("inf"))
     steps = int(counts.max()) if images else 0
     for step in range(steps):
-        score[every, chosen] = float(steps - step)
+        # A smaller image has none left in the last steps; the index is then of one it chose before.
+        left = nearest[every, chosen] > -float("inf")
+        score[every, chosen] = torch.where(left, float(steps - step), score[every, chosen])
         nearest = torch.minimum(nearest, distance[every, chosen])
         nearest[every, chosen] = -float("inf")
         chosen = nearest.argmax(dim=1)
