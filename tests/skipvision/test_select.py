@@ -60,6 +60,16 @@ def test_an_image_does_not_depend_on_the_others_beside_it(select):
         assert torch.equal(together[image, :size], alone[0]), f"image of {size} tokens"
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("select", CRITERIA)
+def test_a_small_image_is_not_disturbed_by_a_large_one(select, seed):
+    """The large one is chosen from for longer than the small one has tokens."""
+    features, valid = ragged([4, 16], seed=seed)
+    together = retained_by(select, features, valid, [2, 8])
+    alone = retained_by(select, features[:1, :4], valid[:1, :4], [2])
+    assert torch.equal(together[:1, :4], alone)
+
+
 def test_random_is_fixed_by_its_seed():
     features, valid = ragged([16, 16])
     first = retained_by("random", features, valid, [6, 6], seed=1)
