@@ -70,7 +70,7 @@ def _read(config: FinetuneConfig, source: str) -> tuple[list[TrainingRow], list[
             lengths.append(length)
         else:
             reason = f"{length} tokens, more than data.max_length = {data.max_length}"
-            rejects.append(Reject(source, row.key, "conversation", reason))
+            rejects.append(Reject(source, row.key, "too long", reason))
     return rows, lengths, rejects
 
 

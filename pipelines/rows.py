@@ -16,6 +16,7 @@ RejectKind = Literal[
     "broken record",  # not JSON, or values of the wrong type
     "conversation",  # empty, without an answer, or with speakers out of order
     "placeholders",  # not as many <image> as images
+    "too long",  # more tokens than may be trained on
     "missing image",
     "unreadable image",  # no image, corrupt, or truncated
     "oversized image",
