@@ -2,38 +2,52 @@
 
 Hooks, and nothing else: no module is replaced, no class patched. One call passes them in this order:
 
-    outer model   ``_find_images``       which positions are visual, from input_ids
-    decoder       ``_reduce``            plan, merge, summarise; or continue on a pruned cache
+    outer model   ``_arrive``            images encoded and found; or the call put in terms of a pruned cache
+    decoder       ``_reduce``            plan, merge, summarise
       layer       `hook_layer`           skip-FFN by the plan that came with the call
     decoder       ``_restore``           hidden states back to the caller's length; cache compacted
 """
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache
 
+from skipvision import masks
 from skipvision.config import SkipConfig
-from skipvision.errors import ConfigError, InputError
-from skipvision.families import Anatomy, dissect
+from skipvision.errors import ConfigError, InputError, UnsupportedModelError
+from skipvision.families import Anatomy, base_view, brings_images, dissect, encode
 from skipvision.images import Images
-from skipvision.kv_cache import CacheState, compact, prunable_layers
+from skipvision.kv_cache import CacheState, compact, keep_everything, prunable_layers
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
 from skipvision.probe import ffn_ratio
-from skipvision.skip_ffn import PLAN_KEYWORD, hook_layer
+from skipvision.select import by_view
+from skipvision.skip_ffn import PLAN_KEYWORD, Passage, has_taken, hook_layer
 from skipvision.summary import SummaryLayer
 
-_IMAGES_KEYWORD = "skip_vision_images"
+_ARRIVAL = "skip_vision_arrival"
 _SUMMARY = "skip_summary"
 DECODED_KEYWORD = "skip_vision_decoded"
 """Keyword of a training call: (B, T) True from each row's first generated token on (see `attach`)."""
 _ATTACHMENT = "_skip_vision"
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrival:
+    """What the outer hook tells the decoder's: the caller's (B, …) mask over all it fed, and the images."""
+
+    mask: torch.Tensor | None
+    images: Images | None
+    views: torch.Tensor | None = None
 
 
 class Attachment:
@@ -99,99 +113,137 @@ class Attachment:
 
     def _hook(self) -> None:
         anatomy, keep = self._anatomy, self._handles.append
-        keep(anatomy.outer.register_forward_pre_hook(self._find_images, with_kwargs=True))
+        keep(anatomy.outer.register_forward_pre_hook(self._arrive, with_kwargs=True))
         keep(anatomy.decoder.register_forward_pre_hook(self._reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(self._restore, with_kwargs=True))
         for layer in anatomy.layers:
-            self._handles += hook_layer(layer)
+            self._handles += hook_layer(layer.attention, layer.mlp)
 
     # ------------------------------------------------------------------------------------- hooks
 
-    def _find_images(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Outer pre-hook: which positions hold which image, handed to the decoder as a keyword."""
-        input_ids = args[0] if args else kwargs.get("input_ids")
+    def _arrive(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Outer pre-hook: images are encoded and found; a pruned cache gets its mask and positions."""
+        call = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
+        input_ids, cache = call.get("input_ids"), call.get("past_key_values")
+        state = CacheState.of(cache)
+        images = views = None
         if input_ids is None:
-            embeds = kwargs.get("inputs_embeds")
-            if (
-                CacheState.of(kwargs.get("past_key_values")) is None
-                and embeds is not None
-                and embeds.shape[1] > 1
-            ):
+            embeds = call.get("inputs_embeds")
+            if state is None and embeds is not None and embeds.shape[1] > 1:
                 raise InputError(
                     "inputs_embeds without input_ids: which positions are visual cannot be known. Pass "
                     "input_ids (and pixel_values), or detach() for this call"
                 )
+        else:
+            visual = input_ids == self._anatomy.image_token_id
+            placeholders = int(visual.sum())
+            filled = cache is not None and cache.get_seq_length() > 0
+            # Without images on a filled cache, a placeholder is a word that was sampled.
+            if placeholders and (brings_images(call) or not filled):
+                call, sizes = encode(outer, call, placeholders)
+                images = Images.locate(visual, sizes, self._anatomy.family.tiles)
+                if self.config.select == "views":
+                    views = base_view(self._anatomy, images, sizes)
+        if images is None and state is None:
             return None
-        visual = input_ids == self._anatomy.image_token_id
-        placeholders = int(visual.sum())
-        if placeholders == 0:
-            return None
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0 and not _brings_images(kwargs):
-            # Nothing but a sampled token that happens to be the placeholder's id.
-            return None
-        sizes = self._anatomy.family.image_sizes(kwargs, placeholders)
-        return args, {**kwargs, _IMAGES_KEYWORD: Images.locate(visual, sizes)}
+        if state is not None:
+            call = _on_pruned_cache(outer, call, state, images is not None)
+        return (), {**call, _ARRIVAL: _Arrival(call.get("attention_mask"), images, views)}
 
     def _reduce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder pre-hook: the caller's sequence becomes the reduced one."""
-        images: Images | None = kwargs.pop(_IMAGES_KEYWORD, None)
+        arrival: _Arrival | None = kwargs.pop(_ARRIVAL, None)
         decoded: torch.Tensor | None = kwargs.pop(DECODED_KEYWORD, None)
-        cache = kwargs.get("past_key_values")
-        state = CacheState.of(cache)
-        if images is None and state is None:
+        if arrival is None:
             return args, kwargs
-        if state is not None:
-            kwargs = _continue_on_pruned(kwargs, state)
+        if "inputs_embeds" not in kwargs:
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} was not called with inputs_embeds: there is nothing to reduce"
+            )
+        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        sight, state = masks.Sight.of(decoder), CacheState.of(cache)
+        mask, earlier = _own_mask(arrival.mask, cache, embeds)
+        whole = torch.cat([earlier, mask], dim=1)
+        place = masks.places(whole) if state is None else state.extended_place(whole)
+        given = kwargs.get("attention_mask")
+        images = arrival.images
         if images is None:
-            return args, kwargs
-        embeds = kwargs["inputs_embeds"]
-        mask, earlier = _own_mask(kwargs, embeds)
+            written = masks.decode_mask(sight, given, whole, place, mask.shape[1], embeds.dtype)
+            return args, {**kwargs, "attention_mask": written}
         # The probe sees this call's tokens alone, whatever the cache holds.
-        scores = self._scores(decoder, {**kwargs, "attention_mask": mask}, images)
+        own = given if isinstance(given, dict) and not earlier.shape[1] else mask
+        scores = self._scores(decoder, {**kwargs, "attention_mask": own}, images, arrival.views)
         plan = self.plan = make_plan(images.take(embeds), images, mask, self.config, scores)
         if plan.is_identity:
             return args, kwargs
-        if cache is not None:
-            prunable_layers(cache)  # refuse before the work, not after
+        cache = kwargs["past_key_values"] = self._prunable(kwargs, sight)
         reduced = merge_tokens(embeds, plan)
         if self.summary is not None:
             reduced = self.summary(reduced, plan)
-        attention_mask = torch.cat([earlier, plan.attention_mask], dim=1)
-        if decoded is not None and self.config.skip_kv:
-            if cache is not None:
-                raise InputError(
-                    f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache"
-                )
-            attention_mask = _forgetful_mask(plan, decoded, decoder, reduced.dtype)
+        if decoded is not None and self.config.skip_kv and cache is not None:
+            raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
+        cached = earlier.shape[1]
+        written = masks.prefill_mask(
+            sight,
+            plan,
+            given,
+            place[:, cached:],
+            earlier,
+            place[:, :cached],
+            reduced.dtype,
+            decoded if self.config.skip_kv else None,
+        )
         return args, {
-            **kwargs,
+            **_per_token(kwargs, plan),
             "inputs_embeds": reduced,
-            "attention_mask": attention_mask,
-            "position_ids": self._positions(kwargs.get("position_ids"), plan, mask, earlier.shape[1]),
-            PLAN_KEYWORD: plan,
+            "attention_mask": written,
+            "position_ids": self._positions(kwargs.get("position_ids"), plan, mask, cached),
+            PLAN_KEYWORD: Passage(plan, whole, place),
         }
 
     def _restore(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Decoder post-hook: the caller's length for hidden states; the planned length for the cache."""
-        plan: TokenPlan | None = kwargs.get(PLAN_KEYWORD)
-        if plan is None:
+        if PLAN_KEYWORD not in kwargs:
             return None
+        plan, mask, place = kwargs[PLAN_KEYWORD]
+        missed = [
+            number for number, layer in enumerate(self._anatomy.layers) if not has_taken(layer.mlp, plan)
+        ]
+        if missed:
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} did not pass the plan on to the attention of its layers {missed}: "
+                "Skip-Vision does not work with this model"
+            )
         output.last_hidden_state = plan.to_caller(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(plan.to_caller(hidden) for hidden in output.hidden_states)
         cache = output.get("past_key_values")
         if cache is not None:
-            self._prune(cache, plan, kwargs["attention_mask"])
+            self._prune(cache, plan, mask, place)
         return output
 
     # ------------------------------------------------------------------------------------- parts
 
-    def _scores(self, decoder: nn.Module, kwargs: dict[str, Any], images: Images) -> torch.Tensor | None:
+    def _scores(
+        self, decoder: nn.Module, call: dict[str, Any], images: Images, views: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if views is not None:
+            return by_view(images.take(call["inputs_embeds"]), images.valid, views)
         if self.config.select != "ffn_ratio":
             return None
-        layer = self._anatomy.layers[self.config.probe_layer]
-        return images.take(ffn_ratio(decoder, layer, kwargs))
+        mlp = self._anatomy.layers[self.config.probe_layer].mlp
+        return images.take(ffn_ratio(decoder, self.config.probe_layer, mlp, call))
+
+    def _prunable(self, kwargs: dict[str, Any], sight: masks.Sight) -> Any:
+        """The call's cache, made or remade so that it can be pruned; refused before the work, not after."""
+        cache, config = kwargs.get("past_key_values"), self._anatomy.text_config
+        use = kwargs.get("use_cache")
+        if cache is None and not sight.unlimited and (config.use_cache if use is None else use):
+            cache = DynamicCache(config=config)
+        if cache is not None:
+            keep_everything(cache)
+            prunable_layers(cache)
+        return cache
 
     def _positions(
         self, position_ids: torch.Tensor | None, plan: TokenPlan, mask: torch.Tensor, offset: int
@@ -207,17 +259,23 @@ class Attachment:
         first = torch.take_along_dim(position_ids, mask.to(torch.uint8).argmax(dim=1, keepdim=True), dim=-1)
         return (first + plan.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
-    def _prune(self, cache: Any, plan: TokenPlan, mask: torch.Tensor) -> None:
+    def _prune(self, cache: Any, plan: TokenPlan, mask: torch.Tensor, place: torch.Tensor) -> None:
         """Compact the cache after prefill and leave on it what later calls must know."""
         state = CacheState.of(cache)
-        before = mask.shape[1] - plan.attention_mask.shape[1]
-        keep = torch.cat([mask[:, :before].bool(), plan.cache_mask], dim=1)
+        length = plan.merged_into.shape[1]
+        before = mask.shape[1] - length
+        keep = torch.cat([mask[:, :before], plan.cache_mask], dim=1)
+        reduced_place = torch.take_along_dim(place[:, before:], plan.position_source.clamp(min=0), dim=1)
         shift = plan.removed if self.config.positions == "contiguous" else torch.zeros_like(plan.removed)
         caller = before
         if state is not None:
             caller = state.caller_length + before - state.mask.shape[1]
             shift = shift + state.position_shift
-        CacheState(compact(cache, keep), caller + plan.merged_into.shape[1], shift).remember(cache)
+        fed = place.masked_fill(~mask, -1).amax(dim=1) + 1
+        kept, index = compact(cache, keep)
+        entries = torch.cat([place[:, :before], reduced_place], dim=1)
+        places = torch.take_along_dim(entries, index, dim=1)
+        CacheState(kept, caller + length, shift, places, fed).remember(cache)
 
 
 def attach(model: nn.Module, config: SkipConfig) -> Attachment:
@@ -256,25 +314,19 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
         raise ConfigError(
             f"probe_layer={config.probe_layer}, but the decoder has layers 0 … {len(anatomy.layers) - 1}"
         )
-    if config.select == "views" and not anatomy.family.multi_view:
+    if config.select == "views" and anatomy.family.base_view is None:
         raise ConfigError(
             f"select='views' needs a multi-view family; {type(anatomy.outer).__name__} encodes one view per "
             "image"
         )
 
 
-def _brings_images(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("pixel_values") is not None or bool(
-        (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    )
-
-
-def _own_mask(kwargs: dict[str, Any], embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_mask(
+    mask: torch.Tensor | None, cache: Any, embeds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention mask of this call's own tokens (B, T), and of the cache before them (B, C); bool."""
     rows, length = embeds.shape[:2]
-    cache = kwargs.get("past_key_values")
     cached = cache.get_seq_length() if cache is not None else 0
-    mask = kwargs.get("attention_mask")
     if mask is None:
         mask = torch.ones(rows, cached + length, dtype=torch.bool, device=embeds.device)
     if not isinstance(mask, torch.Tensor) or mask.shape != (rows, cached + length):
@@ -286,34 +338,48 @@ def _own_mask(kwargs: dict[str, Any], embeds: torch.Tensor) -> tuple[torch.Tenso
     return mask[:, cached:].bool(), mask[:, :cached].bool()
 
 
-def _forgetful_mask(
-    plan: TokenPlan, decoded: torch.Tensor, decoder: nn.Module, dtype: torch.dtype
-) -> torch.Tensor:
-    """(B, 1, L, L) causal mask in which generated tokens do not see what will have left the cache."""
-    implementation = getattr(decoder.config, "_attn_implementation", None)
-    if implementation not in ("sdpa", "eager"):
-        raise ConfigError(
-            f"{DECODED_KEYWORD} needs attn_implementation 'sdpa' or 'eager', which take a mask per query; "
-            f"this model has {implementation!r}"
-        )
-    length = plan.roles.shape[1]
-    generated = plan.gather(decoded[..., None].long(), plan.source)[..., 0].bool()
-    seen = plan.attention_mask[:, None, :] & ~(generated[:, :, None] & ~plan.cache_mask[:, None, :])
-    square = torch.ones(length, length, dtype=torch.bool, device=decoded.device)
-    # Padding sees itself: a row of a softmax must not be empty.
-    mask = ((seen & square.tril()) | torch.eye(length, dtype=torch.bool, device=decoded.device))[:, None]
-    if implementation == "sdpa":
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _continue_on_pruned(kwargs: dict[str, Any], state: CacheState) -> dict[str, Any]:
+def _on_pruned_cache(
+    outer: nn.Module, call: dict[str, Any], state: CacheState, images: bool
+) -> dict[str, Any]:
     """The call's mask and positions in terms of a pruned cache instead of the caller's sequence."""
-    cached = kwargs["past_key_values"].get_seq_length()
-    new = kwargs["inputs_embeds"].shape[1]
-    mask = state.extended_mask(cached, new, kwargs.get("attention_mask"))
-    positions = kwargs.get("position_ids")
+    tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+    cached, new = call["past_key_values"].get_seq_length(), tokens.shape[1]
+    mask = state.extended_mask(cached, new, call.get("attention_mask"))
+    positions = call.get("position_ids")
     if positions is None:
         begin = state.caller_length + cached - state.mask.shape[1]
-        positions = torch.arange(begin, begin + new, device=mask.device)[None]
-    return {**kwargs, "attention_mask": mask, "position_ids": positions - state.position_shift[:, None]}
+        positions = torch.arange(begin, begin + new, device=mask.device).expand(len(mask), -1)
+        deltas = getattr(outer, "rope_deltas", None)
+        if deltas is not None:
+            if images:
+                raise InputError(
+                    "images behind a pruned cache need position_ids in this family: their positions have "
+                    "three axes and begin where the text before them ended"
+                )
+            positions = (positions + deltas.to(mask.device))[None].expand(3, -1, -1)
+    return {**call, "attention_mask": mask, "position_ids": positions - state.position_shift[:, None]}
+
+
+def _per_token(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:
+    """Other keywords that say something of every token, said of the reduced ones."""
+    rows, length = plan.merged_into.shape
+    source = plan.position_source.clamp(min=0)
+    taken = {
+        name: value[torch.arange(rows, device=source.device)[:, None], source]
+        for name, value in kwargs.items()
+        if isinstance(value, torch.Tensor) and value.shape[:2] == (rows, length)
+    }
+    return {**kwargs, **taken, **_deep_features(kwargs, plan)}
+
+
+def _deep_features(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:
+    """DeepStack: visual features that early layers add to the visual tokens, merged as these were."""
+    visual, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+    if visual is None or features is None:
+        return {}
+    stays = (plan.source >= 0) & torch.take_along_dim(visual, plan.source.clamp(min=0), dim=1)
+    merged = []
+    for layer in features:
+        whole = layer.new_zeros(*visual.shape, layer.shape[-1]).index_put((visual,), layer)
+        merged.append(merge_tokens(whole, plan)[stays])
+    return {"visual_pos_masks": stays, "deepstack_visual_embeds": merged}

@@ -19,7 +19,8 @@ from transformers import PretrainedConfig
 from transformers.models.auto import AutoModelForImageTextToText
 
 from skipvision.config import SkipConfig
-from skipvision.families import dissect, family_of
+from skipvision.errors import UnsupportedModelError
+from skipvision.families import dissect
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,6 @@ def _planning(g: _Geometry, config: SkipConfig, images: int, per_image: int, tex
 
 def _measure(model_config: PretrainedConfig, dtype: torch.dtype | None) -> _Geometry:
     """Read the geometry off the model built without weights (meta device), one decoder layer deep."""
-    family = family_of(model_config)
     small = deepcopy(model_config)
     text = small.get_text_config()
     layers = text.num_hidden_layers
@@ -251,17 +251,20 @@ def _measure(model_config: PretrainedConfig, dtype: torch.dtype | None) -> _Geom
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     small._attn_implementation = "eager"
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(small, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(small, dtype=torch.float32)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model_config).__name__}: {error}") from error
     anatomy = dissect(model)
-    layer = anatomy.layers[0]
-    ffn = [m for m in layer.get_submodule("mlp").modules() if isinstance(m, nn.Linear)]
+    layer = anatomy.decoder.get_submodule("layers.0")
+    ffn = [m for m in anatomy.layers[0].mlp.modules() if isinstance(m, nn.Linear)]
     everything = [m for m in layer.modules() if isinstance(m, nn.Linear)]
     attention = [m for m in everything if not any(m is other for other in ffn)]
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
-    per_image = family.tokens_per_image(model_config)
+    per_image = _tokens_per_image(model_config)
     vision_config = small.vision_config
     image = torch.empty(1, 3, vision_config.image_size, vision_config.image_size, device="meta")
     vision_flops = measure_flops(lambda: anatomy.outer.get_submodule("vision_tower")(image))
@@ -290,3 +293,9 @@ def _measure(model_config: PretrainedConfig, dtype: torch.dtype | None) -> _Geom
         element_bytes=element.itemsize,
         tokens_per_image=per_image,
     )
+
+
+def _tokens_per_image(config: PretrainedConfig) -> int:
+    vision = config.vision_config
+    patches = int(vision.image_size // vision.patch_size) ** 2
+    return patches + (getattr(config, "vision_feature_select_strategy", None) == "full")

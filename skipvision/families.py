@@ -1,34 +1,66 @@
-"""What differs between Hugging Face model families, and nothing else."""
+"""What Skip-Vision needs of a Hugging Face model, found by shape; and what differs between families.
+
+The common shape, which most image-text-to-text families of transformers 5.23 share: an outer model that
+encodes images by ``get_image_features``, takes them ready-made as ``mm_encoder_outputs``, puts them at
+placeholder tokens, and calls a text decoder with ``inputs_embeds``; a decoder whose layers each have
+self-attention and then a feed-forward network. A family of that shape needs nothing here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from skipvision.errors import InputError, UnsupportedModelError
+from skipvision.images import Images
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family, declared.
+    """What one family declares beyond the common shape.
 
     Attributes:
-        decoder: attribute of the outer model under which it calls its text decoder.
-        image_token: config field with the id of the placeholder token.
-        image_sizes: (call's keyword arguments, placeholders in the batch) → visual tokens of each image.
-        tokens_per_image: config → N of an image of the standard size.
-        multi_view: images come as a base view and crops (select="views").
+        tiles: what the family encodes as several entries side by side (an image cut into tiles, and a
+            thumbnail) is one image.
+        base_view: where the view of the whole image stands among its visual tokens, behind or before
+            the high-resolution crops (select="views"); None = there is one view only.
     """
 
-    decoder: str
-    image_token: str
-    image_sizes: Callable[[Mapping[str, Any], int], list[int]]
-    tokens_per_image: Callable[[PretrainedConfig], int]
-    multi_view: bool = False
+    tiles: bool = False
+    base_view: Literal["first", "last"] | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "llava_next": Family(base_view="first"),
+    "llava_onevision": Family(base_view="first"),
+    "internvl": Family(tiles=True, base_view="last"),
+    "qianfan_ocr": Family(tiles=True, base_view="last"),
+}
+"""Families that declare something, by the ``model_type`` of their config."""
+
+_DECODERS = ("language_model", "text_model")
+_ATTENTION = ("self_attn",)
+_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
+_PIXELS = (
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_videos",
+    "high_res_pixel_values",
+    "image_patches",
+)
+
+
+class Layer(NamedTuple):
+    """The two halves of a decoder layer."""
+
+    attention: nn.Module
+    mlp: nn.Module
 
 
 @dataclass(frozen=True)
@@ -36,66 +68,28 @@ class Anatomy:
     """The parts of one live model that hooks go on.
 
     Attributes:
-        outer: module that is called with ``input_ids`` and calls the decoder.
+        outer: module that is called with ``input_ids``, encodes images, and calls the decoder.
         decoder: text decoder, called with ``inputs_embeds``.
-        layers: its layers, each with ``self_attn`` and ``mlp``.
+        layers: its layers.
         image_token_id: placeholder token of one visual token.
+        text_config: the decoder's.
         hidden_size: width of the decoder.
+        view_size: visual tokens of one view where the whole image's view comes first; else 0.
     """
 
     family: Family
     outer: nn.Module
     decoder: nn.Module
-    layers: nn.ModuleList
+    layers: tuple[Layer, ...]
     image_token_id: int
+    text_config: Any
     hidden_size: int
-
-
-def _fixed_size_images(call: Mapping[str, Any], placeholders: int) -> list[int]:
-    """Every image has the same number of visual tokens (CLIP or SigLIP tower with a fixed resolution)."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-    if encoded is not None:
-        return [len(features) for features in encoded.pooler_output]
-    pixel_values = call.get("pixel_values")
-    if pixel_values is None:
-        raise InputError(
-            f"input_ids hold {placeholders} image placeholders but neither pixel_values nor encoded images "
-            "came with them: pass the processor's pixel_values, or a prompt without <image>"
-        )
-    images = len(pixel_values)
-    if images == 0 or placeholders % images:
-        raise InputError(
-            f"{placeholders} image placeholders cannot be shared out among {images} images of equal size: "
-            "build input_ids and pixel_values with one processor call"
-        )
-    return [placeholders // images] * images
-
-
-def _llava_tokens(config: PretrainedConfig) -> int:
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return patches + (config.vision_feature_select_strategy == "full")
-
-
-FAMILIES: dict[str, Family] = {
-    "llava": Family(
-        decoder="language_model",
-        image_token="image_token_id",
-        image_sizes=_fixed_size_images,
-        tokens_per_image=_llava_tokens,
-    ),
-}
-"""Supported families by the ``model_type`` of their config."""
+    view_size: int
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family a model's config belongs to; raises `UnsupportedModelError`."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedModelError(
-            f"model_type {config.model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
-        )
-    return family
+    """What the family of a model's config declares."""
+    return FAMILIES.get(config.model_type, Family())
 
 
 def dissect(model: nn.Module) -> Anatomy:
@@ -106,27 +100,140 @@ def dissect(model: nn.Module) -> Anatomy:
             f"{type(model).__name__} contains no Hugging Face PreTrainedModel: load the model with "
             "AutoModelForImageTextToText.from_pretrained"
         )
-    family = family_of(base.config)
-    outer = next((m for m in base.modules() if family.decoder in m._modules), None)
-    decoder = getattr(outer, family.decoder, None)
-    layers = getattr(decoder, "layers", None)
-    if outer is None or decoder is None or not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+    outer, decoder, layers = _find_decoder(base)
+    image_token = getattr(base.config, "image_token_id", None)
+    if image_token is None:
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no {family.decoder!r} with a list of layers: its decoder "
-            f"({type(decoder).__name__}) does not have the shape that Skip-Vision hooks"
+            f"the config of {type(base).__name__} names no image_token_id: images do not stand in its prompt "
+            "as placeholder tokens"
         )
-    for number, layer in enumerate(layers):
-        for part in ("self_attn", "mlp"):
-            if not isinstance(getattr(layer, part, None), nn.Module):
-                raise UnsupportedModelError(
-                    f"layer {number} of {type(decoder).__name__} ({type(layer).__name__}) has no {part!r}: "
-                    "only layers made of self-attention and a feed-forward network can be skipped"
-                )
+    text_config: Any = decoder.config
     return Anatomy(
-        family=family,
+        family=family_of(base.config),
         outer=outer,
         decoder=decoder,
-        layers=layers,
-        image_token_id=int(getattr(base.config, family.image_token)),
-        hidden_size=int(decoder.config.hidden_size),
+        layers=tuple(_halves(layer, number) for number, layer in enumerate(layers)),
+        image_token_id=int(image_token),
+        text_config=text_config,
+        hidden_size=int(text_config.hidden_size),
+        view_size=_patches(base.config) if family_of(base.config).base_view == "first" else 0,
     )
+
+
+def base_view(anatomy: Anatomy, images: Images, entries: list[int]) -> torch.Tensor:
+    """(I, N) tokens of the view of the whole image; ``entries`` are the sizes that `encode` gave."""
+    place = torch.arange(images.valid.shape[1], device=images.valid.device)
+    if anatomy.family.base_view == "first":
+        return images.valid & (place < anatomy.view_size)
+    # Tiles are of one size, the whole image's thumbnail the last of them.
+    sizes = images.valid.sum(dim=1, keepdim=True)
+    return images.valid & (place >= sizes - entries[-1])
+
+
+def _patches(config: PretrainedConfig) -> int:
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size) ** 2
+
+
+def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tuple[dict[str, Any], list[int]]:
+    """Encode the images (and videos) of a call ahead of it, as ``generate`` does before its first step.
+
+    Args:
+        outer: the outer model.
+        call: keyword arguments of its call.
+        placeholders: image placeholders in its prompt.
+
+    Returns:
+        The keyword arguments with encoded images in place of pixels, and the visual tokens of each
+        encoded entry in the order of their placeholders.
+    """
+    if not _takes_encoded_images(outer):
+        return dict(call), _equal_sizes(call, placeholders)
+    encoded = dict(call.get("mm_encoder_outputs") or {})
+    for modality in ("image", "video"):
+        encoder = getattr(outer, f"get_{modality}_features", None)
+        if encoder is None or encoded.get(modality) is not None:
+            continue
+        inputs = {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
+        if _has_pixels(inputs):
+            encoded[modality] = encoder(**inputs, return_dict=True)
+    if encoded.get("image") is None:
+        raise _no_images(placeholders)
+    others = {name: value for name, value in call.items() if name not in _PIXELS}
+    return {**others, "mm_encoder_outputs": encoded}, [len(entry) for entry in encoded["image"].pooler_output]
+
+
+def brings_images(call: Mapping[str, Any]) -> bool:
+    """Whether a call comes with images, as pixels or encoded."""
+    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+    return encoded is not None or _has_pixels(call)
+
+
+def _has_pixels(call: Mapping[str, Any]) -> bool:
+    return any(call.get(name) is not None and len(call[name]) for name in _PIXELS)
+
+
+def _no_images(placeholders: int) -> InputError:
+    return InputError(
+        f"input_ids hold {placeholders} image placeholders but neither pixel_values nor encoded images came "
+        "with them: pass the processor's output as it is, or a prompt without images"
+    )
+
+
+def _find_decoder(base: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
+    """The outer module, the decoder it calls, and the decoder's layers."""
+    name, decoder = type(base).__name__, None
+    for outer in base.modules():
+        decoder = next((part for n in _DECODERS if (part := outer._modules.get(n)) is not None), None)
+        if decoder is not None:
+            break
+    if decoder is None:
+        raise UnsupportedModelError(
+            f"{name} has no {' or '.join(_DECODERS)}: its text decoder is not a module of its own that is "
+            "called with the images' embeddings"
+        )
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        # A causal language model as decoder: what has the layers is inside.
+        decoder = getattr(decoder, "model", decoder)
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        raise UnsupportedModelError(
+            f"{name} has no decoder with a list of layers: {type(decoder).__name__} does not have the shape "
+            "that Skip-Vision hooks"
+        )
+    if not hasattr(outer, "get_image_features"):
+        raise UnsupportedModelError(
+            f"{type(outer).__name__} has no get_image_features: how many visual tokens an image has cannot "
+            "be known"
+        )
+    return outer, decoder, layers
+
+
+def _takes_encoded_images(outer: nn.Module) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(outer.forward).parameters
+
+
+def _equal_sizes(call: Mapping[str, Any], placeholders: int) -> list[int]:
+    """Visual tokens of each image where images cannot be encoded ahead (transformers before 5.23)."""
+    pixels = call.get("pixel_values")
+    if pixels is None:
+        raise _no_images(placeholders)
+    if pixels.ndim != 4 or len(pixels) == 0 or placeholders % len(pixels):
+        raise InputError(
+            f"{placeholders} image placeholders cannot be shared out among pixel_values of shape "
+            f"{tuple(pixels.shape)}: build input_ids and pixel_values with one processor call; images of "
+            "different sizes need transformers 5.23 or newer"
+        )
+    return [placeholders // len(pixels)] * len(pixels)
+
+
+def _halves(layer: nn.Module, number: int) -> Layer:
+    attention = next((layer._modules[n] for n in _ATTENTION if n in layer._modules), None)
+    mlp = next((layer._modules[n] for n in _FEED_FORWARD if n in layer._modules), None)
+    if attention is None or mlp is None:
+        raise UnsupportedModelError(
+            f"layer {number} of the decoder ({type(layer).__name__}) is made of "
+            f"{', '.join(layer._modules)}: only layers of self-attention and a feed-forward network can be "
+            "skipped, and only attention can forget a token"
+        )
+    return Layer(attention, mlp)

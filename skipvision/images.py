@@ -28,8 +28,10 @@ class Images:
     length: int
 
     @classmethod
-    def locate(cls, visual: torch.Tensor, sizes: list[int]) -> Images:
+    def locate(cls, visual: torch.Tensor, sizes: list[int], tiles: bool = False) -> Images:
         """Cut the True entries of ``visual`` (B, T), row by row, into images of the given sizes.
+
+        With ``tiles``, entries that stand side by side are tiles of one image.
 
         Raises:
             InputError: the sizes do not add up to the visual positions, or an image would stretch
@@ -41,6 +43,8 @@ class Images:
                 f"the prompt has {found.numel()} image placeholders but the images have {sizes} visual "
                 f"tokens (together {sum(sizes)}): build input_ids and pixel_values with one processor call"
             )
+        if tiles:
+            sizes = _joined(found, sizes, visual.shape[1])
         lengths = torch.tensor(sizes, dtype=torch.long, device=visual.device)
         begin = lengths.cumsum(0) - lengths
         place = torch.arange(max(sizes, default=0), device=visual.device)
@@ -67,3 +71,17 @@ class Images:
     def position(self) -> torch.Tensor:
         """(I, N) position of each visual token in its own row."""
         return self.index % self.length
+
+
+def _joined(found: torch.Tensor, sizes: list[int], length: int) -> list[int]:
+    """Sizes of runs: an entry that begins right behind the one before it, in one row, is added to it."""
+    begins = torch.tensor(sizes[:-1], dtype=torch.long).cumsum(0).to(found.device)
+    at = found[begins]
+    apart = ((at != found[begins - 1] + 1) | (at % length == 0)).tolist()
+    joined = sizes[:1]
+    for size, new in zip(sizes[1:], apart, strict=True):
+        if new:
+            joined.append(size)
+        else:
+            joined[-1] += size
+    return joined

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from skipvision.errors import InputError, UnsupportedModelError
 
@@ -26,11 +26,15 @@ class CacheState:
             the caller's, one to one.
         caller_length: positions the caller had fed when those entries were cached.
         position_shift: (B,) subtracted from later position ids; zero for positions="original".
+        place: (B, C) place of each entry among the tokens its row was fed, from 0.
+        fed: (B,) tokens each row had been fed.
     """
 
     mask: torch.Tensor
     caller_length: int
     position_shift: torch.Tensor
+    place: torch.Tensor
+    fed: torch.Tensor
 
     @staticmethod
     def of(cache: Cache | None) -> CacheState | None:
@@ -60,6 +64,32 @@ class CacheState:
             )
         return torch.cat([self.mask, caller_mask[:, self.caller_length :].bool()], dim=1)
 
+    def extended_place(self, mask: torch.Tensor) -> torch.Tensor:
+        """(B, C + later) places of all entries, given the `extended_mask` over them."""
+        later = mask[:, self.mask.shape[1] :].long().cumsum(dim=1) - 1
+        return torch.cat([self.place, self.fed[:, None] + later], dim=1)
+
+
+def keep_everything(cache: Cache) -> None:
+    """Make layers that keep a window keep all entries: a pruned cache's windows are cut by the mask.
+
+    Raises:
+        UnsupportedModelError: a layer has dropped entries already.
+    """
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicSlidingWindowLayer:
+            continue
+        if layer.get_seq_length() >= layer.sliding_window:
+            raise UnsupportedModelError(
+                f"the KV cache's layer {number} keeps a window of {layer.sliding_window} tokens and has lost "
+                f"some of the {layer.get_seq_length()} it was fed: bring images with the first call, or pass "
+                "past_key_values=DynamicCache()"
+            )
+        whole = DynamicLayer()
+        if layer.keys is not None and layer.values is not None:
+            whole.update(layer.keys, layer.values)
+        cache.layers[number] = whole
+
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     """The layers of a cache; raises `UnsupportedModelError` unless every one of them can shrink."""
@@ -74,7 +104,7 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     return layers
 
 
-def compact(cache: Cache, keep: torch.Tensor) -> torch.Tensor:
+def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Drop entries from every layer, row by row, and free their memory.
 
     Args:
@@ -82,21 +112,28 @@ def compact(cache: Cache, keep: torch.Tensor) -> torch.Tensor:
         keep: (B, S) entries that stay.
 
     Returns:
-        (B, C) mask of the real entries of the compacted cache, C = the most that one row keeps; rows
-        that keep fewer are padded on the left.
+        (B, C) mask of the real entries of the compacted cache, C = the most that one row keeps, and the
+        (B, C) index of each in the cache before; rows that keep fewer are padded on the left.
     """
     counts = keep.sum(dim=1)
     most = int(counts.max())
     if most == keep.shape[1]:
-        return keep
+        return keep, torch.arange(most, device=keep.device).expand_as(keep)
     # A stable sort by "stays" puts what leaves first and leaves the rest in order behind it.
     index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - most :]
     for layer in prunable_layers(cache):
         if layer.keys is not None and layer.values is not None and layer.keys.numel():
-            at = index[:, None, :, None].to(layer.keys.device)
-            layer.keys = torch.take_along_dim(layer.keys, at, dim=2)
-            layer.values = torch.take_along_dim(layer.values, at, dim=2)
-    return torch.arange(most, device=keep.device) >= (most - counts)[:, None]
+            at = index.to(layer.keys.device)
+            layer.keys, layer.values = _entries(layer.keys, at), _entries(layer.values, at)
+    return torch.arange(most, device=keep.device) >= (most - counts)[:, None], index
+
+
+def _entries(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, heads, C, D) entries by (B, C) index, copied as whole vectors."""
+    rows, heads, length, _ = states.shape
+    begin = torch.arange(rows * heads, device=index.device).view(rows, heads, 1) * length
+    flat = states.reshape(rows * heads * length, -1)
+    return flat.index_select(0, (begin + index[:, None, :]).flatten()).view(rows, heads, index.shape[1], -1)
 
 
 def cache_bytes(cache: Cache) -> int:

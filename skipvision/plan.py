@@ -92,8 +92,11 @@ class TokenPlan:
 
     def gather(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows of ``values`` (B, X, H) at ``index`` (B, Y), zeros where the index is −1."""
-        picked = torch.take_along_dim(values, index.clamp(min=0)[..., None], dim=1)
-        return picked.masked_fill((index < 0)[..., None], 0)
+        rows, length = values.shape[:2]
+        begin = torch.arange(rows, device=index.device)[:, None] * length
+        # Whole vectors by flat index: gathering element-wise costs several times as much.
+        picked = values.flatten(0, 1).index_select(0, (begin + index.clamp(min=0)).flatten())
+        return picked.unflatten(0, index.shape).masked_fill((index < 0)[..., None], 0)
 
     def to_caller(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, L, H) → (B, T, H): each caller position gets the state of the token it was merged into."""

@@ -13,7 +13,7 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def ffn_ratio(decoder: nn.Module, layer: nn.Module, call: dict[str, Any]) -> torch.Tensor:
+def ffn_ratio(decoder: nn.Module, number: int, mlp: nn.Module, call: dict[str, Any]) -> torch.Tensor:
     """(B, T) ‖FFN(norm(h))‖ / ‖h‖ at one decoder layer, over the unreduced input.
 
     The decoder runs as it is up to the layer and no further. h is the residual stream the FFN adds
@@ -21,21 +21,22 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, call: dict[str, Any]) -> tor
 
     Args:
         decoder: text decoder.
-        layer: the layer to read.
+        number: the layer to read.
+        mlp: its feed-forward network.
         call: keyword arguments of the decoder's call; its cache is left alone.
     """
     seen: dict[str, torch.Tensor] = {}
 
-    def keep_update(mlp: nn.Module, args: Any, output: torch.Tensor) -> None:
-        seen["update"] = output
+    def keep_update(mlp: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        seen["update"] = output if isinstance(output, torch.Tensor) else output[0]
 
     def stop(module: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
         raise _Enough
 
     handles = [
-        layer.get_submodule("mlp").register_forward_hook(keep_update),
-        layer.register_forward_hook(stop),
+        mlp.register_forward_hook(keep_update),
+        decoder.get_submodule(f"layers.{number}").register_forward_hook(stop),
     ]
     try:
         decoder(**{**call, "past_key_values": None, "use_cache": False, "output_hidden_states": False})

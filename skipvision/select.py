@@ -92,6 +92,18 @@ def by_chance(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor,
     return order.to(valid.device).expand(valid.shape)
 
 
+def by_view(features: torch.Tensor, valid: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """The view of the whole image stays before any of its crops; within each, the least redundant.
+
+    Args:
+        features, valid: as for every criterion.
+        base: (I, N) True for the tokens of the base view.
+    """
+    score = by_similarity(features, valid, base, 0).masked_fill(~valid, 0)
+    low, high = score.amin(dim=1, keepdim=True), score.amax(dim=1, keepdim=True)
+    return (score - low) / (high - low).clamp(min=1e-12) + 2 * base
+
+
 Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 CRITERIA: dict[str, Criterion] = {
     "similarity": by_similarity,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,20 @@ PLAN_KEYWORD = "skip_vision_plan"
 """Name under which the plan travels through the decoder's keyword arguments."""
 
 
+class Passage(NamedTuple):
+    """What travels with a call: the plan, and what the caller's sequence was.
+
+    Attributes:
+        plan: of the call.
+        mask: (B, C + T) real entries of the cache, and real tokens of the caller.
+        place: (B, C + T) their places among the tokens their row was fed.
+    """
+
+    plan: TokenPlan
+    mask: torch.Tensor
+    place: torch.Tensor
+
+
 class _PutDown(threading.local):
     """For each ``mlp``, the plan of the layer call this thread is in."""
 
@@ -33,9 +47,8 @@ class _PutDown(threading.local):
 _put_down = _PutDown()
 
 
-def hook_layer(layer: nn.Module) -> list[RemovableHandle]:
+def hook_layer(attention: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
     """Make one decoder layer skip by the plan it is called with; without a plan it runs as ever."""
-    attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
     return [
         attention.register_forward_pre_hook(partial(take_plan, mlp), with_kwargs=True),
         mlp.register_forward_pre_hook(gather_rows),
@@ -47,12 +60,12 @@ def take_plan(
     mlp: nn.Module, attention: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Attention pre-hook: take the plan out of the keywords, for the ``mlp`` behind."""
-    plan = kwargs.pop(PLAN_KEYWORD, None)
-    if plan is not None:
+    passage: Passage | None = kwargs.pop(PLAN_KEYWORD, None)
+    if passage is not None and "position_ids" in kwargs:
         # Positions may have gaps now, which attention code can mistake for packed sequences; the
         # rotations are already in position_embeddings.
         kwargs["position_ids"] = None
-    _put_down.plans[mlp] = plan
+    _put_down.plans[mlp] = None if passage is None else passage.plan
     return args, kwargs
 
 
@@ -61,18 +74,38 @@ def gather_rows(mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None
     plan = _plan_for(mlp)
     if plan is None:
         return None
-    hidden, *others = args
-    return (hidden.flatten(0, 1)[plan.ffn_index][None], *others)
+    shape = plan.ffn_mask.shape
+    return tuple(
+        value.flatten(0, 1)[plan.ffn_index][None]
+        if isinstance(value, torch.Tensor) and value.shape[:2] == shape
+        else value
+        for value in args
+    )
 
 
-def scatter_rows(mlp: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-    """mlp post-hook: (1, n, H) → (B, L, H), zeros for the skipped; the residual does the rest."""
+def scatter_rows(mlp: nn.Module, args: Any, output: Any) -> Any:
+    """mlp post-hook: (1, n, H) → (B, L, H), zeros for the skipped; the residual does the rest.
+
+    A mixture of experts may return more than hidden states (router logits): that is passed on.
+    """
     plan = _plan_for(mlp)
     if plan is None:
         return None
+    if isinstance(output, tuple):
+        return (_spread(output[0], plan), *output[1:])
+    return _spread(output, plan)
+
+
+def has_taken(mlp: nn.Module, plan: TokenPlan) -> bool:
+    """Whether the last call of this layer in this thread came with the plan."""
+    return _put_down.plans.get(mlp) is plan
+
+
+def _spread(update: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
     rows, length = plan.ffn_mask.shape
-    spread = output.new_zeros(rows * length, output.shape[-1])
-    return spread.index_copy(0, plan.ffn_index, output[0]).unflatten(0, (rows, length))
+    update = update.reshape(-1, update.shape[-1])
+    spread = update.new_zeros(rows * length, update.shape[-1])
+    return spread.index_copy(0, plan.ffn_index, update).unflatten(0, (rows, length))
 
 
 def _plan_for(mlp: nn.Module) -> TokenPlan | None:

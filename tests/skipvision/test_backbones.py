@@ -119,8 +119,8 @@ def test_pruned_generation_equals_masked_generation(text, attention):
         same(logits[step], expected[step])
 
 
-def test_a_sliding_cache_is_refused_and_a_plain_one_taken():
-    """Mistral's default config slides: its own cache layers cannot be pruned."""
+def test_a_sliding_window_that_holds_everything_changes_nothing():
+    """Mistral's default config slides: its cache layers keep a window, a pruned cache keeps all there is."""
     sliding, inputs = tiny_llava(text="mistral", sliding_window=100), tiny_inputs(ROWS)
     plain = tiny_llava(text="mistral", sliding_window=None)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -128,7 +128,15 @@ def test_a_sliding_cache_is_refused_and_a_plain_one_taken():
         expected = plain.generate(**inputs, **options)
         logits = plain(**inputs).logits
     with attach(sliding, CONFIG):
-        with pytest.raises(UnsupportedModelError, match="DynamicSlidingWindowLayer, which cannot be pruned"):
-            sliding.generate(**inputs, **options)
-        assert torch.equal(sliding(**inputs, use_cache=False).logits, logits)
+        assert torch.equal(sliding.generate(**inputs, **options), expected)
+        torch.testing.assert_close(sliding(**inputs, use_cache=False).logits, logits)
         assert torch.equal(sliding.generate(**inputs, **options, past_key_values=DynamicCache()), expected)
+
+
+def test_a_window_that_has_dropped_entries_is_refused():
+    model = tiny_llava(text="mistral", sliding_window=4)
+    cache = model(**tiny_inputs([[9]]), use_cache=True).past_key_values
+    inputs = tiny_inputs([["image", 3]])
+    del inputs["attention_mask"]
+    with attach(model, CONFIG), pytest.raises(UnsupportedModelError, match="keeps a window of 4 tokens"):
+        model(**inputs, past_key_values=cache)

@@ -1,0 +1,190 @@
+"""Attention masks of a reduced sequence, where a 2-D mask of what is padding does not say enough.
+
+Three things make a decoder need more: layers that see a window or a chunk only, image tokens that see
+each other both ways, and training calls in which answers must not see skipped tokens. Distances are
+taken between the tokens' places in the caller's sequence, so a window reaches as far as it did there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipvision.errors import ConfigError
+from skipvision.plan import TokenPlan
+
+FULL = "full_attention"
+_SLIDING = "sliding_attention"
+_CHUNKED = "chunked_attention"
+
+Given = torch.Tensor | dict[str, torch.Tensor | None] | None
+"""What a decoder is given as attention_mask: (B, S); (B, 1, L, S), or one such per kind of layer; or none."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How far the layers of one decoder see.
+
+    Attributes:
+        kinds: of layers there are: "full_attention", "sliding_attention", "chunked_attention".
+        by_kind: the decoder takes a dictionary of masks, one for each kind.
+        reach: window or chunk length of a kind, in tokens.
+        implementation: "sdpa" (boolean masks), "eager" (added masks), or one that takes no mask per query.
+    """
+
+    kinds: tuple[str, ...]
+    by_kind: bool
+    reach: dict[str, int]
+    implementation: str | None
+
+    @classmethod
+    def of(cls, decoder: nn.Module) -> Sight:
+        """Read off the decoder's config."""
+        config: Any = decoder.config
+        window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+        types = getattr(config, "layer_types", None)
+        kinds = sorted(set(types)) if types else [_SLIDING if window else FULL]
+        reach = {kind: size for kind, size in ((_SLIDING, window), (_CHUNKED, chunk)) if size}
+        return cls(
+            tuple(kind if kind in reach else FULL for kind in kinds) if not types else tuple(kinds),
+            bool(types),
+            reach,
+            getattr(config, "_attn_implementation", None),
+        )
+
+    @property
+    def unlimited(self) -> bool:
+        """Every layer sees all that came before, so that a 2-D mask says all there is to say."""
+        return self.kinds == (FULL,)
+
+    @property
+    def takes_masks(self) -> bool:
+        """The attention implementation takes a mask per query."""
+        return self.implementation in ("sdpa", "eager")
+
+    def write(self, seen: dict[str, torch.Tensor], as_dict: bool, dtype: torch.dtype) -> Given:
+        """(B, Q, K) booleans per kind in the form that the decoder takes."""
+        masks = {kind: self._written(allowed, dtype) for kind, allowed in seen.items()}
+        return masks if as_dict else next(iter(masks.values()))  # type: ignore[return-value]
+
+    def _written(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        seen = seen[:, None]
+        # A row of a softmax must not be empty: what sees nothing is padding, and may see anything.
+        seen = seen | ~seen.any(dim=-1, keepdim=True)
+        if self.implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+    def within_reach(self, kind: str, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(B, Q, K) which keys a kind of layer can see, by (B, Q) and (B, K) places in the caller's rows."""
+        if kind not in self.reach:
+            return torch.ones(1, 1, 1, dtype=torch.bool, device=keys.device)
+        reach, queries, keys = self.reach[kind], queries[:, :, None], keys[:, None, :]
+        return queries - keys < reach if kind == _SLIDING else queries // reach == keys // reach
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) place of each token among those of its row, from 0; meaningless at padding."""
+    return mask.long().cumsum(dim=1) - 1
+
+
+def prefill_mask(
+    sight: Sight,
+    plan: TokenPlan,
+    given: Given,
+    caller_places: torch.Tensor,
+    earlier: torch.Tensor,
+    earlier_places: torch.Tensor,
+    dtype: torch.dtype,
+    decoded: torch.Tensor | None = None,
+) -> Given:
+    """The decoder's mask for the reduced sequence.
+
+    Args:
+        sight: of the decoder.
+        plan: the reduction.
+        given: the mask that the decoder was about to get for the caller's sequence.
+        caller_places: (B, T) `places` of the caller's tokens, counted from the row's first token ever.
+        earlier: (B, C) real entries of the cache.
+        earlier_places: (B, C) their places.
+        dtype: of the hidden states.
+        decoded: (B, T) generated tokens, which do not see what will have left the cache.
+
+    Raises:
+        ConfigError: the attention implementation takes no mask per query, but one is needed.
+    """
+    custom = isinstance(given, dict) or (given is not None and given.ndim == 4)
+    if decoded is None and not custom and (sight.unlimited or not sight.takes_masks):
+        return torch.cat([earlier, plan.attention_mask], dim=1)
+    if not sight.takes_masks:
+        raise ConfigError(
+            f"attn_implementation {sight.implementation!r} takes no mask per query, which this call needs: "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    source = plan.position_source.clamp(min=0)
+    place = torch.take_along_dim(caller_places, source, dim=1)
+    order = torch.arange(source.shape[1], device=source.device)
+    before = order[:, None] >= order
+    seen = {}
+    for kind in sight.kinds if sight.by_kind or isinstance(given, dict) else sight.kinds[:1]:
+        mask = given.get(kind) if isinstance(given, dict) else given
+        if mask is not None and mask.ndim == 4:
+            own = _reduced(mask[..., -caller_places.shape[1] :], source, before)
+        else:
+            own = before & sight.within_reach(kind, place, place)
+        own = own & plan.attention_mask[:, None, :]
+        if decoded is not None:
+            generated = torch.take_along_dim(decoded, plan.source.clamp(min=0), dim=1) & (plan.source >= 0)
+            own = own & ~(generated[:, :, None] & ~plan.cache_mask[:, None, :])
+        old = sight.within_reach(kind, place, earlier_places) & earlier[:, None, :]
+        seen[kind] = torch.cat([old.expand(-1, own.shape[1], -1), own], dim=2)
+    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype)
+
+
+def _reduced(given: torch.Tensor, source: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """(B, L, L) what a mask over the caller's sequence, (B, 1, T, T), allows between reduced tokens.
+
+    What stands before sees as it did; what stands behind is seen where the caller's mask lets both see
+    each other, as within an image that is attended to both ways.
+    """
+    allowed = given if given.dtype == torch.bool else given == 0
+    allowed = allowed[:, 0].expand(len(source), -1, -1)
+    rows = torch.take_along_dim(allowed, source[:, :, None], dim=1)
+    pairs = torch.take_along_dim(rows, source[:, None, :], dim=2)
+    apart = source[:, :, None] != source[:, None, :]
+    both = pairs & pairs.mT & apart
+    return torch.where(before, pairs | pairs.mT, both)
+
+
+def decode_mask(
+    sight: Sight,
+    given: Given,
+    mask: torch.Tensor,
+    place: torch.Tensor,
+    new: int,
+    dtype: torch.dtype,
+) -> Given:
+    """The decoder's mask for ``new`` tokens behind a pruned cache.
+
+    Args:
+        sight: of the decoder.
+        given: the mask that the decoder was about to get.
+        mask: (B, C + new) real entries of the cache, and of the new tokens.
+        place: (B, C + new) their places in the caller's rows.
+        new: tokens of this call.
+        dtype: of the hidden states.
+    """
+    custom = isinstance(given, dict) or (given is not None and given.ndim == 4)
+    if not custom and (sight.unlimited or not sight.takes_masks):
+        return mask
+    entries = mask.shape[1]
+    order = torch.arange(entries, device=mask.device)
+    before = order[entries - new :, None] >= order
+    seen = {
+        kind: before & mask[:, None, :] & sight.within_reach(kind, place[:, entries - new :], place)
+        for kind in (sight.kinds if sight.by_kind or isinstance(given, dict) else sight.kinds[:1])
+    }
+    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype)
