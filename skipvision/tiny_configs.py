@@ -1,0 +1,168 @@
+"""Configs of every image-text-to-text family, shrunk until a model of it is built in a blink."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+LAYERS = 3
+SIDE = 32
+"""Pixels per side of the picture that towers with a fixed size take."""
+
+SIZES: dict[str, Any] = {
+    # width and depth
+    "hidden_size": 64,
+    "d_model": 64,
+    "embed_dim": 64,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "mlp_dim": 96,
+    "num_hidden_layers": LAYERS,
+    "depth": LAYERS,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 2048,
+    # from tower to decoder
+    "out_hidden_size": 64,
+    "output_dim": 64,
+    "projection_dim": 64,
+    "text_hidden_size": 64,
+    "mm_hidden_size": 64,
+    "projector_hidden_size": 64,
+    # pictures
+    "image_size": SIDE,
+    "patch_size": 8,
+    "num_position_embeddings": 64,
+    # experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+"""Every size that any section of any config may have, and its tiny value."""
+
+PAD, BOS, EOS = 0, 1, 2
+FIRST_SPECIAL = 3
+FIRST_MARK = 20
+"""Ids of marks that processors put around placeholders and that no config names."""
+FIRST_WORD = 32
+"""Ids below are not words."""
+
+
+def _mrope(*sections: int, **options: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"text_config": {"rope_parameters": {**rope, **options}}}
+
+
+_FINE = {"vision_config": {"patch_size": 4}}
+"""Families that merge four patches into a token."""
+_ANYRES = {
+    "vision_feature_layer": -1,
+    "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]],
+}
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "aya_vision": _FINE,
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"output_channels": 16, "global_attn_indexes": [1]}},
+    "gemma3": {"mm_tokens_per_image": 16, "vision_config": {"patch_size": 4}},
+    "glm46v": _mrope(2, 3, 3),
+    "glm4v": _mrope(2, 3, 3),
+    "glm4v_moe": _mrope(2, 1, 1, partial_rotary_factor=0.5),
+    "idefics3": _FINE,
+    "internvl": _FINE,
+    "llama4": {
+        "text_config": {"intermediate_size_mlp": 96, "moe_layers": [1]},
+        "vision_config": {
+            "patch_size": 4,
+            "intermediate_size": 256,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        },
+    },
+    "llava": {"vision_feature_layer": -1},
+    "llava_next": _ANYRES,
+    "llava_onevision": _ANYRES,
+    "qwen2_5_vl": {
+        **_mrope(4, 2, 2),
+        "vision_config": {"window_size": 32, "fullatt_block_indexes": [1]},
+    },
+    "qwen2_vl": _mrope(4, 2, 2),
+    "qwen3_vl": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "qwen3_vl_moe": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "smolvlm": _FINE,
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+}
+"""What a family needs otherwise: fields of its config, sections as nested tables."""
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """The family's default config with tiny sizes and small token ids."""
+    cls = CONFIG_MAPPING[model_type]
+    return _shrink(cls, _special_tokens(cls), EXCEPTIONS.get(model_type, {}))
+
+
+def _special_tokens(cls: type[PretrainedConfig]) -> dict[str, Any]:
+    """A small id for each special token that the config names."""
+    tokens: dict[str, Any] = {}
+    next_id = FIRST_SPECIAL
+    for field in dataclasses.fields(cls):
+        if field.name.endswith(("_token_id", "_token_index")) and field.name not in ENDS:
+            tokens[field.name] = next_id
+            next_id += 1
+        elif field.name.endswith("_token_ids") and isinstance(field.default, (list, tuple)):
+            count = len(field.default)
+            tokens[field.name] = list(range(next_id, next_id + count))
+            next_id += count
+    return tokens
+
+
+ENDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+
+
+def _shrink(
+    cls: type[PretrainedConfig], options: Mapping[str, Any], exceptions: Mapping[str, Any]
+) -> PretrainedConfig:
+    config = cls(**options)
+    full = {**vars(config), **{name: vars(config).get(held) for name, held in cls.attribute_map.items()}}
+    names = {field.name for field in dataclasses.fields(cls)} | options.keys()
+    tiny = {
+        name: _like(full[name], size)
+        for name, size in SIZES.items()
+        if name in names and full.get(name) is not None
+    }
+    tiny |= {name: token for name, token in ENDS.items() if name in names}
+    tiny |= {
+        name: _first_two_kinds_and_last(value)
+        for name, value in full.items()
+        if name in names and isinstance(value, list) and len(value) == full.get("num_hidden_layers")
+    }
+    sections = {
+        key: _shrink(type(full[key]), spec.init_kwargs, exceptions.get(key, {}))
+        for key, spec in cls.sub_configs_defaults.items()
+        if full[key] is not None
+    }
+    return cls(**{**options, **tiny, **exceptions, **sections})
+
+
+def _like(full: Any, size: Any) -> Any:
+    """Sizes that a config keeps one a level stay so."""
+    return type(full)([size] * len(full)) if isinstance(full, (list, tuple)) else size
+
+
+def _first_two_kinds_and_last(layers: list[Any]) -> list[Any]:
+    """What each of the layers is, for `LAYERS` = 3 of them."""
+    other = next((kind for kind in layers if kind != layers[0]), layers[0])
+    return [layers[0], other, layers[-1]]
