@@ -37,14 +37,14 @@ Row = Sequence[int | str]
 
 
 def tiny_model(
-    model_type: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0
+    model_type: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0
 ) -> PreTrainedModel:
     """A model of the family with random weights, in eval mode.
 
     Args:
         model_type: one of `FAMILIES`.
         dtype: of all weights.
-        attention: attention implementation.
+        attention: attention implementation; by default "sdpa" where the family has it, else "eager".
         seed: of the weights.
 
     Raises:
@@ -188,7 +188,10 @@ def _tokens(model: PreTrainedModel, picture: Picture) -> int:
     on_device = {name: value.to(model.device) for name, value in vision.items()}
     base: Any = model.base_model
     output = base.get_image_features(**on_device, return_dict=True)
-    features = output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    if (features := output.get("pooler_output")) is None:
+        features = (
+            output["deepstack_features"][0][1] if "deepstack_features" in output else output.last_hidden_state
+        )
     return sum(feature.shape[:-1].numel() for feature in features)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from skipvision.tiny_configs import SIDE
+
 SCALES = {"small image": 0, "image": 1, "large image": 2}
 """Row parts that stand for a picture, and how large it is."""
 
@@ -33,19 +35,21 @@ class Request:
 
     @property
     def vision(self) -> Any:
+        """What describes the tower."""
         return self.config.vision_config
 
     @property
     def side(self) -> int:
         """Of the pictures that the tower is made for."""
-        size = self.vision.image_size
-        return size if isinstance(size, int) else size[0]
+        return _first(self.vision, "image_size", default=SIDE)
+
+    @property
+    def channels(self) -> int:
+        return _first(self.vision, "num_channels", "in_channels", default=3)
 
     def pixels(self, count: int, height: int | None = None, width: int | None = None) -> torch.Tensor:
         """(count, channels, height, width), by default the size that the tower is made for."""
-        side = self.side
-        channels = getattr(self.vision, "num_channels", 3)
-        return self.draw(count, channels, height or side, width or side)
+        return self.draw(count, self.channels, height or self.side, width or self.side)
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,38 @@ def native_size(request: Request) -> Picture:
 def patches(request: Request) -> Picture:
     """Flattened patches of all pictures in one row of vectors, with each picture's grid (t, h, w)."""
     vision, (rows, columns) = request.vision, _grid(request)
-    merge = vision.spatial_merge_size
+    merge = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size")
     grid = torch.tensor([[1, rows * merge, columns * merge]])
-    channels = getattr(vision, "in_channels", 3)
-    width = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    frames = _first(vision, "temporal_patch_size", "patch_temporal")
+    width = frames * request.channels * vision.patch_size**2
     return Picture({"pixel_values": request.draw(int(grid.prod()), width), "image_grid_thw": grid})
+
+
+def square_patches(request: Request) -> Picture:
+    """Like `patches`, but each patch is (channels, height, width)."""
+    picture, side = patches(request), request.vision.patch_size
+    squares = picture.inputs["pixel_values"].unflatten(1, (-1, side, side))
+    return Picture({**picture.inputs, "pixel_values": squares})
+
+
+def patches_and_merge(request: Request) -> Picture:
+    """Like `patches`, and how many of them, along a side, become one token."""
+    return Picture({**patches(request).inputs, "image_merge_sizes": torch.tensor([1])})
+
+
+def padded_patches(request: Request) -> Picture:
+    """Flattened patches of each picture, padded to the batch's largest, with its (h, w)."""
+    rows, columns = (side * request.config.downsample_factor for side in _grid(request))
+    pixels = request.draw(1, rows * columns, request.channels * request.vision.patch_size**2)
+    mask = torch.ones(1, rows * columns, dtype=torch.int32)
+    shapes = torch.tensor([[rows, columns]])
+    return Picture({"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes})
+
+
+def one_size_by_row(request: Request) -> Picture:
+    """Every picture at the tower's size with a mask of its pixels; a batch's are (row, picture, …)."""
+    pixels = request.pixels(1)
+    return Picture({"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, 0]).long()})
 
 
 def two_resolutions(request: Request) -> Picture:
@@ -126,6 +157,12 @@ def two_resolutions(request: Request) -> Picture:
     return Picture({**one_size(request).inputs, "high_res_pixel_values": high})
 
 
+def _first(config: Any, *names: str, default: int = 1) -> int:
+    """The first of these sizes that the config has."""
+    size = next((getattr(config, name) for name in names if hasattr(config, name)), default)
+    return size if isinstance(size, int) else size[0]
+
+
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of visual tokens of a picture whose size the family keeps."""
     return ((2, 4), (4, 4), (4, 6))[request.scale]
@@ -133,14 +170,25 @@ def _grid(request: Request) -> tuple[int, int]:
 
 RECIPES: dict[str, Recipe] = {
     "aya_vision": tiles,
+    "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,
+    "idefics2": one_size_by_row,
     "idefics3": tiles_by_row,
     "internvl": tiles,
+    "kimi_k25": square_patches,
+    "lfm2_vl": padded_patches,
+    "lighton_ocr": native_size,
     "llama4": tiles,
+    "granite4_vision": any_resolution,
     "llava_next": any_resolution,
+    "llava_next_video": any_resolution,
     "llava_onevision": any_resolution_when_alone,
     "mistral3": native_size,
+    "mistral_large4": native_size,
     "ovis2": tiles,
+    "paddleocr_vl": square_patches,
+    "qianfan_ocr": tiles,
+    "video_llama_3": patches_and_merge,
     "smolvlm": tiles_by_row,
 }
 """How families take pictures, by model_type; the others as `recipe_of` says."""
@@ -151,7 +199,7 @@ def recipe_of(model_type: str, arguments: Container[str]) -> Recipe:
     return RECIPES.get(model_type, patches if "image_grid_thw" in arguments else one_size)
 
 
-BY_ROW = {"idefics3", "smolvlm"}
+BY_ROW = {"idefics2", "idefics3", "smolvlm"}
 """Families that take (row, picture, …) instead of one picture after the other."""
 
 
