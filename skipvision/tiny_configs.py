@@ -110,8 +110,11 @@ def _mrope(*sections: int, **options: Any) -> dict[str, Any]:
 
 _FINE = {"vision_config": {"patch_size": 4}}
 """Families that merge four patches into a token."""
+_VISION_TOKENS = {"vision_start_token_id": 18, "vision_end_token_id": 19}
+"""Named by the checkpoints' configs, not by the class."""
 _SAM = {"patch_size": 2, "output_channels": 16, "global_attn_indexes": [1], "window_size": 4}
 """Towers that look through windows and then halve the resolution twice."""
+_VQ = {"base_channels": 32, "latent_channels": 32, "num_res_blocks": 1}
 _ANYRES = {
     "vision_feature_layer": -1,
     "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]],
@@ -132,6 +135,35 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_config": {"sam_config": {**_SAM, "downsample_channels": [16, 64]}},
     },
     "deepseek_vl_hybrid": {"high_res_vision_config": {**_SAM, "patch_size": 8}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 3}
+        | {f"IMGIMG{letter}Z": 100 + code for code, letter in enumerate("ABCDEFGHIJ")},
+        "vq_config": {**_VQ, "num_embeddings": 10, "embed_dim": 32},
+    },
+    "dots3_note": {
+        "text_config": {
+            "num_key_value_heads": 4,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 16,
+        },
+        "audio_config": {"adapter_input_size": 64, "downsample_hidden_size": 16},
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}
+        | {f"<|visual token {code:06d}|>": 100 + code for code in range(10)},
+        "vq_config": {
+            **_VQ,
+            "codebook_size": 10,
+            "embed_dim": 4,
+            "latent_channels": 4,
+            "temporal_downsample_factor": 4,
+        },
+    },
     "ernie4_5_vl_moe": _mrope(3, 3, 2),
     "gemma3": {"mm_tokens_per_image": 16, "vision_config": {"patch_size": 4}},
     "glm5_next": {
@@ -168,6 +200,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "janus": {
         "vq_config": {"base_channels": 32, "num_embeddings": 16, "latent_channels": 32, "num_patches": 4}
     },
+    "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
     "llama4": {
         "text_config": {"intermediate_size_mlp": 96, "moe_layers": [1]},
         "vision_config": {
@@ -186,24 +219,42 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         **_mrope(4, 2, 2),
         "vision_config": {"window_size": 32, "fullatt_block_indexes": [1]},
     },
-    "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 2]}},
+    "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 2], "num_key_value_heads": 4}},
     "molmo2": {
         "adapter_config": {"vision_feature_layer": [2, 1]},
         "vision_config": {"num_position_embeddings": 16},
     },
-    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_spark": {
+        "out_hidden_size": 256,
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
+    },
     "paddleocr_vl": _mrope(2, 3, 3),
     "pp_chart2table": {"vision_config": _SAM},
     "qianfan_ocr": _FINE,
     "qwen2_5_omni_thinker": {
+        **_VISION_TOKENS,
         **_mrope(2, 3, 3),
         "vision_config": {"window_size": 32, "fullatt_block_indexes": [1]},
     },
     "qwen2_vl": _mrope(4, 2, 2),
     "qwen3_vl": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
     "qwen3_vl_moe": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
-    "qwen3_omni_moe_thinker": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "qwen3_omni_moe_thinker": {
+        **_VISION_TOKENS,
+        "audio_config": {"downsample_hidden_size": 16},
+        **_mrope(4, 2, 2),
+        "vision_config": {"deepstack_visual_indexes": [0, 1]},
+    },
     "shieldgemma2": {"mm_tokens_per_image": 16, "vision_config": {"patch_size": 4}},
+    "step3p7": {
+        "text_config": {
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "rope_parameters": {"sliding_attention": _rope(), "full_attention": _rope()},
+            "sliding_window": 20,
+        }
+    },
+    "unlimited_ocr": {"vision_config": {"sam_config": {**_SAM, "downsample_channels": [16, 64]}}},
     "smolvlm": _FINE,
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }
@@ -252,11 +303,16 @@ def _shrink(
         if name in names and isinstance(value, list) and len(value) == full.get("num_hidden_layers")
     }
     sections = {
-        key: _shrink(type(full[key]), spec.init_kwargs, exceptions.get(key, {}))
+        key: _shrink(_class(full[key], spec), spec.init_kwargs, exceptions.get(key, {}))
         for key, spec in cls.sub_configs_defaults.items()
-        if full[key] is not None
+        if full[key] is not None or key == "vision_config"
     }
     return cls(**{**options, **tiny, **exceptions, **sections})
+
+
+def _class(section: PretrainedConfig | None, spec: Any) -> type[PretrainedConfig]:
+    """A section's own class, or that of a section that may be left out."""
+    return spec.config_class if section is None else type(section)
 
 
 def _like(full: Any, size: Any) -> Any:

@@ -20,7 +20,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.tiny_configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
 from skipvision.tiny_images import (
-    BY_ROW,
     ONE_TOKEN_TYPE,
     SCALES,
     Picture,
@@ -120,7 +119,7 @@ def tiny_batch(
     batch |= {
         name: types for name in ("token_type_ids", "mm_token_type_ids") if name in _arguments(model.forward)
     }
-    batch |= collate(pictures, by_row=model.config.model_type in BY_ROW)
+    batch |= collate(model.config.model_type, pictures)
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
@@ -184,7 +183,7 @@ def _framed(model: PreTrainedModel, picture: Picture) -> list[int]:
 @torch.no_grad()
 def _tokens(model: PreTrainedModel, picture: Picture) -> int:
     """Visual tokens of a picture: as many as the model makes features of it."""
-    vision = collate([[picture]], by_row=model.config.model_type in BY_ROW)
+    vision = collate(model.config.model_type, [[picture]])
     on_device = {name: value.to(model.device) for name, value in vision.items()}
     base: Any = model.base_model
     output = base.get_image_features(**on_device, return_dict=True)

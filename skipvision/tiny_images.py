@@ -144,6 +144,47 @@ def padded_patches(request: Request) -> Picture:
     return Picture({"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes})
 
 
+def patches_of_tokens(request: Request) -> Picture:
+    """One patch (height, width, channels) a token, with each picture's grid (t, h, w)."""
+    rows, columns = _grid(request)
+    side = request.vision.patch_size * request.vision.spatial_merge_size
+    pixels = request.draw(rows * columns, side, side, request.channels)
+    return Picture({"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])})
+
+
+def patches_alone(request: Request) -> Picture:
+    """One patch (frames, height, width, channels) a token, and nothing beside it."""
+    rows, columns = _grid(request)
+    side, frames = request.vision.patch_size, request.vision.temporal_patch_size
+    return Picture({"pixel_values": request.draw(rows * columns, frames, side, side, request.channels)})
+
+
+def positioned_patches(request: Request) -> Picture:
+    """Flattened patches of each picture, padded to the batch's largest, with each patch's (x, y)."""
+    pool = _first(request.vision, "pooling_kernel_size")
+    rows, columns = (side * pool for side in _grid(request))
+    pixels = request.draw(1, rows * columns, request.channels * request.vision.patch_size**2)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+    return Picture({"pixel_values": pixels, "image_position_ids": places[None]})
+
+
+def strip(request: Request) -> Picture:
+    """Patches side by side in one strip for the whole batch, with each picture's (h, w)."""
+    rows, columns = (4 * side for side in _grid(request))
+    side = request.vision.patch_size
+    pixels = request.draw(rows * columns * side, request.channels, side)
+    return Picture(
+        {"pixel_values": pixels, "target_sizes": torch.tensor([[rows, columns]], dtype=torch.int32)}
+    )
+
+
+def patches_with_height_and_width(request: Request) -> Picture:
+    """Flattened patches of all pictures in one row of vectors, with each picture's grid (h, w)."""
+    rows, columns = (2 * side for side in _grid(request))
+    pixels = request.draw(rows * columns, request.channels * request.vision.patch_size**2)
+    return Picture({"pixel_values": pixels, "image_grid_hw": torch.tensor([[rows, columns]])})
+
+
 def one_size_by_row(request: Request) -> Picture:
     """Every picture at the tower's size with a mask of its pixels; a batch's are (row, picture, …)."""
     pixels = request.pixels(1)
@@ -169,6 +210,16 @@ def _grid(request: Request) -> tuple[int, int]:
 
 
 RECIPES: dict[str, Recipe] = {
+    "gemma4": positioned_patches,
+    "gemma4_unified": positioned_patches,
+    "diffusion_gemma": positioned_patches,
+    "emu3": native_size,
+    "inkling2": patches_of_tokens,
+    "inkling_mm_model": patches_alone,
+    "minicpm_ocr": strip,
+    "minicpmv4_6": strip,
+    "minicpmv4_7": strip,
+    "nemotron_h_omni": patches_with_height_and_width,
     "aya_vision": tiles,
     "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,
@@ -202,6 +253,8 @@ def recipe_of(model_type: str, arguments: Container[str]) -> Recipe:
 BY_ROW = {"idefics2", "idefics3", "smolvlm"}
 """Families that take (row, picture, …) instead of one picture after the other."""
 
+IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
+"""Families that take (1, channels, height, all widths) instead of one picture after the other."""
 
 ONE_TOKEN_TYPE = {"paligemma"}
 """Families whose token types tell prompt (0) from answer, not images (1) from text."""
@@ -210,8 +263,12 @@ ONCE_A_ROW = {"batch_num_images"}
 """Inputs that have one entry for a row with pictures, not one for a picture."""
 
 
-def collate(rows: Sequence[Sequence[Picture]], by_row: bool = False) -> dict[str, torch.Tensor]:
-    """The vision inputs of a batch: all pictures one after the other, or (row, picture, …)."""
+FILLERS = {"image_position_ids": -1}
+"""What smaller pictures are padded with, where it is not 0."""
+
+
+def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, torch.Tensor]:
+    """The vision inputs of a batch."""
     first = next((picture for row in rows for picture in row), None)
     if first is None:
         return {}
@@ -219,9 +276,12 @@ def collate(rows: Sequence[Sequence[Picture]], by_row: bool = False) -> dict[str
     grouped = [_concatenate([none, *(picture.inputs for picture in row)]) for row in rows]
     for row in grouped:
         row.update({name: row[name][:1] for name in ONCE_A_ROW & row.keys()})
-    if by_row:
+    if model_type in BY_ROW:
         grouped = [{name: value[None] for name, value in row.items()} for row in grouped]
-    return _concatenate(grouped)
+    joined = _concatenate(grouped)
+    if model_type in IN_A_STRIP:
+        joined["pixel_values"] = joined["pixel_values"].permute(1, 2, 0)[None]
+    return joined
 
 
 def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -232,14 +292,14 @@ def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Te
     joined = {}
     for name, values in collected.items():
         largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-        joined[name] = torch.cat([_pad(value, largest) for value in values])
+        joined[name] = torch.cat([_pad(value, largest, FILLERS.get(name, 0)) for value in values])
     return joined
 
 
-def _pad(value: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Zeros behind the entries of all but the first dimension."""
+def _pad(value: torch.Tensor, sizes: list[int], filler: int) -> torch.Tensor:
+    """Grow all but the first dimension."""
     missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
-    return F.pad(value, [amount for more in reversed(missing) for amount in (0, more)])
+    return F.pad(value, [amount for more in reversed(missing) for amount in (0, more)], value=filler)
 
 
 @dataclass(frozen=True)
