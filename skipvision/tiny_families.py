@@ -1,0 +1,200 @@
+"""A tiny random model of any image-text-to-text family of transformers, and inputs for it.
+
+model = tiny_model("qwen2_5_vl")
+batch = tiny_batch(model, [[3, "image", 4], [5], ["image", 2, "small image", 3]])
+model(**batch)
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from skipvision.errors import InputError, UnsupportedModelError
+from skipvision.tiny_configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
+from skipvision.tiny_images import (
+    ONE_TOKEN_TYPE,
+    SCALES,
+    Picture,
+    Request,
+    collate,
+    frame_of,
+    recipe_of,
+)
+
+FAMILIES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+"""Every image-text-to-text model_type of the installed transformers."""
+
+Row = Sequence[int | str]
+
+
+def tiny_model(
+    model_type: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A model of the family with random weights, in eval mode.
+
+    Args:
+        model_type: one of `FAMILIES`.
+        dtype: of all weights.
+        attention: attention implementation; by default "sdpa" where the family has it, else "eager".
+        seed: of the weights.
+
+    Raises:
+        UnsupportedModelError: transformers has no such family, or the family needs a package that is
+            not installed.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is no image-text-to-text family of the installed transformers; "
+            f"there are: {', '.join(FAMILIES)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForImageTextToText.from_config(
+                tiny_config(model_type), attn_implementation=attention
+            )
+        except ImportError as error:
+            raise UnsupportedModelError(f"{model_type} cannot be built here: {error}") from error
+        # Hugging Face's small initial weights make every FFN update negligible; tests must see them.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]
+                parameter.data.normal_(0, 0.6 / math.sqrt(fan_in))
+    # Random weights would now and then say "<image>".
+    model.generation_config.suppress_tokens = list(range(FIRST_SPECIAL, FIRST_WORD))
+    model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+    # Not `model.to`, which spoils complex buffers.
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model.eval()
+
+
+def tiny_batch(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    *,
+    padding: str = "left",
+    seed: int = 0,
+    row_numbers: Sequence[int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Inputs of a `tiny_model`, as its family's processor would make them.
+
+    ``[[3, "image", 4], [5], ["image", 2, "small image", 3]]`` is a row of three words, an image and four
+    words; a row of five words; and a row with two images. ``"small image"`` and ``"large image"`` have
+    fewer and more visual tokens where the family has images of several sizes.
+
+    Args:
+        model: gives the number of visual tokens of each image, the device and the dtype of pixels.
+        rows: text counts and images.
+        padding: side on which shorter rows are padded, "left" or "right".
+        seed: of words and pixels.
+        row_numbers: stand for the rows' places in seeding: ``tiny_batch(model, [rows[i]],
+            row_numbers=[i])`` is row i of ``tiny_batch(model, rows)`` without padding.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (B, T); pixels and all that the family wants beside them.
+    """
+    numbers = range(len(rows)) if row_numbers is None else row_numbers
+    seeds = [(seed, number) for number in numbers]
+    pictures = [list(_pictures(model, row, seeds)) for row, seeds in zip(rows, seeds, strict=True)]
+    lines = [
+        torch.tensor(_line(model, row, images, _random(*seeds)))
+        for row, images, seeds in zip(rows, pictures, seeds, strict=True)
+    ]
+    batch = {
+        "input_ids": pad_sequence(lines, True, PAD, padding),
+        "attention_mask": pad_sequence([torch.ones_like(line) for line in lines], True, 0, padding),
+    }
+    visual = (batch["input_ids"] == model.config.image_token_id).long()
+    types = visual * (model.config.model_type not in ONE_TOKEN_TYPE)
+    batch |= {
+        name: types for name in ("token_type_ids", "mm_token_type_ids") if name in _arguments(model.forward)
+    }
+    batch |= collate(model.config.model_type, pictures)
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
+def _arguments(function: Any) -> Container[str]:
+    return inspect.signature(function).parameters
+
+
+def _random(*numbers: int) -> torch.Generator:
+    """A random stream of its own for each sequence of numbers."""
+    return torch.Generator().manual_seed(sum(number * 1009**place for place, number in enumerate(numbers)))
+
+
+def _pictures(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> Iterator[Picture]:
+    recipe = recipe_of(model.config.model_type, _arguments(model.base_model.get_image_features))
+    scales = [_scale(part) for part in row if isinstance(part, str)]
+    for number, scale in enumerate(scales):
+        generator = _random(*seeds, number + 1)
+
+        def draw(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
+
+        yield recipe(Request(model.config, scale, len(scales), draw))
+
+
+def _scale(part: str) -> int:
+    if part not in SCALES:
+        raise InputError(f"a row holds {part!r}: its parts are numbers of words, and {', '.join(SCALES)}")
+    return SCALES[part]
+
+
+def _line(model: PreTrainedModel, row: Row, pictures: Sequence[Picture], words: torch.Generator) -> list[int]:
+    """Token ids of one row."""
+    line: list[int] = []
+    following = iter(pictures)
+    for part in row:
+        if isinstance(part, str):
+            line += _framed(model, next(following))
+        else:
+            vocabulary = model.config.get_text_config().vocab_size
+            line += torch.randint(FIRST_WORD, vocabulary, (part,), generator=words).tolist()
+    return line
+
+
+def _framed(model: PreTrainedModel, picture: Picture) -> list[int]:
+    """A picture's placeholders and the marks around them."""
+    frame = frame_of(model.config)
+    marks = {name: FIRST_MARK + place for place, name in enumerate(frame.names)}
+
+    def ids(names: Sequence[str]) -> list[int]:
+        return [_field(model.config, name, marks[name]) for name in names]
+
+    segment = ids(frame.lead) + [model.config.image_token_id] * (_tokens(model, picture) // picture.segments)
+    return (
+        ids(frame.before)
+        + segment
+        + (ids(frame.between) + segment) * (picture.segments - 1)
+        + ids(frame.after)
+    )
+
+
+@torch.no_grad()
+def _tokens(model: PreTrainedModel, picture: Picture) -> int:
+    """Visual tokens of a picture: as many as the model makes features of it."""
+    vision = collate(model.config.model_type, [[picture]])
+    on_device = {name: value.to(model.device) for name, value in vision.items()}
+    base: Any = model.base_model
+    output = base.get_image_features(**on_device, return_dict=True)
+    if (features := output.get("pooler_output")) is None:
+        features = (
+            output["deepstack_features"][0][1] if "deepstack_features" in output else output.last_hidden_state
+        )
+    return sum(feature.shape[:-1].numel() for feature in features)
+
+
+def _field(config: Any, name: str, default: int) -> int:
+    name, _, index = name.partition(".")
+    value: Any = getattr(config, name, default)
+    return int(value[int(index)] if index else value)
