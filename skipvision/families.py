@@ -9,7 +9,7 @@ self-attention and then a feed-forward network. A family of that shape needs not
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -160,7 +160,22 @@ def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tupl
     if encoded.get("image") is None:
         raise _no_images(placeholders)
     others = {name: value for name, value in call.items() if name not in _PIXELS}
-    return {**others, "mm_encoder_outputs": encoded}, [len(entry) for entry in encoded["image"].pooler_output]
+    return {**others, "mm_encoder_outputs": encoded}, [
+        len(entry) for entry in _entries(outer, encoded["image"])
+    ]
+
+
+def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
+    """The visual tokens of each encoded image or tile."""
+    features = encoded.get("pooler_output")
+    if features is None:
+        features = encoded.get("last_hidden_state")
+    if features is None:
+        raise UnsupportedModelError(
+            f"{type(outer).__name__} encodes images to {', '.join(encoded)}, not to visual tokens of each "
+            "image (pooler_output): what to select from cannot be known"
+        )
+    return features
 
 
 def brings_images(call: Mapping[str, Any]) -> bool:
