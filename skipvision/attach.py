@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from skipvision.config import SkipConfig
@@ -26,11 +26,11 @@ from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
 from skipvision.probe import ffn_ratio
-from skipvision.skip_ffn import PLAN_KEYWORD, hook_layer
+from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, hook_layer
+from skipvision.summaries import SUMMARY, place_summary, summary_in_use, take_summary
 from skipvision.summary import SummaryLayer
 
 _IMAGES_KEYWORD = "skip_vision_images"
-_SUMMARY = "skip_summary"
 DECODED_KEYWORD = "skip_vision_decoded"
 """Keyword of a training call: (B, T) True from each row's first generated token on (see `attach`)."""
 _ATTACHMENT = "_skip_vision"
@@ -43,8 +43,9 @@ class Attachment:
         model: the model it is attached to.
         config: what is applied.
         plan: `TokenPlan` of the last prefill that had images, else None.
-        summary: the trainable summary layer, or None with summary_tokens=0. While attached it is a
-            submodule of the decoder (``skip_summary``), so it moves, trains and shards with the model.
+        summary: the trainable summary layer, or None with summary_tokens=0; under PEFT that of the active
+            adapter. While attached it is in a submodule of the decoder (``skip_summary``), so it moves,
+            trains and shards with the model.
     """
 
     def __init__(self, model: nn.Module, config: SkipConfig) -> None:
@@ -54,14 +55,24 @@ class Attachment:
                 "Skip-Vision is attached to this model already: detach() it first, or use that attachment"
             )
         _check(anatomy, config)
+        _check_unsharded(model, config)
         self.model, self.config, self.plan = model, config, None
         self._anatomy = anatomy
         self._handles: list[RemovableHandle] = []
-        self.summary = self._add_summary() if config.summary_tokens else None
+        self._detached_summary: nn.Module | None = None
+        if config.summary_tokens:
+            self._add_summary()
         object.__setattr__(anatomy.decoder, _ATTACHMENT, self)
         self._hook()
 
     plan: TokenPlan | None
+
+    @property
+    def summary(self) -> SummaryLayer | None:
+        """See the class."""
+        attached = getattr(self._anatomy.decoder, _ATTACHMENT, None) is self
+        module = getattr(self._anatomy.decoder, SUMMARY, None) if attached else self._detached_summary
+        return None if module is None else summary_in_use(module)
 
     def detach(self) -> None:
         """Take everything off the model again; doing it twice is harmless."""
@@ -71,8 +82,8 @@ class Attachment:
         decoder = self._anatomy.decoder
         if getattr(decoder, _ATTACHMENT, None) is self:
             object.__delattr__(decoder, _ATTACHMENT)
-            if self.summary is not None:
-                delattr(decoder, _SUMMARY)
+            if self.config.summary_tokens:
+                self._detached_summary = take_summary(decoder)
 
     def __enter__(self) -> Self:
         return self
@@ -87,15 +98,14 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------ set-up
 
-    def _add_summary(self) -> SummaryLayer:
+    def _add_summary(self) -> None:
         decoder = self._anatomy.decoder
         embedding = next(decoder.parameters())
         dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
         summary = SummaryLayer(
             self._anatomy.hidden_size, self.config.summary_tokens, dtype=dtype, device=embedding.device
         )
-        decoder.add_module(_SUMMARY, summary.train(decoder.training))
-        return summary
+        place_summary(self.model, decoder, summary.train(decoder.training))
 
     def _hook(self) -> None:
         anatomy, keep = self._anatomy, self._handles.append
@@ -107,6 +117,7 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------- hooks
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find_images(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outer pre-hook: which positions hold which image, handed to the decoder as a keyword."""
         input_ids = args[0] if args else kwargs.get("input_ids")
@@ -133,6 +144,7 @@ class Attachment:
         sizes = self._anatomy.family.image_sizes(kwargs, placeholders)
         return args, {**kwargs, _IMAGES_KEYWORD: Images.locate(visual, sizes)}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _reduce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder pre-hook: the caller's sequence becomes the reduced one."""
         images: Images | None = kwargs.pop(_IMAGES_KEYWORD, None)
@@ -140,7 +152,7 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         state = CacheState.of(cache)
         if images is None and state is None:
-            return args, kwargs
+            return args, self._without_images(decoder, kwargs)
         if state is not None:
             kwargs = _continue_on_pruned(kwargs, state)
         if images is None:
@@ -152,11 +164,12 @@ class Attachment:
         plan = self.plan = make_plan(images.take(embeds), images, mask, self.config, scores)
         if plan.is_identity:
             return args, kwargs
+        _ = plan.ffn_index  # its size depends on data: found here, it is an input of a compiled layer
         if cache is not None:
             prunable_layers(cache)  # refuse before the work, not after
         reduced = merge_tokens(embeds, plan)
-        if self.summary is not None:
-            reduced = self.summary(reduced, plan)
+        if self.config.summary_tokens:
+            reduced = decoder.get_submodule(SUMMARY)(reduced, plan)
         attention_mask = torch.cat([earlier, plan.attention_mask], dim=1)
         if decoded is not None and self.config.skip_kv:
             if cache is not None:
@@ -172,11 +185,13 @@ class Attachment:
             PLAN_KEYWORD: plan,
         }
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _restore(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Decoder post-hook: the caller's length for hidden states; the planned length for the cache."""
         plan: TokenPlan | None = kwargs.get(PLAN_KEYWORD)
         if plan is None:
             return None
+        forget_plan()
         output.last_hidden_state = plan.to_caller(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(plan.to_caller(hidden) for hidden in output.hidden_states)
@@ -186,6 +201,13 @@ class Attachment:
         return output
 
     # ------------------------------------------------------------------------------------- parts
+
+    def _without_images(self, decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call without images changes nothing; but in training the summary layer takes part in each."""
+        embeds = kwargs.get("inputs_embeds")
+        if not self.config.summary_tokens or embeds is None or not torch.is_grad_enabled():
+            return kwargs
+        return {**kwargs, "inputs_embeds": decoder.get_submodule(SUMMARY)(embeds, None)}
 
     def _scores(self, decoder: nn.Module, kwargs: dict[str, Any], images: Images) -> torch.Tensor | None:
         if self.config.select != "ffn_ratio":
@@ -260,6 +282,22 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
         raise ConfigError(
             f"select='views' needs a multi-view family; {type(anatomy.outer).__name__} encodes one view per "
             "image"
+        )
+
+
+def _check_unsharded(model: nn.Module, config: SkipConfig) -> None:
+    """A summary layer that comes too late would train on each process by itself."""
+    if not config.summary_tokens or not distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    late = next((m for m in model.modules() if isinstance(m, wrappers)), None)
+    if late is not None:
+        raise ConfigError(
+            f"{type(late).__name__} is around the model already and would not know the summary layer: attach "
+            "before the model is wrapped or sharded, or set summary_tokens=0"
         )
 
 

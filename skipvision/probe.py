@@ -29,21 +29,25 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, call: dict[str, Any]) -> tor
     def keep_update(mlp: nn.Module, args: Any, output: torch.Tensor) -> None:
         seen["update"] = output
 
-    def stop(module: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    # A compiled layer does not see hooks that are put on for one call: this one layer runs as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle = module.get_submodule("mlp").register_forward_hook(keep_update)
+        try:
+            output = module.forward(*args, **kwargs)
+        finally:
+            handle.remove()
         seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
         raise _Enough
 
-    handles = [
-        layer.get_submodule("mlp").register_forward_hook(keep_update),
-        layer.register_forward_hook(stop),
-    ]
+    alone = {"past_key_values": None, "use_cache": False, "output_hidden_states": False}
+    handle = layer.register_forward_pre_hook(read, with_kwargs=True)
     try:
-        decoder(**{**call, "past_key_values": None, "use_cache": False, "output_hidden_states": False})
+        decoder.forward(**{**call, **alone})
     except _Enough:
         pass
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     wide = torch.promote_types(seen["update"].dtype, torch.float32)
     update = seen["update"].to(wide)
     residual = seen["output"].to(wide) - update
