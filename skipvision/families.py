@@ -57,8 +57,9 @@ _PIXELS = (
 
 
 class Layer(NamedTuple):
-    """The two halves of a decoder layer."""
+    """A decoder layer and its two halves."""
 
+    whole: nn.Module
     attention: nn.Module
     mlp: nn.Module
 
@@ -251,4 +252,4 @@ def _halves(layer: nn.Module, number: int) -> Layer:
             f"{', '.join(layer._modules)}: only layers of self-attention and a feed-forward network can be "
             "skipped, and only attention can forget a token"
         )
-    return Layer(attention, mlp)
+    return Layer(layer, attention, mlp)

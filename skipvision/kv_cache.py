@@ -8,6 +8,7 @@ object, so that any number of generations can be interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -15,6 +16,30 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from skipvision.errors import InputError, UnsupportedModelError
 
 _STATE = "_skip_vision_state"
+_ENTRIES = "_skip_vision_entries"
+
+
+class Entries(NamedTuple):
+    """What a cache would hold after a prefill of the caller's whole sequence; left on it until it is pruned.
+
+    Attributes:
+        mask: (B, C + T) real entries of the cache before, and real tokens of the caller.
+        place: (B, C + T) their places among the tokens their row was fed.
+    """
+
+    mask: torch.Tensor
+    place: torch.Tensor
+
+    @staticmethod
+    def of(cache: Cache) -> Entries:
+        """Take what `remember` left."""
+        entries: Entries = getattr(cache, _ENTRIES)
+        delattr(cache, _ENTRIES)
+        return entries
+
+    def remember(self, cache: Cache) -> None:
+        """Leave it on the cache."""
+        setattr(cache, _ENTRIES, self)
 
 
 @dataclass(frozen=True, eq=False)

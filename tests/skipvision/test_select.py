@@ -146,7 +146,7 @@ def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
         for n, layer in enumerate(decoder.layers)
     ]
     call = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
-    got = ffn_ratio(decoder, probe_layer, decoder.layers[probe_layer].mlp, call)
+    got = ffn_ratio(decoder, decoder.layers[probe_layer], decoder.layers[probe_layer].mlp, call)
     for handle in handles:
         handle.remove()
     assert layers_run == list(range(probe_layer + 1)), "what lies behind need not be computed"
