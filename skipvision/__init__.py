@@ -16,7 +16,8 @@ Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Mod
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
 """
 
-from skipvision.adapter import load_adapter, read_adapter, save_adapter
+from skipvision.adapter import load_adapter, save_adapter
+from skipvision.adapter_files import read_adapter
 from skipvision.attach import DECODED_KEYWORD, Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.cost import Cost, measure_flops, predict_cost

@@ -1,9 +1,4 @@
-"""One folder holds what fine-tuning made: LoRA, summary layer, and the SkipConfig they were made for.
-
-adapter_config.json  adapter_model.safetensors    PEFT's own files, the summary layer among them
-skip_config.json                                  SkipConfig (null: full tokens), shapes, versions
-skip_summary.safetensors                          the summary layer, if there is one
-"""
+"""Adapters: what fine-tuning made, put into one folder and back onto a model."""
 
 from __future__ import annotations
 
@@ -16,25 +11,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import distributed, nn
 from transformers import PreTrainedModel
 
+from skipvision.adapter_files import (
+    FORMAT,
+    PEFT_FILES,
+    SKIP_CONFIG,
+    SUMMARY_WEIGHTS,
+    difference,
+    read_adapter,
+    replace,
+    summary_weights,
+)
 from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.errors import AdapterError, ConfigError
 from skipvision.families import dissect
-from skipvision.summaries import SUMMARY, summary_of_adapter, withdraw_notes
+from skipvision.summaries import SUMMARY, AdapterSummaries, summary_of_adapter, withdraw_notes
 from skipvision.summary import SummaryLayer
-
-SKIP_CONFIG = "skip_config.json"
-SUMMARY_WEIGHTS = "skip_summary.safetensors"
-_PEFT_CONFIG = "adapter_config.json"
-_PEFT_WEIGHTS = "adapter_model.safetensors"
-_FORMAT = 1
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Path:
@@ -75,7 +73,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
             save_file(weights, partial / SUMMARY_WEIGHTS)
         (partial / SKIP_CONFIG).write_text(json.dumps(_describe(model, attachment), indent=2) + "\n")
         partial.chmod(0o755)
-        _replace(partial, folder)
+        replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -115,7 +113,7 @@ def load_adapter(
     skip = saved["skip"]
     if config is not None and skip != config:
         raise AdapterError(
-            f"{folder} was trained with another SkipConfig: {_difference(skip, config)}. Leave config out to "
+            f"{folder} was trained with another SkipConfig: {difference(skip, config)}. Leave config out to "
             "run the adapter as it was trained, or train one under the config that you want"
         )
     hidden = dissect(model).hidden_size
@@ -130,7 +128,7 @@ def load_adapter(
             f"{saved['base_model']!r}), but this model's has {len(dissect(model).layers)}"
         )
     # Everything is looked at before anything is put on the model.
-    weights = _summary_weights(folder) if skip is not None and skip.summary_tokens else None
+    weights = summary_weights(folder, hidden, skip.summary_tokens) if skip and skip.summary_tokens else None
     if isinstance(model, PeftModel):
         _check_beside(model, folder, saved, name)
         _load_lora_beside(model, folder, is_trainable, name)
@@ -141,33 +139,16 @@ def load_adapter(
             model = _load_lora(model, folder, is_trainable, name)
         if skip is not None:
             attach(model, skip)
-    if weights is not None:
-        _fill_summary(model, weights, folder, is_trainable, name)
+    summary = _summary(model, name)
+    if summary is not None and weights is not None:
+        summary.load_state_dict(weights)
+        summary.requires_grad_(is_trainable)
     return model
-
-
-def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """What `save_adapter` noted about an adapter; ``skip`` is its `SkipConfig`, None for full tokens."""
-    path = Path(folder) / SKIP_CONFIG
-    if not path.exists():
-        raise AdapterError(f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}")
-    try:
-        saved: dict[str, Any] = json.loads(path.read_text())
-        skip = saved["skip"]
-        saved["skip"] = None if skip is None else SkipConfig(**skip)
-        known = saved["format"] == _FORMAT and all(
-            isinstance(saved[name], int) for name in ("hidden_size", "layers", "lora")
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not known:
-        raise AdapterError(f"{path} has format {saved['format']!r}; this version reads format {_FORMAT}")
-    return saved
 
 
 def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "skip": attachment.config.model_dump() if attachment is not None else None,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
         "lora": isinstance(model, PeftModel),
@@ -215,7 +196,7 @@ def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: s
     if saved["skip"] != attached:
         raise AdapterError(
             f"{folder} was trained with another SkipConfig than this model has attached: "
-            f"{_difference(saved['skip'], attached)}. Adapters of one model share its attachment: load this "
+            f"{difference(saved['skip'], attached)}. Adapters of one model share its attachment: load this "
             "one on a base model of its own"
         )
     if not saved["lora"]:
@@ -236,8 +217,10 @@ def _load_lora(model: nn.Module, folder: Path, is_trainable: bool, name: str) ->
 
 
 def _load_lora_beside(model: PeftModel, folder: Path, is_trainable: bool, name: str) -> None:
-    training = model.training
+    summaries = getattr(dissect(model).decoder, SUMMARY, None)
     try:
+        if isinstance(summaries, AdapterSummaries):
+            summaries.not_read = name
         with _told(folder):
             model.load_adapter(str(folder.absolute()), name, is_trainable=is_trainable)
     except AdapterError:
@@ -245,13 +228,14 @@ def _load_lora_beside(model: PeftModel, folder: Path, is_trainable: bool, name: 
             model.delete_adapter(name)
         raise
     finally:
-        model.train(training)
+        if isinstance(summaries, AdapterSummaries):
+            summaries.not_read = None
 
 
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
     """Say what PEFT cannot read as an `AdapterError`."""
-    for name in (_PEFT_CONFIG, _PEFT_WEIGHTS):
+    for name in PEFT_FILES:
         # PEFT would take the folder's name for that of a repository and ask the internet for the file.
         if not (folder / name).exists():
             raise AdapterError(f"{folder} is an incomplete adapter: it has no {name}")
@@ -261,64 +245,7 @@ def _told(folder: Path) -> Iterator[None]:
         raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
 
 
-def _summary_weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / SUMMARY_WEIGHTS
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: the adapter's summary layer cannot be read: {error}") from error
-
-
 def _summary(model: nn.Module, name: str) -> SummaryLayer | None:
     """The summary layer of the adapter of that name, or of the bare model."""
     module = getattr(dissect(model).decoder, SUMMARY, None)
     return None if module is None else summary_of_adapter(module, name)
-
-
-def _fill_summary(
-    model: nn.Module, weights: dict[str, torch.Tensor], folder: Path, is_trainable: bool, name: str
-) -> None:
-    summary, attachment = _summary(model, name), attachment_of(model)
-    if summary is None or attachment is None:
-        return
-    try:
-        summary.load_state_dict(weights)
-    except RuntimeError as error:
-        if isinstance(model, PeftModel) and len(model.peft_config) > 1:
-            model.delete_adapter(name)
-        else:
-            attachment.detach()
-        raise AdapterError(
-            f"{folder / SUMMARY_WEIGHTS} does not fit the adapter's settings: {error}"
-        ) from error
-    summary.requires_grad_(is_trainable)
-
-
-def _difference(saved: SkipConfig | None, asked: SkipConfig | None) -> str:
-    if saved is None or asked is None:
-        return f"it has {_said(saved)}, not {_said(asked)}"
-    before, now = saved.model_dump(), asked.model_dump()
-    return ", ".join(
-        f"{name} is {before[name]!r}, not {now[name]!r}" for name in before if before[name] != now[name]
-    )
-
-
-def _said(config: SkipConfig | None) -> str:
-    return "none (full tokens)" if config is None else repr(config)
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Move the new folder into place; the old one goes only when the new one is there."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    if not (folder / SKIP_CONFIG).exists() and any(folder.iterdir()):
-        raise AdapterError(f"{folder} exists and is not an adapter: it is not overwritten")
-    old = partial.with_name(f"{partial.name}-old")
-    folder.rename(old)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,6 @@ one in place when it merges or unloads.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,43 +24,48 @@ SUMMARY = "skip_summary"
 class AdapterSummaries(ModulesToSaveWrapper):
     """A `SummaryLayer` for each adapter, and the base model's own for when adapters are disabled.
 
-    Unlike PEFT's own wrapper it needs no mention in an adapter's config beforehand: an adapter that is
-    made active without a summary layer gets one, a copy of the base model's.
+    Unlike with PEFT's own wrapper, adapters need not name it in their configs: whichever is added while
+    it stands here gets a layer, a copy of the base model's, and PEFT expects one in whichever it loads.
 
     Args:
         summary: the base model's summary layer.
         configs: the model's PEFT configs by adapter name; the dictionary PEFT itself uses.
         active: the active adapters, at most one.
+
+    Attributes:
+        not_read: name of an adapter that PEFT is to load without its summary layer, or None.
     """
 
     configs: dict[str, Any]
+    not_read: str | None
 
     def __init__(self, summary: SummaryLayer, configs: dict[str, Any], active: list[str]) -> None:
         super().__init__(summary, next(iter(configs)))  # type: ignore[no-untyped-call]
-        self.configs = configs
-        self.provide(configs)
+        self.configs, self.not_read = configs, None
+        self._provide()
         self.set_adapter(active, inference_mode=any(configs[name].inference_mode for name in active))
 
-    def provide(self, names: Iterable[str]) -> None:
-        """Give each of these adapters a summary layer if it has none, and note it in its config."""
-        for name in names:
+    def _provide(self) -> None:
+        """Give each adapter a summary layer if it has none, and note it in its config."""
+        for name, config in list(self.configs.items()):
             if name not in self.modules_to_save:
                 self.update(name)  # type: ignore[no-untyped-call]
-            noted = self.configs[name].modules_to_save or []
+            noted = config.modules_to_save or []
             if SUMMARY not in noted:
                 # Two models may have been made from one config: this model's gets its own copy.
-                self.configs[name] = copy.copy(self.configs[name])
+                self.configs[name] = copy.copy(config)
                 self.configs[name].modules_to_save = [*noted, SUMMARY]
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
-        """PEFT's question before it switches: which of these adapters do you know?"""
-        self.provide([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        """PEFT's question before it switches, and when it has added an adapter: do you know it?"""
+        self._provide()
         return super().check_set_adapter(adapter_name)
 
-    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
-        """PEFT's way to delete one adapter and activate another."""
-        self.provide(new_active_adapters or [])
-        super().delete_adapter(adapter_name, new_active_adapters)
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """PEFT's question before it loads: which names have your weights in a saved adapter, and here?"""
+        if adapter_name == self.not_read:
+            return {}
+        return super().adapter_state_dict_load_map(adapter_name)  # type: ignore[no-untyped-call]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -126,8 +130,6 @@ def summary_in_use(module: nn.Module) -> SummaryLayer:
 
 def summary_of_adapter(module: nn.Module, name: str) -> SummaryLayer:
     """The summary layer of one adapter; the base model's where adapters have none of their own."""
-    if isinstance(module, AdapterSummaries):
-        module.provide([name])
     if not isinstance(module, ModulesToSaveWrapper):
         layer = module
     elif name in module.modules_to_save:
