@@ -87,6 +87,13 @@ def tiles_by_row(request: Request) -> Picture:
     return Picture({**picture.inputs, "pixel_attention_mask": mask}, picture.segments)
 
 
+def flagged_tiles_by_row(request: Request) -> Picture:
+    """Like `tiles`, each with a flag; a batch's are (row, tile, …)."""
+    picture = tiles(request)
+    flags = torch.ones(picture.segments, dtype=torch.bool)
+    return Picture({**picture.inputs, "pixel_attention_mask": flags}, picture.segments)
+
+
 def any_resolution(request: Request) -> Picture:
     """The whole picture and tiles of its best resolution, with its original size."""
     side = request.side
@@ -208,6 +215,31 @@ def one_size_by_row(request: Request) -> Picture:
     return Picture({"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, 0]).long()})
 
 
+def one_size_and_question(request: Request) -> Picture:
+    """Every picture at the tower's size, with what is asked about it."""
+    question = torch.arange(1, 5)[None]
+    asked = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
+    return Picture({**one_size(request).inputs, **asked})
+
+
+def pooled_patches(request: Request) -> Picture:
+    """Flattened patches of the whole picture and of its tiles, and the four that make up each token."""
+    side = request.side // request.vision.patch_size
+    count = 1 + (1, 2, 4)[request.scale]
+    pixels = request.draw(count, side**2, request.channels * request.vision.patch_size**2)
+    places = torch.arange(count * side**2).view(count, side // 2, 2, side // 2, 2)
+    pooling = places.transpose(2, 3).reshape(-1, 4)
+    rows, columns = side // 2, (count - 1) * side // 2
+    return Picture(
+        {
+            "image_token_pooling": pooling,
+            "pixel_values": pixels,
+            "image_grids": torch.tensor([[side // 2, side // 2, rows, columns]]),
+            "image_num_crops": torch.tensor([count]),
+        }
+    )
+
+
 def two_resolutions(request: Request) -> Picture:
     """Each picture twice, for a tower of low and one of high resolution."""
     side = request.config.high_res_vision_config.image_size
@@ -240,9 +272,12 @@ RECIPES: dict[str, Recipe] = {
     "aya_vision": tiles,
     "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,
+    "granite_docling": flagged_tiles_by_row,
     "idefics2": one_size_by_row,
     "idefics3": tiles_by_row,
+    "instructblip": one_size_and_question,
     "internvl": tiles,
+    "molmo2": pooled_patches,
     "kimi_k25": square_patches,
     "lfm2_vl": padded_patches,
     "lighton_ocr": native_size,
@@ -267,7 +302,7 @@ def recipe_of(model_type: str, arguments: Container[str]) -> Recipe:
     return RECIPES.get(model_type, patches if "image_grid_thw" in arguments else one_size)
 
 
-BY_ROW = {"idefics2", "idefics3", "smolvlm"}
+BY_ROW = {"granite_docling", "idefics2", "idefics3", "smolvlm"}
 """Families that take (row, picture, …) instead of one picture after the other."""
 
 IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
@@ -286,6 +321,9 @@ ONE_TOKEN_TYPE = {"paligemma"}
 ONCE_A_ROW = {"batch_num_images"}
 """Inputs that have one entry for a row with pictures, not one for a picture."""
 
+
+INTO_PIXELS = {"image_token_pooling"}
+"""Inputs that count the patches of all pictures."""
 
 FILLERS = {"image_position_ids": -1}
 """What smaller pictures are padded with, where it is not 0."""
@@ -312,7 +350,8 @@ def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Te
     collected: dict[str, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
         for name, value in part.items():
-            collected[name].append(value)
+            before = sum(pixels.shape[:2].numel() for pixels in collected["pixel_values"])
+            collected[name].append(value + before if name in INTO_PIXELS else value)
     joined = {}
     for name, values in collected.items():
         largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
@@ -352,6 +391,7 @@ _FAKE = Frame(lead=("fake", "place"), after=("fake",))
 FRAMES: dict[str, Frame] = {
     "aya_vision": Frame(before=("start",), lead=("tile",), after=("end",)),
     "fuyu": Frame(between=("newline",), after=("newline", "beginning")),
+    "granite_docling": _FAKE,
     "idefics3": _FAKE,
     "internvl": Frame(before=("start",), after=("end",)),
     "llama4": Frame(before=("boi_token_index",), between=("separator",), after=("eoi_token_index",)),
