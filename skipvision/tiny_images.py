@@ -25,13 +25,15 @@ class Request:
         config: of the model.
         scale: 0 (small), 1 or 2 (large).
         company: pictures in its row, itself included.
-        draw: shape → normally distributed pixels, the next ones of this picture's own random stream.
+        random: this picture's own stream of random numbers.
+        dtype: of its pixels.
     """
 
     config: PretrainedConfig
     scale: int
     company: int
-    draw: Callable[..., torch.Tensor]
+    random: torch.Generator
+    dtype: torch.dtype
 
     @property
     def vision(self) -> Any:
@@ -47,6 +49,10 @@ class Request:
     @property
     def channels(self) -> int:
         return _first(self.vision, "num_channels", "in_channels", default=3)
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Normally distributed pixels, the next ones of the stream; the same ones in every dtype."""
+        return torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.dtype)
 
     def pixels(self, count: int, height: int | None = None, width: int | None = None) -> torch.Tensor:
         """(count, channels, height, width), by default the size that the tower is made for."""
@@ -232,8 +238,8 @@ def pooled_patches(request: Request) -> Picture:
     rows, columns = side // 2, (count - 1) * side // 2
     return Picture(
         {
-            "image_token_pooling": pooling,
             "pixel_values": pixels,
+            "image_token_pooling": pooling,
             "image_grids": torch.tensor([[side // 2, side // 2, rows, columns]]),
             "image_num_crops": torch.tensor([count]),
         }
@@ -308,6 +314,9 @@ BY_ROW = {"granite_docling", "idefics2", "idefics3", "smolvlm"}
 IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
 """Families that take (1, channels, height, all widths) instead of one picture after the other."""
 
+ONE_A_ROW = {"blip-2", "instructblip"}
+"""Families that cannot do without a picture, nor, in `generate`, with another one in the same row."""
+
 TOKEN_TYPES = {
     "token_type_ids": ("image_token_id",),
     "mm_token_type_ids": ("image_token_id",),
@@ -320,7 +329,6 @@ ONE_TOKEN_TYPE = {"paligemma"}
 
 ONCE_A_ROW = {"batch_num_images"}
 """Inputs that have one entry for a row with pictures, not one for a picture."""
-
 
 INTO_PIXELS = {"image_token_pooling"}
 """Inputs that count the patches of all pictures."""
@@ -349,8 +357,8 @@ def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, tor
 def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     collected: dict[str, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
+        before = sum(pixels.shape[:2].numel() for pixels in collected["pixel_values"])
         for name, value in part.items():
-            before = sum(pixels.shape[:2].numel() for pixels in collected["pixel_values"])
             collected[name].append(value + before if name in INTO_PIXELS else value)
     joined = {}
     for name, values in collected.items():
@@ -386,22 +394,38 @@ class Frame:
         return self.before + self.lead + self.between + self.after
 
 
-_FAKE = Frame(lead=("fake", "place"), after=("fake",))
+_BETWEEN_ENDS = Frame(before=("start",), after=("end",))
+_EACH_NAMED = Frame(lead=("fake", "place"), after=("fake",))
 
 FRAMES: dict[str, Frame] = {
     "aya_vision": Frame(before=("start",), lead=("tile",), after=("end",)),
+    "cohere2_vision": Frame(before=("start",), between=("break",), after=("break", "end")),
+    "emu3": _BETWEEN_ENDS,
     "fuyu": Frame(between=("newline",), after=("newline", "beginning")),
-    "granite_docling": _FAKE,
-    "idefics3": _FAKE,
-    "internvl": Frame(before=("start",), after=("end",)),
+    "granite_docling": _EACH_NAMED,
+    "idefics3": _EACH_NAMED,
+    "inkling_mm_model": Frame(before=("image_bos_token_id",)),
+    "internvl": _BETWEEN_ENDS,
+    "janus": _BETWEEN_ENDS,
+    "lfm2_vl": _BETWEEN_ENDS,
     "llama4": Frame(before=("boi_token_index",), between=("separator",), after=("eoi_token_index",)),
+    "minicpm_ocr": _BETWEEN_ENDS,
+    "minicpmv4_6": _BETWEEN_ENDS,
+    "minicpmv4_7": _BETWEEN_ENDS,
+    "minimax_m3_vl": _BETWEEN_ENDS,
     "mistral3": Frame(between=("break",), after=("end",)),
+    "mistral_large4": Frame(between=("break",), after=("end",)),
+    "muse_glimmer": _BETWEEN_ENDS,
+    "muse_spark": _BETWEEN_ENDS,
+    "nemotron_h_omni": _BETWEEN_ENDS,
     "ovis2": Frame(
         before=("visual_indicator_token_ids.0",),
         between=("visual_indicator_token_ids.1",),
         after=("visual_indicator_token_ids.4",),
     ),
-    "smolvlm": _FAKE,
+    "qianfan_ocr": _BETWEEN_ENDS,
+    "smolvlm": _EACH_NAMED,
+    "step3p7": _BETWEEN_ENDS,
 }
 """How families frame a picture, by model_type; the others as `frame_of` says."""
 
