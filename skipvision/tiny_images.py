@@ -213,6 +213,12 @@ def patches_with_height_and_width(request: Request) -> Picture:
     return Picture({"pixel_values": pixels, "image_grid_hw": torch.tensor([[rows, columns]])})
 
 
+def one_size_and_mask(request: Request) -> Picture:
+    """Every picture at the tower's size, with a mask of its pixels."""
+    pixels = request.pixels(1)
+    return Picture({"pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0]).bool()})
+
+
 def one_size_by_row(request: Request) -> Picture:
     """Every picture at the tower's size with a mask of its pixels; a batch's are (row, picture, …)."""
     pixels = request.pixels(1)
@@ -263,6 +269,7 @@ def _grid(request: Request) -> tuple[int, int]:
 
 
 RECIPES: dict[str, Recipe] = {
+    "aria": one_size_and_mask,
     "aya_vision": tiles,
     "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.tiny_configs import EXCEPTIONS, FIRST_SPECIAL, FIRST_WORD
 from skipvision.tiny_families import FAMILIES, UNSUPPORTED, tiny_batch, tiny_model
 from skipvision.tiny_images import ONE_A_ROW, RECIPES
-from skipvision.tiny_prompts import FRAMES
+from skipvision.tiny_prompts import FRAMES, TOKEN_TYPES
 
 ROWS = [[3, "image", 4], [5], ["image", 2, "small image", 3], [2, "large image", 1]]
 ROWS_OF_ONE = [[3, "image", 4], ["small image", 2], [2, "large image", 1]]
@@ -50,6 +51,22 @@ def test_models_are_small_finite_and_in_eval_mode(family):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert not model.training
     assert model.config.get_text_config().num_hidden_layers == LAYERS.get(family, 3)
+
+
+@families
+def test_as_many_placeholders_as_features_and_nothing_that_the_model_does_not_take(family):
+    model = model_of(family)
+    batch = tiny_batch(model, rows_of(family))
+    assert batch.keys() <= inspect.signature(model.forward).parameters.keys()
+    text = {"input_ids", "attention_mask", *TOKEN_TYPES}
+    vision = {name: value for name, value in batch.items() if name not in text}
+    with torch.no_grad():
+        output = model.base_model.get_image_features(**vision, return_dict=True)
+    found = output.get("pooler_output")
+    if found is None:
+        found = output["deepstack_features"][0][1] if "deepstack_features" in output else output[0]
+    width = model.config.get_text_config().hidden_size
+    assert sum(placeholders(model, batch)) == sum(features.numel() for features in found) // width
 
 
 @families
@@ -106,6 +123,42 @@ def test_images_of_several_sizes(family):
         model, tiny_batch(model, [["small image"], ["image"], ["large image"]])
     )
     assert small < standard < large
+
+
+def test_token_types():
+    batch = tiny_batch(model_of("gemma3"), ROWS)
+    assert torch.equal(batch["token_type_ids"], (batch["input_ids"] == 5).long())
+    batch = tiny_batch(model_of("paligemma"), ROWS)
+    assert not batch["token_type_ids"].any()
+    model = model_of("ernie4_5_vl_moe")
+    row = tiny_batch(model, [[1, "image", 1]])
+    between = slice(1, -1)
+    assert row["moe_mm_token_type_ids"][0].tolist() == [0] + [1] * 18 + [0]
+    assert row["mm_token_type_ids"][0, between].tolist() == [0] + [1] * 16 + [0]
+
+
+def test_what_frames_a_picture():
+    def shape(family, row):
+        """Placeholders as i, marks as |, words as w."""
+        model = model_of(family)
+        ids = tiny_batch(model, [row])["input_ids"][0].tolist()
+        return "".join("i" if t == model.config.image_token_id else "w|"[t < FIRST_WORD] for t in ids)
+
+    image = "i" * 16
+    assert shape("llava", [2, "image", 1]) == f"ww{image}w"
+    assert shape("qwen2_vl", [2, "image", 1]) == f"ww|{image}|w"
+    assert shape("internvl", ["image"]) == f"|{image * 3}|"
+    assert shape("idefics3", ["image"]) == f"||{image}" * 3 + "|"
+    assert shape("mistral3", ["large image"]) == "iiiiii|" * 4
+
+
+def test_pictures_in_company():
+    model = model_of("llava_onevision")
+    batch = tiny_batch(model, [["image"], [3], ["image", "image"]])
+    assert batch["batch_num_images"].tolist() == [1, 2]
+    assert batch["pixel_values"].shape[:2] == (3, 3)
+    assert not batch["pixel_values"][1:, 1:].any()
+    assert tiny_batch(model_of("idefics3"), [["image"], [3]])["pixel_values"].shape[:2] == (2, 3)
 
 
 def test_seeds():
