@@ -26,12 +26,15 @@ class Request:
         scale: 0 (small), 1 or 2 (large).
         company: pictures in its row, itself included.
         draw: shape → normally distributed pixels, the next ones of this picture's own random stream.
+        grid: rows and columns of visual tokens where the family keeps a picture's size; by default as
+            the scale says.
     """
 
     config: PretrainedConfig
     scale: int
     company: int
     draw: Callable[..., torch.Tensor]
+    grid: tuple[int, int] | None = None
 
     @property
     def vision(self) -> Any:
@@ -206,7 +209,7 @@ def _first(config: Any, *names: str, default: int = 1) -> int:
 
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of visual tokens of a picture whose size the family keeps."""
-    return ((2, 4), (4, 4), (4, 6))[request.scale]
+    return request.grid or ((2, 4), (4, 4), (4, 6))[request.scale]
 
 
 RECIPES: dict[str, Recipe] = {
