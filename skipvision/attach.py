@@ -30,7 +30,7 @@ from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
 from skipvision.probe import ffn_ratio
-from skipvision.select import by_view
+from skipvision.select import VisualTokens, by_view
 from skipvision.skip_ffn import PLAN_KEYWORD, Passage, has_taken, hook_layer
 from skipvision.summary import SummaryLayer
 
@@ -172,8 +172,12 @@ class Attachment:
             return args, {**kwargs, "attention_mask": written}
         # The probe sees this call's tokens alone, whatever the cache holds.
         own = given if isinstance(given, dict) and not earlier.shape[1] else mask
-        scores = self._scores(decoder, {**kwargs, "attention_mask": own}, images, arrival.views)
-        plan = self.plan = make_plan(images.take(embeds), images, mask, self.config, scores)
+        tokens = VisualTokens(images.take(embeds), images.valid)
+        if arrival.views is not None:
+            scores: torch.Tensor | None = by_view(tokens, arrival.views)
+        else:
+            scores = self._probed(decoder, {**kwargs, "attention_mask": own}, images)
+        plan = self.plan = make_plan(tokens, images, mask, self.config, scores)
         if plan.is_identity:
             return args, kwargs
         cache = kwargs["past_key_values"] = self._prunable(kwargs, sight)
@@ -224,11 +228,7 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------- parts
 
-    def _scores(
-        self, decoder: nn.Module, call: dict[str, Any], images: Images, views: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        if views is not None:
-            return by_view(images.take(call["inputs_embeds"]), images.valid, views)
+    def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor | None:
         if self.config.select != "ffn_ratio":
             return None
         mlp = self._anatomy.layers[self.config.probe_layer].mlp
