@@ -25,7 +25,8 @@ class Request:
         config: of the model.
         scale: 0 (small), 1 or 2 (large).
         company: pictures in its row, itself included.
-        draw: shape → normally distributed pixels, the next ones of this picture's own random stream.
+        random: this picture's own stream of random numbers.
+        dtype: of its pixels.
         grid: rows and columns of visual tokens where the family keeps a picture's size; by default as
             the scale says.
     """
@@ -33,13 +34,15 @@ class Request:
     config: PretrainedConfig
     scale: int
     company: int
-    draw: Callable[..., torch.Tensor]
+    random: torch.Generator
+    dtype: torch.dtype
     grid: tuple[int, int] | None = None
 
     @property
     def vision(self) -> Any:
         """What describes the tower."""
-        return self.config.vision_config
+        names = ("vision_config", "vq_config")
+        return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), self.config)
 
     @property
     def side(self) -> int:
@@ -49,6 +52,10 @@ class Request:
     @property
     def channels(self) -> int:
         return _first(self.vision, "num_channels", "in_channels", default=3)
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Normally distributed pixels, the next ones of the stream; the same ones in every dtype."""
+        return torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.dtype)
 
     def pixels(self, count: int, height: int | None = None, width: int | None = None) -> torch.Tensor:
         """(count, channels, height, width), by default the size that the tower is made for."""
@@ -89,6 +96,13 @@ def tiles_by_row(request: Request) -> Picture:
     return Picture({**picture.inputs, "pixel_attention_mask": mask}, picture.segments)
 
 
+def flagged_tiles_by_row(request: Request) -> Picture:
+    """Like `tiles`, each with a flag; a batch's are (row, tile, …)."""
+    picture = tiles(request)
+    flags = torch.ones(picture.segments, dtype=torch.bool)
+    return Picture({**picture.inputs, "pixel_attention_mask": flags}, picture.segments)
+
+
 def any_resolution(request: Request) -> Picture:
     """The whole picture and tiles of its best resolution, with its original size."""
     side = request.side
@@ -109,7 +123,7 @@ def any_resolution_when_alone(request: Request) -> Picture:
 
 def native_size(request: Request) -> Picture:
     """Pictures keep their shape and are padded to the batch's largest."""
-    unit = request.vision.patch_size * request.config.spatial_merge_size
+    unit = _first(request.vision, "patch_size", default=8) * _first(request.config, "spatial_merge_size")
     rows, columns = _grid(request)
     size = (rows * unit, columns * unit)
     inputs = {"pixel_values": request.pixels(1, *size), "image_sizes": torch.tensor([size])}
@@ -171,6 +185,22 @@ def positioned_patches(request: Request) -> Picture:
     return Picture({"pixel_values": pixels, "image_position_ids": places[None]})
 
 
+def positioned_tokens(request: Request) -> Picture:
+    """Like `positioned_patches`, but the patches of one token come as one."""
+    rows, columns = _grid(request)
+    side = request.vision.patch_size * request.vision.pooling_kernel_size
+    pixels = request.draw(1, rows * columns, request.channels * side**2)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+    return Picture({"pixel_values": pixels, "image_position_ids": places[None]})
+
+
+def patches_in_rows(request: Request) -> Picture:
+    """Flattened patches of all pictures in one row of vectors; the prompt tells their rows."""
+    rows, columns = _grid(request)
+    pixels = request.draw(rows * columns, request.channels * request.vision.patch_size**2)
+    return Picture({"pixel_values": pixels}, segments=rows)
+
+
 def strip(request: Request) -> Picture:
     """Patches side by side in one strip for the whole batch, with each picture's (h, w)."""
     rows, columns = (4 * side for side in _grid(request))
@@ -194,6 +224,31 @@ def one_size_by_row(request: Request) -> Picture:
     return Picture({"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, 0]).long()})
 
 
+def one_size_and_question(request: Request) -> Picture:
+    """Every picture at the tower's size, with what is asked about it."""
+    question = torch.arange(1, 5)[None]
+    asked = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
+    return Picture({**one_size(request).inputs, **asked})
+
+
+def pooled_patches(request: Request) -> Picture:
+    """Flattened patches of the whole picture and of its tiles, and the four that make up each token."""
+    side = request.side // request.vision.patch_size
+    count = 1 + (1, 2, 4)[request.scale]
+    pixels = request.draw(count, side**2, request.channels * request.vision.patch_size**2)
+    places = torch.arange(count * side**2).view(count, side // 2, 2, side // 2, 2)
+    pooling = places.transpose(2, 3).reshape(-1, 4)
+    rows, columns = side // 2, (count - 1) * side // 2
+    return Picture(
+        {
+            "pixel_values": pixels,
+            "image_token_pooling": pooling,
+            "image_grids": torch.tensor([[side // 2, side // 2, rows, columns]]),
+            "image_num_crops": torch.tensor([count]),
+        }
+    )
+
+
 def two_resolutions(request: Request) -> Picture:
     """Each picture twice, for a tower of low and one of high resolution."""
     side = request.config.high_res_vision_config.image_size
@@ -214,8 +269,8 @@ def _grid(request: Request) -> tuple[int, int]:
 
 RECIPES: dict[str, Recipe] = {
     "gemma4": positioned_patches,
-    "gemma4_unified": positioned_patches,
-    "diffusion_gemma": positioned_patches,
+    "gemma4_unified": positioned_tokens,
+    "fuyu": patches_in_rows,
     "emu3": native_size,
     "inkling2": patches_of_tokens,
     "inkling_mm_model": patches_alone,
@@ -226,9 +281,12 @@ RECIPES: dict[str, Recipe] = {
     "aya_vision": tiles,
     "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,
+    "granite_docling": flagged_tiles_by_row,
     "idefics2": one_size_by_row,
     "idefics3": tiles_by_row,
+    "instructblip": one_size_and_question,
     "internvl": tiles,
+    "molmo2": pooled_patches,
     "kimi_k25": square_patches,
     "lfm2_vl": padded_patches,
     "lighton_ocr": native_size,
@@ -253,18 +311,30 @@ def recipe_of(model_type: str, arguments: Container[str]) -> Recipe:
     return RECIPES.get(model_type, patches if "image_grid_thw" in arguments else one_size)
 
 
-BY_ROW = {"idefics2", "idefics3", "smolvlm"}
+BY_ROW = {"granite_docling", "idefics2", "idefics3", "smolvlm"}
 """Families that take (row, picture, …) instead of one picture after the other."""
 
 IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
 """Families that take (1, channels, height, all widths) instead of one picture after the other."""
 
+ONE_A_ROW = {"blip-2", "instructblip"}
+"""Families that cannot do without a picture, nor, in `generate`, with another one in the same row."""
+
+TOKEN_TYPES = {
+    "token_type_ids": ("image_token_id",),
+    "mm_token_type_ids": ("image_token_id",),
+    "moe_mm_token_type_ids": ("image_start_token_id", "image_token_id", "image_end_token_id"),
+}
+"""Inputs that tell (1) the tokens that these config fields name from all others (0)."""
+
 ONE_TOKEN_TYPE = {"paligemma"}
-"""Families whose token types tell prompt (0) from answer, not images (1) from text."""
+"""Families whose token types tell prompt (0) from answer instead."""
 
 ONCE_A_ROW = {"batch_num_images"}
 """Inputs that have one entry for a row with pictures, not one for a picture."""
 
+INTO_PIXELS = {"image_token_pooling"}
+"""Inputs that count the patches of all pictures."""
 
 FILLERS = {"image_position_ids": -1}
 """What smaller pictures are padded with, where it is not 0."""
@@ -290,8 +360,9 @@ def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, tor
 def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     collected: dict[str, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
+        before = sum(pixels.shape[:2].numel() for pixels in collected["pixel_values"])
         for name, value in part.items():
-            collected[name].append(value)
+            collected[name].append(value + before if name in INTO_PIXELS else value)
     joined = {}
     for name, values in collected.items():
         largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
@@ -326,20 +397,38 @@ class Frame:
         return self.before + self.lead + self.between + self.after
 
 
-_FAKE = Frame(lead=("fake", "place"), after=("fake",))
+_BETWEEN_ENDS = Frame(before=("start",), after=("end",))
+_EACH_NAMED = Frame(lead=("fake", "place"), after=("fake",))
 
 FRAMES: dict[str, Frame] = {
     "aya_vision": Frame(before=("start",), lead=("tile",), after=("end",)),
-    "idefics3": _FAKE,
-    "internvl": Frame(before=("start",), after=("end",)),
+    "cohere2_vision": Frame(before=("start",), between=("break",), after=("break", "end")),
+    "emu3": _BETWEEN_ENDS,
+    "fuyu": Frame(between=("newline",), after=("newline", "beginning")),
+    "granite_docling": _EACH_NAMED,
+    "idefics3": _EACH_NAMED,
+    "inkling_mm_model": Frame(before=("image_bos_token_id",)),
+    "internvl": _BETWEEN_ENDS,
+    "janus": _BETWEEN_ENDS,
+    "lfm2_vl": _BETWEEN_ENDS,
     "llama4": Frame(before=("boi_token_index",), between=("separator",), after=("eoi_token_index",)),
+    "minicpm_ocr": _BETWEEN_ENDS,
+    "minicpmv4_6": _BETWEEN_ENDS,
+    "minicpmv4_7": _BETWEEN_ENDS,
+    "minimax_m3_vl": _BETWEEN_ENDS,
     "mistral3": Frame(between=("break",), after=("end",)),
+    "mistral_large4": Frame(between=("break",), after=("end",)),
+    "muse_glimmer": _BETWEEN_ENDS,
+    "muse_spark": _BETWEEN_ENDS,
+    "nemotron_h_omni": _BETWEEN_ENDS,
     "ovis2": Frame(
         before=("visual_indicator_token_ids.0",),
         between=("visual_indicator_token_ids.1",),
         after=("visual_indicator_token_ids.4",),
     ),
-    "smolvlm": _FAKE,
+    "qianfan_ocr": _BETWEEN_ENDS,
+    "smolvlm": _EACH_NAMED,
+    "step3p7": _BETWEEN_ENDS,
 }
 """How families frame a picture, by model_type; the others as `frame_of` says."""
 

@@ -175,11 +175,11 @@ def picture(design: Design, tokens: int | None) -> tuple[int, tuple[int, ...]]:
     """
     model_type, (_, anatomy, _) = design.config.model_type, _model(design)
     recipe = recipe_of(model_type, inspect.signature(anatomy.outer.get_image_features).parameters)  # type: ignore[arg-type]
-    draw = partial(torch.empty, device="meta")
-    request = Request(design.config, 1, 1, draw, _near_square(tokens or _TOKENS))
+    grid = _near_square(tokens or _TOKENS)
+    request = Request(design.config, 1, 1, torch.Generator(), torch.float32, grid)
     sizes: list[int] = []
     with DryRun(), torch.no_grad():
-        call = collate(model_type, [[recipe(request)]])
+        call = {name: value.to("meta") for name, value in collate(model_type, [[recipe(request)]]).items()}
         flops = measure_flops(lambda: sizes.extend(encode(anatomy.outer, call, 0)[1]))
     return flops, (sum(sizes),) if anatomy.family.tiles else tuple(sizes)
 
