@@ -264,7 +264,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "text.rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
         "text.sliding_window": 20,
     },
-    "unlimited_ocr": _WINDOWED_THEN_ENCODED,
+    "unlimited_ocr": _WINDOWED_THEN_ENCODED | _ALL_HEADS_CACHED,
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }
 """What a family needs otherwise; ``vision.patch_size`` is that field of its ``vision_config``."""

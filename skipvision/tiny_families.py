@@ -19,17 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.tiny_configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
-from skipvision.tiny_images import (
-    ONE_A_ROW,
-    ONE_TOKEN_TYPE,
-    SCALES,
-    TOKEN_TYPES,
-    Picture,
-    Request,
-    collate,
-    frame_of,
-    recipe_of,
-)
+from skipvision.tiny_images import ONE_A_ROW, SCALES, Picture, Request, collate, recipe_of
+from skipvision.tiny_prompts import ONE_TOKEN_TYPE, TOKEN_TYPES, frame_of
 
 _ACROSS = "its decoder attends to pictures across, they are no tokens of its own"
 _BESIDE = "its decoder puts the pictures in by itself, at positions given beside the prompt"
@@ -68,7 +59,7 @@ def tiny_model(
 
     Args:
         model_type: one of `FAMILIES`.
-        dtype: of all weights.
+        dtype: of all weights but those that the family always keeps in float32.
         attention: attention implementation; by default "sdpa" where the family has it, else "eager".
         seed: of the weights.
 
@@ -85,7 +76,10 @@ def tiny_model(
         torch.manual_seed(seed)
         try:
             model = AutoModelForImageTextToText.from_config(
-                tiny_config(model_type), attn_implementation=attention
+                tiny_config(model_type),
+                attn_implementation=attention,
+                # torch has no grouped matrix product in double precision.
+                experts_implementation="eager" if dtype == torch.float64 else None,
             )
         except (ImportError, ValueError) as error:
             raise UnsupportedModelError(
@@ -100,8 +94,9 @@ def tiny_model(
     model.generation_config.suppress_tokens = list(range(FIRST_SPECIAL, FIRST_WORD))
     model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     # Not `model.to`, which would take the imaginary part of complex buffers away.
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
+    exact = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(part in name for part in exact):
             tensor.data = tensor.data.to(dtype)
     return model.eval()
 

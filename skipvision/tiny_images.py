@@ -1,4 +1,4 @@
-"""How the families' image processors hand over pictures, and how prompts frame their placeholders."""
+"""How the families' image processors hand over pictures."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Picture:
     """One picture as the processor hands it over.
 
     Attributes:
-        inputs: keyword arguments of the model; a batch's are concatenated, smaller ones padded with zeros.
+        inputs: keyword arguments of the model, each of shape (1 or more, …).
         segments: how many equal runs its placeholders are cut into (tiles, or rows of the picture).
     """
 
@@ -114,11 +114,9 @@ def any_resolution(request: Request) -> Picture:
 
 def any_resolution_when_alone(request: Request) -> Picture:
     """Like `any_resolution`; several pictures in one row are not cut into tiles."""
-    picture = any_resolution(request)
-    if request.company > 1:
-        picture.inputs["pixel_values"] = picture.inputs["pixel_values"][:, :1]
-    picture.inputs["batch_num_images"] = torch.tensor([request.company])
-    return picture
+    inputs = any_resolution(request).inputs
+    pixels = inputs["pixel_values"] if request.company == 1 else inputs["pixel_values"][:, :1]
+    return Picture({**inputs, "pixel_values": pixels, "batch_num_images": torch.tensor([request.company])})
 
 
 def native_size(request: Request) -> Picture:
@@ -268,40 +266,40 @@ def _grid(request: Request) -> tuple[int, int]:
 
 
 RECIPES: dict[str, Recipe] = {
-    "gemma4": positioned_patches,
-    "gemma4_unified": positioned_tokens,
-    "fuyu": patches_in_rows,
-    "emu3": native_size,
-    "inkling2": patches_of_tokens,
-    "inkling_mm_model": patches_alone,
-    "minicpm_ocr": strip,
-    "minicpmv4_6": strip,
-    "minicpmv4_7": strip,
-    "nemotron_h_omni": patches_with_height_and_width,
     "aya_vision": tiles,
     "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,
+    "emu3": native_size,
+    "fuyu": patches_in_rows,
+    "gemma4": positioned_patches,
+    "gemma4_unified": positioned_tokens,
+    "granite4_vision": any_resolution,
     "granite_docling": flagged_tiles_by_row,
     "idefics2": one_size_by_row,
     "idefics3": tiles_by_row,
+    "inkling2": patches_of_tokens,
+    "inkling_mm_model": patches_alone,
     "instructblip": one_size_and_question,
     "internvl": tiles,
-    "molmo2": pooled_patches,
     "kimi_k25": square_patches,
     "lfm2_vl": padded_patches,
     "lighton_ocr": native_size,
     "llama4": tiles,
-    "granite4_vision": any_resolution,
     "llava_next": any_resolution,
     "llava_next_video": any_resolution,
     "llava_onevision": any_resolution_when_alone,
+    "minicpm_ocr": strip,
+    "minicpmv4_6": strip,
+    "minicpmv4_7": strip,
     "mistral3": native_size,
     "mistral_large4": native_size,
+    "molmo2": pooled_patches,
+    "nemotron_h_omni": patches_with_height_and_width,
     "ovis2": tiles,
     "paddleocr_vl": square_patches,
     "qianfan_ocr": tiles,
-    "video_llama_3": patches_and_merge,
     "smolvlm": tiles_by_row,
+    "video_llama_3": patches_and_merge,
 }
 """How families take pictures, by model_type; the others as `recipe_of` says."""
 
@@ -320,16 +318,6 @@ IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
 ONE_A_ROW = {"blip-2", "instructblip"}
 """Families that cannot do without a picture, nor, in `generate`, with another one in the same row."""
 
-TOKEN_TYPES = {
-    "token_type_ids": ("image_token_id",),
-    "mm_token_type_ids": ("image_token_id",),
-    "moe_mm_token_type_ids": ("image_start_token_id", "image_token_id", "image_end_token_id"),
-}
-"""Inputs that tell (1) the tokens that these config fields name from all others (0)."""
-
-ONE_TOKEN_TYPE = {"paligemma"}
-"""Families whose token types tell prompt (0) from answer instead."""
-
 ONCE_A_ROW = {"batch_num_images"}
 """Inputs that have one entry for a row with pictures, not one for a picture."""
 
@@ -341,7 +329,7 @@ FILLERS = {"image_position_ids": -1}
 
 
 def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, torch.Tensor]:
-    """The vision inputs of a batch."""
+    """The vision inputs of a batch: the pictures' own, concatenated, smaller ones padded."""
     first = next((picture for row in rows for picture in row), None)
     if first is None:
         return {}
@@ -374,74 +362,3 @@ def _pad(value: torch.Tensor, sizes: list[int], filler: int) -> torch.Tensor:
     """Grow all but the first dimension."""
     missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
     return F.pad(value, [amount for more in reversed(missing) for amount in (0, more)], value=filler)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Tokens around a picture's placeholders: names of config fields, or of marks that have none.
-
-    Attributes:
-        before: ahead of the picture.
-        lead: ahead of each segment.
-        between: between two segments.
-        after: behind the picture.
-    """
-
-    before: tuple[str, ...] = ()
-    lead: tuple[str, ...] = ()
-    between: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.before + self.lead + self.between + self.after
-
-
-_BETWEEN_ENDS = Frame(before=("start",), after=("end",))
-_EACH_NAMED = Frame(lead=("fake", "place"), after=("fake",))
-
-FRAMES: dict[str, Frame] = {
-    "aya_vision": Frame(before=("start",), lead=("tile",), after=("end",)),
-    "cohere2_vision": Frame(before=("start",), between=("break",), after=("break", "end")),
-    "emu3": _BETWEEN_ENDS,
-    "fuyu": Frame(between=("newline",), after=("newline", "beginning")),
-    "granite_docling": _EACH_NAMED,
-    "idefics3": _EACH_NAMED,
-    "inkling_mm_model": Frame(before=("image_bos_token_id",)),
-    "internvl": _BETWEEN_ENDS,
-    "janus": _BETWEEN_ENDS,
-    "lfm2_vl": _BETWEEN_ENDS,
-    "llama4": Frame(before=("boi_token_index",), between=("separator",), after=("eoi_token_index",)),
-    "minicpm_ocr": _BETWEEN_ENDS,
-    "minicpmv4_6": _BETWEEN_ENDS,
-    "minicpmv4_7": _BETWEEN_ENDS,
-    "minimax_m3_vl": _BETWEEN_ENDS,
-    "mistral3": Frame(between=("break",), after=("end",)),
-    "mistral_large4": Frame(between=("break",), after=("end",)),
-    "muse_glimmer": _BETWEEN_ENDS,
-    "muse_spark": _BETWEEN_ENDS,
-    "nemotron_h_omni": _BETWEEN_ENDS,
-    "ovis2": Frame(
-        before=("visual_indicator_token_ids.0",),
-        between=("visual_indicator_token_ids.1",),
-        after=("visual_indicator_token_ids.4",),
-    ),
-    "qianfan_ocr": _BETWEEN_ENDS,
-    "smolvlm": _EACH_NAMED,
-    "step3p7": _BETWEEN_ENDS,
-}
-"""How families frame a picture, by model_type; the others as `frame_of` says."""
-
-PAIRS = {
-    "vision_start_token_id": "vision_end_token_id",
-    "image_start_token_id": "image_end_token_id",
-    "boi_token_index": "eoi_token_index",
-    "boi_token_id": "eoi_token_id",
-}
-"""Names under which configs keep the tokens that begin and end a picture."""
-
-
-def frame_of(config: PretrainedConfig) -> Frame:
-    """The family's frame; one whose config names tokens that begin and end a picture puts them there."""
-    pairs = (Frame(before=(start,), after=(end,)) for start, end in PAIRS.items() if hasattr(config, start))
-    return FRAMES.get(config.model_type) or next(pairs, Frame())

@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.tiny_configs import EXCEPTIONS, FIRST_SPECIAL, FIRST_WORD
 from skipvision.tiny_families import FAMILIES, UNSUPPORTED, tiny_batch, tiny_model
-from skipvision.tiny_images import FRAMES, ONE_A_ROW, RECIPES
+from skipvision.tiny_images import ONE_A_ROW, RECIPES
+from skipvision.tiny_prompts import FRAMES
 
 ROWS = [[3, "image", 4], [5], ["image", 2, "small image", 3], [2, "large image", 1]]
 ROWS_OF_ONE = [[3, "image", 4], ["small image", 2], [2, "large image", 1]]
