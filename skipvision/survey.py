@@ -7,7 +7,7 @@ is skipped; runs reduced on a ragged batch by a plan; and generates from a cache
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from skipvision.attach import attach
 from skipvision.config import SkipConfig
 from skipvision.errors import SkipVisionError, UnsupportedModelError
 from skipvision.families import Anatomy, dissect, encode
-from skipvision.masks import FULL, Sight
+from skipvision.masks import Sight
 from skipvision.plan import TokenPlan, TokenRole
 from skipvision.tiny_families import FAMILIES, UNSUPPORTED, tiny_batch, tiny_model
 
@@ -27,8 +27,6 @@ EVERY = tuple(sorted({*FAMILIES, *UNSUPPORTED}))
 """Every image-text-to-text model_type of the installed transformers."""
 
 _ROWS = [[3, "image", 4], [5], ["image", 2, "image", 3, "small image", 2]]
-_ONE_EACH = [[3, "image", 4], [2, "small image", 9], ["large image", 2]]
-"""For families whose rows have one image each, no more and no less."""
 _CONFIG = SkipConfig(retained=0.4, skipped=0.3, select="norm")
 _NEW = 4
 
@@ -39,14 +37,15 @@ class Finding:
 
     Attributes:
         family: its model_type.
-        reason: why it is not supported, in a few words; None if it is. All below is of supported ones.
-        images: "one size", "several sizes", or "tiles": what an image becomes; visual tokens always stand
-            at placeholders.
-        views: where the whole image's view stands among several ("first", "last"); None = one view only.
-        positions: "1 axis", or those of M-RoPE.
+        reason: why it is not supported, in a few words; None if it is. The others are of supported families.
+        images: "one size" or "several sizes", by visual tokens, which always stand at placeholders; or
+            "tiles", each of which is an image of its own.
+        views: where the view of the whole image stands among its high-resolution crops: "first" or
+            "last"; None if there is one view.
+        mrope: positions have three axes.
         deepstack: early layers add further visual features.
-        layers: kinds of attention beside full: "sliding", "chunked".
-        experts: its feed-forward networks are mixtures of experts.
+        attention: kinds of attention layers: "full", "sliding", "chunked".
+        experts: some of the feed-forward networks are mixtures of experts.
     """
 
     family: str
@@ -55,13 +54,25 @@ class Finding:
     views: str | None = None
     mrope: bool = False
     deepstack: bool = False
-    layers: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
     experts: bool = False
 
     @property
     def supported(self) -> bool:
         """Everything that was tried worked."""
         return self.reason is None
+
+    @property
+    def traits(self) -> dict[str, str]:
+        """What a user may want to know of a supported family, by heading; empty where there is nothing."""
+        return {
+            "images": self.images,
+            "views": f"whole image {self.views}" if self.views else "",
+            "positions": "M-RoPE" if self.mrope else "",
+            "visual features": "DeepStack" if self.deepstack else "",
+            "attention": ", ".join(self.attention),
+            "FFN": "experts" if self.experts else "",
+        }
 
 
 def survey(family: str) -> Finding:
@@ -79,39 +90,38 @@ def survey(family: str) -> Finding:
         return Finding(family, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
-def markdown(findings: Iterable[Finding]) -> str:
-    """Two tables: what is supported and how it looks; what is not, and why."""
-    findings = list(findings)
-    supported = [finding for finding in findings if finding.supported]
-    others = [finding for finding in findings if not finding.supported]
-    lines = [f"{count(findings)}.", ""]
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """One line for each family."""
+    width = max((len(finding.family) for finding in findings), default=0)
+    return [f"{finding.family:{width}}  {_verdict(finding)}" for finding in findings]
+
+
+def _verdict(finding: Finding) -> str:
+    traits = ", ".join(trait for trait in finding.traits.values() if trait)
+    return f"supported: {traits}" if finding.supported else f"not supported: {finding.reason}"
+
+
+def markdown(findings: Sequence[Finding]) -> str:
+    """How many are supported; what these are like; why the others are not."""
+    columns = Finding("").traits
+    supported = [_row(f.family, *f.traits.values()) for f in findings if f.supported]
+    others = [_row(f.family, str(f.reason)) for f in findings if not f.supported]
     if supported:
-        lines += ["| supported | images | views | M-RoPE | DeepStack | layers | experts |", "|---" * 7 + "|"]
-        lines += [f"| {finding.family} | {' | '.join(_cells(finding))} |" for finding in supported]
-        lines += [""]
+        supported = ["", _row("supported", *columns), _row("---", *("---" for _ in columns)), *supported]
     if others:
-        lines += ["| not supported | why |", "|---|---|"]
-        lines += [f"| {finding.family} | {finding.reason} |" for finding in others]
-    return "\n".join(lines).rstrip() + "\n"
+        others = ["", _row("not supported", "why"), _row("---", "---"), *others]
+    return "\n".join([f"{count(findings)}.", *supported, *others]) + "\n"
 
 
-def count(findings: Iterable[Finding]) -> str:
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def count(findings: Sequence[Finding]) -> str:
     """How many are supported, in words."""
-    findings = list(findings)
     supported = sum(finding.supported for finding in findings)
-    return f"{supported} of {len(findings)} image-text-to-text families of transformers {__version__} supported"
-
-
-def _cells(finding: Finding) -> list[str]:
-    yes = {True: "yes", False: ""}
-    return [
-        finding.images,
-        f"whole image {finding.views}" if finding.views else "",
-        yes[finding.mrope],
-        yes[finding.deepstack],
-        ", ".join(finding.layers) or "full",
-        yes[finding.experts],
-    ]
+    of = f"{len(findings)} image-text-to-text families of transformers {__version__}"
+    return f"{supported} of {of} are supported"
 
 
 def _try(family: str) -> Finding:
@@ -127,7 +137,7 @@ def _try(family: str) -> Finding:
         views=anatomy.family.base_view,
         mrope=positions is not None and positions.ndim == 3,
         deepstack=any("deepstack" in name and value is not None for name, value in call.items()),
-        layers=tuple(kind.removesuffix("_attention") for kind in Sight.of(anatomy.decoder).kinds if kind != FULL),
+        attention=tuple(kind.removesuffix("_attention") for kind in Sight.of(anatomy.decoder).kinds),
         experts=any(weight.ndim == 3 for layer in anatomy.layers for weight in layer.mlp.parameters()),
     )
 
