@@ -8,10 +8,16 @@ object, so that any number of generations can be interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from skipvision.errors import InputError, UnsupportedModelError
 
@@ -114,6 +120,22 @@ def keep_everything(cache: Cache) -> None:
         if layer.keys is not None and layer.values is not None:
             whole.update(layer.keys, layer.values)
         cache.layers[number] = whole
+
+
+def refuse_states(text_config: Any) -> None:
+    """Raise `UnsupportedModelError` if a decoder's own cache has layers that cannot forget single tokens."""
+    for number, layer in enumerate(DynamicCache(config=text_config).layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            continue
+        kind = type(layer).__name__
+        state = isinstance(layer, LinearAttentionCacheLayerMixin)
+        raise UnsupportedModelError(
+            f"layer {number} of the decoder keeps a {kind}: "
+            + ("its state cannot forget single tokens" if state else "it cannot be pruned"),
+            "linear attention or convolutions carry a state that cannot forget"
+            if state
+            else f"KV cache of a kind that cannot be pruned ({kind})",
+        )
 
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:

@@ -70,7 +70,7 @@ def tiny_model(
     if model_type not in FAMILIES:
         reason = UNSUPPORTED.get(model_type, "transformers has no such image-text-to-text family")
         raise UnsupportedModelError(
-            f"there is no tiny {model_type!r}: {reason}; there are {', '.join(FAMILIES)}"
+            f"there is no tiny {model_type!r}: {reason}; there are {', '.join(FAMILIES)}", reason
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -83,7 +83,8 @@ def tiny_model(
             )
         except (ImportError, ValueError) as error:
             raise UnsupportedModelError(
-                f"a tiny {model_type!r} with attention={attention!r} cannot be built here: {error}"
+                f"a tiny {model_type!r} with attention={attention!r} cannot be built here: {error}",
+                f"not built here: {str(error).strip().partition(' but ')[0]}",
             ) from error
         # Hugging Face's small initial weights make every FFN update negligible; tests must see them.
         for parameter in model.parameters():

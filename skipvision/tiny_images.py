@@ -27,6 +27,8 @@ class Request:
         company: pictures in its row, itself included.
         random: this picture's own stream of random numbers.
         dtype: of its pixels.
+        grid: rows and columns of visual tokens where the family keeps a picture's size; by default as
+            the scale says.
     """
 
     config: PretrainedConfig
@@ -34,6 +36,7 @@ class Request:
     company: int
     random: torch.Generator
     dtype: torch.dtype
+    grid: tuple[int, int] | None = None
 
     @property
     def vision(self) -> Any:
@@ -265,7 +268,7 @@ def _first(config: Any, *names: str, default: int = 1) -> int:
 
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of visual tokens of a picture whose size the family keeps."""
-    return ((2, 4), (4, 4), (4, 6))[request.scale]
+    return request.grid or ((2, 4), (4, 4), (4, 6))[request.scale]
 
 
 RECIPES: dict[str, Recipe] = {
