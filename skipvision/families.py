@@ -162,6 +162,24 @@ def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tupl
     """
     if not _takes_encoded_images(outer):
         return dict(call), _equal_sizes(call, placeholders)
+    encoded = _encoded(outer, call)
+    if encoded.get("image") is None:
+        raise _no_images(placeholders)
+    others = {name: value for name, value in call.items() if name not in _PIXELS}
+    return {**others, "mm_encoder_outputs": encoded}, _sizes(outer, encoded["image"])
+
+
+def encoded_sizes(outer: nn.Module, call: Mapping[str, Any]) -> list[int]:
+    """The visual tokens of each entry that the images of a call are encoded to."""
+    return _sizes(outer, _encoded(outer, call)["image"])
+
+
+def _sizes(outer: nn.Module, encoded: Any) -> list[int]:
+    return [len(entry) for entry in _entries(outer, encoded)]
+
+
+def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What is encoded already and what a call's pixels are encoded to, by modality."""
     encoded = dict(call.get("mm_encoder_outputs") or {})
     for modality in ("image", "video"):
         encoder = getattr(outer, f"get_{modality}_features", None)
@@ -171,12 +189,7 @@ def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tupl
         if _has_pixels(inputs):
             _refuse_missing(encoder, inputs)
             encoded[modality] = encoder(**inputs, return_dict=True)
-    if encoded.get("image") is None:
-        raise _no_images(placeholders)
-    others = {name: value for name, value in call.items() if name not in _PIXELS}
-    return {**others, "mm_encoder_outputs": encoded}, [
-        len(entry) for entry in _entries(outer, encoded["image"])
-    ]
+    return encoded
 
 
 def _refuse_missing(encoder: Any, inputs: Mapping[str, Any]) -> None:

@@ -24,15 +24,14 @@ def measure_flops(function: Callable[[], Any]) -> int:
 
 def _unknown_to_torch() -> dict[Any, Callable[..., int]]:
     cpu, experts = torch.ops.aten, torch.ops.transformers
+    # What transformers runs where torch has no grouped product; known once its models are.
+    own = {"grouped_mm_fallback": _grouped, "grouped_mm_fallback_backward": _grouped_backward}
     formulas: dict[Any, Callable[..., int]] = {
         cpu._scaled_dot_product_flash_attention_for_cpu: _attention,
         cpu._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
         cpu._grouped_mm: _grouped,
     }
-    # What transformers runs where torch has no grouped product; known once its models are.
-    if hasattr(experts, "grouped_mm_fallback"):
-        formulas[experts.grouped_mm_fallback] = _grouped
-        formulas[experts.grouped_mm_fallback_backward] = _grouped_backward
+    formulas |= {getattr(experts, name): count for name, count in own.items() if hasattr(experts, name)}
     return formulas
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, __version__
 from skipvision.attach import attach
 from skipvision.config import SkipConfig
 from skipvision.errors import SkipVisionError, UnsupportedModelError
-from skipvision.families import Anatomy, dissect, encode
+from skipvision.families import Anatomy, dissect, encoded_sizes
 from skipvision.masks import Sight
 from skipvision.plan import TokenPlan, TokenRole
 from skipvision.tiny_families import FAMILIES, UNSUPPORTED, tiny_batch, tiny_model
@@ -187,7 +187,7 @@ def _applied(plan: TokenPlan | None) -> bool:
 def _images(model: PreTrainedModel, anatomy: Anatomy) -> str:
     """What an image becomes."""
     batches = [tiny_batch(model, [[size]]) for size in ("small image", "image", "large image")]
-    entries = [encode(anatomy.outer, batch, 0)[1] for batch in batches]
+    entries = [encoded_sizes(anatomy.outer, batch) for batch in batches]
     if any(len(sizes) > 1 for sizes in entries):
         return "tiles"
     return "one size" if len({sum(sizes) for sizes in entries}) == 1 else "several sizes"

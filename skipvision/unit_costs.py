@@ -25,7 +25,7 @@ from transformers.models.auto import AutoModelForImageTextToText
 
 from skipvision.dry_run import DryRun
 from skipvision.errors import UnsupportedModelError
-from skipvision.families import Anatomy, dissect, encode
+from skipvision.families import Anatomy, dissect, encoded_sizes
 from skipvision.flops import measure_flops
 from skipvision.tiny_images import Request, collate, recipe_of
 
@@ -180,7 +180,7 @@ def picture(design: Design, tokens: int | None) -> tuple[int, tuple[int, ...]]:
     sizes: list[int] = []
     with DryRun(), torch.no_grad():
         call = {name: value.to("meta") for name, value in collate(model_type, [[recipe(request)]]).items()}
-        flops = measure_flops(lambda: sizes.extend(encode(anatomy.outer, call, 0)[1]))
+        flops = measure_flops(lambda: sizes.extend(encoded_sizes(anatomy.outer, call)))
     return flops, (sum(sizes),) if anatomy.family.tiles else tuple(sizes)
 
 
