@@ -181,11 +181,30 @@ def test_building_leaves_the_callers_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_dtype_and_attention():
-    model = tiny_model("llava", dtype=torch.float64, attention="eager")
-    assert model.dtype == torch.float64
-    assert model.config._attn_implementation == "eager"
-    assert tiny_batch(model, [["image"]])["pixel_values"].dtype == torch.float64
+@pytest.mark.parametrize("family", ["llama4", "llava", "qwen3_vl_moe"])
+def test_double_precision_is_the_same_model_on_the_same_pictures(family):
+    exact = tiny_model(family, dtype=torch.float64)
+    assert exact.dtype == torch.float64
+    batch = tiny_batch(exact, ROWS)
+    assert batch["pixel_values"].dtype == torch.float64
+    kept = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = exact(**batch).logits[kept]
+        found = model_of(family)(**tiny_batch(model_of(family), ROWS)).logits[kept]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["inkling2", "qwen2_5_vl"])
+def test_half_precision(family):
+    model = tiny_model(family, dtype=torch.bfloat16)
+    batch = tiny_batch(model, ROWS)
+    with torch.no_grad():
+        assert model(**batch).logits[batch["attention_mask"].bool()].isfinite().all()
+
+
+def test_attention():
+    assert tiny_model("llava", attention="eager").config._attn_implementation == "eager"
+    assert model_of("llava").config._attn_implementation == "sdpa"
 
 
 def test_attention_that_a_family_does_not_have():
