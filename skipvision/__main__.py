@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     families = commands.add_parser(
         "families",
         help="try every model family of the installed transformers, and say which are supported",
-        description="Try each image-text-to-text family of the installed transformers on a tiny random model, "
-        "and say whether it is supported and what it is like, or why it is not. All take about a minute.",
+        description="Try each image-text-to-text family of the installed transformers on a tiny random "
+        "model; say what it is like if it is supported, and why not otherwise. All take a minute or two.",
     )
     families.add_argument("names", nargs="*", metavar="NAME", help="model_type of a family (default: all)")
     form = families.add_mutually_exclusive_group()

@@ -20,6 +20,9 @@ class DryRun(TorchDispatchMode):
     Where an integer is asked of a tensor without values (the best experts' numbers, say), zeros are asked.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

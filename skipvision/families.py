@@ -48,6 +48,7 @@ FAMILIES: dict[str, Family] = {
 _DECODERS = ("language_model", "text_model")
 _ATTENTION = ("self_attn",)
 _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
+_MORE_FEED_FORWARD = ("experts",)
 _CROSS_ATTENTION = ("cross_attn", "crossattention")
 _ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
 _PIXELS = (
@@ -214,7 +215,14 @@ def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
     if features is None:
         raise UnsupportedModelError(
             f"{type(outer).__name__} encodes images to {', '.join(encoded)}, not to visual tokens of each "
-            "image (pooler_output): what to select from cannot be known"
+            "image (pooler_output): what to select from cannot be known",
+            "images are not encoded to one feature for each visual token",
+        )
+    if isinstance(features, torch.Tensor) and features.ndim == 2:
+        raise UnsupportedModelError(
+            f"{type(outer).__name__} encodes images to features of shape {tuple(features.shape)}: where one "
+            "image ends and the next begins cannot be known",
+            "encoded images are not told apart",
         )
     return features
 
@@ -292,12 +300,16 @@ def _equal_sizes(call: Mapping[str, Any], placeholders: int) -> list[int]:
 def _halves(layer: nn.Module, number: int) -> Layer:
     attention = next((layer._modules[n] for n in _ATTENTION if n in layer._modules), None)
     mlp = next((layer._modules[n] for n in _FEED_FORWARD if n in layer._modules), None)
-    if attention is None or mlp is None:
+    others = [name for name in _MORE_FEED_FORWARD if name in layer._modules]
+    if attention is None or mlp is None or others:
         if _attends_across(layer):
             reason = _ATTENDS_ACROSS
+        elif others:
+            reason = "experts beside the feed-forward module"
         else:
-            missing = "self-attention" if attention is None else "a feed-forward module"
-            reason = f"decoder layers without {missing}"
+            reason = (
+                f"decoder layers without {'self-attention' if attention is None else 'a feed-forward module'}"
+            )
         raise UnsupportedModelError(
             f"layer {number} of the decoder ({type(layer).__name__}) is made of "
             f"{', '.join(layer._modules)}: only layers of self-attention and a feed-forward network can be "

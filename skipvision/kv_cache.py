@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -128,13 +129,15 @@ def refuse_states(text_config: Any) -> None:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             continue
         kind = type(layer).__name__
-        state = isinstance(layer, LinearAttentionCacheLayerMixin)
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            reason = "linear attention or convolutions carry a state that cannot forget"
+        elif isinstance(layer, DummyLayer):
+            # Such a decoder leaves out all but the last token there: what was planned for them is lost.
+            reason = "layers that attend to another layer's KV cache"
+        else:
+            reason = f"KV cache of a kind that cannot be pruned ({kind})"
         raise UnsupportedModelError(
-            f"layer {number} of the decoder keeps a {kind}: "
-            + ("its state cannot forget single tokens" if state else "it cannot be pruned"),
-            "linear attention or convolutions carry a state that cannot forget"
-            if state
-            else f"KV cache of a kind that cannot be pruned ({kind})",
+            f"layer {number} of the decoder keeps a {kind} as its KV cache: {reason}", reason
         )
 
 

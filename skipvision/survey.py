@@ -1,7 +1,7 @@
-"""Which image-text-to-text families of the installed transformers are supported: each is tried, none assumed.
+"""Which image-text-to-text families of the installed transformers are supported: each is tried.
 
-A family is supported if a tiny random model of it, attached to, gives its own logits bit for bit where nothing
-is skipped; runs reduced on a ragged batch by a plan; and generates from a cache of the planned length.
+A family is supported if a tiny random model of it gives its own logits bit for bit where nothing is skipped;
+runs a ragged batch reduced by a plan; and generates from a cache of the planned length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from skipvision.tiny_families import FAMILIES, UNSUPPORTED, tiny_batch, tiny_mod
 EVERY = tuple(sorted({*FAMILIES, *UNSUPPORTED}))
 """Every image-text-to-text model_type of the installed transformers."""
 
-_ROWS = [[3, "image", 4], [5], ["image", 2, "image", 3, "small image", 2]]
+_ROWS: list[list[int | str]] = [[3, "image", 4], [5], ["image", 2, "image", 3, "small image", 2]]
 _CONFIG = SkipConfig(retained=0.4, skipped=0.3, select="norm")
 _NEW = 4
 
@@ -163,19 +163,19 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, batch: dict[str, torch.T
 @torch.no_grad()
 def _reduction(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
     """A reduced forward, and generation from a pruned cache."""
+    generate: Any = model.generate
     with attach(model, _CONFIG) as skip:
         logits = model(**batch).logits
         _demand(_applied(skip.plan), "no plan is applied to its images")
         _demand(
             bool(logits[batch["attention_mask"].bool()].isfinite().all()), "its reduced logits are not finite"
         )
-        answer = model.generate(
+        answer = generate(
             **batch, max_new_tokens=_NEW, min_new_tokens=_NEW, do_sample=False, return_dict_in_generate=True
         )
         _demand(_applied(skip.plan), "it generates without a plan")
-        assert skip.plan is not None
-        planned = int(skip.plan.cache_mask.sum(dim=1).max()) + _NEW - 1
-        cached = answer.past_key_values.get_seq_length()
+        prompt = 0 if skip.plan is None else int(skip.plan.cache_mask.sum(dim=1).max())
+        planned, cached = prompt + _NEW - 1, answer.past_key_values.get_seq_length()
         _demand(cached == planned, f"its cache has {cached} entries, not the {planned} that were planned")
 
 

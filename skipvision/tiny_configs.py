@@ -227,7 +227,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "inkling_mm_model": {"vision.patch_size": 2},
     "internvl": _FOUR_PATCHES_A_TOKEN,
     "kimi_k25": _ALL_HEADS_CACHED,
+    # As its checkpoints, not as the class by itself.
+    "lfm2_vl": {"text.layer_types": ["conv", "conv", "full_attention"]},
     "llama4": _FOUR_PATCHES_A_TOKEN | {"text.moe_layers": [1], "vision.intermediate_size": 256},
+    # As its checkpoints, not as the class by itself.
+    "minimax_m3_vl": {"text.layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
     "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
     "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},
     "muse_glimmer": {"out_hidden_size": 256},

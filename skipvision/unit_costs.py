@@ -62,9 +62,10 @@ class Flops:
     def fitted(cls, run: Callable[[int, int], Any]) -> Self:
         """From three runs of ``run(tokens, ffn_tokens)``."""
         n = _SHORT
-        short, long, part = (
-            measure_flops(partial(run, *sizes)) for sizes in ((n, n), (2 * n, 2 * n), (2 * n, n))
-        )
+        with DryRun():
+            short, long, part = (
+                measure_flops(partial(run, *sizes)) for sizes in ((n, n), (2 * n, 2 * n), (2 * n, n))
+            )
         ffn, pair = (long - part) // n, (long - 2 * short) // (2 * n * n)
         return cls(short // n - pair * n - ffn, pair, ffn)
 
@@ -154,7 +155,7 @@ def training(design: Design, rank: int, below: bool) -> Flops:
 def cache(design: Design) -> tuple[CacheLayer, ...]:
     """What generation keeps of a prompt, layer by layer."""
     model = _model(design)
-    with torch.no_grad():
+    with DryRun(), torch.no_grad():
         kept = _run(model, model.anatomy.decoder, _SHORT, _SHORT, use_cache=True).past_key_values
     return tuple(
         CacheLayer(
@@ -173,10 +174,17 @@ def picture(design: Design, tokens: int | None) -> tuple[int, tuple[int, ...]]:
     A family that keeps a picture's size is shown one of ``tokens`` visual tokens; any other, what its image
     processor makes of a picture.
     """
+    flops, sizes = _shown(design, tokens or _TOKENS)
+    if tokens is not None and sum(sizes) != tokens:
+        # Some families add tokens of their own, at the ends of lines say: a picture with room for them.
+        flops, sizes = _shown(design, max(1, tokens * tokens // sum(sizes)))
+    return flops, sizes
+
+
+def _shown(design: Design, tokens: int) -> tuple[int, tuple[int, ...]]:
     model_type, (_, anatomy, _) = design.config.model_type, _model(design)
     recipe = recipe_of(model_type, inspect.signature(anatomy.outer.get_image_features).parameters)  # type: ignore[arg-type]
-    grid = _near_square(tokens or _TOKENS)
-    request = Request(design.config, 1, 1, torch.Generator(), torch.float32, grid)
+    request = Request(design.config, 1, 1, torch.Generator(), torch.float32, _near_square(tokens))
     sizes: list[int] = []
     with DryRun(), torch.no_grad():
         call = {name: value.to("meta") for name, value in collate(model_type, [[recipe(request)]]).items()}
@@ -192,10 +200,11 @@ def _near_square(tokens: int) -> tuple[int, int]:
 @lru_cache(maxsize=4)
 def _model(design: Design) -> _Model:
     config = type(design.config).from_dict(design.config.to_dict())
-    config._attn_implementation = "eager"
     try:
         with DryRun(), torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", experts_implementation="batched_mm"
+            )
     except ValueError as error:
         raise UnsupportedModelError(f"{type(design.config).__name__}: {error}") from error
     model.eval().requires_grad_(False)
@@ -216,7 +225,6 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
         raise _Enough
 
     with ExitStack() as stack:
-        stack.enter_context(DryRun())
         for layer in model.anatomy.layers:
             stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
         stack.callback(end.register_forward_hook(stop).remove)

@@ -9,11 +9,11 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 import skipvision.attach
-from skipvision import SkipConfig, UnsupportedModelError, attach
+from skipvision import InputError, SkipConfig, UnsupportedModelError, attach
 from skipvision.__main__ import main
 from skipvision.survey import EVERY, Finding, count, lines, markdown, survey
 from skipvision.tiny_configs import tiny_config
-from skipvision.tiny_families import UNSUPPORTED
+from skipvision.tiny_families import UNSUPPORTED, tiny_batch, tiny_model
 from tests.skipvision.family_table import OTHERS, ROOT, ROWS, SUPPORTED, TABLE
 
 SAMPLE = ["gemma3", "idefics3", "internvl", "llava_next", "mllama", "qwen3_5", "qwen3_vl_moe"]
@@ -96,6 +96,38 @@ def test_a_family_without_visual_tokens_is_refused_by_its_shape_too(family):
     with pytest.raises(UnsupportedModelError) as refusal:
         attach(model, SkipConfig())
     assert len(refusal.value.reason) < 60 < len(str(refusal.value))
+
+
+GEMMA4 = {
+    "layers that attend to another layer's KV cache": {
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "experts beside the feed-forward module": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("reason", GEMMA4)
+def test_checkpoints_of_a_supported_family_that_are_built_otherwise(reason):
+    config = tiny_config("gemma4")
+    for name, value in GEMMA4[reason].items():
+        setattr(config.text_config, name, value)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        attach(AutoModelForImageTextToText.from_config(config), SkipConfig())
+    assert refusal.value.reason == reason
+
+
+def test_an_input_that_the_encoder_needs_is_missed_by_name():
+    model = tiny_model("molmo2")
+    batch = tiny_batch(model, [["image", 3]])
+    del batch["image_grids"]
+    with attach(model, SkipConfig()), pytest.raises(InputError, match="get_image_features needs image_grids"):
+        model(**batch)
 
 
 # ------------------------------------------------------------------------------------------ the command
