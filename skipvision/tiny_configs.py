@@ -51,6 +51,10 @@ SIZES: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
     "sliding_window": 20,
     "sliding_window_size": 20,
     "attention_chunk_size": 20,
@@ -67,10 +71,16 @@ SIZES: dict[str, Any] = {
     "adapter_out_dim": 64,
     "text_hidden_size": 64,
     "mm_hidden_size": 64,
+    "mm_embed_dim": 64,
+    "output_proj_dims": 64,
+    "vision_hidden_size": 64,
     # pictures
     "image_size": SIDE,
     "patch_size": 8,
     "num_position_embeddings": 64,
+    "position_embedding_size": 64,
+    "mm_posemb_size": 64,
+    "max_img_size": 64,
     "pos_emb_height": 8,
     "pos_emb_width": 8,
     # experts
@@ -86,6 +96,7 @@ SIZES: dict[str, Any] = {
     "shared_expert_intermediate_size": 32,
     "shared_experts_intermediate_size": 32,
     "share_expert_dim": 32,
+    "moe_shared_expert_intermediate_size": 32,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
@@ -112,9 +123,10 @@ _FINE = {"vision_config": {"patch_size": 4}}
 """Families that merge four patches into a token."""
 _VISION_TOKENS = {"vision_start_token_id": 18, "vision_end_token_id": 19}
 """Named by the checkpoints' configs, not by the class."""
+_MINICPM = {"insert_layer_id": 1, "vision_config": {"insert_layer_id": 1}}
 _SAM = {"patch_size": 2, "output_channels": 16, "global_attn_indexes": [1], "window_size": 4}
 """Towers that look through windows and then halve the resolution twice."""
-_VQ = {"base_channels": 32, "latent_channels": 32, "num_res_blocks": 1}
+_VQ = {"base_channels": 32, "latent_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 1, 1, 1]}
 _ANYRES = {
     "vision_feature_layer": -1,
     "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]],
@@ -137,7 +149,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_vl_hybrid": {"high_res_vision_config": {**_SAM, "patch_size": 8}},
     "chameleon": {
         "vocabulary_map": {"<image>": 3}
-        | {f"IMGIMG{letter}Z": 100 + code for code, letter in enumerate("ABCDEFGHIJ")},
+        | {f"IMGIMG{letter}Z": 10 + code for code, letter in enumerate("ABCDEFGHIJ")},
         "vq_config": {**_VQ, "num_embeddings": 10, "embed_dim": 32},
     },
     "dots3_note": {
@@ -155,11 +167,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "emu3": {
         "vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}
-        | {f"<|visual token {code:06d}|>": 100 + code for code in range(10)},
+        | {f"<|visual token {code:06d}|>": 10 + code for code in range(10)},
         "vq_config": {
             **_VQ,
             "codebook_size": 10,
             "embed_dim": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 1,
             "latent_channels": 4,
             "temporal_downsample_factor": 4,
         },
@@ -174,6 +188,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "linear_num_heads": 4,
         }
     },
+    "gemma4": {"text_config": {"global_head_dim": 32}},
+    "gemma4_unified": {"text_config": {"global_head_dim": 32}},
     "glm_ocr": _mrope(2, 3, 3),
     "glmga": _mrope(2, 3, 3),
     "glm46v": _mrope(2, 3, 3),
@@ -186,7 +202,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [1, 1, 2, 2],
     },
-    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": _rope(mrope_section=[2, 2, 2, 2])}},
+    "hunyuan_vl": {
+        "text_config": {"head_dim": 16, "rope_parameters": _rope(mrope_section=[2, 2, 2, 2])},
+        "vision_config": {"max_image_size": 64},
+    },
     "idefics2": {
         "perceiver_config": {
             "resampler_n_latents": 8,
@@ -197,10 +216,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "idefics3": _FINE,
     "internvl": _FINE,
-    "janus": {
-        "vq_config": {"base_channels": 32, "num_embeddings": 16, "latent_channels": 32, "num_patches": 4}
-    },
+    "janus": {"vq_config": {**_VQ, "num_embeddings": 16}},
     "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
+    "inkling_mm_model": {
+        "vision_config": {"num_hidden_layers": 4, "patch_size": 4},
+        "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 16},
+    },
     "llama4": {
         "text_config": {"intermediate_size_mlp": 96, "moe_layers": [1]},
         "vision_config": {
@@ -229,6 +250,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "out_hidden_size": 256,
         "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
     },
+    "minicpm_ocr": _MINICPM,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
     "paddleocr_vl": _mrope(2, 3, 3),
     "pp_chart2table": {"vision_config": _SAM},
     "qianfan_ocr": _FINE,
@@ -252,9 +276,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
             "rope_parameters": {"sliding_attention": _rope(), "full_attention": _rope()},
             "sliding_window": 20,
-        }
+        },
+        "vision_config": {"patch_size": 2},
     },
     "unlimited_ocr": {"vision_config": {"sam_config": {**_SAM, "downsample_channels": [16, 64]}}},
+    "qwen3_5": _mrope(2, 1, 1, partial_rotary_factor=0.5, mrope_interleaved=True),
+    "qwen3_5_moe": _mrope(2, 1, 1, partial_rotary_factor=0.5, mrope_interleaved=True),
+    "qwen4_exp": {
+        "text_config": {
+            "hc_lowrank": 16,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 2048,
+            "indexer_compress_ratio": 4,
+        }
+    },
     "smolvlm": _FINE,
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }

@@ -22,6 +22,7 @@ from skipvision.tiny_configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_W
 from skipvision.tiny_images import (
     ONE_TOKEN_TYPE,
     SCALES,
+    TOKEN_TYPES,
     Picture,
     Request,
     collate,
@@ -114,11 +115,11 @@ def tiny_batch(
         "input_ids": pad_sequence(lines, True, PAD, padding),
         "attention_mask": pad_sequence([torch.ones_like(line) for line in lines], True, 0, padding),
     }
-    visual = (batch["input_ids"] == model.config.image_token_id).long()
-    types = visual * (model.config.model_type not in ONE_TOKEN_TYPE)
-    batch |= {
-        name: types for name in ("token_type_ids", "mm_token_type_ids") if name in _arguments(model.forward)
-    }
+    for name, fields in TOKEN_TYPES.items():
+        if name in _arguments(model.forward):
+            named = torch.tensor([getattr(model.config, field) for field in fields])
+            told_apart = model.config.model_type not in ONE_TOKEN_TYPE
+            batch[name] = torch.isin(batch["input_ids"], named).long() * told_apart
     batch |= collate(model.config.model_type, pictures)
     return {name: value.to(model.device) for name, value in batch.items()}
 

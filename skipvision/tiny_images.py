@@ -36,7 +36,8 @@ class Request:
     @property
     def vision(self) -> Any:
         """What describes the tower."""
-        return self.config.vision_config
+        names = ("vision_config", "vq_config")
+        return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), self.config)
 
     @property
     def side(self) -> int:
@@ -106,7 +107,7 @@ def any_resolution_when_alone(request: Request) -> Picture:
 
 def native_size(request: Request) -> Picture:
     """Pictures keep their shape and are padded to the batch's largest."""
-    unit = request.vision.patch_size * request.config.spatial_merge_size
+    unit = _first(request.vision, "patch_size", default=8) * _first(request.config, "spatial_merge_size")
     rows, columns = _grid(request)
     size = (rows * unit, columns * unit)
     inputs = {"pixel_values": request.pixels(1, *size), "image_sizes": torch.tensor([size])}
@@ -168,6 +169,22 @@ def positioned_patches(request: Request) -> Picture:
     return Picture({"pixel_values": pixels, "image_position_ids": places[None]})
 
 
+def positioned_tokens(request: Request) -> Picture:
+    """Like `positioned_patches`, but the patches of one token come as one."""
+    rows, columns = _grid(request)
+    side = request.vision.patch_size * request.vision.pooling_kernel_size
+    pixels = request.draw(1, rows * columns, request.channels * side**2)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+    return Picture({"pixel_values": pixels, "image_position_ids": places[None]})
+
+
+def patches_in_rows(request: Request) -> Picture:
+    """Flattened patches of all pictures in one row of vectors; the prompt tells their rows."""
+    rows, columns = _grid(request)
+    pixels = request.draw(rows * columns, request.channels * request.vision.patch_size**2)
+    return Picture({"pixel_values": pixels}, segments=rows)
+
+
 def strip(request: Request) -> Picture:
     """Patches side by side in one strip for the whole batch, with each picture's (h, w)."""
     rows, columns = (4 * side for side in _grid(request))
@@ -211,8 +228,8 @@ def _grid(request: Request) -> tuple[int, int]:
 
 RECIPES: dict[str, Recipe] = {
     "gemma4": positioned_patches,
-    "gemma4_unified": positioned_patches,
-    "diffusion_gemma": positioned_patches,
+    "gemma4_unified": positioned_tokens,
+    "fuyu": patches_in_rows,
     "emu3": native_size,
     "inkling2": patches_of_tokens,
     "inkling_mm_model": patches_alone,
@@ -256,8 +273,15 @@ BY_ROW = {"idefics2", "idefics3", "smolvlm"}
 IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
 """Families that take (1, channels, height, all widths) instead of one picture after the other."""
 
+TOKEN_TYPES = {
+    "token_type_ids": ("image_token_id",),
+    "mm_token_type_ids": ("image_token_id",),
+    "moe_mm_token_type_ids": ("image_start_token_id", "image_token_id", "image_end_token_id"),
+}
+"""Inputs that tell (1) the tokens that these config fields name from all others (0)."""
+
 ONE_TOKEN_TYPE = {"paligemma"}
-"""Families whose token types tell prompt (0) from answer, not images (1) from text."""
+"""Families whose token types tell prompt (0) from answer instead."""
 
 ONCE_A_ROW = {"batch_num_images"}
 """Inputs that have one entry for a row with pictures, not one for a picture."""
@@ -327,6 +351,7 @@ _FAKE = Frame(lead=("fake", "place"), after=("fake",))
 
 FRAMES: dict[str, Frame] = {
     "aya_vision": Frame(before=("start",), lead=("tile",), after=("end",)),
+    "fuyu": Frame(between=("newline",), after=("newline", "beginning")),
     "idefics3": _FAKE,
     "internvl": Frame(before=("start",), after=("end",)),
     "llama4": Frame(before=("boi_token_index",), between=("separator",), after=("eoi_token_index",)),
