@@ -338,12 +338,12 @@ def _cpu_info(name: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
-def write_section(file: Path, text: str) -> None:
-    """Put generated text between a page's marks, or make it the page where it has none."""
-    begin, end = "<!-- generated -->", "<!-- end of generated -->"
+def write_part(file: Path, part: str, text: str) -> None:
+    """Replace one generated part of a page: what stands between its two marks."""
+    begin, end = f"<!-- generated: {part} -->", f"<!-- end: {part} -->"
     page = file.read_text() if file.exists() else f"{begin}\n{end}\n"
     if begin not in page or end not in page:
-        raise SystemExit(f"{file} exists without the marks {begin} and {end}: it is not overwritten")
+        raise SystemExit(f"{file} has no marks {begin} and {end}: where is the part to go?")
     before, rest = page.split(begin, 1)
     after = rest.split(end, 1)[1]
     file.parent.mkdir(parents=True, exist_ok=True)

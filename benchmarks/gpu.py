@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = report([json.loads(line) for line in options.report.read_text().splitlines() if line.strip()])
         print(text)
         if options.page:
-            _measure.write_section(options.page, text)
+            _measure.write_part(options.page, "table", text)
         return
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace, device: torch.device, batch: int) -> li
     generates = options.piece != "train"
     before = {n: _first_word(model, c, inputs) for n, c in settings.items()} if generates else {}
     if options.compiled:
-        for layer in dissect(model).layers:
+        for layer in dissect(model).decoder.get_submodule("layers").children():
             layer.compile()
     for name, config in settings.items():
         records[name] |= _prepare(cases[name], device, options.compiled)

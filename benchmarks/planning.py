@@ -25,7 +25,7 @@ from benchmarks.gpu import GEOMETRIES
 from skipvision.images import Images
 from skipvision.layout import lay_out
 from skipvision.merge import assign, merge_tokens
-from skipvision.select import CRITERIA, normalised, redundancy, top
+from skipvision.select import CRITERIA, VisualTokens, top
 from skipvision.summary import SummaryLayer
 
 TEXT = 32
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(text)
     if options.out:
-        _measure.write_section(options.out, text)
+        _measure.write_part(options.out, options.part, text)
 
 
 def _config(select: str = "similarity") -> sv.SkipConfig:
@@ -90,15 +90,11 @@ def _part(select: str, tokens: int, batch: int, width: int, dtype: torch.dtype, 
 
         with torch.no_grad():
             images = step("select", Images.locate, visual, [tokens] * batch)
-            features = step("select", images.take, embeds)
+            visual_tokens = VisualTokens(step("select", images.take, embeds), images.valid)
             counts = torch.tensor([config.counts(tokens)] * batch)
-            scores = step("select", CRITERIA[select], features, images.valid, counts[:, 0], 0)
+            scores = step("select", CRITERIA[select], visual_tokens, counts[:, 0], 0)
             retained = step("select", top, scores, images.valid, counts[:, 0])
-            unit = step("assign", normalised, features, images.valid)
-            redundant = step("assign", redundancy, unit)
-            target = step(
-                "assign", assign, unit, redundant, images.valid, retained, counts[:, 1], config.merge
-            )
+            target = step("assign", _assign, visual_tokens, retained, counts[:, 1], config.merge)
             plan = step("lay out", lay_out, images, mask, retained, target, config)
             reduced = step("merge", merge_tokens, embeds, plan)
             step("summary", layer, reduced, plan)
@@ -156,6 +152,11 @@ def _pair(text: str) -> tuple[int, int]:
     return int(tokens), int(batch)
 
 
+def _assign(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor, merge: str) -> torch.Tensor:
+    # What select has worked out already (unit vectors, redundancy) is not worked out again, as in a call.
+    return assign(tokens.unit, tokens.redundancy, tokens.valid, retained, skipped, merge)
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -172,7 +173,8 @@ def _options() -> argparse.ArgumentParser:
     add("--prefill-repeats", type=int, default=5)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
-    add("--out", type=Path, help="Markdown page whose generated part is to be replaced")
+    add("--out", type=Path, help="Markdown page of which a generated part is to be replaced")
+    add("--part", default="table", help="that part's name")
     return parser
 
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "\n\n".join([f"`{command}`", conditions, _describe(options), *sections])
     print(text)
     if options.out:
-        _measure.write_section(options.out, text)
+        _measure.write_part(options.out, options.part, text)
 
 
 def _measure_dtype(options: argparse.Namespace, dtype: str) -> list[str]:
@@ -211,7 +211,8 @@ def _options() -> argparse.ArgumentParser:
     add("--piece", nargs="+", default=["prefill", "train"], choices=["prefill", "train"])
     add("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
     add("--profile", action="store_true", help="print where one call of every setting spends its time")
-    add("--out", type=Path, help="Markdown page whose generated part is to be replaced")
+    add("--out", type=Path, help="Markdown page of which a generated part is to be replaced")
+    add("--part", default="table", help="that part's name")
     return parser
 
 

@@ -16,10 +16,11 @@ Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Mod
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
 """
 
-from skipvision.adapter import load_adapter, read_adapter, save_adapter
+from skipvision.adapter import load_adapter, save_adapter
+from skipvision.adapter_files import read_adapter
 from skipvision.attach import DECODED_KEYWORD, Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
-from skipvision.cost import Cost, measure_flops, predict_cost
+from skipvision.cost import Cost, predict_cost
 from skipvision.errors import (
     AdapterError,
     ConfigError,
@@ -29,6 +30,7 @@ from skipvision.errors import (
     SkipVisionError,
     UnsupportedModelError,
 )
+from skipvision.flops import measure_flops
 from skipvision.plan import TokenPlan, TokenRole
 
 __all__ = [

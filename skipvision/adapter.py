@@ -1,38 +1,41 @@
-"""One folder holds what fine-tuning made: LoRA, summary layer, and the SkipConfig they were made for.
-
-adapter_config.json  adapter_model.safetensors    PEFT's own files
-skip_config.json                                  SkipConfig (null: full tokens), shapes, versions
-skip_summary.safetensors                          the summary layer, if there is one
-"""
+"""Adapters: what fine-tuning made, put into one folder and back onto a model."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from torch import distributed, nn
+from transformers import PreTrainedModel
 
+from skipvision.adapter_files import (
+    FORMAT,
+    PEFT_FILES,
+    SKIP_CONFIG,
+    SUMMARY_WEIGHTS,
+    difference,
+    read_adapter,
+    replace,
+    summary_weights,
+)
 from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
-from skipvision.errors import AdapterError
+from skipvision.errors import AdapterError, ConfigError
 from skipvision.families import dissect
-
-SKIP_CONFIG = "skip_config.json"
-SUMMARY_WEIGHTS = "skip_summary.safetensors"
-_PEFT_CONFIG = "adapter_config.json"
-_PEFT_WEIGHTS = "adapter_model.safetensors"
-_FORMAT = 1
+from skipvision.summaries import SUMMARY, AdapterSummaries, summary_of_adapter, withdraw_notes
+from skipvision.summary import SummaryLayer
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Path:
     """Save LoRA weights, summary layer and SkipConfig of a fine-tuned model together.
 
     The folder is written beside its place and moved there whole, so a crash leaves no half adapter.
@@ -40,22 +43,29 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     Args:
         model: a PEFT model, with or without Skip-Vision attached, or a bare model with it attached.
         folder: destination; an adapter that is there already is replaced.
+        name: which of several PEFT adapters; by default the active one.
 
     Raises:
-        AdapterError: the model has neither PEFT adapters nor Skip-Vision: nothing to save.
+        AdapterError: the model has neither PEFT adapters nor Skip-Vision: nothing to save; or no adapter
+            of that name; or its weights are sharded over processes.
     """
+    # Not what DistributedDataParallel or torch.compile put around it.
+    model = next((m for m in model.modules() if isinstance(m, (PeftModel, PreTrainedModel))), model)
     attachment = attachment_of(model)
     if attachment is None and not isinstance(model, PeftModel):
         raise AdapterError(
             f"{type(model).__name__} has neither a PEFT adapter nor Skip-Vision attached: nothing to save"
         )
+    if isinstance(model, PeftModel):
+        name = _name_of(model, name)
+    _check_whole(model)
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(partial))
-        summary = attachment.summary if attachment is not None else None
+            _save_lora(model, str(name), partial)
+        summary = _summary(model, str(name))
         if summary is not None:
             weights = {
                 name: value.detach().cpu().contiguous() for name, value in summary.state_dict().items()
@@ -63,22 +73,31 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             save_file(weights, partial / SUMMARY_WEIGHTS)
         (partial / SKIP_CONFIG).write_text(json.dumps(_describe(model, attachment), indent=2) + "\n")
         partial.chmod(0o755)
-        _replace(partial, folder)
+        replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def load_adapter(
-    model: nn.Module, folder: str | Path, *, config: SkipConfig | None = None, is_trainable: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    config: SkipConfig | None = None,
+    is_trainable: bool = False,
+    name: str = "default",
 ) -> nn.Module:
     """Put a saved adapter on its base model: PEFT around it, Skip-Vision attached as it was trained.
 
+    On a PEFT model the adapter is added beside those that are there; ``model.set_adapter(name)`` switches
+    to it, LoRA and summary layer together.
+
     Args:
-        model: the base model; it must not have Skip-Vision attached.
+        model: the base model, without Skip-Vision attached; or a PEFT model.
         folder: what `save_adapter` wrote.
         config: if given, what the caller believes the adapter was trained with.
         is_trainable: keep LoRA and summary trainable, to go on fine-tuning.
+        name: what PEFT is to call the adapter.
 
     Returns:
         The PEFT model, or ``model`` itself where the adapter has no LoRA; `attachment_of` finds the
@@ -86,13 +105,17 @@ def load_adapter(
 
     Raises:
         AdapterError: the folder is missing, damaged, made for another base model, or trained with
-            another SkipConfig than ``config``.
+            another SkipConfig than ``config`` or than the PEFT model has attached; or the name is taken.
+        ConfigError: Skip-Vision is attached to the base model already.
     """
     folder = Path(folder)
     saved = read_adapter(folder)
     skip = saved["skip"]
     if config is not None and skip != config:
-        raise AdapterError(f"{folder} was trained with another SkipConfig: {_difference(skip, config)}")
+        raise AdapterError(
+            f"{folder} was trained with another SkipConfig: {difference(skip, config)}. Leave config out to "
+            "run the adapter as it was trained, or train one under the config that you want"
+        )
     hidden = dissect(model).hidden_size
     if hidden != saved["hidden_size"]:
         raise AdapterError(
@@ -105,36 +128,27 @@ def load_adapter(
             f"{saved['base_model']!r}), but this model's has {len(dissect(model).layers)}"
         )
     # Everything is looked at before anything is put on the model.
-    weights = _summary_weights(folder) if skip is not None and skip.summary_tokens else None
-    if saved["lora"]:
-        model = _load_lora(model, folder, is_trainable)
-    if skip is not None:
-        _fill_summary(attach(model, skip), weights, folder, is_trainable)
+    weights = summary_weights(folder, hidden, skip.summary_tokens) if skip and skip.summary_tokens else None
+    if isinstance(model, PeftModel):
+        _check_beside(model, folder, saved, name)
+        _load_lora_beside(model, folder, is_trainable, name)
+    else:
+        if attachment_of(model) is not None:
+            raise ConfigError("Skip-Vision is attached to this model already: detach() it first")
+        if saved["lora"]:
+            model = _load_lora(model, folder, is_trainable, name)
+        if skip is not None:
+            attach(model, skip)
+    summary = _summary(model, name)
+    if summary is not None and weights is not None:
+        summary.load_state_dict(weights)
+        summary.requires_grad_(is_trainable)
     return model
-
-
-def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """What `save_adapter` noted about an adapter; ``skip`` is its `SkipConfig`, None for full tokens."""
-    path = Path(folder) / SKIP_CONFIG
-    if not path.exists():
-        raise AdapterError(f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}")
-    try:
-        saved: dict[str, Any] = json.loads(path.read_text())
-        skip = saved["skip"]
-        saved["skip"] = None if skip is None else SkipConfig(**skip)
-        known = saved["format"] == _FORMAT and all(
-            isinstance(saved[name], int) for name in ("hidden_size", "layers", "lora")
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not known:
-        raise AdapterError(f"{path} has format {saved['format']!r}; this version reads format {_FORMAT}")
-    return saved
 
 
 def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "skip": attachment.config.model_dump() if attachment is not None else None,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
         "lora": isinstance(model, PeftModel),
@@ -144,64 +158,94 @@ def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]
     }
 
 
-def _load_lora(model: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
-    for name in (_PEFT_CONFIG, _PEFT_WEIGHTS):
+def _name_of(model: PeftModel, name: str | None) -> str:
+    names = list(model.active_adapters) if name is None else [name]
+    if len(names) != 1 or names[0] not in model.peft_config:
+        raise AdapterError(
+            f"one adapter is saved at a time, not {names}: this model has {list(model.peft_config)}; say "
+            "which with name="
+        )
+    return names[0]
+
+
+def _check_whole(model: nn.Module) -> None:
+    if not distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise AdapterError(
+            "this model's weights are sharded over processes: gather the trainable ones with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict, load them into an unsharded copy "
+            "of the model, and save that"
+        )
+
+
+def _save_lora(model: PeftModel, name: str, folder: Path) -> None:
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    own = folder / name
+    if name != "default":  # which PEFT alone does not put into a folder of its own
+        for path in own.iterdir():
+            path.rename(folder / path.name)
+        own.rmdir()
+
+
+def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: str) -> None:
+    attachment = attachment_of(model)
+    attached = None if attachment is None else attachment.config
+    if saved["skip"] != attached:
+        raise AdapterError(
+            f"{folder} was trained with another SkipConfig than this model has attached: "
+            f"{difference(saved['skip'], attached)}. Adapters of one model share its attachment: load this "
+            "one on a base model of its own"
+        )
+    if not saved["lora"]:
+        raise AdapterError(f"{folder} has no LoRA, only a summary layer: load it on a base model of its own")
+    if name in model.peft_config:
+        raise AdapterError(
+            f"this model has an adapter {name!r} already: give this one another name=, or delete_adapter() "
+            "that one"
+        )
+
+
+def _load_lora(model: nn.Module, folder: Path, is_trainable: bool, name: str) -> PeftModel:
+    with _told(folder):
+        loaded = PeftModel.from_pretrained(model, str(folder.absolute()), name, is_trainable=is_trainable)
+    # Its summary layer is put in place here, not by PEFT.
+    withdraw_notes(loaded.peft_config)
+    return loaded
+
+
+def _load_lora_beside(model: PeftModel, folder: Path, is_trainable: bool, name: str) -> None:
+    summaries = getattr(dissect(model).decoder, SUMMARY, None)
+    try:
+        if isinstance(summaries, AdapterSummaries):
+            summaries.not_read = name
+        with _told(folder):
+            model.load_adapter(str(folder.absolute()), name, is_trainable=is_trainable)
+    except AdapterError:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        raise
+    finally:
+        if isinstance(summaries, AdapterSummaries):
+            summaries.not_read = None
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Say what PEFT cannot read as an `AdapterError`."""
+    for name in PEFT_FILES:
         # PEFT would take the folder's name for that of a repository and ask the internet for the file.
         if not (folder / name).exists():
             raise AdapterError(f"{folder} is an incomplete adapter: it has no {name}")
     try:
-        loaded: nn.Module = PeftModel.from_pretrained(
-            model, str(folder.absolute()), is_trainable=is_trainable
-        )
+        yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
-    return loaded
 
 
-def _summary_weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / SUMMARY_WEIGHTS
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: the adapter's summary layer cannot be read: {error}") from error
-
-
-def _fill_summary(
-    attachment: Attachment, weights: dict[str, torch.Tensor] | None, folder: Path, is_trainable: bool
-) -> None:
-    if attachment.summary is None or weights is None:
-        return
-    try:
-        attachment.summary.load_state_dict(weights)
-    except RuntimeError as error:
-        attachment.detach()
-        raise AdapterError(
-            f"{folder / SUMMARY_WEIGHTS} does not fit the adapter's settings: {error}"
-        ) from error
-    attachment.summary.requires_grad_(is_trainable)
-
-
-def _difference(saved: SkipConfig | None, asked: SkipConfig) -> str:
-    if saved is None:
-        return f"it has none (full tokens), not {asked!r}"
-    before, now = saved.model_dump(), asked.model_dump()
-    return ", ".join(
-        f"{name} is {before[name]!r}, not {now[name]!r}" for name in before if before[name] != now[name]
-    )
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Move the new folder into place; the old one goes only when the new one is there."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    if not (folder / SKIP_CONFIG).exists() and any(folder.iterdir()):
-        raise AdapterError(f"{folder} exists and is not an adapter: it is not overwritten")
-    old = partial.with_name(f"{partial.name}-old")
-    folder.rename(old)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _summary(model: nn.Module, name: str) -> SummaryLayer | None:
+    """The summary layer of the adapter of that name, or of the bare model."""
+    module = getattr(dissect(model).decoder, SUMMARY, None)
+    return None if module is None else summary_of_adapter(module, name)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
@@ -25,17 +25,17 @@ from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 from skipvision.families import Anatomy, base_view, brings_images, dissect, encode
 from skipvision.images import Images
-from skipvision.kv_cache import CacheState, compact, keep_everything, prunable_layers
+from skipvision.kv_cache import CacheState, Entries, compact, keep_everything, prunable_layers
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
 from skipvision.probe import ffn_ratio
-from skipvision.select import by_view
-from skipvision.skip_ffn import PLAN_KEYWORD, Passage, has_taken, hook_layer
+from skipvision.select import VisualTokens, by_view
+from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, hook_layer, was_put_down
+from skipvision.summaries import SUMMARY, place_summary, summary_in_use, take_summary
 from skipvision.summary import SummaryLayer
 
 _ARRIVAL = "skip_vision_arrival"
-_SUMMARY = "skip_summary"
 DECODED_KEYWORD = "skip_vision_decoded"
 """Keyword of a training call: (B, T) True from each row's first generated token on (see `attach`)."""
 _ATTACHMENT = "_skip_vision"
@@ -57,8 +57,9 @@ class Attachment:
         model: the model it is attached to.
         config: what is applied.
         plan: `TokenPlan` of the last prefill that had images, else None.
-        summary: the trainable summary layer, or None with summary_tokens=0. While attached it is a
-            submodule of the decoder (``skip_summary``), so it moves, trains and shards with the model.
+        summary: the trainable summary layer, or None with summary_tokens=0; under PEFT that of the active
+            adapter. While attached it is in a submodule of the decoder (``skip_summary``), so it moves,
+            trains and shards with the model.
     """
 
     def __init__(self, model: nn.Module, config: SkipConfig) -> None:
@@ -68,14 +69,24 @@ class Attachment:
                 "Skip-Vision is attached to this model already: detach() it first, or use that attachment"
             )
         _check(anatomy, config)
+        _check_unsharded(model, config)
         self.model, self.config, self.plan = model, config, None
         self._anatomy = anatomy
         self._handles: list[RemovableHandle] = []
-        self.summary = self._add_summary() if config.summary_tokens else None
+        self._detached_summary: nn.Module | None = None
+        if config.summary_tokens:
+            self._add_summary()
         object.__setattr__(anatomy.decoder, _ATTACHMENT, self)
         self._hook()
 
     plan: TokenPlan | None
+
+    @property
+    def summary(self) -> SummaryLayer | None:
+        """See the class."""
+        attached = getattr(self._anatomy.decoder, _ATTACHMENT, None) is self
+        module = getattr(self._anatomy.decoder, SUMMARY, None) if attached else self._detached_summary
+        return None if module is None else summary_in_use(module)
 
     def detach(self) -> None:
         """Take everything off the model again; doing it twice is harmless."""
@@ -85,8 +96,8 @@ class Attachment:
         decoder = self._anatomy.decoder
         if getattr(decoder, _ATTACHMENT, None) is self:
             object.__delattr__(decoder, _ATTACHMENT)
-            if self.summary is not None:
-                delattr(decoder, _SUMMARY)
+            if self.config.summary_tokens:
+                self._detached_summary = take_summary(decoder)
 
     def __enter__(self) -> Self:
         return self
@@ -101,15 +112,14 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------ set-up
 
-    def _add_summary(self) -> SummaryLayer:
+    def _add_summary(self) -> None:
         decoder = self._anatomy.decoder
         embedding = next(decoder.parameters())
         dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
         summary = SummaryLayer(
             self._anatomy.hidden_size, self.config.summary_tokens, dtype=dtype, device=embedding.device
         )
-        decoder.add_module(_SUMMARY, summary.train(decoder.training))
-        return summary
+        place_summary(self.model, decoder, summary.train(decoder.training))
 
     def _hook(self) -> None:
         anatomy, keep = self._anatomy, self._handles.append
@@ -117,10 +127,11 @@ class Attachment:
         keep(anatomy.decoder.register_forward_pre_hook(self._reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(self._restore, with_kwargs=True))
         for layer in anatomy.layers:
-            self._handles += hook_layer(layer.attention, layer.mlp)
+            self._handles += hook_layer(*layer)
 
     # ------------------------------------------------------------------------------------- hooks
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _arrive(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outer pre-hook: images are encoded and found; a pruned cache gets its mask and positions."""
         call = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
@@ -150,12 +161,13 @@ class Attachment:
             call = _on_pruned_cache(outer, call, state, images is not None)
         return (), {**call, _ARRIVAL: _Arrival(call.get("attention_mask"), images, views)}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _reduce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder pre-hook: the caller's sequence becomes the reduced one."""
         arrival: _Arrival | None = kwargs.pop(_ARRIVAL, None)
         decoded: torch.Tensor | None = kwargs.pop(DECODED_KEYWORD, None)
         if arrival is None:
-            return args, kwargs
+            return args, self._without_images(decoder, kwargs)
         if "inputs_embeds" not in kwargs:
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} was not called with inputs_embeds: there is nothing to reduce"
@@ -172,16 +184,23 @@ class Attachment:
             return args, {**kwargs, "attention_mask": written}
         # The probe sees this call's tokens alone, whatever the cache holds.
         own = given if isinstance(given, dict) and not earlier.shape[1] else mask
-        scores = self._scores(decoder, {**kwargs, "attention_mask": own}, images, arrival.views)
-        plan = self.plan = make_plan(images.take(embeds), images, mask, self.config, scores)
+        tokens = VisualTokens(images.take(embeds), images.valid)
+        if arrival.views is not None:
+            scores: torch.Tensor | None = by_view(tokens, arrival.views)
+        else:
+            scores = self._probed(decoder, {**kwargs, "attention_mask": own}, images)
+        plan = self.plan = make_plan(tokens, images, mask, self.config, scores)
         if plan.is_identity:
             return args, kwargs
-        cache = kwargs["past_key_values"] = self._prunable(kwargs, sight)
+        _ = plan.ffn_index  # its size depends on data: found here, it is an input of a compiled layer
+        cache = kwargs["past_key_values"] = self._prunable(kwargs)
         reduced = merge_tokens(embeds, plan)
-        if self.summary is not None:
-            reduced = self.summary(reduced, plan)
+        if self.config.summary_tokens:
+            reduced = decoder.get_submodule(SUMMARY)(reduced, plan)
         if decoded is not None and self.config.skip_kv and cache is not None:
             raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
+        if cache is not None:
+            Entries(whole, place).remember(cache)
         cached = earlier.shape[1]
         written = masks.prefill_mask(
             sight,
@@ -198,47 +217,49 @@ class Attachment:
             "inputs_embeds": reduced,
             "attention_mask": written,
             "position_ids": self._positions(kwargs.get("position_ids"), plan, mask, cached),
-            PLAN_KEYWORD: Passage(plan, whole, place),
+            PLAN_KEYWORD: plan,
         }
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _restore(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Decoder post-hook: the caller's length for hidden states; the planned length for the cache."""
         if PLAN_KEYWORD not in kwargs:
             return None
-        plan, mask, place = kwargs[PLAN_KEYWORD]
-        missed = [
-            number for number, layer in enumerate(self._anatomy.layers) if not has_taken(layer.mlp, plan)
-        ]
-        if missed:
+        plan: TokenPlan = kwargs[PLAN_KEYWORD]
+        if not was_put_down(plan):
             raise UnsupportedModelError(
-                f"{type(decoder).__name__} did not pass the plan on to the attention of its layers {missed}: "
-                "Skip-Vision does not work with this model"
+                f"{type(decoder).__name__} did not pass the plan on to its layers: Skip-Vision does not work "
+                "with this model"
             )
+        forget_plan()
         output.last_hidden_state = plan.to_caller(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(plan.to_caller(hidden) for hidden in output.hidden_states)
         cache = output.get("past_key_values")
         if cache is not None:
-            self._prune(cache, plan, mask, place)
+            self._prune(cache, plan)
         return output
 
     # ------------------------------------------------------------------------------------- parts
 
-    def _scores(
-        self, decoder: nn.Module, call: dict[str, Any], images: Images, views: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        if views is not None:
-            return by_view(images.take(call["inputs_embeds"]), images.valid, views)
+    def _without_images(self, decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call without images changes nothing; but in training the summary layer takes part in each."""
+        embeds = kwargs.get("inputs_embeds")
+        if not self.config.summary_tokens or embeds is None or not torch.is_grad_enabled():
+            return kwargs
+        return {**kwargs, "inputs_embeds": decoder.get_submodule(SUMMARY)(embeds, None)}
+
+    def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor | None:
         if self.config.select != "ffn_ratio":
             return None
-        mlp = self._anatomy.layers[self.config.probe_layer].mlp
-        return images.take(ffn_ratio(decoder, self.config.probe_layer, mlp, call))
+        probed = self._anatomy.layers[self.config.probe_layer]
+        return images.take(ffn_ratio(decoder, probed.whole, probed.mlp, call))
 
-    def _prunable(self, kwargs: dict[str, Any], sight: masks.Sight) -> Any:
+    def _prunable(self, kwargs: dict[str, Any]) -> Any:
         """The call's cache, made or remade so that it can be pruned; refused before the work, not after."""
         cache, config = kwargs.get("past_key_values"), self._anatomy.text_config
         use = kwargs.get("use_cache")
-        if cache is None and not sight.unlimited and (config.use_cache if use is None else use):
+        if cache is None and (config.use_cache if use is None else use):
             cache = DynamicCache(config=config)
         if cache is not None:
             keep_everything(cache)
@@ -259,8 +280,9 @@ class Attachment:
         first = torch.take_along_dim(position_ids, mask.to(torch.uint8).argmax(dim=1, keepdim=True), dim=-1)
         return (first + plan.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
-    def _prune(self, cache: Any, plan: TokenPlan, mask: torch.Tensor, place: torch.Tensor) -> None:
+    def _prune(self, cache: Any, plan: TokenPlan) -> None:
         """Compact the cache after prefill and leave on it what later calls must know."""
+        mask, place = Entries.of(cache)
         state = CacheState.of(cache)
         length = plan.merged_into.shape[1]
         before = mask.shape[1] - length
@@ -318,6 +340,22 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
         raise ConfigError(
             f"select='views' needs a multi-view family; {type(anatomy.outer).__name__} encodes one view per "
             "image"
+        )
+
+
+def _check_unsharded(model: nn.Module, config: SkipConfig) -> None:
+    """A summary layer that comes too late would train on each process by itself."""
+    if not config.summary_tokens or not distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    late = next((m for m in model.modules() if isinstance(m, wrappers)), None)
+    if late is not None:
+        raise ConfigError(
+            f"{type(late).__name__} is around the model already and would not know the summary layer: attach "
+            "before the model is wrapped or sharded, or set summary_tokens=0"
         )
 
 

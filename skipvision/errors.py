@@ -23,7 +23,15 @@ class ConfigError(SkipVisionError, ValueError):
 
 
 class UnsupportedModelError(SkipVisionError, TypeError):
-    """A model that Skip-Vision cannot be attached to."""
+    """A model that Skip-Vision cannot be attached to.
+
+    Attributes:
+        reason: why, in a few words that name no model; the whole message where there are none.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class InputError(SkipVisionError, ValueError):

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.images import Images
+from skipvision.kv_cache import refuse_states
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ FAMILIES: dict[str, Family] = {
 _DECODERS = ("language_model", "text_model")
 _ATTENTION = ("self_attn",)
 _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
+_CROSS_ATTENTION = ("cross_attn", "crossattention")
+_ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
 _PIXELS = (
     "pixel_values",
     "pixel_values_images",
@@ -57,8 +60,9 @@ _PIXELS = (
 
 
 class Layer(NamedTuple):
-    """The two halves of a decoder layer."""
+    """A decoder layer and its two halves."""
 
+    whole: nn.Module
     attention: nn.Module
     mlp: nn.Module
 
@@ -101,18 +105,27 @@ def dissect(model: nn.Module) -> Anatomy:
             "AutoModelForImageTextToText.from_pretrained"
         )
     outer, decoder, layers = _find_decoder(base)
+    text_config: Any = decoder.config
+    refuse_states(text_config)
+    halves = tuple(_halves(layer, number) for number, layer in enumerate(layers))
+    if not hasattr(outer, "get_image_features"):
+        raise UnsupportedModelError(
+            f"{type(outer).__name__} has no get_image_features: how many visual tokens an image has cannot "
+            "be known",
+            "no get_image_features",
+        )
     image_token = getattr(base.config, "image_token_id", None)
     if image_token is None:
         raise UnsupportedModelError(
             f"the config of {type(base).__name__} names no image_token_id: images do not stand in its prompt "
-            "as placeholder tokens"
+            "as placeholder tokens",
+            "no placeholder tokens",
         )
-    text_config: Any = decoder.config
     return Anatomy(
         family=family_of(base.config),
         outer=outer,
         decoder=decoder,
-        layers=tuple(_halves(layer, number) for number, layer in enumerate(layers)),
+        layers=halves,
         image_token_id=int(image_token),
         text_config=text_config,
         hidden_size=int(text_config.hidden_size),
@@ -149,6 +162,24 @@ def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tupl
     """
     if not _takes_encoded_images(outer):
         return dict(call), _equal_sizes(call, placeholders)
+    encoded = _encoded(outer, call)
+    if encoded.get("image") is None:
+        raise _no_images(placeholders)
+    others = {name: value for name, value in call.items() if name not in _PIXELS}
+    return {**others, "mm_encoder_outputs": encoded}, _sizes(outer, encoded["image"])
+
+
+def encoded_sizes(outer: nn.Module, call: Mapping[str, Any]) -> list[int]:
+    """The visual tokens of each entry that the images of a call are encoded to."""
+    return _sizes(outer, _encoded(outer, call)["image"])
+
+
+def _sizes(outer: nn.Module, encoded: Any) -> list[int]:
+    return [len(entry) for entry in _entries(outer, encoded)]
+
+
+def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What is encoded already and what a call's pixels are encoded to, by modality."""
     encoded = dict(call.get("mm_encoder_outputs") or {})
     for modality in ("image", "video"):
         encoder = getattr(outer, f"get_{modality}_features", None)
@@ -156,13 +187,23 @@ def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tupl
             continue
         inputs = {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
         if _has_pixels(inputs):
+            _refuse_missing(encoder, inputs)
             encoded[modality] = encoder(**inputs, return_dict=True)
-    if encoded.get("image") is None:
-        raise _no_images(placeholders)
-    others = {name: value for name, value in call.items() if name not in _PIXELS}
-    return {**others, "mm_encoder_outputs": encoded}, [
-        len(entry) for entry in _entries(outer, encoded["image"])
+    return encoded
+
+
+def _refuse_missing(encoder: Any, inputs: Mapping[str, Any]) -> None:
+    needed = [
+        name
+        for name, parameter in inspect.signature(encoder).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
+    missing = [name for name in needed if inputs.get(name) is None]
+    if missing:
+        raise InputError(
+            f"{encoder.__qualname__} needs {', '.join(missing)} beside {', '.join(inputs)}: pass the "
+            "processor's output as it is"
+        )
 
 
 def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
@@ -197,31 +238,37 @@ def _no_images(placeholders: int) -> InputError:
 
 def _find_decoder(base: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     """The outer module, the decoder it calls, and the decoder's layers."""
-    name, decoder = type(base).__name__, None
-    for outer in base.modules():
-        decoder = next((part for n in _DECODERS if (part := outer._modules.get(n)) is not None), None)
-        if decoder is not None:
-            break
+    name = type(base).__name__
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: its decoder attends to images across, they are no tokens of its "
+            "own that could be skipped",
+            "encoder-decoder",
+        )
+    parts = ((outer, outer._modules.get(part)) for outer in base.modules() for part in _DECODERS)
+    outer, decoder = next((pair for pair in parts if pair[1] is not None), (base, None))
     if decoder is None:
         raise UnsupportedModelError(
             f"{name} has no {' or '.join(_DECODERS)}: its text decoder is not a module of its own that is "
-            "called with the images' embeddings"
+            "called with the images' embeddings",
+            _ATTENDS_ACROSS if _attends_across(base) else "no text decoder of its own",
         )
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        # A causal language model as decoder: what has the layers is inside.
-        decoder = getattr(decoder, "model", decoder)
+    # A causal language model as decoder: what has the layers is inside.
+    for inside in ("model", "decoder"):
+        if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+            decoder = getattr(decoder, inside, decoder)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise UnsupportedModelError(
             f"{name} has no decoder with a list of layers: {type(decoder).__name__} does not have the shape "
-            "that Skip-Vision hooks"
-        )
-    if not hasattr(outer, "get_image_features"):
-        raise UnsupportedModelError(
-            f"{type(outer).__name__} has no get_image_features: how many visual tokens an image has cannot "
-            "be known"
+            "that Skip-Vision hooks",
+            "no list of decoder layers",
         )
     return outer, decoder, layers
+
+
+def _attends_across(module: nn.Module) -> bool:
+    return any(name.endswith(_CROSS_ATTENTION) for name, _ in module.named_modules())
 
 
 def _takes_encoded_images(outer: nn.Module) -> bool:
@@ -246,9 +293,15 @@ def _halves(layer: nn.Module, number: int) -> Layer:
     attention = next((layer._modules[n] for n in _ATTENTION if n in layer._modules), None)
     mlp = next((layer._modules[n] for n in _FEED_FORWARD if n in layer._modules), None)
     if attention is None or mlp is None:
+        if _attends_across(layer):
+            reason = _ATTENDS_ACROSS
+        else:
+            missing = "self-attention" if attention is None else "a feed-forward module"
+            reason = f"decoder layers without {missing}"
         raise UnsupportedModelError(
             f"layer {number} of the decoder ({type(layer).__name__}) is made of "
             f"{', '.join(layer._modules)}: only layers of self-attention and a feed-forward network can be "
-            "skipped, and only attention can forget a token"
+            "skipped, and only attention can forget a token",
+            reason,
         )
-    return Layer(attention, mlp)
+    return Layer(layer, attention, mlp)

@@ -8,13 +8,44 @@ object, so that any number of generations can be interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from skipvision.errors import InputError, UnsupportedModelError
 
 _STATE = "_skip_vision_state"
+_ENTRIES = "_skip_vision_entries"
+
+
+class Entries(NamedTuple):
+    """What a cache would hold after a prefill of the caller's whole sequence; left on it until it is pruned.
+
+    Attributes:
+        mask: (B, C + T) real entries of the cache before, and real tokens of the caller.
+        place: (B, C + T) their places among the tokens their row was fed.
+    """
+
+    mask: torch.Tensor
+    place: torch.Tensor
+
+    @staticmethod
+    def of(cache: Cache) -> Entries:
+        """Take what `remember` left."""
+        entries: Entries = getattr(cache, _ENTRIES)
+        delattr(cache, _ENTRIES)
+        return entries
+
+    def remember(self, cache: Cache) -> None:
+        """Leave it on the cache."""
+        setattr(cache, _ENTRIES, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +120,22 @@ def keep_everything(cache: Cache) -> None:
         if layer.keys is not None and layer.values is not None:
             whole.update(layer.keys, layer.values)
         cache.layers[number] = whole
+
+
+def refuse_states(text_config: Any) -> None:
+    """Raise `UnsupportedModelError` if a decoder's own cache has layers that cannot forget single tokens."""
+    for number, layer in enumerate(DynamicCache(config=text_config).layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            continue
+        kind = type(layer).__name__
+        state = isinstance(layer, LinearAttentionCacheLayerMixin)
+        raise UnsupportedModelError(
+            f"layer {number} of the decoder keeps a {kind}: "
+            + ("its state cannot forget single tokens" if state else "it cannot be pruned"),
+            "linear attention or convolutions carry a state that cannot forget"
+            if state
+            else f"KV cache of a kind that cannot be pruned ({kind})",
+        )
 
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:

@@ -9,12 +9,12 @@ from skipvision.images import Images
 from skipvision.layout import lay_out
 from skipvision.merge import assign
 from skipvision.plan import TokenPlan
-from skipvision.select import CRITERIA, normalised, redundancy, top
+from skipvision.select import CRITERIA, VisualTokens, top
 
 
 @torch.no_grad()
 def make_plan(
-    features: torch.Tensor,
+    tokens: VisualTokens,
     images: Images,
     attention_mask: torch.Tensor,
     config: SkipConfig,
@@ -23,18 +23,16 @@ def make_plan(
     """Decide the whole plan of a batch.
 
     Args:
-        features: (I, N, D) visual embeddings of the images.
+        tokens: the images' visual tokens.
         images: where they stand.
         attention_mask: (B, T) True where the caller has a token.
         config: what is asked for.
-        scores: (I, N) scores to select by, for criteria that need the model ("ffn_ratio").
+        scores: (I, N) scores to select by, for criteria that need the model ("ffn_ratio", "views").
     """
-    valid = images.valid
-    counts = torch.tensor([config.counts(size) for size in images.sizes], device=features.device)
+    counts = torch.tensor([config.counts(size) for size in images.sizes], device=tokens.valid.device)
     retained_count, skipped_count = counts.unbind(1)
-    unit = normalised(features, valid)
     if scores is None:
-        scores = CRITERIA[config.select](features, valid, retained_count, config.seed)
-    retained = top(scores, valid, retained_count)
-    target = assign(unit, redundancy(unit), valid, retained, skipped_count, config.merge)
+        scores = CRITERIA[config.select](tokens, retained_count, config.seed)
+    retained = top(scores, tokens.valid, retained_count)
+    target = assign(tokens.unit, tokens.redundancy, tokens.valid, retained, skipped_count, config.merge)
     return lay_out(images, attention_mask, retained, target, config)

@@ -13,7 +13,7 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def ffn_ratio(decoder: nn.Module, number: int, mlp: nn.Module, call: dict[str, Any]) -> torch.Tensor:
+def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[str, Any]) -> torch.Tensor:
     """(B, T) ‖FFN(norm(h))‖ / ‖h‖ at one decoder layer, over the unreduced input.
 
     The decoder runs as it is up to the layer and no further. h is the residual stream the FFN adds
@@ -21,7 +21,7 @@ def ffn_ratio(decoder: nn.Module, number: int, mlp: nn.Module, call: dict[str, A
 
     Args:
         decoder: text decoder.
-        number: the layer to read.
+        layer: the layer to read.
         mlp: its feed-forward network.
         call: keyword arguments of the decoder's call; its cache is left alone.
     """
@@ -30,21 +30,25 @@ def ffn_ratio(decoder: nn.Module, number: int, mlp: nn.Module, call: dict[str, A
     def keep_update(mlp: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         seen["update"] = output if isinstance(output, torch.Tensor) else output[0]
 
-    def stop(module: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    # A compiled layer does not see hooks that are put on for one call: this one layer runs as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle = mlp.register_forward_hook(keep_update)
+        try:
+            output = module.forward(*args, **kwargs)
+        finally:
+            handle.remove()
         seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
         raise _Enough
 
-    handles = [
-        mlp.register_forward_hook(keep_update),
-        decoder.get_submodule(f"layers.{number}").register_forward_hook(stop),
-    ]
+    alone = {"past_key_values": None, "use_cache": False, "output_hidden_states": False}
+    handle = layer.register_forward_pre_hook(read, with_kwargs=True)
     try:
-        decoder(**{**call, "past_key_values": None, "use_cache": False, "output_hidden_states": False})
+        decoder.forward(**{**call, **alone})
     except _Enough:
         pass
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     wide = torch.promote_types(seen["update"].dtype, torch.float32)
     update = seen["update"].to(wide)
     residual = seen["output"].to(wide) - update

@@ -1,64 +1,75 @@
 """Who is retained: scores of an image's visual tokens, highest kept (METHOD piece 1).
 
-Every criterion sees one padded tensor of all images of the batch: ``features`` (I, N, D) with
-``valid`` (I, N) marking real tokens, so that images of different sizes need no loop. Nothing here
-keeps gradients: which tokens stay is a decision, not a function to differentiate.
+Every criterion sees one padded tensor of all images of the batch, so that images of different sizes
+need no loop. Nothing here keeps gradients: which tokens stay is a decision, not a function to
+differentiate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch.nn import functional as F
 
 
-def normalised(features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """(I, N, D) unit vectors in at least float32, zero where there is no token."""
-    wide = features.detach().to(torch.promote_types(features.dtype, torch.float32))
-    return F.normalize(wide, dim=-1) * valid[..., None]
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """The visual tokens of a batch's images, and what more than one step wants to know of them.
 
-
-def redundancy(unit: torch.Tensor) -> torch.Tensor:
-    """(I, N) summed cosine similarity of each token to the image's other tokens.
-
-    Σ_j cos(i, j) = x̂_i · Σ_j x̂_j, so this is linear in N; the token itself (cosine 1) is taken out.
+    Attributes:
+        features: (I, N, D) visual embeddings.
+        valid: (I, N) real tokens; the rest is padding.
     """
-    total = unit.sum(dim=1, keepdim=True)
-    return (unit * total).sum(-1) - (unit * unit).sum(-1)
+
+    features: torch.Tensor
+    valid: torch.Tensor
+
+    @cached_property
+    def unit(self) -> torch.Tensor:
+        """(I, N, D) unit vectors in at least float32, zero where there is no token."""
+        wide = self.features.detach().to(torch.promote_types(self.features.dtype, torch.float32))
+        scale = self.valid / wide.norm(dim=-1).clamp(min=1e-12)
+        return wide * scale[..., None]
+
+    @cached_property
+    def redundancy(self) -> torch.Tensor:
+        """(I, N) summed cosine similarity of each token to the image's other tokens.
+
+        Σ_j cos(i, j) = x̂_i · Σ_j x̂_j, so this is linear in N; the token itself (cosine 1) is taken out.
+        """
+        total = self.unit.sum(dim=1, keepdim=True)
+        return (self.unit * total).sum(-1) - self.valid.to(total.dtype)
 
 
-def by_similarity(
-    features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int
-) -> torch.Tensor:
+def by_similarity(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
     """The least redundant tokens stay."""
-    return -redundancy(normalised(features, valid))
+    return -tokens.redundancy
 
 
-def by_norm(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+def by_norm(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
     """The longest feature vectors stay."""
-    return features.detach().float().norm(dim=-1)
+    return tokens.features.detach().float().norm(dim=-1)
 
 
-def by_diversity(
-    features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int
-) -> torch.Tensor:
+def by_diversity(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
     """Max-min distance: each next token is the one farthest (1 − cosine) from those already chosen.
 
     As DivPrune (CVPR 2025, arXiv 2503.02175): the first is the token whose nearest neighbour is
     farthest away. Steps over the retained count, all images at once.
     """
-    unit = normalised(features, valid)
+    unit, valid = tokens.unit, tokens.valid
     similarity = unit @ unit.transpose(1, 2)
     # A product is symmetric but for rounding; nearest neighbours of each other must tie.
     distance = 1 - (similarity + similarity.transpose(1, 2)) / 2
-    images, tokens, _ = distance.shape
+    images, places, _ = distance.shape
     never = ~valid
     distance.masked_fill_(
-        never[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=unit.device), float("inf")
+        never[:, None, :] | torch.eye(places, dtype=torch.bool, device=unit.device), float("inf")
     )
     nearest = distance.amin(dim=2).masked_fill(never, -float("inf"))
-    score = torch.zeros(images, tokens, device=unit.device)
+    score = torch.zeros(images, places, device=unit.device)
     every = torch.arange(images, device=unit.device)
     chosen = nearest.argmax(dim=1)
     nearest = torch.full_like(nearest, float("inf")).masked_fill(never, -float("inf"))
@@ -73,38 +84,39 @@ def by_diversity(
     return score
 
 
-def by_position(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+def by_position(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
     """Evenly spaced in raster order: token ⌊(i + ½) · N / N_r⌋ for i < N_r."""
-    tokens = valid.sum(dim=1, keepdim=True)
+    valid = tokens.valid
+    there = valid.sum(dim=1, keepdim=True)
     places = valid.shape[1]
     step = torch.arange(places, device=valid.device).expand_as(valid)
     kept = counts[:, None]
-    landing = ((2 * step + 1) * tokens).div(2 * kept.clamp(min=1), rounding_mode="floor")
+    landing = ((2 * step + 1) * there).div(2 * kept.clamp(min=1), rounding_mode="floor")
     landing = landing.masked_fill(step >= kept, places)
     score = torch.zeros(len(valid), places + 1, device=valid.device)
     return score.scatter_(1, landing, 1.0)[:, :places]
 
 
-def by_chance(features: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
+def by_chance(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
     """A fixed random order of positions, the same for every image and every batch."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(valid.shape[1], generator=generator, dtype=torch.float64)
-    return order.to(valid.device).expand(valid.shape)
+    order = torch.rand(tokens.valid.shape[1], generator=generator, dtype=torch.float64)
+    return order.to(tokens.valid.device).expand(tokens.valid.shape)
 
 
-def by_view(features: torch.Tensor, valid: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def by_view(tokens: VisualTokens, base: torch.Tensor) -> torch.Tensor:
     """The view of the whole image stays before any of its crops; within each, the least redundant.
 
     Args:
-        features, valid: as for every criterion.
+        tokens: as for every criterion.
         base: (I, N) True for the tokens of the base view.
     """
-    score = by_similarity(features, valid, base, 0).masked_fill(~valid, 0)
+    score = (-tokens.redundancy).masked_fill(~tokens.valid, 0)
     low, high = score.amin(dim=1, keepdim=True), score.amax(dim=1, keepdim=True)
     return (score - low) / (high - low).clamp(min=1e-12) + 2 * base
 
 
-Criterion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Criterion = Callable[[VisualTokens, torch.Tensor, int], torch.Tensor]
 CRITERIA: dict[str, Criterion] = {
     "similarity": by_similarity,
     "diversity": by_diversity,

@@ -1,17 +1,17 @@
 """Skip-FFN: in every decoder layer only the tokens on the full path enter the FFN (METHOD piece 4).
 
-Three hooks a layer. The plan travels with the call, as a keyword of the decoder that every layer
-passes on to its attention; a hook takes it out there, before attention sees it, and puts it down for
-the layer's ``mlp``, which runs next. Gradient checkpointing runs a layer's ``forward`` again during
-backward, attention first, with the keywords of the forward it repeats: so it finds the same plan.
+Four hooks a layer. The plan travels with the call, as a keyword of the decoder that every layer passes
+on to its attention. A hook on the layer puts it down for the layer's ``mlp``; a hook on attention takes
+it out of the keywords before attention sees it, and puts it down if it does not lie there already:
+gradient checkpointing runs a layer's ``forward`` again during backward, attention first, with the
+keywords of the forward it repeats, so it finds the same plan. Not writing what is there already keeps
+the layer free of side effects, which ``torch.compile`` asks of a checkpointed region.
 """
 
 from __future__ import annotations
 
 import threading
-from functools import partial
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,55 +23,57 @@ PLAN_KEYWORD = "skip_vision_plan"
 """Name under which the plan travels through the decoder's keyword arguments."""
 
 
-class Passage(NamedTuple):
-    """What travels with a call: the plan, and what the caller's sequence was.
+class _Place:
+    """Where a plan is put down; its own object, because Dynamo cannot assign to a `threading.local`."""
 
-    Attributes:
-        plan: of the call.
-        mask: (B, C + T) real entries of the cache, and real tokens of the caller.
-        place: (B, C + T) their places among the tokens their row was fed.
-    """
-
-    plan: TokenPlan
-    mask: torch.Tensor
-    place: torch.Tensor
+    plan: TokenPlan | None = None
 
 
-class _PutDown(threading.local):
-    """For each ``mlp``, the plan of the layer call this thread is in."""
+class _PerThread(threading.local):
+    """For each thread, the plan of the layer call it is in."""
 
     def __init__(self) -> None:
-        self.plans: WeakKeyDictionary[nn.Module, TokenPlan | None] = WeakKeyDictionary()
+        self.place = _Place()
 
 
-_put_down = _PutDown()
+_put_down = _PerThread()
 
 
-def hook_layer(attention: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
+def hook_layer(layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
     """Make one decoder layer skip by the plan it is called with; without a plan it runs as ever."""
     return [
-        attention.register_forward_pre_hook(partial(take_plan, mlp), with_kwargs=True),
+        layer.register_forward_pre_hook(put_down_plan, with_kwargs=True),
+        attention.register_forward_pre_hook(take_plan, with_kwargs=True),
         mlp.register_forward_pre_hook(gather_rows),
         mlp.register_forward_hook(scatter_rows),
     ]
 
 
-def take_plan(
-    mlp: nn.Module, attention: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Attention pre-hook: take the plan out of the keywords, for the ``mlp`` behind."""
-    passage: Passage | None = kwargs.pop(PLAN_KEYWORD, None)
-    if passage is not None and "position_ids" in kwargs:
+def put_down_plan(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Layer pre-hook: put the plan of this call down for the layer's ``mlp``."""
+    _put_down.place.plan = kwargs.get(PLAN_KEYWORD)
+
+
+def take_plan(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Attention pre-hook: take the plan out of the keywords; put it down if this is a repeated forward."""
+    plan = kwargs.pop(PLAN_KEYWORD, None)
+    if plan is not None and "position_ids" in kwargs:
         # Positions may have gaps now, which attention code can mistake for packed sequences; the
         # rotations are already in position_embeddings.
         kwargs["position_ids"] = None
-    _put_down.plans[mlp] = None if passage is None else passage.plan
+    if _put_down.place.plan is not plan:
+        _put_down.place.plan = plan
     return args, kwargs
+
+
+def forget_plan() -> None:
+    """Take up what the last layer put down: behind the decoder no call is left that it belongs to."""
+    _put_down.place.plan = None
 
 
 def gather_rows(mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """mlp pre-hook: (B, L, H) → (1, n, H), the n tokens that take the FFN."""
-    plan = _plan_for(mlp)
+    plan = _plan_here()
     if plan is None:
         return None
     shape = plan.ffn_mask.shape
@@ -88,7 +90,7 @@ def scatter_rows(mlp: nn.Module, args: Any, output: Any) -> Any:
 
     A mixture of experts may return more than hidden states (router logits): that is passed on.
     """
-    plan = _plan_for(mlp)
+    plan = _plan_here()
     if plan is None:
         return None
     if isinstance(output, tuple):
@@ -96,9 +98,9 @@ def scatter_rows(mlp: nn.Module, args: Any, output: Any) -> Any:
     return _spread(output, plan)
 
 
-def has_taken(mlp: nn.Module, plan: TokenPlan) -> bool:
-    """Whether the last call of this layer in this thread came with the plan."""
-    return _put_down.plans.get(mlp) is plan
+def was_put_down(plan: TokenPlan) -> bool:
+    """Whether the layer that this thread called last came with the plan."""
+    return _put_down.place.plan is plan
 
 
 def _spread(update: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
@@ -108,7 +110,7 @@ def _spread(update: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
     return spread.index_copy(0, plan.ffn_index, update).unflatten(0, (rows, length))
 
 
-def _plan_for(mlp: nn.Module) -> TokenPlan | None:
-    plan = _put_down.plans.get(mlp)
+def _plan_here() -> TokenPlan | None:
+    plan = _put_down.place.plan
     # Where every token takes the FFN, gathering would only cost.
     return None if plan is None or plan.ffn_index.numel() == plan.ffn_mask.numel() else plan

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from skipvision.plan import TokenPlan
+
+
+class _Scores(nn.Module):
+    """K scores per token. Not an `nn.Linear`: PEFT's "all-linear" would put an adapter on that."""
+
+    def __init__(
+        self, hidden_size: int, scores: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> None:
+        super().__init__()
+        self.out_features = scores
+        self.weight = nn.Parameter(torch.zeros(scores, hidden_size, dtype=dtype, device=device))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(tokens, self.weight)
 
 
 class SummaryLayer(nn.Module):
@@ -28,23 +43,26 @@ class SummaryLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, dtype=dtype, device=device)
-        self.score = nn.Linear(hidden_size, summary_tokens, bias=False, dtype=dtype, device=device)
-        nn.init.zeros_(self.score.weight)
+        self.score = _Scores(hidden_size, summary_tokens, dtype, device)
 
-    def forward(self, reduced: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
+    def forward(self, reduced: torch.Tensor, plan: TokenPlan | None) -> torch.Tensor:
         """Fill the summary places of a merged batch.
 
         Args:
             reduced: (B, L, H) embeddings with zeros at the summary places.
-            plan: the plan that reduced them.
+            plan: the plan that reduced them; None for a batch without images, which stays as it is but
+                whose backward reaches the layer: with gradients of zero. Processes that train together
+                wait for the gradients of each, whether its batch had images or not.
 
         Returns:
             (B, L, H) with each summary token in its place.
         """
+        if plan is None:
+            return reduced + self._scores(reduced[:0]).sum().to(reduced.dtype)
         members = (plan.group >= 0).nonzero(as_tuple=True)
         group = plan.group[members]
         tokens = reduced[members]
-        scores = self.score(self.norm(tokens.to(self.norm.weight.dtype)))
+        scores = self._scores(tokens)
         weights = _softmax_by_group(
             scores.to(torch.promote_types(scores.dtype, torch.float32)), group, 2 * plan.images
         )
@@ -53,6 +71,10 @@ class SummaryLayer(nn.Module):
         places = (plan.summary_slot >= 0).nonzero(as_tuple=True)
         chosen = summaries.flatten(0, 1)[plan.summary_slot[places]]
         return reduced.index_put(places, chosen.to(reduced.dtype))
+
+    def _scores(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(…, H) → (…, K)."""
+        return self.score(self.norm(tokens.to(self.norm.weight.dtype)))
 
 
 def _softmax_by_group(scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ SIZES: dict[str, Any] = {
     "d_model": 64,
     "embed_dim": 64,
     "intermediate_size": 96,
+    "intermediate_size_mlp": 96,
     "dense_intermediate_size": 96,
     "ffn_dim": 96,
     "encoder_ffn_dim": 96,
@@ -29,6 +32,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "vocab_size_per_layer_input": 128,
     "hidden_size_per_layer_input": 16,
+    "hc_lowrank": 16,
     "max_position_embeddings": 2048,
     # attention
     "num_attention_heads": 4,
@@ -47,42 +51,20 @@ SIZES: dict[str, Any] = {
     "v_head_dim": 16,
     "index_head_dim": 16,
     "index_n_heads": 2,
+    "sliding_window": 20,
+    "sliding_window_size": 20,
+    "attention_chunk_size": 20,
+    # recurrence in its place
+    "linear_num_heads": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "linear_head_dim": 16,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "mamba_num_heads": 4,
     "mamba_head_dim": 16,
     "ssm_state_size": 8,
     "n_groups": 2,
-    "sliding_window": 20,
-    "sliding_window_size": 20,
-    "attention_chunk_size": 20,
-    # from tower to decoder
-    "out_hidden_size": 64,
-    "output_dim": 64,
-    "projection_dim": 64,
-    "projection_hidden_size": 64,
-    "projection_hidden_dim": 64,
-    "projection_intermediate_size": 96,
-    "projector_hidden_size": 64,
-    "alignment_intermediate_size": 96,
-    "adapter_in_dim": 64,
-    "adapter_out_dim": 64,
-    "text_hidden_size": 64,
-    "mm_hidden_size": 64,
-    "mm_embed_dim": 64,
-    "output_proj_dims": 64,
-    "vision_hidden_size": 64,
-    # pictures
-    "image_size": SIDE,
-    "patch_size": 8,
-    "num_position_embeddings": 64,
-    "position_embedding_size": 64,
-    "mm_posemb_size": 64,
-    "max_img_size": 64,
-    "pos_emb_height": 8,
-    "pos_emb_width": 8,
     # experts
     "num_experts": 4,
     "num_local_experts": 4,
@@ -92,210 +74,200 @@ SIZES: dict[str, Any] = {
     "moe_k": 2,
     "moe_hidden_size": 64,
     "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "shared_experts_intermediate_size": 32,
     "share_expert_dim": 32,
-    "moe_shared_expert_intermediate_size": 32,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    # towers
+    "image_size": SIDE,
+    "max_image_size": 2 * SIDE,
+    "max_img_size": 2 * SIDE,
+    "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]],
+    "patch_size": 8,
+    "num_position_embeddings": 64,
+    "position_embedding_size": 64,
+    "mm_posemb_size": 64,
+    "pos_emb_height": 8,
+    "pos_emb_width": 8,
+    "window_size": SIDE,
+    "fullatt_block_indexes": [1],
+    "global_attn_indexes": [1],
+    "deepstack_visual_indexes": [0, 1],
+    "insert_layer_id": 1,
+    # towers with a codebook
+    "base_channels": 32,
+    "latent_channels": 32,
+    "channel_multiplier": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "num_embeddings": 10,
+    "codebook_size": 10,
+    # towers for sound
+    "n_mel_bins": 4,
+    "mel_vocab_size": 16,
+    "downsample_hidden_size": 16,
+    # from tower to decoder
+    "mm_tokens_per_image": 16,
+    "out_hidden_size": 64,
+    "output_channels": 16,
+    "output_dim": 64,
+    "output_proj_dims": 64,
+    "vision_output_dim": 64,
+    "vision_hidden_size": 64,
+    "text_hidden_size": 64,
+    "mm_hidden_size": 64,
+    "mm_embed_dim": 64,
+    "adapter_in_dim": 64,
+    "adapter_input_size": 64,
+    "adapter_out_dim": 64,
+    "alignment_intermediate_size": 96,
+    "projection_dim": 64,
+    "projection_hidden_dim": 64,
+    "projection_hidden_size": 64,
+    "projection_intermediate_size": 96,
+    "projector_hidden_size": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "resampler_n_latents": 8,
+    "resampler_depth": 1,
+    "resampler_n_heads": 4,
+    "resampler_head_dim": 16,
 }
 """Every size that any section of any config may have, and its tiny value."""
 
 PAD, BOS, EOS = 0, 1, 2
 FIRST_SPECIAL = 3
-FIRST_MARK = 20
+"""From here on, an id for each special token that a config names."""
+FIRST_CODE = 20
+"""Ids of what a picture is made of, in families whose towers have a codebook."""
+FIRST_MARK = 30
 """Ids of marks that processors put around placeholders and that no config names."""
-FIRST_WORD = 32
+FIRST_WORD = 40
 """Ids below are not words."""
 
+_ENDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+_CODES = range(FIRST_CODE, FIRST_CODE + 10)
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
-def _rope(**options: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, **options}
-
-
-def _mrope(*sections: int, **options: Any) -> dict[str, Any]:
-    return {"text_config": {"rope_parameters": _rope(mrope_section=list(sections), **options)}}
-
-
-_FINE = {"vision_config": {"patch_size": 4}}
-"""Families that merge four patches into a token."""
-_VISION_TOKENS = {"vision_start_token_id": 18, "vision_end_token_id": 19}
-"""Named by the checkpoints' configs, not by the class."""
-_MINICPM = {"insert_layer_id": 1, "vision_config": {"insert_layer_id": 1}}
-_SAM = {"patch_size": 2, "output_channels": 16, "global_attn_indexes": [1], "window_size": 4}
-"""Towers that look through windows and then halve the resolution twice."""
-_VQ = {"base_channels": 32, "latent_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1, 1, 1, 1]}
-_ANYRES = {
-    "vision_feature_layer": -1,
-    "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]],
+_ALL_HEADS_CACHED = {"text.num_key_value_heads": 4}
+_MROPE = {"text.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}}
+_MROPE_OF_HALF = {"text.rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+_FOUR_PATCHES_A_TOKEN = {"vision.patch_size": 4}
+_SIXTEEN_PATCHES_A_TOKEN = {"vision.patch_size": 2}
+_WINDOWED = {"vision.patch_size": 2, "vision.window_size": 4}
+_WINDOWED_THEN_ENCODED = {
+    "vision.sam.patch_size": 2,
+    "vision.sam.window_size": 4,
+    "vision.sam.downsample_channels": [16, 64],
 }
+# The checkpoints' configs name these, the class does not.
+_VISION_ENDS = {"vision_start_token_id": FIRST_CODE, "vision_end_token_id": FIRST_CODE + 1}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "aya_vision": _FINE,
     "aria": {"projector_patch_to_query_dict": {16: 8}},
-    "cohere2_vision": _FINE,
-    "cosmos3_edge": _mrope(4, 2, 2),
-    "cosmos3_omni": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
-    "cohere_compass": {
-        "text_config": {"rope_parameters": {"full_attention": _rope(mrope_section=[4, 2, 2])}},
-        "vision_config": {"deepstack_visual_indexes": [0, 1]},
-    },
-    "deepseek_ocr2": {
-        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": 2},
-        "vision_config": {"sam_config": {**_SAM, "downsample_channels": [16, 64]}},
-    },
-    "deepseek_vl_hybrid": {"high_res_vision_config": {**_SAM, "patch_size": 8}},
+    "aya_vision": _FOUR_PATCHES_A_TOKEN,
     "chameleon": {
-        "vocabulary_map": {"<image>": 3}
-        | {f"IMGIMG{letter}Z": 10 + code for code, letter in enumerate("ABCDEFGHIJ")},
-        "vq_config": {**_VQ, "num_embeddings": 10, "embed_dim": 32},
-    },
-    "dots3_note": {
-        "text_config": {
-            "num_key_value_heads": 4,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 4,
-            "swa_q_lora_rank": 16,
-            "swa_kv_lora_rank": 16,
-            "swa_head_dim": 16,
-            "swa_qk_nope_head_dim": 8,
-            "swa_v_head_dim": 16,
+        "vocabulary_map": {
+            "<image>": FIRST_SPECIAL,
+            **{f"IMGIMG{letter}Z": code for letter, code in zip("ABCDEFGHIJ", _CODES, strict=True)},
         },
-        "audio_config": {"adapter_input_size": 64, "downsample_hidden_size": 16},
+        "vq.embed_dim": 32,
+    },
+    "cohere2_vision": _FOUR_PATCHES_A_TOKEN,
+    "cohere_compass": {
+        "text.rope_parameters": {"full_attention": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    },
+    "cosmos3_edge": _MROPE,
+    "cosmos3_omni": _MROPE,
+    "deepseek_ocr2": _WINDOWED_THEN_ENCODED
+    | {"text.mlp_layer_types": ["dense", "sparse", "sparse"], "text.num_experts_per_tok": 2},
+    "deepseek_vl_hybrid": {"high_res_vision.window_size": 4},
+    "dots3_note": _ALL_HEADS_CACHED
+    | {
+        "text.swa_num_attention_heads": 4,
+        "text.swa_num_key_value_heads": 4,
+        "text.swa_q_lora_rank": 16,
+        "text.swa_kv_lora_rank": 16,
+        "text.swa_head_dim": 16,
+        "text.swa_qk_nope_head_dim": 8,
+        "text.swa_v_head_dim": 16,
     },
     "emu3": {
-        "vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}
-        | {f"<|visual token {code:06d}|>": 10 + code for code in range(10)},
-        "vq_config": {
-            **_VQ,
-            "codebook_size": 10,
-            "embed_dim": 4,
-            "hidden_size": 32,
-            "num_attention_heads": 1,
-            "latent_channels": 4,
-            "temporal_downsample_factor": 4,
+        "vocabulary_map": {
+            "<image>": FIRST_SPECIAL,
+            "<|extra_200|>": FIRST_SPECIAL + 1,
+            **{f"<|visual token {number:06d}|>": code for number, code in enumerate(_CODES)},
         },
+        "vq.temporal_downsample_factor": 1,
+        "vq.hidden_size": 32,
+        "vq.num_attention_heads": 1,
     },
-    "ernie4_5_vl_moe": _mrope(3, 3, 2),
-    "gemma3": {"mm_tokens_per_image": 16, "vision_config": {"patch_size": 4}},
-    "glm5_next": {
-        "text_config": {
-            "num_key_value_heads": 4,
-            "qk_rope_head_dim": 0,
-            "linear_head_dim": 16,
-            "linear_num_heads": 4,
-        }
-    },
-    "gemma4": {"text_config": {"global_head_dim": 32}},
-    "gemma4_unified": {"text_config": {"global_head_dim": 32}},
-    "glm_ocr": _mrope(2, 3, 3),
-    "glmga": _mrope(2, 3, 3),
-    "glm46v": _mrope(2, 3, 3),
-    "glm4v": _mrope(2, 3, 3),
-    "glm4v_moe": _mrope(2, 1, 1, partial_rotary_factor=0.5),
-    "got_ocr2": {"vision_config": _SAM},
+    "ernie4_5_vl_moe": _MROPE,
+    "gemma3": _FOUR_PATCHES_A_TOKEN,
+    "gemma4": {"text.global_head_dim": 32},
+    "gemma4_unified": {"text.global_head_dim": 32},
+    "glm46v": _MROPE,
+    "glm4v": _MROPE,
+    "glm4v_moe": _MROPE_OF_HALF,
+    "glm5_next": _ALL_HEADS_CACHED | {"text.qk_rope_head_dim": 0},
+    "glm_ocr": _MROPE,
+    "glmga": _MROPE,
+    "got_ocr2": _WINDOWED,
     "granite4_vision": {
-        **_ANYRES,
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [1, 1, 2, 2],
     },
-    "hunyuan_vl": {
-        "text_config": {"head_dim": 16, "rope_parameters": _rope(mrope_section=[2, 2, 2, 2])},
-        "vision_config": {"max_image_size": 64},
-    },
-    "idefics2": {
-        "perceiver_config": {
-            "resampler_n_latents": 8,
-            "resampler_depth": 1,
-            "resampler_n_heads": 4,
-            "resampler_head_dim": 16,
-        }
-    },
-    "idefics3": _FINE,
-    "internvl": _FINE,
-    "janus": {"vq_config": {**_VQ, "num_embeddings": 16}},
-    "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
-    "inkling_mm_model": {
-        "vision_config": {"num_hidden_layers": 4, "patch_size": 4},
-        "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 16},
-    },
-    "llama4": {
-        "text_config": {"intermediate_size_mlp": 96, "moe_layers": [1]},
-        "vision_config": {
-            "patch_size": 4,
-            "intermediate_size": 256,
-            "projector_input_dim": 64,
-            "projector_output_dim": 64,
-            "vision_output_dim": 64,
-        },
-    },
-    "llava": {"vision_feature_layer": -1},
-    "llava_next": _ANYRES,
-    "llava_next_video": _ANYRES,
-    "llava_onevision": _ANYRES,
-    "qwen2_5_vl": {
-        **_mrope(4, 2, 2),
-        "vision_config": {"window_size": 32, "fullatt_block_indexes": [1]},
-    },
-    "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 2], "num_key_value_heads": 4}},
-    "molmo2": {
-        "adapter_config": {"vision_feature_layer": [2, 1]},
-        "vision_config": {"num_position_embeddings": 16},
-    },
+    "granite_docling": _FOUR_PATCHES_A_TOKEN | {"vision.scale_factor": 2},
+    "hunyuan_vl": {"text.head_dim": 16, "text.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "idefics3": _FOUR_PATCHES_A_TOKEN,
+    "inkling_mm_model": {"vision.patch_size": 2},
+    "internvl": _FOUR_PATCHES_A_TOKEN,
+    "kimi_k25": _ALL_HEADS_CACHED,
+    "llama4": _FOUR_PATCHES_A_TOKEN | {"text.moe_layers": [1], "vision.intermediate_size": 256},
+    "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
+    "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {
         "out_hidden_size": 256,
-        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
+        "audio.num_hidden_layers": 4,
+        "audio.hidden_sizes": [16] * 4,
+        "audio.depths": [1] * 4,
     },
-    "minicpm_ocr": _MINICPM,
-    "minicpmv4_6": _MINICPM,
-    "minicpmv4_7": _MINICPM,
-    "paddleocr_vl": _mrope(2, 3, 3),
-    "pp_chart2table": {"vision_config": _SAM},
-    "qianfan_ocr": _FINE,
-    "qwen2_5_omni_thinker": {
-        **_VISION_TOKENS,
-        **_mrope(2, 3, 3),
-        "vision_config": {"window_size": 32, "fullatt_block_indexes": [1]},
+    "paddleocr_vl": _MROPE,
+    "pp_chart2table": _WINDOWED,
+    "qianfan_ocr": _FOUR_PATCHES_A_TOKEN,
+    "qwen2_5_omni_thinker": _MROPE | _VISION_ENDS,
+    "qwen2_5_vl": _MROPE,
+    "qwen2_vl": _MROPE,
+    "qwen3_5": _MROPE_OF_HALF,
+    "qwen3_5_moe": _MROPE_OF_HALF,
+    "qwen3_omni_moe_thinker": _MROPE | _VISION_ENDS,
+    "qwen3_vl": _MROPE,
+    "qwen3_vl_moe": _MROPE,
+    "qwen4_exp": _MROPE_OF_HALF
+    | {
+        "text.indexer_n_heads": 2,
+        "text.indexer_kv_heads": 1,
+        "text.indexer_head_dim": 16,
+        "text.indexer_budget": 2048,
+        "text.indexer_compress_ratio": 4,
     },
-    "qwen2_vl": _mrope(4, 2, 2),
-    "qwen3_vl": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
-    "qwen3_vl_moe": {**_mrope(4, 2, 2), "vision_config": {"deepstack_visual_indexes": [0, 1]}},
-    "qwen3_omni_moe_thinker": {
-        **_VISION_TOKENS,
-        "audio_config": {"downsample_hidden_size": 16},
-        **_mrope(4, 2, 2),
-        "vision_config": {"deepstack_visual_indexes": [0, 1]},
+    "shieldgemma2": _FOUR_PATCHES_A_TOKEN,
+    "smolvlm": _FOUR_PATCHES_A_TOKEN,
+    "step3p7": _SIXTEEN_PATCHES_A_TOKEN
+    | {
+        "text.layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "text.rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+        "text.sliding_window": 20,
     },
-    "shieldgemma2": {"mm_tokens_per_image": 16, "vision_config": {"patch_size": 4}},
-    "step3p7": {
-        "text_config": {
-            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-            "rope_parameters": {"sliding_attention": _rope(), "full_attention": _rope()},
-            "sliding_window": 20,
-        },
-        "vision_config": {"patch_size": 2},
-    },
-    "unlimited_ocr": {"vision_config": {"sam_config": {**_SAM, "downsample_channels": [16, 64]}}},
-    "qwen3_5": _mrope(2, 1, 1, partial_rotary_factor=0.5, mrope_interleaved=True),
-    "qwen3_5_moe": _mrope(2, 1, 1, partial_rotary_factor=0.5, mrope_interleaved=True),
-    "qwen4_exp": {
-        "text_config": {
-            "hc_lowrank": 16,
-            "indexer_n_heads": 2,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 16,
-            "indexer_budget": 2048,
-            "indexer_compress_ratio": 4,
-        }
-    },
-    "smolvlm": _FINE,
+    "unlimited_ocr": _WINDOWED_THEN_ENCODED | _ALL_HEADS_CACHED,
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }
-"""What a family needs otherwise: fields of its config, sections as nested tables."""
+"""What a family needs otherwise; ``vision.patch_size`` is that field of its ``vision_config``."""
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
@@ -306,55 +278,60 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 def _special_tokens(cls: type[PretrainedConfig]) -> dict[str, Any]:
     """A small id for each special token that the config names."""
+    unused = itertools.count(FIRST_SPECIAL)
     tokens: dict[str, Any] = {}
-    next_id = FIRST_SPECIAL
     for field in dataclasses.fields(cls):
-        if field.name.endswith(("_token_id", "_token_index")) and field.name not in ENDS:
-            tokens[field.name] = next_id
-            next_id += 1
-        elif field.name.endswith("_token_ids") and isinstance(field.default, (list, tuple)):
-            count = len(field.default)
-            tokens[field.name] = list(range(next_id, next_id + count))
-            next_id += count
+        if field.name.endswith("_token_ids") and isinstance(field.default, (list, tuple)):
+            tokens[field.name] = [next(unused) for _ in field.default]
+        elif re.search("_token_(id|index)$|^image_patch_id$", field.name) and field.name not in _ENDS:
+            tokens[field.name] = next(unused)
     return tokens
-
-
-ENDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 
 
 def _shrink(
     cls: type[PretrainedConfig], options: Mapping[str, Any], exceptions: Mapping[str, Any]
 ) -> PretrainedConfig:
-    config = cls(**options)
-    full = {**vars(config), **{name: vars(config).get(held) for name, held in cls.attribute_map.items()}}
+    """A section of a config, and the sections within.
+
+    Args:
+        cls: of the section.
+        options: with which the section around it makes this one.
+        exceptions: what is not as in `SIZES`.
+    """
+    held = vars(cls(**options))
+    full = held | {name: held.get(other) for name, other in cls.attribute_map.items()}
     names = {field.name for field in dataclasses.fields(cls)} | options.keys()
     tiny = {
         name: _like(full[name], size)
         for name, size in SIZES.items()
         if name in names and full.get(name) is not None
     }
-    tiny |= {name: token for name, token in ENDS.items() if name in names}
-    tiny |= {
+    ends = {name: token for name, token in _ENDS.items() if name in names}
+    layers = {
         name: _first_two_kinds_and_last(value)
         for name, value in full.items()
         if name in names and isinstance(value, list) and len(value) == full.get("num_hidden_layers")
     }
+    own = {name: value for name, value in exceptions.items() if "." not in name}
     sections = {
-        key: _shrink(_class(full[key], spec), spec.init_kwargs, exceptions.get(key, {}))
-        for key, spec in cls.sub_configs_defaults.items()
-        if full[key] is not None or key == "vision_config"
+        name: _shrink(type(full[name] or spec.config_class()), spec.init_kwargs, _within(name, exceptions))
+        for name, spec in cls.sub_configs_defaults.items()
+        if full[name] is not None or name == "vision_config"
     }
-    return cls(**{**options, **tiny, **exceptions, **sections})
+    return cls(**{**options, **tiny, **ends, **layers, **own, **sections})
 
 
-def _class(section: PretrainedConfig | None, spec: Any) -> type[PretrainedConfig]:
-    """A section's own class, or that of a section that may be left out."""
-    return spec.config_class if section is None else type(section)
+def _within(section: str, exceptions: Mapping[str, Any]) -> dict[str, Any]:
+    """The exceptions that concern this section."""
+    start = section.removesuffix("_config") + "."
+    return {name.removeprefix(start): value for name, value in exceptions.items() if name.startswith(start)}
 
 
 def _like(full: Any, size: Any) -> Any:
-    """Sizes that a config keeps one a level stay so."""
-    return type(full)([size] * len(full)) if isinstance(full, (list, tuple)) else size
+    """Sizes that a config keeps in a list, one a level, stay in one."""
+    if not isinstance(full, (list, tuple)):
+        return size
+    return type(full)(size if isinstance(size, list) else [size] * len(full))
 
 
 def _first_two_kinds_and_last(layers: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A tiny random model of any image-text-to-text family of transformers, and inputs for it.
+"""A tiny random model of any image-text-to-text family of transformers, and inputs for it::
 
 model = tiny_model("qwen2_5_vl")
 batch = tiny_batch(model, [[3, "image", 4], [5], ["image", 2, "small image", 3]])
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,35 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.tiny_configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
-from skipvision.tiny_images import (
-    ONE_TOKEN_TYPE,
-    SCALES,
-    TOKEN_TYPES,
-    Picture,
-    Request,
-    collate,
-    frame_of,
-    recipe_of,
-)
+from skipvision.tiny_images import ONE_A_ROW, SCALES, Picture, Request, collate, recipe_of
+from skipvision.tiny_prompts import ONE_TOKEN_TYPE, TOKEN_TYPES, frame_of
 
-FAMILIES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
-"""Every image-text-to-text model_type of the installed transformers."""
+_ACROSS = "its decoder attends to pictures across, they are no tokens of its own"
+_BESIDE = "its decoder puts the pictures in by itself, at positions given beside the prompt"
+
+UNSUPPORTED = {
+    "blip": _ACROSS,
+    "diffusion_gemma": "it refines a canvas of words and does not write one after the other",
+    "evolla": "it reads proteins, not pictures",
+    "florence2": _ACROSS,
+    "git": "pictures come before the prompt, which has no placeholders for them",
+    "idefics": _ACROSS,
+    "instructblipvideo": "it takes videos, not pictures",
+    "kosmos-2": _BESIDE,
+    "kosmos-2.5": _BESIDE,
+    "mistral4": "it takes text only",
+    "mllama": _ACROSS,
+    "pi0": "it answers with actions, not words",
+    "pix2struct": _ACROSS,
+    "pp_formulanet": _ACROSS,
+    "t5gemma2": _ACROSS,
+    "udop": _ACROSS,
+    "vision-encoder-decoder": _ACROSS,
+}
+"""Families without visual tokens among their decoder's, and why."""
+
+FAMILIES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - UNSUPPORTED.keys()))
+"""All other image-text-to-text families of the installed transformers, by model_type."""
 
 Row = Sequence[int | str]
 
@@ -39,31 +55,37 @@ Row = Sequence[int | str]
 def tiny_model(
     model_type: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """A model of the family with random weights, in eval mode.
+    """A model of the family with random weights, in eval mode: three decoder layers, under a million weights.
 
     Args:
         model_type: one of `FAMILIES`.
-        dtype: of all weights.
+        dtype: of all weights but those that the family always keeps in float32.
         attention: attention implementation; by default "sdpa" where the family has it, else "eager".
         seed: of the weights.
 
     Raises:
-        UnsupportedModelError: transformers has no such family, or the family needs a package that is
-            not installed.
+        UnsupportedModelError: there is no such family, it is `UNSUPPORTED`, it needs a package that is
+            not installed, or it does not have this attention.
     """
     if model_type not in FAMILIES:
+        reason = UNSUPPORTED.get(model_type, "transformers has no such image-text-to-text family")
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is no image-text-to-text family of the installed transformers; "
-            f"there are: {', '.join(FAMILIES)}"
+            f"there is no tiny {model_type!r}: {reason}; there are {', '.join(FAMILIES)}", reason
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model = AutoModelForImageTextToText.from_config(
-                tiny_config(model_type), attn_implementation=attention
+                tiny_config(model_type),
+                attn_implementation=attention,
+                # torch has no grouped matrix product in double precision.
+                experts_implementation="eager" if dtype == torch.float64 else None,
             )
-        except ImportError as error:
-            raise UnsupportedModelError(f"{model_type} cannot be built here: {error}") from error
+        except (ImportError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"a tiny {model_type!r} with attention={attention!r} cannot be built here: {error}",
+                f"not built here: {str(error).strip().partition(' but ')[0]}",
+            ) from error
         # Hugging Face's small initial weights make every FFN update negligible; tests must see them.
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -72,9 +94,10 @@ def tiny_model(
     # Random weights would now and then say "<image>".
     model.generation_config.suppress_tokens = list(range(FIRST_SPECIAL, FIRST_WORD))
     model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
-    # Not `model.to`, which spoils complex buffers.
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
+    # Not `model.to`, which would take the imaginary part of complex buffers away.
+    exact = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(part in name for part in exact):
             tensor.data = tensor.data.to(dtype)
     return model.eval()
 
@@ -103,10 +126,17 @@ def tiny_batch(
 
     Returns:
         ``input_ids`` and ``attention_mask`` (B, T); pixels and all that the family wants beside them.
+
+    Raises:
+        InputError: a row part or a side of padding that there is not; or rows with none or several
+            images where the family takes one.
     """
+    if padding not in ("left", "right"):
+        raise InputError(f"padding={padding!r}: it is 'left' or 'right'")
+    config = model.config
     numbers = range(len(rows)) if row_numbers is None else row_numbers
     seeds = [(seed, number) for number in numbers]
-    pictures = [list(_pictures(model, row, seeds)) for row, seeds in zip(rows, seeds, strict=True)]
+    pictures = [_pictures(model, row, seeds) for row, seeds in zip(rows, seeds, strict=True)]
     lines = [
         torch.tensor(_line(model, row, images, _random(*seeds)))
         for row, images, seeds in zip(rows, pictures, seeds, strict=True)
@@ -117,10 +147,10 @@ def tiny_batch(
     }
     for name, fields in TOKEN_TYPES.items():
         if name in _arguments(model.forward):
-            named = torch.tensor([getattr(model.config, field) for field in fields])
-            told_apart = model.config.model_type not in ONE_TOKEN_TYPE
+            named = torch.tensor([getattr(config, field) for field in fields])
+            told_apart = config.model_type not in ONE_TOKEN_TYPE
             batch[name] = torch.isin(batch["input_ids"], named).long() * told_apart
-    batch |= collate(model.config.model_type, pictures)
+    batch |= collate(config.model_type, pictures)
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
@@ -133,16 +163,17 @@ def _random(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(sum(number * 1009**place for place, number in enumerate(numbers)))
 
 
-def _pictures(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> Iterator[Picture]:
-    recipe = recipe_of(model.config.model_type, _arguments(model.base_model.get_image_features))
+def _pictures(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> list[Picture]:
+    """The pictures of one row."""
+    family = model.config.model_type
     scales = [_scale(part) for part in row if isinstance(part, str)]
-    for number, scale in enumerate(scales):
-        generator = _random(*seeds, number + 1)
-
-        def draw(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
-
-        yield recipe(Request(model.config, scale, len(scales), draw))
+    if family in ONE_A_ROW and len(scales) != 1:
+        raise InputError(f"row {list(row)} has {len(scales)} images: {family} takes one in each row")
+    recipe = recipe_of(family, _arguments(model.base_model.get_image_features))
+    return [
+        recipe(Request(model.config, scale, len(scales), _random(*seeds, number), model.dtype))
+        for number, scale in enumerate(scales, start=1)
+    ]
 
 
 def _scale(part: str) -> int:
@@ -188,10 +219,11 @@ def _tokens(model: PreTrainedModel, picture: Picture) -> int:
     on_device = {name: value.to(model.device) for name, value in vision.items()}
     base: Any = model.base_model
     output = base.get_image_features(**on_device, return_dict=True)
-    if (features := output.get("pooler_output")) is None:
-        features = (
-            output["deepstack_features"][0][1] if "deepstack_features" in output else output.last_hidden_state
-        )
+    features = output.get("pooler_output")
+    if features is None and "deepstack_features" in output:
+        features = output.deepstack_features[0][1]
+    elif features is None:
+        features = output.last_hidden_state
     return sum(feature.shape[:-1].numel() for feature in features)
 
 

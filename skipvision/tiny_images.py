@@ -1,4 +1,4 @@
-"""How the families' image processors hand over pictures, and how prompts frame their placeholders."""
+"""How the families' image processors hand over pictures."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ class Request:
         config: of the model.
         scale: 0 (small), 1 or 2 (large).
         company: pictures in its row, itself included.
-        draw: shape → normally distributed pixels, the next ones of this picture's own random stream.
+        random: this picture's own stream of random numbers.
+        dtype: of its pixels.
+        grid: rows and columns of visual tokens where the family keeps a picture's size; by default as
+            the scale says.
     """
 
     config: PretrainedConfig
     scale: int
     company: int
-    draw: Callable[..., torch.Tensor]
+    random: torch.Generator
+    dtype: torch.dtype
+    grid: tuple[int, int] | None = None
 
     @property
     def vision(self) -> Any:
@@ -48,6 +53,10 @@ class Request:
     def channels(self) -> int:
         return _first(self.vision, "num_channels", "in_channels", default=3)
 
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Normally distributed pixels, the next ones of the stream; the same ones in every dtype."""
+        return torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.dtype)
+
     def pixels(self, count: int, height: int | None = None, width: int | None = None) -> torch.Tensor:
         """(count, channels, height, width), by default the size that the tower is made for."""
         return self.draw(count, self.channels, height or self.side, width or self.side)
@@ -58,7 +67,7 @@ class Picture:
     """One picture as the processor hands it over.
 
     Attributes:
-        inputs: keyword arguments of the model; a batch's are concatenated, smaller ones padded with zeros.
+        inputs: keyword arguments of the model, each of shape (1 or more, …).
         segments: how many equal runs its placeholders are cut into (tiles, or rows of the picture).
     """
 
@@ -87,6 +96,13 @@ def tiles_by_row(request: Request) -> Picture:
     return Picture({**picture.inputs, "pixel_attention_mask": mask}, picture.segments)
 
 
+def flagged_tiles_by_row(request: Request) -> Picture:
+    """Like `tiles`, each with a flag; a batch's are (row, tile, …)."""
+    picture = tiles(request)
+    flags = torch.ones(picture.segments, dtype=torch.bool)
+    return Picture({**picture.inputs, "pixel_attention_mask": flags}, picture.segments)
+
+
 def any_resolution(request: Request) -> Picture:
     """The whole picture and tiles of its best resolution, with its original size."""
     side = request.side
@@ -98,11 +114,9 @@ def any_resolution(request: Request) -> Picture:
 
 def any_resolution_when_alone(request: Request) -> Picture:
     """Like `any_resolution`; several pictures in one row are not cut into tiles."""
-    picture = any_resolution(request)
-    if request.company > 1:
-        picture.inputs["pixel_values"] = picture.inputs["pixel_values"][:, :1]
-    picture.inputs["batch_num_images"] = torch.tensor([request.company])
-    return picture
+    inputs = any_resolution(request).inputs
+    pixels = inputs["pixel_values"] if request.company == 1 else inputs["pixel_values"][:, :1]
+    return Picture({**inputs, "pixel_values": pixels, "batch_num_images": torch.tensor([request.company])})
 
 
 def native_size(request: Request) -> Picture:
@@ -202,10 +216,41 @@ def patches_with_height_and_width(request: Request) -> Picture:
     return Picture({"pixel_values": pixels, "image_grid_hw": torch.tensor([[rows, columns]])})
 
 
+def one_size_and_mask(request: Request) -> Picture:
+    """Every picture at the tower's size, with a mask of its pixels."""
+    pixels = request.pixels(1)
+    return Picture({"pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0]).bool()})
+
+
 def one_size_by_row(request: Request) -> Picture:
     """Every picture at the tower's size with a mask of its pixels; a batch's are (row, picture, …)."""
     pixels = request.pixels(1)
     return Picture({"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, 0]).long()})
+
+
+def one_size_and_question(request: Request) -> Picture:
+    """Every picture at the tower's size, with what is asked about it."""
+    question = torch.arange(1, 5)[None]
+    asked = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
+    return Picture({**one_size(request).inputs, **asked})
+
+
+def pooled_patches(request: Request) -> Picture:
+    """Flattened patches of the whole picture and of its tiles, and the four that make up each token."""
+    side = request.side // request.vision.patch_size
+    count = 1 + (1, 2, 4)[request.scale]
+    pixels = request.draw(count, side**2, request.channels * request.vision.patch_size**2)
+    places = torch.arange(count * side**2).view(count, side // 2, 2, side // 2, 2)
+    pooling = places.transpose(2, 3).reshape(-1, 4)
+    rows, columns = side // 2, (count - 1) * side // 2
+    return Picture(
+        {
+            "pixel_values": pixels,
+            "image_token_pooling": pooling,
+            "image_grids": torch.tensor([[side // 2, side // 2, rows, columns]]),
+            "image_num_crops": torch.tensor([count]),
+        }
+    )
 
 
 def two_resolutions(request: Request) -> Picture:
@@ -223,41 +268,45 @@ def _first(config: Any, *names: str, default: int = 1) -> int:
 
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of visual tokens of a picture whose size the family keeps."""
-    return ((2, 4), (4, 4), (4, 6))[request.scale]
+    return request.grid or ((2, 4), (4, 4), (4, 6))[request.scale]
 
 
 RECIPES: dict[str, Recipe] = {
-    "gemma4": positioned_patches,
-    "gemma4_unified": positioned_tokens,
-    "fuyu": patches_in_rows,
-    "emu3": native_size,
-    "inkling2": patches_of_tokens,
-    "inkling_mm_model": patches_alone,
-    "minicpm_ocr": strip,
-    "minicpmv4_6": strip,
-    "minicpmv4_7": strip,
-    "nemotron_h_omni": patches_with_height_and_width,
+    "aria": one_size_and_mask,
     "aya_vision": tiles,
     "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,
+    "emu3": native_size,
+    "fuyu": patches_in_rows,
+    "gemma4": positioned_patches,
+    "gemma4_unified": positioned_tokens,
+    "granite4_vision": any_resolution,
+    "granite_docling": flagged_tiles_by_row,
     "idefics2": one_size_by_row,
     "idefics3": tiles_by_row,
+    "inkling2": patches_of_tokens,
+    "inkling_mm_model": patches_alone,
+    "instructblip": one_size_and_question,
     "internvl": tiles,
     "kimi_k25": square_patches,
     "lfm2_vl": padded_patches,
     "lighton_ocr": native_size,
     "llama4": tiles,
-    "granite4_vision": any_resolution,
     "llava_next": any_resolution,
     "llava_next_video": any_resolution,
     "llava_onevision": any_resolution_when_alone,
+    "minicpm_ocr": strip,
+    "minicpmv4_6": strip,
+    "minicpmv4_7": strip,
     "mistral3": native_size,
     "mistral_large4": native_size,
+    "molmo2": pooled_patches,
+    "nemotron_h_omni": patches_with_height_and_width,
     "ovis2": tiles,
     "paddleocr_vl": square_patches,
     "qianfan_ocr": tiles,
-    "video_llama_3": patches_and_merge,
     "smolvlm": tiles_by_row,
+    "video_llama_3": patches_and_merge,
 }
 """How families take pictures, by model_type; the others as `recipe_of` says."""
 
@@ -267,32 +316,27 @@ def recipe_of(model_type: str, arguments: Container[str]) -> Recipe:
     return RECIPES.get(model_type, patches if "image_grid_thw" in arguments else one_size)
 
 
-BY_ROW = {"idefics2", "idefics3", "smolvlm"}
+BY_ROW = {"granite_docling", "idefics2", "idefics3", "smolvlm"}
 """Families that take (row, picture, …) instead of one picture after the other."""
 
 IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
 """Families that take (1, channels, height, all widths) instead of one picture after the other."""
 
-TOKEN_TYPES = {
-    "token_type_ids": ("image_token_id",),
-    "mm_token_type_ids": ("image_token_id",),
-    "moe_mm_token_type_ids": ("image_start_token_id", "image_token_id", "image_end_token_id"),
-}
-"""Inputs that tell (1) the tokens that these config fields name from all others (0)."""
-
-ONE_TOKEN_TYPE = {"paligemma"}
-"""Families whose token types tell prompt (0) from answer instead."""
+ONE_A_ROW = {"blip-2", "instructblip"}
+"""Families that cannot do without a picture, nor, in `generate`, with another one in the same row."""
 
 ONCE_A_ROW = {"batch_num_images"}
 """Inputs that have one entry for a row with pictures, not one for a picture."""
 
+INTO_PIXELS = {"image_token_pooling"}
+"""Inputs that count the patches of all pictures."""
 
 FILLERS = {"image_position_ids": -1}
 """What smaller pictures are padded with, where it is not 0."""
 
 
 def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, torch.Tensor]:
-    """The vision inputs of a batch."""
+    """The vision inputs of a batch: the pictures' own, concatenated, smaller ones padded."""
     first = next((picture for row in rows for picture in row), None)
     if first is None:
         return {}
@@ -311,8 +355,9 @@ def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, tor
 def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     collected: dict[str, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
+        before = sum(pixels.shape[:2].numel() for pixels in collected["pixel_values"])
         for name, value in part.items():
-            collected[name].append(value)
+            collected[name].append(value + before if name in INTO_PIXELS else value)
     joined = {}
     for name, values in collected.items():
         largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
@@ -324,57 +369,3 @@ def _pad(value: torch.Tensor, sizes: list[int], filler: int) -> torch.Tensor:
     """Grow all but the first dimension."""
     missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
     return F.pad(value, [amount for more in reversed(missing) for amount in (0, more)], value=filler)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Tokens around a picture's placeholders: names of config fields, or of marks that have none.
-
-    Attributes:
-        before: ahead of the picture.
-        lead: ahead of each segment.
-        between: between two segments.
-        after: behind the picture.
-    """
-
-    before: tuple[str, ...] = ()
-    lead: tuple[str, ...] = ()
-    between: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.before + self.lead + self.between + self.after
-
-
-_FAKE = Frame(lead=("fake", "place"), after=("fake",))
-
-FRAMES: dict[str, Frame] = {
-    "aya_vision": Frame(before=("start",), lead=("tile",), after=("end",)),
-    "fuyu": Frame(between=("newline",), after=("newline", "beginning")),
-    "idefics3": _FAKE,
-    "internvl": Frame(before=("start",), after=("end",)),
-    "llama4": Frame(before=("boi_token_index",), between=("separator",), after=("eoi_token_index",)),
-    "mistral3": Frame(between=("break",), after=("end",)),
-    "ovis2": Frame(
-        before=("visual_indicator_token_ids.0",),
-        between=("visual_indicator_token_ids.1",),
-        after=("visual_indicator_token_ids.4",),
-    ),
-    "smolvlm": _FAKE,
-}
-"""How families frame a picture, by model_type; the others as `frame_of` says."""
-
-PAIRS = {
-    "vision_start_token_id": "vision_end_token_id",
-    "image_start_token_id": "image_end_token_id",
-    "boi_token_index": "eoi_token_index",
-    "boi_token_id": "eoi_token_id",
-}
-"""Names under which configs keep the tokens that begin and end a picture."""
-
-
-def frame_of(config: PretrainedConfig) -> Frame:
-    """The family's frame; one whose config names tokens that begin and end a picture puts them there."""
-    pairs = (Frame(before=(start,), after=(end,)) for start, end in PAIRS.items() if hasattr(config, start))
-    return FRAMES.get(config.model_type) or next(pairs, Frame())

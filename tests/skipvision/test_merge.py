@@ -5,7 +5,7 @@ import torch
 
 from skipvision import SkipConfig, TokenRole
 from skipvision.merge import assign, merge_tokens
-from skipvision.select import normalised, redundancy
+from skipvision.select import VisualTokens
 from tests.skipvision import naive
 from tests.skipvision.cases import close
 from tests.skipvision.test_plan import Batch
@@ -22,8 +22,8 @@ def matching(method, retained_count, skipped_count, seed=0):
     valid = torch.arange(max(SIZES)) < torch.tensor(SIZES)[:, None]
     retained = (torch.rand(valid.shape, generator=generator).argsort(dim=1) < retained_count) & valid
     skipped = torch.tensor([skipped_count] * len(SIZES)).minimum((valid & ~retained).sum(dim=1))
-    unit = normalised(features, valid)
-    return features, valid, retained, assign(unit, redundancy(unit), valid, retained, skipped, method)
+    tokens = VisualTokens(features, valid)
+    return features, valid, retained, assign(tokens.unit, tokens.redundancy, valid, retained, skipped, method)
 
 
 @pytest.mark.parametrize("skipped", [1, 3, 8, 16])

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from skipvision import ConfigError, InputError, SkipConfig, TokenPlan, TokenRole
 from skipvision.images import Images
 from skipvision.planning import make_plan
+from skipvision.select import VisualTokens
 from tests.skipvision import naive
 from tests.skipvision.cases import CONFIGS, always_new, same_every_time
 
@@ -45,7 +46,8 @@ class Batch:
         return self.longest - self.lengths[row] if self.padding == "left" else 0
 
     def plan(self, config) -> TokenPlan:
-        return make_plan(self.located.take(self.embeds), self.located, self.mask, config)
+        tokens = VisualTokens(self.located.take(self.embeds), self.located.valid)
+        return make_plan(tokens, self.located, self.mask, config)
 
     def expected(self, config):
         """For each row the naive tokens and landings, positions shifted to the padded row."""

@@ -122,5 +122,5 @@ def test_signatures():
     assert {"images", "text_tokens", "new_tokens"} <= parameters.keys()
     for options in list(parameters.values())[2:]:
         assert options.kind is inspect.Parameter.KEYWORD_ONLY
-    assert list(inspect.signature(skipvision.save_adapter).parameters) == ["model", "folder"]
+    assert list(inspect.signature(skipvision.save_adapter).parameters) == ["model", "folder", "name"]
     assert list(inspect.signature(skipvision.load_adapter).parameters)[:2] == ["model", "folder"]

@@ -7,7 +7,7 @@ import torch
 
 from skipvision import SkipConfig
 from skipvision.probe import ffn_ratio
-from skipvision.select import CRITERIA, redundancy, top
+from skipvision.select import CRITERIA, VisualTokens, top
 from skipvision.testing import tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import ROWS, close
@@ -27,7 +27,7 @@ def ragged(sizes=SIZES, width=6, seed=1, dtype=torch.float64):
 
 def retained_by(select, features, valid, counts, seed=0):
     counts = torch.tensor(counts)
-    return top(CRITERIA[select](features, valid, counts, seed), valid, counts)
+    return top(CRITERIA[select](VisualTokens(features, valid), counts, seed), valid, counts)
 
 
 @pytest.mark.parametrize("amount", RETAINED)
@@ -43,10 +43,9 @@ def test_each_criterion_is_its_loop(select, amount):
 
 
 def test_redundancy_is_the_sum_of_cosines():
-    features, _ = ragged([9])
-    unit = features / features.norm(dim=-1, keepdim=True)
+    features, valid = ragged([9])
     expected = naive.redundancy(features[0].tolist())
-    close(redundancy(unit)[0], torch.tensor(expected, dtype=torch.float64))
+    close(VisualTokens(features, valid).redundancy[0], torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("select", CRITERIA)
@@ -87,8 +86,8 @@ def test_random_draws_more_by_adding_to_what_it_drew():
 
 
 def test_random_orders_a_smaller_image_like_the_beginning_of_a_larger_one():
-    large = CRITERIA["random"](*ragged([100]), torch.tensor([1]), 4)
-    small = CRITERIA["random"](*ragged([37]), torch.tensor([1]), 4)
+    large = CRITERIA["random"](VisualTokens(*ragged([100])), torch.tensor([1]), 4)
+    small = CRITERIA["random"](VisualTokens(*ragged([37])), torch.tensor([1]), 4)
     assert torch.equal(large[:, :37], small)
 
 
@@ -108,7 +107,7 @@ def test_half_precision_features_are_judged_in_full_precision(select):
 @pytest.mark.parametrize("select", CRITERIA)
 def test_choosing_keeps_no_gradient(select):
     features, valid = ragged()
-    scores = CRITERIA[select](features.requires_grad_(), valid, torch.tensor([5, 3, 1, 4]), 0)
+    scores = CRITERIA[select](VisualTokens(features.requires_grad_(), valid), torch.tensor([5, 3, 1, 4]), 0)
     assert not scores.requires_grad
 
 
@@ -147,7 +146,7 @@ def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
         for n, layer in enumerate(decoder.layers)
     ]
     call = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
-    got = ffn_ratio(decoder, probe_layer, decoder.layers[probe_layer].mlp, call)
+    got = ffn_ratio(decoder, decoder.layers[probe_layer], decoder.layers[probe_layer].mlp, call)
     for handle in handles:
         handle.remove()
     assert layers_run == list(range(probe_layer + 1)), "what lies behind need not be computed"

@@ -1,0 +1,59 @@
+"""The library's command line: ``python -m skipvision families``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+
+import transformers
+
+from skipvision.survey import EVERY, count, lines, markdown, survey
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command."""
+    parser = argparse.ArgumentParser(prog="python -m skipvision", description="Skip-Vision's command line.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    families = commands.add_parser(
+        "families",
+        help="try every model family of the installed transformers, and say which are supported",
+        description="Try each image-text-to-text family of the installed transformers on a tiny random model, "
+        "and say whether it is supported and what it is like, or why it is not. All take about a minute.",
+    )
+    families.add_argument("names", nargs="*", metavar="NAME", help="model_type of a family (default: all)")
+    form = families.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a list of objects")
+    form.add_argument("--markdown", action="store_true", help="print the tables of docs/families.md")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in EVERY]
+    if unknown:
+        families.error("; ".join(map(_no_such_family, unknown)))
+    _families(options.names or EVERY, options.json, options.markdown)
+
+
+def _no_such_family(name: str) -> str:
+    close = get_close_matches(name, EVERY)
+    near = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(EVERY)}"
+    return f"no family {name!r} in transformers {transformers.__version__}: {near}"
+
+
+def _families(names: Sequence[str], as_json: bool, as_markdown: bool) -> None:
+    transformers.logging.set_verbosity_error()
+    findings = []
+    for number, name in enumerate(names, start=1):
+        print(f"{number}/{len(names)} {name}", file=sys.stderr)
+        findings.append(survey(name))
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    elif as_markdown:
+        print(markdown(findings), end="")
+    else:
+        print(*lines(findings), f"{count(findings)}.", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

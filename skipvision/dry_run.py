@@ -1,0 +1,60 @@
+"""Run a model without its values: floating-point tensors are shapes alone, integers and booleans are real.
+
+Integers are what the meta device lacks by itself: image grids, masks and routing decide what is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_META = torch.device("meta")
+
+
+class DryRun(TorchDispatchMode):
+    """While it is on, the meta device holds floating-point tensors only; all others are on the CPU.
+
+    Where an integer is asked of a tensor without values (the best experts' numbers, say), zeros are asked.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") != _META and not any(_is_meta(leaf) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        try:
+            shapes = func(*_without_values(args), **_without_values(kwargs))
+            if all(leaf is None or _may_be_meta(leaf) for leaf in tree_leaves(shapes)):
+                return shapes
+        except RuntimeError:
+            pass  # What depends on values has no shape without them.
+        if kwargs.get("device") == _META:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return tree_map_only(torch.Tensor, _to_meta, func(*_as_zeros(args), **_as_zeros(kwargs)))
+
+
+def _is_meta(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_meta
+
+
+def _may_be_meta(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(_META) if _may_be_meta(tensor) else tensor
+
+
+def _without_values(tree: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(_META), tree)
+
+
+def _as_zeros(tree: Any) -> Any:
+    def zeros(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
+
+    return tree_map_only(torch.Tensor, zeros, tree)

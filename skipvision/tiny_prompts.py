@@ -1,0 +1,89 @@
+"""What stands around the placeholders of a picture in a prompt, and which inputs tell them from words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Tokens around a picture's placeholders: names of config fields, or of marks that have none.
+
+    Attributes:
+        before: ahead of the picture.
+        lead: ahead of each segment.
+        between: between two segments.
+        after: behind the picture.
+    """
+
+    before: tuple[str, ...] = ()
+    lead: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.before + self.lead + self.between + self.after
+
+
+_BETWEEN_ENDS = Frame(before=("start",), after=("end",))
+_EACH_NAMED = Frame(lead=("fake", "place"), after=("fake",))
+
+FRAMES: dict[str, Frame] = {
+    "aya_vision": Frame(before=("start",), lead=("tile",), after=("end",)),
+    "cohere2_vision": Frame(before=("start",), between=("break",), after=("break", "end")),
+    "emu3": _BETWEEN_ENDS,
+    "fuyu": Frame(between=("newline",), after=("newline", "beginning")),
+    "granite_docling": _EACH_NAMED,
+    "idefics3": _EACH_NAMED,
+    "inkling_mm_model": Frame(before=("image_bos_token_id",)),
+    "internvl": _BETWEEN_ENDS,
+    "janus": _BETWEEN_ENDS,
+    "lfm2_vl": _BETWEEN_ENDS,
+    "llama4": Frame(before=("boi_token_index",), between=("separator",), after=("eoi_token_index",)),
+    "minicpm_ocr": _BETWEEN_ENDS,
+    "minicpmv4_6": _BETWEEN_ENDS,
+    "minicpmv4_7": _BETWEEN_ENDS,
+    "minimax_m3_vl": _BETWEEN_ENDS,
+    "mistral3": Frame(between=("break",), after=("end",)),
+    "mistral_large4": Frame(between=("break",), after=("end",)),
+    "muse_glimmer": _BETWEEN_ENDS,
+    "muse_spark": _BETWEEN_ENDS,
+    "nemotron_h_omni": _BETWEEN_ENDS,
+    "ovis2": Frame(
+        before=("visual_indicator_token_ids.0",),
+        between=("visual_indicator_token_ids.1",),
+        after=("visual_indicator_token_ids.4",),
+    ),
+    "qianfan_ocr": _BETWEEN_ENDS,
+    "smolvlm": _EACH_NAMED,
+    "step3p7": _BETWEEN_ENDS,
+}
+"""How families frame a picture, by model_type; the others as `frame_of` says."""
+
+PAIRS = {
+    "vision_start_token_id": "vision_end_token_id",
+    "image_start_token_id": "image_end_token_id",
+    "boi_token_index": "eoi_token_index",
+    "boi_token_id": "eoi_token_id",
+}
+"""Names under which configs keep the tokens that begin and end a picture."""
+
+
+def frame_of(config: PretrainedConfig) -> Frame:
+    """The family's frame; one whose config names tokens that begin and end a picture puts them there."""
+    pairs = (Frame(before=(start,), after=(end,)) for start, end in PAIRS.items() if hasattr(config, start))
+    return FRAMES.get(config.model_type) or next(pairs, Frame())
+
+
+TOKEN_TYPES = {
+    "token_type_ids": ("image_token_id",),
+    "mm_token_type_ids": ("image_token_id",),
+    "moe_mm_token_type_ids": ("image_start_token_id", "image_token_id", "image_end_token_id"),
+}
+"""Inputs that tell (1) the tokens that these config fields name from all others (0)."""
+
+ONE_TOKEN_TYPE = {"paligemma"}
+"""Families whose token types tell prompt (0) from answer instead."""
