@@ -1,0 +1,134 @@
+"""Which families are tested in which combinations, with what inputs; and what transformers itself cannot do.
+
+Every test of the matrix takes a family, an attention implementation and a dtype. By default a family is
+tried in one combination, which moves on from family to family, and the most used ones in all four; the
+others are marked slow.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from skipvision import SkipConfig
+from skipvision.tiny_families import tiny_batch, tiny_model
+
+FAMILIES = (
+    "aria",
+    "aya_vision",
+    "cohere2_vision",
+    "cohere_compass",
+    "cosmos3_edge",
+    "cosmos3_omni",
+    "deepseek_ocr2",
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "emu3",
+    "ernie4_5_vl_moe",
+    "exaone4_5",
+    "gemma3",
+    "gemma4",
+    "gemma4_unified",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "glm_ocr",
+    "glmga",
+    "got_ocr2",
+    "hunyuan_vl",
+    "hyperclovax_vision_v2",
+    "idefics2",
+    "idefics3",
+    "internvl",
+    "janus",
+    "kimi_k25",
+    "lfm2_vl",
+    "lighton_ocr",
+    "llama4",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "minimax_m3_vl",
+    "mistral3",
+    "muse_glimmer",
+    "muse_spark",
+    "ovis2",
+    "paddleocr_vl",
+    "paligemma",
+    "pp_chart2table",
+    "qianfan_ocr",
+    "qwen2_5_omni_thinker",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "shieldgemma2",
+    "smolvlm",
+    "step3p7",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+)
+PRIORITY = {"gemma3", "internvl", "llama4", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"}
+COMBINATIONS = [(attention, dtype) for attention in ("sdpa", "eager") for dtype in ("float32", "bfloat16")]
+
+ONLY_FLOAT32 = {
+    "aria",
+    "deepseek_ocr2",
+    "ernie4_5_vl_moe",
+    "glm4v_moe",
+    "kimi_k25",
+    "minimax_m3_vl",
+    "muse_spark",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl_moe",
+    "step3p7",
+}
+"""Their experts' grouped product has no float64 on CPU."""
+ONLY_EAGER = {"got_ocr2", "pp_chart2table"}
+"""Their towers have no SDPA."""
+BEAMS_INTERLEAVE = {"glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"}
+"""With beams, transformers mixes up the images of a row that has several."""
+BEAMS_LOSE_IMAGES = {"llama4"}
+"""With beams, transformers has as many images as rows, and no more."""
+NUMBERS_IMAGES_ACROSS_ROWS = {"hunyuan_vl"}
+"""One axis of its positions is an image's number in the batch, so a row's depend on the rows above."""
+TOLERANCE = 1e-4
+"""How far hidden states, which are about 1, may be apart in float32."""
+
+ROWS = [[3, "image", 24], [5], [2, "image", 2, "small image", 12, "large image", 3]]
+"""One image, none, three of different sizes; both longer than the windows and chunks of tiny models (20)."""
+
+MERGING = SkipConfig(retained=0.4, skipped=0.3, select="norm", summary_tokens=2)
+DROPPING = SkipConfig(retained=0.4, skipped=0.3, select="norm", merge="drop", summary_tokens=0)
+
+
+def combinations(*, turn: int = 0, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Any:
+    """Parametrise a test by family, attention and dtype; ``turn`` moves each family's own combination on."""
+    return pytest.mark.parametrize(("family", "attention", "dtype"), list(_cases(turn, dtypes)))
+
+
+def _cases(turn: int, dtypes: tuple[str, ...]) -> Iterator[Any]:
+    for number, family in enumerate(FAMILIES):
+        offered = [
+            (attention, dtype)
+            for attention, dtype in COMBINATIONS
+            if dtype in dtypes and not (attention == "sdpa" and family in ONLY_EAGER)
+        ]
+        for place, (attention, dtype) in enumerate(offered):
+            sampled = family in PRIORITY or place == (number + turn) % len(offered)
+            marks = [] if sampled else [pytest.mark.slow]
+            yield pytest.param(family, attention, dtype, marks=marks, id=f"{family}-{attention}-{dtype}")
+
+
+@functools.cache
+def model_of(family: str, attention: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """One model for all tests; they leave it as it was."""
+    return tiny_model(family, dtype=getattr(torch, dtype), attention=attention)

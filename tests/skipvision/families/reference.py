@@ -1,0 +1,352 @@
+"""What Skip-Vision should compute, by a family's untouched decoder at full length.
+
+Nothing leaves the sequence here. The untouched model makes the same calls as the one with Skip-Vision on
+it, and what it hands to its decoder is written down: embeddings, positions, who sees whom in every layer.
+The decoder then runs once over all of it, with dropped and merged columns hidden from everybody, skipped
+ones hidden from later calls, FFN outputs of skipped ones set to zero, and summaries as further columns.
+Windows, chunks, two-way images, M-RoPE and DeepStack are so whatever the family makes of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipvision import SkipConfig, TokenPlan, TokenRole
+from skipvision.families import dissect
+
+Run = Callable[[], Any]
+
+
+@dataclass
+class Call:
+    """One call of the decoder: its keywords, and (B, q, past + q) who sees whom in each layer."""
+
+    keywords: dict[str, Any]
+    seen: list[torch.Tensor]
+
+
+@dataclass
+class Seen:
+    """All calls of an untouched decoder as one: T columns.
+
+    Attributes:
+        keywords: those of the first call.
+        embeds: (B, T, H).
+        positions: (…, B, T).
+        call: (T,) number of the call that brought each column.
+        layers: (B, T, T) for each layer, True where a query (second axis) sees a key (third).
+        deep: DeepStack features at their columns, zero elsewhere; (B, T, H) for each layer that has some.
+        visual: (B, T) columns that have DeepStack features.
+        others: further keywords of one entry a column, (B, T, …) each.
+    """
+
+    keywords: dict[str, Any]
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    call: torch.Tensor
+    layers: list[torch.Tensor]
+    deep: list[torch.Tensor]
+    visual: torch.Tensor
+    others: dict[str, torch.Tensor]
+
+
+@dataclass
+class Summary:
+    """A summary token: the k-th of its group, in row ``row``, seen as if it stood at ``place``."""
+
+    row: int
+    place: int
+    behind: int
+    """Last column of its image that stays: the summary comes next."""
+    call: int
+    k: int
+    members: list[int]
+
+
+@dataclass
+class Fate:
+    """What plans say, in columns of all calls: where each ends in (−1: dropped), which skip, summaries."""
+
+    host: torch.Tensor
+    short: torch.Tensor
+    summaries: list[Summary]
+
+
+@torch.no_grad()
+def watch(model: nn.Module, run: Run) -> Seen:
+    """What an untouched model hands to its decoder."""
+    anatomy = dissect(model)
+    calls: list[Call] = []
+
+    def begin(decoder: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
+        calls.append(Call(dict(keywords), []))
+
+    def note(attention: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
+        past = sum(call.keywords["inputs_embeds"].shape[1] for call in calls[:-1])
+        shape = calls[-1].keywords["inputs_embeds"].shape[:2]
+        calls[-1].seen.append(_seen(keywords["attention_mask"], *shape, past))
+
+    handles = [anatomy.decoder.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [
+        layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in anatomy.layers
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _joined(calls)
+
+
+def _seen(mask: torch.Tensor | None, rows: int, new: int, past: int) -> torch.Tensor:
+    """(B, new, past + new) booleans of an attention mask; one over fewer keys is over the last ones."""
+    if mask is None:  # what SDPA takes for "all that came before"
+        return torch.ones(rows, new, past + new, dtype=torch.bool).tril(past)
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    assert seen.shape[1] == 1, "one mask for all heads"
+    seen = seen[:, 0].expand(rows, -1, -1)
+    unseen = seen.new_zeros(rows, new, past + new - seen.shape[2])
+    return torch.cat([unseen, seen], dim=2)
+
+
+def _joined(calls: list[Call]) -> Seen:
+    embeds = [call.keywords["inputs_embeds"] for call in calls]
+    rows, total = len(embeds[0]), sum(part.shape[1] for part in embeds)
+    first = calls[0].keywords
+    positions, visual, begin = [], [], 0
+    deep = [torch.zeros(rows, total, part.shape[-1], dtype=part.dtype) for part in _deep(first)]
+    layers = [torch.zeros(rows, total, total, dtype=torch.bool) for _ in calls[0].seen]
+    for call, part in zip(calls, embeds, strict=True):
+        end = begin + part.shape[1]
+        given = call.keywords.get("position_ids")
+        if given is None:
+            given = torch.arange(begin, end)[None]
+        positions.append(given.expand(*given.shape[:-2], rows, -1))
+        for layer, seen in zip(layers, call.seen, strict=True):
+            layer[:, begin:end, :end] = seen
+        visual.append(torch.zeros(part.shape[:2], dtype=torch.bool))
+        for whole, features in zip(deep, _deep(call.keywords), strict=False):
+            visual[-1] = call.keywords["visual_pos_masks"]
+            whole[:, begin:end][visual[-1]] = features
+        begin = end
+    return Seen(
+        first,
+        torch.cat(embeds, dim=1),
+        torch.cat(_alike(positions), dim=-1),
+        torch.cat([torch.full((part.shape[1],), number) for number, part in enumerate(embeds)]),
+        layers,
+        deep,
+        torch.cat(visual, dim=1),
+        _others(calls, embeds),
+    )
+
+
+def _alike(positions: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Positions of all calls with as many axes as the first."""
+    shape = positions[0].shape[:-1]
+    return [part.expand(*shape, -1) for part in positions]
+
+
+def _deep(keywords: dict[str, Any]) -> list[torch.Tensor]:
+    return keywords.get("deepstack_visual_embeds") or []
+
+
+def _others(calls: list[Call], embeds: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    named = {"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks"}
+    others: dict[str, torch.Tensor] = {}
+    for name, value in calls[0].keywords.items():
+        if isinstance(value, torch.Tensor) and value.shape[:2] == embeds[0].shape[:2] and name not in named:
+            # A later call that leaves it out has text only, which is what zeros say.
+            parts = [
+                value.new_zeros(*part.shape[:2], *value.shape[2:])
+                if call.keywords.get(name) is None
+                else call.keywords[name]
+                for call, part in zip(calls, embeds, strict=True)
+            ]
+            others[name] = torch.cat(parts, dim=1)
+    return others
+
+
+def decide(plans: list[TokenPlan | None], seen: Seen) -> Fate:
+    """The plans of all calls, said of columns."""
+    rows, total = seen.embeds.shape[:2]
+    host = torch.arange(total).repeat(rows, 1)
+    short = torch.zeros(rows, total, dtype=torch.bool)
+    summaries: list[Summary] = []
+    for number, plan in enumerate(plans):
+        if plan is None:
+            continue
+        begin = int((seen.call < number).sum())
+        for row in range(rows):
+            _decide_row(plan, row, number, begin, host[row], short[row], summaries)
+    return Fate(host, short, summaries)
+
+
+def _decide_row(
+    plan: TokenPlan,
+    row: int,
+    call: int,
+    begin: int,
+    host: torch.Tensor,
+    short: torch.Tensor,
+    summaries: list[Summary],
+) -> None:
+    source, group = plan.source[row].tolist(), plan.group[row].tolist()
+    for column, into in enumerate(plan.merged_into[row].tolist()):
+        host[begin + column] = begin + source[into] if into >= 0 else -1
+    members: dict[int, list[int]] = {}
+    for index, role in enumerate(plan.roles[row].tolist()):
+        if role == TokenRole.SKIPPED:
+            short[begin + source[index]] = True
+        if group[index] >= 0:
+            members.setdefault(group[index], []).append(begin + source[index])
+    for index, slot in enumerate(plan.summary_slot[row].tolist()):
+        if slot >= 0:
+            own, k = divmod(slot, plan.summary_tokens)
+            image = members.get(own, []) + members.get(own ^ 1, [])
+            place = begin + int(plan.position_source[row, index])
+            assert place == max(members[own]), "the last of its group"
+            summaries.append(Summary(row, place, max(image), call, k, members[own]))
+
+
+@torch.no_grad()
+def hidden_states(
+    model: nn.Module, seen: Seen, fate: Fate, config: SkipConfig, summary: nn.Module | None
+) -> torch.Tensor:
+    """(B, T, H) that the full-length decoder computes; each column has the state of what it ended in."""
+    rows, total = seen.embeds.shape[:2]
+    columns = _summary_columns(fate, rows)
+    width = total + max(map(len, columns))
+    places = torch.cat([torch.arange(total).repeat(rows, 1), torch.zeros(rows, width - total).long()], dim=1)
+    takes_ffn = torch.ones(rows, width, dtype=torch.bool)
+    takes_ffn[:, :total] = ~fate.short if config.skip_ffn else True
+    for row, own in enumerate(columns):
+        for column, one in enumerate(own):
+            places[row, total + column] = one.place
+
+    def extended(values: torch.Tensor) -> torch.Tensor:
+        """A summary takes what the token it stands at has."""
+        index = places.view(rows, width, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
+        return values.gather(1, index)
+
+    embeds = extended(_merged(seen.embeds, fate.host))
+    for row, own in enumerate(columns):
+        for column, one in enumerate(own):
+            embeds[row, total + column] = _summarised(embeds[row, one.members], summary)[one.k]
+    visual = torch.cat([seen.visual, seen.visual.new_zeros(rows, width - total)], dim=1)
+    keywords = {
+        **{name: value for name, value in seen.keywords.items() if name != "past_key_values"},
+        **{name: extended(value) for name, value in seen.others.items()},
+        "inputs_embeds": embeds,
+        "position_ids": torch.take_along_dim(
+            seen.positions, places.expand(*seen.positions.shape[:-2], -1, -1), dim=-1
+        ),
+        "attention_mask": _placeholder(seen.keywords.get("attention_mask"), rows, width),
+        "use_cache": False,
+    }
+    if seen.deep:
+        merged = [extended(_merged(features, fate.host))[visual] for features in seen.deep]
+        keywords |= {"visual_pos_masks": visual, "deepstack_visual_embeds": merged}
+    masks = [_mask(layer, seen.call, fate, columns, config) for layer in seen.layers]
+    output = _run(model, keywords, masks, takes_ffn)[:, :total]
+    states = torch.take_along_dim(output, fate.host.clamp(min=0)[..., None], dim=1)
+    return states.masked_fill((fate.host < 0)[..., None], 0)
+
+
+def _summary_columns(fate: Fate, rows: int) -> list[list[Summary]]:
+    return [[one for one in fate.summaries if one.row == row] for row in range(rows)]
+
+
+def _merged(values: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+    """The mean of all that ended in a column, in its place."""
+    merged = values.clone()
+    for row, ends in enumerate(host.tolist()):
+        guests: dict[int, list[int]] = {}
+        for column, end in enumerate(ends):
+            guests.setdefault(end, []).append(column)
+        for end, own in guests.items():
+            if end >= 0 and len(own) > 1:
+                wide = torch.promote_types(values.dtype, torch.float32)
+                merged[row, end] = values[row, own].to(wide).mean(dim=0).to(values.dtype)
+    return merged
+
+
+def _summarised(tokens: torch.Tensor, summary: Any) -> torch.Tensor:
+    """(K, H) weighted sums of a group's (n, H) tokens."""
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    weights = summary.score(summary.norm(tokens.to(summary.norm.weight.dtype))).to(wide).softmax(dim=0)
+    return (weights.T @ tokens.to(wide)).to(tokens.dtype)
+
+
+def _mask(
+    layer: torch.Tensor, call: torch.Tensor, fate: Fate, columns: list[list[Summary]], config: SkipConfig
+) -> torch.Tensor:
+    """(B, W, W) who sees whom among the T columns and the summaries behind them."""
+    rows, total = fate.host.shape
+    width = total + max(map(len, columns))
+    whole = torch.zeros(rows, width, width, dtype=torch.bool)
+    for row, own in enumerate(columns):
+        seen, stays = layer[row], fate.host[row] == torch.arange(total)
+        forgotten = fate.short[row] & (call[:, None] > call) if config.skip_kv else torch.tensor(False)
+        whole[row, :total, :total] = seen & stays & ~forgotten
+        for column, one in enumerate(own, start=total):
+            for other in range(total):
+                # Seen like the token whose place it has; what stands behind it, only where that is two-way.
+                two_way = bool(seen[one.place, other] & seen[other, one.place]) and other != one.place
+                earlier, later = one.behind >= other, one.behind < other
+                if stays[other] and not (config.skip_kv and fate.short[row, other] and one.call > call[other]):
+                    near = seen[one.place, other] | seen[other, one.place]
+                    whole[row, column, other] = near if earlier else two_way
+                whole[row, other, column] = seen[other, one.place] if later else two_way
+            for further, another in enumerate(own, start=total):
+                near = seen[one.place, another.place] | seen[another.place, one.place]
+                two_way = seen[one.place, another.place] & seen[another.place, one.place]
+                apart = one.place != another.place
+                whole[row, column, further] = near if further <= column else two_way & apart
+    return whole | torch.eye(width, dtype=torch.bool)
+
+
+def _placeholder(given: Any, rows: int, width: int) -> Any:
+    """What the decoder accepts as attention_mask; every layer gets its own instead of what it makes of it."""
+    if isinstance(given, dict):
+        return dict.fromkeys(given)
+    if given is not None and given.ndim == 4:
+        return torch.ones(rows, 1, width, width, dtype=torch.bool)
+    return torch.ones(rows, width, dtype=torch.long)
+
+
+def _run(
+    model: nn.Module, keywords: dict[str, Any], masks: list[torch.Tensor], takes_ffn: torch.Tensor
+) -> torch.Tensor:
+    anatomy = dissect(model)
+    adds = anatomy.text_config._attn_implementation == "eager"
+
+    def see(mask: torch.Tensor, attention: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        written: torch.Tensor = mask[:, None]
+        if adds:
+            dtype = keywords["inputs_embeds"].dtype
+            written = torch.zeros(written.shape, dtype=dtype).masked_fill(~written, torch.finfo(dtype).min)
+        return args, {**given, "attention_mask": written}
+
+    def silence(mlp: nn.Module, args: Any, output: Any) -> Any:
+        update = output[0] if isinstance(output, tuple) else output
+        silent = update.reshape(*takes_ffn.shape, -1) * takes_ffn[..., None]
+        silent = silent.reshape(update.shape)
+        return (silent, *output[1:]) if isinstance(output, tuple) else silent
+
+    handles = []
+    for layer, mask in zip(anatomy.layers, masks, strict=True):
+        see_own = functools.partial(see, mask)
+        handles.append(layer.attention.register_forward_pre_hook(see_own, with_kwargs=True))
+        handles.append(layer.mlp.register_forward_hook(silence))
+    try:
+        return anatomy.decoder(**keywords).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,63 @@
+"""Calls of a model in tests: what its decoder hands back, and generations that say what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipvision.families import dissect
+
+Batch = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def states_of(model: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor, Any]:
+    """(B, T, H) hidden states that the decoder hands back over all its calls, and what ``run`` returns."""
+    states: list[torch.Tensor] = []
+    handle = dissect(model).decoder.register_forward_hook(
+        lambda decoder, args, output: states.append(output.last_hidden_state)
+    )
+    try:
+        returned = run()
+    finally:
+        handle.remove()
+    return torch.cat(states, dim=1), returned
+
+
+def say(
+    model: Any, batch: Batch, words: torch.Tensor | int, **options: Any
+) -> tuple[torch.Tensor, Any]:
+    """Generate (B, n) given new tokens, or a number of sampled ones; also returns all that generate does."""
+    begin = batch["input_ids"].shape[1]
+    count = words if isinstance(words, int) else words.shape[1]
+    if isinstance(words, torch.Tensor):
+        options["prefix_allowed_tokens_fn"] = lambda row, line: [int(words[row, len(line) - begin])]
+    out = model.generate(
+        **batch,
+        **{"do_sample": isinstance(words, int), **options},
+        max_new_tokens=count,
+        min_new_tokens=count,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[:, begin:], out
+
+
+def labels_of(model: Any, batch: Batch) -> torch.Tensor:
+    """Every real word of a batch as its own label; −100 at images and padding."""
+    words = batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id)
+    return batch["input_ids"].masked_fill(~words, -100)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Equal up to rounding; in bfloat16, where a rounding may change an expert, for the most part."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if actual.dtype == torch.bfloat16:
+        apart = (actual.float() - expected.float()).abs()
+        assert float(apart.median()) < 0.03, f"median difference {float(apart.median()):.3g}"
+        assert float((apart < 0.3).float().mean()) > 0.97, f"differences up to {float(apart.max()):.3g}"
+    else:
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

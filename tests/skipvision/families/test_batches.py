@@ -1,0 +1,49 @@
+"""A row does not depend on its batch: other rows, their images, the side that is padded."""
+
+import torch
+
+from skipvision import SkipConfig, attach
+from skipvision.tiny_families import tiny_batch
+from tests.skipvision.cases import train_summary
+from tests.skipvision.families.matrix import (
+    MERGING,
+    NUMBERS_IMAGES_ACROSS_ROWS,
+    ROWS,
+    TOLERANCE,
+    combinations,
+    model_of,
+)
+from tests.skipvision.families.running import close, say, states_of
+
+
+@combinations(dtypes=("float32",))
+def test_a_row_is_as_alone(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    rows = ROWS[2:0:-1] if family in NUMBERS_IMAGES_ACROSS_ROWS else ROWS
+    with attach(model, MERGING) as skip:
+        train_summary(skip.summary)
+        batches = {padding: tiny_batch(model, rows, padding=padding) for padding in ("left", "right")}
+        states = {padding: states_of(model, lambda: model(**batch))[0] for padding, batch in batches.items()}
+        said, _ = say(model, batches["left"], 3, do_sample=False)
+        for number, row in enumerate(rows):
+            alone = tiny_batch(model, [row], row_numbers=[number])
+            expected, _ = states_of(model, lambda: model(**alone))
+            for padding, batch in batches.items():
+                real = batch["attention_mask"][number].bool()
+                close(states[padding][number, real], expected[0], TOLERANCE)
+            assert torch.equal(say(model, alone, 3, do_sample=False)[0][0], said[number])
+
+
+@combinations(turn=1, dtypes=("float32",))
+def test_images_with_fewer_tokens_than_asked_keep_them_all(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    batch = tiny_batch(model, ROWS)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with attach(model, SkipConfig(retained=1000, skipped=7, summary_tokens=0)) as skip:
+            assert torch.equal(model(**batch).logits, plain)
+            assert skip.plan.is_identity
+        with attach(model, SkipConfig(retained=5, skipped=1000, summary_tokens=0)) as skip:
+            model(**batch)
+            assert skip.plan.removed.tolist() == [0, 0, 0]
+            assert not skip.plan.is_identity

@@ -1,0 +1,86 @@
+"""Decoding on a pruned cache is decoding on the full one with masked keys, in every family."""
+
+from __future__ import annotations
+
+import torch
+
+from skipvision import attach
+from skipvision.tiny_families import tiny_batch
+from tests.skipvision.cases import train_summary
+from tests.skipvision.families import reference
+from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, TOLERANCE, combinations, model_of
+from tests.skipvision.families.running import close, say, states_of
+
+
+def compare(model, config, converse):
+    """The states of all tokens behind the first prompt; ``converse`` takes what to say in each turn."""
+    with attach(model, config) as skip:
+        train_summary(skip.summary)
+        torch.manual_seed(0)
+        got, words = states_of(model, lambda: converse([4, 3]))
+        assert not skip.plan.is_identity
+    seen = reference.watch(model, lambda: converse(words))
+    fate = reference.decide([skip.plan], seen)
+    expected = reference.hidden_states(model, seen, fate, config, skip.summary)
+    prompt = skip.plan.merged_into.shape[1]
+    close(got[:, prompt:], expected[:, prompt:], TOLERANCE)
+    return got[:, prompt:]
+
+
+@combinations(turn=1)
+def test_pruned_decoding_is_masked_decoding(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    batch = tiny_batch(model, ROWS)
+
+    def converse(turns):
+        return [say(model, batch, turns[0])[0]]
+
+    remembering = MERGING.model_copy(update={"skip_kv": False})
+    forgetful, complete = (compare(model, config, converse) for config in (MERGING, remembering))
+    assert not torch.equal(forgetful, complete)
+
+
+@combinations(turn=2)
+def test_a_second_turn_behind_a_pruned_cache(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    batch = tiny_batch(model, ROWS)
+    question = tiny_batch(model, [[25]] * len(ROWS), seed=1)["input_ids"]
+
+    def converse(turns):
+        words, out = say(model, batch, turns[0])
+        # What was said last is not in the cache.
+        ids = torch.cat([words[:, -1:], question], dim=1)
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(words), torch.ones_like(question)], dim=1)
+        second = {"input_ids": ids, "attention_mask": mask}
+        return [words, say(model, second, turns[1], past_key_values=out.past_key_values)[0]]
+
+    compare(model, DROPPING, converse)
+    compare(model, MERGING, converse)
+
+
+@combinations(turn=3, dtypes=("float32",))
+@torch.no_grad()
+def test_a_second_turn_with_another_image(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    first, second = tiny_batch(model, [[3, "image", 25]]), tiny_batch(model, [[2, "image", 24]], seed=1)
+    whole = tiny_batch(model, [[3, "image", 25, 2, "image", 24]])
+    begin, end = first["input_ids"].shape[1], first["input_ids"].shape[1] + second["input_ids"].shape[1]
+    positions = reference.watch(model, lambda: model(**whole)).positions
+    if positions.ndim == 2:
+        positions = torch.arange(end)[None]
+    assert positions.shape[-1] == end
+    second["attention_mask"] = torch.ones(1, end, dtype=torch.long)
+    plans = []
+
+    def run():
+        cache = model(**first, use_cache=True).past_key_values
+        plans.append(skip.plan)
+        return model(**second, position_ids=positions[..., begin:], past_key_values=cache, use_cache=True)
+
+    with attach(model, MERGING) as skip:
+        train_summary(skip.summary)
+        got, _ = states_of(model, run)
+        plans.append(skip.plan)
+    seen = reference.watch(model, run)
+    fate = reference.decide(plans[:2], seen)
+    close(got, reference.hidden_states(model, seen, fate, MERGING, skip.summary), TOLERANCE)

@@ -1,0 +1,41 @@
+"""Nothing skipped is the untouched model, bit for bit, in every family."""
+
+import torch
+
+from skipvision import SkipConfig, attach
+from skipvision.tiny_families import tiny_batch
+from tests.skipvision.families.matrix import ROWS, combinations, model_of
+from tests.skipvision.families.running import labels_of
+
+
+def everything(model, batch):
+    """Loss, logits, all gradients; what is generated, from which scores, and the cache that is left."""
+    out = model(**batch, labels=labels_of(model, batch), use_cache=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(out.loss, trained, allow_unused=True)
+    said = model.generate(
+        **batch,
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    cached = [(layer.keys, layer.values) for layer in said.past_key_values.layers]
+    return [out.loss, out.logits, *gradients, said.sequences, *said.scores, *sum(cached, ())]
+
+
+def same(actual, expected):
+    return actual is expected if expected is None else torch.equal(actual, expected)
+
+
+@combinations()
+def test_nothing_skipped_is_the_untouched_model(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    batch = tiny_batch(model, ROWS)
+    expected = everything(model, batch)
+    with attach(model, SkipConfig.full()) as skip:
+        actual = everything(model, batch)
+        assert skip.plan.is_identity
+    assert len(actual) == len(expected)
+    assert all(map(same, actual, expected))
