@@ -92,10 +92,10 @@ class Worker:
             if every and done % every == 0 and done < self.work.steps:
                 self._evaluate(done)
             self.progress.start(done)
-        evaluation = self._evaluate(done)
         if self.rank == 0:
+            # Before the evaluation, which opens images that may have become unreadable.
             sv.save_adapter(self.learner.model, self.work.adapter)
-        return {**self.progress.summary(), **evaluation}
+        return {**self.progress.summary(), **self._evaluate(done)}
 
     # ------------------------------------------------------------------------------------- steps
 

@@ -6,6 +6,7 @@ Nothing here knows of Ray; with ``torch.distributed`` running, all workers act a
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -74,7 +75,7 @@ def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
             # PEFT still asks transformers by an old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model = peft.get_peft_model(base, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(f"lora.target_modules = {config.lora.target_modules}: {error}") from error
     if config.skip is not None:
         sv.attach(model, config.skip)

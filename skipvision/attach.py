@@ -63,6 +63,8 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, config: SkipConfig) -> None:
+        if not isinstance(config, SkipConfig):
+            raise ConfigError(f"config is a {type(config).__name__}, {config!r}: pass a SkipConfig")
         anatomy = dissect(model)
         if hasattr(anatomy.decoder, _ATTACHMENT):
             raise ConfigError(

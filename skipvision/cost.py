@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from skipvision import unit_costs
 from skipvision.config import SkipConfig
+from skipvision.errors import ConfigError
 from skipvision.unit_costs import Design
 
 
@@ -98,7 +99,11 @@ def predict_cost(
 
     Raises:
         UnsupportedModelError: no such family, or one that Skip-Vision does not support.
+        ConfigError: a number of tokens, images or ranks that there cannot be.
     """
+    _check_counts(images=images, text_tokens=text_tokens, new_tokens=new_tokens, lora_rank=lora_rank)
+    if visual_tokens is not None:
+        _check_counts(visual_tokens=visual_tokens)
     design = Design.of(model_config)
     encoding, sizes = unit_costs.picture(design, visual_tokens)
     if visual_tokens is not None:
@@ -206,3 +211,9 @@ def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int
         tokens = row.prompt + new
         flops += unit_costs.probe(design, config.probe_layer, rank)(tokens, tokens, tokens)
     return flops
+
+
+def _check_counts(**counts: object) -> None:
+    wrong = [f"{name}={count!r}" for name, count in counts.items() if not isinstance(count, int) or count < 0]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: a whole number, 0 or more, is expected")

@@ -15,6 +15,7 @@ from skipvision import (
     UnsupportedModelError,
     attach,
     attachment_of,
+    predict_cost,
 )
 from skipvision.testing import IMAGE_TOKEN, tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS
@@ -291,3 +292,18 @@ def test_one_root_catches_all():
     assert issubclass(ConfigError, ValueError)
     assert issubclass(InputError, ValueError)
     assert issubclass(UnsupportedModelError, TypeError)
+
+
+def test_a_config_that_is_none(model):
+    detached = tiny_llava()
+    with pytest.raises(ConfigError, match="config is a dict.*pass a SkipConfig"):
+        attach(detached, {"retained": 1})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"images": -1}, {"text_tokens": 1.5}, {"lora_rank": -1}, {"visual_tokens": -3}]
+)
+def test_costs_of_what_there_cannot_be(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"{name}={value}: a whole number"):
+        predict_cost(tiny_llava().config, None, **wrong)

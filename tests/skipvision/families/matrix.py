@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from skipvision import SkipConfig
-from skipvision.tiny_families import tiny_batch, tiny_model
+from skipvision.tiny_families import tiny_model
 
 FAMILIES = (
     "aria",

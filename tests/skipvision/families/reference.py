@@ -93,9 +93,7 @@ def watch(model: nn.Module, run: Run) -> Seen:
         calls[-1].seen.append(_seen(keywords["attention_mask"], *shape, past))
 
     handles = [anatomy.decoder.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [
-        layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in anatomy.layers
-    ]
+    handles += [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in anatomy.layers]
     try:
         run()
     finally:
@@ -300,7 +298,8 @@ def _mask(
                 # Seen like the token whose place it has; what stands behind it, only where that is two-way.
                 two_way = bool(seen[one.place, other] & seen[other, one.place]) and other != one.place
                 earlier, later = one.behind >= other, one.behind < other
-                if stays[other] and not (config.skip_kv and fate.short[row, other] and one.call > call[other]):
+                forgotten = config.skip_kv and fate.short[row, other] and one.call > call[other]
+                if stays[other] and not forgotten:
                     near = seen[one.place, other] | seen[other, one.place]
                     whole[row, column, other] = near if earlier else two_way
                 whole[row, other, column] = seen[other, one.place] if later else two_way

@@ -27,9 +27,7 @@ def states_of(model: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor, A
     return torch.cat(states, dim=1), returned
 
 
-def say(
-    model: Any, batch: Batch, words: torch.Tensor | int, **options: Any
-) -> tuple[torch.Tensor, Any]:
+def say(model: Any, batch: Batch, words: torch.Tensor | int, **options: Any) -> tuple[torch.Tensor, Any]:
     """Generate (B, n) given new tokens, or a number of sampled ones; also returns all that generate does."""
     begin = batch["input_ids"].shape[1]
     count = words if isinstance(words, int) else words.shape[1]

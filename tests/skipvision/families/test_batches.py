@@ -1,5 +1,7 @@
 """A row does not depend on its batch: other rows, their images, the side that is padded."""
 
+from functools import partial
+
 import torch
 
 from skipvision import SkipConfig, attach
@@ -23,11 +25,11 @@ def test_a_row_is_as_alone(family, attention, dtype):
     with attach(model, MERGING) as skip:
         train_summary(skip.summary)
         batches = {padding: tiny_batch(model, rows, padding=padding) for padding in ("left", "right")}
-        states = {padding: states_of(model, lambda: model(**batch))[0] for padding, batch in batches.items()}
+        states = {padding: states_of(model, partial(model, **batch))[0] for padding, batch in batches.items()}
         said, _ = say(model, batches["left"], 3, do_sample=False)
         for number, row in enumerate(rows):
             alone = tiny_batch(model, [row], row_numbers=[number])
-            expected, _ = states_of(model, lambda: model(**alone))
+            expected, _ = states_of(model, partial(model, **alone))
             for padding, batch in batches.items():
                 real = batch["attention_mask"][number].bool()
                 close(states[padding][number, real], expected[0], TOLERANCE)

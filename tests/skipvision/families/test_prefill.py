@@ -1,7 +1,6 @@
 """A reduced forward pass is the full-length one with masks, in every family."""
 
 import pytest
-import torch
 
 from skipvision import SkipConfig, attach
 from skipvision.tiny_families import tiny_batch
