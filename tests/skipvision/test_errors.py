@@ -296,7 +296,7 @@ def test_one_root_catches_all():
 
 def test_a_config_that_is_none(model):
     detached = tiny_llava()
-    with pytest.raises(ConfigError, match="config is a dict.*pass a SkipConfig"):
+    with pytest.raises(ConfigError, match=r"config is a dict.*pass a SkipConfig"):
         attach(detached, {"retained": 1})
 
 
