@@ -67,7 +67,7 @@ def keep_in_step(*models):
 
     for model in models:
         for layer in attachment_of(model)._anatomy.layers:
-            layer.self_attn.register_forward_hook(wait)
+            layer.attention.register_forward_hook(wait)
 
 
 # -------------------------------------------------------------------------------------- threads
