@@ -212,8 +212,9 @@ class Attachment:
     def _scores(self, decoder: nn.Module, kwargs: dict[str, Any], images: Images) -> torch.Tensor | None:
         if self.config.select != "ffn_ratio":
             return None
-        layer = self._anatomy.layers[self.config.probe_layer]
-        return images.take(ffn_ratio(decoder, layer, kwargs))
+        probed = self._anatomy.layers[: self.config.probe_layer + 1]
+        _check_probing(probed)
+        return images.take(ffn_ratio(decoder, probed[-1], kwargs))
 
     def _positions(
         self, position_ids: torch.Tensor | None, plan: TokenPlan, mask: torch.Tensor, offset: int
@@ -298,6 +299,19 @@ def _check_unsharded(model: nn.Module, config: SkipConfig) -> None:
         raise ConfigError(
             f"{type(late).__name__} is around the model already and would not know the summary layer: attach "
             "before the model is wrapped or sharded, or set summary_tokens=0"
+        )
+
+
+def _check_probing(layers: nn.ModuleList) -> None:
+    """Processes that share the layers must run them equally often, whether they have an image or not."""
+    if not distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in layers.modules()):
+        raise ConfigError(
+            "select='ffn_ratio' runs the first layers once more where there are images, but layers sharded "
+            "by FSDP must run in every process alike: use another select, or shard the model as a whole"
         )
 
 
