@@ -254,8 +254,9 @@ class Attachment:
     def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor | None:
         if self.config.select != "ffn_ratio":
             return None
-        probed = self._anatomy.layers[self.config.probe_layer]
-        return images.take(ffn_ratio(decoder, probed.whole, probed.mlp, call))
+        probed = self._anatomy.layers[: self.config.probe_layer + 1]
+        _check_probing([layer.whole for layer in probed])
+        return images.take(ffn_ratio(decoder, probed[-1].whole, probed[-1].mlp, call))
 
     def _prunable(self, kwargs: dict[str, Any]) -> Any:
         """The call's cache, made or remade so that it can be pruned; refused before the work, not after."""
@@ -358,6 +359,19 @@ def _check_unsharded(model: nn.Module, config: SkipConfig) -> None:
         raise ConfigError(
             f"{type(late).__name__} is around the model already and would not know the summary layer: attach "
             "before the model is wrapped or sharded, or set summary_tokens=0"
+        )
+
+
+def _check_probing(layers: list[nn.Module]) -> None:
+    """Processes that share the layers must run them equally often, whether they have an image or not."""
+    if not distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for layer in layers for module in layer.modules()):
+        raise ConfigError(
+            "select='ffn_ratio' runs the first layers once more where there are images, but layers sharded "
+            "by FSDP must run in every process alike: use another select, or shard the model as a whole"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -101,16 +101,22 @@ def learns_the_same(wrap, rank, rows, *, name="counts", lora=True, use_reentrant
                 )
 
 
-def ddp(model):
-    return DistributedDataParallel(model)
+def ddp(model, **options):
+    return DistributedDataParallel(model, **options)
 
 
-def fsdp(model, *, layers=True):
-    """FSDP2: each decoder layer by itself if so asked, and then the whole model."""
+ddp_as_the_trainer = partial(ddp, find_unused_parameters=True)
+
+
+def fsdp_whole(model):
+    return fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+
+
+def fsdp(model):
+    """FSDP2 as it is meant: each decoder layer by itself, then the rest."""
     mesh = init_device_mesh("cpu", (WORLD,))
-    if layers:
-        for layer in attachment_of(model)._anatomy.layers:
-            fully_shard(layer, mesh=mesh)
+    for layer in attachment_of(model)._anatomy.layers:
+        fully_shard(layer.whole, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -124,6 +130,7 @@ def evaluates_the_same(rank, folder, name="counts"):
 
 def generates_the_same(rank, folder):
     alone, model = build().eval(), fsdp(build().eval())
+    register_fsdp_forward_method(model, "generate")
     inputs = tiny_inputs([[2, "image", 3], [4]], dtype=F64, seed=rank)
     expected = alone.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(
@@ -165,13 +172,14 @@ def attaching_late_is_refused(wrap, rank, folder):
     attach(wrapped, CONFIGS["no-summary"])
 
 
+def probing_sharded_layers_is_refused(rank, folder):
+    model = fsdp(build("ffn-ratio-later"))
+    with pytest.raises(ConfigError, match="use another select, or shard the model as a whole"):
+        model(**batches(BOTH)[1][rank])
+
+
 def learning(wrap, rows, **options):
     return lambda rank, folder: learns_the_same(wrap, rank, rows, **options)
-
-
-def shard_whole(model):
-    mesh = init_device_mesh("cpu", (WORLD,))
-    return fully_shard(model, mesh=mesh)
 
 
 KINDS = {
@@ -182,14 +190,16 @@ KINDS = {
         "selected by FFN ratio": learning(ddp, ONE_WITHOUT, name="ffn-ratio"),
         "checkpointing": learning(ddp, ONE_WITHOUT, use_reentrant=False),
         "re-entrant checkpointing": learning(ddp, ONE_WITHOUT, use_reentrant=True),
-        "without LoRA": learning(ddp, BOTH, lora=False),
+        "as the Trainer wraps": learning(ddp_as_the_trainer, ONE_WITHOUT),
+        "without LoRA": learning(ddp_as_the_trainer, ONE_WITHOUT, lora=False),
         "attaching late": partial(attaching_late_is_refused, ddp),
     },
     "fsdp": {
         "images in both": learning(fsdp, BOTH),
         "no image in one": learning(fsdp, ONE_WITHOUT),
-        "sharded as a whole": learning(shard_whole, ONE_WITHOUT),
-        "selected by FFN ratio": learning(fsdp, ONE_WITHOUT, name="ffn-ratio-later"),
+        "sharded as a whole": learning(fsdp_whole, ONE_WITHOUT),
+        "selected by FFN ratio": learning(fsdp_whole, ONE_WITHOUT, name="ffn-ratio-later"),
+        "selected by FFN ratio of sharded layers": probing_sharded_layers_is_refused,
         "checkpointing": learning(fsdp, ONE_WITHOUT, use_reentrant=False),
         "re-entrant checkpointing": learning(fsdp, ONE_WITHOUT, use_reentrant=True),
         "without LoRA": learning(fsdp, BOTH, lora=False),
@@ -197,7 +207,7 @@ KINDS = {
         "evaluating": evaluates_the_same,
         "generating": generates_the_same,
         "saving": a_sharded_adapter_is_gathered_and_saved,
-        "attaching late": partial(attaching_late_is_refused, shard_whole),
+        "attaching late": partial(attaching_late_is_refused, fsdp_whole),
     },
 }
 
@@ -206,7 +216,7 @@ def work(rank, kind, folder):
     """One process: every scenario of a kind, and a note of how each went."""
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/meet", timeout=timedelta(seconds=60), rank=rank, world_size=WORLD
+        "gloo", f"file://{folder}/meet", timeout=timedelta(seconds=20), rank=rank, world_size=WORLD
     )
     notes = {}
     for name, scenario in KINDS[kind].items():

@@ -144,7 +144,7 @@ def test_training_with_checkpointing_in_two_threads():
 
 def test_behind_a_call_no_plan_is_left_for_a_layer_called_by_itself():
     model = attached()
-    layer = attachment_of(model)._anatomy.layers[0]
+    layer = attachment_of(model)._anatomy.layers[0].whole
     plan_of = logits(model) is not None and attachment_of(model).plan
     hidden = torch.randn(*plan_of.roles.shape, 32, dtype=F64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

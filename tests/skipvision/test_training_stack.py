@@ -137,6 +137,13 @@ def test_loading_says_what_trains(folders, is_trainable):
     assert trainable(model) == (names, names)
 
 
+def test_attached_to_an_adapter_that_does_not_train_the_summary_does_not_either(tmp_path):
+    folder = save_adapter(tuned(config=None), tmp_path / "full")
+    model = load_adapter(tiny_llava(dtype=F64), folder)
+    attach(model, CONFIG)
+    assert trainable(model) == (set(), set())
+
+
 def test_with_adapters_disabled_the_base_models_own_summary_is_used():
     model, base = tuned(), tiny_llava(dtype=F64)
     before = logits(model)
