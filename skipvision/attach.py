@@ -160,7 +160,7 @@ class Attachment:
         if images is None and state is None:
             return None
         if state is not None:
-            call = _on_pruned_cache(outer, call, state, images is not None)
+            call = _on_pruned_cache(call, state, images is not None)
         return (), {**call, _ARRIVAL: _Arrival(call.get("attention_mask"), images, views)}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -201,9 +201,15 @@ class Attachment:
             reduced = decoder.get_submodule(SUMMARY)(reduced, plan)
         if decoded is not None and self.config.skip_kv and cache is not None:
             raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
-        if cache is not None:
-            Entries(whole, place).remember(cache)
         cached = earlier.shape[1]
+        callers = _callers_positions(kwargs.get("position_ids"), mask, cached)
+        positions = self._positions(callers, plan, mask)
+        if cache is not None:
+            shift = _ends(callers, mask) - _ends(positions, plan.attention_mask)
+            if self.config.positions == "original":
+                shift = torch.zeros_like(shift)
+            following = _ends(callers, torch.ones_like(mask)) - shift
+            Entries(whole, place, shift, following).remember(cache)
         written = masks.prefill_mask(
             sight,
             plan,
@@ -218,7 +224,7 @@ class Attachment:
             **_per_token(kwargs, plan),
             "inputs_embeds": reduced,
             "attention_mask": written,
-            "position_ids": self._positions(kwargs.get("position_ids"), plan, mask, cached),
+            "position_ids": positions,
             PLAN_KEYWORD: plan,
         }
 
@@ -269,38 +275,31 @@ class Attachment:
             prunable_layers(cache)
         return cache
 
-    def _positions(
-        self, position_ids: torch.Tensor | None, plan: TokenPlan, mask: torch.Tensor, offset: int
-    ) -> torch.Tensor:
+    def _positions(self, callers: torch.Tensor, plan: TokenPlan, mask: torch.Tensor) -> torch.Tensor:
         """(…, B, L) position ids of the reduced sequence; arbitrary at padding."""
-        rows, length = mask.shape
-        if position_ids is None:
-            position_ids = torch.arange(offset, offset + length, device=mask.device)[None]
-        position_ids = position_ids.expand(*position_ids.shape[:-2], rows, length)
-        if self.config.positions == "original":
-            index = plan.position_source.clamp(min=0).expand(*position_ids.shape[:-2], -1, -1)
-            return torch.take_along_dim(position_ids, index, dim=-1)
-        first = torch.take_along_dim(position_ids, mask.to(torch.uint8).argmax(dim=1, keepdim=True), dim=-1)
-        return (first + plan.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        original = self.config.positions == "original"
+        index = plan.position_source if original else mask.to(torch.uint8).argmax(dim=1, keepdim=True)
+        index = index.clamp(min=0).expand(*callers.shape[:-2], -1, -1)
+        taken = torch.take_along_dim(callers, index, dim=-1)
+        return taken if original else (taken + plan.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
     def _prune(self, cache: Any, plan: TokenPlan) -> None:
         """Compact the cache after prefill and leave on it what later calls must know."""
-        mask, place = Entries.of(cache)
+        mask, place, shift, following = Entries.of(cache)
         state = CacheState.of(cache)
         length = plan.merged_into.shape[1]
         before = mask.shape[1] - length
         keep = torch.cat([mask[:, :before], plan.cache_mask], dim=1)
         reduced_place = torch.take_along_dim(place[:, before:], plan.position_source.clamp(min=0), dim=1)
-        shift = plan.removed if self.config.positions == "contiguous" else torch.zeros_like(plan.removed)
         caller = before
         if state is not None:
             caller = state.caller_length + before - state.mask.shape[1]
-            shift = shift + state.position_shift
+            shift = shift + _of_axes(state.shift, len(shift))
         fed = place.masked_fill(~mask, -1).amax(dim=1) + 1
         kept, index = compact(cache, keep)
         entries = torch.cat([place[:, :before], reduced_place], dim=1)
         places = torch.take_along_dim(entries, index, dim=1)
-        CacheState(kept, caller + length, shift, places, fed).remember(cache)
+        CacheState(kept, caller + length, shift, following, places, fed).remember(cache)
 
 
 def attach(model: nn.Module, config: SkipConfig) -> Attachment:
@@ -392,26 +391,44 @@ def _own_mask(
     return mask[:, cached:].bool(), mask[:, :cached].bool()
 
 
-def _on_pruned_cache(
-    outer: nn.Module, call: dict[str, Any], state: CacheState, images: bool
-) -> dict[str, Any]:
+def _on_pruned_cache(call: dict[str, Any], state: CacheState, images: bool) -> dict[str, Any]:
     """The call's mask and positions in terms of a pruned cache instead of the caller's sequence."""
     tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
     cached, new = call["past_key_values"].get_seq_length(), tokens.shape[1]
     mask = state.extended_mask(cached, new, call.get("attention_mask"))
     positions = call.get("position_ids")
-    if positions is None:
-        begin = state.caller_length + cached - state.mask.shape[1]
-        positions = torch.arange(begin, begin + new, device=mask.device).expand(len(mask), -1)
-        deltas = getattr(outer, "rope_deltas", None)
-        if deltas is not None:
-            if images:
-                raise InputError(
-                    "images behind a pruned cache need position_ids in this family: their positions have "
-                    "three axes and begin where the text before them ended"
-                )
-            positions = (positions + deltas.to(mask.device))[None].expand(3, -1, -1)
-    return {**call, "attention_mask": mask, "position_ids": positions - state.position_shift[:, None]}
+    if positions is not None:
+        shift = _of_axes(state.shift, len(positions) if positions.ndim == 3 else 1)
+        positions = positions - (shift if positions.ndim == 3 else shift[0])[..., None]
+    elif images and len(state.next_position) > 1:
+        raise InputError(
+            "images behind a pruned cache need position_ids in this family: their positions have three axes "
+            "and begin where the text before them ended"
+        )
+    else:
+        later = torch.arange(new, device=mask.device) + cached - state.mask.shape[1]
+        positions = state.next_position[..., None] + later
+        positions = positions if len(positions) > 1 else positions[0]
+    return {**call, "attention_mask": mask, "position_ids": positions}
+
+
+def _callers_positions(position_ids: torch.Tensor | None, mask: torch.Tensor, offset: int) -> torch.Tensor:
+    """(…, B, T) position ids of the caller's sequence, as given or as a decoder makes them."""
+    rows, length = mask.shape
+    if position_ids is None:
+        position_ids = torch.arange(offset, offset + length, device=mask.device)[None]
+    return position_ids.expand(*position_ids.shape[:-2], rows, length)
+
+
+def _ends(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(A, B) position behind the last one of each axis; M-RoPE goes on behind its three axes' last."""
+    ends = positions.reshape(-1, *mask.shape).masked_fill(~mask, -1).amax(dim=2) + 1
+    return torch.cat([ends[:-3], ends[-3:].amax(dim=0).expand_as(ends[-3:])])
+
+
+def _of_axes(values: torch.Tensor, axes: int) -> torch.Tensor:
+    """(A, B) values for another number of axes: M-RoPE has three, behind one that counts tokens or not."""
+    return values[[max(len(values) - axes + axis, 0) for axis in range(axes)]]
 
 
 def _per_token(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:

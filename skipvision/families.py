@@ -29,19 +29,26 @@ class Family:
     Attributes:
         tiles: what the family encodes as several entries side by side (an image cut into tiles, and a
             thumbnail) is one image.
+        rows: what the family encodes as one entry is all the images of a row, each of ``image_seq_len``
+            visual tokens.
         base_view: where the view of the whole image stands among its visual tokens, behind or before
             the high-resolution crops (select="views"); None = there is one view only.
     """
 
     tiles: bool = False
+    rows: bool = False
     base_view: Literal["first", "last"] | None = None
 
 
 FAMILIES: dict[str, Family] = {
     "llava_next": Family(base_view="first"),
     "llava_onevision": Family(base_view="first"),
+    "llava_next_video": Family(base_view="first"),
     "internvl": Family(tiles=True, base_view="last"),
     "qianfan_ocr": Family(tiles=True, base_view="last"),
+    "idefics2": Family(rows=True),
+    "idefics3": Family(rows=True),
+    "smolvlm": Family(rows=True),
 }
 """Families that declare something, by the ``model_type`` of their config."""
 
@@ -176,7 +183,11 @@ def encoded_sizes(outer: nn.Module, call: Mapping[str, Any]) -> list[int]:
 
 
 def _sizes(outer: nn.Module, encoded: Any) -> list[int]:
-    return [len(entry) for entry in _entries(outer, encoded)]
+    sizes = [len(entry) for entry in _entries(outer, encoded)]
+    model: Any = outer
+    if not family_of(model.config).rows:
+        return sizes
+    return [model.image_seq_len] * (sum(sizes) // model.image_seq_len)
 
 
 def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:

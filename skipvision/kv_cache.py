@@ -32,10 +32,13 @@ class Entries(NamedTuple):
     Attributes:
         mask: (B, C + T) real entries of the cache before, and real tokens of the caller.
         place: (B, C + T) their places among the tokens their row was fed.
+        shift, next_position: as in `CacheState`.
     """
 
     mask: torch.Tensor
     place: torch.Tensor
+    shift: torch.Tensor
+    next_position: torch.Tensor
 
     @staticmethod
     def of(cache: Cache) -> Entries:
@@ -57,14 +60,17 @@ class CacheState:
         mask: (B, C) which of the C entries that were cached at prefill are real; later entries are
             the caller's, one to one.
         caller_length: positions the caller had fed when those entries were cached.
-        position_shift: (B,) subtracted from later position ids; zero for positions="original".
+        shift: (A, B) subtracted from later position ids, on each of the A axes that positions have in this
+            family; zero for positions="original".
+        next_position: (A, B) position id, shifted, of the token behind those.
         place: (B, C) place of each entry among the tokens its row was fed, from 0.
         fed: (B,) tokens each row had been fed.
     """
 
     mask: torch.Tensor
     caller_length: int
-    position_shift: torch.Tensor
+    shift: torch.Tensor
+    next_position: torch.Tensor
     place: torch.Tensor
     fed: torch.Tensor
 

@@ -1,0 +1,110 @@
+"""Who is retained in every family: as many as asked of each image, by what the criterion says of each."""
+
+import pytest
+import torch
+
+from skipvision import SkipConfig, TokenRole, attach
+from skipvision.families import dissect
+from skipvision.tiny_families import tiny_batch
+from tests.skipvision.families import reference
+from tests.skipvision.families.matrix import ROWS, combinations, model_of
+
+ALONE = [[2, "image", 3], [1, "small image", 2], ["large image", 4]]
+
+
+@torch.no_grad()
+def plan_of(model, batch, config):
+    with attach(model, config) as skip:
+        model(**batch)
+    return skip.plan
+
+
+def images_of(plan):
+    """For each image its row, its caller positions, and those of them that are retained and skipped."""
+    images = []
+    for number in range(plan.images):
+        row = int((plan.group // 2 == number).any(dim=1).nonzero())
+        into = plan.merged_into[row]
+        own = (into >= 0) & (plan.group[row, into] // 2 == number)
+        stays = [
+            plan.source[row, (plan.group[row] // 2 == number) & (plan.roles[row] == role)].tolist()
+            for role in (TokenRole.RETAINED, TokenRole.SKIPPED)
+        ]
+        images.append((row, own.nonzero().flatten().tolist(), *stays))
+    return images
+
+
+@combinations(turn=1, dtypes=("float32",))
+def test_counts_and_fractions_of_each_image(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    batch = tiny_batch(model, ALONE)
+    placeholders = (batch["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
+    for config in (
+        SkipConfig(retained=3, skipped=2, select="norm"),
+        SkipConfig(retained=0.5, skipped=0.25, select="norm"),
+        SkipConfig(retained=3, skipped=0.25, select="norm"),
+    ):
+        images = images_of(plan_of(model, batch, config))
+        rows = [row for row, *_ in images]
+        for row, own, retained, skipped in images:
+            # An image may stand in its row as several tiles of one size.
+            assert len(own) * rows.count(row) == placeholders[row]
+            assert (len(retained), len(skipped)) == config.counts(len(own))
+
+
+def norms(model, batch):
+    """(B, T) of what the untouched decoder is given."""
+    return reference.watch(model, lambda: model(**batch)).embeds.norm(dim=-1)
+
+
+@torch.no_grad()
+def ffn_ratios(model, batch):
+    """(B, T) how much the first layer's FFN changes each token: its output with and without the FFN's."""
+    layer, outputs = dissect(model).layers[0], []
+
+    def keep(module, args, output):
+        outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    def silence(mlp, args, output):
+        return (0 * output[0], *output[1:]) if isinstance(output, tuple) else 0 * output
+
+    handles = [layer.whole.register_forward_hook(keep)]
+    model(**batch)
+    handles.append(layer.mlp.register_forward_hook(silence))
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    changed, unchanged = outputs
+    return (changed - unchanged).norm(dim=-1) / unchanged.norm(dim=-1)
+
+
+@pytest.mark.parametrize(("select", "scores"), [("norm", norms), ("ffn_ratio", ffn_ratios)])
+@combinations(dtypes=("float32",))
+def test_each_image_retains_its_own_highest(family, attention, dtype, select, scores):
+    model = model_of(family, attention, dtype)
+    batch = tiny_batch(model, ROWS)
+    plan = plan_of(model, batch, SkipConfig(retained=0.4, skipped=0.3, select=select))
+    score = scores(model, batch)
+    visual = batch["input_ids"] == model.config.image_token_id
+    found = torch.zeros_like(visual)
+    for row, own, retained, skipped in images_of(plan):
+        found[row, own] = True
+        others = [position for position in own if position not in retained]
+        assert score[row, retained].min() > score[row, others].max()
+        assert set(skipped) <= set(others)
+    assert torch.equal(found, visual)
+
+
+@combinations(turn=1, dtypes=("float32",))
+def test_each_image_has_its_own_summaries_behind_it(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    plan = plan_of(model, tiny_batch(model, ROWS), SkipConfig(retained=3, skipped=2, summary_tokens=2))
+    for number, (row, own, retained, skipped) in enumerate(images_of(plan)):
+        slots = plan.summary_slot[row]
+        mine = (slots // 4 == number) & (slots >= 0)
+        assert slots[mine].tolist() == list(range(4 * number, 4 * number + 4))
+        places = mine.nonzero().flatten()
+        last = int(plan.merged_into[row, max(retained + skipped)])
+        assert places.tolist() == list(range(last + 1, last + 5))
+        expected = [max(retained)] * 2 + [max(skipped)] * 2
+        assert plan.position_source[row, places].tolist() == expected
