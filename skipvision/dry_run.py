@@ -58,6 +58,6 @@ def _without_values(tree: Any) -> Any:
 
 def _as_zeros(tree: Any) -> Any:
     def zeros(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu") if tensor.is_meta else tensor
 
     return tree_map_only(torch.Tensor, zeros, tree)

@@ -185,9 +185,10 @@ def _shown(design: Design, tokens: int) -> tuple[int, tuple[int, ...]]:
     model_type, (_, anatomy, _) = design.config.model_type, _model(design)
     recipe = recipe_of(model_type, inspect.signature(anatomy.outer.get_image_features).parameters)  # type: ignore[arg-type]
     request = Request(design.config, 1, 1, torch.Generator(), torch.float32, _near_square(tokens))
+    # Its pixels have values: towers leave out tiles that are black.
+    call = collate(model_type, [[recipe(request)]])
     sizes: list[int] = []
     with DryRun(), torch.no_grad():
-        call = {name: value.to("meta") for name, value in collate(model_type, [[recipe(request)]]).items()}
         flops = measure_flops(lambda: sizes.extend(encoded_sizes(anatomy.outer, call)))
     return flops, (sum(sizes),) if anatomy.family.tiles else tuple(sizes)
 

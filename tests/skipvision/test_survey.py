@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 from transformers import AutoModelForImageTextToText
 
-import skipvision.attach
 from skipvision import InputError, SkipConfig, UnsupportedModelError, attach
 from skipvision.__main__ import main
+from skipvision.kv_cache import compact
 from skipvision.survey import EVERY, Finding, count, lines, markdown, survey
-from skipvision.tiny_configs import tiny_config
+from skipvision.tiny_configs import EXCEPTIONS, tiny_config
 from skipvision.tiny_families import UNSUPPORTED, tiny_batch, tiny_model
 from tests.skipvision.family_table import OTHERS, ROOT, ROWS, SUPPORTED, TABLE
 
@@ -54,8 +55,10 @@ def test_no_reason_is_an_accident():
 
 
 def test_a_cache_that_is_not_pruned_is_noticed(monkeypatch):
-    real = skipvision.attach.compact
-    monkeypatch.setattr(skipvision.attach, "compact", lambda cache, keep: real(cache, keep | True))
+    # By its name in sys.modules: the package's attribute is the function.
+    monkeypatch.setattr(
+        sys.modules["skipvision.attach"], "compact", lambda cache, keep: compact(cache, keep | True)
+    )
     assert "entries, not the" in survey("llava").reason
 
 
@@ -100,25 +103,23 @@ def test_a_family_without_visual_tokens_is_refused_by_its_shape_too(family):
 
 GEMMA4 = {
     "layers that attend to another layer's KV cache": {
-        "num_kv_shared_layers": 1,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "text.num_kv_shared_layers": 1,
+        "text.layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "experts beside the feed-forward module": {
-        "enable_moe_block": True,
-        "num_experts": 4,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 32,
+        "text.enable_moe_block": True,
+        "text.num_experts": 4,
+        "text.top_k_experts": 2,
+        "text.moe_intermediate_size": 32,
     },
 }
 
 
 @pytest.mark.parametrize("reason", GEMMA4)
-def test_checkpoints_of_a_supported_family_that_are_built_otherwise(reason):
-    config = tiny_config("gemma4")
-    for name, value in GEMMA4[reason].items():
-        setattr(config.text_config, name, value)
+def test_checkpoints_of_a_supported_family_that_are_built_otherwise(reason, monkeypatch):
+    monkeypatch.setitem(EXCEPTIONS, "gemma4", EXCEPTIONS["gemma4"] | GEMMA4[reason])
     with pytest.raises(UnsupportedModelError) as refusal:
-        attach(AutoModelForImageTextToText.from_config(config), SkipConfig())
+        attach(tiny_model("gemma4"), SkipConfig())
     assert refusal.value.reason == reason
 
 

@@ -46,11 +46,11 @@ def test_survivors_keep_their_positions(family, attention, dtype):
 def test_contiguous_positions_have_no_gaps_on_any_axis(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
-    prefill, steps, plan = generated(
-        model, batch, MERGING.model_copy(update={"positions": "contiguous"})
-    )
+    prefill, steps, plan = generated(model, batch, MERGING.model_copy(update={"positions": "contiguous"}))
     for row, there in enumerate(plan.attention_mask):
-        own = torch.cat([prefill[..., row, there], steps[..., row, :].expand(*prefill.shape[:-2], -1)], dim=-1)
+        own = torch.cat(
+            [prefill[..., row, there], steps[..., row, :].expand(*prefill.shape[:-2], -1)], dim=-1
+        )
         first = int(own.flatten()[0])
         assert (own == first + torch.arange(own.shape[-1])).all()
 
