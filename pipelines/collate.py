@@ -104,7 +104,7 @@ class ChatFormat:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, mark_answers: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         texts, spans = render_jinja_template(
-            conversations=[[{"role": m.role, "content": _parts(m.text)} for m in messages]],
+            conversations=[[{"role": m.role, "content": content_parts(m.text)} for m in messages]],
             chat_template=self._template,
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=mark_answers,
@@ -187,7 +187,7 @@ class Collator:
         return Batch(inputs, labels, images=sum(map(len, images)))
 
 
-def _parts(text: str) -> list[dict[str, str]]:
+def content_parts(text: str) -> list[dict[str, str]]:
     """A message's content as templates take it: images and the text between them, in order."""
     parts: list[dict[str, str]] = []
     for position, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):

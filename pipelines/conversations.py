@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import posixpath
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
-from pipelines.images import FileImage, ImageError, InlineImage, ParquetImage
+from pipelines.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage
 from pipelines.rows import IMAGE_PLACEHOLDER, ImageSource, Message, RejectKind, Role, TrainingRow
 
 _ROLES: dict[object, Role] = {
@@ -40,13 +41,13 @@ def parse_row(value: object, *, key: str, image_root: str, max_pixels: int) -> T
     """The row in a record; raises `BadRow`. Images are referred to, not opened."""
     if not isinstance(value, dict):
         raise BadRow("broken record", f"the row is {_type(value)}, expected an object")
-    messages = _parse_messages(value)
+    messages = parse_messages(value)
     images = tuple(
-        _parse_image(image, f"#{number} of row {key}", image_root, max_pixels)
-        for number, image in enumerate(_listed_images(value), start=1)
+        parse_image(image, f"#{number} of row {key}", image_root, max_pixels)
+        for number, image in enumerate(listed_images(value), start=1)
     )
     _check_speakers(messages)
-    _check_placeholders(messages, len(images))
+    check_placeholders(messages, len(images))
     task = value.get("task") or ""
     if not isinstance(task, str):
         raise BadRow("broken record", f"`task` is {_type(task)}, expected text")
@@ -56,7 +57,8 @@ def parse_row(value: object, *, key: str, image_root: str, max_pixels: int) -> T
 # ----------------------------------------------------------------------------------------- messages
 
 
-def _parse_messages(row: dict[str, Any]) -> tuple[Message, ...]:
+def parse_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The messages of `conversations` or `messages`; raises `BadRow`."""
     field, speaker, text = "conversations", "from", "value"
     if row.get(field) is None:
         field, speaker, text = "messages", "role", "content"
@@ -123,7 +125,7 @@ def _check_speakers(messages: tuple[Message, ...]) -> None:
 # ------------------------------------------------------------------------------------------- images
 
 
-def _listed_images(row: dict[str, Any]) -> list[object]:
+def listed_images(row: Mapping[str, Any]) -> list[object]:
     """The values of `image` and `images`, of which only one may be used; empty ones count as absent."""
     values = [row[field] for field in ("image", "images") if row.get(field) not in (None, "", [])]
     if len(values) > 1:
@@ -133,8 +135,9 @@ def _listed_images(row: dict[str, Any]) -> list[object]:
     return values[0] if isinstance(values[0], list) else [values[0]]
 
 
-def _parse_image(value: object, name: str, image_root: str, max_pixels: int) -> ImageSource:
-    if isinstance(value, ParquetImage):
+def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> ImageSource:
+    """A reference to an image, whichever way it is given; raises `BadRow`. Nothing is opened."""
+    if isinstance(value, ParquetImage | TarImage | FileImage):
         return value
     encoded = value.get("bytes") if isinstance(value, dict) else None
     if isinstance(value, dict):
@@ -149,7 +152,8 @@ def _parse_image(value: object, name: str, image_root: str, max_pixels: int) -> 
         raise BadRow(error.kind, str(error)) from None
 
 
-def _check_placeholders(messages: tuple[Message, ...], images: int) -> None:
+def check_placeholders(messages: tuple[Message, ...], images: int) -> None:
+    """Raise `BadRow` unless users' messages hold one placeholder for each image."""
     for number, message in enumerate(messages, start=1):
         if message.role != "user" and IMAGE_PLACEHOLDER in message.text:
             raise BadRow(

@@ -120,10 +120,32 @@ class ParquetImage:
             cell = read_column(self.path, self.row_group, self.column)[self.row].as_py()
         value = cell[self.index] if isinstance(cell, list) else cell
         data = value["bytes"] if isinstance(value, dict) else value
+        if data is None:
+            raise MissingImageError(f"image {self} is null")
         return decode(io.BytesIO(data), str(self), self.max_pixels)
 
     def __str__(self) -> str:
         return f"{self.path}[row group {self.row_group}, row {self.row}].{self.column}[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True)
+class TarImage:
+    """An image file inside an uncompressed tar file: ``size`` bytes from ``offset`` on."""
+
+    path: str
+    member: str
+    offset: int
+    size: int
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        return decode(io.BytesIO(data), str(self), self.max_pixels)
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.member}]"
 
 
 _parquet_lock = threading.Lock()

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.images import ParquetImage
+from pipelines.json_items import json_items
 from skipvision.errors import DataError
 
 PARQUET_COLUMNS = ("id", "task", "image", "images", "conversations", "messages")
@@ -83,11 +84,10 @@ def _json_records(file: str, max_pixels: int) -> Iterator[Record]:
             yield from _lines(file, stream)
             return
         try:
-            values = json.load(stream)
+            for number, value in enumerate(json_items(stream), start=1):
+                yield Record(file, f"row {number}", _fallback_key(file, number), value)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file} is not valid JSON: {error}") from error
-    for number, value in enumerate(values, start=1):
-        yield Record(file, f"row {number}", _fallback_key(file, number), value)
 
 
 def _jsonl_records(file: str, max_pixels: int) -> Iterator[Record]:

@@ -1,0 +1,84 @@
+"""The elements of a JSON list, one at a time: files of millions of rows are read in little memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+_CHUNK = 1 << 20
+_WHITE = " \t\r\n"
+
+
+def json_items(stream: IO[bytes]) -> Iterator[Any]:
+    """Elements of the list that a UTF-8 stream holds; raises `ValueError` where it is not valid JSON."""
+    text = _Text(stream)
+    text.take("[")
+    if text.peek() == "]":
+        text.take("]")
+    else:
+        yield text.value()
+        while text.take(",]") == ",":
+            yield text.value()
+    if text.peek():
+        raise text.error("there is more behind the end of the list", 0)
+
+
+class _Text:
+    """A window that moves over the stream's text."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._parse = json.JSONDecoder().raw_decode
+        self._window, self._at = "", 0
+        self._before = self._lines = 0  # characters and line ends that were dropped
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            while self._at < len(self._window):
+                if self._window[self._at] not in _WHITE:
+                    return self._window[self._at]
+                self._at += 1
+            if not self._read():
+                return ""
+
+    def take(self, allowed: str) -> str:
+        """Step over the next character, which must be one of these."""
+        found = self.peek()
+        if not found or found not in allowed:
+            wanted = " or ".join(map(repr, allowed))
+            raise self.error(f"expected {wanted}, found {found!r}" if found else f"{wanted} is missing", 0)
+        self._at += 1
+        return found
+
+    def value(self) -> Any:
+        """Step over the next value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._parse(self._window, self._at)
+            except json.JSONDecodeError as error:
+                if not self._read():
+                    raise self.error(error.msg, error.pos - self._at) from None
+                continue
+            # A number at the end of the window may go on behind it.
+            if end < len(self._window) or not self._read():
+                self._at = end
+                return value
+
+    def error(self, message: str, ahead: int) -> ValueError:
+        end = self._at + ahead
+        line = self._lines + self._window.count("\n", 0, end) + 1
+        return ValueError(f"{message}: line {line}, character {self._before + end + 1} of the file")
+
+    def _read(self) -> bool:
+        """Lengthen the window; what is behind is dropped. The more a value needs, the more is read."""
+        data = self._stream.read(max(_CHUNK, 2 * (len(self._window) - self._at)))
+        more = self._decode(data, final=not data)
+        self._before += self._at
+        self._lines += self._window.count("\n", 0, self._at)
+        self._window, self._at = self._window[self._at :] + more, 0
+        return bool(data)
