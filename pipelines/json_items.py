@@ -9,6 +9,7 @@ from typing import IO, Any
 
 _CHUNK = 1 << 20
 _WHITE = " \t\r\n"
+_ENDS = tuple(",]" + _WHITE)
 
 
 def json_items(stream: IO[bytes]) -> Iterator[Any]:
@@ -61,11 +62,12 @@ class _Text:
             try:
                 value, end = self._parse(self._window, self._at)
             except json.JSONDecodeError as error:
+                ahead = error.pos - self._at
                 if not self._read():
-                    raise self.error(error.msg, error.pos - self._at) from None
+                    raise self.error(error.msg, ahead) from None
                 continue
-            # A number at the end of the window may go on behind it.
-            if end < len(self._window) or not self._read():
+            # What was read so far of 12 or 0.5 is a number, too.
+            if self._window[end : end + 1] in _ENDS or not self._read():
                 self._at = end
                 return value
 
