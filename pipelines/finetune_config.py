@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.datasets import CheckImages, OnBadRow
-from pipelines.tracking import TrackingConfig
+from pipelines.tracking import TrainingTrackingConfig
 from skipvision.config import SkipConfig
 
 DECODER_LINEARS = (
@@ -153,5 +153,5 @@ class FinetuneConfig(_Section):
     )
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrainingTrackingConfig = TrainingTrackingConfig()
     scaling: ScalingSection = ScalingSection()

@@ -80,7 +80,9 @@ class _Text:
         """Lengthen the window; what is behind is dropped. The more a value needs, the more is read."""
         data = self._stream.read(max(_CHUNK, 2 * (len(self._window) - self._at)))
         more = self._decode(data, final=not data)
+        if not data:
+            return False
         self._before += self._at
         self._lines += self._window.count("\n", 0, self._at)
         self._window, self._at = self._window[self._at :] + more, 0
-        return bool(data)
+        return True

@@ -75,7 +75,7 @@ def _files(source: str) -> list[str]:
     return [fs.unstrip_protocol(name) if "://" in url else name for name in found]
 
 
-def _json_records(file: str, max_pixels: int) -> Iterator[Record]:
+def json_records(file: str, max_pixels: int) -> Iterator[Record]:
     """A JSON list; or JSON lines, which are often named ``.json`` too."""
     with fsspec.open(file, "rb") as stream:
         start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -90,7 +90,8 @@ def _json_records(file: str, max_pixels: int) -> Iterator[Record]:
             raise DataError(f"{file} is not valid JSON: {error}") from error
 
 
-def _jsonl_records(file: str, max_pixels: int) -> Iterator[Record]:
+def jsonl_records(file: str, max_pixels: int) -> Iterator[Record]:
+    """One record a line that is not empty."""
     with fsspec.open(file, "rb") as stream:
         yield from _lines(file, stream)
 
@@ -128,13 +129,16 @@ def _table_records(file: str, table: pq.ParquetFile, max_pixels: int) -> Iterato
             for value in batch.to_pylist():
                 for column in _IMAGE_COLUMNS:
                     refer = partial(ParquetImage, file, group, row, column, max_pixels=max_pixels)
-                    value[column] = _without_bytes(value.get(column), refer)
+                    value[column] = without_bytes(value.get(column), refer)
                 number, row = number + 1, row + 1
                 yield Record(file, f"row {number}", _fallback_key(file, number), value)
 
 
-def _without_bytes(cell: Any, refer: Callable[[int], ParquetImage]) -> object:
-    """The cell with references for the bytes in it, which stay in the file."""
+def without_bytes(cell: Any, refer: Callable[[int], ParquetImage]) -> object:
+    """The cell with references for the bytes in it, which stay in the file.
+
+    ``refer`` makes one from the number of the image in the cell.
+    """
 
     def reduce(value: Any, index: int) -> object:
         if isinstance(value, dict) and not any(value.values()):
@@ -151,4 +155,4 @@ def _fallback_key(file: str, number: int) -> str:
     return f"{PurePosixPath(file).stem}-{number}"
 
 
-_READERS = {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
+_READERS = {".json": json_records, ".jsonl": jsonl_records, ".parquet": _parquet_records}

@@ -16,20 +16,19 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines.tracking import flatten
 from skipvision.errors import ConfigError
-
-MAY_DIFFER = ("scaling", "storage")
-"""Settings that do not change what a run computes."""
-
 
 _ABSENT = object()
 
 
 class RunFolder:
     """Run ``name`` under ``storage``, new or resumed."""
+
+    may_differ: ClassVar[frozenset[str]] = frozenset({"scaling", "storage"})
+    """Settings that do not change what a run computes."""
 
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
@@ -58,7 +57,7 @@ class RunFolder:
         """Whether something was done already; a run with other settings is refused, unless nothing was."""
         if not self.state:
             return False
-        old, new = flatten(_comparable(self.state["config"])), flatten(_comparable(config))
+        old, new = flatten(self._comparable(self.state["config"])), flatten(self._comparable(config))
         differing = [
             f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
             for name in sorted({*old, *new})
@@ -76,7 +75,7 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether some training is done that other settings or data would mix with."""
+        """Whether some work is done that other settings or data would mix with."""
         return "trained" in self.state or any(self.checkpoints.glob("checkpoint_*"))
 
     def remember(self, **values: Any) -> None:
@@ -92,9 +91,8 @@ class RunFolder:
         state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return state
 
-
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in MAY_DIFFER}
+    def _comparable(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in self.may_differ}
 
 
 def _shown(values: Mapping[str, object], name: str) -> str:

@@ -8,6 +8,8 @@ missing is an error that says how to hand it in, and nothing that was trained is
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import time
 import warnings
 from collections import deque
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from skipvision.errors import SkipVisionError
+from skipvision.errors import ConfigError, SkipVisionError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,14 +45,6 @@ class TrackingConfig(BaseModel):
         description="MLflow tracking URI, e.g. http://server:5000; null = <storage>/mlflow.db, sqlite",
     )
     experiment: str = Field("skip-vision", description="MLflow experiment the run belongs to")
-    registered_model: str | None = Field(
-        "skip-vision",
-        description="name the adapter is registered under as a model version; null = not at all",
-    )
-    alias: str = Field("candidate", description="alias that moves to the newly registered version")
-    system_metrics_seconds: float = Field(
-        10.0, ge=0, description="seconds between samples of CPU, memory, disk, network and GPU use; 0 = none"
-    )
 
     def absolute_uri(self, storage: Path) -> str:
         """The URI to use; a sqlite file's relative path is taken from ``storage``, never from the cwd."""
@@ -59,6 +53,19 @@ class TrackingConfig(BaseModel):
         file = self.uri.removeprefix("sqlite:///")
         relative = file != self.uri and not Path(file).is_absolute()
         return f"sqlite:///{storage / file}" if relative else self.uri
+
+
+class TrainingTrackingConfig(TrackingConfig):
+    """What else a run that makes an adapter records."""
+
+    registered_model: str | None = Field(
+        "skip-vision",
+        description="name the adapter is registered under as a model version; null = not at all",
+    )
+    alias: str = Field("candidate", description="alias that moves to the newly registered version")
+    system_metrics_seconds: float = Field(
+        10.0, ge=0, description="seconds between samples of CPU, memory, disk, network and GPU use; 0 = none"
+    )
 
 
 class Tracker:
@@ -204,6 +211,39 @@ class Tracker:
                 f"{len(self._waiting)} values wait for the next try",
                 stacklevel=3,
             )
+
+
+def fetch_model(uri: str, name: str, folder: Path) -> str:
+    """Put the files of a registered model into ``folder``; returns ``models:/NAME/VERSION``.
+
+    ``name`` is that or ``models:/NAME@ALIAS``. Files that are there already are not fetched again.
+    """
+    wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
+    if wanted is None:
+        raise ConfigError(f"{name!r} is not a registered model: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    model, alias, version = wanted.groups()
+
+    def fetch() -> str:
+        client = _connect(uri)
+        found = (
+            client.get_model_version_by_alias(model, alias)
+            if alias
+            else client.get_model_version(model, version)
+        )
+        exact = f"models:/{model}/{found.version}"
+        note = folder / ".registered"
+        if not note.exists() or note.read_text() != exact:
+            from mlflow.artifacts import download_artifacts
+
+            source = client.get_model_version_download_uri(model, found.version)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            copy = download_artifacts(artifact_uri=source, tracking_uri=uri)
+            shutil.copytree(copy, folder, dirs_exist_ok=True)
+            note.write_text(exact)
+        return exact
+
+    return _insist(fetch, f"fetching {name} from {uri}", pauses=())
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -1,0 +1,162 @@
+"""Everything a captioning job can be told."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipelines.caption_prompts import PromptTemplate
+from pipelines.images import MAX_PIXELS
+from pipelines.tracking import TrackingConfig
+from skipvision.config import SkipConfig
+from skipvision.engine.requests import Sampling
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """What writes the captions."""
+
+    path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
+    adapter: str | None = Field(
+        None,
+        description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow; "
+        "null = the base model as it is",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype of weights and arithmetic; auto = bfloat16 where the hardware multiplies it natively",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention implementation"
+    )
+
+
+class InputSection(_Section):
+    """What is captioned. The inputs are listed once, at the job's first start."""
+
+    source: str = Field(
+        description="a folder of images (searched recursively), an image, a JSON, JSONL or parquet file, a "
+        "WebDataset tar, or a pattern with * of any of these; local or any fsspec URL"
+    )
+    prompt: str | None = Field(
+        "Describe the image.",
+        description="what is asked; {column} stands for a row's value, {{ for a brace, and <image> for its images "
+        "where they are not to come first; null = each row's own `conversations` or `messages`, up to the "
+        "last user's",
+    )
+    system: str | None = Field(None, description="system message before the prompt; null = none")
+    key: str | None = Field(
+        None,
+        description="column that names rows in the result; null = `id`, if there is one, else a file's path below "
+        "the folder, or file and number of the row",
+    )
+    image: str | None = Field(
+        None,
+        description="column of images: paths, URLs, bytes, or lists of these; in a tar the extension, as in jpg; "
+        "null = `image` or `images`, in a tar any image file",
+    )
+    image_root: str | None = Field(
+        None, description="folder that relative image paths start at; null = that of the rows' file"
+    )
+    limit: int | None = Field(None, ge=1, description="rows taken, at most; null = all")
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, description="width × height above which an image is not decoded but an error row"
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _well_formed(cls, value: str | None) -> str | None:
+        if value is not None:
+            PromptTemplate(value)
+        return value
+
+
+class EngineSection(_Section):
+    """One engine, which writes many captions at once; these settings may differ when a job is resumed."""
+
+    max_sequences: int = Field(16, ge=1, description="captions written at once, at most")
+    kv_budget_bytes: int = Field(
+        2**30, ge=1, description="bytes for the keys and values of all captions being written"
+    )
+    prefill_tokens: int = Field(
+        4096, ge=1, description="prompt tokens read in one step, at most, while others are being written"
+    )
+    prefix_cache_bytes: int = Field(
+        0, ge=0, description="bytes for images that several rows ask about, so that they are read once; 0 = none"
+    )
+    compile: bool = Field(False, description="compile the decoding step: worth its minute in long jobs")
+
+
+class OutputSection(_Section):
+    """Files of captions, in <storage>/<name>/captions."""
+
+    format: Literal["parquet", "jsonl"] = Field("parquet", description="format of the files")
+    shard_rows: int = Field(
+        1000,
+        ge=1,
+        description="rows of a file; what a killed job loses are the rows of unfinished files, at most two files "
+        "a reader",
+    )
+
+
+class ScalingSection(_Section):
+    """Ray's share; these settings may differ when a job is resumed."""
+
+    workers: int = Field(1, ge=1, description="engines, each with the whole model")
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="CPUs of each; null = 1 beside a GPU, else all that readers leave, shared out"
+    )
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of each; null = one if the cluster has any, else none"
+    )
+    readers: int = Field(
+        1, ge=1, description="processes that open and prepare images; more where engines wait for them"
+    )
+    cpus_per_reader: float = Field(0.5, gt=0, description="CPUs of each reader")
+    threads_per_reader: int = Field(4, ge=1, description="images a reader opens at once")
+    max_failures: int = Field(
+        16, ge=-1, description="times an engine may die and be started again; -1 = any number"
+    )
+
+
+class CaptionConfig(_Section):
+    """A captioning job; one that is there already under its name is continued, or refused if it differs."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="the job's name: its folder, and its name in MLflow",
+    )
+    storage: str = Field(
+        "runs",
+        description="folder for all runs, seen by every node; a relative path starts at $SKIPVISION_HOME or, "
+        "outside of Ray jobs, in the working directory",
+    )
+    model: ModelSection
+    input: InputSection
+    skip: SkipConfig | Literal["full"] | None = Field(
+        None,
+        description="how visual tokens are skipped; null = as the adapter was trained, and not at all without "
+        "one; full = not at all",
+    )
+    sampling: Sampling = Field(Sampling(), description="how captions are written")
+    engine: EngineSection = EngineSection()
+    output: OutputSection = OutputSection()
+    max_error_fraction: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="the job stops with an error as soon as more than this share of all rows are error rows",
+    )
+    samples: int = Field(24, ge=0, description="rows shown with their pictures in MLflow")
+    tracking: TrackingConfig = TrackingConfig()
+    scaling: ScalingSection = ScalingSection()
+
+    @model_validator(mode="after")
+    def _one_text_a_row(self) -> Self:
+        if self.sampling.n != 1 or self.sampling.logprobs is not None:
+            raise ValueError("sampling.n and sampling.logprobs have no place in a result of one text a row")
+        return self

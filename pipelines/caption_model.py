@@ -1,0 +1,130 @@
+"""The model that captions: found and pinned before a job starts, loaded where an engine runs."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+
+import skipvision as sv
+from pipelines.caption_config import CaptionConfig, EngineSection
+from pipelines.learner import arithmetic, load_processor
+from pipelines.paths import input_path
+from pipelines.tracking import fetch_model
+from skipvision.engine import Engine
+from skipvision.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CaptionModel:
+    """A base model, perhaps an adapter, and how visual tokens are skipped.
+
+    Attributes:
+        base: folder or Hugging Face id.
+        label: how the settings name it.
+        adapter: folder; None = the base model as it is.
+        adapter_label: how the result names the adapter: with its version or a digest of its files.
+        skip: of all captions.
+        dtype: of weights and arithmetic; auto = what the hardware likes.
+        attention: implementation.
+    """
+
+    base: str
+    label: str
+    adapter: Path | None
+    adapter_label: str | None
+    skip: sv.SkipConfig
+    dtype: str
+    attention: str
+
+
+def find_model(config: CaptionConfig, registry: str, downloads: Path, pinned: str | None) -> CaptionModel:
+    """The model that the settings name, with its adapter on this machine.
+
+    Args:
+        config: settings.
+        registry: MLflow's URI.
+        downloads: folder for an adapter from there.
+        pinned: what the adapter was when the job began; an alias may have moved since.
+
+    Raises:
+        ConfigError: there is no such model or adapter, or the adapter has changed since.
+        AdapterError: the folder holds no adapter.
+        TrackingError: MLflow does not have it.
+    """
+    given = config.model
+    base = given.path
+    with suppress(ConfigError):  # then it is a Hugging Face id, or loading it says that it is nothing
+        base = input_path(given.path, "model.path")
+    folder: Path | None = None
+    label: str | None = None
+    if given.adapter is not None and given.adapter.startswith("models:/"):
+        label = fetch_model(registry, pinned or given.adapter, downloads)
+        folder = downloads
+    elif given.adapter is not None:
+        folder = Path(input_path(given.adapter, "model.adapter"))
+        label = f"{given.adapter}@{_digest(folder)}"
+    if pinned is not None and label != pinned:
+        raise ConfigError(
+            f"model.adapter = {given.adapter} has changed since this job began ({pinned} then, {label} now): "
+            "restore it, or choose another name"
+        )
+    skip = config.skip
+    if skip is None:
+        skip = folder and sv.read_adapter(folder)["skip"]
+    return CaptionModel(
+        base=base,
+        label=given.path,
+        adapter=folder,
+        adapter_label=label,
+        skip=skip if isinstance(skip, sv.SkipConfig) else sv.SkipConfig.full(),
+        dtype=given.dtype,
+        attention=given.attention,
+    )
+
+
+def check_model(model: CaptionModel) -> PretrainedConfig:
+    """Try everything but the weights, so that a mistake is an error now and not that of every engine."""
+    try:
+        config = AutoConfig.from_pretrained(model.base)
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path = {model.label}: {error}") from error
+    with sv.attach(base, model.skip):
+        pass
+    processor: Any = load_processor(model.base)
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(
+            f"model.path = {model.label}: {type(processor).__name__} has no chat template to write prompts with"
+        )
+    return config
+
+
+def load_captioner(model: CaptionModel, settings: EngineSection, device: torch.device) -> Engine:
+    """The engine, with everything loaded."""
+    transformers.utils.logging.disable_progress_bar()
+    dtype = arithmetic(model.dtype, device)
+    base: Any = AutoModelForImageTextToText.from_pretrained(
+        model.base, dtype=dtype, attn_implementation=model.attention
+    )
+    base = base.to(device)
+    whole = base if model.adapter is None else sv.load_adapter(base, model.adapter).to(device, dtype)
+    processor = load_processor(model.base)
+    return Engine(whole, processor, model.skip, **settings.model_dump())
+
+
+def _digest(folder: Path) -> str:
+    """Eight hexadecimal digits of an adapter's files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]

@@ -1,0 +1,244 @@
+"""What runs on Ray: readers open and prepare images, engines write captions; blocks of rows go between.
+
+A reader takes a whole shard and hands out blocks of a few rows; an engine has several blocks at a time,
+from whichever shard, so that it stays full while the last rows of one block are being written. Which rows
+are in a block does not depend on what happens: a task that is repeated gives the same blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import safetensors.torch
+import torch
+
+from pipelines.caption_config import CaptionConfig
+from pipelines.caption_manifest import Manifest
+from pipelines.caption_model import CaptionModel, load_captioner
+from pipelines.caption_rows import Caption, CaptionRow, Problem
+from pipelines.collate import content_parts
+from pipelines.engine_thread import EngineThread, Outcome
+from pipelines.images import ImageError
+from pipelines.learner import load_processor
+from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
+from skipvision.errors import InputError
+
+_BLOCKS_AT_ONCE = 12
+_ROWS_AT_ONCE = 3
+"""An engine has rows for so many times as many captions as it can write at once."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What readers and engines are told. Paths are absolute."""
+
+    config: CaptionConfig
+    model: CaptionModel
+    manifest: Path
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that go from a reader to an engine together."""
+        return math.ceil(_ROWS_AT_ONCE * self.config.engine.max_sequences / _BLOCKS_AT_ONCE)
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """Row ``number`` of its shard: the model's inputs in the safetensors format, or what is wrong."""
+
+    number: int
+    key: str
+    inputs: bytes = b""
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a shard: `PreparedRow`s before an engine has seen them."""
+
+    shard: int
+    rows: Sequence[PreparedRow]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Captions by the number of their row in the shard, and how the engine that wrote them is doing."""
+
+    shard: int
+    captions: Mapping[int, Caption]
+    engine: str
+    statistics: Statistics
+
+
+def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, float]) -> Iterator[Written]:
+    """All rows of the shards, as they are written; needs a running Ray.
+
+    Raises whatever of ours stopped a reader or an engine, and `ray.exceptions.RayError` otherwise.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy
+
+    scaling = work.config.scaling
+    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    # Ray Data cuts and glues blocks by their size. Each of ours is one binary value, which it cannot cut,
+    # and no two are smaller than this.
+    rows.context.target_max_block_size = 1
+    rows.context.enable_progress_bars = False
+    rows.context.print_on_execution_start = False
+    prepared = rows.map_batches(
+        partial(read_shard, work),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=scaling.cpus_per_reader,
+        compute=ray.data.TaskPoolStrategy(size=scaling.readers),
+    )
+    written = prepared.map_batches(
+        CaptionActor,
+        fn_constructor_args=(work,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=scaling.workers,
+            enable_true_multi_threading=True,
+            max_concurrent_calls_per_actor=_BLOCKS_AT_ONCE,
+            max_tasks_in_flight_per_actor=_BLOCKS_AT_ONCE + 2,
+        ),
+        num_cpus=resources["CPU"],
+        num_gpus=resources["GPU"],
+        max_restarts=scaling.max_failures,
+        max_task_retries=scaling.max_failures,
+    )
+    for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from _unpacked(batch)
+
+
+def _packed(value: Block | Written) -> pa.Table:
+    return pa.table({"value": pa.array([pickle.dumps(value)], pa.large_binary())})
+
+
+def _unpacked(table: pa.Table) -> Iterator[Any]:
+    # What is read here was written by `_packed` in another process of the same job.
+    return (pickle.loads(value.as_buffer()) for value in table["value"])  # noqa: S301
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
+    """The blocks of one shard, their images opened and everything the model needs prepared."""
+    torch.set_num_threads(1)
+    processor = _processor(work.model.base)
+    (shard,) = batch["shard"].to_pylist()
+    rows = enumerate(Manifest(work.manifest).shard(shard, work.config.input.max_pixels))
+    prepared = _few_at_once(
+        lambda row: prepare_row(processor, *row), rows, work.config.scaling.threads_per_reader
+    )
+    while block := list(islice(prepared, work.block_rows)):
+        yield _packed(Block(shard, block))
+
+
+@cache
+def _processor(path: str) -> Any:
+    return load_processor(path)
+
+
+def _few_at_once(function: Any, values: Iterable[Any], threads: int) -> Iterator[Any]:
+    """Like `map`, in several threads; no more than ``threads`` results wait to be taken."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[Any]] = deque()
+        for value in values:
+            if len(running) == threads:
+                yield running.popleft().result()
+            running.append(pool.submit(function, value))
+        while running:
+            yield running.popleft().result()
+
+
+def prepare_row(processor: Any, number: int, row: CaptionRow) -> PreparedRow:
+    """Open a row's images and make the model's inputs; whatever is wrong with them becomes a problem."""
+    if row.problem is not None:
+        return PreparedRow(number, row.key, problem=row.problem)
+    messages = [{"role": m.role, "content": content_parts(m.text)} for m in row.messages]
+    try:
+        images = [image.open() for image in row.images]
+        inputs = prepare(processor, Request(messages, images)).inputs or {}
+    except ImageError as error:
+        return PreparedRow(number, row.key, problem=Problem(error.kind, str(error)))
+    except InputError as error:
+        return PreparedRow(number, row.key, problem=Problem("prompt", str(error)))
+    tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return PreparedRow(number, row.key, safetensors.torch.save(tensors))
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+class CaptionActor:
+    """An engine in a process of its own; several blocks at a time, each in a thread."""
+
+    def __init__(self, work: Assignment) -> None:
+        import ray
+
+        given = ray.get_runtime_context().get_assigned_resources()
+        torch.set_num_threads(max(1, min(math.ceil(given.get("CPU", 1)), os.cpu_count() or 1)))
+        device = torch.device("cuda" if given.get("GPU", 0) else "cpu")
+        self.work = work
+        self.name = ray.get_runtime_context().get_actor_id()
+        self.engine = EngineThread(load_captioner(work.model, work.config.engine, device))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        (block,) = _unpacked(batch)
+        sound = [row for row in block.rows if row.problem is None]
+        requests = [
+            Request(inputs=safetensors.torch.load(row.inputs), sampling=self._sampling(row.key), key=row.number)
+            for row in sound
+        ]
+        outcomes = dict(zip((row.number for row in sound), self.engine.answer(requests), strict=True))
+        made = {row.number: self._caption(row, outcomes.get(row.number)) for row in block.rows}
+        return _packed(Written(block.shard, made, self.name, self.engine.statistics))
+
+    def _sampling(self, key: str) -> Sampling:
+        """A seed for each row, so that a row's caption does not depend on where and how often it is written."""
+        sampling = self.work.config.sampling
+        if sampling.seed is None or sampling.temperature == 0:
+            return sampling
+        digest = hashlib.blake2b(f"{sampling.seed} {key}".encode(), digest_size=8).digest()
+        return sampling.model_copy(update={"seed": int.from_bytes(digest) >> 1})
+
+    def _caption(self, row: PreparedRow, outcome: Outcome | None) -> Caption:
+        model, adapter = self.work.model.label, self.work.model.adapter_label
+        problem = row.problem
+        if not isinstance(outcome, Completion):
+            problem = problem or Problem("prompt", str(outcome))
+        elif outcome.error is not None or not outcome.choices:
+            problem = Problem("generation", f"{type(outcome.error).__name__}: {outcome.error}")
+        if problem is not None or not isinstance(outcome, Completion):
+            kind, reason = (problem.kind, problem.reason) if problem else (None, None)
+            return Caption(row.key, model=model, adapter=adapter, error_kind=kind, error=reason)
+        usage, timing = outcome.usage, outcome.timing
+        return Caption(
+            key=row.key,
+            text=outcome.text,
+            finish_reason=outcome.choices[0].finish_reason,
+            prompt_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
+            visual_tokens=usage.visual_total,
+            visual_tokens_retained=usage.visual_retained,
+            visual_tokens_skipped=usage.visual_skipped,
+            visual_tokens_cached=usage.visual_cached,
+            seconds=round(timing.total - timing.queued, 4),
+            model=model,
+            adapter=adapter,
+        )
