@@ -10,7 +10,8 @@
                   └ text
 
 Read in this order: `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache` (the mechanisms),
-`planning` (the first two make a plan), `attach` (the plan meets a model), `adapter`, `cost`.
+`planning` (the first two make a plan), `attach` (the plan meets a model), `adapter`, `cost`, `engine`
+(many requests at once).
 
 Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Models via Adaptive
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
@@ -21,10 +22,12 @@ from skipvision.adapter_files import read_adapter
 from skipvision.attach import DECODED_KEYWORD, Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.cost import Cost, predict_cost
+from skipvision.engine import Completion, Engine, Request, Sampling
 from skipvision.errors import (
     AdapterError,
     ConfigError,
     DataError,
+    GenerationError,
     InputError,
     ResourceError,
     SkipVisionError,
@@ -37,11 +40,16 @@ __all__ = [
     "DECODED_KEYWORD",
     "AdapterError",
     "Attachment",
+    "Completion",
     "ConfigError",
     "Cost",
     "DataError",
+    "Engine",
+    "GenerationError",
     "InputError",
+    "Request",
     "ResourceError",
+    "Sampling",
     "SkipConfig",
     "SkipVisionError",
     "TokenPlan",

@@ -11,6 +11,8 @@ Hooks, and nothing else: no module is replaced, no class patched. One call passe
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +27,14 @@ from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 from skipvision.families import Anatomy, base_view, brings_images, dissect, encode
 from skipvision.images import Images
-from skipvision.kv_cache import CacheState, Entries, compact, keep_everything, prunable_layers
+from skipvision.kv_cache import (
+    CacheState,
+    Entries,
+    SettledCache,
+    compact,
+    keep_everything,
+    prunable_layers,
+)
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
@@ -101,6 +110,30 @@ class Attachment:
             if self.config.summary_tokens:
                 self._detached_summary = take_summary(decoder)
 
+    @contextmanager
+    def using(self, config: SkipConfig) -> Iterator[None]:
+        """Apply another config to the calls in the ``with`` block; the summary layer stays as it is.
+
+        Raises:
+            ConfigError: the model cannot do it, or it asks for other summaries than there is a layer for.
+        """
+        self.check(config)
+        own, self.config = self.config, config
+        try:
+            yield
+        finally:
+            self.config = own
+
+    def check(self, config: SkipConfig) -> None:
+        """Raise the `ConfigError` that `using` would."""
+        _check(self._anatomy, config)
+        there = 0 if self.summary is None else self.summary.score.out_features
+        if config.summary_tokens not in (0, there):
+            raise ConfigError(
+                f"summary_tokens={config.summary_tokens}, but this model is attached with {there}: only that "
+                "or 0 can be asked for call by call"
+            )
+
     def __enter__(self) -> Self:
         return self
 
@@ -138,6 +171,8 @@ class Attachment:
         """Outer pre-hook: images are encoded and found; a pruned cache gets its mask and positions."""
         call = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
         input_ids, cache = call.get("input_ids"), call.get("past_key_values")
+        if isinstance(cache, SettledCache):
+            return None
         state = CacheState.of(cache)
         images = views = None
         if input_ids is None:
@@ -205,10 +240,10 @@ class Attachment:
         callers = _callers_positions(kwargs.get("position_ids"), mask, cached)
         positions = self._positions(callers, plan, mask)
         if cache is not None:
-            shift = _ends(callers, mask) - _ends(positions, plan.attention_mask)
+            shift = ends(callers, mask) - ends(positions, plan.attention_mask)
             if self.config.positions == "original":
                 shift = torch.zeros_like(shift)
-            following = _ends(callers, torch.ones_like(mask)) - shift
+            following = ends(callers, torch.ones_like(mask)) - shift
             Entries(whole, place, shift, following).remember(cache)
         written = masks.prefill_mask(
             sight,
@@ -420,10 +455,10 @@ def _callers_positions(position_ids: torch.Tensor | None, mask: torch.Tensor, of
     return position_ids.expand(*position_ids.shape[:-2], rows, length)
 
 
-def _ends(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def ends(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(A, B) position behind the last one of each axis; M-RoPE goes on behind its three axes' last."""
-    ends = positions.reshape(-1, *mask.shape).masked_fill(~mask, -1).amax(dim=2) + 1
-    return torch.cat([ends[:-3], ends[-3:].amax(dim=0).expand_as(ends[-3:])])
+    behind = positions.reshape(-1, *mask.shape).masked_fill(~mask, -1).amax(dim=2) + 1
+    return torch.cat([behind[:-3], behind[-3:].amax(dim=0).expand_as(behind[-3:])])
 
 
 def _of_axes(values: torch.Tensor, axes: int) -> torch.Tensor:

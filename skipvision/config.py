@@ -57,7 +57,7 @@ class SkipConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(error)) from error
+            raise ConfigError(explain(error, type(self))) from error
 
     @model_validator(mode="after")
     def _something_to_merge_into(self) -> Self:
@@ -116,17 +116,19 @@ def _is_everything(amount: int | float) -> bool:
     return isinstance(amount, float) and amount == 1.0
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Every wrong value of a model's fields, each on a line with what is wrong about it."""
     seen: dict[str, str] = {}
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else ""
         reason = problem["msg"].removeprefix("Value error, ")
-        if name and name not in SkipConfig.model_fields:
-            reason = f"no such field; fields are {', '.join(SkipConfig.model_fields)}"
+        if name and name not in model.model_fields:
+            reason = f"no such field; fields are {', '.join(model.model_fields)}"
         value = f"{name}={problem['input']!r}: " if name else ""
         # A union reports every alternative; one line per field names them all.
         if name in seen:
             seen[name] += f"; or {reason[0].lower()}{reason[1:]}"
         else:
             seen[name] = f"{value}{reason}"
-    return "SkipConfig: " + "\n            ".join(seen.values())
+    title = f"{model.__name__}: "
+    return title + f"\n{' ' * len(title)}".join(seen.values())

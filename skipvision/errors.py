@@ -5,6 +5,7 @@
     ├── UnsupportedModelError  a model that Skip-Vision cannot be attached to
     ├── InputError             inputs of one forward pass that contradict each other or the model
     ├── AdapterError           a saved adapter that is missing, damaged or made for something else
+    ├── GenerationError        a request that the model could not answer
     ├── DataError              a data set with nothing usable, or with a bad row that must not be skipped
     └── ResourceError          a request for more than the cluster has
 
@@ -40,6 +41,10 @@ class InputError(SkipVisionError, ValueError):
 
 class AdapterError(SkipVisionError, ValueError):
     """A saved adapter that is missing, damaged or made for something else."""
+
+
+class GenerationError(SkipVisionError, RuntimeError):
+    """A request that the model could not answer."""
 
 
 class DataError(SkipVisionError, ValueError):

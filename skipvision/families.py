@@ -33,11 +33,16 @@ class Family:
             visual tokens.
         base_view: where the view of the whole image stands among its visual tokens, behind or before
             the high-resolution crops (select="views"); None = there is one view only.
+        whole_prompt: what stands around images depends on them, so a prompt cannot be read in two parts: text
+            before an image attends to what is behind it, or marks behind an image become features of it.
+        one_by_one: its inputs point into each other, so those of several prompts cannot be put together.
     """
 
     tiles: bool = False
     rows: bool = False
     base_view: Literal["first", "last"] | None = None
+    whole_prompt: bool = False
+    one_by_one: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -49,6 +54,10 @@ FAMILIES: dict[str, Family] = {
     "idefics2": Family(rows=True),
     "idefics3": Family(rows=True),
     "smolvlm": Family(rows=True),
+    "paligemma": Family(whole_prompt=True),
+    "ovis2": Family(whole_prompt=True),
+    "molmo2": Family(one_by_one=True),
+    "ernie4_5_vl_moe": Family(whole_prompt=True),
 }
 """Families that declare something, by the ``model_type`` of their config."""
 

@@ -26,6 +26,10 @@ _STATE = "_skip_vision_state"
 _ENTRIES = "_skip_vision_entries"
 
 
+class SettledCache(Cache):
+    """A cache whose owner says itself what the caller cannot see: calls with it pass the hooks unchanged."""
+
+
 class Entries(NamedTuple):
     """What a cache would hold after a prefill of the caller's whole sequence; left on it until it is pruned.
 
@@ -180,16 +184,17 @@ def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     for layer in prunable_layers(cache):
         if layer.keys is not None and layer.values is not None and layer.keys.numel():
             at = index.to(layer.keys.device)
-            layer.keys, layer.values = _entries(layer.keys, at), _entries(layer.values, at)
+            layer.keys, layer.values = take_entries(layer.keys, at), take_entries(layer.values, at)
     return torch.arange(most, device=keep.device) >= (most - counts)[:, None], index
 
 
-def _entries(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(B, heads, C, D) entries by (B, C) index, copied as whole vectors."""
-    rows, heads, length, _ = states.shape
-    begin = torch.arange(rows * heads, device=index.device).view(rows, heads, 1) * length
-    flat = states.reshape(rows * heads * length, -1)
-    return flat.index_select(0, (begin + index[:, None, :]).flatten()).view(rows, heads, index.shape[1], -1)
+def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, heads, C, D): entries ``index`` (N, C) of ``rows`` (N,) of (B, heads, S, D), as whole vectors."""
+    count, heads, length, dim = states.shape
+    rows = torch.arange(count, device=index.device) if rows is None else rows
+    begin = (rows[:, None] * heads + torch.arange(heads, device=index.device)) * length
+    flat = (begin[:, :, None] + index[:, None, :]).flatten()
+    return states.reshape(-1, dim).index_select(0, flat).view(len(rows), heads, index.shape[1], dim)
 
 
 def cache_bytes(cache: Cache) -> int:

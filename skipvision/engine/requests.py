@@ -178,6 +178,11 @@ class Completion:
     error: Exception | None = None
 
     @property
+    def key(self) -> Any:
+        """The caller's name for the request."""
+        return self.request.key
+
+    @property
     def text(self) -> str:
         """The first choice's."""
         return self.choices[0].text if self.choices else ""

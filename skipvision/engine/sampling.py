@@ -58,7 +58,9 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
     return likeliest.index_put((at,), ids.gather(1, torch.minimum(place, last)).squeeze(1))
 
 
-def report(logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int | None]) -> list[TokenLogprob | None]:
+def report(
+    logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int | None]
+) -> list[TokenLogprob | None]:
     """Log probabilities of the tokens taken, for the rows that asked.
 
     Args:

@@ -1,0 +1,63 @@
+"""Which PEFT adapter a call runs under, one or one for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from skipvision.errors import ConfigError
+
+BASE = "__base__"
+"""The base model, among the names of adapters (PEFT's name for it, too)."""
+
+
+class Adapters:
+    """The adapters of one model; the model is its engine's alone.
+
+    Args:
+        model: a PEFT model, or a model without adapters.
+
+    Attributes:
+        default: what was active at the beginning.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._peft = model if isinstance(model, PeftModel) else None
+        self._model = model
+        active = list(model.active_adapters) if isinstance(model, PeftModel) else [BASE]
+        if len(active) != 1:
+            raise ConfigError(
+                f"the adapters {active} are active together; the engine runs each request under one: "
+                "activate one with set_adapter()"
+            )
+        self.default = self._active = active[0]
+
+    @property
+    def names(self) -> list[str]:
+        """All that a request can ask for."""
+        return [BASE, *(self._peft.peft_config if self._peft is not None else ())]
+
+    def check(self, name: str) -> None:
+        """Raise `ConfigError` if there is no such adapter."""
+        if name not in self.names:
+            raise ConfigError(f"no adapter {name!r} here: there are {', '.join(self.names)}")
+
+    def activate(self, name: str) -> None:
+        """Make all calls run under one adapter."""
+        if self._peft is None or name == self._active:
+            return
+        if name == BASE:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(name)
+        self._active = name
+
+    def call(self, names: Sequence[str], **inputs: Any) -> Any:
+        """Call the PEFT model with the rows of a batch under an adapter each, of which there are several."""
+        if self._active == BASE:
+            self.activate(next(name for name in names if name != BASE))
+        return self._model(**inputs, adapter_names=list(names))

@@ -1,0 +1,233 @@
+"""Several prompts through the model at once, and what the KV cache is to keep of each.
+
+The prefill runs with the skipped tokens still in the cache: the engine takes from it what stays, straight
+into its slots, and what the prefix cache is to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from skipvision.attach import Attachment, ends
+from skipvision.config import SkipConfig
+from skipvision.engine.prompts import Prompt, collate
+from skipvision.kv_cache import CacheState, prunable_layers
+from skipvision.masks import places
+from skipvision.plan import TokenRole
+
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """Visual tokens of one prompt: of the caller, on the full path, on the short path, kept in the cache."""
+
+    total: int = 0
+    retained: int = 0
+    skipped: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What one prompt up to its last image left in the KV cache, skipped tokens included.
+
+    Attributes:
+        layers: (heads, C, dim) keys and values.
+        stay: (C,) entries that stay when the prompt is through.
+        place: (C,) of each entry among the caller's tokens.
+        next_position: (A,) position of the token behind it.
+        fed: tokens of the caller.
+        visual: counts.
+    """
+
+    layers: Layers
+    stay: torch.Tensor
+    place: torch.Tensor
+    next_position: torch.Tensor
+    fed: int
+    visual: Visual
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        return sum(states.nbytes for pair in self.layers for states in pair)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """A batch of B prompts in the model's KV cache, C entries a row.
+
+    Attributes:
+        layers: (B, heads, C, dim) keys and values.
+        real: (B, C) entries that are there.
+        stay: (B, C) of these, the ones that stay.
+        place: (B, C) of each entry among the caller's tokens.
+        fed: (B,) tokens of the caller.
+        next_position: (A, B) position of the next token, on each of the axes that positions have.
+        logits: (B, V) of the next token.
+        visual: counts of each row.
+        positions: (A, B, T) of the caller's tokens behind the images; None if only those were in this call.
+    """
+
+    layers: Layers
+    real: torch.Tensor
+    stay: torch.Tensor
+    place: torch.Tensor
+    fed: torch.Tensor
+    next_position: torch.Tensor
+    logits: torch.Tensor
+    visual: list[Visual]
+    positions: torch.Tensor | None = None
+
+    def staying(self) -> tuple[torch.Tensor, list[int]]:
+        """(B, K) index of the entries that stay, first ones first, and how many each row has."""
+        order = (~self.stay).to(torch.uint8).argsort(dim=1, stable=True)
+        counts = self.stay.sum(dim=1).tolist()
+        return order[:, : max(counts)], counts
+
+    def prefix(self, row: int, tokens: int) -> Prefix:
+        """A copy of what a row's first ``tokens`` left, up to its last image or behind it."""
+        if self.positions is None:
+            raise ValueError("what was filled in behind prefixes has none of its own")
+        padding = self.positions.shape[2] - int(self.fed[row])
+        index = (self.real[row] & (self.place[row] < tokens)).nonzero().squeeze(1)
+        return Prefix(
+            [
+                (keys[row].index_select(1, index), values[row].index_select(1, index))
+                for keys, values in self.layers
+            ],
+            self.stay[row, index],
+            self.place[row, index],
+            self.positions[:, row, padding + tokens].clone(),
+            tokens,
+            self.visual[row],
+        )
+
+
+class Prefiller:
+    """Runs prompts through one attached model.
+
+    Args:
+        model: without PEFT around it; its decoder has ``attachment`` on it.
+        attachment: applies a request's SkipConfig.
+        image_token_id: placeholder token of one visual token.
+    """
+
+    def __init__(self, model: PreTrainedModel, attachment: Attachment, image_token_id: int) -> None:
+        self._model: Any = model
+        self._attachment, self._image_token_id = attachment, image_token_id
+        pad = getattr(model.generation_config, "pad_token_id", None)
+        self._pad = pad if pad is not None else 0
+
+    def whole(self, prompts: Sequence[Prompt], config: SkipConfig) -> Prefilled:
+        """Prompts with all that belongs to them."""
+        model, cache = self._model, DynamicCache()
+        batch = self._moved(collate(prompts, self._pad))
+        ids, mask = batch.pop("input_ids"), batch["attention_mask"]
+        # The same two methods that `generate` calls; what a family needs beside the prompt is in them.
+        positions = model._prepare_position_ids_for_generation(ids, {**batch, "past_key_values": cache})
+        call = model.prepare_inputs_for_generation(
+            ids,
+            **{**batch, "position_ids": positions},
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            is_first_iteration=True,
+        )
+        attachment = self._attachment
+        with attachment.using(config.model_copy(update={"skip_kv": False})):
+            attachment.plan = None
+            output = model(**call)
+        visual = (ids == self._image_token_id).sum(dim=1).tolist()
+        logits = output.logits[:, -1]
+        state, plan = CacheState.of(cache), attachment.plan
+        real = mask.bool()
+        axes = positions.reshape(-1, *mask.shape)
+        if state is None or plan is None:
+            return Prefilled(
+                _layers(cache), real, real, places(real), real.sum(dim=1), ends(positions, real), logits,
+                [Visual(total, total, 0, total) for total in visual], axes,
+            )  # fmt: skip
+        roles = torch.full_like(state.place, TokenRole.PADDING)
+        roles[state.mask] = plan.roles[plan.attention_mask].long()
+        stay = state.mask & (roles != TokenRole.SKIPPED) if config.skip_kv else state.mask
+        counts = torch.stack(
+            [plan.count(role) for role in (TokenRole.RETAINED, TokenRole.SKIPPED)]
+            + [(stay & (roles != TokenRole.TEXT)).sum(dim=1)],
+            dim=1,
+        ).tolist()
+        return Prefilled(
+            _layers(cache), state.mask, stay, state.place, state.fed, state.next_position, logits,
+            [Visual(total, *row) for total, row in zip(visual, counts, strict=True)],
+            axes - state.shift[..., None],
+        )  # fmt: skip
+
+    def behind(self, prefixes: Sequence[Prefix], prompts: Sequence[Prompt]) -> Prefilled:
+        """What follows the prefixes in the prompts: tokens without images."""
+        batch = self._moved(collate(prompts, self._pad, begin=[prefix.fed for prefix in prefixes]))
+        mask = batch["attention_mask"].bool()
+        cache = DynamicCache()
+        for number in range(len(prefixes[0].layers)):
+            cache.update(
+                _side_by_side([prefix.layers[number][0].transpose(0, 1) for prefix in prefixes]).transpose(
+                    1, 2
+                ),
+                _side_by_side([prefix.layers[number][1].transpose(0, 1) for prefix in prefixes]).transpose(
+                    1, 2
+                ),
+                number,
+            )
+        held = _side_by_side([torch.ones_like(prefix.stay) for prefix in prefixes])
+        next_position = torch.stack([prefix.next_position for prefix in prefixes], dim=1)
+        state = CacheState(
+            mask=held,
+            caller_length=held.shape[1],
+            shift=torch.zeros_like(next_position),
+            next_position=next_position,
+            place=_side_by_side([prefix.place for prefix in prefixes]),
+            fed=torch.tensor([prefix.fed for prefix in prefixes], device=mask.device),
+        )
+        state.remember(cache)
+        positions = next_position[..., None] + (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        real = torch.cat([held, mask], dim=1)
+        output = self._model(
+            input_ids=batch["input_ids"],
+            attention_mask=real.long(),
+            position_ids=positions if len(positions) > 1 else positions[0],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        stay = torch.cat([_side_by_side([prefix.stay for prefix in prefixes]), mask], dim=1)
+        new = mask.sum(dim=1)
+        return Prefilled(
+            _layers(cache), real, stay, state.extended_place(real), state.fed + new, next_position + new,
+            output.logits[:, -1], [prefix.visual for prefix in prefixes],
+        )  # fmt: skip
+
+    def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device, dtype = self._model.device, self._model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+        }
+
+
+def _layers(cache: DynamicCache) -> Layers:
+    return [
+        (layer.keys, layer.values)
+        for layer in prunable_layers(cache)
+        if layer.keys is not None and layer.values is not None
+    ]
+
+
+def _side_by_side(values: list[torch.Tensor]) -> torch.Tensor:
+    """(C, …) of different lengths → (B, C, …), padded on the left."""
+    return pad_sequence(values, batch_first=True, padding_side="left")
