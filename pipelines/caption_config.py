@@ -23,12 +23,12 @@ class ModelSection(_Section):
     path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
     adapter: str | None = Field(
         None,
-        description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow; "
-        "null = the base model as it is",
+        description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
+        "MLflow; null = the base model as it is",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="dtype of weights and arithmetic; auto = bfloat16 where the hardware multiplies it natively",
+        description="dtype of weights and arithmetic; auto = bfloat16 where the hardware multiplies it",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation"
@@ -44,20 +44,20 @@ class InputSection(_Section):
     )
     prompt: str | None = Field(
         "Describe the image.",
-        description="what is asked; {column} stands for a row's value, {{ for a brace, and <image> for its images "
-        "where they are not to come first; null = each row's own `conversations` or `messages`, up to the "
+        description="what is asked; {column} stands for a row's value, {{ for a brace, <image> for an image "
+        "where images are not to come first; null = each row's own `conversations` or `messages`, up to the "
         "last user's",
     )
     system: str | None = Field(None, description="system message before the prompt; null = none")
     key: str | None = Field(
         None,
-        description="column that names rows in the result; null = `id`, if there is one, else a file's path below "
-        "the folder, or file and number of the row",
+        description="column that names rows in the result; null = `id`, if there is one, else a file's path "
+        "below the folder, or file and number of the row",
     )
     image: str | None = Field(
         None,
-        description="column of images: paths, URLs, bytes, or lists of these; in a tar the extension, as in jpg; "
-        "null = `image` or `images`, in a tar any image file",
+        description="column of images: paths, URLs, bytes, or lists of these; in a tar the extension, as in "
+        "jpg; null = `image` or `images`, in a tar any image file",
     )
     image_root: str | None = Field(
         None, description="folder that relative image paths start at; null = that of the rows' file"
@@ -86,9 +86,10 @@ class EngineSection(_Section):
         4096, ge=1, description="prompt tokens read in one step, at most, while others are being written"
     )
     prefix_cache_bytes: int = Field(
-        0, ge=0, description="bytes for images that several rows ask about, so that they are read once; 0 = none"
+        0,
+        ge=0,
+        description="bytes for images that several rows ask about, to read them once; 0 = none",
     )
-    compile: bool = Field(False, description="compile the decoding step: worth its minute in long jobs")
 
 
 class OutputSection(_Section):
@@ -98,8 +99,8 @@ class OutputSection(_Section):
     shard_rows: int = Field(
         1000,
         ge=1,
-        description="rows of a file; what a killed job loses are the rows of unfinished files, at most two files "
-        "a reader",
+        description="rows of a file; what a killed job loses are the rows of unfinished files, one or two a "
+        "reader",
     )
 
 
@@ -139,8 +140,8 @@ class CaptionConfig(_Section):
     input: InputSection
     skip: SkipConfig | Literal["full"] | None = Field(
         None,
-        description="how visual tokens are skipped; null = as the adapter was trained, and not at all without "
-        "one; full = not at all",
+        description="how visual tokens are skipped; null = as the adapter was trained; full, or null without "
+        "an adapter = not at all",
     )
     sampling: Sampling = Field(Sampling(), description="how captions are written")
     engine: EngineSection = EngineSection()

@@ -86,6 +86,11 @@ class CaptionShards:
         """Where a shard's captions are, or will be."""
         return self.folder / f"{shard:06d}.{self.kind}"
 
+    def clean(self) -> None:
+        """Remove what a killed job left half written."""
+        for partial in self.folder.glob(".*.partial"):
+            partial.unlink()
+
     def missing(self, shards: int) -> list[int]:
         """Shards that are still to be captioned."""
         return [shard for shard in range(shards) if not self.path(shard).exists()]

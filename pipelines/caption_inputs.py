@@ -44,7 +44,7 @@ def read_inputs(source: str, wanted: Wanted) -> Inputs:
     """All records of a source: a file, a folder, or a pattern with ``*``.
 
     A record's value is a mapping of columns; a picture that is a file of its own has ``image``, ``path``
-    (below the folder) and ``stem``. Raises `DataError`, at once or on the way, if a file cannot be read at all.
+    (below the folder) and ``stem``. Raises `DataError`, at once or on the way, if a file cannot be read.
     """
     url = absolute(source)
     try:
@@ -104,7 +104,7 @@ def _image_record(file: str, below: str, max_pixels: int) -> Record:
 
 
 def _renamed(records: Iterator[Record], name: str) -> Iterator[Record]:
-    """Records named after their file's place below the source, as files in different folders may be namesakes."""
+    """Records named after their file's place below the source: files in two folders may be namesakes."""
     for record in records:
         number = record.fallback_key.rpartition("-")[2]
         yield Record(record.file, record.place, f"{name}-{number}", record.value, record.problem)
@@ -143,9 +143,7 @@ def _parquet(file: str, name: str, wanted: Wanted) -> Iterator[Record]:
                 for row, value in enumerate(_group_rows(table, group, read)):
                     number += 1
                     for column in images:
-                        refer = partial(
-                            ParquetImage, file, group, row, column, max_pixels=wanted.max_pixels
-                        )
+                        refer = partial(ParquetImage, file, group, row, column, max_pixels=wanted.max_pixels)
                         value[column] = (
                             refer(0) if column in referred else without_bytes(value[column], refer)
                         )

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.caption_config import InputSection
@@ -93,9 +92,7 @@ def write_manifest(
     if repeated.hashes.size:
         again = path.with_name(f".{path.name}.partial-again")
         manifest = Manifest(partial)
-        rows = chain.from_iterable(
-            manifest.shard(i, settings.max_pixels) for i in range(manifest.shards)
-        )
+        rows = chain.from_iterable(manifest.shard(i, settings.max_pixels) for i in range(manifest.shards))
         renamed = repeated.renamed(rows)
         _write(again, renamed, shard_rows)
         if repeated.without_problem:
@@ -176,7 +173,8 @@ class _Listing:
         if isinstance(given, str | int | float) and given != "":
             return str(given)
         if self.settings.key is not None:
-            raise BadRow("broken record", f"the key `{self.settings.key}` is {given!r}, expected text or a number")
+            what = f"the key `{self.settings.key}` is {given!r}, expected text or a number"
+            raise BadRow("broken record", what)
         return fallback
 
     def _images(self, record: Record, key: str) -> tuple[Any, ...]:

@@ -102,7 +102,7 @@ def check_model(model: CaptionModel) -> PretrainedConfig:
     processor: Any = load_processor(model.base)
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
-            f"model.path = {model.label}: {type(processor).__name__} has no chat template to write prompts with"
+            f"model.path = {model.label}: {type(processor).__name__} has no chat template for prompts"
         )
     return config
 

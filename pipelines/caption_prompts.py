@@ -21,9 +21,8 @@ class PromptTemplate:
         for literal, column, specification, conversion in string.Formatter().parse(text):
             self._pieces.append((literal, column))
             if column is not None and (not column.isidentifier() or specification or conversion):
-                shown = f"{column}{'!' + conversion if conversion else ''}{specification and ':'}{specification}"
                 raise ValueError(
-                    f"{{{shown}}} is not the name of a column; write braces that are meant as such twice"
+                    f"{{{column}…}} is not the name of a column; write braces that are meant as such twice"
                 )
         self.columns = tuple(dict.fromkeys(column for _, column in self._pieces if column is not None))
 

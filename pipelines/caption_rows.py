@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipelines.images import FileImage, InlineImage, ParquetImage, TarImage
 from pipelines.rows import ImageSource, Message
 
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Why a row gets no caption: what it is counted as, and a sentence for the data set's owner.

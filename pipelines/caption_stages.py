@@ -33,7 +33,7 @@ from pipelines.engine_thread import EngineThread, Outcome
 from pipelines.images import ImageError
 from pipelines.learner import load_processor
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
-from skipvision.errors import InputError
+from skipvision.errors import InputError, SkipVisionError
 
 _BLOCKS_AT_ONCE = 12
 _ROWS_AT_ONCE = 3
@@ -196,13 +196,21 @@ class CaptionActor:
         device = torch.device("cuda" if given.get("GPU", 0) else "cpu")
         self.work = work
         self.name = ray.get_runtime_context().get_actor_id()
-        self.engine = EngineThread(load_captioner(work.model, work.config.engine, device))
+        self.engine: EngineThread | SkipVisionError
+        try:
+            self.engine = EngineThread(load_captioner(work.model, work.config.engine, device))
+        except SkipVisionError as error:  # raised here, it would reach the job as text
+            self.engine = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if isinstance(self.engine, SkipVisionError):
+            raise self.engine
         (block,) = _unpacked(batch)
         sound = [row for row in block.rows if row.problem is None]
         requests = [
-            Request(inputs=safetensors.torch.load(row.inputs), sampling=self._sampling(row.key), key=row.number)
+            Request(
+                inputs=safetensors.torch.load(row.inputs), sampling=self._sampling(row.key), key=row.number
+            )
             for row in sound
         ]
         outcomes = dict(zip((row.number for row in sound), self.engine.answer(requests), strict=True))
@@ -210,7 +218,7 @@ class CaptionActor:
         return _packed(Written(block.shard, made, self.name, self.engine.statistics))
 
     def _sampling(self, key: str) -> Sampling:
-        """A seed for each row, so that a row's caption does not depend on where and how often it is written."""
+        """A seed for each row: its caption does not depend on where and how often it is written."""
         sampling = self.work.config.sampling
         if sampling.seed is None or sampling.temperature == 0:
             return sampling

@@ -38,7 +38,7 @@ class Progress:
         """One line for people."""
         left = (time.monotonic() - self._session) / (done - self._first) * (self.steps - done)
         rate = stats.images / self.step_seconds[-1]
-        return f"step {done}/{self.steps}  loss {stats.loss:.4f}  {rate:.1f} images/s  {_duration(left)} left"
+        return f"step {done}/{self.steps}  loss {stats.loss:.4f}  {rate:.1f} images/s  {duration(left)} left"
 
     def summary(self) -> dict[str, Any]:
         """What the run's result says about time and loss."""
@@ -50,7 +50,8 @@ class Progress:
         }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

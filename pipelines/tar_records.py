@@ -18,9 +18,8 @@ from pipelines.images import TarImage
 from pipelines.records import Record
 from skipvision.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .avif .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm".split()
-)
+_EXTENSIONS = "jpg jpeg jpe jfif png webp avif gif bmp dib tif tiff ppm pgm pbm pnm"
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in _EXTENSIONS.split())
 """Endings of the names of image files, in lower case."""
 
 _LARGEST_TEXT = 16 * 2**20
@@ -33,8 +32,8 @@ def tar_records(
     """The rows of one tar, in its order.
 
     A row has its ``__key__``, the fields of its ``.json``, its text files under their extensions as far as
-    they are among ``columns``, and its image file: under its extension if that is one of ``images``, otherwise
-    as ``image``, if that is. Raises `DataError` if the file is no uncompressed tar.
+    they are among ``columns``, and its image file: under its extension if that is one of ``images``,
+    otherwise as ``image``, if that is. Raises `DataError` if the file is no uncompressed tar.
     """
     with fsspec.open(file, "rb") as stream:
         try:
@@ -42,7 +41,8 @@ def tar_records(
         except tarfile.TarError as error:
             raise DataError(f"{file} is not a readable uncompressed tar: {error}") from None
         number = 0
-        for number, (key, members) in enumerate(groupby(_members(tar), key=_key), start=1):
+        for key, members in groupby(_members(tar), key=_key):
+            number += 1
             value: dict[str, Any] = {"__key__": key}
             problem = ""
             for member in members:
@@ -101,7 +101,8 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     if member.size > _LARGEST_TEXT:
         raise ValueError(f"it has {member.size} bytes, more than {_LARGEST_TEXT}")
     content = tar.extractfile(member)
-    assert content is not None, "a regular file"
+    if content is None:
+        raise ValueError("it is no regular file")
     return content.read().decode("utf-8-sig")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import time
 import warnings
 from collections import deque
@@ -220,7 +221,7 @@ def fetch_model(uri: str, name: str, folder: Path) -> str:
     """
     wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
     if wanted is None:
-        raise ConfigError(f"{name!r} is not a registered model: write models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
     model, alias, version = wanted.groups()
 
     def fetch() -> str:
@@ -237,10 +238,10 @@ def fetch_model(uri: str, name: str, folder: Path) -> str:
 
             source = client.get_model_version_download_uri(model, found.version)
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            copy = download_artifacts(artifact_uri=source, tracking_uri=uri)
-            shutil.copytree(copy, folder, dirs_exist_ok=True)
-            note.write_text(exact)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
+                copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
+                (copy / note.name).write_text(exact)
+                copy.rename(folder)
         return exact
 
     return _insist(fetch, f"fetching {name} from {uri}", pauses=())

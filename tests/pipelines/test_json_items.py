@@ -27,7 +27,9 @@ def test_elements_are_those_of_the_list_wherever_it_is_cut(values, chunk, ascii_
         assert list(json_items(io.BytesIO(text))) == values
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1", "[1,]", "[1 2]", "[1] 2", '["a]', "[,]", '[{"a": }]', "[1]]"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1", "[1,]", "[1 2]", "[1] 2", '["a]', "[,]", '[{"a": }]', "[1]]"]
+)
 def test_what_is_no_list_is_refused(text):
     with pytest.raises(ValueError, match=r": line 1, character \d+ of the file|utf-8"):
         list(json_items(io.BytesIO(text.encode())))
@@ -49,6 +51,9 @@ def test_only_a_window_of_the_stream_is_in_memory():
 
 def test_the_place_of_a_mistake_is_told_even_behind_many_windows():
     text = b"[" + b"1,\n" * 10_000 + b"oops]"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="line 10001, character 30002"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match="line 10001, character 30002"),
+    ):
         patch.setattr(module, "_CHUNK", 100)
         list(json_items(io.BytesIO(text)))

@@ -1,0 +1,19 @@
+"""Caption a data set of images with a vision-language model and Skip-Vision, under Ray Data, resumable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
+
+from pipelines.caption import run_caption
+from pipelines.caption_config import CaptionConfig
+from pipelines.config import load_config, run_job
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    """Caption, continue or report the job."""
+    return run_caption(load_config(CaptionConfig, argv, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_job(main, sys.argv[1:])

@@ -1,0 +1,256 @@
+"""Captioning a data set with the engine under Ray Data, tracked in MLflow.
+
+`run_caption` is the whole story of a job: claim its folder, find the model, list the inputs, caption the
+shards that are not there yet, sum up. A job that was killed anywhere on this way is continued by running
+the same configuration again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import yaml
+
+from pipelines.caption_config import CaptionConfig
+from pipelines.caption_folder import CaptionFolder, CaptionShards, Tally
+from pipelines.caption_manifest import Manifest, ManifestFacts, write_manifest
+from pipelines.caption_model import CaptionModel, check_model, find_model
+from pipelines.caption_progress import CaptionProgress
+from pipelines.caption_report import record, savings
+from pipelines.caption_resources import engine_resources
+from pipelines.caption_rows import Caption
+from pipelines.caption_stages import Assignment, Written, captions
+from pipelines.cluster import node_resources, ray_session
+from pipelines.paths import input_path, output_path
+from pipelines.tracking import Tracker, TrackingError
+from skipvision.errors import DataError, SkipVisionError
+
+__all__ = ["CaptionConfig", "run_caption"]
+
+
+def run_caption(config: CaptionConfig) -> dict[str, Any]:
+    """Caption, or go on, or only report the job ``config.name``; returns its result.
+
+    The result holds ``captions`` (folder), ``rows``, ``captioned``, ``errors`` by kind, ``tokens`` by column,
+    ``savings`` (predicted and counted), ``rows_per_second`` (of this start, once engines ran), ``seconds``
+    (of all starts), ``model``, ``adapter``, ``mlflow_uri``, ``mlflow_run_id`` and ``already_finished``.
+
+    Raises:
+        ConfigError: settings that contradict each other, the model, the inputs or an earlier start.
+        DataError: inputs that cannot be read at all, or more error rows than allowed.
+        ResourceError: the cluster is too small.
+        TrackingError: MLflow cannot be reached.
+    """
+    folder = CaptionFolder(output_path(config.storage, "storage"), config.name)
+    with folder.claimed():
+        continued = folder.resumes(config.model_dump(mode="json"))
+        if result := folder.state.get("result"):
+            print(f"job {config.name!r} is finished already: {folder.captions}", flush=True)
+            return {**result, "already_finished": True}
+        absolute = _absolute(config)
+        uri = config.tracking.absolute_uri(folder.storage)
+        model = find_model(absolute, uri, folder.adapter, folder.state.get("adapter"))
+        model_config = check_model(model)
+        if not continued or "listed" not in folder.state:
+            _list_inputs(absolute, config, folder)
+        folder.remember(adapter=model.adapter_label)
+        work = Assignment(absolute, model, folder.manifest)
+        manifest = Manifest(folder.manifest)
+        shards = CaptionShards(folder.captions, config.output.format)
+        tracker = _start_tracking(absolute, folder, uri, model, manifest)
+        try:
+            running = _caption_missing(work, manifest, shards, folder, tracker)
+        except BaseException:
+            with suppress(TrackingError):
+                tracker.close()
+                tracker.finish("FAILED")
+            raise
+        return _sum_up(work, manifest, shards, folder, tracker, savings_of=model_config, running=running)
+
+
+class EngineDiedError(SkipVisionError):
+    """Engines died more often than they may be started again."""
+
+
+# ------------------------------------------------------------------------------------ before captioning
+
+
+def _absolute(config: CaptionConfig) -> CaptionConfig:
+    """The configuration with every path absolute: readers and engines run elsewhere."""
+    paths = {"source": input_path(config.input.source, "input.source")}
+    if config.input.image_root is not None:
+        paths["image_root"] = input_path(config.input.image_root, "input.image_root")
+    return config.model_copy(update={"input": config.input.model_copy(update=paths)})
+
+
+def _list_inputs(absolute: CaptionConfig, config: CaptionConfig, folder: CaptionFolder) -> None:
+    """Write the manifest; it and the settings are what a continued job goes by."""
+    print(f"job {config.name!r}: listing {absolute.input.source}", flush=True)
+    facts = write_manifest(absolute.input, folder.manifest, config.output.shard_rows, _say)
+    for line in _described(facts):
+        _say(line)
+    folder.state = {}
+    folder.remember(
+        config=config.model_dump(mode="json"),
+        listed={"rows": facts.rows, "problems": facts.problems, "passed_over": facts.passed_over},
+    )
+
+
+def _described(facts: ManifestFacts) -> Iterator[str]:
+    yield f"{facts.rows:,} rows"
+    if facts.problems:
+        yield "already known to be error rows: " + _listed(facts.problems)
+    if facts.passed_over:
+        passed = {suffix or "no suffix": count for suffix, count in facts.passed_over.items()}
+        yield "passed over, as they are no images by their names: " + _listed(passed)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+
+
+def _start_tracking(
+    config: CaptionConfig, folder: CaptionFolder, uri: str, model: CaptionModel, manifest: Manifest
+) -> Tracker:
+    known = folder.state.get("mlflow_run_id")
+    tracker = Tracker.start(
+        uri,
+        experiment=config.tracking.experiment,
+        run_name=config.name,
+        artifacts=folder.storage / "mlflow-artifacts",
+        run_id=known,
+    )
+    if known is None:
+        resolved = {**config.model_dump(mode="json"), "skip": model.skip.model_dump(mode="json")}
+        facts = {"rows": manifest.rows, "shards": manifest.shards, "adapter_version": model.adapter_label}
+        tracker.parameters({**resolved, "job": facts})
+        tracker.text(yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
+        folder.remember(mlflow_run_id=tracker.run_id)
+    return tracker
+
+
+# ------------------------------------------------------------------------------------------ captioning
+
+
+def _caption_missing(
+    work: Assignment, manifest: Manifest, shards: CaptionShards, folder: CaptionFolder, tracker: Tracker
+) -> CaptionProgress:
+    """Caption every shard whose file is not there."""
+    shards.clean()
+    missing = shards.missing(manifest.shards)
+    done = Tally()
+    for table in shards.tables(range(manifest.shards)):
+        done.add(table)
+    limit = _ErrorLimit(work.config.max_error_fraction, manifest.rows)
+    # What the manifest knows of the missing shards is not counted twice: it is a lower bound on its own.
+    limit.check(max(done.failed, sum(folder.state["listed"]["problems"].values())), done.errors)
+    progress = CaptionProgress(manifest.rows, done, tracker, folder.state.get("seconds", 0.0))
+    if not missing:
+        return progress
+    if done.rows:
+        _say(f"{done.rows:,} of {manifest.rows:,} rows are there already")
+    with ray_session():
+        resources = engine_resources(node_resources(), work.config.scaling)
+        each = f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU"
+        _say(f"starting {work.config.scaling.workers} engine(s) with {each} each")
+        collected: dict[int, dict[int, Caption]] = {}
+        for written in _with_our_errors(captions(work, missing, resources)):
+            rows = collected.setdefault(written.shard, {})
+            rows.update(written.captions)
+            progress.add(written)
+            limit.check(progress.tally.failed, progress.tally.errors)
+            if len(rows) == manifest.shard_rows[written.shard]:
+                shards.write(written.shard, [rows[number] for number in sorted(rows)])
+                del collected[written.shard]
+                folder.remember(seconds=round(progress.seconds, 2))
+    if collected:
+        raise EngineDiedError(
+            f"rows of {len(collected)} shards were lost on the way; run the same job again to caption them"
+        )
+    progress.say()
+    return progress
+
+
+class _ErrorLimit:
+    def __init__(self, fraction: float, rows: int) -> None:
+        self.fraction, self.rows = fraction, rows
+
+    def check(self, failed: int, kinds: Mapping[str, int]) -> None:
+        """Raise `DataError` if there are more error rows than allowed, whatever the others will be."""
+        if failed > self.fraction * self.rows:
+            raise DataError(
+                f"{failed} of {self.rows} rows are errors ({_listed(kinds)}), more than "
+                f"max_error_fraction = {self.fraction:g}; mend the inputs, or raise it and run the job again"
+            )
+
+
+def _with_our_errors(stream: Iterator[Written]) -> Iterator[Written]:
+    """The stream; an error of ours comes without what Ray wraps around it, a dead engine as one of ours."""
+    from ray.exceptions import ActorDiedError, RayError
+
+    try:
+        yield from stream
+    except RayError as error:
+        cause: Any = error
+        while cause is not None and not isinstance(cause, SkipVisionError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is not None:
+            raise cause from None
+        if isinstance(error, ActorDiedError):
+            raise EngineDiedError(
+                "an engine died more than scaling.max_failures times, perhaps for want of memory (then lower "
+                f"engine.kv_budget_bytes): {error}\nRun the same job again to continue"
+            ) from error
+        raise
+
+
+# ------------------------------------------------------------------------------------------ the end
+
+
+def _sum_up(
+    work: Assignment,
+    manifest: Manifest,
+    shards: CaptionShards,
+    folder: CaptionFolder,
+    tracker: Tracker,
+    *,
+    savings_of: Any,
+    running: CaptionProgress,
+) -> dict[str, Any]:
+    """Everything about the finished job, in MLflow and as its result."""
+    tally = Tally()
+    for table in shards.tables(range(manifest.shards)):
+        tally.add(table)
+    result = {
+        "job": folder.name,
+        "captions": str(folder.captions),
+        "rows": tally.rows,
+        "captioned": tally.rows - tally.failed,
+        "errors": dict(tally.errors.most_common()),
+        "tokens": dict(tally.tokens),
+        "savings": savings(savings_of, work.model.skip, tally),
+        "rows_per_second": round(running.rate, 3),
+        "seconds": round(running.seconds, 2),
+        "model": work.model.label,
+        "adapter": work.model.adapter_label,
+        "mlflow_uri": tracker.uri,
+        "mlflow_run_id": tracker.run_id,
+    }
+    try:
+        record(tracker, result, running.engines(), manifest, shards, work.config)
+        tracker.finish("FINISHED")
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}\nThe captions are complete in {folder.captions}. Run the same job again to record them"
+        ) from error
+    folder.remember(result=result)
+    _say(f"{result['captioned']:,} captions and {tally.failed:,} error rows in {folder.captions}")
+    if tally.failed:
+        _say("error rows: " + _listed(tally.errors))
+    return {**result, "already_finished": False}
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
