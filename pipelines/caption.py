@@ -7,6 +7,7 @@ the same configuration again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -56,7 +57,7 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
         if not continued or "listed" not in folder.state:
             _list_inputs(absolute, config, folder)
         folder.remember(adapter=model.adapter_label)
-        work = Assignment(absolute, model, folder.manifest)
+        work = Assignment(absolute, model, folder.manifest, folder.attempts)
         manifest = Manifest(folder.manifest)
         shards = CaptionShards(folder.captions, config.output.format)
         tracker = _start_tracking(absolute, folder, uri, model, manifest)
@@ -71,7 +72,7 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
 
 
 class EngineDiedError(SkipVisionError):
-    """Engines died more often than they may be started again."""
+    """An engine does not live long enough to write anything."""
 
 
 # ------------------------------------------------------------------------------------ before captioning
@@ -139,13 +140,15 @@ def _caption_missing(
 ) -> CaptionProgress:
     """Caption every shard whose file is not there."""
     shards.clean()
+    folder.attempts.clear()
     missing = shards.missing(manifest.shards)
     done = Tally()
     for table in shards.tables(range(manifest.shards)):
         done.add(table)
     limit = _ErrorLimit(work.config.max_error_fraction, manifest.rows)
-    # What the manifest knows of the missing shards is not counted twice: it is a lower bound on its own.
-    limit.check(max(done.failed, sum(folder.state["listed"]["problems"].values())), done.errors)
+    # Rows that were errors when they were listed may be in these shards or in those: not counted twice.
+    limit.check(done.errors)
+    limit.check(Counter(folder.state["listed"]["problems"]))
     progress = CaptionProgress(manifest.rows, done, tracker, folder.state.get("seconds", 0.0))
     if not missing:
         return progress
@@ -160,7 +163,7 @@ def _caption_missing(
             rows = collected.setdefault(written.shard, {})
             rows.update(written.captions)
             progress.add(written)
-            limit.check(progress.tally.failed, progress.tally.errors)
+            limit.check(progress.tally.errors)
             if len(rows) == manifest.shard_rows[written.shard]:
                 shards.write(written.shard, [rows[number] for number in sorted(rows)])
                 del collected[written.shard]
@@ -177,11 +180,12 @@ class _ErrorLimit:
     def __init__(self, fraction: float, rows: int) -> None:
         self.fraction, self.rows = fraction, rows
 
-    def check(self, failed: int, kinds: Mapping[str, int]) -> None:
-        """Raise `DataError` if there are more error rows than allowed, whatever the others will be."""
+    def check(self, errors: Counter[str]) -> None:
+        """Raise `DataError` if these are more than allowed, whatever becomes of the other rows."""
+        failed = errors.total()
         if failed > self.fraction * self.rows:
             raise DataError(
-                f"{failed} of {self.rows} rows are errors ({_listed(kinds)}), more than "
+                f"{failed} of {self.rows} rows are errors ({_listed(errors)}), more than "
                 f"max_error_fraction = {self.fraction:g}; mend the inputs, or raise it and run the job again"
             )
 
@@ -200,8 +204,8 @@ def _with_our_errors(stream: Iterator[Written]) -> Iterator[Written]:
             raise cause from None
         if isinstance(error, ActorDiedError):
             raise EngineDiedError(
-                "an engine died more than scaling.max_failures times, perhaps for want of memory (then lower "
-                f"engine.kv_budget_bytes): {error}\nRun the same job again to continue"
+                f"an engine could not be started: {str(error).strip().splitlines()[-1]}\n"
+                "What is captioned is safe; run the same job again to continue"
             ) from error
         raise
 

@@ -6,6 +6,7 @@
                      lock                held by the job that works on it
                      manifest.parquet    every row of the inputs; its row groups are the shards
                      adapter/            the adapter, if it came out of MLflow
+                     attempts/           blocks of rows that engines are working on
                      captions/000000.parquet …    the result: one file a shard, there only if complete
 """
 
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.caption_attempts import Attempts
 from pipelines.caption_rows import CAPTION_SCHEMA, Caption, caption_table
 from pipelines.run_folder import RunFolder
 
@@ -47,6 +49,7 @@ class CaptionFolder(RunFolder):
         super().__init__(storage, name)
         self.manifest = self.path / "manifest.parquet"
         self.captions = self.path / "captions"
+        self.attempts = Attempts(self.path / "attempts")
 
     @property
     def begun(self) -> bool:

@@ -14,7 +14,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 
+from pipelines.caption_attempts import Attempts
 from pipelines.caption_config import CaptionConfig
 from pipelines.caption_manifest import Manifest
 from pipelines.caption_model import CaptionModel, load_captioner
@@ -47,6 +48,7 @@ class Assignment:
     config: CaptionConfig
     model: CaptionModel
     manifest: Path
+    attempts: Attempts
 
     @property
     def block_rows(self) -> int:
@@ -117,8 +119,6 @@ def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, fl
         ),
         num_cpus=resources["CPU"],
         num_gpus=resources["GPU"],
-        max_restarts=scaling.max_failures,
-        max_task_retries=scaling.max_failures,
     )
     for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from _unpacked(batch)
@@ -206,16 +206,24 @@ class CaptionActor:
         if isinstance(self.engine, SkipVisionError):
             raise self.engine
         (block,) = _unpacked(batch)
-        sound = [row for row in block.rows if row.problem is None]
+        place = block.shard, block.rows[0].number
+        deaths = self.work.attempts.begin(*place)
+        if deaths > self.work.config.scaling.max_failures:
+            reason = f"engines died {deaths} times while this row was among those they were writing"
+            rows = [replace(row, problem=row.problem or Problem("generation", reason)) for row in block.rows]
+            block = replace(block, rows=rows)
+        made = self._answer(block.rows)
+        self.work.attempts.end(*place)
+        return _packed(Written(block.shard, made, self.name, self.engine.statistics))
+
+    def _answer(self, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
+        sound = [row for row in rows if row.problem is None]
         requests = [
-            Request(
-                inputs=safetensors.torch.load(row.inputs), sampling=self._sampling(row.key), key=row.number
-            )
+            Request(inputs=safetensors.torch.load(row.inputs), sampling=self._sampling(row.key))
             for row in sound
         ]
         outcomes = dict(zip((row.number for row in sound), self.engine.answer(requests), strict=True))
-        made = {row.number: self._caption(row, outcomes.get(row.number)) for row in block.rows}
-        return _packed(Written(block.shard, made, self.name, self.engine.statistics))
+        return {row.number: self._caption(row, outcomes.get(row.number)) for row in rows}
 
     def _sampling(self, key: str) -> Sampling:
         """A seed for each row: its caption does not depend on where and how often it is written."""
@@ -238,7 +246,7 @@ class CaptionActor:
         usage, timing = outcome.usage, outcome.timing
         return Caption(
             key=row.key,
-            text=outcome.text,
+            text=outcome.text.strip(),
             finish_reason=outcome.choices[0].finish_reason,
             prompt_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,
