@@ -9,7 +9,14 @@ from skipvision.testing import tiny_inputs, tiny_llava
 
 F64 = torch.float64
 
-ROWS = [[3, "image", 4], [5], [2, "image", 1, "image", 2], ["image", 3], [7, "image", 2], [1, "image", "image", 1]]
+ROWS = [
+    [3, "image", 4],
+    [5],
+    [2, "image", 1, "image", 2],
+    ["image", 3],
+    [7, "image", 2],
+    [1, "image", "image", 1],
+]
 
 CONFIGS = {
     "counts": SkipConfig(retained=4, skipped=6),

@@ -6,9 +6,27 @@ import time
 import pytest
 import torch
 
-from skipvision import ConfigError, Engine, GenerationError, InputError, Request, ResourceError, Sampling, SkipConfig
+from skipvision import (
+    ConfigError,
+    Engine,
+    GenerationError,
+    InputError,
+    Request,
+    ResourceError,
+    Sampling,
+    SkipConfig,
+)
 from skipvision.engine.streams import TextStream
-from tests.skipvision.engine.requests_for_tests import CONFIGS, ROWS, alone, drain, ids_of, inputs_of, request, words
+from tests.skipvision.engine.requests_for_tests import (
+    CONFIGS,
+    ROWS,
+    alone,
+    drain,
+    ids_of,
+    inputs_of,
+    request,
+    words,
+)
 
 
 class Letters:
@@ -56,7 +74,9 @@ def test_without_a_seed_answers_differ(engine):
 
 def test_draws_follow_the_models_distribution(engine):
     """First tokens of 600 draws against the softmax at that temperature, by a χ² statistic."""
-    logprobs = one(engine, request(0, sampling=Sampling(max_new_tokens=1, logprobs=63))).choices[0].logprobs[0]
+    logprobs = (
+        one(engine, request(0, sampling=Sampling(max_new_tokens=1, logprobs=63))).choices[0].logprobs[0]
+    )
     heat, draws = 0.7, 600
     chances = torch.tensor([value for _, value in logprobs.top]).div(heat).softmax(0)
     place = {token: at for at, (token, _) in enumerate(logprobs.top)}
@@ -257,7 +277,9 @@ def test_logits_can_be_adjusted(engine):
 
     completions = {
         c.key: c
-        for c in engine.run([request(0, adjust=even, key="even"), request(0, adjust=fails, key="fails"), request(1)])
+        for c in engine.run(
+            [request(0, adjust=even, key="even"), request(0, adjust=fails, key="fails"), request(1)]
+        )
     }
     assert all(token % 2 == 0 for token in completions["even"].choices[0].token_ids)
     assert str(completions["fails"].error) == "no way on"
@@ -336,7 +358,14 @@ def test_other_refusals(engine):
 def test_all_wrong_numbers_are_named_together():
     with pytest.raises(ConfigError) as caught:
         Sampling(max_new_tokens=0, temperature=-1, top_p=float("nan"), stop="", n="x", best_of=3)
-    for name in ("max_new_tokens=0", "temperature=-1", "top_p=nan", "stop=''", "n='x'", "best_of=3: no such field"):
+    for name in (
+        "max_new_tokens=0",
+        "temperature=-1",
+        "top_p=nan",
+        "stop=''",
+        "n='x'",
+        "best_of=3: no such field",
+    ):
         assert name in str(caught.value)
     with pytest.raises(ConfigError, match=r"max_sequences=0: .*; prefill_tokens=True"):
         Engine(words(), None, CONFIGS["counts"], max_sequences=0, prefill_tokens=True)
