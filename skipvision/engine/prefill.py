@@ -87,7 +87,7 @@ class Prefilled:
     positions: torch.Tensor | None = None
 
     def staying(self) -> tuple[torch.Tensor, list[int]]:
-        """(B, K) index of the entries that stay, its first again behind a row's last; how many each row has."""
+        """(B, K) index of the entries that stay, behind a row's last its first again; how many each has."""
         counts = self.stay.sum(dim=1)
         most = int(counts.max())
         order = (~self.stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]

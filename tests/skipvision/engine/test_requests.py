@@ -242,7 +242,8 @@ def test_cancelling_frees_the_row_at_once(engine):
     assert ended[numbers[2]].choices[0].finish_reason == "cancelled"
     assert ended[numbers[2]].choices[0].token_ids == alone(0, tokens=50)[:2]
     assert waiting in {chunk.id for chunk in chunks}
-    assert engine.cancel(numbers[0]) and engine.cancel(numbers[5])
+    assert engine.cancel(numbers[0])
+    assert engine.cancel(numbers[5])
     left = {c.id: c for chunk in drain(engine) if (c := chunk.completion) is not None}
     for number in (numbers[1], numbers[3], numbers[4]):
         assert ids_of(left[number]) == alone(0, tokens=50)
@@ -438,8 +439,10 @@ def test_statistics(engine):
     end = engine.statistics()
     assert end.requests == {"length": 3}
     assert end.decode_tokens == 3 * 7
-    assert end.prefill_tokens_per_second > 0 and end.decode_tokens_per_second > 0
-    assert end.time_to_first_token[0] > 0 and end.time_per_output_token[1] > 0
+    assert end.prefill_tokens_per_second > 0
+    assert end.decode_tokens_per_second > 0
+    assert end.time_to_first_token[0] > 0
+    assert end.time_per_output_token[1] > 0
 
 
 def test_closing_gives_the_model_back():

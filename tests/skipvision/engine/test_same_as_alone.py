@@ -194,9 +194,7 @@ def test_admissions_and_cancellations_at_any_moment(steps, most, places, prefixe
 def test_nothing_is_left_of_a_thousand_requests():
     with Engine(words(), None, CONFIGS["counts"], max_sequences=8, prefix_cache_bytes=2**16) as engine:
         done = 0
-        for number, completion in enumerate(
-            engine.run(request(n % 6, tokens=1 + n % 3) for n in range(1000))
-        ):
+        for number, _ in enumerate(engine.run(request(n % 6, tokens=1 + n % 3) for n in range(1000))):
             done += 1
             if number == 500:
                 held = engine._running.slots.nbytes
