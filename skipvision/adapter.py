@@ -193,7 +193,8 @@ def _save_lora(model: PeftModel, name: str, folder: Path) -> None:
 def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: str) -> None:
     attachment = attachment_of(model)
     attached = None if attachment is None else attachment.config
-    if saved["skip"] != attached:
+    full = SkipConfig.full()
+    if (saved["skip"] or full) != (attached or full):
         raise AdapterError(
             f"{folder} was trained with another SkipConfig than this model has attached: "
             f"{difference(saved['skip'], attached)}. Adapters of one model share its attachment: load this "

@@ -49,10 +49,11 @@ class Adapters:
         """Make all calls run under one adapter."""
         if self._peft is None or name == self._active:
             return
+        tuner: Any = self._peft.base_model
         if name == BASE:
-            self._peft.base_model.disable_adapter_layers()
+            tuner.disable_adapter_layers()
         else:
-            self._peft.base_model.enable_adapter_layers()
+            tuner.enable_adapter_layers()
             self._peft.set_adapter(name)
         self._active = name
 

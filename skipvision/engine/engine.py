@@ -60,7 +60,8 @@ class Engine:
         prefill_tokens: tokens that one step prefills at most, as callers count them (one prompt at least),
             so that those who are being answered need not wait long for the next token.
         prefix_cache_bytes: for keys and values of images that may be asked about again; 0 = none.
-        compile_decoding: by ``torch.compile``. Rows and lengths then come in few sizes, so that few are compiled.
+        compile_decoding: by ``torch.compile``, with the backend of that name if it is one. Rows and lengths
+            then come in few sizes, to compile few.
 
     Raises:
         ConfigError: numbers that make no sense, or a config that this model cannot run under.
@@ -77,7 +78,7 @@ class Engine:
         kv_budget_bytes: int = 2**30,
         prefill_tokens: int = 4096,
         prefix_cache_bytes: int = 0,
-        compile_decoding: bool = False,
+        compile_decoding: bool | str = False,
     ) -> None:
         _check_numbers(
             max_sequences=(max_sequences, 1),

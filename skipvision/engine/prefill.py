@@ -87,10 +87,13 @@ class Prefilled:
     positions: torch.Tensor | None = None
 
     def staying(self) -> tuple[torch.Tensor, list[int]]:
-        """(B, K) index of the entries that stay, first ones first, and how many each row has."""
-        order = (~self.stay).to(torch.uint8).argsort(dim=1, stable=True)
-        counts = self.stay.sum(dim=1).tolist()
-        return order[:, : max(counts)], counts
+        """(B, K) index of the entries that stay, behind a row's last its first again; how many each has."""
+        counts = self.stay.sum(dim=1)
+        most = int(counts.max())
+        order = (~self.stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        # Padding may hold what is not a number, and must not come along.
+        there = torch.arange(most, device=order.device) < counts[:, None]
+        return torch.where(there, order, order[:, :1]), counts.tolist()
 
     def prefix(self, row: int, tokens: int) -> Prefix:
         """A copy of what a row's first ``tokens`` left, up to its last image or behind it."""

@@ -27,7 +27,7 @@ class Running:
         adapters: of it.
         sight: of its decoder.
         scheduler: the arithmetic of rows and lengths.
-        compiled: run decode steps through ``torch.compile``.
+        compiled: run decode steps through ``torch.compile``, with this backend or the usual one.
 
     Attributes:
         answers: in the order of their rows.
@@ -35,10 +35,11 @@ class Running:
     """
 
     def __init__(
-        self, model: Any, adapters: Adapters, sight: Sight, scheduler: Scheduler, compiled: bool
+        self, model: Any, adapters: Adapters, sight: Sight, scheduler: Scheduler, compiled: bool | str
     ) -> None:
         self._model, self._adapters, self._sight, self._scheduler = model, adapters, sight, scheduler
-        self._compiled = torch.compile(model, dynamic=False) if compiled else None
+        backend = compiled if isinstance(compiled, str) else "inductor"
+        self._compiled = torch.compile(model, dynamic=False, backend=backend) if compiled else None
         self.answers: list[Answer] = []
         self.slots = Slots(scheduler.capacity)
 
@@ -88,7 +89,7 @@ class Running:
             return torch.tensor(values + [filler] * idle, device=device)
 
         lengths = [answer.length for answer in answers]
-        span = self.slots.length if self._compiled else self._scheduler.length(max(lengths) + 1)
+        span = self.slots.length if self._compiled is not None else self._scheduler.length(max(lengths) + 1)
         at, places = tensor(lengths), tensor([answer.fed for answer in answers])
         axes = len(answers[0].position)
         positions = tensor([answer.position for answer in answers], [0] * axes).T[..., None]
@@ -114,8 +115,8 @@ class Running:
         self._adapters.activate(names[0])
         if self._compiled is None:
             return self._model(**call)
-        with dynamo.config.patch(recompile_limit=_COMPILED_SHAPES):  # type: ignore[no-untyped-call]
-            return self._compiled(**call)
+        with dynamo.config.patch(recompile_limit=_COMPILED_SHAPES):
+            return self._compiled(**call)  # type: ignore[no-untyped-call]
 
     def _mask(self, lengths: torch.Tensor, places: torch.Tensor) -> Any:
         """What each row's new token sees: its own entries, as far back as the layers look."""

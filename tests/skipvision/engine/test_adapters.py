@@ -1,0 +1,151 @@
+"""Several LoRA adapters, each with its summary layer and SkipConfig, in one batch."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from skipvision import (
+    AdapterError,
+    ConfigError,
+    Engine,
+    Sampling,
+    SkipConfig,
+    attach,
+    attachment_of,
+    load_adapter,
+    save_adapter,
+)
+from skipvision.engine import BASE
+from skipvision.testing import tiny_llava
+from tests.skipvision.cases import train_summary
+from tests.skipvision.engine.requests_for_tests import F64, ROWS, ids_of, inputs_of, request
+
+SKIPS = {
+    "red": SkipConfig(retained=4, skipped=6),
+    "green": SkipConfig(retained=3, skipped=3, merge="pool"),
+    "blue": None,
+}
+
+
+def base_model():
+    model = tiny_llava(dtype=F64, seed=3)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An adapter trained with each config; "blue" with all tokens."""
+    where = tmp_path_factory.mktemp("adapters")
+    for number, (name, skip) in enumerate(SKIPS.items()):
+        torch.manual_seed(number)
+        model = get_peft_model(
+            base_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        )
+        if skip is not None:
+            train_summary(attach(model, skip).summary)
+        save_adapter(model, where / name)
+    return where
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """What `generate` writes under each adapter alone, on a model that has no other."""
+    answers = {}
+    for name in SKIPS:
+        model = load_adapter(base_model(), folders / name)
+        for row in range(len(ROWS)):
+            inputs = inputs_of(row)
+            written = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            answers[name, row] = tuple(written[0, inputs["input_ids"].shape[1] :].tolist())
+    for row in range(len(ROWS)):
+        inputs = inputs_of(row)
+        with attach(base_model(), SKIPS["red"]) as skip:
+            written = skip.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        answers[BASE, row] = tuple(written[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+@pytest.fixture
+def engine(folders):
+    with Engine(load_adapter(base_model(), folders / "red", name="red"), max_sequences=8) as engine:
+        engine.add_adapter("green", folders / "green")
+        engine.add_adapter("blue", folders / "blue")
+        yield engine
+
+
+def asked(adapter, row):
+    return request(row, adapter=adapter, key=(adapter, row), sampling=Sampling(max_new_tokens=6))
+
+
+def test_each_request_is_answered_by_its_adapter(engine, expected):
+    assert engine.adapters == [BASE, "red", "green", "blue"]
+    assert len(set(expected.values())) > len(expected) // 2, "adapters that say the same would prove nothing"
+    requests = [asked(adapter, row) for row in range(len(ROWS)) for adapter in engine.adapters]
+    for completion in engine.run(requests):
+        assert ids_of(completion) == expected[completion.key]
+    assert engine.statistics().decode_steps < len(requests) * 5 / 4
+
+
+def test_what_is_loaded_is_what_requests_get_that_name_none(engine, expected):
+    (completion,) = engine.run([asked(None, 0)])
+    assert ids_of(completion) == expected["red", 0]
+    assert completion.usage.visual_retained == 4
+
+
+def test_prefixes_are_held_for_each_adapter(folders, expected):
+    with Engine(load_adapter(base_model(), folders / "red", name="red"), prefix_cache_bytes=2**24) as engine:
+        engine.add_adapter("green", folders / "green")
+        for _ in range(2):
+            for completion in engine.run([asked(a, row) for a in ("red", "green") for row in (0, 2)]):
+                assert ids_of(completion) == expected[completion.key]
+        assert engine.statistics().prefix_hits == 4
+
+
+def test_adapters_come_and_go(engine, folders, expected):
+    number = engine.submit(asked("green", 0))
+    with pytest.raises(ConfigError, match="1 requests run under adapter 'green'"):
+        engine.remove_adapter("green")
+    engine.cancel(number)
+    engine.step()
+    engine.remove_adapter("green")
+    with pytest.raises(ConfigError, match="no adapter 'green' here: there are __base__, red, blue"):
+        engine.submit(asked("green", 0))
+    with pytest.raises(ConfigError, match="stays"):
+        engine.remove_adapter("red")
+    with pytest.raises(ConfigError, match="there is an adapter 'blue' already"):
+        engine.add_adapter("blue", folders / "green")
+    engine.add_adapter("green", folders / "green")
+    for completion in engine.run([asked("green", 0), asked("blue", 0)]):
+        assert ids_of(completion) == expected[completion.key]
+
+
+def test_an_adapter_with_other_summaries_is_refused_and_leaves_nothing(engine, tmp_path, expected):
+    model = get_peft_model(base_model(), LoraConfig(r=4, target_modules="all-linear"))
+    attach(model, SkipConfig(retained=4, skipped=4, summary_tokens=3))
+    save_adapter(model, tmp_path / "three")
+    with pytest.raises(ConfigError, match="summary_tokens=3, but this model is attached with 1"):
+        engine.add_adapter("three", tmp_path / "three")
+    with pytest.raises(AdapterError):
+        engine.add_adapter("missing", tmp_path / "missing")
+    assert engine.adapters == [BASE, "red", "green", "blue"]
+    for completion in engine.run([asked(adapter, 0) for adapter in engine.adapters]):
+        assert ids_of(completion) == expected[completion.key]
+
+
+def test_a_model_without_adapters(folders):
+    with Engine(base_model()) as engine:
+        assert engine.adapters == [BASE]
+        with pytest.raises(ConfigError, match=r"load the first with skipvision.load_adapter"):
+            engine.add_adapter("red", folders / "red")
+
+
+def test_closing_leaves_the_adapter_and_its_attachment(folders):
+    model = load_adapter(base_model(), folders / "red", name="red")
+    attachment = attachment_of(model)
+    with Engine(model) as engine:
+        engine.add_adapter("green", folders / "green")
+        list(engine.run([asked(BASE, 0)]))
+    assert attachment_of(model) is attachment
+    assert attachment.config == SKIPS["red"]
+    assert model.active_adapters == ["red"]
