@@ -91,6 +91,10 @@ class EngineSection(_Section):
         description="bytes for images that several rows ask about, to read them once; 0 = none",
     )
 
+    compile_decoding: bool = Field(
+        False, description="compile the steps that write: a minute at the start, less for each token then"
+    )
+
 
 class OutputSection(_Section):
     """Files of captions, in <storage>/<name>/captions."""

@@ -76,10 +76,12 @@ def _folder(
         folders.update(kept)
         for name in sorted(files):
             suffix = PurePosixPath(name).suffix.lower()
+            if not name or name.startswith("."):
+                continue
             if suffix in IMAGE_SUFFIXES:
                 path = posixpath.join(folder, name)
                 yield _image_record(whole(path), posixpath.relpath(path, root), wanted.max_pixels)
-            elif name and not name.startswith("."):
+            else:
                 passed_over[suffix] += 1
 
 
