@@ -128,7 +128,7 @@ class _Listing:
     def rows(self) -> Iterator[CaptionRow]:
         first = list(islice(self.records, _LOOKED_AT))
         self._check_columns([record.value for record in first if isinstance(record.value, dict)])
-        return map(self._row, chain(first, self.records))
+        return (_writable(self._row(record)) for record in chain(first, self.records))
 
     def hint(self) -> str:
         passed = ", ".join(f"{count} × {suffix or 'no suffix'}" for suffix, count in self.passed_over.items())
@@ -190,6 +190,17 @@ class _Listing:
         if not found:
             raise BadRow("missing image", "the row has no image")
         return found
+
+
+def _writable(row: CaptionRow) -> CaptionRow:
+    """The row; names of files and texts in JSON may hold halves of characters, which no file can."""
+    texts = [row.key, row.source, *(m.text for m in row.messages), *map(str, row.images)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        key, source = (text.encode(errors="backslashreplace").decode() for text in texts[:2])
+        return CaptionRow(key, source, problem=Problem("broken record", "a text in it is not valid Unicode"))
+    return row
 
 
 # -------------------------------------------------------------------------------------------- keys

@@ -104,7 +104,7 @@ def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, fl
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=scaling.cpus_per_reader,
-        compute=ray.data.TaskPoolStrategy(size=scaling.readers),
+        compute=ray.data.TaskPoolStrategy(size=min(scaling.readers, len(shards))),
     )
     written = prepared.map_batches(
         CaptionActor,

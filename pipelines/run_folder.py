@@ -41,8 +41,12 @@ class RunFolder:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """The folder, for this process alone; the claim ends with the process, however that ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"storage = {self.storage}: cannot be written to: {error.strerror}") from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

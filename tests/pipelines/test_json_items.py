@@ -49,11 +49,8 @@ def test_only_a_window_of_the_stream_is_in_memory():
     assert [len(next(items)) > 1000 for _ in range(50)] == [True] * 50
 
 
-def test_the_place_of_a_mistake_is_told_even_behind_many_windows():
+def test_the_place_of_a_mistake_is_told_even_behind_many_windows(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 100)
     text = b"[" + b"1,\n" * 10_000 + b"oops]"
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ValueError, match="line 10001, character 30002"),
-    ):
-        patch.setattr(module, "_CHUNK", 100)
+    with pytest.raises(ValueError, match="line 10001, character 30002"):
         list(json_items(io.BytesIO(text)))
