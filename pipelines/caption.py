@@ -36,7 +36,8 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
 
     The result holds ``captions`` (folder), ``rows``, ``captioned``, ``errors`` by kind, ``tokens`` by column,
     ``savings`` (predicted and counted), ``rows_per_second`` (of this start, once engines ran), ``seconds``
-    (of all starts), ``model``, ``adapter``, ``mlflow_uri``, ``mlflow_run_id`` and ``already_finished``.
+    (of all starts), ``mean_running`` (captions that an engine wrote at once), ``model``, ``adapter``,
+    ``mlflow_uri``, ``mlflow_run_id`` and ``already_finished``.
 
     Raises:
         ConfigError: settings that contradict each other, the model, the inputs or an earlier start.
@@ -228,7 +229,7 @@ def _sum_up(
     for table in shards.tables(range(manifest.shards)):
         tally.add(table)
     result = {
-        "job": folder.name,
+        "run": folder.name,
         "captions": str(folder.captions),
         "rows": tally.rows,
         "captioned": tally.rows - tally.failed,
@@ -237,6 +238,7 @@ def _sum_up(
         "savings": savings(savings_of, work.model.skip, tally),
         "rows_per_second": round(running.rate, 3),
         "seconds": round(running.seconds, 2),
+        "mean_running": round(running.engines().get("engine/mean_running", 0.0), 2),
         "model": work.model.label,
         "adapter": work.model.adapter_label,
         "mlflow_uri": tracker.uri,

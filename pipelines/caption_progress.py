@@ -88,6 +88,10 @@ class CaptionProgress:
             "engine/decode_tokens_per_second": _ratio(
                 sum(s.decode_tokens for s in all_of), sum(s.decode_seconds for s in all_of) / count
             ),
+            # How full their places were: max_sequences is the most there can be.
+            "engine/mean_running": _ratio(
+                sum(s.decode_tokens for s in all_of), sum(s.decode_steps for s in all_of)
+            ),
             "engine/prefix_hits": float(sum(s.prefix_hits for s in all_of)),
         }
 

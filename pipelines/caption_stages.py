@@ -41,6 +41,10 @@ _ROWS_AT_ONCE = 3
 """An engine has rows for so many times as many captions as it can write at once."""
 
 
+_MOST_TASKS = 1000
+"""Above this a reader takes several shards, one after the other: Ray Data keeps a record of every task."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What readers and engines are told. Paths are absolute."""
@@ -93,7 +97,8 @@ def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, fl
     from ray.data import ActorPoolStrategy
 
     scaling = work.config.scaling
-    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    items = [{"shard": shard} for shard in shards]
+    rows = ray.data.from_items(items, override_num_blocks=min(len(shards), _MOST_TASKS))
     # Ray Data cuts and glues blocks by their size. Each of ours is one binary value, which it cannot cut,
     # and no two are smaller than this.
     rows.context.target_max_block_size = 1
@@ -140,7 +145,7 @@ def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
     """The blocks of one shard, their images opened and everything the model needs prepared."""
     torch.set_num_threads(1)
     processor = _processor(work.model.base)
-    (shard,) = batch["shard"].to_pylist()
+    shard = batch["shard"][0].as_py()
     rows = enumerate(Manifest(work.manifest).shard(shard, work.config.input.max_pixels))
     prepared = _few_at_once(
         lambda row: prepare_row(processor, *row), rows, work.config.scaling.threads_per_reader

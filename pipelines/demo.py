@@ -1,4 +1,4 @@
-"""The demo: the same fine-tune with full tokens and with Skip-Vision, submitted to a local Ray, compared."""
+"""The demo: a fine-tune with full tokens and with Skip-Vision on a local Ray, compared; then it captions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.cluster import ROOT
@@ -16,6 +17,8 @@ from pipelines.paths import HOME, output_path
 
 _CONFIGS = "jobs/configs"
 _RUNS = ("demo-full", "demo")
+_CAPTIONS = "demo-captions"
+_SHOWN = 4
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # peft asks transformers by a name that transformers is about to change.
@@ -36,11 +39,11 @@ class DemoConfig(BaseModel):
 
 
 def run_demo(config: DemoConfig) -> dict[str, object]:
-    """Draw the data, fine-tune twice by ``ray job submit``, compare; takes about ten minutes on two cores."""
+    """Draw the data, fine-tune twice by ``ray job submit``, compare, caption: ten minutes on two cores."""
     started = time.monotonic()
     storage = output_path(config.storage, "storage")
     if config.fresh:
-        for run in _RUNS:
+        for run in (*_RUNS, _CAPTIONS):
             shutil.rmtree(storage / run, ignore_errors=True)
     with local_ray() as ray:
         _say(started, f"Ray runs at {ray.dashboard}")
@@ -51,6 +54,9 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
         skip = ["--name", _RUNS[1]]
         _job(ray, started, "fine-tune with Skip-Vision", "finetune.py", "finetune_demo.yaml", *skip, *tuning)
         _job(ray, started, "compare", "compare.py", "compare_demo.yaml", "--storage", str(storage))
+        adapter = ["--model.adapter", str(storage / _RUNS[1] / "adapter"), "--storage", str(storage)]
+        _job(ray, started, "caption a folder with that adapter", "caption.py", "caption_demo.yaml", *adapter)
+    _show(storage / _CAPTIONS / "captions")
     _say(started, "done; the Ray that the demo started is stopped")
     uri = f"sqlite:///{storage / 'mlflow.db'}"
     mlflow = Path(sys.executable).with_name("mlflow")
@@ -64,6 +70,13 @@ def _job(ray: LocalRay, started: float, title: str, script: str, settings: str, 
         ["python", f"jobs/{script}", "--config", f"{_CONFIGS}/{settings}", *options],
         environment={HOME: os.environ.get(HOME, str(ROOT)), **_QUIET},
     )
+
+
+def _show(captions: Path) -> None:
+    """The first few, for people."""
+    print()
+    for row in pq.read_table(captions).slice(0, _SHOWN).to_pylist():
+        print(f"  {row['key']}  {row['text'] or row['error']}", flush=True)
 
 
 def _say(started: float, text: str) -> None:

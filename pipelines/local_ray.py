@@ -31,8 +31,10 @@ _AGENT_PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
-_CHATTER = re.compile(r"(INFO|SUCC|WARNING) \w+\.py:\d+ -- |^Running entrypoint")
-"""What ``ray job submit`` says of itself, twenty lines a job; what the job says is shown."""
+_CHATTER = re.compile(
+    r"(INFO|SUCC|WARNING) \w+\.py:\d+ -- |^Running entrypoint|core_worker\.cc:\d+: Actor with class name"
+)
+"""What Ray says of itself, twenty lines a job; what the job says is shown."""
 
 
 class JobFailedError(SkipVisionError):
