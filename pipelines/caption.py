@@ -160,7 +160,7 @@ def _caption_missing(
         each = f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU"
         _say(f"starting {work.config.scaling.workers} engine(s) with {each} each")
         collected: dict[int, dict[int, Caption]] = {}
-        for written in _with_our_errors(captions(work, missing, resources)):
+        for written in _alive(captions(work, missing, resources)):
             rows = collected.setdefault(written.shard, {})
             rows.update(written.captions)
             progress.add(written)
@@ -191,24 +191,17 @@ class _ErrorLimit:
             )
 
 
-def _with_our_errors(stream: Iterator[Written]) -> Iterator[Written]:
-    """The stream; an error of ours comes without what Ray wraps around it, a dead engine as one of ours."""
-    from ray.exceptions import ActorDiedError, RayError
+def _alive(stream: Iterator[Written]) -> Iterator[Written]:
+    """The stream; that an engine cannot be started is said in our words."""
+    from ray.exceptions import ActorDiedError
 
     try:
         yield from stream
-    except RayError as error:
-        cause: Any = error
-        while cause is not None and not isinstance(cause, SkipVisionError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            raise cause from None
-        if isinstance(error, ActorDiedError):
-            raise EngineDiedError(
-                f"an engine could not be started: {str(error).strip().splitlines()[-1]}\n"
-                "What is captioned is safe; run the same job again to continue"
-            ) from error
-        raise
+    except ActorDiedError as error:
+        raise EngineDiedError(
+            f"an engine could not be started: {str(error).strip().splitlines()[-1]}\n"
+            "What is captioned is safe; run the same job again to continue"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------ the end

@@ -91,7 +91,7 @@ class Written:
 def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, float]) -> Iterator[Written]:
     """All rows of the shards, as they are written; needs a running Ray.
 
-    Raises whatever of ours stopped a reader or an engine, and `ray.exceptions.RayError` otherwise.
+    Raises the error of ours that kept an engine from starting; a bug is a `ray.exceptions.RayError`.
     """
     import ray.data
     from ray.data import ActorPoolStrategy
@@ -129,13 +129,17 @@ def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, fl
         yield from _unpacked(batch)
 
 
-def _packed(value: Block | Written) -> pa.Table:
+def _packed(value: Block | Written | SkipVisionError) -> pa.Table:
     return pa.table({"value": pa.array([pickle.dumps(value)], pa.large_binary())})
 
 
 def _unpacked(table: pa.Table) -> Iterator[Any]:
-    # What is read here was written by `_packed` in another process of the same job.
-    return (pickle.loads(value.as_buffer()) for value in table["value"])  # noqa: S301
+    """What `_packed` in another process of the same job has packed; an error is raised."""
+    for packed in table["value"]:
+        value = pickle.loads(packed.as_buffer())  # noqa: S301
+        if isinstance(value, SkipVisionError):
+            raise value
+        yield value
 
 
 # --------------------------------------------------------------------------------------------- reading
@@ -204,12 +208,12 @@ class CaptionActor:
         self.engine: EngineThread | SkipVisionError
         try:
             self.engine = EngineThread(load_captioner(work.model, work.config.engine, device))
-        except SkipVisionError as error:  # raised here, it would reach the job as text
+        except SkipVisionError as error:  # raised in another process, it would reach the job as text
             self.engine = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if isinstance(self.engine, SkipVisionError):
-            raise self.engine
+            return _packed(self.engine)
         (block,) = _unpacked(batch)
         place = block.shard, block.rows[0].number
         deaths = self.work.attempts.begin(*place)

@@ -296,6 +296,14 @@ def test_a_row_over_which_engines_die_becomes_an_error_row(tiny_model, tmp_path)
     assert not list(work.attempts.folder.iterdir())
 
 
+def test_why_an_engine_cannot_start_reaches_the_job(tiny_model, tmp_path):
+    from pipelines.caption_stages import Block, _packed, _unpacked
+
+    actor = Undisturbed(work_of(tiny_model, tmp_path), ConfigError("summary_tokens = 3"))
+    with pytest.raises(ConfigError, match="summary_tokens = 3"):
+        list(_unpacked(actor(_packed(Block(0, [PreparedRow(0, "a")])))))
+
+
 def test_each_row_has_a_seed_of_its_own_that_stays_the_same(tiny_model, tmp_path):
     sampling = {"temperature": 1.0, "seed": 5}
     actor = Undisturbed(work_of(tiny_model, tmp_path, sampling=sampling), None)
