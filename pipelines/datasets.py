@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple
 import fsspec
 
 from pipelines.conversations import BadRow, parse_row
-from pipelines.images import MAX_PIXELS, FileImage, ImageError, forget_columns
+from pipelines.images import MAX_PIXELS, FileImage, ImageError
+from pipelines.parquet_cells import forget_columns
 from pipelines.records import Record, absolute, read_records
 from pipelines.rows import ImageSource, Reject, TrainingRow
 from skipvision.errors import DataError

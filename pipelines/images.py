@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import base64
 import io
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import IO, ClassVar
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipelines.parquet_cells import read_cell
 from pipelines.rows import RejectKind
 from skipvision.errors import DataError
 
@@ -104,8 +101,8 @@ class InlineImage:
 class ParquetImage:
     """Image ``index`` in one cell of a parquet file, which holds one image or a list of them.
 
-    The row groups used last are kept in memory, so shuffled reading is fast if they are small:
-    100 rows, as Hugging Face datasets writes them, are a good size.
+    Shuffled reading is fast if row groups are small (`read_cell`): 100 rows, as Hugging Face datasets
+    writes them, are a good size.
     """
 
     path: str
@@ -117,7 +114,7 @@ class ParquetImage:
 
     def open(self) -> Image.Image:
         with _errors_of_storage(self):
-            cell = read_column(self.path, self.row_group, self.column)[self.row].as_py()
+            cell = read_cell(self.path, self.row_group, self.column, self.row)
         value = cell[self.index] if isinstance(cell, list) else cell
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
@@ -146,26 +143,6 @@ class TarImage:
 
     def __str__(self) -> str:
         return f"{self.path}[{self.member}]"
-
-
-_parquet_lock = threading.Lock()
-
-
-def read_column(path: str, row_group: int, column: str) -> pa.ChunkedArray:
-    """One column of one row group; the four last ones are remembered, `forget_columns` forgets them."""
-    with _parquet_lock:  # threads that want the same row group wait for one to read it
-        return _read_column(path, row_group, column)
-
-
-def forget_columns() -> None:
-    """Make `read_column` look at the files again."""
-    _read_column.cache_clear()
-
-
-@lru_cache(maxsize=4)
-def _read_column(path: str, row_group: int, column: str) -> pa.ChunkedArray:
-    with fsspec.open(path, "rb") as file:
-        return pq.ParquetFile(file).read_row_group(row_group, columns=[column])[column]
 
 
 @contextmanager
