@@ -102,7 +102,7 @@ class Engine:
         self._limit: int | None = getattr(anatomy.text_config, "max_position_embeddings", None)
         self._prefiller = Prefiller(self._base, self._attachment, self._image_token_id)
 
-        row_multiple, length_multiple = (8, 64) if compile_decoding else (1, 16)
+        row_multiple, length_multiple = (8, 64) if compile_decoding else (1, 8)
         design = unit_costs.Design.of(self._base.config)
         values = sum(layer.values for layer in unit_costs.cache(design))
         self._token_bytes = values * next(anatomy.decoder.parameters()).element_size()
