@@ -419,13 +419,13 @@ class Engine:
         if self._suppressed:
             changed[:, self._suppressed] = -torch.inf
         for row, answer in enumerate(answers):
-            request, penalty = answer.ticket.request, answer.sampling.repetition_penalty
+            penalty = answer.sampling.repetition_penalty
             if penalty != 1:
                 seen = torch.tensor(sorted({*answer.ticket.prompt.ids, *answer.ids}), device=logits.device)
                 changed[row] = penalise(changed[row], seen, penalty)
-            if request.adjust is not None and row not in errors:
+            if answer.adjust is not None and row not in errors:
                 try:
-                    changed[row] = request.adjust(answer.ids, changed[row])
+                    changed[row] = answer.adjust(answer.ids, changed[row])
                 except Exception as error:
                     errors[row] = error
         return changed.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf), errors
