@@ -43,10 +43,21 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def node_resources() -> list[dict[str, float]]:
-    """What each living node of the cluster has in total."""
+def ray_is_there() -> bool:
+    """Whether `ray_session` joins a Ray, which takes a second, or has to start one."""
     import ray
 
+    return ray.is_initialized() or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node of the cluster has in total; without one, what a Ray started here would have."""
+    import ray
+
+    if not ray.is_initialized():
+        import torch
+
+        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

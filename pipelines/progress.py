@@ -31,7 +31,8 @@ class Progress:
         """The seconds a step took, waiting for its images included."""
         seconds = time.monotonic() - self._mark
         self.step_seconds.append(round(seconds, 4))
-        self.last_loss = stats.loss
+        if stats.learnt_tokens:
+            self.last_loss = stats.loss
         return seconds
 
     def line(self, done: int, stats: StepStats) -> str:

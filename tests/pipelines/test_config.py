@@ -260,8 +260,8 @@ def test_a_required_field_of_a_section_that_is_missing_is_named():
 def test_a_word_for_a_section_is_taken_for_a_misspelt_null():
     (line,) = finetune_problems("--skip", "nul")
     assert line == (
-        "skip = 'nul': should be null or a section with the fields skip.retained, skip.skipped, skip.select …; "
-        "did you mean null?"
+        "skip = 'nul': should be null or a section with the fields skip.retained, skip.skipped, "
+        "skip.select …; did you mean null?"
     )
     (line,) = finetune_problems("--lora", "16")
     assert line == "lora = 16: should be a section with the fields lora.rank, lora.alpha, lora.dropout …"
@@ -287,8 +287,10 @@ def test_a_word_for_a_section_is_taken_for_a_misspelt_null():
         (
             ["--skip.retained", "0", "--skip.skipped", "0"],
             [
-                "skip: retained=0 and skipped=0 leave nothing to merge into (merge='similarity'): "
-                "use merge='drop'"
+                (
+                    "skip: retained=0 and skipped=0 leave nothing to merge into (merge='similarity'): "
+                    "use merge='drop'"
+                )
             ],
         ),
         (

@@ -178,6 +178,8 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_wrong_settings_are_explained(config):
+    with pytest.raises(ConfigError, match=r"lora.target_modules = \*\.q_proj: nothing to repeat"):
+        learner_of(changed(config, lora={"target_modules": "*.q_proj"}))
     with pytest.raises(ConfigError, match=r"lora.target_modules = nothing\.like"):
         learner_of(changed(config, lora={"target_modules": "nothing.like"}))
     with pytest.raises(ConfigError, match=r"model\.path = /nowhere"):
