@@ -6,12 +6,21 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from pipelines.paths import in_ray_job
 from skipvision.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]
 """The repository: what Ray's workers must be able to import from."""
+
+_SPEECH = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # the workers' lines are the job's own
+    "RAY_FLUSH_DRIVER_LOGS": "1",  # and are to be seen at once, also in a pipe
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PreemptionWatcher|PlacementGroupCleaner",  # Ray Train's, of themselves
+}
+"""What Ray is to say; it looks when it is imported."""
 
 
 @contextmanager
@@ -22,31 +31,40 @@ def ray_session() -> Iterator[None]:
     is joined; otherwise a local Ray is started and stopped again. A Ray that merely happens to run on
     this machine is never joined.
     """
-    import ray
-
+    ray = _ray()
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if in_ray_job():
-        ray.init()
-    elif os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"working_dir": str(ROOT)})
+        ray.init(logging_level="WARNING")
+    elif address := os.environ.get("RAY_ADDRESS"):
+        print(f"joining the Ray at {address} …", flush=True)
+        ray.init(logging_level="WARNING", runtime_env={"working_dir": str(ROOT)})
     else:
+        print("starting a Ray on this machine, for this run alone …", flush=True)
         # Without a mode Ray may write a token that every later cluster of this user then demands.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ray.init(address="local", runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(search)}})
+        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(search)}}
+        ray.init(address="local", logging_level="WARNING", runtime_env=environment)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def ray_is_there() -> bool:
-    """Whether `ray_session` joins a Ray, which takes a second, or has to start one."""
+def _ray() -> ModuleType:
+    """Ray, told what to say."""
+    for name, value in _SPEECH.items():
+        os.environ.setdefault(name, value)
     import ray
 
+    return ray
+
+
+def ray_is_there() -> bool:
+    """Whether `ray_session` joins a Ray, which takes a second, or has to start one."""
+    ray = _ray()
     return ray.is_initialized() or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
 
 

@@ -55,6 +55,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 def _train(config: FinetuneConfig, folder: RunFolder, uri: str, *, resumed: bool) -> None:
     absolute = absolute_paths(config)
+    print(f"run {config.name!r}: checking the model and the data …", flush=True)
     processor, parameters = check_model(absolute)
     with ExitStack() as stack:
         if ray_is_there():
@@ -120,6 +121,7 @@ def _hand_in(config: FinetuneConfig, folder: RunFolder, uri: str) -> dict[str, A
     """The adapter goes to MLflow; only then the run counts as finished."""
     tracker = Tracker(uri, folder.state["mlflow_run_id"])
     tracking, version = config.tracking, None
+    print(f"handing in the adapter {folder.adapter} to MLflow …", flush=True)
     try:
         _record_rejects(tracker, folder, folder.state["trained"]["steps"])
         if tracking.registered_model is None:
@@ -199,6 +201,17 @@ def _fit(config: FinetuneConfig, folder: RunFolder, data: FinetuneData, tracker:
     return trained
 
 
+def _say_what_is_waited_for(workers: int, resources: Mapping[str, float]) -> None:
+    import ray
+
+    each = " and ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
+    who = "a worker with" if workers == 1 else f"{workers} workers with each"
+    free = ray.available_resources()
+    busy = [name for name, amount in resources.items() if free.get(name, 0) < amount * workers]
+    so_long = f" once enough {' and '.join(busy)} is free, for now it is in use" if busy else ""
+    print(f"waiting for {who} {each} to start and to load the model{so_long} …", flush=True)
+
+
 def _trainer(work: Assignment, folder: RunFolder) -> TorchTrainer:
     """What runs the work in Ray Train, on as many workers as are configured."""
     import ray.train
@@ -208,6 +221,7 @@ def _trainer(work: Assignment, folder: RunFolder) -> TorchTrainer:
 
     training, scaling = work.config.training, work.config.scaling
     resources = check_workers(scaling)
+    _say_what_is_waited_for(scaling.workers, resources)
     return TorchTrainer(
         # The rows travel with the function: Ray shows the config of a run in its dashboard.
         partial(train_worker, work),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import distributed
 import skipvision as sv
 from pipelines.batches import LengthGroupedBatches, prefetched
 from pipelines.collate import Batch, Collator
-from pipelines.evaluate import accuracy_by_task, evaluate_exact_match, pick_rows
+from pipelines.evaluate import OVERALL, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig
 from pipelines.learner import Learner, StepStats, arithmetic, load_base, load_processor, prepare
 from pipelines.progress import Progress
@@ -54,6 +55,7 @@ def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     torch.set_num_threads(_threads())
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train makes it INFO, and announces every report
     with ExitStack() as stack:
         tracker = None
         if context.get_world_rank() == 0:
@@ -90,7 +92,8 @@ class Worker:
     def run(self) -> dict[str, Any]:
         done = self._restore()
         training, every = self.config.training, self.config.evaluation.every
-        self._say(f"{'resuming behind' if done else 'starting before'} step {done}/{self.work.steps}")
+        steps = self.work.steps
+        self._say(f"resuming behind step {done} of {steps}" if done else f"training begins: {steps} steps")
         self.progress.start(done)
         for batches in self._batches(done):
             stats = self.learner.step(batches, done, self.work.steps)
@@ -191,6 +194,8 @@ class Worker:
         if not rows:
             return {}
         started = time.monotonic()
+        asked = pick_rows(rows, settings.answer_rows)
+        self._say(f"validation after step {done}: {len(asked)} questions are asked …")
         ours = pick_rows(rows, settings.loss_rows)[self.rank :: self.workers]
         groups = [ours[i : i + settings.batch_size] for i in range(0, len(ours), settings.batch_size)]
         collate = Collator(self.processor)
@@ -198,12 +203,11 @@ class Worker:
         if settings.loss_rows:
             batches = _batches_of(collate, groups, self.leave_out_of_validation)
             results["validation_loss"] = self.learner.validation_loss(batches)
-        asked = pick_rows(rows, settings.answer_rows)[self.rank :: self.workers]
         with self.learner.autocast():
             answers = evaluate_exact_match(
                 self.learner.model,
                 self.processor,
-                asked,
+                asked[self.rank :: self.workers],
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
                 on_unreadable=self.leave_out_of_validation,
@@ -222,8 +226,7 @@ class Worker:
             values["validation/loss"] = results["validation_loss"]
         if self.tracker is not None:
             self.tracker.metrics(values, done)
-        shown = ", ".join(f"{name.removeprefix('validation/')} {value:.3f}" for name, value in values.items())
-        self._say(f"validation after step {done}: {shown} ({seconds:.0f} s)")
+        self._say(f"validation after step {done}: {_shown(results)}, {seconds:.0f} s")
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
@@ -245,6 +248,15 @@ class Failures(ray.train.UserCallback):
         for rank, error in worker_exceptions.items():
             last = (str(error).strip() or type(error).__name__).splitlines()[-1]
             print(f"worker {rank} failed: {last}", flush=True)
+
+
+def _shown(results: Mapping[str, Any]) -> str:
+    """Validation's results for people."""
+    parts = [f"loss {results['validation_loss']:.4f}"] if "validation_loss" in results else []
+    if shares := results["exact_match"]:
+        tasks = [f"{task} {share:.3f}" for task, share in shares.items() if task != OVERALL]
+        parts.append(f"exact match {shares[OVERALL]:.3f}" + (f" ({', '.join(tasks)})" if tasks else ""))
+    return ", ".join(parts) or "nothing could be asked"
 
 
 def _batches_of(

@@ -336,7 +336,7 @@ def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged
     config = changed(settings, name="damaged-strict", data=data, training={"max_steps": 6})
     with pytest.raises(DataError, match=r"validation-000000-caption\) has become unusable: .*damaged.png"):
         run_finetune(config)
-    assert capfd.readouterr().out.count("starting before step") == 1
+    assert capfd.readouterr().out.count("training begins: 6 steps") == 1
     folder = folder_of(config)
     assert weights(folder.adapter)
     assert len(folder.rejects.read_text().splitlines()) == 1
@@ -352,7 +352,7 @@ def test_an_error_that_would_only_come_again_is_not_tried_again(settings, local_
     config = changed(settings, name="exploding", training={"learning_rate": 1e30, "max_steps": 6})
     with pytest.raises(SkipVisionError, match=r"the gradient at step . is (nan|inf): lower"):
         run_finetune(config)
-    assert capfd.readouterr().out.count("starting before step") == 1
+    assert capfd.readouterr().out.count("training begins: 6 steps") == 1
 
 
 def test_a_storage_of_images_that_goes_away_ends_the_run(settings, damaged, local_ray, shapes_data):
