@@ -37,7 +37,7 @@ class Progress:
 
     def line(self, done: int, stats: StepStats) -> str:
         """One line for people; behind the last step nothing is left to be said of time."""
-        rate = stats.images / self.step_seconds[-1]
+        rate = stats.images / max(self.step_seconds[-1], 1e-4)
         line = f"step {done}/{self.steps}  loss {self.last_loss:.4f}  {rate:.1f} images/s"
         if done == self.steps:
             return line
