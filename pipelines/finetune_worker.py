@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,7 +56,7 @@ def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     torch.set_num_threads(_threads())
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train makes it INFO, and announces every report
+    _quieten()
     with ExitStack() as stack:
         tracker = None
         if context.get_world_rank() == 0:
@@ -265,6 +266,15 @@ def _batches_of(
     """A batch of each group's readable rows, where there are any."""
     batches = (collate.readable(rows, leave_out) for rows in groups)
     return (batch for batch in batches if batch is not None)
+
+
+def _quieten() -> None:
+    """Let Ray Train say only what the job's reader does not know yet."""
+    logging.getLogger().setLevel(logging.WARNING)  # it makes that INFO, and announces every report
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            # Errors of ours are said by the job, once; their tracebacks are in Ray's log files.
+            handler.addFilter(lambda _: not isinstance(sys.exc_info()[1], SkipVisionError))
 
 
 def _threads() -> int:
