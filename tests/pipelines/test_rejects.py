@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from multiprocessing import get_context
@@ -78,14 +79,19 @@ def _meet_all(file: Path, start: int) -> None:
 
 
 def test_workers_share_the_file(tmp_path):
+    """While one writes another waits, and then knows what was written."""
     file = tmp_path / "rejects.jsonl"
-    context = get_context("fork")
-    workers = [context.Process(target=_meet_all, args=(file, start)) for start in (0, 10, 20)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    other = get_context("fork").Process(target=_meet_all, args=(file, 0))
+    with file.open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+        ours.write(
+            json.dumps({"source": "t.json", "key": "row-7", "kind": "missing image", "reason": ""}) + "\n"
+        )
+    other.join()
+    assert other.exitcode == 0
     assert sorted(reject["key"] for reject in listed(file)) == sorted(row.key for row in ROWS)
 
 
