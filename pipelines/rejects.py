@@ -45,7 +45,7 @@ class LateRejects:
         if identity in self._seen:
             return False
         with self.file.open("a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
             self._seen |= {(line["source"], line["key"]) for line in map(json.loads, file)}
             if new := identity not in self._seen:
@@ -53,6 +53,7 @@ class LateRejects:
                 self._seen.add(identity)
             file.flush()
             self._read_to = file.tell()
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone leaves it with a process forked meanwhile
         return new
 
 

@@ -87,10 +87,11 @@ def test_workers_share_the_file(tmp_path):
         other.start()
         other.join(0.5)
         assert other.is_alive()
-        ours.write(
-            json.dumps({"source": "t.json", "key": "row-7", "kind": "missing image", "reason": ""}) + "\n"
-        )
-    other.join()
+        line = {"source": "t.json", "key": "row-7", "kind": "missing image", "reason": ""}
+        ours.write(json.dumps(line) + "\n")
+        ours.flush()
+        fcntl.flock(ours, fcntl.LOCK_UN)  # the other process has this file open too
+    other.join(60)
     assert other.exitcode == 0
     assert sorted(reject["key"] for reject in listed(file)) == sorted(row.key for row in ROWS)
 
