@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,15 +43,28 @@ def ray_session() -> Iterator[None]:
         ray.init(logging_level="WARNING", runtime_env={"working_dir": str(ROOT)})
     else:
         print("starting a Ray on this machine, for this run alone …", flush=True)
-        # Without a mode Ray may write a token that every later cluster of this user then demands.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(search)}}
-        ray.init(address="local", logging_level="WARNING", runtime_env=environment)
+        _start_here()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here() -> None:
+    """A Ray whose own processes find it, also where several run; left alone, Ray tells nobody its port."""
+    ray = _ray()
+    # Without a mode Ray may write a token that every later cluster of this user then demands.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    port = os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
+    environment = {
+        "PYTHONPATH": os.pathsep.join(search),
+        "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}",
+    }
+    try:
+        ray.init(address="local", logging_level="WARNING", runtime_env={"env_vars": environment})
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"]
 
 
 def _ray() -> ModuleType:
@@ -60,6 +74,12 @@ def _ray() -> ModuleType:
     import ray
 
     return ray
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return int(one.getsockname()[1])
 
 
 def ray_is_there() -> bool:

@@ -205,11 +205,11 @@ def _say_what_is_waited_for(workers: int, resources: Mapping[str, float]) -> Non
     import ray
 
     each = " and ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
-    who = "a worker with" if workers == 1 else f"{workers} workers with each"
+    who = f"a worker with {each}" if workers == 1 else f"{workers} workers with {each} each"
     free = ray.available_resources()
     busy = [name for name, amount in resources.items() if free.get(name, 0) < amount * workers]
     so_long = f" once enough {' and '.join(busy)} is free, for now it is in use" if busy else ""
-    print(f"waiting for {who} {each} to start and to load the model{so_long} …", flush=True)
+    print(f"waiting for {who} to start and to load the model{so_long} …", flush=True)
 
 
 def _trainer(work: Assignment, folder: RunFolder) -> TorchTrainer:

@@ -106,6 +106,7 @@ def test_the_demo_has_a_place_for_its_table():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")  # another Ray, which is none of this run's business
 def test_fine_tuning_says_what_it_does_and_no_more(home):
     """Nothing of Ray's own, nothing on standard error."""
     done = run(small(command("finetune.py", "--name mine")), home)
@@ -131,9 +132,11 @@ def test_fine_tuning_says_what_it_does_and_no_more(home):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
 def test_the_job_can_be_submitted(home):
     line = [word.replace("/shared/project", str(home)) for word in command("ray job submit")]
     with local_ray() as ray:
         # The upload follows no symbolic links, so it is the repository's own folder that is uploaded.
         done = run(small(line), ROOT, RAY_ADDRESS=ray.dashboard, RAY_AUTH_MODE="disabled")
     assert str(home / "runs/slower/adapter") in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
