@@ -37,7 +37,9 @@ def ray_session() -> Iterator[None]:
         yield
         return
     if in_ray_job():
-        ray.init(logging_level="WARNING")
+        # The job knows its Ray's address; its other processes must too, where several run.
+        known = {name: os.environ[name] for name in ["RAY_ADDRESS"] if name in os.environ}
+        ray.init(logging_level="WARNING", runtime_env={"env_vars": known})
     elif address := os.environ.get("RAY_ADDRESS"):
         print(f"joining the Ray at {address} …", flush=True)
         ray.init(logging_level="WARNING", runtime_env={"working_dir": str(ROOT)})

@@ -44,7 +44,6 @@ class LocalRay:
     """A running head node and where its jobs are submitted to."""
 
     dashboard: str
-    address: str
     environment: Mapping[str, str]
 
     def submit(self, entrypoint: Sequence[str], *, environment: Mapping[str, str]) -> None:
@@ -54,9 +53,7 @@ class LocalRay:
             JobFailedError: the job did not succeed.
         """
         options = ["--address", self.dashboard, "--working-dir", str(ROOT)]
-        # With its address, the job's processes find this Ray where several run.
-        variables = {**environment, "RAY_ADDRESS": self.address}
-        options += ["--runtime-env-json", json.dumps({"env_vars": variables}), "--", *entrypoint]
+        options += ["--runtime-env-json", json.dumps({"env_vars": dict(environment)}), "--", *entrypoint]
         print(f"$ {shlex.join(['ray', 'job', 'submit', *options])}", flush=True)
         command = _ray("job", "submit", *options)
         with subprocess.Popen(
@@ -101,7 +98,7 @@ def local_ray() -> Iterator[LocalRay]:
         stack.callback(_end, head)
         dashboard = f"http://127.0.0.1:{dashboard_port}"
         _wait_for(dashboard, head, log)
-        yield LocalRay(dashboard, f"127.0.0.1:{port}", environment)
+        yield LocalRay(dashboard, environment)
 
 
 def _ray(*arguments: str) -> list[str]:
