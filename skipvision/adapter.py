@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -241,7 +242,10 @@ def _told(folder: Path) -> Iterator[None]:
         if not (folder / name).exists():
             raise AdapterError(f"{folder} is an incomplete adapter: it has no {name}")
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT still asks transformers by an old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
 
