@@ -185,7 +185,8 @@ class Attachment:
             written = masks.decode_mask(sight, given, whole, place, mask.shape[1], embeds.dtype)
             return args, {**kwargs, "attention_mask": written}
         # The probe sees this call's tokens alone, whatever the cache holds.
-        own = given if isinstance(given, dict) and not earlier.shape[1] else mask
+        whole_mask = isinstance(given, dict) or (given is not None and given.ndim == 4)
+        own = given if whole_mask and not earlier.shape[1] else mask
         tokens = VisualTokens(images.take(embeds), images.valid)
         if arrival.views is not None:
             scores: torch.Tensor | None = by_view(tokens, arrival.views)

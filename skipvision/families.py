@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "idefics2": Family(rows=True),
     "idefics3": Family(rows=True),
     "smolvlm": Family(rows=True),
+    "granite_docling": Family(rows=True),
 }
 """Families that declare something, by the ``model_type`` of their config."""
 

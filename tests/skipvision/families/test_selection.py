@@ -90,7 +90,7 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
     for row, own, retained, skipped in images_of(plan):
         found[row, own] = True
         others = [position for position in own if position not in retained]
-        assert score[row, retained].min() > score[row, others].max()
+        assert score[row, retained].min() >= score[row, others].max() - 1e-5
         assert set(skipped) <= set(others)
     assert torch.equal(found, visual)
 
