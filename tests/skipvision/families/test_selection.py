@@ -99,7 +99,7 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
 def test_each_image_has_its_own_summaries_behind_it(family, attention, dtype):
     model = model_of(family, attention, dtype)
     plan = plan_of(model, tiny_batch(model, ROWS), SkipConfig(retained=3, skipped=2, summary_tokens=2))
-    for number, (row, own, retained, skipped) in enumerate(images_of(plan)):
+    for number, (row, _own, retained, skipped) in enumerate(images_of(plan)):
         slots = plan.summary_slot[row]
         mine = (slots // 4 == number) & (slots >= 0)
         assert slots[mine].tolist() == list(range(4 * number, 4 * number + 4))
