@@ -133,32 +133,45 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------- hooks
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # Not what it calls: where the model is compiled, its image encoders are.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _arrive(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outer pre-hook: images are encoded and found; a pruned cache gets its mask and positions."""
         call = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
+        visual = self._placeholders(call)
+        sizes: list[int] = []
+        if visual is not None:
+            call, sizes = encode(outer, call, int(visual.sum()))
+        return self._announced(call, visual, sizes)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _placeholders(self, call: dict[str, Any]) -> torch.Tensor | None:
+        """(B, T) where the images of an outer call stand; None if it has none."""
         input_ids, cache = call.get("input_ids"), call.get("past_key_values")
-        state = CacheState.of(cache)
-        images = views = None
         if input_ids is None:
             embeds = call.get("inputs_embeds")
-            if state is None and embeds is not None and embeds.shape[1] > 1:
+            if CacheState.of(cache) is None and embeds is not None and embeds.shape[1] > 1:
                 raise InputError(
                     "inputs_embeds without input_ids: which positions are visual cannot be known. Pass "
                     "input_ids (and pixel_values), or detach() for this call"
                 )
-        else:
-            visual = input_ids == self._anatomy.image_token_id
-            placeholders = int(visual.sum())
-            filled = cache is not None and cache.get_seq_length() > 0
-            # Without images on a filled cache, a placeholder is a word that was sampled.
-            if placeholders and (brings_images(call) or not filled):
-                call, sizes = encode(outer, call, placeholders)
-                images = Images.locate(visual, sizes, self._anatomy.family.tiles)
-                if self.config.select == "views":
-                    views = base_view(self._anatomy, images, sizes)
-        if images is None and state is None:
             return None
+        visual: torch.Tensor = input_ids == self._anatomy.image_token_id
+        filled = cache is not None and cache.get_seq_length() > 0
+        # Without images on a filled cache, a placeholder is a word that was sampled.
+        return visual if bool(visual.any()) and (brings_images(call) or not filled) else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _announced(self, call: dict[str, Any], visual: torch.Tensor | None, sizes: list[int]) -> Any:
+        """An outer call's arguments with what the decoder's hook must know; None to leave it as it is."""
+        state = CacheState.of(call.get("past_key_values"))
+        if visual is None and state is None:
+            return None
+        images = views = None
+        if visual is not None:
+            images = Images.locate(visual, sizes, self._anatomy.family.tiles)
+            if self.config.select == "views":
+                views = base_view(self._anatomy, images, sizes)
         if state is not None:
             call = _on_pruned_cache(call, state, images is not None)
         return (), {**call, _ARRIVAL: _Arrival(call.get("attention_mask"), images, views)}
