@@ -8,7 +8,7 @@ others are marked slow.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -53,13 +53,18 @@ MERGING = SkipConfig(retained=0.4, skipped=0.3, select="norm", summary_tokens=2)
 DROPPING = SkipConfig(retained=0.4, skipped=0.3, select="norm", merge="drop", summary_tokens=0)
 
 
-def combinations(*, turn: int = 0, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Any:
+def combinations(
+    *,
+    turn: int = 0,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    families: Sequence[str] = FAMILIES,
+) -> Any:
     """Parametrise a test by family, attention and dtype; ``turn`` moves each family's own combination on."""
-    return pytest.mark.parametrize(("family", "attention", "dtype"), list(_cases(turn, dtypes)))
+    return pytest.mark.parametrize(("family", "attention", "dtype"), list(_cases(turn, dtypes, families)))
 
 
-def _cases(turn: int, dtypes: tuple[str, ...]) -> Iterator[Any]:
-    for number, family in enumerate(FAMILIES):
+def _cases(turn: int, dtypes: Sequence[str], families: Sequence[str]) -> Iterator[Any]:
+    for number, family in enumerate(families):
         offered = [
             (attention, dtype)
             for attention, dtype in COMBINATIONS

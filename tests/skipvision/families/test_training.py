@@ -6,7 +6,7 @@ from skipvision import attach
 from skipvision.families import dissect
 from skipvision.tiny_families import tiny_batch, tiny_model
 from tests.skipvision.cases import train_summary
-from tests.skipvision.families.matrix import MERGING, ROWS
+from tests.skipvision.families.matrix import MERGING, ROWS, combinations
 from tests.skipvision.families.running import labels_of
 
 
@@ -21,6 +21,7 @@ def gradients_of(model, batch):
     return gradients
 
 
+@combinations(turn=3)
 def test_gradients_with_and_without_checkpointing(family, attention, dtype):
     model = tiny_model(family, attention=attention, dtype=getattr(torch, dtype)).train()
     batch = tiny_batch(model, ROWS, padding="right")
@@ -33,7 +34,7 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype):
         assert untouched.keys() < plain.keys()
         runs = []
         dissect(model).layers[0].attention.register_forward_hook(lambda *_: runs.append(1))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         checkpointed = gradients_of(model, batch)
         assert len(runs) == 2, "the layer ran again in backward"
     assert checkpointed.keys() == plain.keys()
