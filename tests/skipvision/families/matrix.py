@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,17 +37,57 @@ ONLY_FLOAT32 = {
 """Their experts' grouped product has no float64 on CPU."""
 ONLY_EAGER = {"got_ocr2", "pp_chart2table"}
 """Their towers have no SDPA."""
-BEAMS_INTERLEAVE = {"glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"}
-"""With beams, transformers mixes up the images of a row that has several."""
-BEAMS_LOSE_IMAGES = {"llama4"}
-"""With beams, transformers has as many images as rows, and no more."""
-NUMBERS_IMAGES_ACROSS_ROWS = {"hunyuan_vl"}
-"""One axis of its positions is an image's number in the batch, so a row's depend on the rows above."""
 TOLERANCE = 1e-4
 """How far hidden states, which are about 1, may be apart in float32."""
 
-ROWS = [[3, "image", 24], [5], [2, "image", 2, "small image", 12, "large image", 3]]
+ROWS: list[list[int | str]] = [
+    [3, "image", 24],
+    [5],
+    [2, "image", 2, "small image", 12, "large image", 3],
+]
 """One image, none, three of different sizes; both longer than the windows and chunks of tiny models (20)."""
+
+
+class Limit(NamedTuple):
+    """What the families' own code stands in the way of: `test_limits` shows it, docs/families.md says it."""
+
+    families: tuple[str, ...]
+    reason: str
+    rows: list[list[int | str]]
+    """What these families are tested with instead of `ROWS`; empty if nothing is left to test."""
+
+
+MIXED_UP = Limit(
+    ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
+    "beam search mixes up the images of a row that has several",
+    [[3, "image", 24], [5], [2, "large image", 3]],
+)
+NOT_REPEATED = Limit(
+    ("llama4",), "beam search repeats the prompts, but not the encoded images, and raises an error", []
+)
+PADDED = Limit(
+    ("emu3",),
+    "an image's features depend on the largest image of the batch, to whose size it is padded",
+    [[3, "image", 24], [5], [2, "image", 2, "image", 12, "image", 3]],
+)
+NUMBERED = Limit(
+    ("hunyuan_vl",),
+    "one axis of the positions numbers the images of the batch, so a row's depend on the rows above it",
+    [ROWS[2], ROWS[1]],
+)
+COUNTED = Limit(
+    ("llama4",),
+    "layers without rotations scale queries by the length of the cache, in steps of 8,192 tokens: behind a "
+    "pruned one they count fewer",
+    ROWS,
+)
+LIMITS = (MIXED_UP, NOT_REPEATED, PADDED, NUMBERED, COUNTED)
+
+
+def rows_within(family: str, *limits: Limit) -> list[list[int | str]]:
+    """What a family is tested with where it has some of these limits."""
+    return next((limit.rows for limit in limits if family in limit.families), ROWS)
+
 
 MERGING = SkipConfig(retained=0.4, skipped=0.3, select="norm", summary_tokens=2)
 DROPPING = SkipConfig(retained=0.4, skipped=0.3, select="norm", merge="drop", summary_tokens=0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from skipvision.families import dissect
+from skipvision.tiny_families import tiny_batch
 
 Batch = dict[str, torch.Tensor]
 
@@ -41,6 +43,41 @@ def say(model: Any, batch: Batch, words: torch.Tensor | int, **options: Any) -> 
         return_dict_in_generate=True,
     )
     return out.sequences[:, begin:], out
+
+
+def states_in_batch_and_alone(
+    model: nn.Module, rows: list[Any], padding: str = "left"
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each row the (t, H) hidden states of its own tokens, in the batch and by itself."""
+    batch = tiny_batch(model, rows, padding=padding)
+    states, _ = states_of(model, partial(model, **batch))
+    pairs = []
+    for number, row in enumerate(rows):
+        alone = tiny_batch(model, [row], row_numbers=[number])
+        expected, _ = states_of(model, partial(model, **alone))
+        pairs.append((states[number, batch["attention_mask"][number].bool()], expected[0]))
+    return pairs
+
+
+def scores_as_beams_and_alone(model: Any, rows: list[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(2 · B, 4) words of the two best of three beams of each row, (2 · B,) their scores, and those of the
+    same words said one after the other."""
+    words, out = say(
+        model,
+        tiny_batch(model, rows),
+        4,
+        do_sample=False,
+        num_beams=3,
+        num_return_sequences=2,
+        output_scores=True,
+    )
+    scores = []
+    for number, said in enumerate(words):
+        alone = tiny_batch(model, [rows[number // 2]], row_numbers=[number // 2])
+        _, one = say(model, alone, said[None], output_logits=True)
+        steps = torch.cat(one.logits).log_softmax(dim=-1)
+        scores.append(steps.gather(1, said[:, None]).mean())
+    return words, out.sequences_scores, torch.stack(scores)
 
 
 def labels_of(model: Any, batch: Batch) -> torch.Tensor:
