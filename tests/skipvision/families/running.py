@@ -87,13 +87,16 @@ def labels_of(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """(…, H) equal up to rounding; in bfloat16, where a rounding may change a token's expert, most tokens."""
+    """(…, H) equal up to rounding; in bfloat16, where a rounding may change a token's expert, most tokens.
+
+    States are about 1, so those of another token would be apart by as much, in each token.
+    """
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     if actual.dtype == torch.bfloat16:
         apart = (actual.float() - expected.float()).abs()
-        assert float(apart.median()) < 0.03, f"median difference {float(apart.median()):.3g}"
+        assert float(apart.median()) < 0.1, f"median difference {float(apart.median()):.3g}"
         tokens = float((apart > 0.3).any(dim=-1).float().mean())
-        assert tokens <= 1 / 8, f"{tokens:.0%} of the tokens differ, by up to {float(apart.max()):.3g}"
+        assert tokens <= 1 / 4, f"{tokens:.0%} of the tokens differ, by up to {float(apart.max()):.3g}"
     else:
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

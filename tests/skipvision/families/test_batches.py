@@ -9,6 +9,7 @@ from tests.skipvision.families.matrix import (
     MERGING,
     NUMBERED,
     PADDED,
+    ROUNDED,
     ROWS,
     TOLERANCE,
     combinations,
@@ -18,21 +19,24 @@ from tests.skipvision.families.matrix import (
 from tests.skipvision.families.running import close, say, states_in_batch_and_alone
 
 
-@combinations(dtypes=("float32",))
+@combinations()
 def test_a_row_is_as_alone(family, attention, dtype):
-    model, rows = model_of(family, attention, dtype), rows_within(family, PADDED, NUMBERED)
+    model, limits = model_of(family, attention, dtype), [PADDED, NUMBERED]
+    rows = rows_within(family, *limits, *([ROUNDED] if dtype == "bfloat16" else []))
     with attach(model, MERGING) as skip:
         train_summary(skip.summary)
         for padding in ("left", "right"):
             for in_batch, alone in states_in_batch_and_alone(model, rows, padding):
                 close(in_batch, alone, TOLERANCE)
+        if dtype == "bfloat16":  # a rounding may decide between two words
+            return
         said, _ = say(model, tiny_batch(model, rows), 3, do_sample=False)
         for number, row in enumerate(rows):
             alone = tiny_batch(model, [row], row_numbers=[number])
             assert torch.equal(say(model, alone, 3, do_sample=False)[0][0], said[number])
 
 
-@combinations(turn=1, dtypes=("float32",))
+@combinations(turn=1)
 def test_images_with_fewer_tokens_than_asked_keep_them_all(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)

@@ -17,7 +17,7 @@ from tests.skipvision.families.matrix import (
 from tests.skipvision.families.running import scores_as_beams_and_alone
 
 
-@combinations(dtypes=("float32",), families=[name for name in FAMILIES if name not in NOT_REPEATED.families])
+@combinations(families=[name for name in FAMILIES if name not in NOT_REPEATED.families])
 def test_a_beam_scores_as_its_words_alone(family, attention, dtype):
     model, rows = model_of(family, attention, dtype), rows_within(family, MIXED_UP, PADDED)
     plans = []
@@ -25,6 +25,7 @@ def test_a_beam_scores_as_its_words_alone(family, attention, dtype):
         train_summary(skip.summary)
         words, beams, alone = scores_as_beams_and_alone(model, rows)
     assert plans[0].merged_into.shape[0] == len(rows) * 3
-    torch.testing.assert_close(beams, alone, rtol=1e-4, atol=1e-4)
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    torch.testing.assert_close(beams.float(), alone.float(), rtol=1e-4, atol=tolerance)
     for best, second in zip(words[::2], words[1::2], strict=True):
         assert not torch.equal(best, second)

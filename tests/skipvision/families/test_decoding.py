@@ -58,7 +58,7 @@ def test_a_second_turn_behind_a_pruned_cache(family, attention, dtype):
     compare(model, MERGING, converse)
 
 
-@combinations(turn=3, dtypes=("float32",))
+@combinations(turn=3)
 @torch.no_grad()
 def test_a_second_turn_with_another_image(family, attention, dtype):
     model = model_of(family, attention, dtype)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from skipvision.errors import UnsupportedModelError
 from skipvision.families import dissect
-from skipvision.tiny_families import tiny_batch
+from skipvision.tiny_families import tiny_batch, tiny_model
 from tests.skipvision.families import test_decoding
 from tests.skipvision.families.matrix import (
     COUNTED,
@@ -13,7 +14,9 @@ from tests.skipvision.families.matrix import (
     MIXED_UP,
     NOT_REPEATED,
     NUMBERED,
+    ONLY_EAGER,
     PADDED,
+    ROUNDED,
     ROWS,
     model_of,
 )
@@ -40,6 +43,20 @@ def test_a_row_depends_on_the_others(limit, row):
     for family in limit.families:
         in_batch, alone = states_in_batch_and_alone(model_of(family), ROWS)[row]
         assert (in_batch - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ROUNDED.families)
+def test_experts_depend_on_padding_in_bfloat16(family):
+    in_batch, alone = states_in_batch_and_alone(model_of(family, "sdpa", "bfloat16"), ROWS)[0]
+    assert (in_batch - alone).abs().max() > 0.5
+    in_batch, alone = states_in_batch_and_alone(model_of(family, "sdpa", "float32"), ROWS)[0]
+    assert (in_batch - alone).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", sorted(ONLY_EAGER))
+def test_towers_without_sdpa(family):
+    with pytest.raises(UnsupportedModelError, match="attention='sdpa' cannot be built"):
+        tiny_model(family, attention="sdpa")
 
 
 @pytest.mark.parametrize("family", COUNTED.families)
