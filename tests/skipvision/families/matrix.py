@@ -1,8 +1,9 @@
-"""Which families are tested in which combinations, with what inputs; and what transformers itself cannot do.
+"""Which families are tested in which combinations, with what inputs; and what stands in the way of some.
 
-Every test of the matrix takes a family, an attention implementation and a dtype. By default a family is
-tried in one combination, which moves on from family to family, and the most used ones in all four; the
-others are marked slow.
+Every test of the matrix takes a family, an attention implementation and a dtype. `make test` samples it:
+every test runs for every family in one of its combinations, which moves on from family to family and, by
+``turn``, from test to test, so that each family meets all of them; the most used families run in the opposite
+combination too. `make test-all` runs the whole matrix.
 """
 
 from __future__ import annotations
@@ -98,26 +99,31 @@ MERGING = SkipConfig(retained=0.4, skipped=0.3, select="norm", summary_tokens=2)
 DROPPING = SkipConfig(retained=0.4, skipped=0.3, select="norm", merge="drop", summary_tokens=0)
 
 
+BOTH = ("float32", "bfloat16")
+
+
 def combinations(
     *,
     turn: int = 0,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] = BOTH,
     families: Sequence[str] = FAMILIES,
 ) -> Any:
     """Parametrise a test by family, attention and dtype; ``turn`` moves each family's own combination on."""
-    return pytest.mark.parametrize(("family", "attention", "dtype"), list(_cases(turn, dtypes, families)))
+    return pytest.mark.parametrize(("family", "attention", "dtype"), list(cases(turn, dtypes, families)))
 
 
-def _cases(turn: int, dtypes: Sequence[str], families: Sequence[str]) -> Iterator[Any]:
+def cases(turn: int, dtypes: Sequence[str], families: Sequence[str]) -> Iterator[Any]:
+    """All combinations that each family offers; those beyond the sample are marked slow."""
     for number, family in enumerate(families):
         offered = [
             (attention, dtype)
             for attention, dtype in COMBINATIONS
             if dtype in dtypes and not (attention == "sdpa" and family in ONLY_EAGER)
         ]
+        own = (number + turn) % len(offered)
+        sampled = {own, len(offered) - 1 - own} if family in PRIORITY else {own}
         for place, (attention, dtype) in enumerate(offered):
-            sampled = family in PRIORITY or place == (number + turn) % len(offered)
-            marks = [] if sampled else [pytest.mark.slow]
+            marks = [] if place in sampled else [pytest.mark.slow]
             yield pytest.param(family, attention, dtype, marks=marks, id=f"{family}-{attention}-{dtype}")
 
 
