@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[s
     # A compiled layer does not see hooks that are put on for one call: this one layer runs as it is.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_hidden(module.forward(*args, **kwargs)))
+        with _random_numbers_kept(module):
+            seen.append(_hidden(module.forward(*args, **kwargs)))
         with _silenced(mlp):
             seen.append(_hidden(module.forward(*args, **kwargs)))
         raise _Enough
@@ -46,13 +47,19 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[s
     finally:
         handle.remove()
     changed, unchanged = (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) for hidden in seen)
-    return (changed - unchanged).norm(dim=-1) / unchanged.norm(dim=-1).clamp(
-        min=torch.finfo(unchanged.dtype).tiny
-    )
+    length = unchanged.norm(dim=-1).clamp(min=torch.finfo(unchanged.dtype).tiny)
+    return (changed - unchanged).norm(dim=-1) / length
 
 
 def _hidden(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _random_numbers_kept(module: nn.Module) -> AbstractContextManager[None]:
+    """What is drawn within is drawn again behind it: dropout must be the same with the FFN and without."""
+    device = next(module.parameters()).device
+    # A CPU's generator is always kept; what is named is kept besides.
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 @contextmanager
