@@ -50,6 +50,37 @@ class _Arrival:
     views: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Fed:
+    """What the rows of a decoder's call have been fed: C entries of the cache, and T tokens of this call.
+
+    Attributes:
+        mask: (B, T) real tokens of this call.
+        earlier: (B, C) real entries of the cache.
+        place: (B, C + T) place of each among all tokens that its row was ever fed.
+    """
+
+    mask: torch.Tensor
+    earlier: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any], callers_mask: torch.Tensor | None) -> _Fed:
+        """Of a decoder's keyword arguments and the caller's (B, C + T) mask."""
+        cache = kwargs.get("past_key_values")
+        mask, earlier = _own_mask(callers_mask, cache, kwargs["inputs_embeds"])
+        state, whole = CacheState.of(cache), torch.cat([earlier, mask], dim=1)
+        return cls(mask, earlier, masks.places(whole) if state is None else state.extended_place(whole))
+
+    @property
+    def cached(self) -> int:
+        return self.earlier.shape[1]
+
+    @property
+    def whole(self) -> torch.Tensor:
+        return torch.cat([self.earlier, self.mask], dim=1)
+
+
 class Attachment:
     """Skip-Vision on one model; made by `attach`, ended by `detach` or by leaving its ``with`` block.
 
@@ -187,60 +218,11 @@ class Attachment:
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} was not called with inputs_embeds: there is nothing to reduce"
             )
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        sight, state = masks.Sight.of(decoder), CacheState.of(cache)
-        mask, earlier = _own_mask(arrival.mask, cache, embeds)
-        whole = torch.cat([earlier, mask], dim=1)
-        place = masks.places(whole) if state is None else state.extended_place(whole)
-        given = kwargs.get("attention_mask")
-        images = arrival.images
-        if images is None:
-            written = masks.decode_mask(sight, given, whole, place, mask.shape[1], embeds.dtype)
-            return args, {**kwargs, "attention_mask": written}
-        # The probe sees this call's tokens alone, whatever the cache holds.
-        whole_mask = isinstance(given, dict) or (given is not None and given.ndim == 4)
-        own = given if whole_mask and not earlier.shape[1] else mask
-        tokens = VisualTokens(images.take(embeds), images.valid)
-        if arrival.views is not None:
-            scores: torch.Tensor | None = by_view(tokens, arrival.views)
-        else:
-            scores = self._probed(decoder, {**kwargs, "attention_mask": own}, images)
-        plan = self.plan = make_plan(tokens, images, mask, self.config, scores)
-        if plan.is_identity:
-            return args, kwargs
-        _ = plan.ffn_index  # its size depends on data: found here, it is an input of a compiled layer
-        cache = kwargs["past_key_values"] = self._prunable(kwargs)
-        reduced = merge_tokens(embeds, plan)
-        if self.config.summary_tokens:
-            reduced = decoder.get_submodule(SUMMARY)(reduced, plan)
-        if decoded is not None and self.config.skip_kv and cache is not None:
-            raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
-        cached = earlier.shape[1]
-        callers = _callers_positions(kwargs.get("position_ids"), mask, cached)
-        positions = self._positions(callers, plan, mask)
-        if cache is not None:
-            shift = _ends(callers, mask) - _ends(positions, plan.attention_mask)
-            if self.config.positions == "original":
-                shift = torch.zeros_like(shift)
-            following = _ends(callers, torch.ones_like(mask)) - shift
-            Entries(whole, place, shift, following).remember(cache)
-        written = masks.prefill_mask(
-            sight,
-            plan,
-            given,
-            place[:, cached:],
-            earlier,
-            place[:, :cached],
-            reduced.dtype,
-            decoded if self.config.skip_kv else None,
-        )
-        return args, {
-            **_per_token(kwargs, plan),
-            "inputs_embeds": reduced,
-            "attention_mask": written,
-            "position_ids": positions,
-            PLAN_KEYWORD: plan,
-        }
+        fed = _Fed.of(kwargs, arrival.mask)
+        if arrival.images is None:
+            return args, self._behind_pruned(decoder, kwargs, fed)
+        plan = self.plan = self._planned(decoder, kwargs, fed, arrival.images, arrival.views)
+        return args, kwargs if plan.is_identity else self._reduced(decoder, kwargs, fed, plan, decoded)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _restore(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -271,9 +253,78 @@ class Attachment:
             return kwargs
         return {**kwargs, "inputs_embeds": decoder.get_submodule(SUMMARY)(embeds, None)}
 
-    def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor | None:
-        if self.config.select != "ffn_ratio":
-            return None
+    def _behind_pruned(self, decoder: nn.Module, kwargs: dict[str, Any], fed: _Fed) -> dict[str, Any]:
+        """A call without images behind a pruned cache: only who sees whom is not as the caller thinks."""
+        given, embeds = kwargs.get("attention_mask"), kwargs["inputs_embeds"]
+        sight, new = masks.Sight.of(decoder), embeds.shape[1]
+        return {
+            **kwargs,
+            "attention_mask": masks.decode_mask(sight, given, fed.whole, fed.place, new, embeds.dtype),
+        }
+
+    def _planned(
+        self,
+        decoder: nn.Module,
+        kwargs: dict[str, Any],
+        fed: _Fed,
+        images: Images,
+        views: torch.Tensor | None,
+    ) -> TokenPlan:
+        tokens = VisualTokens(images.take(kwargs["inputs_embeds"]), images.valid)
+        scores = None
+        if views is not None:
+            scores = by_view(tokens, views)
+        elif self.config.select == "ffn_ratio":
+            given = kwargs.get("attention_mask")
+            # The probe sees this call's tokens alone, whatever the cache holds.
+            own = given if masks.is_per_query(given) and not fed.cached else fed.mask
+            scores = self._probed(decoder, {**kwargs, "attention_mask": own}, images)
+        return make_plan(tokens, images, fed.mask, self.config, scores)
+
+    def _reduced(
+        self,
+        decoder: nn.Module,
+        kwargs: dict[str, Any],
+        fed: _Fed,
+        plan: TokenPlan,
+        decoded: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """The decoder's keyword arguments for the reduced sequence; the cache is told what it would hold."""
+        _ = plan.ffn_index  # its size depends on data: found here, it is an input of a compiled layer
+        cache = self._prunable(kwargs)
+        if decoded is not None and self.config.skip_kv and cache is not None:
+            raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
+        embeds = merge_tokens(kwargs["inputs_embeds"], plan)
+        if self.config.summary_tokens:
+            embeds = decoder.get_submodule(SUMMARY)(embeds, plan)
+        callers = _callers_positions(kwargs.get("position_ids"), fed.mask, fed.cached)
+        positions = self._positions(callers, plan, fed.mask)
+        if cache is not None:
+            shift = _ends(callers, fed.mask) - _ends(positions, plan.attention_mask)
+            if self.config.positions == "original":
+                shift = torch.zeros_like(shift)
+            following = _ends(callers, torch.ones_like(fed.mask)) - shift
+            Entries(fed.whole, fed.place, shift, following).remember(cache)
+        mask = masks.prefill_mask(
+            masks.Sight.of(decoder),
+            plan,
+            kwargs.get("attention_mask"),
+            fed.place[:, fed.cached :],
+            fed.earlier,
+            fed.place[:, : fed.cached],
+            embeds.dtype,
+            decoded if self.config.skip_kv else None,
+        )
+        return {
+            **_per_token(kwargs, plan),
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            PLAN_KEYWORD: plan,
+        }
+
+    def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor:
         probed = self._anatomy.layers[: self.config.probe_layer + 1]
         _check_probing([layer.whole for layer in probed])
         return images.take(ffn_ratio(decoder, probed[-1].whole, probed[-1].mlp, call))

@@ -1,4 +1,4 @@
-"""What the families' own code stands in the way of; a limit that has gone makes its test fail, and leaves the table."""
+"""What the families' own code stands in the way of; a limit that has gone makes its test fail."""
 
 import pytest
 import torch
