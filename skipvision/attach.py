@@ -20,7 +20,7 @@ from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from skipvision import masks
+from skipvision import masks, positions
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 from skipvision.families import Anatomy, base_view, brings_images, dissect, encode
@@ -297,13 +297,13 @@ class Attachment:
         embeds = merge_tokens(kwargs["inputs_embeds"], plan)
         if self.config.summary_tokens:
             embeds = decoder.get_submodule(SUMMARY)(embeds, plan)
-        callers = _callers_positions(kwargs.get("position_ids"), fed.mask, fed.cached)
-        positions = self._positions(callers, plan, fed.mask)
+        original = self.config.positions == "original"
+        callers = positions.of_caller(kwargs.get("position_ids"), fed.mask, fed.cached)
+        reduced = positions.of_reduced(callers, plan, fed.mask, original=original)
         if cache is not None:
-            shift = _ends(callers, fed.mask) - _ends(positions, plan.attention_mask)
-            if self.config.positions == "original":
-                shift = torch.zeros_like(shift)
-            following = _ends(callers, torch.ones_like(fed.mask)) - shift
+            shift = positions.ends(callers, fed.mask) - positions.ends(reduced, plan.attention_mask)
+            shift = torch.zeros_like(shift) if original else shift
+            following = positions.ends(callers, torch.ones_like(fed.mask)) - shift
             Entries(fed.whole, fed.place, shift, following).remember(cache)
         mask = masks.prefill_mask(
             masks.Sight.of(decoder),
@@ -319,7 +319,7 @@ class Attachment:
             **_per_token(kwargs, plan),
             "inputs_embeds": embeds,
             "attention_mask": mask,
-            "position_ids": positions,
+            "position_ids": reduced,
             "past_key_values": cache,
             PLAN_KEYWORD: plan,
         }
@@ -340,14 +340,6 @@ class Attachment:
             prunable_layers(cache)
         return cache
 
-    def _positions(self, callers: torch.Tensor, plan: TokenPlan, mask: torch.Tensor) -> torch.Tensor:
-        """(…, B, L) position ids of the reduced sequence; arbitrary at padding."""
-        original = self.config.positions == "original"
-        index = plan.position_source if original else mask.to(torch.uint8).argmax(dim=1, keepdim=True)
-        index = index.clamp(min=0).expand(*callers.shape[:-2], -1, -1)
-        taken = torch.take_along_dim(callers, index, dim=-1)
-        return taken if original else (taken + plan.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
     def _prune(self, cache: Any, plan: TokenPlan) -> None:
         """Compact the cache after prefill and leave on it what later calls must know."""
         mask, place, shift, following = Entries.of(cache)
@@ -359,7 +351,7 @@ class Attachment:
         caller = before
         if state is not None:
             caller = state.caller_length + before - state.mask.shape[1]
-            shift = shift + _of_axes(state.shift, len(shift))
+            shift = shift + positions.of_axes(state.shift, len(shift))
         fed = place.masked_fill(~mask, -1).amax(dim=1) + 1
         kept, index = compact(cache, keep)
         entries = torch.cat([place[:, :before], reduced_place], dim=1)
@@ -461,10 +453,10 @@ def _on_pruned_cache(call: dict[str, Any], state: CacheState, images: bool) -> d
     tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
     cached, new = call["past_key_values"].get_seq_length(), tokens.shape[1]
     mask = state.extended_mask(cached, new, call.get("attention_mask"))
-    positions = call.get("position_ids")
-    if positions is not None:
-        shift = _of_axes(state.shift, len(positions) if positions.ndim == 3 else 1)
-        positions = positions - (shift if positions.ndim == 3 else shift[0])[..., None]
+    given = call.get("position_ids")
+    if given is not None:
+        shift = positions.of_axes(state.shift, len(given) if given.ndim == 3 else 1)
+        own = given - (shift if given.ndim == 3 else shift[0])[..., None]
     elif images and len(state.next_position) > 1:
         raise InputError(
             "images behind a pruned cache need position_ids in this family: their positions have three axes "
@@ -472,28 +464,9 @@ def _on_pruned_cache(call: dict[str, Any], state: CacheState, images: bool) -> d
         )
     else:
         later = torch.arange(new, device=mask.device) + cached - state.mask.shape[1]
-        positions = state.next_position[..., None] + later
-        positions = positions if len(positions) > 1 else positions[0]
-    return {**call, "attention_mask": mask, "position_ids": positions}
-
-
-def _callers_positions(position_ids: torch.Tensor | None, mask: torch.Tensor, offset: int) -> torch.Tensor:
-    """(…, B, T) position ids of the caller's sequence, as given or as a decoder makes them."""
-    rows, length = mask.shape
-    if position_ids is None:
-        position_ids = torch.arange(offset, offset + length, device=mask.device)[None]
-    return position_ids.expand(*position_ids.shape[:-2], rows, length)
-
-
-def _ends(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(A, B) position behind the last one of each axis; M-RoPE goes on behind its three axes' last."""
-    ends = positions.reshape(-1, *mask.shape).masked_fill(~mask, -1).amax(dim=2) + 1
-    return torch.cat([ends[:-3], ends[-3:].amax(dim=0).expand_as(ends[-3:])])
-
-
-def _of_axes(values: torch.Tensor, axes: int) -> torch.Tensor:
-    """(A, B) values for another number of axes: M-RoPE has three, behind one that counts tokens or not."""
-    return values[[max(len(values) - axes + axis, 0) for axis in range(axes)]]
+        own = state.next_position[..., None] + later
+        own = own if len(own) > 1 else own[0]
+    return {**call, "attention_mask": mask, "position_ids": own}
 
 
 def _per_token(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:
