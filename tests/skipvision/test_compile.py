@@ -212,6 +212,22 @@ def test_attaching_breaks_the_whole_models_graph_around_tower_and_decoder_and_no
     assert attached.graph_count <= plain.graph_count + 3, "behind the tower, before the decoder, behind it"
 
 
+@torch.no_grad()
+def test_a_decoding_step_on_a_pruned_cache_has_the_decoder_in_one_graph():
+    model = tiny_llava(dtype=F64)
+    prompt = tiny_inputs(ROWS, dtype=F64)
+    word = torch.full((len(ROWS), 1), 9)
+    mask = torch.cat([prompt["attention_mask"], torch.ones_like(word)], dim=1)
+    with attach(model, CONFIGS["counts"]) as skip:
+        cache = model(**prompt, use_cache=True).past_key_values
+        assert cache.get_seq_length() == int(skip.plan.cache_mask.sum(dim=1).max())
+        step = dynamo.explain(model)(
+            input_ids=word, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+    assert attentions(step) == [3]
+    assert step.graph_count <= 3, "words, decoder, LM head"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the CPU backend of inductor needs a C++ compiler")
 def test_inductor_gives_the_same():
