@@ -222,7 +222,10 @@ class Attachment:
         if arrival.images is None:
             return args, self._behind_pruned(decoder, kwargs, fed)
         plan = self.plan = self._planned(decoder, kwargs, fed, arrival.images, arrival.views)
-        return args, kwargs if plan.is_identity else self._reduced(decoder, kwargs, fed, plan, decoded)
+        # Behind a pruned cache it takes a mask of ours to see as far as in the caller's sequence.
+        if plan.is_identity and CacheState.of(kwargs.get("past_key_values")) is None:
+            return args, kwargs
+        return args, self._reduced(decoder, kwargs, fed, plan, decoded)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _restore(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
