@@ -60,7 +60,7 @@ def test_a_second_turn_behind_a_pruned_cache(family, attention, dtype):
 
 @torch.no_grad()
 def another_image(model, config, first_image, second_image, words=25):
-    """A turn with an image behind a pruned cache, at the positions of one call with all; the plans of both."""
+    """A turn with an image behind a pruned cache, at the positions of one call with all; both plans."""
     begins, goes_on = [3, first_image, words], [2, second_image, 24]
     first, second = tiny_batch(model, [begins]), tiny_batch(model, [goes_on], seed=1)
     whole = tiny_batch(model, [begins + goes_on])
