@@ -102,7 +102,7 @@ class Engine:
         self._limit: int | None = getattr(anatomy.text_config, "max_position_embeddings", None)
         self._prefiller = Prefiller(self._base, self._attachment, self._image_token_id)
 
-        row_multiple, length_multiple = (8, 64) if compile_decoding else (1, 16)
+        row_multiple, length_multiple = (8, 64) if compile_decoding else (1, 8)
         design = unit_costs.Design.of(self._base.config)
         values = sum(layer.values for layer in unit_costs.cache(design))
         self._token_bytes = values * next(anatomy.decoder.parameters()).element_size()
@@ -246,6 +246,21 @@ class Engine:
     def adapters(self) -> list[str]:
         """Names that requests can ask for; "__base__" is the model without any."""
         return self._adapters.names
+
+    @property
+    def configs(self) -> dict[str, SkipConfig]:
+        """The SkipConfig that requests of each adapter run under."""
+        return {name: self._config_of(name) for name in self._adapters.names}
+
+    @property
+    def ending(self) -> frozenset[int]:
+        """Tokens that end any answer."""
+        return self._ending
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self._base.get_output_embeddings().weight.shape[0])
 
     def statistics(self) -> Statistics:
         """What the engine is doing, and has done."""
@@ -419,13 +434,13 @@ class Engine:
         if self._suppressed:
             changed[:, self._suppressed] = -torch.inf
         for row, answer in enumerate(answers):
-            request, penalty = answer.ticket.request, answer.sampling.repetition_penalty
+            penalty = answer.sampling.repetition_penalty
             if penalty != 1:
                 seen = torch.tensor(sorted({*answer.ticket.prompt.ids, *answer.ids}), device=logits.device)
                 changed[row] = penalise(changed[row], seen, penalty)
-            if request.adjust is not None and row not in errors:
+            if answer.adjust is not None and row not in errors:
                 try:
-                    changed[row] = request.adjust(answer.ids, changed[row])
+                    changed[row] = answer.adjust(answer.ids, changed[row])
                 except Exception as error:
                     errors[row] = error
         return changed.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf), errors

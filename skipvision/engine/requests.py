@@ -73,8 +73,8 @@ class Request:
         skip: the SkipConfig of this request; None = the adapter's, or the engine's. "full" skips nothing.
         adapter: name of a PEFT adapter; None = the base model.
         deadline: seconds after submission at which what is there is returned (finish_reason "deadline").
-        adjust: changes the (V,) logits of the next token, given the ids written so far (constrained
-            decoding); called for each choice at each token.
+        adjust: makes, for each choice, what changes the (V,) logits of its next token given the ids written
+            so far, at each token (constrained decoding).
         key: the caller's name for it; comes back with the completion.
     """
 
@@ -85,7 +85,7 @@ class Request:
     skip: SkipConfig | Literal["full"] | None = None
     adapter: str | None = None
     deadline: float | None = None
-    adjust: Adjust | None = None
+    adjust: Callable[[], Adjust] | None = None
     key: Any = None
 
     def __post_init__(self) -> None:

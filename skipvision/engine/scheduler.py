@@ -30,7 +30,7 @@ class Scheduler:
         most_rows: int,
         prefill_tokens: int,
         row_multiple: int = 1,
-        length_multiple: int = 16,
+        length_multiple: int = 8,
     ) -> None:
         self.capacity, self.most_rows, self.prefill_tokens = capacity, most_rows, prefill_tokens
         self._row_multiple, self._length_multiple = row_multiple, length_multiple

@@ -108,6 +108,7 @@ class Answer:
         logprobs: of each, if asked for.
         finish_reason: once it is finished.
         length: entries of the KV cache in its slot.
+        adjust: changes the logits of its next token, or None.
         fed: tokens of its prompt and answer so far, as the caller counts them, without the newest.
         position: (A,) of the newest token, on each axis.
     """
@@ -121,6 +122,7 @@ class Answer:
         self.length = self.fed = 0
         self.position: list[int] = []
         self._stream = TextStream(decode, self.sampling.stop)
+        self.adjust = None if ticket.request.adjust is None else ticket.request.adjust()
         self._generator = torch.Generator()
         if self.sampling.seed is None:
             self._generator.seed()

@@ -388,7 +388,7 @@ def no_ray(monkeypatch):
         ({"model": {"adapter": "models:/nobody@knows"}}, TrackingError, "fetching models:/nobody@knows"),
         ({"model": {"adapter": "models:/nobody"}}, ConfigError, "models:/NAME@ALIAS"),
         ({"max_error_fraction": 0.01}, DataError, r"1 of 40 rows are errors \(1 × duplicate key\)"),
-        ({"storage": "/proc/nowhere"}, ConfigError, "storage = /proc/nowhere: cannot be written to"),
+        ({"storage": "/proc/nowhere"}, ConfigError, "storage = /proc/nowhere: cannot write to"),
     ],
 )
 def test_mistakes_are_told_before_ray_is_started(settings, no_ray, sections, error, message):

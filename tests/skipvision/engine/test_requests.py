@@ -279,7 +279,11 @@ def test_logits_can_be_adjusted(engine):
     completions = {
         c.key: c
         for c in engine.run(
-            [request(0, adjust=even, key="even"), request(0, adjust=fails, key="fails"), request(1)]
+            [
+                request(0, adjust=lambda: even, key="even"),
+                request(0, adjust=lambda: fails, key="fails"),
+                request(1),
+            ]
         )
     }
     assert all(token % 2 == 0 for token in completions["even"].choices[0].token_ids)
