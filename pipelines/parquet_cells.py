@@ -23,8 +23,7 @@ _lock = threading.Lock()
 def read_cell(path: str, row_group: int, column: str, row: int) -> Any:
     """One value. Of the four row groups used last small ones are remembered whole, so any order is fast.
 
-    A large one is read from its beginning, part by part: fast if rows are asked for in order, and slow if
-    not.
+    A large one is read from its beginning, page by page: fast if rows are asked for in order, slow if not.
     """
     with _lock:  # threads that want the same row group wait for one to read it
         found = _column(path, row_group, column)

@@ -40,8 +40,9 @@ def test_a_large_row_group_is_read_once_in_order_and_never_whole(tmp_path, monke
     real = pq.ParquetFile
     monkeypatch.setattr(pq, "ParquetFile", lambda *a, **k: opened.append(1) or real(*a, **k))
     schema = pa.schema([("image", pa.binary())])
-    # A dictionary, which Arrow gives up after the first thousand rows only, is always read whole.
-    with pq.ParquetWriter(tmp_path / "big.parquet", schema, use_dictionary=False) as writer:
+    # Pages and dictionaries, of a thousand rows if Arrow is not told otherwise, are read whole.
+    options = {"use_dictionary": False, "write_batch_size": 8}
+    with pq.ParquetWriter(tmp_path / "big.parquet", schema, **options) as writer:
         cells = [os.urandom(200_000) for _ in range(500)]
         writer.write_table(pa.table({"image": cells}))
     first = [cell[:8] for cell in cells]
