@@ -51,7 +51,7 @@ class CaptionProgress:
         self.tally.errors.update(c.error_kind for c in written.captions.values() if c.error_kind)
         self._engines[written.engine] = written.statistics
         if self._first is None:  # there is no rate yet
-            self._first = (self._last, self.tally.rows)
+            self._first, self._said = (self._last, self.tally.rows), self._last
         elif self._last - self._said >= _SAY_SECONDS:
             self.say()
 
