@@ -1,0 +1,7 @@
+"""The REST endpoint on Ray Serve: the protocol of OpenAI's chat completions, images included.
+
+    client ── HTTP ──► Ingress (`api`: keys, media, templates, on CPUs)
+                         └─► EngineReplica (`replica`: one engine, in a thread of its own) …, scaled apart
+
+Read in this order: `config`, `schemas`, `replica`, `api`, `app`.
+"""
