@@ -247,6 +247,21 @@ class Engine:
         """Names that requests can ask for; "__base__" is the model without any."""
         return self._adapters.names
 
+    @property
+    def configs(self) -> dict[str, SkipConfig]:
+        """The SkipConfig that requests of each adapter run under."""
+        return {name: self._config_of(name) for name in self._adapters.names}
+
+    @property
+    def ending(self) -> frozenset[int]:
+        """Tokens that end any answer."""
+        return self._ending
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self._base.get_output_embeddings().weight.shape[0])
+
     def statistics(self) -> Statistics:
         """What the engine is doing, and has done."""
         counters, running = self._counters, self._running
