@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serve.media import MediaConfig
 from skipvision import SkipConfig
 
 
@@ -89,6 +90,7 @@ class ServeConfig(_Section):
     model: str | None = Field(None, description="folder or Hugging Face id of the one model that is served")
     adapter: str | None = Field(None, description="its adapter: folder, or models:/name@alias; served as 'adapter'")
     models: list[ModelSection] = Field(default_factory=list, description="models with their settings")
+    media: MediaConfig = Field(default_factory=MediaConfig, description="images by URL")
     limits: LimitSection = Field(default_factory=LimitSection, description="what the deployment takes on")
     keys_file: str | None = Field(None, description="API keys (serve.keys); none = everyone may ask")
     cors_origins: list[str] = Field(default_factory=list, description="web origins that may ask; none by default")

@@ -22,7 +22,7 @@ from serve.config import ModelSection
 from serve.engine_thread import EngineThread
 from serve.grammar import Grammars
 from skipvision import SkipConfig, load_adapter, read_adapter
-from skipvision.engine import BASE, Chunk, Engine, Request, Statistics
+from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
 from skipvision.errors import SkipVisionError
 
 logger = logging.getLogger("ray.serve")
@@ -37,10 +37,12 @@ class Work:
 
     Attributes:
         request: prepared.
+        images: how many it was prepared with.
         schema: JSON schema that the answers follow.
     """
 
     request: Request
+    images: int = 0
     schema: dict[str, Any] | None = None
 
 
@@ -100,6 +102,15 @@ class EngineReplica:
                     yield replace(chunk, completion=replace(done, request=bare, error=_sendable(done.error)))
         except SkipVisionError as error:
             yield error
+
+    async def answer(self, work: Work) -> Completion | SkipVisionError:
+        """The whole answer; or why there is none."""
+        async for item in self.stream(work):
+            if isinstance(item, SkipVisionError):
+                return item
+            if item.completion is not None:
+                return item.completion
+        raise RuntimeError("the engine ended a request without completing it")
 
     async def served(self) -> Served:
         """What can be asked for."""

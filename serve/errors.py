@@ -1,0 +1,1 @@
+"""What a client can do wrong, or meet, beyond the library's errors."""
