@@ -1,1 +1,0 @@
-"""What a client can do wrong, or meet, beyond the library's errors."""
