@@ -1,0 +1,1 @@
+"""The REST endpoint on Ray Serve."""
