@@ -116,7 +116,7 @@ class KeyRing:
 
     @asynccontextmanager
     async def admitted(self, key: str | None) -> AsyncIterator[ApiKey | None]:
-        """While a request of this key runs; raises `AuthenticationError`, or `OverloadedError` at its limit."""
+        """While a request runs; raises `AuthenticationError`, or `OverloadedError` at the key's limit."""
         entry = self.authenticate(key)
         if entry is None:
             yield None

@@ -19,7 +19,6 @@ import base64
 import io
 import socket
 import ssl
-import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -90,13 +89,13 @@ class MediaFetcher:
 
     def __init__(
         self,
-        config: MediaConfig | None = None,
+        config: MediaConfig,
         *,
         resolver: AbstractResolver | None = None,
         address_allowed: Callable[[IPAddress], bool] = is_public,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.config = config or MediaConfig()
+        self.config = config
         self._resolver = resolver
         self._address_allowed = address_allowed
         self._tls = tls
@@ -189,13 +188,13 @@ class MediaFetcher:
                 return response.headers["Location"]
             if response.status != 200:
                 raise MediaError(
-                    f"image at {_place(url)}: the server answers with status {response.status}",
+                    f"image at {_place(url)}: the host answers with status {response.status}",
                     "media_unreachable",
                 )
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
                 raise MediaError(
-                    f"image at {_place(url)}: the server compresses it ({_short(encoding)}), though asked not to",
+                    f"image at {_place(url)}: the host sends it encoded as {_short(encoding)}, not as it is",
                     "media_format",
                 )
             return await self._body(response)
@@ -289,31 +288,31 @@ def _place(url: URL) -> str:
 
 
 def _short(text: str) -> str:
-    return repr(textwrap.shorten(text, 80, placeholder="…") if " " in text else text[:80])
+    return repr(text if len(text) <= 80 else f"{text[:79]}…")
 
 
 # ------------------------------------------------------------------------- in a thread: bytes to images
 
 
 def _from_data_url(url: str, config: MediaConfig) -> Image.Image:
-    name = "in the data URL"
+    image = "in the data URL"
     head, comma, text = url.partition(",")
     kind, *parameters = head[len("data:") :].lower().split(";")
     if not comma or parameters[-1:] != ["base64"]:
         raise MediaError(
-            f"image {name}: write data:image/png;base64,… and not {_short(url[:40])}", "media_url_invalid"
+            f"image {image}: write data:image/png;base64,… and not {_short(url[:40])}", "media_url_invalid"
         )
-    allowed = [f"image/{format.lower()}" for format in config.formats]
+    allowed = [f"image/{name.lower()}" for name in config.formats]
     if kind not in allowed and not (kind == "image/jpg" and "image/jpeg" in allowed):
         raise MediaError(
-            f"image {name}: its type is {_short(kind)}; allowed are {', '.join(allowed)}", "media_format"
+            f"image {image}: its type is {_short(kind)}; allowed are {', '.join(allowed)}", "media_format"
         )
-    _check_size(len(text) * 3 // 4 - text[-2:].count("="), name, config)
+    _check_size(len(text) * 3 // 4 - text[-2:].count("="), image, config)
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise MediaError(f"image {name}: not valid base64: {error}", "media_url_invalid") from None
-    return _decoded(data, name, config)
+        raise MediaError(f"image {image}: not valid base64: {error}", "media_url_invalid") from None
+    return _decoded(data, image, config)
 
 
 def _decoded(data: bytes, name: str, config: MediaConfig) -> Image.Image:
