@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """The REST endpoint on Ray Serve: the protocol of OpenAI's chat completions, images included.
 
     client ── HTTP ──► Ingress (`api`: keys, media, templates, on CPUs)
@@ -5,3 +6,6 @@
 
 Read in this order: `config`, `schemas`, `replica`, `api`, `app`.
 """
+=======
+"""The REST endpoint on Ray Serve."""
+>>>>>>> media

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
@@ -43,13 +44,6 @@ _GRACE_SECONDS = 10.0
 """Beyond a request's own deadline, which the engine keeps: then no engine answers."""
 
 _HEALTH_SECONDS = 5.0
-
-app = FastAPI(
-    title="Skip-Vision",
-    version=version("skipvision"),
-    description="Vision-language models that stop paying for redundant visual tokens; OpenAI's protocol.",
-)
-
 
 @dataclass(frozen=True)
 class Target:
@@ -84,7 +78,6 @@ class Ingress:
 
     # ----------------------------------------------------------------------------------------- routes
 
-    @app.post("/v1/chat/completions", response_model=None)
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """Write an answer to messages with images."""
         async with contextlib.AsyncExitStack() as while_answering:
@@ -101,13 +94,11 @@ class Ingress:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 
-    @app.get("/v1/models")
     async def models(self, http: Request) -> dict[str, Any]:
         """Models and adapters that requests can name."""
         async with self._admitted(http):
             return {"object": "list", "data": [self._card(name) for name in self._targets]}
 
-    @app.get("/v1/models/{name}")
     async def model(self, name: str, http: Request) -> dict[str, Any]:
         """One of them, with the SkipConfig that it runs under."""
         async with self._admitted(http):
@@ -120,7 +111,6 @@ class Ingress:
                 "skip": self._skip(target) or served.skip[adapter or BASE],
             }
 
-    @app.get("/healthz")
     async def health(self) -> JSONResponse:
         """Whether every model has an engine that answers; one that starts on demand may have none."""
         found = await asyncio.gather(*(self._health(number) for number in range(len(self._engines))))
@@ -368,27 +358,59 @@ def _reported(error: BaseException) -> Problem:
     return problem
 
 
-# ------------------------------------------------------------------------------- errors, as OpenAI's
+# ------------------------------------------------------------------------------------------- routes
 
 
-@app.exception_handler(Problem)
-@app.exception_handler(SkipVisionError)
-@app.exception_handler(Exception)
-async def _failed(http: Request, error: Exception) -> JSONResponse:
-    return _reported(error).response()
+def http_app() -> FastAPI:
+    """The routes, over the `Ingress` of the replica that they run in; all errors as OpenAI's."""
+    app = FastAPI(
+        title="Skip-Vision",
+        version=version("skipvision"),
+        description="Vision-language models that stop paying for redundant visual tokens; OpenAI's protocol.",
+    )
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        """Write an answer to messages with images."""
+        return await _here().chat(body, http)
+
+    @app.get("/v1/models")
+    async def models(http: Request) -> dict[str, Any]:
+        """Models and adapters that requests can name."""
+        return await _here().models(http)
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str, http: Request) -> dict[str, Any]:
+        """One of them, with the SkipConfig that it runs under."""
+        return await _here().model(name, http)
+
+    @app.get("/healthz", response_model=None)
+    async def healthz() -> Response:
+        """Whether every model has an engine that answers."""
+        return await _here().health()
+
+    async def failed(http: Request, error: Exception) -> JSONResponse:
+        return _reported(error).response()
+
+    async def invalid(http: Request, error: Any) -> JSONResponse:
+        problems = [(_field(problem["loc"]), problem["msg"], problem.get("input")) for problem in error.errors()]
+        lines = [f"{name}: {message} (got {_short(value)})" for name, message, value in problems]
+        return Problem(400, "; ".join(lines), param=problems[0][0] or None, code="invalid_value").response()
+
+    async def refused(http: Request, error: Any) -> JSONResponse:
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        return Problem(error.status_code, message, headers=error.headers or {}).response()
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refused)
+    for kind in (Problem, SkipVisionError, Exception):
+        app.add_exception_handler(kind, failed)
+    return app
 
 
-@app.exception_handler(RequestValidationError)
-async def _invalid(http: Request, error: RequestValidationError) -> JSONResponse:
-    problems = [(_field(problem["loc"]), problem["msg"], problem.get("input")) for problem in error.errors()]
-    lines = [f"{name}: {message} (got {_short(value)})" for name, message, value in problems]
-    return Problem(400, "; ".join(lines), param=problems[0][0] or None, code="invalid_value").response()
-
-
-@app.exception_handler(HTTPException)
-async def _http(http: Request, error: HTTPException) -> JSONResponse:
-    message = f"{http.method} {http.url.path}: {error.detail}"
-    return Problem(error.status_code, message, headers=error.headers or {}).response()
+def _here() -> Ingress:
+    ingress: Ingress = ray_serve.get_replica_context().servable_object
+    return ingress
 
 
 def _field(location: tuple[int | str, ...]) -> str:

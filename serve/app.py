@@ -5,6 +5,7 @@ serve run serve.app:build model=models/shapes-llava adapter=runs/demo/adapter
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from pipelines.paths import input_path
 from serve import scaling
-from serve.api import Ingress, app
+from serve.api import Ingress, http_app
 from serve.config import ModelSection, ServeConfig, serve_config
 from serve.replica import EngineReplica
 from skipvision.errors import ConfigError
@@ -44,7 +45,7 @@ def build(arguments: dict[str, Any]) -> ray_serve.Application:
         num_replicas=config.ingresses,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.25},
-    )(ray_serve.ingress(app)(Ingress))
+    )(ray_serve.ingress(http_app)(Ingress))
     return ingress.bind(config, *engines)
 
 
@@ -52,18 +53,21 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
     wanted, limits = section.scaling, config.limits
     # The controller, which calls it, does not have this project on its path.
     cloudpickle.register_pickle_by_value(scaling)
-    autoscaling = AutoscalingConfig(
-        min_replicas=wanted.min_engines,
-        max_replicas=wanted.max_engines,
-        initial_replicas=max(wanted.min_engines, 1),
-        upscale_delay_s=wanted.upscale_delay_s,
-        downscale_delay_s=wanted.downscale_delay_s,
-        metrics_interval_s=wanted.interval_s,
-        look_back_period_s=3 * wanted.interval_s,
-        policy=AutoscalingPolicy(
-            policy_function=scaling.ByLoad, policy_kwargs={"target": wanted.target_load}
-        ),
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 warns of the interval, but has no other way yet to set it for one deployment.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        autoscaling = AutoscalingConfig(
+            min_replicas=wanted.min_engines,
+            max_replicas=wanted.max_engines,
+            initial_replicas=max(wanted.min_engines, 1),
+            upscale_delay_s=wanted.upscale_delay_s,
+            downscale_delay_s=wanted.downscale_delay_s,
+            metrics_interval_s=wanted.interval_s,
+            look_back_period_s=3 * wanted.interval_s,
+            policy=AutoscalingPolicy(
+                policy_function=scaling.ByLoad, policy_kwargs={"target": wanted.target_load}
+            ),
+        )
     deployment = ray_serve.deployment(
         name=f"engine-{section.served_name}",
         # The engine queues by itself, and needs to see what waits to fill its rows.
