@@ -41,7 +41,9 @@ class Answer:
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
         """The first chunk of each choice, which says who speaks."""
-        return [self._delta(index, {"role": "assistant", "content": ""}, None, None) for index in range(choices)]
+        return [
+            self._delta(index, {"role": "assistant", "content": ""}, None, None) for index in range(choices)
+        ]
 
     def chunk(self, chunk: Chunk) -> dict[str, Any] | None:
         """What a step added; None if there is nothing to say yet."""

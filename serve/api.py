@@ -45,6 +45,7 @@ _GRACE_SECONDS = 10.0
 
 _HEALTH_SECONDS = 5.0
 
+
 @dataclass(frozen=True)
 class Target:
     """What the name of a model means.
@@ -74,7 +75,7 @@ class Ingress:
         self._positions = [getattr(text, "max_position_embeddings", None) or 2**31 for text in texts]
         self._began = int(time.time())
         self._media = MediaFetcher(config.media)
-        self._keys = None if config.keys_file is None else KeyRing(config.keys_file)
+        self._keys = KeyRing(config.keys_file)
 
     # ----------------------------------------------------------------------------------------- routes
 
@@ -107,7 +108,9 @@ class Ingress:
             adapter = target.adapter
             return {
                 **self._card(name),
-                "source": self._config.models[target.number].path if adapter is None else served.adapters[adapter],
+                "source": self._config.models[target.number].path
+                if adapter is None
+                else served.adapters[adapter],
                 "skip": self._skip(target) or served.skip[adapter or BASE],
             }
 
@@ -123,11 +126,8 @@ class Ingress:
     @contextlib.asynccontextmanager
     async def _admitted(self, http: Request) -> AsyncIterator[None]:
         """Let in those with a key, if keys are asked for, and not too many at once of each."""
-        if self._keys is None:
-            yield
-            return
         kind, _, key = http.headers.get("authorization", "").partition(" ")
-        async with self._keys.admitted(key.strip() if kind.lower() == "bearer" else ""):
+        async with self._keys.admitted(key.strip() if kind.lower() == "bearer" else None):
             yield
 
     def _target(self, name: str) -> Target:
@@ -148,7 +148,9 @@ class Ingress:
         schema = _schema(body)
         messages, urls = _conversation(body)
         if len(urls) > limits.images:
-            raise Problem(400, f"{len(urls)} images; at most {limits.images} in one request", param="messages")
+            raise Problem(
+                400, f"{len(urls)} images; at most {limits.images} in one request", param="messages"
+            )
         images = await asyncio.gather(*(self._media.fetch(url) for url in urls))
         request = EngineRequest(
             messages,
@@ -255,7 +257,9 @@ class Ingress:
             raise Problem(504, "no engine answered in time", "server_error", code="timeout") from error
 
     def _overloaded(self) -> Problem:
-        return overloaded("all engines have as many requests as they take: try again", self._config.limits.retry_after_s)
+        return overloaded(
+            "all engines have as many requests as they take: try again", self._config.limits.retry_after_s
+        )
 
     # ------------------------------------------------------------------------------------------- others
 
@@ -263,7 +267,13 @@ class Ingress:
         target = self._targets[name]
         model = self._config.models[target.number]
         parent = None if target.adapter is None else model.served_name
-        return {"id": name, "object": "model", "created": self._began, "owned_by": "skipvision", "parent": parent}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._began,
+            "owned_by": "skipvision",
+            "parent": parent,
+        }
 
     async def _health(self, number: int) -> dict[str, Any]:
         scaling = self._config.models[number].scaling
@@ -305,7 +315,9 @@ def _refuse_unsupported(body: ChatRequest) -> None:
     for name in ("frequency_penalty", "presence_penalty", "logit_bias", "tools"):
         value = getattr(body, name)
         if value:
-            raise Problem(400, f"{name}={_short(value)} is not supported: leave it out", param=name, code="unsupported")
+            raise Problem(
+                400, f"{name}={_short(value)} is not supported: leave it out", param=name, code="unsupported"
+            )
     if body.top_logprobs is not None and not body.logprobs:
         raise Problem(400, "top_logprobs without logprobs=true", param="top_logprobs", code="invalid_value")
 
@@ -326,7 +338,9 @@ def _sampling(body: ChatRequest, most: int, room: int) -> Sampling:
     """How the answer is written; ``most`` tokens are allowed, ``room`` are left by the prompt."""
     asked = body.max_completion_tokens or body.max_tokens
     if asked is not None and asked > most:
-        raise Problem(400, f"max_completion_tokens={asked}: at most {most} here", param="max_completion_tokens")
+        raise Problem(
+            400, f"max_completion_tokens={asked}: at most {most} here", param="max_completion_tokens"
+        )
     return Sampling(
         max_new_tokens=asked if asked is not None else max(min(most, room), 1),
         temperature=body.temperature,
@@ -393,7 +407,9 @@ def http_app() -> FastAPI:
         return _reported(error).response()
 
     async def invalid(http: Request, error: Any) -> JSONResponse:
-        problems = [(_field(problem["loc"]), problem["msg"], problem.get("input")) for problem in error.errors()]
+        problems = [
+            (_field(problem["loc"]), problem["msg"], problem.get("input")) for problem in error.errors()
+        ]
         lines = [f"{name}: {message} (got {_short(value)})" for name, message, value in problems]
         return Problem(400, "; ".join(lines), param=problems[0][0] or None, code="invalid_value").response()
 

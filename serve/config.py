@@ -30,12 +30,18 @@ class EngineSection(_Section):
 class ScalingSection(_Section):
     """How many engines there are, and when there are more."""
 
-    min_engines: int = Field(1, ge=0, description="engines that run without requests (count); 0 = start on demand")
+    min_engines: int = Field(
+        1, ge=0, description="engines that run without requests (count); 0 = start on demand"
+    )
     max_engines: int = Field(1, ge=1, description="engines that run at most (count)")
     target_load: float = Field(
-        1.0, gt=0, description="load of each engine aimed at: 1 = as many requests as it has rows or memory for"
+        1.0,
+        gt=0,
+        description="load of each engine aimed at: 1 = as many requests as it has rows or memory for",
     )
-    upscale_delay_s: float = Field(5.0, ge=0, description="load must last this long before engines are added (s)")
+    upscale_delay_s: float = Field(
+        5.0, ge=0, description="load must last this long before engines are added (s)"
+    )
     downscale_delay_s: float = Field(60.0, ge=0, description="before engines are taken away (s)")
     interval_s: float = Field(1.0, gt=0, description="time between measurements (s)")
     cpus_per_engine: float = Field(1.0, gt=0, description="CPUs of each engine (count)")
@@ -58,9 +64,12 @@ class ModelSection(_Section):
         description="adapters by the name that clients use: folders, or models:/name@alias in MLflow",
     )
     skip: SkipConfig | None = Field(
-        None, description="SkipConfig of the base model; none given = that of its first adapter, or all tokens"
+        None,
+        description="SkipConfig of the base model; none given = that of its first adapter, or all tokens",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and arithmetic")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and arithmetic"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="implementation")
     engine: EngineSection = Field(default_factory=EngineSection, description="of each engine")
     scaling: ScalingSection = Field(default_factory=ScalingSection, description="how many engines")
@@ -77,7 +86,9 @@ class LimitSection(_Section):
     queued_requests: int = Field(
         64, ge=1, description="requests for each engine, running and waiting, before others get 429 (count)"
     )
-    request_seconds: float = Field(120.0, gt=0, description="time for an answer; what is there then is the end (s)")
+    request_seconds: float = Field(
+        120.0, gt=0, description="time for an answer; what is there then is the end (s)"
+    )
     max_new_tokens: int = Field(1024, ge=1, description="most tokens of an answer (tokens)")
     images: int = Field(16, ge=0, description="most images of a request (count)")
     body_mib: float = Field(32.0, gt=0, description="largest body of a request (MiB)")
@@ -88,14 +99,20 @@ class ServeConfig(_Section):
     """A deployment. One model is named by ``model`` and ``adapter``; several, or with settings, in ``models``."""
 
     model: str | None = Field(None, description="folder or Hugging Face id of the one model that is served")
-    adapter: str | None = Field(None, description="its adapter: folder, or models:/name@alias; served as 'adapter'")
+    adapter: str | None = Field(
+        None, description="its adapter: folder, or models:/name@alias; served as 'adapter'"
+    )
     models: list[ModelSection] = Field(default_factory=list, description="models with their settings")
     media: MediaConfig = Field(default_factory=MediaConfig, description="images by URL")
     limits: LimitSection = Field(default_factory=LimitSection, description="what the deployment takes on")
     keys_file: str | None = Field(None, description="API keys (serve.keys); none = everyone may ask")
-    cors_origins: list[str] = Field(default_factory=list, description="web origins that may ask; none by default")
+    cors_origins: list[str] = Field(
+        default_factory=list, description="web origins that may ask; none by default"
+    )
     ingresses: int = Field(1, ge=1, description="HTTP replicas (count)")
-    adapter_poll_s: float = Field(30.0, gt=0, description="time between looks whether an MLflow alias has moved (s)")
+    adapter_poll_s: float = Field(
+        30.0, gt=0, description="time between looks whether an MLflow alias has moved (s)"
+    )
     tracking_uri: str | None = Field(None, description="MLflow's URI for models:/ adapters")
     log_content: bool = Field(False, description="write prompts and answers to the log")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from serve.errors import AuthenticationError, OverloadedError
 from skipvision.errors import ConfigError, GenerationError, InputError, ResourceError
 
 
@@ -41,10 +43,15 @@ class Problem(Exception):
         return JSONResponse(self.body(), self.status, headers=dict(self.headers))
 
 
-def problem_of(error: BaseException, retry_after: int = 1) -> Problem:
+def problem_of(error: BaseException) -> Problem:
     """What an error of ours is to a client; one that is not ours says nothing of itself."""
     if isinstance(error, Problem):
         return error
+    if isinstance(error, AuthenticationError):
+        headers = {"WWW-Authenticate": "Bearer"}
+        return Problem(401, str(error), "authentication_error", code=error.code, headers=headers)
+    if isinstance(error, OverloadedError):
+        return overloaded(str(error), math.ceil(error.retry_after))
     code = getattr(error, "code", None)
     if isinstance(error, InputError):
         return Problem(400, str(error), code=code or "invalid_input")
@@ -54,7 +61,9 @@ def problem_of(error: BaseException, retry_after: int = 1) -> Problem:
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, GenerationError):
         return Problem(500, str(error), "server_error", code="generation_failed")
-    return Problem(500, "the server failed on this request; its log says why", "server_error", code="internal_error")
+    return Problem(
+        500, "the server failed on this request; its log says why", "server_error", code="internal_error"
+    )
 
 
 def overloaded(message: str, retry_after: int) -> Problem:

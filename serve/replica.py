@@ -178,7 +178,9 @@ class EngineReplica:
     # ------------------------------------------------------------------------------------- adapters
 
     def _from_registry(self) -> dict[str, str]:
-        return {name: source for name, source in self._section.adapters.items() if source.startswith("models:/")}
+        return {
+            name: source for name, source in self._section.adapters.items() if source.startswith("models:/")
+        }
 
     def _fetch(self, name: str, source: str) -> Path:
         """An adapter's folder on this machine; notes where it comes from."""
@@ -243,7 +245,9 @@ class _Gauges:
                 continue
             if name not in self._gauges:
                 self._gauges[name] = metrics.Gauge(
-                    f"skipvision_engine_{name}", description=f"{name} of the engine", tag_keys=tuple(self._tags)
+                    f"skipvision_engine_{name}",
+                    description=f"{name} of the engine",
+                    tag_keys=tuple(self._tags),
                 )
             self._gauges[name].set(float(value), tags=self._tags)
 

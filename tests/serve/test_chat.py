@@ -35,7 +35,9 @@ def engine(endpoint):
 
 def expected(engine, text="what is it?", *seeds, **options):
     seeds = seeds or (0,)
-    messages = [{"role": "user", "content": [*[{"type": "image"}] * len(seeds), {"type": "text", "text": text}]}]
+    messages = [
+        {"role": "user", "content": [*[{"type": "image"}] * len(seeds), {"type": "text", "text": text}]}
+    ]
     sampling = options.pop("sampling", Sampling(max_new_tokens=12))
     (completion,) = engine.run([Request(messages, [picture(s) for s in seeds], sampling=sampling, **options)])
     assert completion.error is None
@@ -55,7 +57,12 @@ def test_the_answer_is_the_engines(client, engine, model, adapter):
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
     visual = found.usage.visual_tokens
     kept = 6 if model != "blue" else 16
-    assert visual == {"total": 16, "retained": right.usage.visual_retained, "skipped": right.usage.visual_skipped, "cached": kept}
+    assert visual == {
+        "total": 16,
+        "retained": right.usage.visual_retained,
+        "skipped": right.usage.visual_skipped,
+        "cached": kept,
+    }
 
 
 def test_several_images_and_turns(client, engine):
@@ -68,7 +75,10 @@ def test_several_images_and_turns(client, engine):
     assert found.usage.visual_tokens["total"] == 32
     assert found.usage.completion_tokens <= 9
     messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "first"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "first"}],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "well"}]},
         {"role": "user", "content": [{"type": "text", "text": "and now?"}]},
     ]
@@ -117,7 +127,9 @@ def test_seeds_stops_and_logprobs(client, engine):
     found = ask(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     sampling = Sampling(max_new_tokens=12, logprobs=2)
     right = expected(engine, adapter="red", sampling=sampling).choices[0]
-    assert [token.logprob for token in found] == pytest.approx([token.logprob for token in right.logprobs], abs=1e-4)
+    assert [token.logprob for token in found] == pytest.approx(
+        [token.logprob for token in right.logprobs], abs=1e-4
+    )
     assert all(len(token.top_logprobs) == 2 for token in found)
     assert all(bytes(token.bytes).decode() == token.token for token in found)
 
@@ -136,7 +148,10 @@ def test_skip_by_request(client, engine):
 def test_structured_output(client):
     schema = {
         "type": "object",
-        "properties": {"number": {"type": "integer", "minimum": 0, "maximum": 999}, "red": {"type": "boolean"}},
+        "properties": {
+            "number": {"type": "integer", "minimum": 0, "maximum": 999},
+            "red": {"type": "boolean"},
+        },
         "required": ["number", "red"],
         "additionalProperties": False,
     }
@@ -150,7 +165,10 @@ def test_structured_output(client):
             assert isinstance(value["red"], bool)
             assert value.keys() == {"number", "red"}
     with pytest.raises(openai.BadRequestError, match="cannot be followed"):
-        ask(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}})
+        ask(
+            client,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}},
+        )
 
 
 def test_models(client, endpoint):
@@ -212,11 +230,19 @@ def test_unknown_models_routes_and_bodies(client, endpoint):
     with pytest.raises(openai.NotFoundError) as caught:
         ask(client, model="green")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/healthz", 405)):
+    for method, path, status in (
+        ("GET", "/v2", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/healthz", 405),
+    ):
         response = httpx.request(method, endpoint.url + path)
         assert response.status_code == status
         assert response.json()["error"]["type"] == "invalid_request_error"
-    response = httpx.post(f"{endpoint.url}/v1/chat/completions", content=b"{not json", headers={"content-type": "application/json"})
+    response = httpx.post(
+        f"{endpoint.url}/v1/chat/completions",
+        content=b"{not json",
+        headers={"content-type": "application/json"},
+    )
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]
 
