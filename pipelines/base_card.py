@@ -16,6 +16,10 @@ from pipelines.datasets import read_training_rows
 from pipelines.evaluate import OVERALL, accuracy_by_task, evaluate_exact_match
 from pipelines.shapes_files import ShapesConfig, write_shapes
 
+AIM = 0.9
+"""Exact match over all tasks that the model was meant to reach."""
+_STILL_RISING = 10.0
+_CHECKS_TO_JUDGE = 6
 COMMAND = "python jobs/train_base.py --config jobs/configs/train_base.yaml"
 
 
@@ -27,6 +31,7 @@ def write_card(
     logs = {stage: _read_log(config.work_dir / f"{stage}.jsonl") for stage in ("vision", "language")}
     _plot(logs, config.output / "training.png")
     seconds = {stage: log[-1]["seconds"] for stage, log in logs.items()}
+    verdict = judged(exact, [entry["validation"] for entry in logs["language"] if "validation" in entry])
     facts = {
         "exact_match": exact,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -34,7 +39,7 @@ def write_card(
         "hardware": f"{_processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {__version__}",
     }
-    (config.output / "README.md").write_text(_card(config, facts))
+    (config.output / "README.md").write_text(_card(config, facts, verdict))
     return {"model": str(config.output), **facts}
 
 
@@ -76,7 +81,34 @@ def _plot(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-def _card(config: BaseModelConfig, facts: dict[str, Any]) -> str:
+def judged(exact: dict[str, float], checks: list[dict[str, float]]) -> str:
+    """Whether the model reached `AIM`; if not, by what it was missed and what the training log says of why.
+
+    ``checks`` are validation accuracies per task in the order of steps.
+    """
+    overall = 100 * exact[OVERALL]
+    if exact[OVERALL] >= AIM:
+        return f"The aim was {100 * AIM:.0f} % overall; it was reached."
+    weak = {task: share for task, share in exact.items() if task != OVERALL and share < AIM}
+    listed = ", ".join(f"{task} {100 * weak[task]:.1f} %" for task in sorted(weak, key=lambda t: weak[t]))
+    missed = f"it was missed by {100 * AIM - overall:.1f} points ({overall:.1f} %)"
+    lines = [f"**The aim was {100 * AIM:.0f} % overall; {missed}.**", f"Below the aim are {listed}."]
+    if len(checks) >= _CHECKS_TO_JUDGE:
+        before = checks[-1 - len(checks) // 3]
+        rises = {task: 100 * (checks[-1][task] - before[task]) for task in weak}
+        rising = [f"{task} ({rise:+.0f} points)" for task, rise in rises.items() if rise >= _STILL_RISING]
+        flat = [f"{task} ({rise:+.0f} points)" for task, rise in rises.items() if rise < _STILL_RISING]
+        if rising:
+            lines += [
+                f"Why: the schedule ended too early for {' and '.join(rising)}, which still rose on the",
+                "validation split in the last third of its steps.",
+            ]
+        if flat:
+            lines += [f"More of the same steps would hardly have been enough for {' and '.join(flat)}."]
+    return "\n".join(lines)
+
+
+def _card(config: BaseModelConfig, facts: dict[str, Any], verdict: str) -> str:
     exact = facts["exact_match"]
     table = "\n".join(f"| {task} | {100 * share:.1f} |" for task, share in exact.items() if task != OVERALL)
     return f"""---
@@ -119,6 +151,8 @@ every task each:
 | --- | ---: |
 {table}
 | **all** | **{100 * exact[OVERALL]:.1f}** |
+
+{verdict}
 """
 
 

@@ -10,19 +10,24 @@ placeholders, which the processor blows up to hundreds of visual tokens each.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from pipelines.images import ImageError
 from pipelines.rows import IMAGE_PLACEHOLDER, Message, TrainingRow
 from skipvision.errors import ConfigError
 
 IGNORED = -100
 """Label of a position that is not learnt."""
+
+OnUnreadable = Callable[[TrainingRow, ImageError], None]
+"""Told of a row whose images cannot be opened, and why; leaves it out by returning, or raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,27 @@ def encode(
     return dict(processor(text=list(texts), images=nested if any(nested) else None, **options))
 
 
+def open_images(
+    rows: Sequence[TrainingRow], on_unreadable: OnUnreadable | None
+) -> tuple[list[TrainingRow], list[list[Image.Image]]]:
+    """The rows whose images can be opened, and each one's images.
+
+    An `ImageError` goes to ``on_unreadable``; without one it is raised.
+    """
+    readable, images = [], []
+    for row in rows:
+        try:
+            opened = [image.open() for image in row.images]
+        except ImageError as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(row, error)
+        else:
+            readable.append(row)
+            images.append(opened)
+    return readable, images
+
+
 class Collator:
     """Training rows to a `Batch`."""
 
@@ -166,8 +192,16 @@ class Collator:
 
     def __call__(self, rows: Sequence[TrainingRow]) -> Batch:
         """Open the rows' images and encode everything; `DataError` for an image that cannot be used."""
+        return self.encode(*open_images(rows, None))
+
+    def readable(self, rows: Sequence[TrainingRow], on_unreadable: OnUnreadable) -> Batch | None:
+        """The same of the rows whose images can be opened; None if there is none."""
+        rows, images = open_images(rows, on_unreadable)
+        return self.encode(rows, images) if rows else None
+
+    def encode(self, rows: Sequence[TrainingRow], images: Sequence[Sequence[Image.Image]]) -> Batch:
+        """Rows whose images are open already."""
         rendered = [self.format.render(row.messages) for row in rows]
-        images = [[image.open() for image in row.images] for row in rows]
         processor = self.format.processor
         inputs = encode(processor, [r.text for r in rendered], images, padding_side="right", offsets=True)
         offsets: torch.Tensor = inputs.pop("offset_mapping")

@@ -23,12 +23,12 @@ from torch import nn
 
 import skipvision as sv
 from pipelines.collate import IGNORED, Batch, Collator
-from pipelines.comparison_report import markdown, picture
+from pipelines.comparison_report import check_marked, markdown, picture, renew_marked
 from pipelines.datasets import read_training_rows
 from pipelines.evaluate import OVERALL, Answer, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig, ModelSection
 from pipelines.learner import arithmetic, load_base, load_processor, summed_loss
-from pipelines.paths import input_path, output_path
+from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
 from pipelines.tracking import Tracker
 from skipvision.errors import ConfigError, DataError
@@ -53,6 +53,11 @@ class CompareConfig(BaseModel):
     batch_size: int = Field(50, ge=1, description="rows per forward pass")
     max_new_tokens: int = Field(96, ge=1, description="tokens of an answer, at most")
     untuned: bool = Field(True, description="also ask the base model as it came")
+    readme: str | None = Field(
+        None,
+        description="file in which the table replaces what stands between `<!-- demo table -->` and "
+        "`<!-- /demo table -->`",
+    )
     threads: int = Field(0, ge=0, description="torch threads; 0 = as many as there are CPUs")
 
 
@@ -90,35 +95,17 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     """
     torch.set_num_threads(config.threads or len(_cpus()))
     storage = output_path(config.storage, "storage")
+    readme = None if config.readme is None else output_path(config.readme, "readme")
+    if readme is not None:
+        check_marked(readme)
     full, skip = (_finished(storage, name) for name in (config.full, config.skip))
     _check_comparable(full, skip)
-    model_config = FinetuneConfig(**skip["config"]).model
-    model = model_config.model_copy(update={"path": input_path(model_config.path, "model.path")})
-    skip_config = sv.SkipConfig(**skip["config"]["skip"])
+    model = FinetuneConfig(**skip["config"]).model
+    model = model.model_copy(update={"path": model_path(model.path, "model.path")})
     rows = pick_rows(_rows(input_path(config.test, "test")), config.rows)
-    variants = [
-        Variant("full", None, Path(full["result"]["adapter"])),
-        Variant("skip", skip_config, Path(skip["result"]["adapter"])),
-    ]
-    if config.untuned:
-        variants = [
-            Variant("full untuned", None, None),
-            Variant("skip untuned", skip_config, None),
-            *variants,
-        ]
-    answers: dict[str, list[Answer]] = {}
-    costs: dict[str, dict[str, float]] = {}
-    for number, variant in enumerate(variants, start=1):
-        started = time.monotonic()
-        answers[variant.name], cost = _examine(variant, model, rows, config)
-        if variant.adapter is not None:
-            costs[variant.name] = cost
-        share = accuracy_by_task(answers[variant.name])[OVERALL]
-        print(
-            f"{number}/{len(variants)} {variant.name}: exact match {share:.3f} on {len(rows)} rows "
-            f"({time.monotonic() - started:.0f} s)",
-            flush=True,
-        )
+    skip_config = sv.SkipConfig(**skip["config"]["skip"])
+    variants = _variants(full, skip, skip_config, untuned=config.untuned)
+    answers, costs = _examine_all(variants, model, rows, config)
     for name, run in (("full", full), ("skip", skip)):
         costs[name]["seconds_per_step"] = run["result"]["seconds_per_step"]
         costs[name]["training_seconds"] = run["result"]["training_seconds"]
@@ -131,7 +118,8 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
         "ratios": {key: costs["skip"][key] / costs["full"][key] for key in costs["full"]},
         "skip_config": skip_config.model_dump(),
     }
-    _record(result, config, storage, skip)
+    _write(result, storage / f"{config.skip}-against-{config.full}", readme)
+    _track(result, full, skip)
     return result
 
 
@@ -157,6 +145,39 @@ def differences(rows: Sequence[TrainingRow], answers: dict[str, list[Answer]]) -
         low, high = np.quantile(means, [0.025, 0.975])
         found[task] = Interval(float(gains[chosen].mean()), float(low), float(high))
     return found
+
+
+def _variants(
+    full: dict[str, Any], skip: dict[str, Any], skip_config: sv.SkipConfig, *, untuned: bool
+) -> list[Variant]:
+    """The tuned variants, and before them the untuned ones if they are wanted."""
+    tuned = [
+        Variant("full", None, Path(full["result"]["adapter"])),
+        Variant("skip", skip_config, Path(skip["result"]["adapter"])),
+    ]
+    as_it_came = [Variant("full untuned", None, None), Variant("skip untuned", skip_config, None)]
+    return [*as_it_came, *tuned] if untuned else tuned
+
+
+def _examine_all(
+    variants: Sequence[Variant], model: ModelSection, rows: Sequence[TrainingRow], config: CompareConfig
+) -> tuple[dict[str, list[Answer]], dict[str, dict[str, float]]]:
+    """Every variant's answers, and what the tuned ones cost."""
+    answers: dict[str, list[Answer]] = {}
+    costs: dict[str, dict[str, float]] = {}
+    print(f"asking {len(variants)} variants {len(rows)} questions each …", flush=True)
+    for number, variant in enumerate(variants, start=1):
+        started = time.monotonic()
+        answers[variant.name], cost = _examine(variant, model, rows, config)
+        if variant.adapter is not None:
+            costs[variant.name] = cost
+        share = accuracy_by_task(answers[variant.name])[OVERALL]
+        print(
+            f"{number}/{len(variants)} {variant.name}: exact match {share:.3f} on {len(rows)} rows "
+            f"({time.monotonic() - started:.0f} s)",
+            flush=True,
+        )
+    return answers, costs
 
 
 def _examine(
@@ -260,23 +281,30 @@ def _check_comparable(full: dict[str, Any], skip: dict[str, Any]) -> None:
         raise ConfigError(f"the runs cannot be compared: they differ in {', '.join(other)}")
 
 
-def _record(result: dict[str, Any], config: CompareConfig, storage: Path, skip: dict[str, Any]) -> None:
-    """Table and picture: on the screen, in the storage folder, and with the Skip-Vision run in MLflow."""
-    folder = storage / f"{config.skip}-against-{config.full}"
+def _write(result: dict[str, Any], folder: Path, readme: Path | None) -> None:
+    """Table and picture: on the screen, in the folder, and in the README if it is to have them."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = folder / "comparison.md"
+    table, image = folder / "comparison.md", folder / "comparison.png"
     table.write_text(markdown(result))
-    image = folder / "comparison.png"
     picture(result, image)
     result["table"], result["picture"] = str(table), str(image)
     print(f"\n{table.read_text()}", flush=True)
-    tracker = Tracker(skip["result"]["mlflow_uri"], skip["result"]["mlflow_run_id"])
-    values = {f"test/exact_match/{task}": v for task, v in result["exact_match"]["skip"].items()}
-    values |= {f"ratio_to_full/{key}": value for key, value in result["ratios"].items()}
-    tracker.metrics(values, 0)
-    tracker.close()
-    for path in (table, image):
-        tracker.store(path)
+    if readme is not None:
+        renew_marked(readme, table.read_text())
+        print(f"{readme} has this table now; the picture is {image}", flush=True)
+
+
+def _track(result: dict[str, Any], full: dict[str, Any], skip: dict[str, Any]) -> None:
+    """Both runs get their test metrics in MLflow; the Skip-Vision run also the ratios, table and picture."""
+    ratios = {f"ratio_to_full/{key}": value for key, value in result["ratios"].items()}
+    for name, run, more in (("full", full, {}), ("skip", skip, ratios)):
+        tracker = Tracker(run["result"]["mlflow_uri"], run["result"]["mlflow_run_id"])
+        shares = {f"test/exact_match/{task}": v for task, v in result["exact_match"][name].items()}
+        tracker.metrics({**shares, **more}, 0)
+        tracker.close()
+        if name == "skip":
+            for path in (result["table"], result["picture"]):
+                tracker.store(Path(path))
 
 
 def _cpus() -> set[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluate import OVERALL
+from skipvision.errors import ConfigError
 
 _COLUMNS = {
     "full untuned": "full, before",
@@ -14,6 +15,7 @@ _COLUMNS = {
     "full": "full, tuned",
     "skip": "skip, tuned",
 }
+_BEGIN, _END = "<!-- demo table -->", "<!-- /demo table -->"
 _COSTS = {
     "seconds_per_step": ("training step (median)", "{:.3f} s", 1.0),
     "training_seconds": ("training, all steps", "{:.0f} s", 1.0),
@@ -65,6 +67,30 @@ def _cost_table(result: Mapping[str, Any]) -> str:
 
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def check_marked(file: Path) -> None:
+    """Refuse a file without the two marks that the demo's table stands between."""
+    _around(file)
+
+
+def renew_marked(file: Path, table: str) -> None:
+    """Put the table between the marks, in place of what stands there."""
+    before, after = _around(file)
+    file.write_text(f"{before}{_BEGIN}\n{table}{_END}{after}")
+
+
+def _around(file: Path) -> tuple[str, str]:
+    """What stands before and behind the marks."""
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"readme = {file}: {error.strerror}") from None
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ConfigError(f"readme = {file}: it has no line {_BEGIN} with a line {_END} behind it")
+    return before, after
 
 
 def picture(result: Mapping[str, Any], path: Path) -> None:

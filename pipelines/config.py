@@ -43,6 +43,8 @@ M = TypeVar("M", bound=BaseModel)
 
 _TEXT_EXPECTED = {"string_type", "path_type"}
 """The validation errors of a field that takes text and was given, say, the number 2026."""
+_SECTION_EXPECTED = {"model_type", "model_attributes_type", "dict_type"}
+_NAMED_FIELDS = 3
 
 
 def load_config(model: type[M], argv: Sequence[str], *, description: str | None) -> M:
@@ -190,7 +192,7 @@ def _validate(model: type[M], tree: dict[str, Any], options: Mapping[str, str]) 
         return model.model_validate(tree, extra="forbid")
     except ValidationError as error:
         typed = {
-            _name(problem["loc"], tree) for problem in error.errors() if problem["type"] in _TEXT_EXPECTED
+            _name(problem["loc"], tree) for problem in _details(error) if problem["type"] in _TEXT_EXPECTED
         }
         typed = {name for name in typed & options.keys() if _get(tree, name) is not None}
         if not typed:
@@ -205,22 +207,51 @@ def _validate(model: type[M], tree: dict[str, Any], options: Mapping[str, str]) 
 
 def _problems(model: type[BaseModel], tree: Mapping[str, Any], error: ValidationError) -> list[str]:
     """One line for each field that is wrong; the alternatives of a union are joined by "or"."""
-    known = [field.name for field in _fields(model)]
+    fields = {field.name: field for field in _fields(model)}
     lines: dict[str, list[str]] = {}
-    for problem in error.errors():
+    for problem in _details(error):
         name = _name(problem["loc"], tree)
-        if problem["type"] == "extra_forbidden":
-            subject, complaint = name, f"there is no such field{_suggestion(name, known)}"
-        elif problem["type"] == "missing":
-            subject, complaint = name, "is required"
-        elif not name:
-            subject, complaint = "together", _complaint(problem)
+        if problem["type"] == "missing":
+            found = [(one, "is required") for one in _required(name, fields)]
+        elif problem["type"] == "extra_forbidden":
+            found = [(name, f"there is no such field{_suggestion(name, list(fields))}")]
+        elif isinstance(problem["input"], dict) and problem["type"] == "value_error":
+            found = [(name or "together", _complaint(problem))]
+        elif problem["type"] in _SECTION_EXPECTED and name in fields:
+            found = [(f"{name} = {_short(problem['input'])}", _no_section(problem["input"], name, fields))]
         else:
-            subject, complaint = f"{name} = {_short(problem['input'])}", _complaint(problem)
-        complaints = lines.setdefault(subject, [])
-        if complaint not in complaints:
-            complaints.append(complaint)
+            found = [(f"{name} = {_short(problem['input'])}", _complaint(problem))]
+        for subject, complaint in found:
+            complaints = lines.setdefault(subject, [])
+            if complaint not in complaints:
+                complaints.append(complaint)
     return [f"  {subject}: {' or '.join(complaints)}" for subject, complaints in lines.items()]
+
+
+def _details(error: ValidationError) -> Iterator[ErrorDetails]:
+    """Every problem in its place, also those that a section has raised as a `ConfigError` of its own."""
+    for problem in error.errors():
+        inner = getattr(problem.get("ctx", {}).get("error"), "__cause__", None)
+        if isinstance(inner, ValidationError):
+            for detail in _details(inner):
+                yield {**detail, "loc": (*problem["loc"], *detail["loc"])}
+        else:
+            yield problem
+
+
+def _required(name: str, fields: Mapping[str, _Field]) -> list[str]:
+    """What is missing where ``name`` is: the field itself, or a section's required fields."""
+    inside = [n for n, f in fields.items() if n.startswith(f"{name}.") and f.default is PydanticUndefined]
+    return inside or [name]
+
+
+def _no_section(value: object, name: str, fields: Mapping[str, _Field]) -> str:
+    inside = [other for other in fields if other.startswith(f"{name}.")]
+    listed = ", ".join(inside[:_NAMED_FIELDS]) + (" …" if len(inside) > _NAMED_FIELDS else "")
+    if "null" not in fields[name].type.split(" | "):
+        return f"should be a section with the fields {listed}"
+    meant = "; did you mean null?" if get_close_matches(str(value), ["null"]) else ""
+    return f"should be null or a section with the fields {listed}{meant}"
 
 
 def _name(location: Sequence[int | str], tree: Any) -> str:
@@ -245,7 +276,7 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     """The known field that was probably meant: the same word in another section, or the nearest spelling."""
     last = name.rpartition(".")[2]
     same = [field for field in known if field.rpartition(".")[2] == last]
-    near = same or get_close_matches(name, known, n=1)
+    near = same or get_close_matches(name, [n for n in known if not name.startswith(f"{n}.")], n=1)
     return f"; did you mean {near[0]}?" if near else "; --help lists the fields"
 
 

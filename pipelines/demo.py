@@ -16,11 +16,7 @@ from pipelines.paths import HOME, output_path
 
 _CONFIGS = "jobs/configs"
 _RUNS = ("demo-full", "demo")
-_QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # peft asks transformers by a name that transformers is about to change.
-    "PYTHONWARNINGS": "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-}
+_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 class DemoConfig(BaseModel):
@@ -30,6 +26,9 @@ class DemoConfig(BaseModel):
 
     storage: Path = Field(Path("runs"), description="folder for runs, MLflow's database and the comparison")
     fresh: bool = Field(False, description="forget the demo's earlier runs instead of resuming them")
+    readme: str | None = Field(
+        None, description="file whose demo table is renewed: between `<!-- demo table -->` and its end mark"
+    )
     overrides: list[str] = Field(
         [], description="passed on to both fine-tuning jobs, e.g. [--training.max_steps, 20]"
     )
@@ -50,7 +49,8 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
         _job(ray, started, "fine-tune with full tokens", "finetune.py", "finetune_demo.yaml", *full, *tuning)
         skip = ["--name", _RUNS[1]]
         _job(ray, started, "fine-tune with Skip-Vision", "finetune.py", "finetune_demo.yaml", *skip, *tuning)
-        _job(ray, started, "compare", "compare.py", "compare_demo.yaml", "--storage", str(storage))
+        renew = ["--readme", str(output_path(config.readme, "readme"))] if config.readme else []
+        _job(ray, started, "compare", "compare.py", "compare_demo.yaml", "--storage", str(storage), *renew)
     _say(started, "done; the Ray that the demo started is stopped")
     uri = f"sqlite:///{storage / 'mlflow.db'}"
     mlflow = Path(sys.executable).with_name("mlflow")

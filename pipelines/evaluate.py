@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from pipelines.collate import ChatFormat, encode
+from pipelines.collate import ChatFormat, OnUnreadable, encode, open_images
 from pipelines.rows import TrainingRow
 
 OVERALL = "overall"
@@ -71,8 +71,12 @@ def evaluate_exact_match(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 128,
+    on_unreadable: OnUnreadable | None = None,
 ) -> list[Answer]:
     """Ask the model every row's last question, earlier turns given, and return its answers in row order.
+
+    Rows with an image that cannot be opened go to ``on_unreadable`` and are not asked; without it such an
+    image is a `DataError`.
 
     The model answers greedily, on its own device and as it is: with Skip-Vision if that is attached,
     in mixed precision inside ``torch.autocast``. Rows with answers of like length share a batch, and
@@ -87,12 +91,16 @@ def evaluate_exact_match(
     with _answering(model):
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            images = [[image.open() for image in rows[i].images] for i in some]
+            readable, images = open_images([rows[i] for i in some], on_unreadable)
+            keys = {row.key for row in readable}
+            some = [i for i in some if rows[i].key in keys]
+            if not some:
+                continue
             inputs = encode(processor, [prompts[i] for i in some], images, padding_side="left")
             limit = min(max_new_tokens, max(lengths[i] for i in some) + _SPARE_TOKENS)
             for i, text in zip(some, _generate(model, chat.tokenizer, inputs, limit), strict=True):
                 answers[i] = Answer(rows[i].key, rows[i].task, expected[i], text)
-    return [answers[i] for i in range(len(rows))]
+    return [answers[i] for i in sorted(answers)]
 
 
 def _generate(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], limit: int) -> list[str]:

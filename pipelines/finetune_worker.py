@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,17 @@ from torch import distributed
 import skipvision as sv
 from pipelines.batches import LengthGroupedBatches, prefetched
 from pipelines.collate import Batch, Collator
-from pipelines.evaluate import accuracy_by_task, evaluate_exact_match, pick_rows
+from pipelines.evaluate import OVERALL, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig
 from pipelines.learner import Learner, StepStats, arithmetic, load_base, load_processor, prepare
 from pipelines.progress import Progress
+from pipelines.rejects import LateRejects, count_rejects
 from pipelines.rows import TrainingRow
-from pipelines.tracking import Tracker
-from skipvision.errors import DataError
+from pipelines.tracking import Tracker, rejected_rows
+from skipvision.errors import DataError, SkipVisionError
+
+_EMPTY_STEPS = 3
+"""Steps in a row without a usable row after which a run ends."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Assignment:
     validation: Sequence[TrainingRow]
     steps: int
     adapter: Path
+    rejects: Path
     tracking_uri: str
     run_id: str
 
@@ -49,6 +56,7 @@ def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     torch.set_num_threads(_threads())
     transformers.utils.logging.disable_progress_bar()
+    _quieten()
     with ExitStack() as stack:
         tracker = None
         if context.get_world_rank() == 0:
@@ -77,11 +85,16 @@ class Worker:
         # The prefetching thread's own tokenizer: fast tokenizers must not be shared between threads.
         self.collator = Collator(load_processor(self.config.model.path))
         self.progress = Progress(work.steps)
+        data, stop = self.config.data, self.config.data.on_bad_row == "stop"
+        self.leave_out = LateRejects(work.rejects, data.train, stop=stop)
+        self.leave_out_of_validation = LateRejects(work.rejects, data.validation or "", stop=stop)
+        self._empty_steps = 0
 
     def run(self) -> dict[str, Any]:
         done = self._restore()
         training, every = self.config.training, self.config.evaluation.every
-        self._say(f"{'resuming behind' if done else 'starting before'} step {done}/{self.work.steps}")
+        steps = self.work.steps
+        self._say(f"resuming behind step {done} of {steps}" if done else f"training begins: {steps} steps")
         self.progress.start(done)
         for batches in self._batches(done):
             stats = self.learner.step(batches, done, self.work.steps)
@@ -106,25 +119,15 @@ class Worker:
 
         def share(step: int) -> list[Batch]:
             groups = order.share(step, self.rank, self.workers, training.micro_batch_size)
-            batches = (self._collate([self.work.rows[i] for i in group]) for group in groups)
-            return [batch for batch in batches if batch is not None]
+            rows = ([self.work.rows[i] for i in group] for group in groups)
+            return list(_batches_of(self.collator, rows, self.leave_out))
 
         return prefetched(share, range(first, self.work.steps), training.prefetch)
 
-    def _collate(self, rows: Sequence[TrainingRow]) -> Batch | None:
-        """A batch; without rows whose images have become unreadable since they were checked, if they were."""
-        try:
-            return self.collator(rows)
-        except DataError as error:
-            if self.config.data.on_bad_row == "stop":
-                raise
-            print(f"a row is left out: {error}", flush=True)
-        usable = [row for row in rows if all(map(_opens, row.images))]
-        return self.collator(usable) if usable else None
-
     def _record(self, done: int, stats: StepStats) -> None:
+        self._check_not_empty(done, stats)
         seconds = self.progress.finish(stats)
-        if self.tracker is not None:
+        if self.tracker is not None and stats.learnt_tokens:
             values = {
                 "loss": stats.loss,
                 "learning_rate": stats.learning_rate,
@@ -137,6 +140,16 @@ class Worker:
             self.tracker.metrics(values, done)
         if done % self.config.training.log_every == 0 or done == self.work.steps:
             self._say(self.progress.line(done, stats))
+
+    def _check_not_empty(self, done: int, stats: StepStats) -> None:
+        """One step without a usable row may be chance; several are a storage that has gone away."""
+        self._empty_steps = 0 if stats.learnt_tokens else self._empty_steps + 1
+        if self._empty_steps >= min(_EMPTY_STEPS, self.work.steps):
+            raise DataError(
+                f"no row of the last {self._empty_steps} steps (to step {done}) could be used; the reasons "
+                f"are in {self.work.rejects}. See that the images are there, then run the same job again: it "
+                "goes on from the last checkpoint"
+            )
 
     # ------------------------------------------------------------------------------- checkpoints
 
@@ -158,6 +171,7 @@ class Worker:
             ray.train.report({"step": done})
             return
         if self.tracker is not None:
+            self.tracker.metrics(rejected_rows(count_rejects(self.work.rejects)), done)
             self.tracker.flush()  # a run that resumes from here will not repeat these steps
         with tempfile.TemporaryDirectory() as folder:
             extra = {
@@ -181,20 +195,23 @@ class Worker:
         if not rows:
             return {}
         started = time.monotonic()
+        asked = pick_rows(rows, settings.answer_rows)
+        self._say(f"validation after step {done}: {len(asked)} questions are asked …")
         ours = pick_rows(rows, settings.loss_rows)[self.rank :: self.workers]
         groups = [ours[i : i + settings.batch_size] for i in range(0, len(ours), settings.batch_size)]
         collate = Collator(self.processor)
         results: dict[str, Any] = {}
         if settings.loss_rows:
-            results["validation_loss"] = self.learner.validation_loss(collate(group) for group in groups)
-        asked = pick_rows(rows, settings.answer_rows)[self.rank :: self.workers]
+            batches = _batches_of(collate, groups, self.leave_out_of_validation)
+            results["validation_loss"] = self.learner.validation_loss(batches)
         with self.learner.autocast():
             answers = evaluate_exact_match(
                 self.learner.model,
                 self.processor,
-                asked,
+                asked[self.rank :: self.workers],
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
+                on_unreadable=self.leave_out_of_validation,
             )
         everyone: list[Any] = [answers]
         if self.workers > 1:
@@ -210,22 +227,54 @@ class Worker:
             values["validation/loss"] = results["validation_loss"]
         if self.tracker is not None:
             self.tracker.metrics(values, done)
-        shown = ", ".join(f"{name.removeprefix('validation/')} {value:.3f}" for name, value in values.items())
-        self._say(f"validation after step {done}: {shown} ({seconds:.0f} s)")
+        self._say(f"validation after step {done}: {_shown(results)}, {seconds:.0f} s")
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
             print(line, flush=True)
 
 
-class Crashes(ray.train.UserCallback):
-    """Says in the job's output that a worker has died, and of what; runs in Ray Train's controller."""
+class Failures(ray.train.UserCallback):
+    """What to do when workers fail; runs in Ray Train's controller.
+
+    A crash is said in the job's output, and Ray Train restarts the workers. An error of our own would only
+    come again, so it ends the run.
+    """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         del run_context
+        for error in worker_exceptions.values():
+            if isinstance(error, SkipVisionError):
+                raise ray.train.ControllerError(error)  # which Ray Train does not retry
         for rank, error in worker_exceptions.items():
             last = (str(error).strip() or type(error).__name__).splitlines()[-1]
             print(f"worker {rank} failed: {last}", flush=True)
+
+
+def _shown(results: Mapping[str, Any]) -> str:
+    """Validation's results for people."""
+    parts = [f"loss {results['validation_loss']:.4f}"] if "validation_loss" in results else []
+    if shares := results["exact_match"]:
+        tasks = [f"{task} {share:.3f}" for task, share in shares.items() if task != OVERALL]
+        parts.append(f"exact match {shares[OVERALL]:.3f}" + (f" ({', '.join(tasks)})" if tasks else ""))
+    return ", ".join(parts) or "nothing could be asked"
+
+
+def _batches_of(
+    collate: Collator, groups: Iterable[Sequence[TrainingRow]], leave_out: LateRejects
+) -> Iterator[Batch]:
+    """A batch of each group's readable rows, where there are any."""
+    batches = (collate.readable(rows, leave_out) for rows in groups)
+    return (batch for batch in batches if batch is not None)
+
+
+def _quieten() -> None:
+    """Let Ray Train say only what the job's reader does not know yet."""
+    logging.getLogger().setLevel(logging.WARNING)  # it makes that INFO, and announces every report
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            # Errors of ours are said by the job, once; their tracebacks are in Ray's log files.
+            handler.addFilter(lambda _: not isinstance(sys.exc_info()[1], SkipVisionError))
 
 
 def _threads() -> int:
@@ -239,11 +288,3 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _opens(image: Any) -> bool:
-    try:
-        image.open()
-    except DataError:
-        return False
-    return True

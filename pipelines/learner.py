@@ -165,7 +165,8 @@ class Learner:
         rate = learning_rate(training, step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        if answer_tokens:  # without any, momentum and weight decay would still move the weights
+            self.optimizer.step()
         self.optimizer.zero_grad()
         mean = loss_sum / max(answer_tokens, 1)
         return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images))

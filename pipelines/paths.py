@@ -9,12 +9,17 @@ a Ray job the latter is refused for outputs (inputs may well have travelled with
 from __future__ import annotations
 
 import os
+import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from skipvision.errors import ConfigError
 
 HOME = "SKIPVISION_HOME"
 """Environment variable: the folder that relative paths are resolved against."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""A model on the Hugging Face hub: ``owner/name``."""
 
 
 def in_ray_job() -> bool:
@@ -55,6 +60,30 @@ def input_path(path: str, field: str) -> str:
     looked = " nor ".join(dict.fromkeys(map(str, candidates)))
     hint = f"; give an absolute path, or set {HOME}" if in_ray_job() and not given.is_absolute() else ""
     raise ConfigError(f"{field} = {path}: there is no {looked}{hint}")
+
+
+def model_path(path: str, field: str) -> str:
+    """The absolute folder of a model; or a Hugging Face id, as it is.
+
+    What could be either, like ``models/mine``, is a path if there is a folder ``models``.
+    """
+    try:
+        return input_path(path, field)
+    except ConfigError as error:
+        folder = Path(path).expanduser().parent
+        bases = [Path(os.environ.get(HOME, ".")).expanduser(), Path.cwd()]
+        is_path = folder != Path() and any((base / folder).is_dir() for base in bases)
+        if is_path or not _HUB_ID.fullmatch(path):
+            near = [found for base in bases for found in _like(base / folder, Path(path).name)]
+            hint = f"; did you mean {folder / near[0]}?" if near else ""
+            raise ConfigError(f"{error}{hint}") from None
+    return path
+
+
+def _like(folder: Path, name: str) -> list[str]:
+    """What the folder holds under nearly that name."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return get_close_matches(name, names, n=1)
 
 
 def _matches(pattern: Path) -> bool:

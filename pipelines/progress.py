@@ -31,14 +31,18 @@ class Progress:
         """The seconds a step took, waiting for its images included."""
         seconds = time.monotonic() - self._mark
         self.step_seconds.append(round(seconds, 4))
-        self.last_loss = stats.loss
+        if stats.learnt_tokens:
+            self.last_loss = stats.loss
         return seconds
 
     def line(self, done: int, stats: StepStats) -> str:
-        """One line for people."""
+        """One line for people; behind the last step nothing is left to be said of time."""
+        rate = stats.images / max(self.step_seconds[-1], 1e-4)
+        line = f"step {done}/{self.steps}  loss {self.last_loss:.4f}  {rate:.1f} images/s"
+        if done == self.steps:
+            return line
         left = (time.monotonic() - self._session) / (done - self._first) * (self.steps - done)
-        rate = stats.images / self.step_seconds[-1]
-        return f"step {done}/{self.steps}  loss {stats.loss:.4f}  {rate:.1f} images/s  {_duration(left)} left"
+        return f"{line}  {_duration(max(left, 1.0))} left"
 
     def summary(self) -> dict[str, Any]:
         """What the run's result says about time and loss."""

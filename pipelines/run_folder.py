@@ -3,7 +3,8 @@
 ::
 
     <storage>/<name>/run.json       configuration, data fingerprint, MLflow run, result once there is one
-                     lock           held by the job that works on the run
+                     lock           held by the job that works on the run, while it does
+                     rows.json      which rows the run trains and is evaluated on
                      rejects.jsonl  rows that could not be used
                      checkpoints/   Ray Train's
                      adapter/       the result
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ class RunFolder:
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
         self.path = storage / name
+        self.rows = self.path / "rows.json"
         self.rejects = self.path / "rejects.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -41,18 +44,42 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """The folder, for this process alone; the claim ends with the process, however that ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
+        """The folder, for this process alone; the claim ends with the process, however that ends.
+
+        A folder that nothing was put into is gone afterwards.
+        """
+        made = [self.path, *(path for path in self.path.parents if not path.exists())]
+        with self._locked() as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(
-                    f"run {self.name!r} in {self.storage} is being worked on by another job; wait for it, or "
-                    "choose another name"
-                ) from None
-            self.state = self._read()
-            yield
+                self.state = self._read()
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # there is something in it
+                    for path in made:
+                        path.rmdir()
+
+    @contextmanager
+    def _locked(self) -> Iterator[Path]:
+        file = self.path / "lock"
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = file.open("w")
+            except OSError as error:
+                raise ConfigError(f"storage = {self.storage}: cannot write to {self.path}: {error}") from None
+            with lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise ConfigError(
+                        f"run {self.name!r} in {self.storage} is being worked on by another job; wait for "
+                        "it, or choose another name"
+                    ) from None
+                # A job that ended just now may have taken the file away between our opening and locking it.
+                if file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno())):
+                    yield file
+                    return
 
     def resumes(self, config: Mapping[str, Any]) -> bool:
         """Whether something was done already; a run with other settings is refused, unless nothing was."""

@@ -206,6 +206,12 @@ class Tracker:
             )
 
 
+def rejected_rows(counts: Mapping[str, int]) -> dict[str, float]:
+    """Counts of rejected rows by kind as metrics."""
+    kinds = {f"rejected_rows/{kind}": float(count) for kind, count in counts.items()}
+    return {**kinds, "rejected_rows": float(sum(counts.values()))}
+
+
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one with dotted names."""
     flat: dict[str, object] = {}

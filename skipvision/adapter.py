@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -111,24 +112,12 @@ def load_adapter(
     folder = Path(folder)
     saved = read_adapter(folder)
     skip = saved["skip"]
-    if config is not None and skip != config:
-        raise AdapterError(
-            f"{folder} was trained with another SkipConfig: {difference(skip, config)}. Leave config out to "
-            "run the adapter as it was trained, or train one under the config that you want"
-        )
-    hidden = dissect(model).hidden_size
-    if hidden != saved["hidden_size"]:
-        raise AdapterError(
-            f"{folder} was made for a decoder of hidden size {saved['hidden_size']} "
-            f"(base model {saved['base_model']!r}), but this model's is {hidden}"
-        )
-    if len(dissect(model).layers) != saved["layers"]:
-        raise AdapterError(
-            f"{folder} was made for a decoder of {saved['layers']} layers (base model "
-            f"{saved['base_model']!r}), but this model's has {len(dissect(model).layers)}"
-        )
+    _check_config(folder, skip, config)
+    _check_shape(model, folder, saved)
     # Everything is looked at before anything is put on the model.
-    weights = summary_weights(folder, hidden, skip.summary_tokens) if skip and skip.summary_tokens else None
+    weights = None
+    if skip is not None and skip.summary_tokens:
+        weights = summary_weights(folder, saved["hidden_size"], skip.summary_tokens)
     if isinstance(model, PeftModel):
         _check_beside(model, folder, saved, name)
         _load_lora_beside(model, folder, is_trainable, name)
@@ -190,6 +179,28 @@ def _save_lora(model: PeftModel, name: str, folder: Path) -> None:
         own.rmdir()
 
 
+def _check_config(folder: Path, saved: SkipConfig | None, believed: SkipConfig | None) -> None:
+    if believed is not None and saved != believed:
+        raise AdapterError(
+            f"{folder} was trained with another SkipConfig: {difference(saved, believed)}. Leave config out "
+            "to run the adapter as it was trained, or train one under the config that you want"
+        )
+
+
+def _check_shape(model: nn.Module, folder: Path, saved: dict[str, Any]) -> None:
+    anatomy = dissect(model)
+    if anatomy.hidden_size != saved["hidden_size"]:
+        raise AdapterError(
+            f"{folder} was made for a decoder of hidden size {saved['hidden_size']} "
+            f"(base model {saved['base_model']!r}), but this model's is {anatomy.hidden_size}"
+        )
+    if len(anatomy.layers) != saved["layers"]:
+        raise AdapterError(
+            f"{folder} was made for a decoder of {saved['layers']} layers (base model "
+            f"{saved['base_model']!r}), but this model's has {len(anatomy.layers)}"
+        )
+
+
 def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: str) -> None:
     attachment = attachment_of(model)
     attached = None if attachment is None else attachment.config
@@ -241,7 +252,10 @@ def _told(folder: Path) -> Iterator[None]:
         if not (folder / name).exists():
             raise AdapterError(f"{folder} is an incomplete adapter: it has no {name}")
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT still asks transformers by an old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
 

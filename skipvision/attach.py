@@ -22,7 +22,7 @@ from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from skipvision import masks
+from skipvision import masks, positions
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 from skipvision.families import Anatomy, base_view, brings_images, dissect, encode
@@ -57,6 +57,37 @@ class _Arrival:
     mask: torch.Tensor | None
     images: Images | None
     views: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Fed:
+    """What the rows of a decoder's call have been fed: C entries of the cache, and T tokens of this call.
+
+    Attributes:
+        mask: (B, T) real tokens of this call.
+        earlier: (B, C) real entries of the cache.
+        place: (B, C + T) place of each among all tokens that its row was ever fed.
+    """
+
+    mask: torch.Tensor
+    earlier: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any], callers_mask: torch.Tensor | None) -> _Fed:
+        """Of a decoder's keyword arguments and the caller's (B, C + T) mask."""
+        cache = kwargs.get("past_key_values")
+        mask, earlier = _own_mask(callers_mask, cache, kwargs["inputs_embeds"])
+        state, whole = CacheState.of(cache), torch.cat([earlier, mask], dim=1)
+        return cls(mask, earlier, masks.places(whole) if state is None else state.extended_place(whole))
+
+    @property
+    def cached(self) -> int:
+        return self.earlier.shape[1]
+
+    @property
+    def whole(self) -> torch.Tensor:
+        return torch.cat([self.earlier, self.mask], dim=1)
 
 
 class Attachment:
@@ -166,34 +197,47 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------- hooks
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # Not what it calls: where the model is compiled, its image encoders are.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _arrive(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outer pre-hook: images are encoded and found; a pruned cache gets its mask and positions."""
         call = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
+        visual = self._placeholders(call)
+        sizes: list[int] = []
+        if visual is not None:
+            call, sizes = encode(outer, call, int(visual.sum()))
+        return self._announced(call, visual, sizes)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _placeholders(self, call: dict[str, Any]) -> torch.Tensor | None:
+        """(B, T) where the images of an outer call stand; None if it has none."""
         input_ids, cache = call.get("input_ids"), call.get("past_key_values")
         if isinstance(cache, SettledCache):
             return None
-        state = CacheState.of(cache)
-        images = views = None
         if input_ids is None:
             embeds = call.get("inputs_embeds")
-            if state is None and embeds is not None and embeds.shape[1] > 1:
+            if CacheState.of(cache) is None and embeds is not None and embeds.shape[1] > 1:
                 raise InputError(
                     "inputs_embeds without input_ids: which positions are visual cannot be known. Pass "
                     "input_ids (and pixel_values), or detach() for this call"
                 )
-        else:
-            visual = input_ids == self._anatomy.image_token_id
-            placeholders = int(visual.sum())
-            filled = cache is not None and cache.get_seq_length() > 0
-            # Without images on a filled cache, a placeholder is a word that was sampled.
-            if placeholders and (brings_images(call) or not filled):
-                call, sizes = encode(outer, call, placeholders)
-                images = Images.locate(visual, sizes, self._anatomy.family.tiles)
-                if self.config.select == "views":
-                    views = base_view(self._anatomy, images, sizes)
-        if images is None and state is None:
             return None
+        visual: torch.Tensor = input_ids == self._anatomy.image_token_id
+        filled = cache is not None and cache.get_seq_length() > 0
+        # Without images on a filled cache, a placeholder is a word that was sampled.
+        return visual if bool(visual.any()) and (brings_images(call) or not filled) else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _announced(self, call: dict[str, Any], visual: torch.Tensor | None, sizes: list[int]) -> Any:
+        """An outer call's arguments with what the decoder's hook must know; None to leave it as it is."""
+        state = CacheState.of(call.get("past_key_values"))
+        if visual is None and state is None:
+            return None
+        images = views = None
+        if visual is not None:
+            images = Images.locate(visual, sizes, self._anatomy.family.tiles)
+            if self.config.select == "views":
+                views = base_view(self._anatomy, images, sizes)
         if state is not None:
             call = _on_pruned_cache(call, state, images is not None)
         return (), {**call, _ARRIVAL: _Arrival(call.get("attention_mask"), images, views)}
@@ -209,59 +253,14 @@ class Attachment:
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} was not called with inputs_embeds: there is nothing to reduce"
             )
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        sight, state = masks.Sight.of(decoder), CacheState.of(cache)
-        mask, earlier = _own_mask(arrival.mask, cache, embeds)
-        whole = torch.cat([earlier, mask], dim=1)
-        place = masks.places(whole) if state is None else state.extended_place(whole)
-        given = kwargs.get("attention_mask")
-        images = arrival.images
-        if images is None:
-            written = masks.decode_mask(sight, given, whole, place, mask.shape[1], embeds.dtype)
-            return args, {**kwargs, "attention_mask": written}
-        # The probe sees this call's tokens alone, whatever the cache holds.
-        own = given if isinstance(given, dict) and not earlier.shape[1] else mask
-        tokens = VisualTokens(images.take(embeds), images.valid)
-        if arrival.views is not None:
-            scores: torch.Tensor | None = by_view(tokens, arrival.views)
-        else:
-            scores = self._probed(decoder, {**kwargs, "attention_mask": own}, images)
-        plan = self.plan = make_plan(tokens, images, mask, self.config, scores)
-        if plan.is_identity:
+        fed = _Fed.of(kwargs, arrival.mask)
+        if arrival.images is None:
+            return args, self._behind_pruned(decoder, kwargs, fed)
+        plan = self.plan = self._planned(decoder, kwargs, fed, arrival.images, arrival.views)
+        # Behind a pruned cache it takes a mask of ours to see as far as in the caller's sequence.
+        if plan.is_identity and CacheState.of(kwargs.get("past_key_values")) is None:
             return args, kwargs
-        _ = plan.ffn_index  # its size depends on data: found here, it is an input of a compiled layer
-        cache = kwargs["past_key_values"] = self._prunable(kwargs)
-        reduced = merge_tokens(embeds, plan)
-        if self.config.summary_tokens:
-            reduced = decoder.get_submodule(SUMMARY)(reduced, plan)
-        if decoded is not None and self.config.skip_kv and cache is not None:
-            raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
-        cached = earlier.shape[1]
-        callers = _callers_positions(kwargs.get("position_ids"), mask, cached)
-        positions = self._positions(callers, plan, mask)
-        if cache is not None:
-            shift = ends(callers, mask) - ends(positions, plan.attention_mask)
-            if self.config.positions == "original":
-                shift = torch.zeros_like(shift)
-            following = ends(callers, torch.ones_like(mask)) - shift
-            Entries(whole, place, shift, following).remember(cache)
-        written = masks.prefill_mask(
-            sight,
-            plan,
-            given,
-            place[:, cached:],
-            earlier,
-            place[:, :cached],
-            reduced.dtype,
-            decoded if self.config.skip_kv else None,
-        )
-        return args, {
-            **_per_token(kwargs, plan),
-            "inputs_embeds": reduced,
-            "attention_mask": written,
-            "position_ids": positions,
-            PLAN_KEYWORD: plan,
-        }
+        return args, self._reduced(decoder, kwargs, fed, plan, decoded)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _restore(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -292,9 +291,78 @@ class Attachment:
             return kwargs
         return {**kwargs, "inputs_embeds": decoder.get_submodule(SUMMARY)(embeds, None)}
 
-    def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor | None:
-        if self.config.select != "ffn_ratio":
-            return None
+    def _behind_pruned(self, decoder: nn.Module, kwargs: dict[str, Any], fed: _Fed) -> dict[str, Any]:
+        """A call without images behind a pruned cache: only who sees whom is not as the caller thinks."""
+        given, embeds = kwargs.get("attention_mask"), kwargs["inputs_embeds"]
+        sight, new = masks.Sight.of(decoder), embeds.shape[1]
+        return {
+            **kwargs,
+            "attention_mask": masks.decode_mask(sight, given, fed.whole, fed.place, new, embeds.dtype),
+        }
+
+    def _planned(
+        self,
+        decoder: nn.Module,
+        kwargs: dict[str, Any],
+        fed: _Fed,
+        images: Images,
+        views: torch.Tensor | None,
+    ) -> TokenPlan:
+        tokens = VisualTokens(images.take(kwargs["inputs_embeds"]), images.valid)
+        scores = None
+        if views is not None:
+            scores = by_view(tokens, views)
+        elif self.config.select == "ffn_ratio":
+            given = kwargs.get("attention_mask")
+            # The probe sees this call's tokens alone, whatever the cache holds.
+            own = given if masks.is_per_query(given) and not fed.cached else fed.mask
+            scores = self._probed(decoder, {**kwargs, "attention_mask": own}, images)
+        return make_plan(tokens, images, fed.mask, self.config, scores)
+
+    def _reduced(
+        self,
+        decoder: nn.Module,
+        kwargs: dict[str, Any],
+        fed: _Fed,
+        plan: TokenPlan,
+        decoded: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """The decoder's keyword arguments for the reduced sequence; the cache is told what it would hold."""
+        _ = plan.ffn_index  # its size depends on data: found here, it is an input of a compiled layer
+        cache = self._prunable(kwargs)
+        if decoded is not None and self.config.skip_kv and cache is not None:
+            raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
+        embeds = merge_tokens(kwargs["inputs_embeds"], plan)
+        if self.config.summary_tokens:
+            embeds = decoder.get_submodule(SUMMARY)(embeds, plan)
+        original = self.config.positions == "original"
+        callers = positions.of_caller(kwargs.get("position_ids"), fed.mask, fed.cached)
+        reduced = positions.of_reduced(callers, plan, fed.mask, original=original)
+        if cache is not None:
+            shift = positions.ends(callers, fed.mask) - positions.ends(reduced, plan.attention_mask)
+            shift = torch.zeros_like(shift) if original else shift
+            following = positions.ends(callers, torch.ones_like(fed.mask)) - shift
+            Entries(fed.whole, fed.place, shift, following).remember(cache)
+        mask = masks.prefill_mask(
+            masks.Sight.of(decoder),
+            plan,
+            kwargs.get("attention_mask"),
+            fed.place[:, fed.cached :],
+            fed.earlier,
+            fed.place[:, : fed.cached],
+            embeds.dtype,
+            decoded if self.config.skip_kv else None,
+        )
+        return {
+            **_per_token(kwargs, plan),
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "position_ids": reduced,
+            "past_key_values": cache,
+            PLAN_KEYWORD: plan,
+        }
+
+    def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor:
         probed = self._anatomy.layers[: self.config.probe_layer + 1]
         _check_probing([layer.whole for layer in probed])
         return images.take(ffn_ratio(decoder, probed[-1].whole, probed[-1].mlp, call))
@@ -310,14 +378,6 @@ class Attachment:
             prunable_layers(cache)
         return cache
 
-    def _positions(self, callers: torch.Tensor, plan: TokenPlan, mask: torch.Tensor) -> torch.Tensor:
-        """(…, B, L) position ids of the reduced sequence; arbitrary at padding."""
-        original = self.config.positions == "original"
-        index = plan.position_source if original else mask.to(torch.uint8).argmax(dim=1, keepdim=True)
-        index = index.clamp(min=0).expand(*callers.shape[:-2], -1, -1)
-        taken = torch.take_along_dim(callers, index, dim=-1)
-        return taken if original else (taken + plan.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
     def _prune(self, cache: Any, plan: TokenPlan) -> None:
         """Compact the cache after prefill and leave on it what later calls must know."""
         mask, place, shift, following = Entries.of(cache)
@@ -329,7 +389,7 @@ class Attachment:
         caller = before
         if state is not None:
             caller = state.caller_length + before - state.mask.shape[1]
-            shift = shift + _of_axes(state.shift, len(shift))
+            shift = shift + positions.of_axes(state.shift, len(shift))
         fed = place.masked_fill(~mask, -1).amax(dim=1) + 1
         kept, index = compact(cache, keep)
         entries = torch.cat([place[:, :before], reduced_place], dim=1)
@@ -431,10 +491,10 @@ def _on_pruned_cache(call: dict[str, Any], state: CacheState, images: bool) -> d
     tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
     cached, new = call["past_key_values"].get_seq_length(), tokens.shape[1]
     mask = state.extended_mask(cached, new, call.get("attention_mask"))
-    positions = call.get("position_ids")
-    if positions is not None:
-        shift = _of_axes(state.shift, len(positions) if positions.ndim == 3 else 1)
-        positions = positions - (shift if positions.ndim == 3 else shift[0])[..., None]
+    given = call.get("position_ids")
+    if given is not None:
+        shift = positions.of_axes(state.shift, len(given) if given.ndim == 3 else 1)
+        own = given - (shift if given.ndim == 3 else shift[0])[..., None]
     elif images and len(state.next_position) > 1:
         raise InputError(
             "images behind a pruned cache need position_ids in this family: their positions have three axes "
@@ -442,28 +502,9 @@ def _on_pruned_cache(call: dict[str, Any], state: CacheState, images: bool) -> d
         )
     else:
         later = torch.arange(new, device=mask.device) + cached - state.mask.shape[1]
-        positions = state.next_position[..., None] + later
-        positions = positions if len(positions) > 1 else positions[0]
-    return {**call, "attention_mask": mask, "position_ids": positions}
-
-
-def _callers_positions(position_ids: torch.Tensor | None, mask: torch.Tensor, offset: int) -> torch.Tensor:
-    """(…, B, T) position ids of the caller's sequence, as given or as a decoder makes them."""
-    rows, length = mask.shape
-    if position_ids is None:
-        position_ids = torch.arange(offset, offset + length, device=mask.device)[None]
-    return position_ids.expand(*position_ids.shape[:-2], rows, length)
-
-
-def ends(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(A, B) position behind the last one of each axis; M-RoPE goes on behind its three axes' last."""
-    behind = positions.reshape(-1, *mask.shape).masked_fill(~mask, -1).amax(dim=2) + 1
-    return torch.cat([behind[:-3], behind[-3:].amax(dim=0).expand_as(behind[-3:])])
-
-
-def _of_axes(values: torch.Tensor, axes: int) -> torch.Tensor:
-    """(A, B) values for another number of axes: M-RoPE has three, behind one that counts tokens or not."""
-    return values[[max(len(values) - axes + axis, 0) for axis in range(axes)]]
+        own = state.next_position[..., None] + later
+        own = own if len(own) > 1 else own[0]
+    return {**call, "attention_mask": mask, "position_ids": own}
 
 
 def _per_token(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:

@@ -208,8 +208,13 @@ def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int
             products += leaving * (skipped or retained)
     flops = 2 * products * unit_costs.hidden_size(design)
     if config.select == "ffn_ratio":
-        tokens = row.prompt + new
-        flops += unit_costs.probe(design, config.probe_layer, rank)(tokens, tokens, tokens)
+        tokens, last = row.prompt + new, config.probe_layer
+        run = unit_costs.probe(design, last, rank)
+        flops += run(tokens, tokens, tokens)
+        # The last layer runs once more, with one token in its FFN.
+        flops += run(tokens, tokens, 1)
+        if last:
+            flops -= unit_costs.probe(design, last - 1, rank)(tokens, tokens, 1)
     return flops
 
 

@@ -58,6 +58,7 @@ FAMILIES: dict[str, Family] = {
     "ovis2": Family(whole_prompt=True),
     "molmo2": Family(one_by_one=True),
     "ernie4_5_vl_moe": Family(whole_prompt=True),
+    "granite_docling": Family(rows=True),
 }
 """Families that declare something, by the ``model_type`` of their config."""
 

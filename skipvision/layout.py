@@ -132,7 +132,7 @@ def _summary_elements(
         anchor = images.position[:, :1]
         step = torch.tensor([length, 2 * length + k], device=device)
     else:
-        anchor = torch.take_along_dim(images.position, images.valid.sum(dim=1, keepdim=True) - 1, dim=1)
+        anchor = torch.take_along_dim(images.position, last.amax(dim=1, keepdim=True).clamp(min=0), dim=1)
         step = torch.tensor([1, 1 + k], device=device)
     key = (anchor * _stride(length, config) + step).masked_fill(last < 0, _GONE)
     key = key[:, :, None] + torch.arange(k, device=device) * (last >= 0)[:, :, None]

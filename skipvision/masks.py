@@ -91,6 +91,11 @@ def places(mask: torch.Tensor) -> torch.Tensor:
     return mask.long().cumsum(dim=1) - 1
 
 
+def is_per_query(given: Given) -> bool:
+    """The mask says of each query what it sees, not only which tokens are padding."""
+    return isinstance(given, dict) or (given is not None and given.ndim == 4)
+
+
 def prefill_mask(
     sight: Sight,
     plan: TokenPlan,
@@ -116,8 +121,7 @@ def prefill_mask(
     Raises:
         ConfigError: the attention implementation takes no mask per query, but one is needed.
     """
-    custom = isinstance(given, dict) or (given is not None and given.ndim == 4)
-    if decoded is None and not custom and (sight.unlimited or not sight.takes_masks):
+    if decoded is None and not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
         return torch.cat([earlier, plan.attention_mask], dim=1)
     if not sight.takes_masks:
         raise ConfigError(
@@ -177,8 +181,7 @@ def decode_mask(
         new: tokens of this call.
         dtype: of the hidden states.
     """
-    custom = isinstance(given, dict) or (given is not None and given.ndim == 4)
-    if not custom and (sight.unlimited or not sight.takes_masks):
+    if not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
         return mask
     entries = mask.shape[1]
     order = torch.arange(entries, device=mask.device)

@@ -59,6 +59,11 @@ class TokenPlan:
     images: int
     summary_tokens: int
 
+    def __repr__(self) -> str:
+        caller, reduced = tuple(self.merged_into.shape), tuple(self.roles.shape)
+        roles = ", ".join(f"{role.name}={int(self.count(role).sum())}" for role in TokenRole)
+        return f"TokenPlan(images={self.images}, {caller} → {reduced}: {roles})"
+
     @property
     def attention_mask(self) -> torch.Tensor:
         """(B, L) True where there is a token."""

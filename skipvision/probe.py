@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +16,10 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[str, Any]) -> torch.Tensor:
-    """(B, T) ‖FFN(norm(h))‖ / ‖h‖ at one decoder layer, over the unreduced input.
+    """(B, T) ‖h′ − h‖ / ‖h‖ at one decoder layer, over the unreduced input.
 
-    The decoder runs as it is up to the layer and no further. h is the residual stream the FFN adds
-    to, recovered from the layer's output: h = output − FFN(norm(h)).
+    h′ is the layer's output, h the same without its FFN's: so in every family, whatever it does to an
+    FFN's output before it adds it. The decoder runs as it is up to the layer and no further.
 
     Args:
         decoder: text decoder.
@@ -25,20 +27,15 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[s
         mlp: its feed-forward network.
         call: keyword arguments of the decoder's call; its cache is left alone.
     """
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep_update(mlp: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        seen["update"] = output if isinstance(output, torch.Tensor) else output[0]
+    seen: list[torch.Tensor] = []
 
     # A compiled layer does not see hooks that are put on for one call: this one layer runs as it is.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handle = mlp.register_forward_hook(keep_update)
-        try:
-            output = module.forward(*args, **kwargs)
-        finally:
-            handle.remove()
-        seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
+        with _random_numbers_kept(module):
+            seen.append(_hidden(module.forward(*args, **kwargs)))
+        with _silenced(mlp):
+            seen.append(_hidden(module.forward(*args, **kwargs)))
         raise _Enough
 
     alone = {"past_key_values": None, "use_cache": False, "output_hidden_states": False}
@@ -49,7 +46,41 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[s
         pass
     finally:
         handle.remove()
-    wide = torch.promote_types(seen["update"].dtype, torch.float32)
-    update = seen["update"].to(wide)
-    residual = seen["output"].to(wide) - update
-    return update.norm(dim=-1) / residual.norm(dim=-1).clamp(min=torch.finfo(wide).tiny)
+    changed, unchanged = (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) for hidden in seen)
+    length = unchanged.norm(dim=-1).clamp(min=torch.finfo(unchanged.dtype).tiny)
+    return (changed - unchanged).norm(dim=-1) / length
+
+
+def _hidden(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _random_numbers_kept(module: nn.Module) -> AbstractContextManager[None]:
+    """What is drawn within is drawn again behind it: dropout must be the same with the FFN and without."""
+    device = next(module.parameters()).device
+    # A CPU's generator is always kept; what is named is kept besides.
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+
+
+@contextmanager
+def _silenced(mlp: nn.Module) -> Iterator[None]:
+    """Only the first token of each row enters, and nothing is added to any."""
+    shapes: list[torch.Size] = []
+
+    def shorten(mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shapes.append(args[0].shape)
+        return tuple(
+            value[:, :1] if isinstance(value, torch.Tensor) and value.shape[:2] == shapes[0][:2] else value
+            for value in args
+        )
+
+    def nothing(mlp: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
+        nil = _hidden(output).new_zeros(shapes[0])
+        return nil if isinstance(output, torch.Tensor) else (nil, *output[1:])
+
+    handles = [mlp.register_forward_pre_hook(shorten), mlp.register_forward_hook(nothing)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -14,6 +16,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+DOCUMENTED = [
+    re.sub(r"\\\n\s*", "", line)
+    for file in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "models").rglob("*.md")])
+    for line in re.findall(r"^    .*python (jobs/(?:.*\\\n)*.*)$", file.read_text(), flags=re.MULTILINE)
+    if "--help" not in line
+]
 
 
 def job_of(config: Path) -> Path:
@@ -29,9 +37,9 @@ class Loaded(Exception):
     """The job has read its settings."""
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_every_config_is_what_its_job_reads(config, monkeypatch):
-    job = importlib.import_module(f"jobs.{job_of(config).stem}")
+def load(job_file: Path, argv: list[str], monkeypatch) -> None:
+    """Let a job read its settings, and nothing more."""
+    job = importlib.import_module(f"jobs.{job_file.stem}")
     load_config = job.load_config
 
     def load_and_stop(*args, **kwargs):
@@ -40,7 +48,19 @@ def test_every_config_is_what_its_job_reads(config, monkeypatch):
 
     monkeypatch.setattr(job, "load_config", load_and_stop)
     with pytest.raises(Loaded):
-        job.main(["--config", str(config)])
+        job.main(argv)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_every_config_is_what_its_job_reads(config, monkeypatch):
+    load(job_of(config), ["--config", str(config)], monkeypatch)
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_every_documented_command_is_understood(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, *argv = shlex.split(line, comments=True)
+    load(ROOT / script, argv, monkeypatch)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from pipelines.base_card import judged
 from pipelines.base_config import BaseModelConfig
 from pipelines.base_examples import SceneRows, collate_packed, encode_branch, patch_labels
 from pipelines.base_model import train_base_model
@@ -14,6 +17,8 @@ from pipelines.base_parts import build_model, build_processor, build_tokenizer
 from pipelines.base_training import packed_logits, visual_features
 from pipelines.collate import IGNORED
 from pipelines.shapes import TASKS, ask, digit_centres, render, sample_scene
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,24 @@ def test_a_branch_is_what_the_chat_template_says(parts):
     whole = processor.tokenizer(processor.apply_chat_template(chat), add_special_tokens=False).input_ids
     assert whole[-len(branch.ids) :] == branch.ids
     assert processor.tokenizer.decode(branch.ids[branch.answer_start :]) == " 347</s>"
+
+
+def test_the_card_says_plainly_when_the_aim_was_missed_and_why():
+    exact = {"caption": 0.8, "count": 0.7, "shape": 0.99, "overall": 0.83}
+    checks = [{"caption": 0.1 * step, "count": 0.69, "shape": 0.9} for step in range(9)]
+    verdict = judged(exact, checks)
+    assert verdict.startswith("**The aim was 90 % overall; it was missed by 7.0 points (83.0 %).**")
+    assert "Below the aim are count 70.0 %, caption 80.0 %." in verdict
+    assert "ended too early for caption (+30 points), which still rose" in verdict
+    assert "hardly have been enough for count (+0 points)." in verdict
+    assert judged({"shape": 0.99, "overall": 0.99}, []) == "The aim was 90 % overall; it was reached."
+
+
+def test_the_card_of_the_model_that_is_shipped_says_so_too():
+    card = (ROOT / "models" / "shapes-llava" / "README.md").read_text()
+    cells = re.findall(r"^\| \**(\w+)\** \| \**([\d.]+)\** \|$", card, flags=re.MULTILINE)
+    shares = {"overall" if task == "all" else task: float(share) / 100 for task, share in cells}
+    assert judged(shares, []) in card
 
 
 @pytest.mark.slow

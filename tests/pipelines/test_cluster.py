@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+
 import pytest
 
 from pipelines.cluster import fitting_workers, worker_resources
-from pipelines.paths import input_path, output_path
+from pipelines.paths import input_path, model_path, output_path
 from pipelines.run_folder import RunFolder
 from skipvision.errors import ConfigError, ResourceError
 
@@ -57,6 +59,23 @@ def test_inputs_are_looked_for_at_home_and_then_here(monkeypatch, tmp_path):
     assert input_path("s3://bucket/a.json", "data.train") == "s3://bucket/a.json"
     with pytest.raises(ConfigError, match=r"data.train = data/b.json: there is no .*home.* nor .*here"):
         input_path("data/b.json", "data.train")
+
+
+def test_a_model_is_a_folder_or_an_id_of_the_hub(monkeypatch, tmp_path):
+    """What looks like a folder and is none must not be asked of the hub, which takes long to say no."""
+    (tmp_path / "models" / "shapes-llava").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SKIPVISION_HOME", str(tmp_path))
+    assert model_path("models/shapes-llava", "model.path") == str(tmp_path / "models" / "shapes-llava")
+    assert model_path("llava-hf/llava-1.5-7b-hf", "model.path") == "llava-hf/llava-1.5-7b-hf"
+    assert model_path("gpt2", "model.path") == "gpt2"
+    with pytest.raises(
+        ConfigError, match=r"models/shape-llava: there is no .*; did you mean models/shapes-llava"
+    ):
+        model_path("models/shape-llava", "model.path")
+    for path in ("./llava", "/nowhere/llava", "~/nowhere/llava", "a/b/c", "two words"):
+        with pytest.raises(ConfigError, match=r"model.path = .*there is no"):
+            model_path(path, "model.path")
 
 
 # ------------------------------------------------------------------------------------------- workers
@@ -118,3 +137,40 @@ def test_a_run_that_has_not_begun_may_be_started_anew(tmp_path):
     with run.claimed():
         assert not run.resumes({"training": {"rate": 2.0}})
         assert run.state == {}
+
+
+def test_a_folder_that_nothing_was_put_into_is_gone_again(tmp_path):
+    storage = tmp_path / "new" / "runs"
+    with RunFolder(storage, "run").claimed():
+        assert (storage / "run").is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+    run = RunFolder(storage, "run")
+    with run.claimed():
+        run.remember(config={})
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]
+
+
+def test_a_claim_holds_although_the_job_before_took_its_lock_away(tmp_path):
+    """Between opening and locking the file, its owner may have ended and removed it."""
+    first, second = RunFolder(tmp_path, "run"), RunFolder(tmp_path, "run")
+    real = fcntl.flock
+
+    def end_first_job_meanwhile(file, operation):
+        (tmp_path / "run" / "lock").unlink()
+        fcntl.flock = real
+        real(file, operation)
+
+    fcntl.flock = end_first_job_meanwhile
+    try:
+        with first.claimed(), pytest.raises(ConfigError, match="worked on by another"), second.claimed():
+            pass
+    finally:
+        fcntl.flock = real
+
+
+def test_a_storage_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    claim = RunFolder(tmp_path / "file", "run").claimed()
+    with pytest.raises(ConfigError, match=r"storage = .*/file: cannot write to .*/file/run"), claim:
+        pass

@@ -84,8 +84,37 @@ def test_everything_is_measured_and_recorded(storage, shapes_data):
     assert {a.path for a in tracked.list_artifacts(run.info.run_id)} == {"comparison.md", "comparison.png"}
 
 
-def _run_id(storage: Path) -> str:
-    return str(json.loads((storage / "skip" / "run.json").read_text())["result"]["mlflow_run_id"])
+def _run_id(storage: Path, name: str = "skip") -> str:
+    return str(json.loads((storage / name / "run.json").read_text())["result"]["mlflow_run_id"])
+
+
+def test_the_full_token_run_has_its_own_test_metrics(storage, shapes_data):
+    result = compare(storage, shapes_data / "test.json", untuned=False)
+    tracked = Tracker(uri=f"sqlite:///{storage}/mlflow.db", run_id="")._client
+    for name in ("full", "skip"):
+        metrics = tracked.get_run(_run_id(storage, name)).data.metrics
+        shares = {key: value for key, value in metrics.items() if key.startswith("test/exact_match/")}
+        assert shares == {f"test/exact_match/{t}": v for t, v in result["exact_match"][name].items()} != {}
+
+
+def test_the_readme_gets_the_table_between_its_marks_and_nothing_else_changes(storage, shapes_data):
+    readme = storage / "README.md"
+    readme.write_text("# Title\n\n<!-- demo table -->\n| old |\n<!-- /demo table -->\n\nProse.\n")
+    for _ in range(2):
+        result = compare(storage, shapes_data / "test.json", readme=str(readme), untuned=False)
+        table = Path(result["table"]).read_text()
+        assert readme.read_text() == (
+            f"# Title\n\n<!-- demo table -->\n{table}<!-- /demo table -->\n\nProse.\n"
+        )
+
+
+def test_a_readme_without_marks_is_refused_before_anything_is_asked(storage, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- /demo table --> <!-- demo table -->")
+    with pytest.raises(ConfigError, match=r"README.md: it has no line <!-- demo table -->"):
+        compare(storage, Path("nowhere.json"), readme=str(readme))
+    with pytest.raises(ConfigError, match=r"no.md: No such file"):
+        compare(storage, Path("nowhere.json"), readme=str(tmp_path / "no.md"))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 from pydantic import BaseModel, Field, model_validator
 
 from pipelines.config import load_config, run_job
+from pipelines.finetune_config import FinetuneConfig
+from skipvision.config import Select
 from skipvision.errors import ConfigError, DataError
+
+SELECT = get_args(Select)
 
 
 class Training(BaseModel):
@@ -237,6 +241,69 @@ def test_a_missing_file_is_named_with_where_it_was_sought(tmp_path, monkeypatch)
     assert "Is a directory" in problem("--config", str(tmp_path))
 
 
+# -------------------------------------------------------------------------------- what fine-tuning is told
+
+
+def finetune_problems(*argv: str) -> list[str]:
+    given = ["--name", "x", "--model.path", "m", "--data.train", "t.json", *argv]
+    with pytest.raises(ConfigError) as caught:
+        load_config(FinetuneConfig, given, description=None)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_a_required_field_of_a_section_that_is_missing_is_named():
+    with pytest.raises(ConfigError) as caught:
+        load_config(FinetuneConfig, ["--name", "x"], description=None)
+    assert "\n  model.path: is required\n  data.train: is required" in str(caught.value)
+
+
+def test_a_word_for_a_section_is_taken_for_a_misspelt_null():
+    (line,) = finetune_problems("--skip", "nul")
+    assert line == (
+        "skip = 'nul': should be null or a section with the fields skip.retained, skip.skipped, "
+        "skip.select …; did you mean null?"
+    )
+    (line,) = finetune_problems("--lora", "16")
+    assert line == "lora = 16: should be a section with the fields lora.rank, lora.alpha, lora.dropout …"
+
+
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        (
+            ["--skip.retained", "1.5"],
+            ["skip.retained = 1.5: should be a valid integer or should be less than or equal to 1"],
+        ),
+        (
+            ["--skip.select", "x", "--skip.merge", "y", "--skip.zz", "1"],
+            [
+                "skip.select = 'x': should be "
+                + ", ".join(f"'{name}'" for name in SELECT[:-1])
+                + f" or '{SELECT[-1]}'",
+                "skip.merge = 'y': should be 'similarity', 'pool' or 'drop'",
+                "skip.zz: there is no such field; did you mean skip.seed?",
+            ],
+        ),
+        (
+            ["--skip.retained", "0", "--skip.skipped", "0"],
+            [
+                (
+                    "skip: retained=0 and skipped=0 leave nothing to merge into (merge='similarity'): "
+                    "use merge='drop'"
+                )
+            ],
+        ),
+        (
+            ["--training.learning_rate", ".inf"],
+            ["training.learning_rate = inf: should be a finite number"],
+        ),
+        (["--training.max_grad_norm", ".nan"], ["training.max_grad_norm = nan: should be a finite number"]),
+    ],
+)
+def test_wrong_settings_of_the_method_are_told_field_by_field(argv, lines):
+    assert finetune_problems(*argv) == lines
+
+
 # ------------------------------------------------------------------------------------------------- help
 
 
@@ -261,6 +328,18 @@ def test_help_lists_every_field_and_ends_well(argv, capsys):
         "  workers    int, default 1",
     ]:
         assert line + "\n" in text + "\n"
+
+
+def test_help_shows_what_is_allowed_and_not_how_that_is_checked(capsys):
+    """SkipConfig's counts are ``Annotated`` with validators, which mean nothing to a reader."""
+    with pytest.raises(SystemExit):
+        load_config(FinetuneConfig, ["--help"], description=None)
+    text = capsys.readouterr().out
+    assert "  skip.retained    int | float, default 0.25\n" in text
+    assert (
+        "  skip.select    " + " | ".join(f"'{name}'" for name in SELECT) + ", default 'similarity'\n" in text
+    )
+    assert "annotated" not in text.lower()
 
 
 # ---------------------------------------------------------------------------------------------- the job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import skipvision as sv
 from pipelines.datasets import read_training_rows
 from pipelines.evaluate import Answer, accuracy_by_task, evaluate_exact_match, pick_rows
+from pipelines.images import FileImage, MissingImageError
 from pipelines.rows import Message, TrainingRow
 
 
@@ -60,6 +62,28 @@ def test_a_batch_answers_as_each_row_alone(tiny_model: Path, shapes_data: Path, 
         assert (one.key, one.task, one.expected) == (other.key, other.task, other.expected)
         shorter, longer = sorted([one.answer, other.answer], key=len)
         assert longer.startswith(shorter)
+
+
+def test_a_row_without_its_image_is_not_asked_and_not_lost(tiny_model: Path, shapes_data: Path):
+    """Whether it shares its batch with others or has one of its own."""
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    rows = read_training_rows(str(shapes_data / "validation.json")).rows[:3]
+    rows[1] = replace(rows[1], images=(FileImage(str(shapes_data / "gone.png")),))
+    with pytest.raises(MissingImageError, match=r"gone\.png"):
+        evaluate_exact_match(model, processor, rows, max_new_tokens=2)
+    for batch_size in (1, 3):
+        left_out: list[str] = []
+        answers = evaluate_exact_match(
+            model,
+            processor,
+            rows,
+            batch_size=batch_size,
+            max_new_tokens=2,
+            on_unreadable=lambda row, error: left_out.append(f"{row.key}: {error.kind}"),  # noqa: B023
+        )
+        assert [answer.key for answer in answers] == [rows[0].key, rows[2].key]
+        assert left_out == [f"{rows[1].key}: missing image"]
 
 
 def test_a_model_that_has_learnt_the_answers_is_right(tiny_model: Path, shapes_data: Path, monkeypatch):

@@ -23,7 +23,7 @@ import skipvision as sv
 from pipelines.finetune import FinetuneConfig, run_finetune
 from pipelines.run_folder import RunFolder
 from pipelines.tracking import Tracker, TrackingError
-from skipvision.errors import ConfigError, DataError, ResourceError
+from skipvision.errors import ConfigError, DataError, ResourceError, SkipVisionError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -287,6 +287,87 @@ def test_two_workers_learn_what_one_does(straight, settings):
     assert_same_weights(straight["adapter"], result["adapter"], rtol=1e-3, atol=1e-4)
     assert result["validation_loss"] == pytest.approx(straight["validation_loss"], rel=1e-4)
     assert result["exact_match"] == straight["exact_match"]
+
+
+# -------------------------------------------------------------------------- what becomes unusable meanwhile
+
+
+@pytest.fixture(scope="module")
+def damaged(settings: dict[str, Any], shapes_data: Path) -> dict[str, Any]:
+    """Two training rows and one of validation whose images nobody looks at before they are needed."""
+    data = {}
+    for split, changes in {
+        "train": {3: "images/gone.png", 5: "damaged.png"},
+        "validation": {0: "damaged.png"},
+    }.items():
+        rows = json.loads((shapes_data / f"{split}.json").read_text())
+        for number, image in changes.items():
+            rows[number]["image"] = image
+        data[split] = str(shapes_data / f"{split}_damaged.json")
+        Path(data[split]).write_text(json.dumps(rows))
+    (shapes_data / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return {**data, "check_images": "none"}
+
+
+def test_rows_that_become_unusable_are_left_out_listed_and_counted(settings, damaged, local_ray):
+    """On two workers over more than two epochs: each such row is listed once."""
+    result = run_finetune(changed(settings, name="damaged", data=damaged, scaling={"workers": 2}))
+    folder = Path(settings["storage"]) / "damaged"
+    rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    assert sorted((Path(r["source"]).name, r["key"], r["kind"]) for r in rejects) == [
+        ("train_damaged.json", "train-000003", "missing image"),
+        ("train_damaged.json", "train-000005", "unreadable image"),
+        ("validation_damaged.json", "validation-000000-caption", "unreadable image"),
+    ]
+    assert result["rejected_rows"] == 3
+    assert result["steps"] == STEPS
+    run = mlflow_client(result).get_run(result["mlflow_run_id"])
+    assert run.data.metrics["rejected_rows"] == 3
+    assert run.data.metrics["rejected_rows/unreadable image"] == 2
+    history = mlflow_client(result).get_metric_history(result["mlflow_run_id"], "rejected_rows")
+    assert {m.step: m.value for m in history}[0] == 0
+    stored = mlflow_client(result).download_artifacts(result["mlflow_run_id"], "rejects.jsonl")
+    assert Path(stored).read_text() == (folder / "rejects.jsonl").read_text()
+
+
+def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged, local_ray, capfd):
+    """At once, as they would at every restart; what was learnt until the last evaluation is safe."""
+    data = {**damaged, "train": str(Path(damaged["train"]).with_name("train.json")), "on_bad_row": "stop"}
+    config = changed(settings, name="damaged-strict", data=data, training={"max_steps": 6})
+    with pytest.raises(DataError, match=r"validation-000000-caption\) has become unusable: .*damaged.png"):
+        run_finetune(config)
+    output, errors = capfd.readouterr()
+    assert output.count("training begins: 6 steps") == 1
+    assert "Traceback" not in output + errors
+    folder = folder_of(config)
+    assert weights(folder.adapter)
+    assert len(folder.rejects.read_text().splitlines()) == 1
+    state = json.loads((folder.path / "run.json").read_text())
+    uri = config.tracking.absolute_uri(folder.storage)
+    run = mlflow_client({"mlflow_uri": uri}).get_run(state["mlflow_run_id"])
+    assert run.info.status == "FAILED"
+    assert run.data.metrics["rejected_rows"] == 1
+
+
+@pytest.mark.slow
+def test_an_error_that_would_only_come_again_is_not_tried_again(settings, local_ray, capfd):
+    config = changed(settings, name="exploding", training={"learning_rate": 1e30, "max_steps": 6})
+    with pytest.raises(SkipVisionError, match=r"the gradient at step . is (nan|inf): lower"):
+        run_finetune(config)
+    assert capfd.readouterr().out.count("training begins: 6 steps") == 1
+
+
+@pytest.mark.slow
+def test_a_storage_of_images_that_goes_away_ends_the_run(settings, damaged, local_ray, shapes_data):
+    """Otherwise all steps would pass without a row, and an adapter that has learnt nothing be registered."""
+    rows = json.loads((shapes_data / "train.json").read_text())
+    for row in rows:
+        row["image"] = "unmounted/" + row["image"]
+    file = shapes_data / "train_unmounted.json"
+    file.write_text(json.dumps(rows))
+    data = {**damaged, "train": str(file)}
+    with pytest.raises(DataError, match=r"no row of the last 3 steps \(to step 3\) could be used"):
+        run_finetune(changed(settings, name="unmounted", data=data))
 
 
 # ----------------------------------------------------------------------------------- refused beforehand

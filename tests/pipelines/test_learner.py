@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import skipvision as sv
+from pipelines.batches import LengthGroupedBatches
 from pipelines.collate import IGNORED, Collator
 from pipelines.datasets import read_training_rows
 from pipelines.finetune_config import FinetuneConfig, TrainingSection
@@ -67,6 +68,21 @@ def test_what_trains_is_lora_in_the_decoder_and_the_summary(config):
     assert any("skip_summary" in name for name in names)
     # Seven matrices in each of two layers, two factors each.
     assert sum("lora_" in name for name in names) == 28
+
+
+def test_another_seed_is_another_run_and_the_same_seed_the_same(config):
+    def run(seed: int) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+        seeded = config.model_copy(update={"seed": seed})
+        order = LengthGroupedBatches([3, 1, 2, 5] * 10, 4, seeded.seed)
+        trainable = learner_of(seeded).trainable
+        return {name: p.detach() for name, p in trainable.items()}, [order.batch(step) for step in range(10)]
+
+    (first, batches), (same, same_batches), (other, other_batches) = run(0), run(0), run(1)
+    assert batches == same_batches != other_batches
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    drawn = [name for name in first if "lora_A" in name]
+    assert drawn
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
 
 
 @pytest.mark.parametrize("skip", [None, SKIPPING], ids=["full", "skipping"])
@@ -178,6 +194,8 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_wrong_settings_are_explained(config):
+    with pytest.raises(ConfigError, match=r"lora.target_modules = \*\.q_proj: nothing to repeat"):
+        learner_of(changed(config, lora={"target_modules": "*.q_proj"}))
     with pytest.raises(ConfigError, match=r"lora.target_modules = nothing\.like"):
         learner_of(changed(config, lora={"target_modules": "nothing.like"}))
     with pytest.raises(ConfigError, match=r"model\.path = /nowhere"):

@@ -65,6 +65,15 @@ def test_a_round_trip_gives_the_same_logits(saved):
     assert not torch.equal(expected, before)
 
 
+@pytest.mark.filterwarnings("always")
+def test_loading_says_nothing(saved, recwarn):
+    """PEFT's use of a name that transformers is giving up is no concern of who loads an adapter."""
+    folder, _ = saved
+    model = load_adapter(tiny_llava(), folder)
+    load_adapter(model, folder, name="second")
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_the_folder_says_what_is_in_it(saved):
     folder, _ = saved
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".md") == FILES

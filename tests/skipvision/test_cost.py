@@ -101,16 +101,18 @@ def test_parts_of_the_prefill():
     vision = measure_flops(lambda: model.model.get_image_features(inputs["pixel_values"]))
     cost = predict_cost(model.config, SkipConfig(retained=12, skipped=16, select="ffn_ratio"))
     assert cost.vision_flops == pytest.approx(vision, rel=0.001)
-    layer = measure_flops(lambda: probe_only(model))
-    assert cost.planning_flops == pytest.approx(layer, rel=0.05)
+    probe = measure_flops(lambda: probe_only(model))
+    assert cost.planning_flops == pytest.approx(probe, rel=0.05)
     assert predict_cost(model.config, None).planning_flops == 0
 
 
 def probe_only(model):
+    """A layer, and once more without its FFN."""
     embeds = torch.zeros(1, SIDE**2 + 64, 64)
     decoder = model.model.language_model
     rotary = decoder.rotary_emb(embeds, torch.arange(embeds.shape[1])[None])
     decoder.layers[0](embeds, position_embeddings=rotary)
+    decoder.layers[0].self_attn(embeds, position_embeddings=rotary, attention_mask=None)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -234,3 +234,10 @@ def test_a_plan_is_frozen():
 def test_images_that_are_not_where_they_should_be(row, sizes, message):
     with pytest.raises(InputError, match=message):
         Images.locate(torch.tensor(row).bool(), sizes)
+
+
+def test_a_plan_is_shown_in_one_line():
+    plan = Batch([[3, (16,), 4], [5]]).plan(SkipConfig(retained=5, skipped=4, summary_tokens=1))
+    assert repr(plan) == (
+        "TokenPlan(images=1, (2, 23) → (2, 18): TEXT=12, RETAINED=5, SKIPPED=4, SUMMARY=2, PADDING=13)"
+    )

@@ -156,3 +156,14 @@ def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
         # Rotary embeddings are float32 in Hugging Face models, and padding shifts positions.
         torch.testing.assert_close(real, expected, rtol=1e-5, atol=1e-6)
     assert not got.requires_grad
+
+
+def test_ffn_ratio_in_training_is_not_what_dropout_does():
+    """An FFN that adds nothing changes nothing, whatever attention drops."""
+    model = tiny_llava(dtype=torch.float64, attention="eager", attention_dropout=0.5).train()
+    decoder = model.model.language_model
+    layer = decoder.layers[1]
+    call = {"inputs_embeds": torch.randn(2, 9, 32, dtype=torch.float64)}
+    assert ffn_ratio(decoder, layer, layer.mlp, call).min() > 0
+    layer.mlp.down_proj.weight.data.zero_()
+    assert ffn_ratio(decoder, layer, layer.mlp, call).max() == 0

@@ -137,6 +137,15 @@ def test_loading_says_what_trains(folders, is_trainable):
     assert trainable(model) == (names, names)
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_a_summary_alone_says_whether_it_trains(tmp_path, is_trainable):
+    base = tiny_llava(dtype=F64)
+    attach(base, CONFIG)
+    folder = save_adapter(base, tmp_path / "summary")
+    model = load_adapter(tiny_llava(dtype=F64), folder, is_trainable=is_trainable)
+    assert {p.requires_grad for p in attachment_of(model).summary.parameters()} == {is_trainable}
+
+
 def test_attached_to_an_adapter_that_does_not_train_the_summary_does_not_either(tmp_path):
     folder = save_adapter(tuned(config=None), tmp_path / "full")
     model = load_adapter(tiny_llava(dtype=F64), folder)

@@ -287,28 +287,22 @@ def _mask(
 ) -> torch.Tensor:
     """(B, W, W) who sees whom among the T columns and the summaries behind them."""
     rows, total = fate.host.shape
-    width = total + max(map(len, columns))
-    whole = torch.zeros(rows, width, width, dtype=torch.bool)
+    width, order = total + max(map(len, columns)), torch.arange(total)
+    whole = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)
     for row, own in enumerate(columns):
-        seen, stays = layer[row], fate.host[row] == torch.arange(total)
-        forgotten = fate.short[row] & (call[:, None] > call) if config.skip_kv else torch.tensor(False)
-        whole[row, :total, :total] = seen & stays & ~forgotten
+        seen, stays = layer[row], fate.host[row] == order
+        near, two_way = seen | seen.T, seen & seen.T & ~torch.eye(total, dtype=torch.bool)
+        forgotten = fate.short[row] & (call[:, None] > call) & config.skip_kv
+        whole[row, :total, :total] |= seen & stays & ~forgotten
         for column, one in enumerate(own, start=total):
-            for other in range(total):
-                # Seen like the token whose place it has; what stands behind it, only where that is two-way.
-                two_way = bool(seen[one.place, other] & seen[other, one.place]) and other != one.place
-                earlier, later = one.behind >= other, one.behind < other
-                forgotten = config.skip_kv and fate.short[row, other] and one.call > call[other]
-                if stays[other] and not forgotten:
-                    near = seen[one.place, other] | seen[other, one.place]
-                    whole[row, column, other] = near if earlier else two_way
-                whole[row, other, column] = seen[other, one.place] if later else two_way
+            # Seen like the token whose place it has; what stands behind it, only where that is two-way.
+            at, behind = one.place, order > one.behind
+            forgotten = fate.short[row] & (one.call > call) & config.skip_kv
+            whole[row, column, :total] = torch.where(behind, two_way[at], near[at]) & stays & ~forgotten
+            whole[row, :total, column] = torch.where(behind, seen[:, at], two_way[at])
             for further, another in enumerate(own, start=total):
-                near = seen[one.place, another.place] | seen[another.place, one.place]
-                two_way = seen[one.place, another.place] & seen[another.place, one.place]
-                apart = one.place != another.place
-                whole[row, column, further] = near if further <= column else two_way & apart
-    return whole | torch.eye(width, dtype=torch.bool)
+                whole[row, column, further] |= (near if further <= column else two_way)[at, another.place]
+    return whole
 
 
 def _placeholder(given: Any, rows: int, width: int) -> Any:

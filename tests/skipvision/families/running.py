@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from skipvision.families import dissect
+from skipvision.tiny_families import tiny_batch
 
 Batch = dict[str, torch.Tensor]
 
@@ -43,6 +45,41 @@ def say(model: Any, batch: Batch, words: torch.Tensor | int, **options: Any) -> 
     return out.sequences[:, begin:], out
 
 
+def states_in_batch_and_alone(
+    model: nn.Module, rows: list[Any], padding: str = "left"
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each row the (t, H) hidden states of its own tokens, in the batch and by itself."""
+    batch = tiny_batch(model, rows, padding=padding)
+    states, _ = states_of(model, partial(model, **batch))
+    pairs = []
+    for number, row in enumerate(rows):
+        alone = tiny_batch(model, [row], row_numbers=[number])
+        expected, _ = states_of(model, partial(model, **alone))
+        pairs.append((states[number, batch["attention_mask"][number].bool()], expected[0]))
+    return pairs
+
+
+def scores_as_beams_and_alone(model: Any, rows: list[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(2 · B, 4) words of the two best of three beams of each row, (2 · B,) their scores, and those of the
+    same words said one after the other."""
+    words, out = say(
+        model,
+        tiny_batch(model, rows),
+        4,
+        do_sample=False,
+        num_beams=3,
+        num_return_sequences=2,
+        output_scores=True,
+    )
+    scores = []
+    for number, said in enumerate(words):
+        alone = tiny_batch(model, [rows[number // 2]], row_numbers=[number // 2])
+        _, one = say(model, alone, said[None], output_logits=True)
+        steps = torch.cat(one.logits).log_softmax(dim=-1)
+        scores.append(steps.gather(1, said[:, None]).mean())
+    return words, out.sequences_scores, torch.stack(scores)
+
+
 def labels_of(model: Any, batch: Batch) -> torch.Tensor:
     """Every real word of a batch as its own label; −100 at images and padding."""
     words = batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id)
@@ -50,12 +87,16 @@ def labels_of(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Equal up to rounding; in bfloat16, where a rounding may change an expert, for the most part."""
+    """(…, H) equal up to rounding; in bfloat16, where a rounding may change a token's expert, most tokens.
+
+    States are about 1, so those of another token would be apart by as much, in each token.
+    """
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     if actual.dtype == torch.bfloat16:
         apart = (actual.float() - expected.float()).abs()
-        assert float(apart.median()) < 0.03, f"median difference {float(apart.median()):.3g}"
-        assert float((apart < 0.3).float().mean()) > 0.97, f"differences up to {float(apart.max()):.3g}"
+        assert float(apart.median()) < 0.1, f"median difference {float(apart.median()):.3g}"
+        tokens = float((apart > 0.3).any(dim=-1).float().mean())
+        assert tokens <= 1 / 4, f"{tokens:.0%} of the tokens differ, by up to {float(apart.max()):.3g}"
     else:
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -1,7 +1,5 @@
 """A row does not depend on its batch: other rows, their images, the side that is padded."""
 
-from functools import partial
-
 import torch
 
 from skipvision import SkipConfig, attach
@@ -9,34 +7,36 @@ from skipvision.tiny_families import tiny_batch
 from tests.skipvision.cases import train_summary
 from tests.skipvision.families.matrix import (
     MERGING,
-    NUMBERS_IMAGES_ACROSS_ROWS,
+    NUMBERED,
+    PADDED,
+    ROUNDED,
     ROWS,
     TOLERANCE,
     combinations,
     model_of,
+    rows_within,
 )
-from tests.skipvision.families.running import close, say, states_of
+from tests.skipvision.families.running import close, say, states_in_batch_and_alone
 
 
-@combinations(dtypes=("float32",))
+@combinations()
 def test_a_row_is_as_alone(family, attention, dtype):
-    model = model_of(family, attention, dtype)
-    rows = ROWS[2:0:-1] if family in NUMBERS_IMAGES_ACROSS_ROWS else ROWS
+    model, limits = model_of(family, attention, dtype), [PADDED, NUMBERED]
+    rows = rows_within(family, *limits, *([ROUNDED] if dtype == "bfloat16" else []))
     with attach(model, MERGING) as skip:
         train_summary(skip.summary)
-        batches = {padding: tiny_batch(model, rows, padding=padding) for padding in ("left", "right")}
-        states = {padding: states_of(model, partial(model, **batch))[0] for padding, batch in batches.items()}
-        said, _ = say(model, batches["left"], 3, do_sample=False)
+        for padding in ("left", "right"):
+            for in_batch, alone in states_in_batch_and_alone(model, rows, padding):
+                close(in_batch, alone, TOLERANCE)
+        if dtype == "bfloat16":  # a rounding may decide between two words
+            return
+        said, _ = say(model, tiny_batch(model, rows), 3, do_sample=False)
         for number, row in enumerate(rows):
             alone = tiny_batch(model, [row], row_numbers=[number])
-            expected, _ = states_of(model, partial(model, **alone))
-            for padding, batch in batches.items():
-                real = batch["attention_mask"][number].bool()
-                close(states[padding][number, real], expected[0], TOLERANCE)
             assert torch.equal(say(model, alone, 3, do_sample=False)[0][0], said[number])
 
 
-@combinations(turn=1, dtypes=("float32",))
+@combinations(turn=1)
 def test_images_with_fewer_tokens_than_asked_keep_them_all(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)

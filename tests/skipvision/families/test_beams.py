@@ -1,44 +1,31 @@
 """Beam search on pruned caches: every beam's score is that of its own words, said alone."""
 
-import pytest
 import torch
 
 from skipvision import attach
-from skipvision.tiny_families import tiny_batch
 from tests.skipvision.cases import train_summary
 from tests.skipvision.families.matrix import (
-    BEAMS_INTERLEAVE,
-    BEAMS_LOSE_IMAGES,
+    FAMILIES,
     MERGING,
-    ROWS,
+    MIXED_UP,
+    NOT_REPEATED,
+    PADDED,
     combinations,
     model_of,
+    rows_within,
 )
-from tests.skipvision.families.running import say
-
-BEAMS = {"num_beams": 3, "do_sample": False, "output_scores": True}
+from tests.skipvision.families.running import scores_as_beams_and_alone
 
 
-def rows_for(family):
-    return [[3, "image", 24], [5], [2, "large image", 3]] if family in BEAMS_INTERLEAVE else ROWS
-
-
-@combinations(dtypes=("float32",))
+@combinations(families=[name for name in FAMILIES if name not in NOT_REPEATED.families])
 def test_a_beam_scores_as_its_words_alone(family, attention, dtype):
-    if family in BEAMS_LOSE_IMAGES:
-        pytest.skip("transformers cannot do this itself: see test_limits")
-    model, rows, count = model_of(family, attention, dtype), rows_for(family), 4
-    batch = tiny_batch(model, rows)
-    with attach(model, MERGING) as skip:
+    model, rows = model_of(family, attention, dtype), rows_within(family, MIXED_UP, PADDED)
+    plans = []
+    with attach(model, MERGING) as skip, model.register_forward_hook(lambda *_: plans.append(skip.plan)):
         train_summary(skip.summary)
-        words, out = say(model, batch, count, **BEAMS, num_return_sequences=2)
-        assert skip.plan.merged_into.shape[0] == len(rows) * 3
-        for number, said in enumerate(words):
-            row = number // 2
-            alone = tiny_batch(model, [rows[row]], row_numbers=[row])
-            _, one = say(model, alone, said[None], output_logits=True)
-            steps = torch.cat(one.logits).log_softmax(dim=-1)
-            score = steps.gather(1, said[:, None]).sum() / count
-            torch.testing.assert_close(out.sequences_scores[number], score, rtol=1e-4, atol=1e-4)
-        for best, second in zip(words[::2], words[1::2], strict=True):
-            assert not torch.equal(best, second)
+        words, beams, alone = scores_as_beams_and_alone(model, rows)
+    assert plans[0].merged_into.shape[0] == len(rows) * 3
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    torch.testing.assert_close(beams.float(), alone.float(), rtol=1e-4, atol=tolerance)
+    for best, second in zip(words[::2], words[1::2], strict=True):
+        assert not torch.equal(best, second)

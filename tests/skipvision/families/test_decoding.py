@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from skipvision import attach
+from skipvision import SkipConfig, attach
 from skipvision.tiny_families import tiny_batch
 from tests.skipvision.cases import train_summary
 from tests.skipvision.families import reference
@@ -58,12 +58,12 @@ def test_a_second_turn_behind_a_pruned_cache(family, attention, dtype):
     compare(model, MERGING, converse)
 
 
-@combinations(turn=3, dtypes=("float32",))
 @torch.no_grad()
-def test_a_second_turn_with_another_image(family, attention, dtype):
-    model = model_of(family, attention, dtype)
-    first, second = tiny_batch(model, [[3, "image", 25]]), tiny_batch(model, [[2, "image", 24]], seed=1)
-    whole = tiny_batch(model, [[3, "image", 25, 2, "image", 24]])
+def another_image(model, config, first_image, second_image, words=25):
+    """A turn with an image behind a pruned cache, at the positions of one call with all; both plans."""
+    begins, goes_on = [3, first_image, words], [2, second_image, 24]
+    first, second = tiny_batch(model, [begins]), tiny_batch(model, [goes_on], seed=1)
+    whole = tiny_batch(model, [begins + goes_on])
     begin, end = first["input_ids"].shape[1], first["input_ids"].shape[1] + second["input_ids"].shape[1]
     positions = reference.watch(model, lambda: model(**whole)).positions
     if positions.ndim == 2:
@@ -77,10 +77,26 @@ def test_a_second_turn_with_another_image(family, attention, dtype):
         plans.append(skip.plan)
         return model(**second, position_ids=positions[..., begin:], past_key_values=cache, use_cache=True)
 
-    with attach(model, MERGING) as skip:
+    with attach(model, config) as skip:
         train_summary(skip.summary)
         got, _ = states_of(model, run)
-        plans.append(skip.plan)
+        both = [plans[0], skip.plan]
     seen = reference.watch(model, run)
-    fate = reference.decide(plans[:2], seen)
-    close(got, reference.hidden_states(model, seen, fate, MERGING, skip.summary), TOLERANCE)
+    fate = reference.decide(both, seen)
+    close(got, reference.hidden_states(model, seen, fate, config, skip.summary), TOLERANCE)
+    return both
+
+
+@combinations(turn=3)
+def test_a_second_turn_with_another_image(family, attention, dtype):
+    another_image(model_of(family, attention, dtype), MERGING, "image", "image")
+
+
+@combinations(turn=3, families=["exaone4_5", "gemma4", "gemma4_unified", "muse_glimmer"])
+def test_a_second_turn_with_an_image_that_is_kept_whole(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    small = tiny_batch(model, [["small image"]])["input_ids"] == model.config.image_token_id
+    config = SkipConfig(retained=int(small.sum()), skipped=1, select="norm", summary_tokens=0)
+    first, second = another_image(model, config, "large image", "small image", words=4)
+    assert second.is_identity
+    assert not first.is_identity

@@ -1,1 +1,79 @@
-"""What transformers itself cannot do; a limit that has gone makes its test fail, and leaves the tables."""
+"""What the families' own code stands in the way of; a limit that has gone makes its test fail."""
+
+import pytest
+import torch
+
+from skipvision.errors import UnsupportedModelError
+from skipvision.families import dissect
+from skipvision.tiny_families import tiny_batch, tiny_model
+from tests.skipvision.families import test_decoding
+from tests.skipvision.families.matrix import (
+    COUNTED,
+    LIMITS,
+    MERGING,
+    MIXED_UP,
+    NOT_REPEATED,
+    NUMBERED,
+    ONLY_EAGER,
+    PADDED,
+    ROUNDED,
+    ROWS,
+    model_of,
+)
+from tests.skipvision.families.running import say, scores_as_beams_and_alone, states_in_batch_and_alone
+from tests.skipvision.family_table import ROOT
+
+
+@pytest.mark.parametrize("family", MIXED_UP.families)
+def test_beams_mix_up_images(family):
+    _, beams, alone = scores_as_beams_and_alone(model_of(family), ROWS)
+    assert torch.allclose(beams[:4], alone[:4], atol=1e-4), "rows of one image and none"
+    assert (beams[4:] - alone[4:]).abs().min() > 0.1, "the row of three"
+
+
+@pytest.mark.parametrize("family", NOT_REPEATED.families)
+def test_beams_do_not_repeat_images(family):
+    model = model_of(family)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        say(model, tiny_batch(model, [[3, "image", 4]]), 4, do_sample=False, num_beams=3)
+
+
+@pytest.mark.parametrize(("limit", "row"), [(PADDED, 0), (NUMBERED, 2)], ids=["padded", "numbered"])
+def test_a_row_depends_on_the_others(limit, row):
+    for family in limit.families:
+        in_batch, alone = states_in_batch_and_alone(model_of(family), ROWS)[row]
+        assert (in_batch - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ROUNDED.families)
+def test_experts_depend_on_padding_in_bfloat16(family):
+    in_batch, alone = states_in_batch_and_alone(model_of(family, "sdpa", "bfloat16"), ROWS)[0]
+    assert (in_batch - alone).abs().max() > 0.5
+    in_batch, alone = states_in_batch_and_alone(model_of(family, "sdpa", "float32"), ROWS)[0]
+    assert (in_batch - alone).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", sorted(ONLY_EAGER))
+def test_towers_without_sdpa(family):
+    with pytest.raises(UnsupportedModelError, match="attention='sdpa' cannot be built"):
+        tiny_model(family, attention="sdpa")
+
+
+@pytest.mark.parametrize("family", COUNTED.families)
+def test_queries_are_scaled_by_the_length_of_the_cache(family, monkeypatch):
+    """With steps as short as these prompts the reference and Skip-Vision part."""
+    model = model_of(family)
+    for layer in dissect(model).layers:
+        monkeypatch.setattr(layer.attention, "floor_scale", 8)
+
+    def converse(turns):
+        return [say(model, tiny_batch(model, ROWS), turns[0])[0]]
+
+    with pytest.raises(AssertionError, match="not close"):
+        test_decoding.compare(model, MERGING, converse)
+
+
+def test_the_page_says_them_all():
+    page = (ROOT / "docs/families.md").read_text()
+    for limit in LIMITS:
+        assert f"| {', '.join(limit.families)} | {limit.reason} |" in page

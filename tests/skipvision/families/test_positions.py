@@ -29,7 +29,7 @@ def generated(model, batch, config):
         return prefill, torch.cat(steps, dim=-1), skip.plan
 
 
-@combinations(turn=1, dtypes=("float32",))
+@combinations(turn=1)
 def test_survivors_keep_their_positions(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
@@ -42,7 +42,7 @@ def test_survivors_keep_their_positions(family, attention, dtype):
         assert torch.equal(prefill[..., row, there], seen.positions[..., row, source[there]])
 
 
-@combinations(dtypes=("float32",))
+@combinations()
 def test_contiguous_positions_have_no_gaps_on_any_axis(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
@@ -55,7 +55,7 @@ def test_contiguous_positions_have_no_gaps_on_any_axis(family, attention, dtype)
         assert (own == first + torch.arange(own.shape[-1])).all()
 
 
-@combinations(turn=1, dtypes=("float32",))
+@combinations(turn=1)
 @torch.no_grad()
 def test_a_step_of_ones_own_goes_on_behind_the_prompt(family, attention, dtype):
     """Without position_ids, behind left padding; three axes begin where the longest of them ended."""

@@ -34,7 +34,7 @@ def images_of(plan):
     return images
 
 
-@combinations(turn=1, dtypes=("float32",))
+@combinations(turn=1)
 def test_counts_and_fractions_of_each_image(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ALONE)
@@ -63,7 +63,7 @@ def ffn_ratios(model, batch):
     layer, outputs = dissect(model).layers[0], []
 
     def keep(module, args, output):
-        outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+        outputs.append((output if isinstance(output, torch.Tensor) else output[0]).float())
 
     def silence(mlp, args, output):
         return (0 * output[0], *output[1:]) if isinstance(output, tuple) else 0 * output
@@ -79,7 +79,7 @@ def ffn_ratios(model, batch):
 
 
 @pytest.mark.parametrize(("select", "scores"), [("norm", norms), ("ffn_ratio", ffn_ratios)])
-@combinations(dtypes=("float32",))
+@combinations()
 def test_each_image_retains_its_own_highest(family, attention, dtype, select, scores):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
@@ -90,12 +90,12 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
     for row, own, retained, skipped in images_of(plan):
         found[row, own] = True
         others = [position for position in own if position not in retained]
-        assert score[row, retained].min() > score[row, others].max()
+        assert score[row, retained].min() >= score[row, others].max() - 1e-5
         assert set(skipped) <= set(others)
     assert torch.equal(found, visual)
 
 
-@combinations(turn=1, dtypes=("float32",))
+@combinations(turn=1)
 def test_each_image_has_its_own_summaries_behind_it(family, attention, dtype):
     model = model_of(family, attention, dtype)
     plan = plan_of(model, tiny_batch(model, ROWS), SkipConfig(retained=3, skipped=2, summary_tokens=2))

@@ -1,12 +1,13 @@
 """Training with Skip-Vision: gradients arrive everywhere, and checkpointing leaves them as they are."""
 
+import pytest
 import torch
 
 from skipvision import attach
 from skipvision.families import dissect
 from skipvision.tiny_families import tiny_batch, tiny_model
 from tests.skipvision.cases import train_summary
-from tests.skipvision.families.matrix import MERGING, ROWS
+from tests.skipvision.families.matrix import MERGING, ROWS, combinations
 from tests.skipvision.families.running import labels_of
 
 
@@ -21,8 +22,15 @@ def gradients_of(model, batch):
     return gradients
 
 
-def test_gradients_with_and_without_checkpointing(family, attention, dtype):
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@combinations(turn=3)
+def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_reentrant):
     model = tiny_model(family, attention=attention, dtype=getattr(torch, dtype)).train()
+    decoder = dissect(model).decoder
+    if use_reentrant:  # which gives no gradients to a tower, whose pixels take none
+        model.requires_grad_(False)
+        decoder.requires_grad_(True)
     batch = tiny_batch(model, ROWS, padding="right")
     untouched = gradients_of(model, batch)
     with attach(model, MERGING) as skip:
@@ -33,7 +41,7 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype):
         assert untouched.keys() < plain.keys()
         runs = []
         dissect(model).layers[0].attention.register_forward_hook(lambda *_: runs.append(1))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         checkpointed = gradients_of(model, batch)
         assert len(runs) == 2, "the layer ran again in backward"
     assert checkpointed.keys() == plain.keys()

@@ -1,0 +1,36 @@
+"""The cache after prefill: as long as planned in every layer, and no byte more."""
+
+import torch
+
+from skipvision import attach
+from skipvision.tiny_families import tiny_batch
+from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinations, model_of
+
+
+@torch.no_grad()
+def layers_of(model, batch):
+    """Keys and values that a prefill caches, layer by layer."""
+    cache = model(**batch, use_cache=True).past_key_values
+    return [states for layer in cache.layers for states in (layer.keys, layer.values) if states is not None]
+
+
+@combinations(turn=2)
+def test_length_and_bytes_are_as_planned(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    batch = tiny_batch(model, ROWS)
+    remembering = MERGING.model_copy(update={"skip_kv": False})
+    full = layers_of(model, batch)
+    for config in (MERGING, DROPPING, remembering):
+        with attach(model, config) as skip:
+            layers = layers_of(model, batch)
+        plan = skip.plan
+        stays = plan.cache_mask if config.skip_kv else plan.attention_mask
+        entries = int(stays.sum(dim=1).max())
+        assert entries < plan.roles.shape[1] or not config.skip_kv
+        assert len(layers) == len(full)
+        for states, whole in zip(layers, full, strict=True):
+            rows, heads, _, width = whole.shape
+            assert states.shape == (rows, heads, entries, width)
+            assert states.dtype == whole.dtype
+            storage = states.untyped_storage().nbytes()
+            assert storage == rows * heads * entries * width * states.element_size()

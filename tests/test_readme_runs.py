@@ -1,0 +1,142 @@
+"""What the README shows does what it says: its Python and its commands are run, in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.comparison_report import check_marked
+from pipelines.local_ray import local_ray
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    re.sub(r"\\\n\s*", "", line)
+    for line in re.findall(r"^    (\.venv/bin/(?:.*\\\n)*.*)$", README, flags=re.MULTILINE)
+]
+SMALL = {
+    "make_shapes.py": "--train 40 --validation 1 --test 1",
+    "finetune.py": "--training.max_steps 2 --training.batch_size 4 --evaluation.answer_rows 6 "
+    "--evaluation.loss_rows 6 --evaluation.max_new_tokens 4",
+}
+"""What makes a job small enough for a test."""
+
+
+def command(*words: str) -> list[str]:
+    """The README's one command with these words in it, of this environment, without the comment behind it."""
+    (line,) = [line for line in COMMANDS if all(word in line for word in words)]
+    given = shlex.split(line, comments=True)
+    binary = Path(sys.executable).with_name(Path(given[0]).name)
+    return [str(binary), *given[1:]]
+
+
+def small(line: list[str]) -> list[str]:
+    job = next(Path(word).name for word in line if word.startswith("jobs/"))
+    return [*line, *SMALL[job].split()]
+
+
+def run(line: list[str], home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        line,
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a clone holds, and less of the demo's data."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("skipvision", "pipelines", "jobs", "models"):
+        (folder / name).symlink_to(ROOT / name)
+    run(small(command("make_shapes.py")), folder)
+    return folder
+
+
+def test_every_command_is_known_here():
+    """One that is added to the README is to be run by a test below."""
+    known = [
+        ("make_shapes.py",),
+        ("--name mine",),
+        ("finetune.py --help",),
+        ("ray job submit",),
+        ("mlflow ui",),
+    ]
+    assert len({shlex.join(command(*words)) for words in known}) == len(COMMANDS)
+
+
+def test_the_data_are_where_the_next_command_looks_for_them(home):
+    assert len(json.loads((home / "data/shapes/train.json").read_text())) == 40
+
+
+def test_the_python_runs_from_the_first_line_to_the_last(home):
+    run(
+        [sys.executable, "-c", "\n".join(PYTHON)],
+        home,
+        PYTHONPATH=".",
+    )
+    assert (home / "out/adapter/skip_config.json").exists()
+
+
+def test_help_is_given(home):
+    assert "  training.learning_rate    float" in run(command("finetune.py --help"), home).stdout
+
+
+def test_mlflow_can_be_started_with_the_options_shown(home):
+    line = command("mlflow ui")
+    assert line[1:3] == ["ui", "--backend-store-uri"]
+    assert "--backend-store-uri" in run([*line[:2], "--help"], home).stdout
+
+
+def test_the_demo_has_a_place_for_its_table():
+    check_marked(ROOT / "README.md")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")  # another Ray, which is none of this run's business
+def test_fine_tuning_says_what_it_does_and_no_more(home):
+    """Nothing of Ray's own, nothing on standard error."""
+    done = run(small(command("finetune.py", "--name mine")), home)
+    *lines, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert result["adapter"] == str(home / "runs/mine/adapter")
+    assert done.stderr == ""
+    expected = [
+        r"run 'mine': checking the model and the data …",
+        r"run 'mine': 40 rows, 2 steps, MLflow at sqlite:///.*/runs/mlflow.db",
+        r"starting a Ray on this machine, for this run alone …",
+        r"waiting for a worker with \d+ CPU to start and to load the model …",
+        r"training begins: 2 steps",
+        r"step 2/2  loss \d\.\d{4}  [\d.]+ images/s",
+        r"validation after step 2: 6 questions are asked …",
+        r"validation after step 2: loss [\d.]+, exact match [\d.]+ \(caption [\d.]+, .*\), \d+ s",
+        r"handing in the adapter .* to MLflow …",
+    ]
+    assert len(lines) == len(expected), done.stdout
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
+def test_the_job_can_be_submitted(home):
+    line = [word.replace("/shared/project", str(home)) for word in command("ray job submit")]
+    with local_ray() as ray:
+        # The upload follows no symbolic links, so it is the repository's own folder that is uploaded.
+        done = run(small(line), ROOT, RAY_ADDRESS=ray.dashboard, RAY_AUTH_MODE="disabled")
+    assert str(home / "runs/slower/adapter") in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
