@@ -66,11 +66,17 @@ def is_public(address: IPAddress) -> bool:
 
 
 def normal_host(host: str) -> str:
-    """The one spelling of a host: lower case, punycode, no dot at the end, addresses in short form."""
+    """The one spelling of a host: lower case, punycode, no dot at the end, addresses in short form.
+
+    Raises `ValueError` if it can be neither a name nor an address.
+    """
     try:
         return str(ip_address(host.strip("[]")))
     except ValueError:
-        return (URL.build(scheme="http", host=host).raw_host or "").rstrip(".")
+        name = (URL.build(scheme="http", host=host).raw_host or "").removesuffix(".")
+    if len(name) > 253 or not re.fullmatch(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", name):
+        raise ValueError(f"{host!r} is not a host")
+    return name
 
 
 def normal_pattern(pattern: str) -> str:
@@ -79,14 +85,11 @@ def normal_pattern(pattern: str) -> str:
         return pattern
     star = "*." if pattern.startswith("*.") else ""
     try:
-        host = normal_host(pattern.removeprefix(star))
-        if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", host):
-            ip_address(host)
+        return star + normal_host(pattern.removeprefix(star))
     except ValueError:
         raise ValueError(
             f"{pattern!r} is not a host: write images.example.org, *.example.org, an IP address, or *"
         ) from None
-    return star + host
 
 
 def host_allowed(host: str, patterns: Sequence[str]) -> bool:

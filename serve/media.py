@@ -128,28 +128,23 @@ class MediaFetcher:
         """The URL, if it may be fetched from; ``base`` is where a redirect to it came from."""
         config = self.config
         parsed = _parsed(url, base)
-        place = _place(parsed)
+        # Where a server redirects to may be something that only it should know.
+        image = f"image at {_place(parsed)}" if base is None else f"image at {_place(base)}, redirected"
+        if parsed.raw_user is not None or parsed.raw_password is not None:
+            raise MediaError(
+                f"{image}: user names and passwords in URLs are not sent; leave them out", "media_url_invalid"
+            )
         if not config.allowed_hosts:
-            raise MediaError(
-                f"image at {place}: images are not fetched from the network here; send it as a data URL",
-                "media_host_not_allowed",
-            )
-        if base is not None and base.scheme == "https" and parsed.scheme == "http":
-            raise MediaError(
-                f"image at {_place(base)}: redirects from https to http at {place}", "media_host_not_allowed"
-            )
-        if parsed.port not in config.allowed_ports:
-            raise MediaError(
-                f"image at {place}: port {parsed.port} is not allowed; allowed are "
-                f"{', '.join(map(str, config.allowed_ports))}",
-                "media_host_not_allowed",
-            )
-        if not host_allowed(normal_host(parsed.raw_host or ""), config.allowed_hosts):
-            raise MediaError(
-                f"image at {place}: images are not fetched from this host; send it as a data URL",
-                "media_host_not_allowed",
-            )
-        return parsed
+            reason = "images are not fetched from the network here"
+        elif base is not None and base.scheme == "https" and parsed.scheme == "http":
+            reason = "https does not become http"
+        elif parsed.port not in config.allowed_ports:
+            reason = f"port {parsed.port} is not allowed, only {', '.join(map(str, config.allowed_ports))}"
+        elif not host_allowed(normal_host(parsed.raw_host or ""), config.allowed_hosts):
+            reason = "images are not fetched from this host"
+        else:
+            return parsed
+        raise MediaError(f"{image}: {reason}; send it as a data URL", "media_host_not_allowed")
 
     def _socket(self, info: aiohttp.AddrInfoType) -> socket.socket:
         """A socket for the address that is about to be connected to, whoever looked it up."""
@@ -235,21 +230,24 @@ class _AddressNotAllowed(OSError):
 
 def _refuse(error: aiohttp.ClientError, place: str) -> NoReturn:
     """Say what failed in our own words: those of the network name addresses."""
-    reason = "it cannot be fetched"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        reason = "no such host is known"
-    elif isinstance(error, aiohttp.ClientConnectorError):
-        if isinstance(error.os_error, _AddressNotAllowed):
+    match error:
+        case aiohttp.InvalidURL():
+            raise MediaError(f"image at {place}: not a valid URL", "media_url_invalid") from None
+        case aiohttp.ClientConnectorError(os_error=_AddressNotAllowed()):
             raise MediaError(
-                f"image at {place}: images are not fetched from private addresses", "media_host_not_allowed"
+                f"image at {place}: images are not fetched from private addresses; send it as a data URL",
+                "media_host_not_allowed",
             ) from None
-        reason = "no connection to the host"
-    elif isinstance(error, aiohttp.ClientSSLError):
-        reason = "the host has no valid certificate"
-    elif isinstance(error, aiohttp.InvalidURL):
-        raise MediaError(f"image at {place}: not a valid URL", "media_url_invalid") from None
-    elif isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError):
-        reason = "the connection broke off"
+        case aiohttp.ClientConnectorDNSError():
+            reason = "no such host is known"
+        case aiohttp.ClientSSLError():
+            reason = "the host has no valid certificate"
+        case aiohttp.ClientConnectorError():
+            reason = "no connection to the host"
+        case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
+            reason = "the connection broke off"
+        case _:
+            reason = "the host does not answer as a web server should"
     raise MediaError(f"image at {place}: {reason}", "media_unreachable") from None
 
 
@@ -257,7 +255,7 @@ def _refuse(error: aiohttp.ClientError, place: str) -> NoReturn:
 
 
 def _parsed(url: str, base: URL | None) -> URL:
-    """An absolute http(s) URL without credentials, in the one reading that is also connected to."""
+    """An absolute http(s) URL, in the one reading that is also connected to."""
     if len(url) > MAX_URL_LENGTH:
         raise MediaError(
             f"image URL of {len(url):,} characters; at most {MAX_URL_LENGTH:,}, or a data URL",
@@ -265,20 +263,19 @@ def _parsed(url: str, base: URL | None) -> URL:
         )
     try:
         parsed = URL(url) if base is None else base.join(URL(url))
-        scheme, host, port = parsed.scheme, parsed.raw_host, parsed.port
-    except ValueError:
-        raise MediaError(f"image URL {_short(url)} is not a valid URL", "media_url_invalid") from None
+        scheme, port = parsed.scheme, parsed.port
+        if scheme in ("http", "https"):
+            normal_host(parsed.raw_host or "")
+    except ValueError:  # the URL itself may hold secrets
+        raise MediaError(
+            "image URL is not a valid URL; check its host and port", "media_url_invalid"
+        ) from None
     if scheme not in ("http", "https"):
         raise MediaError(
-            f"image URL {_short(url)} is neither a data URL nor an http or https URL", "media_url_invalid"
+            f"image URL has the scheme {_short(scheme)}; send a data, http or https URL", "media_url_invalid"
         )
-    if not host or not port:
-        raise MediaError(f"image URL {_short(url)} names no host or no valid port", "media_url_invalid")
-    if parsed.raw_user is not None or parsed.raw_password is not None:
-        raise MediaError(
-            f"image at {_place(parsed)}: user names and passwords in URLs are not sent; leave them out",
-            "media_url_invalid",
-        )
+    if not port:
+        raise MediaError(f"image URL has the port {port}, which is none", "media_url_invalid")
     return parsed
 
 
