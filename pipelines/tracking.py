@@ -8,6 +8,9 @@ missing is an error that says how to hand it in, and nothing that was trained is
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import tempfile
 import time
 import warnings
 from collections import deque
@@ -221,6 +224,39 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
         else:
             flat[prefix + name] = value
     return flat
+
+
+def fetch_model(uri: str, name: str, folder: Path) -> str:
+    """Put the files of a registered model into ``folder``; returns ``models:/NAME/VERSION``.
+
+    ``name`` is that or ``models:/NAME@ALIAS``. Files that are there already are not fetched again.
+    """
+    wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
+    if wanted is None:
+        raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    model, alias, version = wanted.groups()
+
+    def fetch() -> str:
+        client = _connect(uri)
+        found = (
+            client.get_model_version_by_alias(model, alias)
+            if alias
+            else client.get_model_version(model, version)
+        )
+        exact = f"models:/{model}/{found.version}"
+        note = folder / ".registered"
+        if not note.exists() or note.read_text() != exact:
+            from mlflow.artifacts import download_artifacts
+
+            source = client.get_model_version_download_uri(model, found.version)
+            shutil.rmtree(folder, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
+                copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
+                (copy / note.name).write_text(exact)
+                copy.rename(folder)
+        return exact
+
+    return _insist(fetch, f"fetching {name} from {uri}", pauses=())
 
 
 def _connect(uri: str) -> MlflowClient:

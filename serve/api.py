@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -425,8 +425,7 @@ def http_app() -> FastAPI:
 
 
 def _here() -> Ingress:
-    ingress: Ingress = ray_serve.get_replica_context().servable_object
-    return ingress
+    return cast(Ingress, ray_serve.get_replica_context().servable_object)
 
 
 def _field(location: tuple[int | str, ...]) -> str:
