@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from skipvision.errors import SkipVisionError
+from skipvision.errors import ConfigError, SkipVisionError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -89,7 +89,7 @@ class Ingress:
             if not body.stream:
                 return JSONResponse(answer.completion(await self._completion(work, target)))
             chunks = self._chunks(work, target)
-            # What is wrong with a request shows before its first token: then there still is a status to say it.
+            # What is wrong with a request shows before its first token, when a status can still say it.
             first = await anext(chunks)
             told = self._told(answer, first, chunks, body, while_answering.pop_all())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -96,7 +96,7 @@ class LimitSection(_Section):
 
 
 class ServeConfig(_Section):
-    """A deployment. One model is named by ``model`` and ``adapter``; several, or with settings, in ``models``."""
+    """A deployment. ``model`` and ``adapter`` name one model; ``models`` several, or one with settings."""
 
     model: str | None = Field(None, description="folder or Hugging Face id of the one model that is served")
     adapter: str | None = Field(

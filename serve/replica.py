@@ -84,7 +84,7 @@ class EngineReplica:
     async def stream(self, work: Work) -> AsyncIterator[Chunk | SkipVisionError]:
         """The chunks of one request; or, as the last item, why the engine refuses it.
 
-        A refusal is an item and not raised: Ray would wrap it, and what is expected is no failure of a replica.
+        A refusal is an item and not raised: Ray would wrap it, and it is no failure of the replica.
         """
         request = work.request
         try:
@@ -192,7 +192,7 @@ class EngineReplica:
         return folder
 
     async def _watch_adapters(self, seconds: float) -> None:
-        """Serve the version that an alias names, also when it moves; the old one as long as it has requests."""
+        """Serve the version that an alias names, also when it moves; the old one while it has requests."""
         while True:
             await asyncio.sleep(seconds)
             for name, source in self._from_registry().items():

@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import time
 
 import httpx2 as httpx
 import openai
 import pytest
+from ray import serve as ray_serve
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from skipvision import Engine, Request, Sampling, SkipConfig, load_adapter
-from tests.serve.conftest import SKIP, asking, data_url, picture
+from tests.serve.conftest import SKIP, asking, picture
 
 
 @pytest.fixture(scope="module")
@@ -273,19 +275,25 @@ def test_many_at_once_are_answered_in_one_batch(endpoint):
     assert all(answer.usage.completion_tokens for answer in answers)
 
 
-def test_a_client_that_leaves_frees_the_engine(client, endpoint):
-    def running():
-        now = httpx.get(f"{endpoint.url}/healthz").json()["models"]["tiny"]
-        return now["running"] + now["waiting"]
+def test_a_client_that_leaves_frees_the_engine(client, local_ray):
+    """While streaming, and while waiting for the whole answer: the request is cancelled at once."""
+    handle = ray_serve.get_deployment_handle("engine-tiny", "skipvision")
 
-    import time
+    def cancelled():
+        now = handle.statistics.remote().result()
+        return now.requests.get("cancelled", 0), now.running + now.waiting
 
-    stream = ask(client, stream=True, max_completion_tokens=400, temperature=1.9, seed=1)
+    schema = {"type": "string", "minLength": 380}
+    long = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
+    before, _ = cancelled()
+    stream = ask(client, stream=True, max_completion_tokens=400, response_format=long)
     next(iter(stream))
-    assert running() >= 1
     stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3).chat.completions.create(
+            model="red", messages=asking(), max_completion_tokens=400, n=4, response_format=long
+        )
     deadline = time.monotonic() + 5
-    while running() and time.monotonic() < deadline:
+    while cancelled() != (before + 2, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert running() == 0
-    assert data_url(0)
+    assert cancelled() == (before + 2, 0)

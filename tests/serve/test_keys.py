@@ -4,7 +4,6 @@ import asyncio
 import base64
 import hmac
 import json
-import os
 import re
 import stat
 import subprocess
@@ -202,7 +201,7 @@ def test_the_command_prints_the_key_once_and_stores_its_hash(file):
     assert key not in file.read_text() + done.stderr
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert KeyRing(file).authenticate(key).max_concurrent == 4
-    assert os.listdir(file.parent) == [file.name]
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_the_file_becomes_private_and_a_link_stays_one(tmp_path):
@@ -233,5 +232,5 @@ def test_the_command_refuses_and_leaves_the_file_alone(file, name, options, mess
 
 
 def test_the_command_says_when_it_cannot_write(tmp_path):
-    with pytest.raises(SystemExit, match="^error: "):
+    with pytest.raises(SystemExit, match=r"^error: "):
         main(["new", "alice", "--file", str(tmp_path / "none" / "keys.yaml")])
