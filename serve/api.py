@@ -19,15 +19,18 @@ from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from transformers import AutoConfig
 
 import skipvision as sv
 from pipelines.learner import load_processor
 from serve.answers import Answer, event
 from serve.config import ServeConfig
+from serve.exposition import exposition
 from serve.grammar import ANY_OBJECT
 from serve.keys import KeyRing
 from serve.media import MediaFetcher
+from serve.middleware import Around
 from serve.problems import Problem, overloaded, problem_of
 from serve.replica import Served, Work
 from serve.schemas import ChatRequest, ImagePart, TextPart
@@ -375,7 +378,7 @@ def _reported(error: BaseException) -> Problem:
 # ------------------------------------------------------------------------------------------- routes
 
 
-def http_app() -> FastAPI:
+def http_app(config: ServeConfig) -> FastAPI:
     """The routes, over the `Ingress` of the replica that they run in; all errors as OpenAI's."""
     app = FastAPI(
         title="Skip-Vision",
@@ -403,6 +406,11 @@ def http_app() -> FastAPI:
         """Whether every model has an engine that answers."""
         return await _here().health()
 
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Prometheus metrics of engines and HTTP replicas, of all nodes."""
+        return Response(await exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
     async def failed(http: Request, error: Exception) -> JSONResponse:
         return _reported(error).response()
 
@@ -421,6 +429,11 @@ def http_app() -> FastAPI:
     app.add_exception_handler(HTTPException, refused)
     for kind in (Problem, SkipVisionError, Exception):
         app.add_exception_handler(kind, failed)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Around, max_body=int(config.limits.body_mib * 2**20))
     return app
 
 

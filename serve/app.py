@@ -6,14 +6,16 @@ serve run serve.app:build model=models/shapes-llava adapter=runs/demo/adapter
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from ray import cloudpickle
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from pipelines.paths import input_path
+from pipelines.paths import input_path, model_path
 from serve import scaling
 from serve.api import Ingress, http_app
 from serve.config import ModelSection, ServeConfig, serve_config
@@ -33,11 +35,13 @@ def build(arguments: dict[str, Any]) -> ray_serve.Application:
     try:
         config = serve_config(arguments)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, problem['loc'])) or 'settings'} = {problem['input']!r}: {problem['msg']}"
-            for problem in error.errors()
-        ]
+        lines = [_complaint(problem) for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from error
+    return application(config)
+
+
+def application(config: ServeConfig) -> ray_serve.Application:
+    """The same, of settings that have been read; raises `ConfigError` where there is no such model or adapter."""
     config = _absolute(config)
     engines = [_engines(config, section) for section in config.models]
     ingress = ray_serve.deployment(
@@ -45,7 +49,7 @@ def build(arguments: dict[str, Any]) -> ray_serve.Application:
         num_replicas=config.ingresses,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.25},
-    )(ray_serve.ingress(http_app)(Ingress))
+    )(ray_serve.ingress(partial(http_app, config))(Ingress))
     return ingress.bind(config, *engines)
 
 
@@ -87,7 +91,7 @@ def _absolute(config: ServeConfig) -> ServeConfig:
     models = [
         model.model_copy(
             update={
-                "path": input_path(model.path, "model"),
+                "path": model_path(model.path, "model"),
                 "adapters": {
                     name: source if source.startswith("models:/") else input_path(source, f"adapter {name}")
                     for name, source in model.adapters.items()
@@ -97,3 +101,10 @@ def _absolute(config: ServeConfig) -> ServeConfig:
         for model in config.models
     ]
     return config.model_copy(update={"models": models})
+
+
+def _complaint(problem: ErrorDetails) -> str:
+    """One wrong setting; the whole tree is no value to name."""
+    name = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {problem['input']!r}: {message}" if name else message

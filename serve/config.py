@@ -98,6 +98,9 @@ class LimitSection(_Section):
 class ServeConfig(_Section):
     """A deployment. ``model`` and ``adapter`` name one model; ``models`` several, or one with settings."""
 
+    name: str = Field("skipvision", description="of the application on the cluster")
+    host: str = Field("127.0.0.1", description="address that is listened on; 0.0.0.0 = all (jobs/deploy.py)")
+    port: int = Field(8000, ge=1, le=65535, description="port that is listened on (jobs/deploy.py)")
     model: str | None = Field(None, description="folder or Hugging Face id of the one model that is served")
     adapter: str | None = Field(
         None, description="its adapter: folder, or models:/name@alias; served as 'adapter'"
