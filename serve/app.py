@@ -6,7 +6,6 @@ serve run serve.app:build model=models/shapes-llava adapter=runs/demo/adapter
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -41,7 +40,7 @@ def build(arguments: dict[str, Any]) -> ray_serve.Application:
 
 
 def application(config: ServeConfig) -> ray_serve.Application:
-    """The same, of settings that have been read; raises `ConfigError` where there is no such model or adapter."""
+    """The same, of settings that are read already; raises `ConfigError` for a model that is not there."""
     config = _absolute(config)
     engines = [_engines(config, section) for section in config.models]
     ingress = ray_serve.deployment(
@@ -49,7 +48,7 @@ def application(config: ServeConfig) -> ray_serve.Application:
         num_replicas=config.ingresses,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.25},
-    )(ray_serve.ingress(partial(http_app, config))(Ingress))
+    )(ray_serve.ingress(lambda: http_app(config))(Ingress))
     return ingress.bind(config, *engines)
 
 
@@ -76,7 +75,8 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
         name=f"engine-{section.served_name}",
         # The engine queues by itself, and needs to see what waits to fill its rows.
         max_ongoing_requests=limits.queued_requests,
-        max_queued_requests=max(limits.queued_requests // 4, 1),
+        # At an ingress, for as long as it takes to find an engine with room.
+        max_queued_requests=limits.queued_requests,
         autoscaling_config=autoscaling,
         health_check_period_s=10,
         health_check_timeout_s=30,

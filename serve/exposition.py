@@ -26,7 +26,7 @@ async def exposition() -> str:
 
 
 def merged(pages: Iterable[str]) -> str:
-    """Metrics of this project and of Ray Serve, each described once with the samples of all pages behind it."""
+    """Metrics of this project and of Ray Serve, each described once, the samples of all pages behind."""
     described: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for page in pages:

@@ -1,12 +1,10 @@
-"""Around every request: its id, its size, its line in the log, its counts."""
+"""Around every request: its size, its line in the log, its counts."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import time
-import uuid
 from typing import Any
 
 from ray.util import metrics
@@ -15,15 +13,13 @@ from serve.problems import Problem
 
 logger = logging.getLogger("ray.serve")
 
-_ID = re.compile(r"[\w.:-]{1,128}")
-"""What a client may give as its own id of a request."""
-
 
 class Around:
     """ASGI middleware.
 
-    Gives each request an id (``X-Request-ID``, the client's own if it sends one), refuses bodies that are too
-    large while they arrive, writes one JSON line to the log when the answer is over, and counts.
+    Refuses bodies that are too large while they arrive, writes one JSON line to the log when the answer is over,
+    and counts. Request ids are Ray Serve's (``X-Request-ID``, the client's own if it sends one): they stand in
+    the answer and before every line of the log.
 
     Args:
         app: what answers.
@@ -46,8 +42,6 @@ class Around:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
         begin, status, read, over = time.perf_counter(), 0, _announced(scope), False
 
         async def sending(message: Any) -> None:
@@ -56,7 +50,6 @@ class Around:
                 return  # what the application makes of a body that was cut off
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", name.encode())]}
             await send(message)
 
         async def receiving() -> Any:
