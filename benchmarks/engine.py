@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = [parts[name]() for name in options.parts]
     command = "python -m benchmarks.engine " + " ".join(arguments or sys.argv[1:])
     machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
-    geometry = f"hidden {options.hidden}, {options.layers} layers, {_visual(model)} visual tokens, {TEXT} words"
+    geometry = (
+        f"hidden {options.hidden}, {options.layers} layers, {_visual(model)} visual tokens, {TEXT} words"
+    )
     head = [
         f"`{command.strip()}`",
         f"{machine}; {options.dtype}, {geometry}; "
@@ -98,7 +100,13 @@ def _throughput(model: Any, options: argparse.Namespace) -> str:
             ]
         )
     title = f"### {len(requests)} requests, answers of {min(lengths)} – {max(lengths)} tokens ({sum(lengths)} in all)"
-    head = ["way", "seconds", "requests/s", "tokens/s", f"times as fast as batches of {options.batch}, {FULL}"]
+    head = [
+        "way",
+        "seconds",
+        "requests/s",
+        "tokens/s",
+        f"times as fast as batches of {options.batch}, {FULL}",
+    ]
     return f"{title}\n\n{_measure.table(head, rows)}"
 
 
@@ -327,7 +335,9 @@ def _geometry(options: argparse.Namespace) -> Geometry:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--parts", nargs="+", default=["throughput", "budget", "decode"])
     add("--setting", default="100+156", help="RETAINED+SKIPPED (default: %(default)s)")

@@ -4,13 +4,11 @@ import asyncio
 import base64
 import hmac
 import json
-import os
 import re
+import runpy
 import stat
-import subprocess
 import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import pytest
 import yaml
@@ -184,25 +182,17 @@ def test_wrong_files_say_what_is_wrong_and_not_what_is_in_them(file, text, messa
 # --------------------------------------------------------------------------------------- command line
 
 
-def test_the_command_prints_the_key_once_and_stores_its_hash(file):
-    command = [
-        sys.executable,
-        "-m",
-        "serve.keys",
-        "new",
-        "alice",
-        "--file",
-        str(file),
-        "--max-concurrent",
-        "4",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    assert re.fullmatch(rf"{PREFIX}[\w-]{{43}}\n", done.stdout)
-    key = done.stdout.strip()
-    assert key not in file.read_text() + done.stderr
+@pytest.mark.filterwarnings("ignore:'serve.keys' found in sys.modules")
+def test_the_command_prints_the_key_once_and_stores_its_hash(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["keys", "new", "alice", "--file", str(file), "--max-concurrent", "4"])
+    runpy.run_module("serve.keys", run_name="__main__")  # as `python -m serve.keys` does
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"{PREFIX}[\w-]{{43}}\n", printed.out)
+    key = printed.out.strip()
+    assert key not in file.read_text() + printed.err
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert KeyRing(file).authenticate(key).max_concurrent == 4
-    assert os.listdir(file.parent) == [file.name]
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_the_file_becomes_private_and_a_link_stays_one(tmp_path):
@@ -233,5 +223,5 @@ def test_the_command_refuses_and_leaves_the_file_alone(file, name, options, mess
 
 
 def test_the_command_says_when_it_cannot_write(tmp_path):
-    with pytest.raises(SystemExit, match="^error: "):
+    with pytest.raises(SystemExit, match=r"^error: "):
         main(["new", "alice", "--file", str(tmp_path / "none" / "keys.yaml")])

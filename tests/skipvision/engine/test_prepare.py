@@ -96,7 +96,10 @@ def test_a_template_that_writes_the_beginning_gets_no_second_one(parts):
 def test_what_the_processor_refuses_is_an_input_error(parts):
     model, processor = parts
     with Engine(model, processor, CONFIG) as engine:
-        good, bad = Request(chat("hm"), [picture(0)], key="good"), Request(chat("hm", 2), [picture(0)], key="bad")
+        good, bad = (
+            Request(chat("hm"), [picture(0)], key="good"),
+            Request(chat("hm", 2), [picture(0)], key="bad"),
+        )
         completions = {c.key: c for c in engine.run([good, bad, good])}
     assert completions["good"].error is None
     assert isinstance(completions["bad"].error, InputError)
