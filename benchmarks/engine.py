@@ -53,12 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     geometry = (
         f"hidden {options.hidden}, {options.layers} layers, {_visual(model)} visual tokens, {TEXT} words"
     )
-    head = [
-        f"`{command.strip()}`",
-        f"{machine}; {options.dtype}, {geometry}; "
-        f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after.",
-    ]
-    text = "\n\n".join([*head, *texts])
+    loads = f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
+    text = "\n\n".join([f"`{command.strip()}`", f"{machine}; {options.dtype}, {geometry}; {loads}", *texts])
     print(text)
     if options.out:
         _measure.write_part(options.out, options.part, text)
@@ -99,7 +95,8 @@ def _throughput(model: Any, options: argparse.Namespace) -> str:
                 Spread.of(ratios).text(digits=2),
             ]
         )
-    title = f"### {len(requests)} requests, answers of {min(lengths)} – {max(lengths)} tokens ({sum(lengths)} in all)"
+    answers = f"answers of {min(lengths)} – {max(lengths)} tokens ({sum(lengths)} in all)"
+    title = f"### {len(requests)} requests, {answers}"
     head = [
         "way",
         "seconds",
@@ -197,7 +194,8 @@ def _budget(model: Any, options: argparse.Namespace) -> str:
     title = f"### Sequences in {options.budget_mib} MiB of keys and values, {new} new tokens each"
     predicted = int(rows[1][2]) / int(rows[0][2])
     table = _measure.table(["setting", "running", "predicted", "reserved MiB", "used MiB"], rows)
-    return f"{title}\n\n{table}\n\n{ratio:.2f} times as many; predicted {predicted:.2f} ({ratio / predicted:.3f} of it)."
+    found = f"{ratio:.2f} times as many; predicted {predicted:.2f} ({ratio / predicted:.3f} of it)."
+    return f"{title}\n\n{table}\n\n{found}"
 
 
 def _entries(model: Any, config: sv.SkipConfig) -> int:
@@ -295,8 +293,10 @@ def _profile(model: Any, options: argparse.Namespace) -> str:
         ]
         for event in events
     ]
-    title = f"Profile of a step, {options.setting}, {options.batch} rows, {1e3 * total / 5:.1f} ms under the profiler:"
-    return f"{title}\n\n{_measure.table(['operator', 'self ms', 'calls', 'share'], rows)}"
+    profiled = f"{options.setting}, {options.batch} rows, {1e3 * total / 5:.1f} ms under the profiler"
+    return (
+        f"Profile of a step, {profiled}:\n\n{_measure.table(['operator', 'self ms', 'calls', 'share'], rows)}"
+    )
 
 
 # ----------------------------------------------------------------------------------------- common
