@@ -5,11 +5,10 @@ import base64
 import hmac
 import json
 import re
+import runpy
 import stat
-import subprocess
 import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import pytest
 import yaml
@@ -183,22 +182,14 @@ def test_wrong_files_say_what_is_wrong_and_not_what_is_in_them(file, text, messa
 # --------------------------------------------------------------------------------------- command line
 
 
-def test_the_command_prints_the_key_once_and_stores_its_hash(file):
-    command = [
-        sys.executable,
-        "-m",
-        "serve.keys",
-        "new",
-        "alice",
-        "--file",
-        str(file),
-        "--max-concurrent",
-        "4",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    assert re.fullmatch(rf"{PREFIX}[\w-]{{43}}\n", done.stdout)
-    key = done.stdout.strip()
-    assert key not in file.read_text() + done.stderr
+@pytest.mark.filterwarnings("ignore:'serve.keys' found in sys.modules")
+def test_the_command_prints_the_key_once_and_stores_its_hash(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["keys", "new", "alice", "--file", str(file), "--max-concurrent", "4"])
+    runpy.run_module("serve.keys", run_name="__main__")  # as `python -m serve.keys` does
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"{PREFIX}[\w-]{{43}}\n", printed.out)
+    key = printed.out.strip()
+    assert key not in file.read_text() + printed.err
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert KeyRing(file).authenticate(key).max_concurrent == 4
     assert list(file.parent.iterdir()) == [file]
