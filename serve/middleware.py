@@ -17,9 +17,9 @@ logger = logging.getLogger("ray.serve")
 class Around:
     """ASGI middleware.
 
-    Refuses bodies that are too large while they arrive, writes one JSON line to the log when the answer is over,
-    and counts. Request ids are Ray Serve's (``X-Request-ID``, the client's own if it sends one): they stand in
-    the answer and before every line of the log.
+    Refuses bodies that are too large while they arrive, writes one JSON line to the log when the answer is
+    over, and counts. Request ids are Ray Serve's (``X-Request-ID``, the client's own if it sends one): they
+    stand in the answer and before every line of the log.
 
     Args:
         app: what answers.
@@ -80,7 +80,6 @@ class Around:
             self._requests.inc(tags=tags)
             self._seconds.observe(seconds, tags=tags)
             line = {
-                "request": name,
                 "method": scope["method"],
                 **tags,
                 "seconds": round(seconds, 4),
