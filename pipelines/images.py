@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, ClassVar
@@ -160,10 +160,12 @@ def _errors_of_storage(image: object) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------- decoding
 
 
-def decode(file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """The image as upright RGB; raises `ImageError` if that cannot be done, whatever the bytes are."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise OversizedImageError(
                     f"image {name} has {image.width} × {image.height} pixels, more than {max_pixels:,}"
@@ -173,7 +175,7 @@ def decode(file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Im
     except ImageError:
         raise
     except UnidentifiedImageError:
-        what = f"is not an image in a known format ({', '.join(FORMATS)})" if file.seek(0, 2) else "is empty"
+        what = f"is not an image in a known format ({', '.join(formats)})" if file.seek(0, 2) else "is empty"
         raise ImageError(f"image {name} {what}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OversizedImageError(f"image {name} is too large: {error}") from None

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -59,7 +62,7 @@ def run(line: list[str], home: Path, **environment: str) -> subprocess.Completed
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a clone holds, and less of the demo's data."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("skipvision", "pipelines", "jobs", "models"):
+    for name in ("skipvision", "pipelines", "serve", "jobs", "models"):
         (folder / name).symlink_to(ROOT / name)
     run(small(command("make_shapes.py")), folder)
     return folder
@@ -73,6 +76,8 @@ def test_every_command_is_known_here():
         ("finetune.py --help",),
         ("ray job submit",),
         ("mlflow ui",),
+        ("serve run",),
+        ("deploy.py",),
     ]
     assert len({shlex.join(command(*words)) for words in known}) == len(COMMANDS)
 
@@ -140,3 +145,41 @@ def test_the_job_can_be_submitted(home):
         done = run(small(line), ROOT, RAY_ADDRESS=ray.dashboard, RAY_AUTH_MODE="disabled")
     assert str(home / "runs/slower/adapter") in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", ["serve run", "deploy.py"])
+def test_the_endpoint_answers_what_the_docs_ask(home, way):
+    """Both ways to start it, and the client of docs/serving.md."""
+    if not (home / "runs/demo").exists():
+        run([sys.executable, "-c", "\n".join(PYTHON)], home, PYTHONPATH=".")
+        (home / "runs/demo").mkdir(parents=True)
+        (home / "out/adapter").rename(home / "runs/demo/adapter")
+    (client,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
+    line = command(way)
+    if way == "serve run":
+        client = client.replace('"demo"', '"adapter"')
+    environment = {**os.environ, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(
+        line, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as serving:
+        try:
+            wait_for("http://127.0.0.1:8000/healthz", serving)
+            said = run([sys.executable, "-c", f"{client}\nprint(answer.usage.visual_tokens)"], home).stdout
+        finally:
+            serving.send_signal(signal.SIGINT)
+            serving.communicate(timeout=60)
+    assert "'retained': 64, 'skipped': 64, 'cached': 66" in said
+    assert serving.returncode == 0
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    while True:
+        assert process.poll() is None, process.stdout.read().decode()
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.5)

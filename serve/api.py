@@ -1,0 +1,450 @@
+"""The HTTP side: OpenAI's chat completions over the engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve as ray_serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from transformers import AutoConfig
+
+import skipvision as sv
+from pipelines.learner import load_processor
+from serve.answers import Answer, event
+from serve.config import ServeConfig
+from serve.exposition import exposition
+from serve.grammar import ANY_OBJECT
+from serve.keys import KeyRing
+from serve.media import MediaFetcher
+from serve.middleware import Around
+from serve.problems import Problem, overloaded, problem_of
+from serve.replica import Served, Work
+from serve.schemas import ChatRequest, ImagePart, TextPart
+from skipvision.engine import BASE, Chunk, Completion, Sampling, prepare
+from skipvision.engine import Request as EngineRequest
+from skipvision.errors import SkipVisionError
+
+logger = logging.getLogger("ray.serve")
+
+_TRIES = 3
+"""Engines that a request is given to, one after the other, if they die before a word was sent."""
+
+_GRACE_SECONDS = 10.0
+"""Beyond a request's own deadline, which the engine keeps: then no engine answers."""
+
+_HEALTH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the name of a model means.
+
+    Attributes:
+        number: of the model in the settings.
+        adapter: name, or None for the base model.
+    """
+
+    number: int
+    adapter: str | None
+
+
+class Ingress:
+    """Answers HTTP requests.
+
+    Args:
+        config: settings of the deployment.
+        engines: a handle for each of ``config.models``.
+    """
+
+    def __init__(self, config: ServeConfig, *engines: Any) -> None:
+        self._config, self._engines = config, engines
+        self._targets = {name: Target(*where) for name, where in config.served().items()}
+        self._processors: list[Any] = [load_processor(model.path) for model in config.models]
+        texts = [AutoConfig.from_pretrained(model.path).get_text_config() for model in config.models]
+        self._positions = [getattr(text, "max_position_embeddings", None) or 2**31 for text in texts]
+        self._began = int(time.time())
+        self._media = MediaFetcher(config.media)
+        self._keys = KeyRing(config.keys_file)
+
+    # ----------------------------------------------------------------------------------------- routes
+
+    async def chat(self, body: ChatRequest, http: Request) -> Response:
+        """Write an answer to messages with images."""
+        async with contextlib.AsyncExitStack() as while_answering:
+            await while_answering.enter_async_context(self._admitted(http))
+            target = self._target(body.model)
+            work = await self._work(body, target)
+            answer = self._answer(body, target)
+            if not body.stream:
+                return JSONResponse(answer.completion(await self._completion(work, target)))
+            chunks = self._chunks(work, target)
+            # What is wrong with a request shows before its first token, when a status can still say it.
+            first = await anext(chunks)
+            told = self._told(answer, first, chunks, body, while_answering.pop_all())
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(told, media_type="text/event-stream", headers=headers)
+
+    async def models(self, http: Request) -> dict[str, Any]:
+        """Models and adapters that requests can name."""
+        async with self._admitted(http):
+            return {"object": "list", "data": [self._card(name) for name in self._targets]}
+
+    async def model(self, name: str, http: Request) -> dict[str, Any]:
+        """One of them, with the SkipConfig that it runs under."""
+        async with self._admitted(http):
+            target = self._target(name)
+            served: Served = await self._engines[target.number].served.remote()
+            adapter = target.adapter
+            return {
+                **self._card(name),
+                "source": self._config.models[target.number].path
+                if adapter is None
+                else served.adapters[adapter],
+                "skip": self._skip(target) or served.skip[adapter or BASE],
+            }
+
+    async def health(self) -> JSONResponse:
+        """Whether every model has an engine that answers; one that starts on demand may have none."""
+        found = await asyncio.gather(*(self._health(number) for number in range(len(self._engines))))
+        models = {model.served_name: state for model, state in zip(self._config.models, found, strict=True)}
+        well = all(state["status"] != "down" for state in found)
+        return JSONResponse({"status": "ok" if well else "down", "models": models}, 200 if well else 503)
+
+    # ------------------------------------------------------------------------------- from HTTP to work
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, http: Request) -> AsyncIterator[None]:
+        """Let in those with a key, if keys are asked for, and not too many at once of each."""
+        kind, _, key = http.headers.get("authorization", "").partition(" ")
+        async with self._keys.admitted(key.strip() if kind.lower() == "bearer" else None):
+            yield
+
+    def _target(self, name: str) -> Target:
+        target = self._targets.get(name)
+        if target is None:
+            raise Problem(
+                404,
+                f"the model {name!r} does not exist; there are {', '.join(self._targets)}",
+                param="model",
+                code="model_not_found",
+            )
+        return target
+
+    async def _work(self, body: ChatRequest, target: Target) -> Work:
+        """Everything that needs no engine: what is asked for, images fetched, templates filled in."""
+        limits = self._config.limits
+        _refuse_unsupported(body)
+        schema = _schema(body)
+        messages, urls = _conversation(body)
+        if len(urls) > limits.images:
+            raise Problem(
+                400, f"{len(urls)} images; at most {limits.images} in one request", param="messages"
+            )
+        images = await asyncio.gather(*(self._media.fetch(url) for url in urls))
+        request = EngineRequest(
+            messages,
+            images,
+            skip=body.skip or self._skip(target),
+            adapter=target.adapter,
+            deadline=limits.request_seconds,
+        )
+        request = await asyncio.to_thread(prepare, self._processors[target.number], request)
+        prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
+        sampling = _sampling(body, limits.max_new_tokens, self._positions[target.number] - prompt)
+        return Work(replace(request, prompt="", images=(), sampling=sampling), len(images), schema)
+
+    def _skip(self, target: Target) -> sv.SkipConfig | None:
+        """The SkipConfig that the settings give the base model."""
+        return self._config.models[target.number].skip if target.adapter is None else None
+
+    def _answer(self, body: ChatRequest, target: Target) -> Answer:
+        tokenizer = self._processors[target.number].tokenizer
+        return Answer(
+            f"chatcmpl-{uuid.uuid4().hex}",
+            int(time.time()),
+            body.model,
+            lambda token: str(tokenizer.decode([token])),
+            body.logprobs,
+        )
+
+    # ------------------------------------------------------------------------------ from work to words
+
+    async def _completion(self, work: Work, target: Target) -> Completion:
+        """The whole answer, from another engine if one dies over it."""
+        engine = self._engines[target.number]
+        for last in (*[False] * (_TRIES - 1), True):
+            try:
+                async with self._in_time():
+                    found: Completion | SkipVisionError = await engine.answer.remote(work)
+                break
+            except BackPressureError as error:
+                raise self._overloaded() from error
+            except RayActorError as error:
+                if last:
+                    raise _no_engine() from error
+        if isinstance(found, SkipVisionError):
+            raise found
+        if found.error is not None:
+            raise found.error
+        return found
+
+    async def _chunks(self, work: Work, target: Target) -> AsyncIterator[Chunk]:
+        """The answer in pieces. Another engine takes over only as long as nothing has been sent."""
+        engine, sent = self._engines[target.number].options(stream=True), False
+        for last in (*[False] * (_TRIES - 1), True):
+            items = engine.stream.remote(work)
+            try:
+                async with self._in_time():
+                    async for item in items:
+                        if isinstance(item, SkipVisionError):
+                            raise item
+                        sent = True
+                        yield item
+                return
+            except BackPressureError as error:
+                raise self._overloaded() from error
+            except RayActorError as error:
+                if sent or last:
+                    raise _no_engine() from error
+            finally:
+                items.cancel()
+
+    async def _told(
+        self,
+        answer: Answer,
+        first: Chunk,
+        chunks: AsyncIterator[Chunk],
+        body: ChatRequest,
+        held: contextlib.AsyncExitStack,
+    ) -> AsyncIterator[str]:
+        """The answer as server-sent events; an error in the middle is an event, too."""
+        options = body.stream_options
+        async with held:
+            for opening in answer.opening(body.n):
+                yield event(opening)
+            try:
+                async for chunk in _again(first, chunks):
+                    done = chunk.completion
+                    if done is not None and done.error is not None:
+                        raise done.error
+                    said = answer.chunk(chunk)
+                    if said is not None:
+                        yield event(said)
+                    if done is not None and options is not None and options.include_usage:
+                        yield event(answer.ending(done.usage))
+            except Exception as error:
+                yield event(_reported(error).body())
+            yield event("[DONE]")
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """The engine ends requests at their deadline by itself; this is for when there is none to do it."""
+        try:
+            async with asyncio.timeout(self._config.limits.request_seconds + _GRACE_SECONDS):
+                yield
+        except TimeoutError as error:
+            raise Problem(504, "no engine answered in time", "server_error", code="timeout") from error
+
+    def _overloaded(self) -> Problem:
+        return overloaded(
+            "all engines have as many requests as they take: try again", self._config.limits.retry_after_s
+        )
+
+    # ------------------------------------------------------------------------------------------- others
+
+    def _card(self, name: str) -> dict[str, Any]:
+        target = self._targets[name]
+        model = self._config.models[target.number]
+        parent = None if target.adapter is None else model.served_name
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._began,
+            "owned_by": "skipvision",
+            "parent": parent,
+        }
+
+    async def _health(self, number: int) -> dict[str, Any]:
+        scaling = self._config.models[number].scaling
+        handle = self._engines[number]
+        try:
+            async with asyncio.timeout(_HEALTH_SECONDS):
+                if scaling.min_engines == 0 and not handle.running_replicas():
+                    return {"status": "idle"}
+                now = await handle.statistics.remote()
+        except Exception as error:
+            return {"status": "down", "reason": type(error).__name__}
+        return {"status": "ok", "running": now.running, "waiting": now.waiting}
+
+
+# ------------------------------------------------------------------------------------ what is asked for
+
+
+def _conversation(body: ChatRequest) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages for the processor's template, and the URLs of their images in order."""
+    messages: list[dict[str, Any]] = []
+    urls: list[str] = []
+    for message in body.messages:
+        content = message.content
+        parts: list[TextPart | ImagePart]
+        parts = [TextPart(type="text", text=content or "")] if not isinstance(content, list) else content
+        said: list[dict[str, Any]] = []
+        for part in parts:
+            if isinstance(part, ImagePart):
+                urls.append(part.image_url.url)
+                said.append({"type": "image"})
+            else:
+                said.append({"type": "text", "text": part.text})
+        messages.append({"role": "system" if message.role == "developer" else message.role, "content": said})
+    return messages, urls
+
+
+def _refuse_unsupported(body: ChatRequest) -> None:
+    """Fields that would change the answer, if they were not ignored."""
+    for name in ("frequency_penalty", "presence_penalty", "logit_bias", "tools"):
+        value = getattr(body, name)
+        if value:
+            raise Problem(
+                400, f"{name}={_short(value)} is not supported: leave it out", param=name, code="unsupported"
+            )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Problem(400, "top_logprobs without logprobs=true", param="top_logprobs", code="invalid_value")
+
+
+def _schema(body: ChatRequest) -> dict[str, Any] | None:
+    """The JSON schema that the answer shall follow."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return ANY_OBJECT
+    if wanted.json_schema is None:
+        raise Problem(400, "response_format of type json_schema without json_schema", param="response_format")
+    return wanted.json_schema.schema_
+
+
+def _sampling(body: ChatRequest, most: int, room: int) -> Sampling:
+    """How the answer is written; ``most`` tokens are allowed, ``room`` are left by the prompt."""
+    asked = body.max_completion_tokens or body.max_tokens
+    if asked is not None and asked > most:
+        raise Problem(
+            400, f"max_completion_tokens={asked}: at most {most} here", param="max_completion_tokens"
+        )
+    return Sampling(
+        max_new_tokens=asked if asked is not None else max(min(most, room), 1),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        repetition_penalty=body.repetition_penalty,
+        seed=None if body.seed is None else body.seed % 2**63,
+        stop=() if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        n=body.n,
+    )
+
+
+async def _again(first: Chunk, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    yield first
+    async for chunk in chunks:
+        yield chunk
+
+
+def _no_engine() -> Problem:
+    return Problem(503, "the engine died over this request: try again", "server_error", code="engine_died")
+
+
+def _reported(error: BaseException) -> Problem:
+    """What the client is told; what is not our own goes to the log whole."""
+    problem = problem_of(error)
+    if problem.status >= 500 and not isinstance(error, Problem):
+        logger.error("request failed", exc_info=error)
+    return problem
+
+
+# ------------------------------------------------------------------------------------------- routes
+
+
+def http_app(config: ServeConfig) -> FastAPI:
+    """The routes, over the `Ingress` of the replica that they run in; all errors as OpenAI's."""
+    app = FastAPI(
+        title="Skip-Vision",
+        version=version("skipvision"),
+        description="Vision-language models that stop paying for redundant visual tokens; OpenAI's protocol.",
+    )
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        """Write an answer to messages with images."""
+        return await _here().chat(body, http)
+
+    @app.get("/v1/models")
+    async def models(http: Request) -> dict[str, Any]:
+        """Models and adapters that requests can name."""
+        return await _here().models(http)
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str, http: Request) -> dict[str, Any]:
+        """One of them, with the SkipConfig that it runs under."""
+        return await _here().model(name, http)
+
+    @app.get("/healthz", response_model=None)
+    async def healthz() -> Response:
+        """Whether every model has an engine that answers."""
+        return await _here().health()
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Prometheus metrics of engines and HTTP replicas, of all nodes."""
+        return Response(await exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def failed(http: Request, error: Exception) -> JSONResponse:
+        return _reported(error).response()
+
+    async def invalid(http: Request, error: Any) -> JSONResponse:
+        problems = [
+            (_field(problem["loc"]), problem["msg"], problem.get("input")) for problem in error.errors()
+        ]
+        lines = [f"{name}: {message} (got {_short(value)})" for name, message, value in problems]
+        return Problem(400, "; ".join(lines), param=problems[0][0] or None, code="invalid_value").response()
+
+    async def refused(http: Request, error: Any) -> JSONResponse:
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        return Problem(error.status_code, message, headers=error.headers or {}).response()
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refused)
+    for kind in (Problem, SkipVisionError, Exception):
+        app.add_exception_handler(kind, failed)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Around, max_body=int(config.limits.body_mib * 2**20))
+    return app
+
+
+def _here() -> Ingress:
+    return cast(Ingress, ray_serve.get_replica_context().servable_object)
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if part != "body")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,0 +1,110 @@
+"""The application that Ray Serve runs::
+
+serve run serve.app:build model=models/shapes-llava adapter=runs/demo/adapter
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from ray import cloudpickle
+from ray import serve as ray_serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from pipelines.paths import input_path, model_path
+from serve import scaling
+from serve.api import Ingress, http_app
+from serve.config import ModelSection, ServeConfig, serve_config
+from serve.replica import EngineReplica
+from skipvision.errors import ConfigError
+
+
+def build(arguments: dict[str, Any]) -> ray_serve.Application:
+    """The ingress and an engine deployment for each model.
+
+    Args:
+        arguments: settings (`ServeConfig`); sections with dots, ``limits.images=4``.
+
+    Raises:
+        ConfigError: settings that are wrong, all of them named.
+    """
+    try:
+        config = serve_config(arguments)
+    except ValidationError as error:
+        lines = [_complaint(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+    return application(config)
+
+
+def application(config: ServeConfig) -> ray_serve.Application:
+    """The same, of settings that are read already; raises `ConfigError` for a model that is not there."""
+    config = _absolute(config)
+    engines = [_engines(config, section) for section in config.models]
+    ingress = ray_serve.deployment(
+        name="ingress",
+        num_replicas=config.ingresses,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0.25},
+    )(ray_serve.ingress(lambda: http_app(config))(Ingress))
+    return ingress.bind(config, *engines)
+
+
+def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Application:
+    wanted, limits = section.scaling, config.limits
+    # The controller, which calls it, does not have this project on its path.
+    cloudpickle.register_pickle_by_value(scaling)
+    with warnings.catch_warnings():
+        # Ray 2.60 warns of the interval, but has no other way yet to set it for one deployment.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        autoscaling = AutoscalingConfig(
+            min_replicas=wanted.min_engines,
+            max_replicas=wanted.max_engines,
+            initial_replicas=max(wanted.min_engines, 1),
+            upscale_delay_s=wanted.upscale_delay_s,
+            downscale_delay_s=wanted.downscale_delay_s,
+            metrics_interval_s=wanted.interval_s,
+            look_back_period_s=3 * wanted.interval_s,
+            policy=AutoscalingPolicy(
+                policy_function=scaling.ByLoad, policy_kwargs={"target": wanted.target_load}
+            ),
+        )
+    deployment = ray_serve.deployment(
+        name=f"engine-{section.served_name}",
+        # The engine queues by itself, and needs to see what waits to fill its rows.
+        max_ongoing_requests=limits.queued_requests,
+        # At an ingress, for as long as it takes to find an engine with room.
+        max_queued_requests=limits.queued_requests,
+        autoscaling_config=autoscaling,
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=limits.request_seconds,
+        ray_actor_options={"num_cpus": wanted.cpus_per_engine, "num_gpus": wanted.gpus_per_engine},
+    )(EngineReplica)
+    return deployment.bind(section, config.tracking_uri, config.adapter_poll_s)
+
+
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """Replicas run elsewhere: what is a path here is one there only if it is whole."""
+    models = [
+        model.model_copy(
+            update={
+                "path": model_path(model.path, "model"),
+                "adapters": {
+                    name: source if source.startswith("models:/") else input_path(source, f"adapter {name}")
+                    for name, source in model.adapters.items()
+                },
+            }
+        )
+        for model in config.models
+    ]
+    return config.model_copy(update={"models": models})
+
+
+def _complaint(problem: ErrorDetails) -> str:
+    """One wrong setting; the whole tree is no value to name."""
+    name = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {problem['input']!r}: {message}" if name else message

@@ -1,0 +1,60 @@
+"""What can go wrong before a request reaches the engine::
+
+    SkipVisionError
+    ├── InputError
+    │   └── MediaError           an image of a request that cannot be had or used; `code` says why
+    ├── AuthenticationError      no API key, or none that is known
+    └── OverloadedError          more requests at once than are allowed; later they may be
+
+Messages go to clients: they name what the client sent, never what lies behind the server.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from skipvision.errors import InputError, SkipVisionError
+
+MediaCode = Literal[
+    "media_url_invalid",  # not a URL that is understood: its scheme, base64, credentials
+    "media_host_not_allowed",  # host, port or address that nothing is fetched from
+    "media_unreachable",  # no connection, not an answer with an image, or one that breaks off
+    "media_timeout",
+    "media_too_large",  # bytes or pixels
+    "media_format",  # not an image of an allowed format, or a damaged one
+]
+
+
+class MediaError(InputError):
+    """An image of a request that cannot be had or used.
+
+    Attributes:
+        code: why, for programs.
+    """
+
+    def __init__(self, message: str, code: MediaCode) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type[MediaError], tuple[str, MediaCode]]:
+        return type(self), (str(self), self.code)
+
+
+class AuthenticationError(SkipVisionError):
+    """No API key, or none that is known."""
+
+    code: ClassVar = "invalid_api_key"
+
+
+class OverloadedError(SkipVisionError):
+    """More requests at once than are allowed.
+
+    Attributes:
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    code: ClassVar = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

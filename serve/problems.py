@@ -1,0 +1,72 @@
+"""Errors as OpenAI's clients read them: status, and ``{"error": {message, type, param, code}}``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from serve.errors import AuthenticationError, OverloadedError
+from skipvision.errors import ConfigError, GenerationError, InputError, ResourceError
+
+
+@dataclass
+class Problem(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: HTTP status.
+        message: what was wrong, with what value, and what to do.
+        type: OpenAI's kind of error.
+        param: field of the request that is wrong.
+        code: for programs to tell errors apart.
+        headers: of the response.
+    """
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body(), self.status, headers=dict(self.headers))
+
+
+def problem_of(error: BaseException) -> Problem:
+    """What an error of ours is to a client; one that is not ours says nothing of itself."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, AuthenticationError):
+        headers = {"WWW-Authenticate": "Bearer"}
+        return Problem(401, str(error), "authentication_error", code=error.code, headers=headers)
+    if isinstance(error, OverloadedError):
+        return overloaded(str(error), math.ceil(error.retry_after))
+    code = getattr(error, "code", None)
+    if isinstance(error, InputError):
+        return Problem(400, str(error), code=code or "invalid_input")
+    if isinstance(error, ConfigError):
+        return Problem(400, str(error), code="invalid_value")
+    if isinstance(error, ResourceError):
+        return Problem(400, str(error), code="context_length_exceeded")
+    if isinstance(error, GenerationError):
+        return Problem(500, str(error), "server_error", code="generation_failed")
+    return Problem(
+        500, "the server failed on this request; its log says why", "server_error", code="internal_error"
+    )
+
+
+def overloaded(message: str, retry_after: int) -> Problem:
+    """Too many requests."""
+    headers = {"Retry-After": str(retry_after)}
+    return Problem(429, message, "rate_limit_error", code="overloaded", headers=headers)

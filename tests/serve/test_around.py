@@ -1,0 +1,176 @@
+"""What stands around requests: ids, sizes, keys, back-pressure, metrics; and settings that are wrong."""
+
+import json
+import threading
+
+import httpx2 as httpx
+import openai
+import pytest
+from ray import serve as ray_serve
+
+from serve.app import build
+from serve.config import ServeConfig, serve_config
+from serve.exposition import merged
+from serve.keys import add_key
+from serve.replica import load_of
+from skipvision import ConfigError
+from skipvision.engine import Statistics
+from tests.serve.conftest import asking
+
+
+def test_every_answer_has_an_id_and_the_clients_own_is_kept(endpoint):
+    given = httpx.get(f"{endpoint.url}/v1/models", headers={"x-request-id": "mine-1"})
+    assert given.headers["x-request-id"] == "mine-1"
+    made = httpx.get(f"{endpoint.url}/nowhere")
+    assert len(made.headers["x-request-id"]) >= 32
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_large_bodies_are_refused_while_they_arrive(endpoint, announced):
+    piece, sent = b"x" * 2**20, 0
+
+    def body():
+        nonlocal sent
+        for _ in range(200):
+            sent += len(piece)
+            yield piece
+
+    content = piece * 33 if announced else body()
+    headers = {"content-type": "application/json"}
+    try:
+        response = httpx.post(
+            f"{endpoint.url}/v1/chat/completions", content=content, headers=headers, timeout=30
+        )
+    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
+        assert not announced
+        assert sent < 150 * 2**20
+        return
+    assert response.status_code == 413
+    assert "larger than" in response.json()["error"]["message"]
+
+
+def test_metrics_of_engine_and_http(endpoint):
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none") as client:
+        client.chat.completions.create(model="red", messages=asking(), max_tokens=2)
+    page = httpx.get(f"{endpoint.url}/metrics")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_pages_of_several_nodes_become_one():
+    lines = [
+        "# HELP ray_skipvision_a of a",
+        "# TYPE ray_skipvision_a gauge",
+        'ray_skipvision_a{n="1"} 1',
+        "# HELP other x",
+        "# TYPE other gauge",
+        "other 3",
+    ]
+    one = "\n".join(lines)
+    two = one.replace('n="1"} 1', 'n="2"} 5')
+    assert merged([one, two, ""]).splitlines() == [
+        "# HELP ray_skipvision_a of a",
+        "# TYPE ray_skipvision_a gauge",
+        'ray_skipvision_a{n="1"} 1',
+        'ray_skipvision_a{n="2"} 5',
+    ]
+
+
+@pytest.fixture(scope="module")
+def guarded(endpoint, tmp_path_factory):
+    """A second application on the same Ray: with keys, and room for two requests."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    key = add_key(keys, "alice", 1)
+    settings = {
+        "models": [
+            {
+                "path": str(endpoint.model),
+                "name": "small",
+                "dtype": "float32",
+                "engine": {"max_sequences": 1, "kv_budget_mib": 4},
+                "scaling": {"cpus_per_engine": 0.25},
+            }
+        ],
+        "keys_file": str(keys),
+        "limits": {"queued_requests": 2, "max_new_tokens": 400},
+    }
+    ray_serve.run(build(settings), name="guarded", route_prefix="/guarded")
+    yield f"{endpoint.url}/guarded/v1", key, add_key(keys, "bob")
+    ray_serve.delete("guarded")
+
+
+def test_keys(guarded):
+    url, alice, bob = guarded
+    for key in (alice, bob):
+        with openai.OpenAI(base_url=url, api_key=key) as client:
+            assert [card.id for card in client.models.list().data] == ["small"]
+    with openai.OpenAI(base_url=url, api_key="sk-skip-wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client.models.list()
+        assert caught.value.code == "invalid_api_key"
+        with pytest.raises(openai.AuthenticationError):
+            client.chat.completions.create(model="small", messages=asking())
+    assert httpx.get(f"{url}/models").status_code == 401
+
+
+def test_too_many_requests_are_told_to_come_back(guarded):
+    url, _, bob = guarded
+    outcomes = []
+    schema = {
+        "type": "json_schema",
+        "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 350}},
+    }
+
+    def ask():
+        with openai.OpenAI(base_url=url, api_key=bob, max_retries=0, timeout=60) as client:
+            try:
+                client.chat.completions.create(
+                    model="small", messages=asking(), max_tokens=400, response_format=schema
+                )
+                outcomes.append("answered")
+            except openai.RateLimitError as error:
+                outcomes.append((error.status_code, error.code, error.response.headers["retry-after"]))
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("answered") >= 2
+    refused = [outcome for outcome in outcomes if outcome != "answered"]
+    assert refused == [(429, "overloaded", "1")] * len(refused)
+    assert refused
+
+
+def test_wrong_settings_are_all_named(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to serve"):
+        build({})
+    with pytest.raises(ConfigError, match="adapter without model"):
+        build({"adapter": "x"})
+    with pytest.raises(ConfigError) as caught:
+        build({"model": "x", "limits.images": -1, "limits.imagess": 3})
+    assert "limits.images = -1" in str(caught.value)
+    assert "limits.imagess" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"there is no .*missing"):
+        build({"model": str(tmp_path / "missing")})
+    with pytest.raises(ConfigError, match="names used twice: a"):
+        build({"models": [{"path": "m/a"}, {"path": "n/a"}]})
+
+
+def test_flat_settings_are_one_model():
+    config = serve_config({"model": "m/base", "adapter": "runs/a", "limits.images": 2})
+    assert config.served() == {"base": (0, None), "adapter": (0, "adapter")}
+    assert config.limits.images == 2
+    again = ServeConfig.model_validate(json.loads(config.model_dump_json()))
+    assert again.served() == config.served()
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "reserved", "load"),
+    [(0, 0, 0, 0.0), (2, 0, 20, 0.5), (4, 4, 40, 2.0), (2, 2, 90, 1.8)],
+)
+def test_load_is_by_rows_or_by_memory(running, waiting, reserved, load):
+    numbers = dict.fromkeys(Statistics.__dataclass_fields__, 0)
+    numbers |= {"running": running, "waiting": waiting, "max_sequences": 4}
+    numbers |= {"kv_bytes_reserved": reserved, "kv_bytes_budget": 100}
+    assert load_of(Statistics(**numbers)) == pytest.approx(load)

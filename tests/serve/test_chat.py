@@ -1,0 +1,299 @@
+"""The real `openai` client against a real deployment."""
+
+import asyncio
+import json
+import time
+
+import httpx2 as httpx
+import openai
+import pytest
+from ray import serve as ray_serve
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from skipvision import Engine, Request, Sampling, SkipConfig, load_adapter
+from tests.serve.conftest import SKIP, asking, picture
+
+
+@pytest.fixture(scope="module")
+def client(endpoint):
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def ask(client, text="what is it?", *seeds, model="red", **options):
+    options = {"temperature": 0, "max_completion_tokens": 12, **options}
+    return client.chat.completions.create(model=model, messages=asking(text, *seeds), **options)
+
+
+@pytest.fixture(scope="module")
+def engine(endpoint):
+    """What the answers must be: an engine here, without HTTP and Ray."""
+    base = AutoModelForImageTextToText.from_pretrained(endpoint.model)
+    processor = AutoProcessor.from_pretrained(endpoint.model)
+    with Engine(load_adapter(base, endpoint.adapters["red"], name="red"), processor) as engine:
+        engine.add_adapter("blue", endpoint.adapters["blue"])
+        yield engine
+
+
+def expected(engine, text="what is it?", *seeds, **options):
+    seeds = seeds or (0,)
+    messages = [
+        {"role": "user", "content": [*[{"type": "image"}] * len(seeds), {"type": "text", "text": text}]}
+    ]
+    sampling = options.pop("sampling", Sampling(max_new_tokens=12))
+    (completion,) = engine.run([Request(messages, [picture(s) for s in seeds], sampling=sampling, **options)])
+    assert completion.error is None
+    return completion
+
+
+@pytest.mark.parametrize(("model", "adapter"), [("red", "red"), ("blue", "blue"), ("tiny", "__base__")])
+def test_the_answer_is_the_engines(client, engine, model, adapter):
+    found = ask(client, model=model)
+    right = expected(engine, adapter=adapter)
+    assert found.choices[0].message.content == right.text
+    assert found.choices[0].message.role == "assistant"
+    assert found.choices[0].finish_reason == right.choices[0].finish_reason
+    assert (found.model, found.object) == (model, "chat.completion")
+    assert found.usage.prompt_tokens == right.usage.prompt_tokens
+    assert found.usage.completion_tokens == right.usage.completion_tokens
+    assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    visual = found.usage.visual_tokens
+    kept = 6 if model != "blue" else 16
+    assert visual == {
+        "total": 16,
+        "retained": right.usage.visual_retained,
+        "skipped": right.usage.visual_skipped,
+        "cached": kept,
+    }
+
+
+def test_several_images_and_turns(client, engine):
+    turns = [
+        *asking("first", 1, 2),
+        {"role": "assistant", "content": "well"},
+        {"role": "user", "content": "and now?"},
+    ]
+    found = client.chat.completions.create(model="red", messages=turns, temperature=0, max_tokens=9)
+    assert found.usage.visual_tokens["total"] == 32
+    assert found.usage.completion_tokens <= 9
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "first"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "well"}]},
+        {"role": "user", "content": [{"type": "text", "text": "and now?"}]},
+    ]
+    request = Request(messages, [picture(1), picture(2)], sampling=Sampling(max_new_tokens=9), adapter="red")
+    (right,) = engine.run([request])
+    assert found.choices[0].message.content == right.text
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_streaming(client, n):
+    options = {"n": n, "seed": 5, "temperature": 1.0}
+    whole = ask(client, **options)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}, **options))
+    texts = [""] * n
+    reasons = [None] * n
+    for chunk in chunks:
+        assert chunk.object == "chat.completion.chunk"
+        for choice in chunk.choices:
+            assert reasons[choice.index] is None, "nothing comes behind the end of a choice"
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert [chunk.choices[0].delta.role for chunk in chunks[:n]] == ["assistant"] * n
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage.model_copy(update={"prefix_hit": True})
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_stream_ends_as_clients_expect(endpoint):
+    body = {"model": "red", "messages": asking(), "stream": True, "max_tokens": 3, "temperature": 0}
+    with httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=body, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: {") for line in lines[:-1])
+
+
+def test_seeds_stops_and_logprobs(client, engine):
+    drawn = {ask(client, temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 1, 2, 2)}
+    assert len(drawn) == 2
+    text = expected(engine, adapter="red").text
+    stop = text[3:5]
+    assert ask(client, stop=[stop]).choices[0].message.content == text[: text.index(stop)]
+    found = ask(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    sampling = Sampling(max_new_tokens=12, logprobs=2)
+    right = expected(engine, adapter="red", sampling=sampling).choices[0]
+    assert [token.logprob for token in found] == pytest.approx(
+        [token.logprob for token in right.logprobs], abs=1e-4
+    )
+    assert all(len(token.top_logprobs) == 2 for token in found)
+    assert all(bytes(token.bytes).decode() == token.token for token in found)
+
+
+def test_skip_by_request(client, engine):
+    found = ask(client, extra_body={"skip": {"retained": 2, "skipped": 2}})
+    assert found.usage.visual_tokens == {"total": 16, "retained": 2, "skipped": 2, "cached": 4}
+    right = expected(engine, adapter="red", skip=SkipConfig(retained=2, skipped=2))
+    assert found.choices[0].message.content == right.text
+    full = ask(client, extra_body={"skip": {"retained": 1.0, "skipped": 0.0, "summary_tokens": 0}})
+    assert full.usage.visual_tokens["cached"] == 16
+    with pytest.raises(openai.BadRequestError, match="summary_tokens=3, but this model is attached with 1"):
+        ask(client, extra_body={"skip": {**SKIP, "summary_tokens": 3}})
+
+
+def test_structured_output(client):
+    schema = {
+        "type": "object",
+        "properties": {
+            "number": {"type": "integer", "minimum": 0, "maximum": 999},
+            "red": {"type": "boolean"},
+        },
+        "required": ["number", "red"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "found", "schema": schema, "strict": True}}
+    for seed in range(3):
+        options = {"temperature": 1.0, "seed": seed, "max_completion_tokens": 300, "n": 2}
+        for choice in ask(client, response_format=wanted, **options).choices:
+            assert choice.finish_reason == "stop"
+            value = json.loads(choice.message.content)
+            assert isinstance(value["number"], int)
+            assert isinstance(value["red"], bool)
+            assert value.keys() == {"number", "red"}
+    with pytest.raises(openai.BadRequestError, match="cannot be followed"):
+        ask(
+            client,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}},
+        )
+
+
+def test_models(client, endpoint):
+    cards = client.models.list().data
+    assert [(card.id, card.parent) for card in cards] == [("tiny", None), ("red", "tiny"), ("blue", "tiny")]
+    card = client.models.retrieve("red")
+    assert card.skip["retained"] == 4
+    assert card.source == str(endpoint.adapters["red"])
+    with pytest.raises(openai.NotFoundError, match="'green' does not exist; there are tiny, red, blue"):
+        client.models.retrieve("green")
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"max_completion_tokens": 401}, "max_completion_tokens", "at most 400 here"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": asking("x", 1, 2, 3, 4)}, "messages", "4 images; at most 3"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "system"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
+        ({"presence_penalty": 1}, "presence_penalty", "not supported"),
+        ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
+        ({"n": 5}, None, "max_sequences=4"),
+        ({"extra_body": {"skip": {"retained": -1}}}, "skip", "retained=-1"),
+    ],
+)
+def test_bad_requests_are_refused_as_openai_does(client, change, param, message):
+    options = {"model": "red", "messages": asking(), "max_completion_tokens": 5, **change}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**options)
+    error = caught.value
+    assert message in error.message
+    assert error.type == "invalid_request_error"
+    assert error.param == param
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:image/png;base64,AAAA",
+        "data:text/html;base64,AAAA",
+        "http://127.0.0.1:1/x.png",
+        "http://localhost/x.png",
+        "file:///etc/passwd",
+        "nonsense",
+    ],
+)
+def test_bad_images_are_refused(client, url):
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="red", messages=[{"role": "user", "content": content}])
+    assert caught.value.code.startswith("media_")
+
+
+def test_unknown_models_routes_and_bodies(client, endpoint):
+    with pytest.raises(openai.NotFoundError) as caught:
+        ask(client, model="green")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    for method, path, status in (
+        ("GET", "/v2", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/healthz", 405),
+    ):
+        response = httpx.request(method, endpoint.url + path)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    response = httpx.post(
+        f"{endpoint.url}/v1/chat/completions",
+        content=b"{not json",
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 400
+    assert "JSON" in response.json()["error"]["message"]
+
+
+def test_health_and_documentation(endpoint):
+    health = httpx.get(f"{endpoint.url}/healthz")
+    assert health.status_code == 200
+    assert health.json()["models"]["tiny"]["status"] == "ok"
+    schema = httpx.get(f"{endpoint.url}/openapi.json").json()
+    assert "/v1/chat/completions" in schema["paths"]
+    assert httpx.get(f"{endpoint.url}/docs").status_code == 200
+
+
+def test_many_at_once_are_answered_in_one_batch(endpoint):
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key="none", timeout=60) as client:
+            asked = [
+                client.chat.completions.create(
+                    model=model, messages=asking("hm", seed), temperature=0, max_completion_tokens=8
+                )
+                for seed in range(6)
+                for model in ("red", "blue", "tiny")
+            ]
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(all_of_them())
+    assert len(answers) == 18
+    assert all(answer.usage.completion_tokens for answer in answers)
+
+
+def test_a_client_that_leaves_frees_the_engine(client, local_ray):
+    """While streaming, and while waiting for the whole answer: the request is cancelled at once."""
+    handle = ray_serve.get_deployment_handle("engine-tiny", "skipvision")
+
+    def cancelled():
+        now = handle.statistics.remote().result()
+        return now.requests.get("cancelled", 0), now.running + now.waiting
+
+    schema = {"type": "string", "minLength": 380}
+    long = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
+    before, _ = cancelled()
+    stream = ask(client, stream=True, max_completion_tokens=400, response_format=long)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3).chat.completions.create(
+            model="red", messages=asking(), max_completion_tokens=400, n=4, response_format=long
+        )
+    deadline = time.monotonic() + 5
+    while cancelled() != (before + 2, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert cancelled() == (before + 2, 0)
