@@ -1,0 +1,154 @@
+"""The captioning job under Ray Data against the bare engine, on the same rows.
+
+    python -m benchmarks.caption_job --out docs/benchmarks/engine.md --part caption-job
+
+Each way runs in a process of its own with one torch thread, in turn. The job's rate is its own, from the
+first caption on; reading and preparing happen beside its engine. The bare engine once gets its rows
+ready-made, and once reads and prepares them itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import _measure
+from benchmarks._measure import Spread
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "Describe the image."
+TOKENS = 96
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; with --out, write too."""
+    options = _options().parse_args(arguments)
+    if options.bare:
+        print(json.dumps(_bare(options, ready=options.bare == "ready")))
+        return
+    load = os.getloadavg()[0]
+    rates: dict[str, list[float]] = {"ready": [], "alone": [], "job": []}
+    for _ in range(options.repeats):
+        rates["ready"].append(_in_process(options, "ready"))
+        rates["alone"].append(_in_process(options, "alone"))
+        rates["job"].append(_job(options))
+        print({name: f"{values[-1]:.2f}" for name, values in rates.items()}, file=sys.stderr, flush=True)
+    names = {
+        "ready": "bare engine, rows ready-made",
+        "alone": "bare engine, reading and preparing itself",
+        "job": "`jobs/caption.py`",
+    }
+    rows = [
+        [
+            names[name],
+            Spread.of(values).text(digits=1),
+            Spread.of([a / b for a, b in zip(values, rates["ready"], strict=True)]).text(digits=2),
+        ]
+        for name, values in rates.items()
+    ]
+    command = "python -m benchmarks.caption_job " + " ".join(arguments or sys.argv[1:])
+    loads = f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
+    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
+    what = f"{options.rows} images, {options.sequences} sequences, one torch thread"
+    table = _measure.table(["way", "rows/s", "÷ ready-made"], rows)
+    text = f"`{command.strip()}`\n\n{machine}; {what}; {loads}\n\n{table}"
+    print(text)
+    if options.out:
+        _measure.write_part(options.out, options.part, text)
+
+
+def _in_process(options: argparse.Namespace, way: str) -> float:
+    words = [sys.executable, "-m", "benchmarks.caption_job", "--bare", way, *_shared(options)]
+    return float(json.loads(_last_line(words)))
+
+
+def _job(options: argparse.Namespace) -> float:
+    """The job's own rate: rows a second of this start, once engines ran."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "jobs/caption.py", "--name", "benchmark", "--storage", folder]
+        words += ["--model.path", str(options.model), "--model.dtype", "float32"]
+        words += ["--input.source", str(options.images), "--input.limit", str(options.rows)]
+        words += ["--input.prompt", PROMPT, "--sampling.max_new_tokens", str(TOKENS)]
+        words += ["--engine.max_sequences", str(options.sequences), "--scaling.cpus_per_worker", "1"]
+        words += ["--skip", "{retained: 64, skipped: 64}"]
+        result: dict[str, Any] = json.loads(_last_line(words))
+    return float(result["rows_per_second"])
+
+
+def _last_line(words: Sequence[str]) -> str:
+    # A session of its own: Ray's processes have one as well, and the scheduler shares cores among sessions.
+    done = subprocess.run(
+        words,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        start_new_session=True,
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _bare(options: argparse.Namespace, ready: bool) -> float:
+    """Rows a second of `Engine.run`."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from skipvision import Engine, Request, Sampling, SkipConfig
+    from skipvision.engine import prepare
+
+    torch.set_num_threads(1)
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+    processor: Any = AutoProcessor.from_pretrained(options.model)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
+    sampling = Sampling(max_new_tokens=TOKENS)
+
+    def requests(count: int) -> Any:
+        for file in sorted(options.images.iterdir())[:count]:
+            with Image.open(file) as image:
+                yield prepare(processor, Request(chat, [image.convert("RGB")], sampling=sampling))
+
+    config = SkipConfig(retained=64, skipped=64)
+    with Engine(model, processor, config, max_sequences=options.sequences) as engine:
+        list(engine.run(requests(8)))
+        rows = list(requests(options.rows)) if ready else requests(options.rows)
+        begin = time.perf_counter()
+        answered = sum(completion.error is None for completion in engine.run(rows))
+        seconds = time.perf_counter() - begin
+    return answered / seconds
+
+
+def _shared(options: argparse.Namespace) -> list[str]:
+    words = ["--rows", options.rows, "--sequences", options.sequences, "--model", options.model]
+    return [str(word) for word in [*words, "--images", options.images]]
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rows", type=int, default=400, help="images (default: %(default)s)")
+    add("--sequences", type=int, default=16, help="captions written at once (default: %(default)s)")
+    add("--model", type=Path, default=ROOT / "models/shapes-llava", help="base model (default: %(default)s)")
+    images = ROOT / "data/shapes/images/train"
+    add("--images", type=Path, default=images, help="folder of images (default: %(default)s)")
+    add("--repeats", type=int, default=2, help="times each way runs (default: %(default)s)")
+    add("--bare", choices=["ready", "alone"], help="only this way, in this process; prints its rate")
+    add("--out", type=Path, help="Markdown page to write into")
+    add("--part", default="caption-job", help="name of the page's part (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
