@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pipelines.paths import in_ray_job
+from pipelines.stopping import handlers_kept
 from skipvision.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,16 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    try:
+        with handlers_kept():
+            _connect()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect() -> None:
+    ray = _ray()
     if in_ray_job():
         # The job knows its Ray's address; its other processes must too, where several run.
         known = {name: os.environ[name] for name in ["RAY_ADDRESS"] if name in os.environ}
@@ -46,10 +57,6 @@ def ray_session() -> Iterator[None]:
     else:
         print("starting a Ray on this machine, for this run alone …", flush=True)
         _start_here()
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _start_here() -> None:

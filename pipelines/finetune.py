@@ -74,10 +74,11 @@ def _train(config: FinetuneConfig, folder: RunFolder, uri: str, *, resumed: bool
         try:
             stack.enter_context(ray_session())
             trained = _fit(absolute, folder, data, tracker)
-        except Exception:
+        except BaseException as error:  # also when told to stop: the run must not seem to go on
             with suppress(TrackingError):
+                # This first: whoever stops a job gives it little time.
+                tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
                 _record_rejects(tracker, folder, steps)
-                tracker.finish("FAILED")
             raise
     folder.remember(trained={**trained, "rejected_rows": sum(count_rejects(folder.rejects).values())})
 
@@ -197,6 +198,8 @@ def _fit(config: FinetuneConfig, folder: RunFolder, data: FinetuneData, tracker:
         if isinstance(error.controller_failure, SkipVisionError):
             raise error.controller_failure from error
         raise
+    except SystemExit:  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from None
     trained: dict[str, Any] = result.return_value
     return trained
 

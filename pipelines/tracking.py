@@ -140,7 +140,7 @@ class Tracker:
 
         return self._insist(f"registering {folder} as {name}", register)
 
-    def finish(self, status: Literal["FINISHED", "FAILED"]) -> None:
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the run."""
         self._insist("ending the run", lambda: self._client.set_terminated(self.run_id, status))
 

@@ -281,6 +281,31 @@ def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):
     assert_same_weights(straight["adapter"], result["adapter"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_job_that_is_told_to_stop_says_so(settings, tmp_path, number):
+    """In MLflow too, where it would seem to run for ever; without a stack of Ray's C++."""
+    config = changed(settings, name=f"stopped-{number}", training={"max_steps": 2000, "checkpoint_every": 2})
+    file = tmp_path / "settings.yaml"
+    file.write_text(config.model_dump_json())
+    job = subprocess.Popen(
+        [sys.executable, "jobs/finetune.py", "--config", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    kill_after_first_checkpoint(folder_of(config), lambda: job.send_signal(number)).join()
+    output, errors = job.communicate(timeout=120)
+    assert job.returncode == 128 + number, output + errors
+    assert "Traceback" not in errors
+    assert "    @ " not in errors + output
+    folder = folder_of(config)
+    state = json.loads((folder.path / "run.json").read_text())
+    client = mlflow_client({"mlflow_uri": config.tracking.absolute_uri(folder.storage)})
+    assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
+
+
 def test_two_workers_learn_what_one_does(straight, settings):
     """The same global batches, halved: the same adapter, up to the order of additions."""
     result = run_finetune(changed(settings, name="two-workers", scaling={"workers": 2}))
