@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.cluster import ROOT
+from pipelines.cpus import usable_cpus
 from skipvision.errors import ResourceError, SkipVisionError
 
 _START_SECONDS = 90
@@ -113,7 +114,7 @@ def local_ray() -> Iterator[LocalRay]:
         *(f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
         # The agents' default ports belong to whichever Ray came first.
         *(f"--{name}={free}" for name, free in zip(_AGENT_PORTS, agents, strict=True)),
-        *(f"--num-cpus={os.cpu_count() or 1}", f"--object-store-memory={400 * 2**20}", f"--temp-dir={files}"),
+        *(f"--num-cpus={usable_cpus()}", f"--object-store-memory={400 * 2**20}", f"--temp-dir={files}"),
     )
     log = files / "start.log"
     with ExitStack() as stack:
