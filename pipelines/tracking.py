@@ -115,6 +115,10 @@ class Tracker:
         """Store a text as an artifact."""
         self._insist(f"storing {file}", lambda: self._client.log_text(self.run_id, text, file))
 
+    def note(self, name: str, text: str) -> None:
+        """Tag the run."""
+        self._insist(f"noting {name}", lambda: self._client.set_tag(self.run_id, name, text))
+
     def store(self, path: Path) -> None:
         """Store a file or folder as an artifact under its own name."""
         self._insist(f"storing {path}", lambda: self._log(path))

@@ -207,6 +207,13 @@ def test_a_finished_run_says_so(straight, settings, capsys):
     started = time.monotonic()
     again = run_finetune(FinetuneConfig.model_validate(settings))
     assert again == {**straight, "already_finished": True}
+    said = changed(
+        settings,
+        data={"train": os.path.relpath(settings["data"]["train"])},
+        training={"log_every": 1, "keep_checkpoints": 1},
+        tracking={"alias": "other", "registered_model": None},
+    )
+    assert run_finetune(said) == again
     assert time.monotonic() - started < 2
     assert "'straight' is finished already" in capsys.readouterr().out
 
@@ -372,6 +379,21 @@ def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged
     run = mlflow_client({"mlflow_uri": uri}).get_run(state["mlflow_run_id"])
     assert run.info.status == "FAILED"
     assert run.data.metrics["rejected_rows"] == 1
+
+    # With what may differ, and with what may if it is said, the run goes on from its checkpoint to its end.
+    training = {**settings["training"], "max_steps": 6, "learning_rate": 0.001}
+    tolerant = changed(
+        settings, name="damaged-strict", data={**data, "on_bad_row": "skip"}, training=training
+    )
+    with pytest.raises(
+        ConfigError, match=r"learning_rate: was 0.01, now 0.001\nSet .*resume_with_changes true"
+    ):
+        run_finetune(tolerant)
+    result = run_finetune(tolerant.model_copy(update={"resume_with_changes": True}))
+    assert result["steps"] == 6
+    run = mlflow_client(result).get_run(state["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["resumed_with_changes"] == "training.learning_rate: was 0.01, now 0.001"
 
 
 @pytest.mark.slow
