@@ -503,7 +503,7 @@ def _decoded_mask(given: Any, embeds: torch.Tensor | None) -> torch.Tensor | Non
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _warn_of_plain_training() -> None:
     warnings.warn(
-        "answers are trained on skipped tokens, which will have left the KV cache when answers are generated: "
+        "answers are trained on skipped tokens, which will have left the KV cache when they are generated: "
         f"pass use_cache=False and {DECODED_KEYWORD}=(labels != -100).cumsum(dim=1) > 0, or attach with "
         "skip_kv=False",
         stacklevel=2,
