@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from httpx import TransportError
 from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
 from pipelines.cluster import node_resources, worker_resources
@@ -59,7 +58,7 @@ def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]
 def _check_known(path: str) -> None:
     """Ask the hub once for a model that is not here: transformers asks for each file, again and again."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     if Path(path).exists() or isinstance(try_to_load_from_cache(path, "config.json"), str):
         return
@@ -70,13 +69,13 @@ def _check_known(path: str) -> None:
             f"model.path = {path}: there is no such folder, and no such model on the hub, or it is private; "
             "see the spelling, or log in to the hub"
         ) from None
-    except (TransportError, OfflineModeIsEnabled) as error:
+    except HfHubHTTPError:  # a mirror that knows files only
+        return
+    except Exception as error:  # of whichever HTTP client the hub's library uses
         raise ConfigError(
             f"model.path = {path}: there is no such folder, no such model in the hub's cache, and the hub "
             f"does not answer ({error or type(error).__name__}); give the folder of a model"
         ) from None
-    except HfHubHTTPError:  # a mirror that knows files only
-        return
 
 
 def check_workers(scaling: ScalingSection) -> dict[str, float]:
