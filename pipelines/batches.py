@@ -6,6 +6,7 @@ on any number of workers with the batches it would have had.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ R = TypeVar("R")
 
 _WINDOW = 64
 """Batches within whose rows lengths are sorted: enough to cut padding, and every epoch still shuffles."""
+
+_PROGRESS_SECONDS = 5.0
 
 
 class LengthGroupedBatches:
@@ -74,13 +77,18 @@ class LengthGroupedBatches:
 def row_lengths(processor: ProcessorMixin, rows: Sequence[TrainingRow]) -> list[int]:
     """Tokens of each row, visual ones included, without decoding an image.
 
-    Image files are opened for their size only where the processor's token count depends on it.
+    Image files are opened for their size only where the processor's token count depends on it. Where it
+    takes long, it says how far it is.
     """
+    shown = time.monotonic()
     chat = ChatFormat(processor)
     count_visual = _visual_token_counter(processor)
     lengths: list[int] = []
     for start in range(0, len(rows), 1024):
         some = rows[start : start + 1024]
+        if time.monotonic() - shown > _PROGRESS_SECONDS:
+            shown = time.monotonic()
+            print(f"{start} of {len(rows)} rows measured", flush=True)
         texts = [chat.render(row.messages).text for row in some]
         if count_visual is None:
             lengths += [_encoded_length(processor, text, row) for text, row in zip(texts, some, strict=True)]

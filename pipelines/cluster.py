@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from pipelines.cpus import usable_cpus
 from pipelines.paths import in_ray_job
+from pipelines.stopping import handlers_kept
 from skipvision.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,16 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    try:
+        with handlers_kept():
+            _connect()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect() -> None:
+    ray = _ray()
     if in_ray_job():
         # The job knows its Ray's address; its other processes must too, where several run.
         known = {name: os.environ[name] for name in ["RAY_ADDRESS"] if name in os.environ}
@@ -46,10 +58,6 @@ def ray_session() -> Iterator[None]:
     else:
         print("starting a Ray on this machine, for this run alone …", flush=True)
         _start_here()
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _start_here() -> None:
@@ -64,7 +72,12 @@ def _start_here() -> None:
         "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}",
     }
     try:
-        ray.init(address="local", logging_level="WARNING", runtime_env={"env_vars": environment})
+        ray.init(
+            address="local",
+            num_cpus=usable_cpus(),
+            logging_level="WARNING",
+            runtime_env={"env_vars": environment},
+        )
     finally:
         del os.environ["RAY_GCS_SERVER_PORT"]
 
@@ -97,7 +110,7 @@ def node_resources() -> list[dict[str, float]]:
     if not ray.is_initialized():
         import torch
 
-        return [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
+        return [{"CPU": float(usable_cpus()), "GPU": float(torch.cuda.device_count())}]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +23,14 @@ from torch import nn
 import skipvision as sv
 from pipelines.collate import IGNORED, Batch, Collator
 from pipelines.comparison_report import check_marked, markdown, picture, renew_marked
+from pipelines.cpus import usable_cpus
 from pipelines.datasets import read_training_rows
 from pipelines.evaluate import OVERALL, Answer, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig, ModelSection
 from pipelines.learner import arithmetic, load_base, load_processor, summed_loss
 from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
+from pipelines.run_folder import comparable
 from pipelines.tracking import Tracker
 from skipvision.errors import ConfigError, DataError
 from skipvision.kv_cache import cache_bytes
@@ -93,7 +94,7 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a run is not there or not finished, or the two cannot be compared.
     """
-    torch.set_num_threads(config.threads or len(_cpus()))
+    torch.set_num_threads(config.threads or usable_cpus())
     storage = output_path(config.storage, "storage")
     readme = None if config.readme is None else output_path(config.readme, "readme")
     if readme is not None:
@@ -275,8 +276,10 @@ def _check_comparable(full: dict[str, Any], skip: dict[str, Any]) -> None:
     """The runs may differ in name, in whether they skip, and in where they ran; in nothing else."""
     if full["config"]["skip"] is not None or skip["config"]["skip"] is None:
         raise ConfigError("full must name a run with skip: null, and skip one with Skip-Vision")
-    free = {"name", "skip", "scaling", "tracking", "evaluation"}
-    other = [key for key in full["config"] if key not in free and full["config"][key] != skip["config"][key]]
+    one, two = comparable(full["config"]), comparable(skip["config"])
+    free = {"name", "skip", "evaluation"}
+    names = [name for name in sorted({*one, *two}) if name.partition(".")[0] not in free]
+    other = [name for name in names if one.get(name) != two.get(name)]
     if other:
         raise ConfigError(f"the runs cannot be compared: they differ in {', '.join(other)}")
 
@@ -305,7 +308,3 @@ def _track(result: dict[str, Any], full: dict[str, Any], skip: dict[str, Any]) -
         if name == "skip":
             for path in (result["table"], result["picture"]):
                 tracker.store(Path(path))
-
-
-def _cpus() -> set[int]:
-    return os.sched_getaffinity(0)

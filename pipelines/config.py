@@ -37,6 +37,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined, to_json
 
+from pipelines.stopping import stoppable
 from skipvision.errors import ConfigError, SkipVisionError
 
 M = TypeVar("M", bound=BaseModel)
@@ -80,12 +81,16 @@ def run_job(main: Callable[[list[str]], Mapping[str, object]], argv: Sequence[st
 
     An error of our own is a message on standard error without a traceback, and exit status 2 if the
     settings are to blame, 1 if not. Any other exception is a bug and keeps its traceback (status 1).
+    SIGTERM, SIGHUP and Ctrl-C let the job clean up as after an error; the status is 128 + the signal.
     """
-    try:
-        results = main(list(argv))
-    except SkipVisionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    with stoppable() as stop:
+        try:
+            results = main(list(argv))
+        except KeyboardInterrupt:
+            raise SystemExit(stop.exit_status) from None
+        except SkipVisionError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     print(to_json(dict(results), inf_nan_mode="null", ensure_ascii=True, fallback=str).decode(), flush=True)
 
 

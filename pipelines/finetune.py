@@ -21,7 +21,7 @@ from pipelines.finetune_config import FinetuneConfig
 from pipelines.finetune_data import FinetuneData, keep_choice, read_data
 from pipelines.paths import output_path
 from pipelines.rejects import count_rejects
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, real_paths
 from pipelines.tracking import Tracker, TrackingError, rejected_rows
 from skipvision.errors import DataError, SkipVisionError
 
@@ -43,7 +43,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     folder = RunFolder(output_path(config.storage, "storage"), config.name)
     with folder.claimed():
-        resumed = folder.resumes(config.model_dump(mode="json"))
+        resumed = folder.resumes(config.model_dump(mode="json"), with_changes=config.resume_with_changes)
         if result := folder.state.get("result"):
             print(f"run {config.name!r} is finished already: {folder.adapter}", flush=True)
             return {**result, "already_finished": True}
@@ -64,20 +64,19 @@ def _train(config: FinetuneConfig, folder: RunFolder, uri: str, *, resumed: bool
         data = read_data(absolute, folder, processor)
         resumed = resumed and _is_same_data(config, folder, data)
         tracker = _begin(config, folder, uri, data)
-        if not resumed:
+        if not resumed or tracker.run_id != folder.state.get("mlflow_run_id"):
             _describe(tracker, absolute, data, parameters, folder)
-            folder.remember(
-                config=config.model_dump(mode="json"), data=data.fingerprint, mlflow_run_id=tracker.run_id
-            )
+        _remember(config, folder, data, tracker)
         steps = data.steps(absolute)
         print(f"run {config.name!r}: {len(data.rows)} rows, {steps} steps, MLflow at {uri}", flush=True)
         try:
             stack.enter_context(ray_session())
             trained = _fit(absolute, folder, data, tracker)
-        except Exception:
+        except BaseException as error:  # also when told to stop: the run must not seem to go on
             with suppress(TrackingError):
+                # This first: whoever stops a job gives it little time.
+                tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
                 _record_rejects(tracker, folder, steps)
-                tracker.finish("FAILED")
             raise
     folder.remember(trained={**trained, "rejected_rows": sum(count_rejects(folder.rejects).values())})
 
@@ -97,16 +96,42 @@ def _is_same_data(config: FinetuneConfig, folder: RunFolder, data: FinetuneData)
 
 def _begin(config: FinetuneConfig, folder: RunFolder, uri: str, data: FinetuneData) -> Tracker:
     """The run in MLflow, new or again; from here on the run has a folder."""
-    tracker = Tracker.start(
+    tracker = _start(config, folder, uri)
+    if not folder.begun:
+        keep_choice(data, folder)
+    return tracker
+
+
+def _start(config: FinetuneConfig, folder: RunFolder, uri: str) -> Tracker:
+    return Tracker.start(
         uri,
         experiment=config.tracking.experiment,
         run_name=config.name,
         artifacts=folder.storage / "mlflow-artifacts",
-        run_id=folder.state.get("mlflow_run_id"),
+        run_id=_known_run(config, folder),
     )
-    if not folder.begun:
-        keep_choice(data, folder)
-    return tracker
+
+
+def _known_run(config: FinetuneConfig, folder: RunFolder) -> str | None:
+    """The run in MLflow to go on with; another MLflow than before does not know it."""
+    before = folder.state.get("config", {}).get("tracking", {}).get("uri")
+    return folder.state.get("mlflow_run_id") if before == config.tracking.uri else None
+
+
+def _remember(config: FinetuneConfig, folder: RunFolder, data: FinetuneData, tracker: Tracker) -> None:
+    """What the run goes on with from here, changes that were asked for included."""
+    settings = config.model_dump(mode="json")
+    changes = [*folder.state.get("changes", []), *folder.changes]
+    if folder.changes:
+        print("going on with other settings:\n  " + "\n  ".join(folder.changes), flush=True)
+        tracker.note("resumed_with_changes", "; ".join(changes))
+    folder.remember(
+        config=settings,
+        paths={**real_paths(settings), **folder.state.get("paths", {})},
+        data=data.fingerprint,
+        mlflow_run_id=tracker.run_id,
+        changes=changes,
+    )
 
 
 def _record_rejects(tracker: Tracker, folder: RunFolder, step: int) -> None:
@@ -119,10 +144,15 @@ def _record_rejects(tracker: Tracker, folder: RunFolder, step: int) -> None:
 
 def _hand_in(config: FinetuneConfig, folder: RunFolder, uri: str) -> dict[str, Any]:
     """The adapter goes to MLflow; only then the run counts as finished."""
-    tracker = Tracker(uri, folder.state["mlflow_run_id"])
     tracking, version = config.tracking, None
     print(f"handing in the adapter {folder.adapter} to MLflow …", flush=True)
     try:
+        known = _known_run(config, folder)
+        tracker = Tracker(uri, known) if known else _start(config, folder, uri)
+        if not known:  # another MLflow than the training was recorded in
+            settings = config.model_dump(mode="json")
+            tracker.parameters(settings)
+            folder.remember(config=settings, mlflow_run_id=tracker.run_id)
         _record_rejects(tracker, folder, folder.state["trained"]["steps"])
         if tracking.registered_model is None:
             tracker.store(folder.adapter)
@@ -197,6 +227,8 @@ def _fit(config: FinetuneConfig, folder: RunFolder, data: FinetuneData, tracker:
         if isinstance(error.controller_failure, SkipVisionError):
             raise error.controller_failure from error
         raise
+    except SystemExit:  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from None
     trained: dict[str, Any] = result.return_value
     return trained
 

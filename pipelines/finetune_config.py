@@ -110,7 +110,7 @@ class EvaluationSection(_Section):
 
 
 class ScalingSection(_Section):
-    """Workers. These settings may differ when a run is resumed: they do not change what is computed."""
+    """Workers. These settings may differ when a run is resumed: they change only rounding and speed."""
 
     workers: int = Field(1, ge=1, description="processes that share every batch")
     cpus_per_worker: int | None = Field(
@@ -140,6 +140,11 @@ class FinetuneConfig(_Section):
         "runs",
         description="folder for all runs, seen by every node; a relative path starts at $SKIPVISION_HOME or, "
         "outside of Ray jobs, in the working directory",
+    )
+    resume_with_changes: bool = Field(
+        False,
+        description="go on with an unfinished run although learning_rate, warmup, final_learning_rate, "
+        "weight_decay, max_grad_norm or precision of training are others now; MLflow is told",
     )
     seed: int = Field(
         0, ge=0, description="seed of the adapter's initial weights, of dropout and of the order"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from torch import distributed
 import skipvision as sv
 from pipelines.batches import LengthGroupedBatches, prefetched
 from pipelines.collate import Batch, Collator
+from pipelines.cpus import usable_cpus
 from pipelines.evaluate import OVERALL, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig
 from pipelines.learner import Learner, StepStats, arithmetic, load_base, load_processor, prepare
@@ -280,7 +280,7 @@ def _quieten() -> None:
 def _threads() -> int:
     """As many torch threads as the worker was given CPUs, which may be more than there are."""
     given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    return max(1, min(int(given), os.cpu_count() or 1))
+    return max(1, min(int(given), usable_cpus()))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -160,7 +160,9 @@ class Learner:
         if not math.isfinite(norm):
             raise sv.SkipVisionError(
                 f"the gradient at step {step + 1} is {norm}: lower training.learning_rate, or set "
-                "training.precision to float32"
+                "training.precision to float32, and run the job again with --resume_with_changes true: it "
+                "goes on from the last checkpoint. If that only comes here again, begin anew under another "
+                "name"
             )
         rate = learning_rate(training, step, steps)
         for group in self.optimizer.param_groups:

@@ -15,16 +15,20 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.cluster import ROOT
+from pipelines.cpus import usable_cpus
 from skipvision.errors import ResourceError, SkipVisionError
 
 _START_SECONDS = 90
 _STOP_SECONDS = 30
+_JOB_STOP_SECONDS = 20
+_POLL_SECONDS = 0.5
 _AGENT_PORTS = (
     "dashboard-agent-listen-port",
     "dashboard-agent-grpc-port",
@@ -54,18 +58,41 @@ class LocalRay:
         Raises:
             JobFailedError: the job did not succeed.
         """
-        options = ["--address", self.dashboard, "--working-dir", str(ROOT)]
+        name = f"job-{uuid.uuid4().hex[:12]}"
+        options = ["--address", self.dashboard, "--submission-id", name, "--working-dir", str(ROOT)]
         options += ["--runtime-env-json", json.dumps({"env_vars": dict(environment)}), "--", *entrypoint]
         print(f"$ {shlex.join(['ray', 'job', 'submit', *options])}", flush=True)
         command = _ray("job", "submit", *options)
         with subprocess.Popen(
-            command, env=dict(self.environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=dict(self.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for us, who stop the job
         ) as job:
-            for line in job.stdout or ():
-                if line.strip() and not _CHATTER.search(line):
-                    print(line, end="", flush=True)
+            try:
+                for line in job.stdout or ():
+                    if line.strip() and not _CHATTER.search(line):
+                        print(line, end="", flush=True)
+            except BaseException:
+                self._stop(name)
+                job.terminate()
+                raise
         if job.returncode:
             raise JobFailedError(f"the job `{shlex.join(entrypoint)}` failed; its output is above")
+
+    def _stop(self, name: str) -> None:
+        """Tell a job to stop, and give it the time to say so in MLflow, before its Ray goes."""
+        job = f"{self.dashboard}/api/jobs/{name}"
+        end = time.monotonic() + _JOB_STOP_SECONDS + _POLL_SECONDS
+        with suppress(urllib.error.URLError, TimeoutError, ConnectionError):  # not submitted yet, or no Ray
+            urllib.request.urlopen(urllib.request.Request(f"{job}/stop", b""), timeout=10).close()  # noqa: S310
+            while time.monotonic() < end:
+                with urllib.request.urlopen(job, timeout=10) as answer:  # noqa: S310
+                    if json.load(answer)["status"] not in ("PENDING", "RUNNING"):
+                        return
+                time.sleep(_POLL_SECONDS)
 
 
 @contextmanager
@@ -81,6 +108,7 @@ def local_ray() -> Iterator[LocalRay]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Only the loopback interface is bound; without a mode Ray may write a token for all clusters.
         "RAY_AUTH_MODE": "disabled",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(_JOB_STOP_SECONDS),
     }
     command = _ray(
         *("start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"),
@@ -88,7 +116,7 @@ def local_ray() -> Iterator[LocalRay]:
         *(f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
         # The agents' default ports belong to whichever Ray came first.
         *(f"--{name}={free}" for name, free in zip(_AGENT_PORTS, agents, strict=True)),
-        *(f"--num-cpus={os.cpu_count() or 1}", f"--object-store-memory={400 * 2**20}", f"--temp-dir={files}"),
+        *(f"--num-cpus={usable_cpus()}", f"--object-store-memory={400 * 2**20}", f"--temp-dir={files}"),
     )
     log = files / "start.log"
     with ExitStack() as stack:
@@ -128,7 +156,7 @@ def _wait_for(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> None:
             with urllib.request.urlopen(nothing, timeout=10):  # noqa: S310
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.5)
+            time.sleep(_POLL_SECONDS)
     raise ResourceError(
         f"a local Ray could not be started within {_START_SECONDS} s:\n{log.read_text()[-2000:]}"
     )

@@ -15,13 +15,37 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pipelines.paths import input_path
 from pipelines.tracking import flatten
 from skipvision.errors import ConfigError
+
+MAY_DIFFER = frozenset(
+    {
+        *("scaling", "storage", "tracking", "resume_with_changes"),
+        *("data.check_images", "data.on_bad_row"),  # the rows are chosen when the run begins
+        *("training.micro_batch_size", "training.gradient_checkpointing", "training.prefetch"),
+        *("training.log_every", "training.checkpoint_every", "training.keep_checkpoints"),
+        *("evaluation.every", "evaluation.batch_size"),
+    }
+)
+"""Settings that do not change what a training computes."""
+
+MAY_CHANGE = tuple(
+    f"training.{name}"
+    for name in (
+        *("learning_rate", "warmup", "final_learning_rate", "weight_decay", "max_grad_norm", "precision"),
+    )
+)
+"""Settings of the optimiser, with which an unfinished run may go on if that is asked for."""
+
+PATHS = ("data.train", "data.validation", "data.image_root", "model.path")
+"""Settings that are the same if they lead to the same file."""
+
 
 _ABSENT = object()
 
@@ -29,8 +53,8 @@ _ABSENT = object()
 class RunFolder:
     """Run ``name`` under ``storage``, new or resumed."""
 
-    may_differ: ClassVar[frozenset[str]] = frozenset({"scaling", "storage"})
-    """Settings that do not change what a run computes."""
+    may_differ: ClassVar[frozenset[str]] = MAY_DIFFER
+    """Settings that do not change what a run computes, by dotted names; a section's name stands for all of it."""
 
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
@@ -40,6 +64,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.state: dict[str, Any] = {}
+        self.changes: list[str] = []
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -80,25 +105,36 @@ class RunFolder:
                     yield file
                     return
 
-    def resumes(self, config: Mapping[str, Any]) -> bool:
-        """Whether something was done already; a run with other settings is refused, unless nothing was."""
+    def resumes(self, config: Mapping[str, Any], *, with_changes: bool = False) -> bool:
+        """Whether something was done already; a run with other settings is refused, unless nothing was.
+
+        Args:
+            config: the settings, paths as they were given.
+            with_changes: those of ``MAY_CHANGE`` may differ in an unfinished run; ``changes`` lists them.
+        """
         if not self.state:
             return False
-        old, new = flatten(self._comparable(self.state["config"])), flatten(self._comparable(config))
-        differing = [
-            f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
+        old, new = (comparable(settings, self.may_differ) for settings in (self.state["config"], config))
+        known = self.state.get("paths", {})
+        differing = {
+            name: f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
             for name in sorted({*old, *new})
             if old.get(name, _ABSENT) != new.get(name, _ABSENT)
-        ]
-        if differing and self.begun:
+            and not (name in PATHS and known.get(name, _ABSENT) == meant(new.get(name)))
+        }
+        self.changes = [line.strip() for line in differing.values()]
+        changeable = "trained" not in self.state and set(differing) <= set(MAY_CHANGE)
+        if not differing or (self.begun and with_changes and changeable):
+            return True
+        if self.begun:
+            also = ", resume it with these by --resume_with_changes true" if changeable else ""
             raise ConfigError(
                 f"run {self.name!r} exists in {self.storage} with other settings:\n"
-                + "\n".join(differing)
-                + "\nSet them back to resume it, choose another name, or delete its folder"
+                + "\n".join(differing.values())
+                + f"\nSet them back to resume it{also}, choose another name, or delete its folder"
             )
-        if differing:
-            self.state = {}
-        return not differing
+        self.state, self.changes = {}, []
+        return False
 
     @property
     def begun(self) -> bool:
@@ -118,8 +154,30 @@ class RunFolder:
         state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return state
 
-    def _comparable(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in config.items() if name not in self.may_differ}
+
+def real_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the settings that are paths lead now."""
+    settings = flatten(config)
+    return {name: meant(settings.get(name)) for name in PATHS}
+
+
+def meant(path: Any) -> Any:
+    """The real path of an input; what leads nowhere here, or to a URL, stays as it is."""
+    if path is None or "://" in path:
+        return path
+    try:
+        return os.path.realpath(input_path(path, ""))
+    except ConfigError:
+        return path
+
+
+def comparable(config: Mapping[str, Any], may_differ: Collection[str] = MAY_DIFFER) -> dict[str, object]:
+    """The settings that change what a run computes, by dotted names."""
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+    }
 
 
 def _shown(values: Mapping[str, object], name: str) -> str:

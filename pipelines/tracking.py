@@ -123,6 +123,10 @@ class Tracker:
         """Store a text as an artifact."""
         self._insist(f"storing {file}", lambda: self._client.log_text(self.run_id, text, file))
 
+    def note(self, name: str, text: str) -> None:
+        """Tag the run."""
+        self._insist(f"noting {name}", lambda: self._client.set_tag(self.run_id, name, text))
+
     def store(self, path: Path) -> None:
         """Store a file or folder as an artifact under its own name."""
         self._insist(f"storing {path}", lambda: self._log(path))
@@ -148,7 +152,7 @@ class Tracker:
 
         return self._insist(f"registering {folder} as {name}", register)
 
-    def finish(self, status: Literal["FINISHED", "FAILED"]) -> None:
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the run."""
         self._insist("ending the run", lambda: self._client.set_terminated(self.run_id, status))
 

@@ -68,12 +68,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
             _save_lora(model, str(name), partial)
         summary = _summary(model, str(name))
         if summary is not None:
+            _warn_if_frozen(model, summary)
             weights = {
                 name: value.detach().cpu().contiguous() for name, value in summary.state_dict().items()
             }
             save_file(weights, partial / SUMMARY_WEIGHTS)
         (partial / SKIP_CONFIG).write_text(json.dumps(_describe(model, attachment), indent=2) + "\n")
-        partial.chmod(0o755)
+        _share(partial)
         replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -105,9 +106,13 @@ def load_adapter(
         attachment. An adapter of a full-token fine-tune attaches nothing.
 
     Raises:
-        AdapterError: the folder is missing, damaged, made for another base model, or trained with
-            another SkipConfig than ``config`` or than the PEFT model has attached; or the name is taken.
+        AdapterError: the folder is missing, damaged, made for a decoder of another width or number of
+            layers or with modules of other shapes, or trained with another SkipConfig than ``config`` or
+            than the PEFT model has attached; or the name is taken.
         ConfigError: Skip-Vision is attached to the base model already.
+
+    Warns:
+        UserWarning: the adapter fits, but the base model that it was trained on had another name.
     """
     folder = Path(folder)
     saved = read_adapter(folder)
@@ -139,7 +144,7 @@ def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]
     return {
         "format": FORMAT,
         "skip": attachment.config.model_dump() if attachment is not None else None,
-        "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        "base_model": _base_name(model),
         "lora": isinstance(model, PeftModel),
         "hidden_size": dissect(model).hidden_size,
         "layers": len(dissect(model).layers),
@@ -179,6 +184,25 @@ def _save_lora(model: PeftModel, name: str, folder: Path) -> None:
         own.rmdir()
 
 
+def _share(folder: Path) -> None:
+    """What the umask allows for any file, for the weights too: safetensors and mkdtemp keep others out."""
+    mode = (folder / SKIP_CONFIG).stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)
+    folder.chmod(mode | (mode & 0o444) >> 2)
+
+
+def _warn_if_frozen(model: nn.Module, summary: SummaryLayer) -> None:
+    inside = getattr(dissect(model).decoder, SUMMARY)
+    frozen = not any(parameter.requires_grad for parameter in summary.parameters())
+    if isinstance(model, PeftModel) and frozen and not isinstance(inside, AdapterSummaries):
+        warnings.warn(
+            "the summary layer was attached before get_peft_model, which froze it: what is saved was not "
+            "trained. Attach after get_peft_model",
+            stacklevel=3,
+        )
+
+
 def _check_config(folder: Path, saved: SkipConfig | None, believed: SkipConfig | None) -> None:
     if believed is not None and saved != believed:
         raise AdapterError(
@@ -188,7 +212,7 @@ def _check_config(folder: Path, saved: SkipConfig | None, believed: SkipConfig |
 
 
 def _check_shape(model: nn.Module, folder: Path, saved: dict[str, Any]) -> None:
-    anatomy = dissect(model)
+    anatomy, name = dissect(model), _base_name(model)
     if anatomy.hidden_size != saved["hidden_size"]:
         raise AdapterError(
             f"{folder} was made for a decoder of hidden size {saved['hidden_size']} "
@@ -199,6 +223,17 @@ def _check_shape(model: nn.Module, folder: Path, saved: dict[str, Any]) -> None:
             f"{folder} was made for a decoder of {saved['layers']} layers (base model "
             f"{saved['base_model']!r}), but this model's has {len(anatomy.layers)}"
         )
+    # The last part alone: a folder may have moved.
+    if name and saved["base_model"] and Path(name).name != Path(saved["base_model"]).name:
+        warnings.warn(
+            f"{folder} was trained on the base model {saved['base_model']!r}, but this one is {name!r}: it "
+            "fits, but it does what it was trained for on its own base model only",
+            stacklevel=3,
+        )
+
+
+def _base_name(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
 
 
 def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: str) -> None:

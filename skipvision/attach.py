@@ -11,6 +11,7 @@ Hooks, and nothing else: no module is replaced, no class patched. One call passe
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from skipvision import masks, positions
 from skipvision.config import SkipConfig
@@ -189,6 +190,9 @@ class Attachment:
 
     def _hook(self) -> None:
         anatomy, keep = self._anatomy, self._handles.append
+        base = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        self._advised = False
+        keep(base.register_forward_pre_hook(self._advise, with_kwargs=True))
         keep(anatomy.outer.register_forward_pre_hook(self._arrive, with_kwargs=True))
         keep(anatomy.decoder.register_forward_pre_hook(self._reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(self._restore, with_kwargs=True))
@@ -196,6 +200,14 @@ class Attachment:
             self._handles += hook_layer(*layer)
 
     # ------------------------------------------------------------------------------------- hooks
+
+    def _advise(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the model that knows labels: say once what training without the mask comes to."""
+        plain = kwargs.get("labels") is not None and kwargs.get(DECODED_KEYWORD) is None
+        forgets = self.config.skip_kv and self.config.skipped
+        if plain and forgets and not self._advised and torch.is_grad_enabled():
+            self._advised = True
+            _warn_of_plain_training()
 
     # Not what it calls: where the model is compiled, its image encoders are.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
@@ -246,7 +258,7 @@ class Attachment:
     def _reduce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decoder pre-hook: the caller's sequence becomes the reduced one."""
         arrival: _Arrival | None = kwargs.pop(_ARRIVAL, None)
-        decoded: torch.Tensor | None = kwargs.pop(DECODED_KEYWORD, None)
+        decoded = _decoded_mask(kwargs.pop(DECODED_KEYWORD, None), kwargs.get("inputs_embeds"))
         if arrival is None:
             return args, self._without_images(decoder, kwargs)
         if "inputs_embeds" not in kwargs:
@@ -407,7 +419,9 @@ def attach(model: nn.Module, config: SkipConfig) -> Attachment:
 
     With ``skip_kv`` an answer is generated from a cache that holds no skipped tokens, but a plain
     training call lets it see them. A training call ``model(…, skip_vision_decoded=mask)`` with a
-    (B, T) mask, True from each row's first generated token on, hides them as decoding will.
+    (B, T) mask, bool or 0 and 1, True from each row's first generated token on, hides them as decoding
+    will: with labels of the answers alone, ``(labels != -100).cumsum(dim=1) > 0``. Training with
+    ``labels`` and without the mask warns once.
 
     Args:
         model: a supported Hugging Face vision-language model, bare or wrapped.
@@ -467,6 +481,33 @@ def _check_probing(layers: list[nn.Module]) -> None:
             "select='ffn_ratio' runs the first layers once more where there are images, but layers sharded "
             "by FSDP must run in every process alike: use another select, or shard the model as a whole"
         )
+
+
+def _decoded_mask(given: Any, embeds: torch.Tensor | None) -> torch.Tensor | None:
+    """The caller's (B, T) mask of generated tokens, as bool; `InputError` if it cannot be one."""
+    if given is None or embeds is None:
+        return None
+    needed = tuple(embeds.shape[:2])
+    if not isinstance(given, torch.Tensor) or given.shape != needed:
+        has = f"of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)[:80]
+    elif given.is_floating_point() or given.is_complex() or bool(((given != 0) & (given != 1)).any()):
+        has = f"of {given.dtype}" + ("" if given.is_floating_point() else " with values other than 0 and 1")
+    else:
+        return given.to(embeds.device, torch.bool)
+    raise InputError(
+        f"{DECODED_KEYWORD} is {has}: pass a bool tensor of shape {needed}, True from each row's first "
+        "generated token on, such as (labels != -100).cumsum(dim=1) > 0"
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _warn_of_plain_training() -> None:
+    warnings.warn(
+        "answers are trained on skipped tokens, which will have left the KV cache when they are generated: "
+        f"pass use_cache=False and {DECODED_KEYWORD}=(labels != -100).cumsum(dim=1) > 0, or attach with "
+        "skip_kv=False",
+        stacklevel=2,
+    )
 
 
 def _own_mask(

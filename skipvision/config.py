@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +16,7 @@ Select = Literal["similarity", "ffn_ratio", "diversity", "norm", "views", "unifo
 Merge = Literal["similarity", "pool", "drop"]
 
 Count = Annotated[int, Strict(), Field(ge=0)]
+Switch = Annotated[bool, Strict()]
 Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 
 
@@ -35,11 +38,11 @@ class SkipConfig(BaseModel):
     )
     select: Select = Field("similarity", description="criterion by which the retained tokens are chosen")
     merge: Merge = Field("similarity", description="how the rest becomes the skipped tokens")
-    summary_tokens: int = Field(
-        1, ge=0, description="summary tokens K per group (retained, skipped); 0 = none"
+    summary_tokens: Count = Field(
+        1, le=1024, description="summary tokens K per group (retained, skipped); 0 = none"
     )
-    skip_ffn: bool = Field(True, description="skipped tokens bypass the feed-forward networks")
-    skip_kv: bool = Field(True, description="skipped tokens leave the KV cache after prefill")
+    skip_ffn: Switch = Field(True, description="skipped tokens bypass the feed-forward networks")
+    skip_kv: Switch = Field(True, description="skipped tokens leave the KV cache after prefill")
     positions: Literal["original", "contiguous"] = Field(
         "original", description="survivors keep their position ids, or are numbered without gaps"
     )
@@ -48,16 +51,30 @@ class SkipConfig(BaseModel):
         description="survivors in image order with the summaries behind them, or "
         "[retained][its summary][skipped][its summary]",
     )
-    probe_layer: int = Field(
-        0, ge=0, description="decoder layer (from 0) at whose FFN select='ffn_ratio' reads the ratio"
+    probe_layer: Count = Field(
+        0, description="decoder layer (from 0) at whose FFN select='ffn_ratio' reads the ratio"
     )
-    seed: int = Field(0, ge=0, description="seed of select='random'")
+    seed: Count = Field(
+        0, lt=2**63, description="seed of select='random', whose one pattern of places serves all images"
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from error
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's; wrong values raise `ConfigError`."""
+        with _as_config_error(cls):
+            return super().model_validate(obj, **options)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """As pydantic's; wrong values, and what is not JSON, raise `ConfigError`."""
+        with _as_config_error(cls):
+            return super().model_validate_json(json_data, **options)
 
     @model_validator(mode="after")
     def _something_to_merge_into(self) -> Self:
@@ -93,16 +110,48 @@ class SkipConfig(BaseModel):
         """Inverse of `to_yaml`; missing fields take their defaults."""
         import yaml
 
-        values = yaml.safe_load(text)
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"a SkipConfig in YAML is a mapping of fields, not {type(values).__name__}: {text!r}"
-            )
-        return cls(**values)
+        try:
+            node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"a SkipConfig in YAML cannot be read: {error}") from error
+        keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        return cls._from_fields(values, keys, f"YAML {text[:200]!r}")
 
-    def to_json(self, path: Path) -> None:
-        """Write the configuration to a JSON file."""
-        path.write_text(json.dumps(self.model_dump(), indent=2) + "\n")
+    def to_json(self, path: str | Path) -> None:
+        """Write the configuration to a JSON file, every field written out."""
+        Path(path).write_text(json.dumps(self.model_dump(), indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Inverse of `to_json`; missing fields take their defaults."""
+        keys: list[str] = []
+
+        def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            keys.extend(key for key, _ in pairs)
+            return dict(pairs)
+
+        try:
+            values = json.loads(Path(path).read_text(), object_pairs_hook=note)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: a SkipConfig cannot be read from it: {error}") from error
+        return cls._from_fields(values, keys, str(path))
+
+    @classmethod
+    def _from_fields(cls, values: Any, keys: list[str], source: str) -> Self:
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: a SkipConfig is a mapping of fields, not {type(values).__name__}")
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ConfigError(f"{source}: {', '.join(twice)} given more than once")
+        return cls(**{str(name): value for name, value in values.items()})
+
+
+@contextmanager
+def _as_config_error(model: type[BaseModel]) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        own = error.errors()[0].get("ctx", {}).get("error")
+        raise (own if isinstance(own, ConfigError) else ConfigError(explain(error, model))) from error
 
 
 def _resolve(amount: int | float, tokens: int) -> int:

@@ -157,8 +157,9 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     for number, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:
             raise UnsupportedModelError(
-                f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned: use a "
-                "DynamicCache, generate's default"
+                f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned (a "
+                "static cache keeps its size): leave cache_implementation out of generate, which then makes "
+                "a DynamicCache, or pass past_key_values=DynamicCache(config=...)"
             )
         layers.append(layer)
     return layers

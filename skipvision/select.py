@@ -98,7 +98,10 @@ def by_position(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.
 
 
 def by_chance(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
-    """A fixed random order of positions, the same for every image and every batch."""
+    """A random order of places that the seed alone decides: one pattern serves all images.
+
+    So a row has the same plan alone and in any batch; another draw is another seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(tokens.valid.shape[1], generator=generator, dtype=torch.float64)
     return order.to(tokens.valid.device).expand(tokens.valid.shape)

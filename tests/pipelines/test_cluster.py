@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.cluster import fitting_workers, worker_resources
 from pipelines.paths import input_path, model_path, output_path
-from pipelines.run_folder import RunFolder
+from pipelines.run_folder import RunFolder, real_paths
 from skipvision.errors import ConfigError, ResourceError
 
 LAPTOP = [{"CPU": 2.0}]
@@ -128,6 +128,68 @@ def test_a_run_is_resumed_with_its_own_settings_only(tmp_path):
             ConfigError, match=r"other settings:\n  training.rate: was 1.0, now 2.0\n  training.s"
         ):
             run.resumes({**config, "training": {"steps": 6, "rate": 2.0}})
+
+
+def test_what_changes_no_result_may_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").touch()
+    (tmp_path / "link.json").symlink_to("rows.json")
+    config = {
+        "data": {"train": "rows.json", "check_images": "decode"},
+        "model": {"path": "owner/model"},
+        "training": {
+            "log_every": 1,
+            "prefetch": 2,
+            "checkpoint_every": 5,
+            "keep_checkpoints": 2,
+            "rate": 1.0,
+        },
+        "evaluation": {"every": 0, "batch_size": 2, "answer_rows": 5},
+        "tracking": {"uri": None, "alias": "candidate", "registered_model": "a"},
+    }
+    run = begun_run(tmp_path, config)
+    with run.claimed():
+        run.remember(paths=real_paths(config))
+        other = {
+            "data": {"train": str(tmp_path / "link.json"), "check_images": "none"},
+            "model": {"path": "owner/model"},
+            "training": {
+                "log_every": 9,
+                "prefetch": 0,
+                "checkpoint_every": 9,
+                "keep_checkpoints": 1,
+                "rate": 1.0,
+            },
+            "evaluation": {"every": 3, "batch_size": 1, "answer_rows": 5},
+            "tracking": {"uri": "http://server", "alias": "champion", "registered_model": None},
+        }
+        assert run.resumes(other)
+        assert run.changes == []
+        with pytest.raises(ConfigError, match=r"evaluation.answer_rows: was 5, now 6\nSet"):
+            run.resumes({**config, "evaluation": {**config["evaluation"], "answer_rows": 6}})
+        (tmp_path / "others.json").touch()
+        with pytest.raises(ConfigError, match=r"data\.train: was"):
+            run.resumes({**config, "data": {**config["data"], "train": "others.json"}})
+
+
+def test_an_unfinished_run_may_go_on_with_another_optimiser(tmp_path):
+    """Or one whose gradients became infinite could never be finished."""
+    config = {"training": {"learning_rate": 1.0, "precision": "bfloat16"}, "lora": {"rank": 1}}
+    slower = {**config, "training": {"learning_rate": 0.1, "precision": "float32"}}
+    run = begun_run(tmp_path, config)
+    with run.claimed():
+        with pytest.raises(ConfigError, match="resume_with_changes true"):
+            run.resumes(slower)
+        assert run.resumes(slower, with_changes=True)
+        assert run.changes == [
+            "training.learning_rate: was 1.0, now 0.1",
+            'training.precision: was "bfloat16", now "float32"',
+        ]
+        with pytest.raises(ConfigError, match=r"lora\.rank"):
+            run.resumes({**slower, "lora": {"rank": 2}}, with_changes=True)
+        run.remember(trained={})
+        with pytest.raises(ConfigError, match="learning_rate"):
+            run.resumes(slower, with_changes=True)
 
 
 def test_a_run_that_has_not_begun_may_be_started_anew(tmp_path):

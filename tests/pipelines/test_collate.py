@@ -193,3 +193,11 @@ def test_prefetching_keeps_order_and_raises_where_it_belongs():
     assert [next(made), next(made), next(made)] == [0, 10, 20]
     with pytest.raises(ValueError, match="three"):
         next(made)
+
+
+def test_measuring_many_rows_says_how_far_it_is(processor, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.batches._PROGRESS_SECONDS", -1.0)
+    row_lengths(processor, [ROWS[0]] * 2049)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{done} of 2049 rows measured" for done in (0, 1024, 2048)
+    ]

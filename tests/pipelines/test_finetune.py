@@ -207,6 +207,13 @@ def test_a_finished_run_says_so(straight, settings, capsys):
     started = time.monotonic()
     again = run_finetune(FinetuneConfig.model_validate(settings))
     assert again == {**straight, "already_finished": True}
+    said = changed(
+        settings,
+        data={"train": os.path.relpath(settings["data"]["train"])},
+        training={"log_every": 1, "keep_checkpoints": 1},
+        tracking={"alias": "other", "registered_model": None},
+    )
+    assert run_finetune(said) == again
     assert time.monotonic() - started < 2
     assert "'straight' is finished already" in capsys.readouterr().out
 
@@ -281,6 +288,31 @@ def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):
     assert_same_weights(straight["adapter"], result["adapter"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_job_that_is_told_to_stop_says_so(settings, tmp_path, number):
+    """In MLflow too, where it would seem to run for ever; without a stack of Ray's C++."""
+    config = changed(settings, name=f"stopped-{number}", training={"max_steps": 2000, "checkpoint_every": 2})
+    file = tmp_path / "settings.yaml"
+    file.write_text(config.model_dump_json())
+    job = subprocess.Popen(
+        [sys.executable, "jobs/finetune.py", "--config", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    kill_after_first_checkpoint(folder_of(config), lambda: job.send_signal(number)).join()
+    output, errors = job.communicate(timeout=120)
+    assert job.returncode == 128 + number, output + errors
+    assert "Traceback" not in errors
+    assert "    @ " not in errors + output
+    folder = folder_of(config)
+    state = json.loads((folder.path / "run.json").read_text())
+    client = mlflow_client({"mlflow_uri": config.tracking.absolute_uri(folder.storage)})
+    assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
+
+
 def test_two_workers_learn_what_one_does(straight, settings):
     """The same global batches, halved: the same adapter, up to the order of additions."""
     result = run_finetune(changed(settings, name="two-workers", scaling={"workers": 2}))
@@ -347,6 +379,21 @@ def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged
     run = mlflow_client({"mlflow_uri": uri}).get_run(state["mlflow_run_id"])
     assert run.info.status == "FAILED"
     assert run.data.metrics["rejected_rows"] == 1
+
+    # With what may differ, and with what may if it is said, the run goes on from its checkpoint to its end.
+    training = {**settings["training"], "max_steps": 6, "learning_rate": 0.001}
+    tolerant = changed(
+        settings, name="damaged-strict", data={**data, "on_bad_row": "skip"}, training=training
+    )
+    with pytest.raises(
+        ConfigError, match=r"learning_rate: was 0.01, now 0.001\nSet .*resume_with_changes true"
+    ):
+        run_finetune(tolerant)
+    result = run_finetune(tolerant.model_copy(update={"resume_with_changes": True}))
+    assert result["steps"] == 6
+    run = mlflow_client(result).get_run(state["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["resumed_with_changes"] == "training.learning_rate: was 0.01, now 0.001"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,11 @@ def test_a_ray_that_is_there_is_asked_for_room_before_the_data_are_read(settings
     with pytest.raises(ResourceError, match="no room"):
         run_finetune(FinetuneConfig.model_validate(settings))
     assert asked == ["workers"]
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(settings, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"model.path = owner/no-such-model: .* does not answer"):
+        run_finetune(FinetuneConfig.model_validate({**settings, "model": {"path": "owner/no-such-model"}}))
+    assert time.monotonic() - started < 20

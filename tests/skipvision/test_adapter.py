@@ -1,6 +1,7 @@
 """What fine-tuning made travels in one folder, or is refused with a reason."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -318,3 +319,42 @@ def test_whoever_is_killed_while_saving_leaves_a_whole_adapter(saved, killer, mo
     monkeypatch.undo()
     loaded = logits(load_adapter(tiny_llava(), folder))
     assert torch.equal(loaded, expected) or torch.equal(loaded, new)
+
+
+def test_others_may_read_the_weights_if_the_umask_says_so(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = save_adapter(fine_tuned(), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        path.name: 0o640 for path in folder.iterdir()
+    }
+
+
+def test_a_summary_that_peft_froze_is_told_of(tmp_path):
+    model = tiny_llava()
+    attach(model, CONFIG)
+    model = with_lora(model)
+    with pytest.warns(UserWarning, match="attached before get_peft_model"):
+        save_adapter(model, tmp_path / "adapter")
+    for parameter in attachment_of(model).summary.parameters():
+        parameter.requires_grad_(True)
+    save_adapter(model, tmp_path / "adapter")
+
+
+def test_a_base_model_of_another_name_is_told_of(saved):
+    folder, _ = saved
+    description = json.loads((folder / "skip_config.json").read_text())
+    description["base_model"] = "/models/one"
+    (folder / "skip_config.json").write_text(json.dumps(description))
+    model = tiny_llava()
+    model.config._name_or_path = "owner/other"
+    with pytest.warns(
+        UserWarning, match="trained on the base model '/models/one', but this one is 'owner/other'"
+    ):
+        load_adapter(model, folder)
+    moved = tiny_llava()
+    moved.config._name_or_path = "/elsewhere/one"
+    load_adapter(moved, folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 
@@ -59,3 +62,53 @@ def test_it_is_for_training_calls_only():
             model(**inputs, skip_vision_decoded=mask, use_cache=False).logits,
             model(**inputs, use_cache=False).logits,
         )
+
+
+def test_a_mask_that_cannot_be_one_is_refused():
+    model = tiny_llava()
+    inputs = tiny_inputs([[3, "image", 4], [5, "image", 2]])
+    shape = tuple(inputs["input_ids"].shape)
+    good = torch.zeros(shape, dtype=torch.bool)
+    good[:, -2:] = True
+    wrong = [
+        good[:, 1:],
+        good[:1],
+        good[None],
+        good[:, None, :],
+        good.float(),
+        good.long() * 2,
+        -good.long(),
+        [1],
+    ]
+    with sv.attach(model, sv.SkipConfig(retained=4, skipped=5)):
+        expected = model(**inputs, skip_vision_decoded=good, use_cache=False).logits
+        for dtype in (torch.int64, torch.int32, torch.uint8):
+            same = model(**inputs, skip_vision_decoded=good.to(dtype), use_cache=False).logits
+            assert torch.equal(same, expected)
+        for mask in wrong:
+            with pytest.raises(sv.InputError, match=re.escape(f"bool tensor of shape {shape}")):
+                model(**inputs, skip_vision_decoded=mask, use_cache=False)
+        with pytest.raises(sv.InputError, match=re.escape(f"is of shape {(shape[0], shape[1] - 1)}")):
+            model(**inputs, skip_vision_decoded=wrong[0], use_cache=False)
+
+
+@pytest.mark.filterwarnings("default:answers are trained on skipped tokens:UserWarning")
+def test_training_on_what_decoding_will_not_have_warns_once():
+    model = tiny_llava()
+    inputs = tiny_inputs([[3, "image", 4]])
+    labels = inputs["input_ids"]
+    config = sv.SkipConfig(retained=4, skipped=5)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    with sv.attach(model, config), warnings.catch_warnings(record=True) as told:
+        with torch.no_grad():
+            model(**inputs, labels=labels, use_cache=False)
+        model(**inputs, use_cache=False)
+        model(**inputs, labels=labels, use_cache=False, skip_vision_decoded=mask)
+        assert not told
+        model(**inputs, labels=labels, use_cache=False)
+        model(**inputs, labels=labels, use_cache=False)
+    assert [str(one.message)[:33] for one in told] == ["answers are trained on skipped to"]
+    for harmless in (config.model_copy(update={"skip_kv": False}), sv.SkipConfig.full()):
+        with sv.attach(model, harmless), warnings.catch_warnings(record=True) as told:
+            model(**inputs, labels=labels, use_cache=False)
+        assert not told

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import skipvision
-from skipvision import Cost, SkipConfig, TokenPlan, TokenRole, attach, predict_cost
+from skipvision import ConfigError, Cost, SkipConfig, TokenPlan, TokenRole, attach, predict_cost
 from tests.skipvision.cases import CONFIGS
 
 NAMES = [
@@ -129,3 +129,72 @@ def test_signatures():
         assert options.kind is inspect.Parameter.KEYWORD_ONLY
     assert list(inspect.signature(skipvision.save_adapter).parameters) == ["model", "folder", "name"]
     assert list(inspect.signature(skipvision.load_adapter).parameters)[:2] == ["model", "folder"]
+
+
+def test_a_json_file_is_read_as_it_was_written(tmp_path):
+    config = SkipConfig(retained=0.25, select="random", seed=3)
+    config.to_json(tmp_path / "config.json")
+    assert SkipConfig.from_json(str(tmp_path / "config.json")) == config
+    (tmp_path / "config.json").write_text('{"retained": 0.25}')
+    assert SkipConfig.from_json(tmp_path / "config.json") == SkipConfig(retained=0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("retained: [", "cannot be read"),
+        ("retained: 1\nskipped: 2\nretained: 3", "retained given more than once"),
+        ("- 1", "mapping of fields, not list"),
+        ("retained: 2.5", "retained=2.5"),
+        ("1: 2", "no such field"),
+    ],
+)
+def test_yaml_that_is_no_config(text, says):
+    with pytest.raises(ConfigError, match=says):
+        SkipConfig.from_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "cannot be read"),
+        ('{"seed": 1, "seed": 2}', "seed given more than once"),
+        ("[]", "not list"),
+        ('{"skipped": "x"}', "skipped='x'"),
+    ],
+)
+def test_json_that_is_no_config(text, says, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        SkipConfig.from_json(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SkipConfig.from_json(tmp_path / "none.json")
+
+
+def test_pydantics_own_ways_raise_our_error():
+    with pytest.raises(ConfigError, match="Invalid JSON"):
+        SkipConfig.model_validate_json("{")
+    with pytest.raises(ConfigError, match=r"^SkipConfig: seed=-1: "):
+        SkipConfig.model_validate_json('{"seed": -1}')
+    with pytest.raises(ConfigError, match=r"^SkipConfig: seed=-1: "):
+        SkipConfig.model_validate({"seed": -1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("summary_tokens", True),
+        ("summary_tokens", "2"),
+        ("summary_tokens", 1_000_000),
+        ("seed", 2**70),
+        ("seed", True),
+        ("probe_layer", "0"),
+        ("skip_ffn", "yes"),
+        ("skip_kv", 1),
+        ("retained", True),
+    ],
+)
+def test_values_are_what_they_say(name, value):
+    with pytest.raises(ConfigError, match=f"{name}={value!r}"):
+        SkipConfig(**{name: value})
