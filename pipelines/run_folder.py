@@ -54,7 +54,7 @@ class RunFolder:
     """Run ``name`` under ``storage``, new or resumed."""
 
     may_differ: ClassVar[frozenset[str]] = MAY_DIFFER
-    """Settings that do not change what a run computes, by dotted names; a section's name stands for all of it."""
+    """Settings that do not change what a run computes, by dotted names; a section's is for all of it."""
 
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
