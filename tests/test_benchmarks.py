@@ -36,6 +36,7 @@ SCRIPTS = {
         *("--setting", SETTING, "--requests", "3", "--batch", "2", "--repeats", "1", "--budget-mib", "16"),
         *("--decode-rows", "1", "2", "--steps", "2", "--hidden", "64", "--layers", "1"),
     ],
+    "caption_job": ["--rows", "4", "--sequences", "2", "--repeats", "1"],
     "gpu": [
         "--device",
         "cpu",
@@ -66,10 +67,12 @@ def test_no_script_is_forgotten():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"gpu"}))
-def test_a_script_writes_its_part_of_a_page(script, tmp_path):
+def test_a_script_writes_its_part_of_a_page(script, tmp_path, shapes_data):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- generated: here -->\n<!-- end: here -->\nbehind\n")
-    run(script, *SCRIPTS[script], "--threads", "1", "--out", str(page), "--part", "here")
+    where = {"caption_job": ["--images", str(shapes_data / "images/train")]}
+    options = where.get(script, ["--threads", "1"])
+    run(script, *SCRIPTS[script], *options, "--out", str(page), "--part", "here")
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("behind\n")
