@@ -26,13 +26,13 @@ class DryRun(TorchDispatchMode):
         self._literals = _Literals()
 
     def __enter__(self) -> Self:
-        self._literals.__enter__()
+        self._literals.__enter__()  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._literals.__exit__(*error)
+        self._literals.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -24,7 +24,7 @@ def measure_flops(function: Callable[[], Any]) -> int:
 
 
 class _WholeOnly:
-    """In place of torch's tracker of modules, which fails on parameters that are expanded without gradients."""
+    """Instead of torch's tracker of modules, which fails on parameters expanded without gradients."""
 
     parents = frozenset({"Global"})
 
