@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from skipvision import masks, positions
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
-from skipvision.families import Anatomy, base_view, brings_images, dissect, encode
+from skipvision.families import Anatomy, base_view, brings_images, dissect, encode, skips_videos
 from skipvision.images import Images
 from skipvision.kv_cache import (
     CacheState,
@@ -226,18 +226,28 @@ class Attachment:
         input_ids, cache = call.get("input_ids"), call.get("past_key_values")
         if isinstance(cache, SettledCache):
             return None
+        if skips_videos(call):
+            warnings.warn("videos are not reduced: they pass Skip-Vision in full", stacklevel=2)
         if input_ids is None:
             embeds = call.get("inputs_embeds")
-            if CacheState.of(cache) is None and embeds is not None and embeds.shape[1] > 1:
+            if embeds is not None and embeds.shape[1] > 1:
                 raise InputError(
-                    "inputs_embeds without input_ids: which positions are visual cannot be known. Pass "
-                    "input_ids (and pixel_values), or detach() for this call"
+                    f"inputs_embeds without input_ids, of shape {tuple(embeds.shape)}: which positions are "
+                    "visual cannot be known. Pass input_ids (and pixel_values), or detach() for this call"
                 )
             return None
         visual: torch.Tensor = input_ids == self._anatomy.image_token_id
+        if not bool(visual.any()):
+            if brings_images(call):
+                raise InputError(
+                    f"images came with input_ids of shape {tuple(input_ids.shape)} that hold no placeholder "
+                    f"({self._anatomy.image_token_id}): build both with one processor call, or leave the "
+                    "images out"
+                )
+            return None
         filled = cache is not None and cache.get_seq_length() > 0
         # Without images on a filled cache, a placeholder is a word that was sampled.
-        return visual if bool(visual.any()) and (brings_images(call) or not filled) else None
+        return visual if brings_images(call) or not filled else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _announced(self, call: dict[str, Any], visual: torch.Tensor | None, sizes: list[int]) -> Any:
@@ -247,6 +257,9 @@ class Attachment:
             return None
         images = views = None
         if visual is not None:
+            if state is None:
+                _check_mask(call.get("attention_mask"), visual.shape, call.get("past_key_values"))
+            _refuse_packed(call)
             images = Images.locate(visual, sizes, self._anatomy.family.tiles)
             if self.config.select == "views":
                 views = base_view(self._anatomy, images, sizes)
@@ -272,6 +285,7 @@ class Attachment:
         # Behind a pruned cache it takes a mask of ours to see as far as in the caller's sequence.
         if plan.is_identity and CacheState.of(kwargs.get("past_key_values")) is None:
             return args, kwargs
+        _refuse_router_loss(kwargs, arrival.mask)
         return args, self._reduced(decoder, kwargs, fed, plan, decoded)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -422,6 +436,11 @@ def attach(model: nn.Module, config: SkipConfig) -> Attachment:
     (B, T) mask, bool or 0 and 1, True from each row's first generated token on, hides them as decoding
     will: with labels of the answers alone, ``(labels != -100).cumsum(dim=1) > 0``. Training with
     ``labels`` and without the mask warns once.
+    ``generate(use_cache=False)`` reads its whole text anew at each step, so that nothing is forgotten there.
+
+    Attention weights (``output_attentions``) and router logits are those of the reduced sequence; the
+    plan's ``source`` says which token each of its places is. The load-balancing loss of mixtures of experts
+    is over the tokens that are routed, and refused where an ``attention_mask`` comes with it.
 
     Args:
         model: a supported Hugging Face vision-language model, bare or wrapped.
@@ -514,17 +533,52 @@ def _own_mask(
     mask: torch.Tensor | None, cache: Any, embeds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention mask of this call's own tokens (B, T), and of the cache before them (B, C); bool."""
-    rows, length = embeds.shape[:2]
-    cached = cache.get_seq_length() if cache is not None else 0
+    cached = _check_mask(mask, embeds.shape[:2], cache)
     if mask is None:
-        mask = torch.ones(rows, cached + length, dtype=torch.bool, device=embeds.device)
-    if not isinstance(mask, torch.Tensor) or mask.shape != (rows, cached + length):
+        mask = torch.ones(len(embeds), cached + embeds.shape[1], dtype=torch.bool, device=embeds.device)
+    return mask[:, cached:].bool(), mask[:, :cached].bool()
+
+
+def _check_mask(mask: Any, tokens: torch.Size, cache: Any) -> int:
+    """Raise `InputError` unless a mask is over the C entries of the cache and (B, T) more; returns C."""
+    rows, length = tokens
+    cached: int = cache.get_seq_length() if cache is not None else 0
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (rows, cached + length)):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise InputError(
             f"attention_mask {shape} cannot be reduced: a 2-D mask of shape {(rows, cached + length)} is "
             "expected (1 where there is a token), or none"
         )
-    return mask[:, cached:].bool(), mask[:, :cached].bool()
+    return cached
+
+
+def _refuse_packed(call: dict[str, Any]) -> None:
+    """Several documents in one row, told apart by positions that begin again, would see each other."""
+    given, lengths = call.get("position_ids"), call.get("cu_seq_lens_q")
+    how = None if lengths is None else f"cu_seq_lens_q={lengths.tolist()}"
+    if given is not None and call.get("attention_mask") is None and _begins_again(given):
+        how = "position_ids begin again within a row"
+    if how is not None:
+        raise InputError(
+            f"packed documents ({how}) cannot be reduced together: give each document a row of its own, "
+            "padded, with an attention_mask"
+        )
+
+
+def _begins_again(given: torch.Tensor) -> bool:
+    """Positions (…, B, T) fall, on all axes at once where they have several; within an image not all do."""
+    falls = given.diff(dim=-1) < 0
+    return bool((falls.all(dim=0) if given.ndim == 3 else falls).any())
+
+
+def _refuse_router_loss(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:
+    """The families' load-balancing loss weighs the routed tokens by the caller's mask, which has others."""
+    if kwargs.get("output_router_logits") and mask is not None:
+        raise InputError(
+            f"output_router_logits=True with an attention_mask of shape {tuple(mask.shape)}: only the tokens "
+            "that take the FFN are routed, and the loss over them cannot take this mask. Leave out the mask "
+            "(a batch without padding), or pass output_router_logits=False"
+        )
 
 
 def _on_pruned_cache(call: dict[str, Any], state: CacheState, images: bool) -> dict[str, Any]:

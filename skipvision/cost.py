@@ -91,8 +91,8 @@ def predict_cost(
         new_tokens: tokens generated; in training, the answer's tokens.
         visual_tokens: N per image. By default those of a picture at the size of the vision tower, cut into
             three where the family cuts pictures into tiles or views, and 256 where it keeps a picture's
-            size. Such a family is then measured with a picture of N tokens; in any other, encoding
-            costs in proportion to N.
+            size. Such a family is then measured with pictures of N tokens; in any other, encoding
+            costs in proportion to N. Several are measured together: some towers see them as one sequence.
         lora_rank: rank of the LoRA on every linear layer of the decoder; 0 = full fine-tuning of the
             decoder.
         dtype: of weights and KV cache; the config's by default.
@@ -105,10 +105,11 @@ def predict_cost(
     if visual_tokens is not None:
         _check_counts(visual_tokens=visual_tokens)
     design = Design.of(model_config)
-    encoding, sizes = unit_costs.picture(design, visual_tokens)
-    if visual_tokens is not None:
-        encoding, sizes = encoding * visual_tokens // sum(sizes), _resized(sizes, visual_tokens)
-    row = _Row(images * sizes, text_tokens, new_tokens, images * encoding)
+    encoding, sizes = unit_costs.pictures(design, images, visual_tokens)
+    if visual_tokens is not None and images:
+        encoding = encoding * images * visual_tokens // sum(sizes)
+        sizes = images * _resized(sizes[: len(sizes) // images], visual_tokens)
+    row = _Row(sizes, text_tokens, new_tokens, encoding)
     saved_in = model_config.dtype
     element = dtype or (saved_in if isinstance(saved_in, torch.dtype) else torch.float32)
     full = _cost(design, SkipConfig.full(), row, lora_rank, element.itemsize, None)

@@ -5,9 +5,10 @@ Integers are what the meta device lacks by itself: image grids, masks and routin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -22,6 +23,16 @@ class DryRun(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._literals = _Literals()
+
+    def __enter__(self) -> Self:
+        self._literals.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._literals.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,6 +49,19 @@ class DryRun(TorchDispatchMode):
         if kwargs.get("device") == _META:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return tree_map_only(torch.Tensor, _to_meta, func(*_as_zeros(args), **_as_zeros(kwargs)))
+
+
+class _Literals(TorchFunctionMode):
+    """Values that are written down, ``torch.tensor([[1, 4, 4]], device="meta")``, are lost below this."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func not in (torch.tensor, torch.as_tensor) or device is None or torch.device(device) != _META:
+            return func(*args, **kwargs)
+        return func(*args, **{**kwargs, "device": "cpu"}).to(_META)
 
 
 def _is_meta(leaf: Any) -> bool:

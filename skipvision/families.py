@@ -75,6 +75,9 @@ _PIXELS = (
     "high_res_pixel_values",
     "image_patches",
 )
+_VIDEOS = ("pixel_values_videos",)
+_GRID = "_grid_thw"
+_SLICED = {"pooler_output", "deepstack_features"}
 
 
 class Layer(NamedTuple):
@@ -203,6 +206,7 @@ def _sizes(outer: nn.Module, encoded: Any) -> list[int]:
 def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
     """What is encoded already and what a call's pixels are encoded to, by modality."""
     encoded = dict(call.get("mm_encoder_outputs") or {})
+    _refuse_slices(outer, encoded.get("image"))
     for modality in ("image", "video"):
         encoder = getattr(outer, f"get_{modality}_features", None)
         if encoder is None or encoded.get(modality) is not None:
@@ -210,21 +214,48 @@ def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
         if _has_pixels(inputs):
             _refuse_missing(encoder, inputs)
+            _refuse_other_patches(encoder, inputs)
             encoded[modality] = encoder(**inputs, return_dict=True)
     return encoded
+
+
+def _refuse_slices(outer: nn.Module, encoded: Any) -> None:
+    """Raise `InputError` for the parts of images that ``generate(prefill_chunk_size=…)`` hands over."""
+    if isinstance(encoded, Mapping) and encoded.keys() <= _SLICED:
+        raise InputError(
+            f"encoded images hold {', '.join(encoded)} alone, as generate(prefill_chunk_size=…) cuts them: "
+            "where an image begins and ends cannot be known. Leave prefill_chunk_size "
+            f"out, or pass all that {type(outer).__name__}.get_image_features returns"
+        )
 
 
 def _refuse_missing(encoder: Any, inputs: Mapping[str, Any]) -> None:
     needed = [
         name
         for name, parameter in inspect.signature(encoder).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if (parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+        or name.endswith(_GRID)
     ]
-    missing = [name for name in needed if inputs.get(name) is None]
+    given = [name for name, value in inputs.items() if value is not None]
+    missing = [name for name in needed if name not in given]
     if missing:
         raise InputError(
-            f"{encoder.__qualname__} needs {', '.join(missing)} beside {', '.join(inputs)}: pass the "
+            f"{encoder.__qualname__} needs {', '.join(missing)} beside {', '.join(given)}: pass the "
             "processor's output as it is"
+        )
+
+
+def _refuse_other_patches(encoder: Any, inputs: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless there are as many flattened patches as the grids ask for."""
+    grid = next((value for name, value in inputs.items() if name.endswith(_GRID)), None)
+    pixels = next((inputs[name] for name in _PIXELS if inputs.get(name) is not None), None)
+    if grid is None or pixels is None:
+        return
+    asked = int(grid.prod(dim=-1).sum())
+    if len(pixels) != asked:
+        raise InputError(
+            f"{encoder.__qualname__} got {len(pixels)} patches of pixels, but grids {grid.tolist()} that ask "
+            f"for {asked}: pass the processor's output as it is"
         )
 
 
@@ -251,11 +282,17 @@ def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
 def brings_images(call: Mapping[str, Any]) -> bool:
     """Whether a call comes with images, as pixels or encoded."""
     encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-    return encoded is not None or _has_pixels(call)
+    return encoded is not None or _has_pixels(call, [name for name in _PIXELS if name not in _VIDEOS])
 
 
-def _has_pixels(call: Mapping[str, Any]) -> bool:
-    return any(call.get(name) is not None and len(call[name]) for name in _PIXELS)
+def skips_videos(call: Mapping[str, Any]) -> bool:
+    """Whether a call comes with videos, whose tokens no plan is made for."""
+    encoded = (call.get("mm_encoder_outputs") or {}).get("video")
+    return encoded is not None or _has_pixels(call, _VIDEOS)
+
+
+def _has_pixels(call: Mapping[str, Any], names: Iterable[str] = _PIXELS) -> bool:
+    return any(call.get(name) is not None and len(call[name]) for name in names)
 
 
 def _no_images(placeholders: int) -> InputError:

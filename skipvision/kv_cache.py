@@ -30,6 +30,44 @@ class SettledCache(Cache):
     """A cache whose owner says itself what the caller cannot see: calls with it pass the hooks unchanged."""
 
 
+class _RowsLayer(DynamicLayer):
+    """First layer of a pruned cache, which knows what rows of the prefill its rows are.
+
+    Attributes:
+        origin: (B,) number of the row that each was; None while they are as they were.
+    """
+
+    origin: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> _RowsLayer:
+        """In place of a layer, with what it holds."""
+        own = cls()
+        vars(own).update(vars(layer))
+        own.origin = None
+        return own
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.origin = self._origin()[beam_idx.to(self.device)]
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.origin = self._origin().repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.origin = self._origin()[indices.to(self.device)]
+        super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        self.origin = None
+        super().reset()
+
+    def _origin(self) -> torch.Tensor:
+        rows = 0 if self.keys is None else len(self.keys)
+        return torch.arange(rows, device=self.device) if self.origin is None else self.origin
+
+
 class Entries(NamedTuple):
     """What a cache would hold after a prefill of the caller's whole sequence; left on it until it is pruned.
 
@@ -80,14 +118,32 @@ class CacheState:
 
     @staticmethod
     def of(cache: Cache | None) -> CacheState | None:
-        """The state left on a cache by `remember`."""
+        """The state left on a cache by `remember`, of the rows that it has by now."""
         state: CacheState | None = getattr(cache, _STATE, None)
         # An emptied cache starts anew.
-        return state if cache is not None and state is not None and cache.get_seq_length() > 0 else None
+        if cache is None or state is None or cache.get_seq_length() == 0:
+            return None
+        first = cache.layers[0]
+        if not isinstance(first, _RowsLayer) or first.origin is None:
+            return state
+        return state._of_rows(first.origin)
 
     def remember(self, cache: Cache) -> None:
         """Leave the state on the cache."""
         setattr(cache, _STATE, self)
+        if isinstance(cache.layers[0], DynamicLayer):
+            cache.layers[0] = _RowsLayer.of(cache.layers[0])
+
+    def _of_rows(self, origin: torch.Tensor) -> CacheState:
+        at = origin.to(self.mask.device)
+        return CacheState(
+            self.mask[at],
+            self.caller_length,
+            self.shift[:, at],
+            self.next_position[:, at],
+            self.place[at],
+            self.fed[at],
+        )
 
     def extended_mask(self, cached: int, new: int, caller_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, cached + new) mask over a cache of ``cached`` entries and ``new`` tokens behind them.
@@ -155,7 +211,7 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     """The layers of a cache; raises `UnsupportedModelError` unless every one of them can shrink."""
     layers = []
     for number, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
+        if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, _RowsLayer):
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned (a "
                 "static cache keeps its size): leave cache_implementation out of generate, which then makes "

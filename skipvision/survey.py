@@ -38,8 +38,8 @@ class Finding:
     Attributes:
         family: its model_type.
         reason: why it is not supported, in a few words; None if it is. The others are of supported families.
-        images: "one size" or "several sizes", by visual tokens, which always stand at placeholders; or
-            "tiles", each of which is an image of its own.
+        images: "one size" or "several sizes", by visual tokens, which always stand at placeholders; "tiles",
+            each of which is an image of its own; or "tiles, joined", which together are one image.
         views: where the view of the whole image stands among its high-resolution crops: "first" or
             "last"; None if there is one view.
         mrope: positions have three axes.
@@ -189,7 +189,7 @@ def _images(model: PreTrainedModel, anatomy: Anatomy) -> str:
     batches = [tiny_batch(model, [[size]]) for size in ("small image", "image", "large image")]
     entries = [encoded_sizes(anatomy.outer, batch) for batch in batches]
     if any(len(sizes) > 1 for sizes in entries):
-        return "tiles"
+        return "tiles, joined" if anatomy.family.tiles else "tiles"
     return "one size" if len({sum(sizes) for sizes in entries}) == 1 else "several sizes"
 
 

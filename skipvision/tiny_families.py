@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Container, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ def tiny_model(
         except (ImportError, ValueError) as error:
             raise UnsupportedModelError(
                 f"a tiny {model_type!r} with attention={attention!r} cannot be built here: {error}",
-                f"not built here: {str(error).strip().partition(' but ')[0]}",
+                _why_not_built(error),
             ) from error
         # Hugging Face's small initial weights make every FFN update negligible; tests must see them.
         for parameter in model.parameters():
@@ -152,6 +153,13 @@ def tiny_batch(
             batch[name] = torch.isin(batch["input_ids"], named).long() * told_apart
     batch |= collate(config.model_type, pictures)
     return {name: value.to(model.device) for name, value in batch.items()}
+
+
+def _why_not_built(error: Exception) -> str:
+    package = re.search(r"requires the (\S+) library", str(error))
+    if package:
+        return f"not tried here: needs {package[1]}"
+    return f"not built here: {str(error).strip().partition(' but ')[0]}"
 
 
 def _arguments(function: Any) -> Container[str]:

@@ -33,6 +33,8 @@ _SHORT = 8
 """Tokens of the shortest run."""
 _TOKENS = 256
 """Visual tokens of a picture in families that keep a picture's size (448 × 448 pixels at 28 a token)."""
+_TRIES = 4
+"""How often a picture of another size is tried where the first has not the tokens that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -168,34 +170,50 @@ def cache(design: Design) -> tuple[CacheLayer, ...]:
 
 
 @lru_cache(maxsize=64)
-def picture(design: Design, tokens: int | None) -> tuple[int, tuple[int, ...]]:
-    """FLOPs of encoding one picture, and the visual tokens of each image that it becomes.
+def pictures(design: Design, count: int, tokens: int | None) -> tuple[int, tuple[int, ...]]:
+    """FLOPs of encoding the pictures of a row together, and the visual tokens of each image that they become.
 
-    A family that keeps a picture's size is shown one of ``tokens`` visual tokens; any other, what its image
+    A family that keeps a picture's size is shown ones of ``tokens`` visual tokens; any other, what its image
     processor makes of a picture.
     """
-    flops, sizes = _shown(design, tokens or _TOKENS)
-    if tokens is not None and sum(sizes) != tokens:
-        # Some families add tokens of their own, at the ends of lines say: a picture with room for them.
-        flops, sizes = _shown(design, max(1, tokens * tokens // sum(sizes)))
-    return flops, sizes
+    if not count:
+        return 0, ()
+    asked = tokens or _TOKENS
+    shown = _shown(design, count, _near_square(asked))
+    # Some families add tokens of their own, at the ends of lines say: pictures with room for them.
+    for _ in range(_TRIES):
+        surplus = sum(shown[1]) // count - (tokens or asked)
+        if tokens is None or not surplus:
+            break
+        asked = max(1, asked - surplus)
+        nearer = _shown(design, count, _broad(asked))
+        if abs(sum(nearer[1]) - count * tokens) < abs(sum(shown[1]) - count * tokens):
+            shown = nearer
+    return shown
 
 
-def _shown(design: Design, tokens: int) -> tuple[int, tuple[int, ...]]:
+@lru_cache(maxsize=64)
+def _shown(design: Design, count: int, grid: tuple[int, int]) -> tuple[int, tuple[int, ...]]:
     model_type, (_, anatomy, _) = design.config.model_type, _model(design)
     recipe = recipe_of(model_type, inspect.signature(anatomy.outer.get_image_features).parameters)  # type: ignore[arg-type]
-    request = Request(design.config, 1, 1, torch.Generator(), torch.float32, _near_square(tokens))
+    request = Request(design.config, 1, count, torch.Generator(), torch.float32, grid)
     # Its pixels have values: towers leave out tiles that are black.
-    call = collate(model_type, [[recipe(request)]])
+    call = collate(model_type, [[recipe(request) for _ in range(count)]])
     sizes: list[int] = []
     with DryRun(), torch.no_grad():
         flops = measure_flops(lambda: sizes.extend(encoded_sizes(anatomy.outer, call)))
-    return flops, (sum(sizes),) if anatomy.family.tiles else tuple(sizes)
+    return flops, (sum(sizes) // count,) * count if anatomy.family.tiles else tuple(sizes)
 
 
 def _near_square(tokens: int) -> tuple[int, int]:
     rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
     return rows, tokens // rows
+
+
+def _broad(most: int) -> tuple[int, int]:
+    """The largest picture of at most so many tokens that is not over twice as wide as high."""
+    grids = (_near_square(tokens) for tokens in range(most, 0, -1))
+    return next((rows, columns) for rows, columns in grids if columns <= 2 * rows)
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,8 @@ from skipvision.tiny_families import tiny_batch, tiny_model
 from tests.skipvision.family_table import SUPPORTED
 
 SAMPLE = {"aria", "gemma3", "idefics3", "kimi_k25", "llama4", "qwen2_vl", "qwen3_vl_moe"}
+PAIRED = {"hunyuan_vl", "idefics2", "internvl", "lighton_ocr", "llava_onevision", "mistral3", "step3p7"}
+"""Further ones, sampled with two images."""
 CONFIGS = {
     "full": SkipConfig.full(),
     "reduced": SkipConfig(retained=0.25, skipped=0.5, summary_tokens=2),
@@ -38,7 +40,8 @@ def model_of(family):
 def predicted(model, config, inputs, **options):
     visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
     text = inputs["input_ids"].shape[1] - visual - options.pop("answer", 0)
-    return predict_cost(model.config, config, visual_tokens=visual, text_tokens=text, **options)
+    each = visual // options.get("images", 1)
+    return predict_cost(model.config, config, visual_tokens=each, text_tokens=text, **options)
 
 
 def last(model, positions):
@@ -65,6 +68,21 @@ def test_prefill_and_cache(family, name):
         flops = measure_flops(lambda: seen.append(model(**inputs, **last(model, 1), use_cache=True)))
     assert cost.prefill_flops == pytest.approx(flops, rel=0.03)
     assert cost.kv_bytes == kept_bytes(seen[0].past_key_values)
+    assert cost.sequence == skip.plan.roles.shape[1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in PAIRED else pytest.mark.slow) for name in SUPPORTED],
+)
+def test_two_images(family):
+    """Some towers see all images of a row as one sequence, and pay for it."""
+    model, config = model_of(family), CONFIGS["reduced"]
+    inputs = tiny_batch(model, [["image", WORDS, "image", 2]])
+    cost = predicted(model, config, inputs, images=2)
+    with torch.no_grad(), attach(model, config) as skip:
+        flops = measure_flops(lambda: model(**inputs, **last(model, 1)))
+    assert cost.prefill_flops == pytest.approx(flops, rel=0.03)
     assert cost.sequence == skip.plan.roles.shape[1]
 
 

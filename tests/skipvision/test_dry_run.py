@@ -20,6 +20,10 @@ def test_floats_are_shapes_and_integers_are_real():
         numbers = torch.arange(4, device="meta")
         assert numbers.tolist() == [0, 1, 2, 3]
         assert torch.tensor([2, 1]).to("meta").tolist() == [2, 1]
+        assert torch.tensor([[1, 4, 4]], device="meta").tolist() == [[1, 4, 4]]
+        assert torch.tensor([0.5], device="meta").is_meta
+        with torch.device("meta"):
+            assert torch.as_tensor([3, 2]).tolist() == [3, 2]
         assert torch.zeros_like(floats, dtype=torch.long).tolist() == [0] * 5
         assert floats.new_full((2,), 7, dtype=torch.long).tolist() == [7, 7]
         assert torch.ones(2, device="meta").is_meta

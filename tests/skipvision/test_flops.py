@@ -43,3 +43,17 @@ def test_each_token_meets_its_own_experts_matrix(product):
 def test_columns_that_are_shared_out_among_experts():
     left, right = torch.randn(EXPERTS, 4, IN), torch.randn(IN, TOKENS)
     assert measure_flops(lambda: F.grouped_mm(left, right, offs=ENDS)) == 2 * 4 * IN * TOKENS
+
+
+def test_a_parameter_that_is_expanded_without_gradients():
+    class Latents(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latents = torch.nn.Parameter(torch.ones(1, 2, 3))
+            self.project = torch.nn.Linear(3, 5)
+
+        @torch.no_grad()
+        def forward(self):
+            return self.project(self.latents.expand(1, -1, -1))
+
+    assert measure_flops(Latents()) == 2 * 2 * 3 * 5

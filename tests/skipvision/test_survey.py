@@ -7,14 +7,15 @@ import re
 import sys
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText
 
-from skipvision import InputError, SkipConfig, UnsupportedModelError, attach
+from skipvision import InputError, SkipConfig, TokenRole, UnsupportedModelError, attach
 from skipvision.__main__ import main
 from skipvision.kv_cache import compact
 from skipvision.survey import EVERY, Finding, count, lines, markdown, survey
 from skipvision.tiny_configs import EXCEPTIONS, tiny_config
-from skipvision.tiny_families import UNSUPPORTED, tiny_batch, tiny_model
+from skipvision.tiny_families import UNSUPPORTED, _why_not_built, tiny_batch, tiny_model
 from tests.skipvision.family_table import OTHERS, ROOT, ROWS, SUPPORTED, TABLE
 
 SAMPLE = ["gemma3", "idefics3", "internvl", "llava_next", "mllama", "qwen3_5", "qwen3_vl_moe"]
@@ -34,6 +35,23 @@ def test_the_whole_table():
     assert markdown(findings) == TABLE, (
         "python -m skipvision families --markdown prints the table as it is now"
     )
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_the_tables_word_for_tiles(family):
+    """Counts are per tile where tiles stand apart, per picture where they are joined."""
+    model, config = tiny_model(family), SkipConfig(retained=2, skipped=1, merge="drop", summary_tokens=0)
+    with torch.no_grad(), attach(model, config) as skip:
+        model(**tiny_batch(model, [["large image", 4]]))
+    entries = int(skip.plan.count(TokenRole.RETAINED).sum()) // 2
+    assert (entries > 1) == (ROWS[family].split(" | ")[1] == "tiles")
+
+
+def test_a_package_that_is_missing_is_named():
+    assert _why_not_built(ImportError("\nXModel requires the timm library but")) == (
+        "not tried here: needs timm"
+    )
+    assert _why_not_built(ValueError("no SDPA but eager")) == "not built here: no SDPA"
 
 
 def test_the_table_has_every_family():

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from skipvision import attach
 from skipvision.families import dissect
 from skipvision.tiny_families import tiny_batch, tiny_model
 from tests.skipvision.cases import train_summary
-from tests.skipvision.families.matrix import MERGING, ROWS, combinations
+from tests.skipvision.families.matrix import FAMILIES, MERGING, ROWS, combinations
 from tests.skipvision.families.running import labels_of
 
 
@@ -47,3 +48,56 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_
     assert checkpointed.keys() == plain.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+STEP = 1e-5
+"""Of a change of weights: too small to change a plan."""
+
+
+def exact_loss(model, batch):
+    """In float64, where families' own loss is in float32, too coarse for small changes."""
+    logits, labels = model(**batch, use_cache=False).logits, labels_of(model, batch)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
+
+
+DIFFERENTIATED = {"gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl_moe", "smolvlm"}
+
+
+JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark"}
+"""Mixtures of experts whose loss is not smooth over so small a change: a token may change its expert."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in DIFFERENTIATED else pytest.mark.slow)
+        for name in FAMILIES
+        if name not in JUMPING
+    ],
+)
+def test_gradients_are_the_slopes_of_the_loss(family):
+    """Along a random change of all weights, tower and summary layer included: backward is not asked."""
+    model = tiny_model(family, dtype=torch.float64)
+    batch = tiny_batch(model, ROWS, padding="right")
+    generator = torch.Generator().manual_seed(1)
+    # Norms behind a layer norm are all alike, so that any change of weights would change a plan by them.
+    with attach(model, MERGING.model_copy(update={"select": "uniform"})) as skip:
+        train_summary(skip.summary)
+        exact_loss(model, batch).backward()
+        assert not skip.plan.is_identity
+        # All that the untouched model trains too, as the test above holds.
+        trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+        assert any("summary" in name for name in trained)
+        change = {
+            name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            for name, p in trained.items()
+        }
+        expected = float(sum((p.grad * change[name]).sum() for name, p in trained.items()))
+        losses = []
+        with torch.no_grad():
+            for step in (STEP, -2 * STEP):
+                for name, parameter in trained.items():
+                    parameter.add_(step * change[name])
+                losses.append(float(exact_loss(model, batch)))
+    # Some families' norms are in float32 too.
+    assert (losses[0] - losses[1]) / (2 * STEP) == pytest.approx(expected, rel=2e-2, abs=3e-2)

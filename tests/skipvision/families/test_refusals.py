@@ -1,0 +1,190 @@
+"""Calls that a family's own code takes, or fails on in its own way: a typed error, or a warning, says it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from skipvision import InputError, SkipConfig, attach
+from skipvision.tiny_families import tiny_batch, tiny_model
+from tests.skipvision.families.matrix import model_of
+
+CONFIG = SkipConfig(retained=0.3, skipped=0.3, select="norm")
+ROW = [[3, "image", 14]]
+
+
+def refused(family, batch, message, **options):
+    with attach(model_of(family), CONFIG), pytest.raises(InputError, match=message):
+        model_of(family)(**batch, **options)
+
+
+# -------------------------------------------------------------------------------------- chunks and packs
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mistral3", "internvl"])
+def test_a_prompt_in_chunks(family):
+    model = model_of(family)
+    options = {"max_new_tokens": 2, "do_sample": False, "prefill_chunk_size": 8}
+    with attach(model, CONFIG):
+        with pytest.raises(InputError, match=r"generate\(prefill_chunk_size=…\).*Leave"):
+            model.generate(**tiny_batch(model, ROW), **options)
+        assert model.generate(**tiny_batch(model, [[20]]), **options).shape == (1, 22)
+
+
+def packed(family):
+    """Two documents in one row, as a collator without padding hands them over."""
+    model = model_of(family)
+    documents = [tiny_batch(model, [row], row_numbers=[n]) for n, row in enumerate([ROW[0], [4, "image", 5]])]
+    lengths = [document["input_ids"].shape[1] for document in documents]
+    call = {name: torch.cat([one[name] for one in documents], dim=1) for name in ("input_ids",)}
+    others = documents[0].keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
+    call |= {name: torch.cat([one[name] for one in documents]) for name in others}
+    return call, torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def test_packed_documents():
+    call, positions = packed("llava")
+    message = r"packed documents \(position_ids begin again within a row\).*a row of its own"
+    refused("llava", call, message, position_ids=positions, use_cache=False)
+    call, positions = packed("qwen2_5_vl")
+    refused("qwen2_5_vl", call, message, position_ids=positions.expand(3, 1, -1), use_cache=False)
+
+
+def test_packed_documents_by_their_lengths():
+    call, _ = packed("llava")
+    refused("llava", call, r"cu_seq_lens_q=\[0, 33", cu_seq_lens_q=torch.tensor([0, 33, 58]))
+
+
+def test_positions_that_fall_within_an_image_are_no_packing():
+    model = model_of("qwen2_5_vl")
+    batch = tiny_batch(model, ROW)
+    positions, _ = model.model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        image_grid_thw=batch["image_grid_thw"],
+    )
+    assert (positions.diff(dim=-1) < 0).any()
+    del batch["attention_mask"]
+    with torch.no_grad(), attach(model, CONFIG) as skip:
+        model(**batch, position_ids=positions)
+        assert skip.plan.images == 1
+
+
+# ---------------------------------------------------------------------------------- mixtures of experts
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "qwen3_omni_moe_thinker"])
+def test_the_load_balancing_loss(family):
+    model = tiny_model(family)
+    batch = tiny_batch(model, [*ROW, [5]], padding="right")
+    labels = batch["input_ids"]
+    message = r"output_router_logits=True with an attention_mask of shape \(2, .*Leave out the mask"
+    with attach(model, CONFIG), pytest.raises(InputError, match=message):
+        model(**batch, labels=labels, output_router_logits=True)
+    alone = tiny_batch(model, ROW)
+    del alone["attention_mask"]
+    with attach(model, CONFIG) as skip:
+        out = model(**alone, labels=alone["input_ids"], output_router_logits=True)
+        assert out.aux_loss.isfinite()
+        assert out.router_logits[-1].shape[0] == skip.plan.ffn_mask.sum(), "those that take the FFN"
+        text = tiny_batch(model, [[6], [4]])
+        assert model(**text, labels=text["input_ids"], output_router_logits=True).loss.isfinite()
+
+
+def test_attention_weights_are_of_the_reduced_sequence():
+    model = model_of("llava", "eager")
+    with torch.no_grad(), attach(model, CONFIG) as skip:
+        weights = model(**tiny_batch(model, ROW), output_attentions=True).attentions
+    length = skip.plan.source.shape[1]
+    assert [layer.shape[2:] for layer in weights] == [(length, length)] * 3
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+@pytest.mark.parametrize("family", ["gemma3", "idefics3", "llava", "llama4", "qwen2_5_vl"])
+def test_images_without_placeholders(family):
+    model = model_of(family)
+    batch = tiny_batch(model, ROW)
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, 40)
+    refused(family, batch, r"images came with input_ids .* that hold no placeholder")
+
+
+@pytest.mark.parametrize("family", ["glm4v", "qwen2_5_vl", "qwen3_vl"])
+def test_no_grid(family):
+    batch = tiny_batch(model_of(family), ROW)
+    del batch["image_grid_thw"]
+    message = "get_image_features needs image_grid_thw beside pixel_values: pass"
+    refused(family, batch, message)
+    refused(family, batch, message, image_grid_thw=None)
+
+
+@pytest.mark.parametrize("family", ["glm4v", "qwen2_5_vl", "qwen3_vl"])
+def test_pixels_twice(family):
+    batch = tiny_batch(model_of(family), ROW)
+    batch["pixel_values"] = batch["pixel_values"].repeat(2, 1)
+    refused(family, batch, r"got 128 patches of pixels, but grids \[\[1, 8, 8\]\] that ask for 64")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
+def test_a_mask_that_is_too_short(family):
+    batch = tiny_batch(model_of(family), ROW)
+    batch["attention_mask"] = batch["attention_mask"][:, 1:]
+    length = batch["input_ids"].shape[1]
+    refused(family, batch, rf"attention_mask \(1, {length - 1}\) cannot be reduced: .*\(1, {length}\)")
+
+
+def test_embeddings_behind_a_pruned_cache():
+    model = model_of("llava")
+    embed = model.get_input_embeddings()
+    with torch.no_grad(), attach(model, CONFIG):
+        cache = model(**tiny_batch(model, ROW), use_cache=True).past_key_values
+        with pytest.raises(InputError, match=r"inputs_embeds without input_ids, of shape \(1, 2, \d+\)"):
+            model(inputs_embeds=embed(torch.tensor([[40, 41]])), past_key_values=cache)
+        model(inputs_embeds=embed(torch.tensor([[40]])), past_key_values=cache)
+
+
+def test_videos():
+    model = model_of("qwen2_5_vl")
+    batch, config = tiny_batch(model, ROW), model.config
+    ids = batch["input_ids"]
+    video = {
+        "input_ids": ids.masked_fill(ids == config.image_token_id, config.video_token_id),
+        "attention_mask": batch["attention_mask"],
+        "mm_token_type_ids": 2 * batch["mm_token_type_ids"],
+        "pixel_values_videos": batch["pixel_values"],
+        "video_grid_thw": batch["image_grid_thw"],
+    }
+    with torch.no_grad():
+        plain = model(**video).logits
+        with attach(model, CONFIG), pytest.warns(UserWarning, match="videos are not reduced"):
+            assert torch.equal(model(**video).logits, plain)
+
+
+# ----------------------------------------------------------------------------------- rows of a pruned cache
+
+
+def after(model, cache, rows):
+    return model(input_ids=torch.full((rows, 1), 40), past_key_values=cache).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+def test_a_pruned_cache_whose_rows_move(family, positions):
+    model = model_of(family)
+    batch = tiny_batch(model, [[3, "image", 4], [5]])
+    with attach(model, CONFIG.model_copy(update={"positions": positions})):
+        cache = model(**batch, use_cache=True).past_key_values
+        expected = after(model, copy.deepcopy(cache), 2)
+        for move in (
+            lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+            lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        ):
+            moved = pickle.loads(pickle.dumps(cache))
+            move(moved)
+            torch.testing.assert_close(after(model, moved, 2), expected.flip(0), rtol=1e-4, atol=1e-4)
+        cache.batch_repeat_interleave(2)
+        repeated = expected.repeat_interleave(2, dim=0)
+        torch.testing.assert_close(after(model, cache, 4), repeated, rtol=1e-4, atol=1e-4)
