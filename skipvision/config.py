@@ -30,8 +30,8 @@ class SkipConfig(BaseModel):
 
     retained: Count | Fraction = Field(
         100,
-        description="visual tokens per image (in some families per tile of it: docs/families.md) on the full path: "
-        "a count (int), or a fraction of N (0.0 … 1.0)",
+        description="visual tokens per image on the full path: a count (int) or a fraction of N (0.0 … 1.0); "
+        "in some families per tile of an image (docs/families.md)",
     )
     skipped: Count | Fraction = Field(
         156,
