@@ -184,6 +184,10 @@ class _ErrorLimit:
     def check(self, errors: Counter[str]) -> None:
         """Raise `DataError` if these are more than allowed, whatever becomes of the other rows."""
         failed = errors.total()
+        if self.rows and failed == self.rows:
+            raise DataError(
+                f"all {failed} rows are errors ({_listed(errors)}): mend the inputs or the settings"
+            )
         if failed > self.fraction * self.rows:
             raise DataError(
                 f"{failed} of {self.rows} rows are errors ({_listed(errors)}), more than "

@@ -27,6 +27,10 @@ MAX_PIXELS = 64_000_000
 """Width × height above which an image is refused before its pixels are unpacked."""
 
 
+MAX_ASPECT = 100
+"""Longer side ÷ shorter side above which an image is not decoded: 200 bytes may become gigabytes."""
+
+
 class ImageError(DataError):
     """An image that cannot be used; the class says what it is counted as."""
 
@@ -169,6 +173,11 @@ def decode(
             if image.width * image.height > max_pixels:
                 raise OversizedImageError(
                     f"image {name} has {image.width} × {image.height} pixels, more than {max_pixels:,}"
+                )
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise OversizedImageError(
+                    f"image {name} has {image.width} × {image.height} pixels: one side is more than "
+                    f"{MAX_ASPECT} times the other; scaled by the shorter one it would not fit into memory"
                 )
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)

@@ -140,12 +140,20 @@ class Engine:
             ConfigError: its SkipConfig or adapter is not possible here.
             ResourceError: it could never fit into the KV budget.
         """
-        request = self.prepare(request)
+        try:
+            return self._submit(request)
+        except SkipVisionError:
+            raise
+        except Exception as error:
+            raise InputError(f"this request cannot be taken ({type(error).__name__}): {error}") from error
+
+    def _submit(self, request: Request) -> int:
+        ready = self.prepare(request)
         name = request.adapter or self._adapters.default
         self._adapters.check(name)
         config = request.skip if isinstance(request.skip, SkipConfig) else self._config_of(name)
         self._attachment.check(config)
-        prompt = Prompt(request.inputs or {}, self._image_token_id, len(request.images))
+        prompt = Prompt(ready.inputs or {}, self._image_token_id, len(request.images))
         ticket = Ticket(next(self._numbers), request, prompt, config, name, self._decode)
         end = len(prompt) + request.sampling.max_new_tokens
         if self._limit is not None and end > self._limit:
@@ -358,6 +366,8 @@ class Engine:
             return self._put_back(group)
         row = [row for row, ticket in enumerate(group) for _ in ticket.answers]
         self._running.add(answers, row, filled)
+        for ticket in group:
+            ticket.prompt.inputs.clear()  # pixels are no longer needed
         self._counters.prefilled(group, time.monotonic() - begin)
         return self._write(answers, filled.logits[row])
 
@@ -425,7 +435,7 @@ class Engine:
     ) -> tuple[torch.Tensor, dict[int, Exception]]:
         """(R, V) logits by each answer's settings, and for rows that have none what is wrong."""
         errors: dict[int, Exception] = {}
-        for row in logits.isnan().any(dim=1).nonzero().squeeze(1).tolist():
+        for row in (logits.isnan() | logits.isposinf()).any(dim=1).nonzero().squeeze(1).tolist():
             errors[row] = GenerationError(
                 "the model's logits are not numbers: an image or prompt makes it overflow, or its weights "
                 "are damaged. Other requests go on; try this one with dtype float32"
@@ -443,7 +453,17 @@ class Engine:
                     changed[row] = answer.adjust(answer.ids, changed[row])
                 except Exception as error:
                     errors[row] = error
-        return changed.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf), errors
+        wrong = (changed.isnan() | changed.isposinf()).any(dim=1) | changed.isneginf().all(dim=1)
+        for row in wrong.nonzero().squeeze(1).tolist():
+            errors.setdefault(
+                row,
+                GenerationError(
+                    "no token can be taken: repetition_penalty, suppressed tokens and adjust leave no logit "
+                    "that is a number, or make one infinite"
+                ),
+            )
+            changed[row] = 0
+        return changed, errors
 
     # ---------------------------------------------------------------------------------------- ends
 

@@ -89,10 +89,14 @@ class Request:
     key: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.skip, str):
-            if self.skip != "full":
-                raise ConfigError(f"skip={self.skip!r}: a SkipConfig, None or 'full' is expected")
+        if self.skip == "full":
             object.__setattr__(self, "skip", SkipConfig.full())
+        kinds = {"skip": SkipConfig | None, "sampling": Sampling, "inputs": Mapping | None}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                expected = "a SkipConfig, None or 'full'" if name == "skip" else f"a {kind}"
+                raise ConfigError(f"{name}={value!r}: {expected} is expected")
         if self.deadline is not None and not self.deadline > 0:
             raise ConfigError(f"deadline={self.deadline!r}: seconds from submission, more than 0")
 

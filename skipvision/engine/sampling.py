@@ -8,6 +8,9 @@ import torch
 
 from skipvision.engine.requests import Sampling, TokenLogprob
 
+_COLDEST = 1e-6
+"""Temperature below which nothing but the likeliest token has a chance anyway."""
+
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
     """Make tokens that were seen less likely (https://arxiv.org/abs/1909.05858, section 4.1).
@@ -25,7 +28,7 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
     """One token a row.
 
     Args:
-        logits: (R, V), float32 or wider.
+        logits: (R, V), float32 or wider; no NaN, no +∞, and something above −∞ in each row.
         settings: of each row.
         draws: (R,) uniform in [0, 1); looked at where temperature > 0.
 
@@ -41,8 +44,12 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
 
-    heat = column([settings[row].temperature for row in drawn])
-    ordered, ids = (logits[at] / heat).sort(dim=1, descending=True, stable=True)
+    heat = column([max(settings[row].temperature, _COLDEST) for row in drawn])
+    chosen = logits[at]
+    # Behind the likeliest, so that no temperature is cold enough to overflow.
+    ordered, ids = ((chosen - chosen.amax(dim=1, keepdim=True)) / heat).sort(
+        dim=1, descending=True, stable=True
+    )
     rank = torch.arange(ordered.shape[1], device=logits.device)
     most = column([settings[row].top_k or ordered.shape[1] for row in drawn])
     ordered = ordered.masked_fill(rank >= most, -torch.inf)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.images import FileImage, ImageError, InlineImage, decode
+from pipelines.images import FileImage, ImageError, InlineImage, OversizedImageError, decode
 from skipvision.errors import DataError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -145,3 +145,19 @@ def test_errors_of_images_survive_pickling():
         InlineImage(b"", "nothing").open()
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (type(copy), str(copy), copy.kind) == (ImageError, "image nothing is empty", "unreadable image")
+
+
+def test_a_thin_image_that_would_be_blown_up_is_refused():
+    """Its pixels are few, but scaled to a shorter side of 224 it would take gigabytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 60_000)).save(buffer, "PNG")
+    with pytest.raises(OversizedImageError, match="one side is more than 100 times the other"):
+        decode(io.BytesIO(buffer.getvalue()), "thin.png")
+    assert decode(_png(Image.new("RGB", (1, 100))), "narrow.png").size == (1, 100)
+
+
+def _png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    buffer.seek(0)
+    return buffer

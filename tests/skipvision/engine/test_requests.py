@@ -326,6 +326,54 @@ def test_a_bad_request_fails_alone(kind, error, prefix_cache_bytes):
                     assert ids_of(completion) == alone(*completion.key[:3])
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"sampling": Sampling(max_new_tokens=4, temperature=1, repetition_penalty=1e-310)}, GenerationError),
+        ({"adjust": lambda: lambda ids, logits: logits - torch.inf}, GenerationError),
+        ({"adjust": lambda: lambda ids, logits: logits + torch.inf}, GenerationError),
+        ({"adjust": lambda: lambda ids, logits: logits * float("nan")}, GenerationError),
+        ({"adjust": lambda: {}["no such grammar"]}, InputError),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_leave_no_choice_fail_alone(engine, options, error, temperature):
+    sampling = options.get("sampling") or Sampling(max_new_tokens=4, temperature=temperature)
+    asked = request(0, key="bad", **{**options, "sampling": sampling})
+    completions = {c.key: c for c in engine.run([request(1), asked, request(2)])}
+    assert isinstance(completions["bad"].error, error)
+    for row in (1, 2):
+        assert ids_of(completions[row, "counts", 8, 0]) == alone(row)
+
+
+def test_an_image_that_makes_logits_infinite_fails_alone():
+    model = words()
+    with Engine(model, None, CONFIGS["counts"], max_sequences=4) as engine:
+        handle = model.lm_head.register_forward_hook(
+            lambda head, args, out: out.index_fill(2, torch.tensor([3]), torch.inf) if len(out) == 1 else out
+        )
+        try:
+            (failed,) = engine.run([request(0, sampling=Sampling(max_new_tokens=3, temperature=1.0))])
+        finally:
+            handle.remove()
+        assert isinstance(failed.error, GenerationError)
+        assert ids_of(one(engine, request(0))) == alone(0)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-7])
+def test_next_to_no_temperature_is_greedy(engine, temperature):
+    asked = request(0, sampling=Sampling(max_new_tokens=8, temperature=temperature, seed=1))
+    assert one(engine, asked).choices[0].token_ids == alone(0)
+
+
+def test_a_completion_has_the_request_as_it_was_given(engine):
+    asked = request(0)
+    assert one(engine, asked).request is asked
+    for wrong in ({"skip": {"retained": 1}}, {"sampling": {"n": 1}}, {"inputs": [1]}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
+            Request(**wrong)
+
+
 def test_what_can_never_run_is_refused_at_once():
     budget = 64 * 3 * 2 * 2 * 8 * 8
     with Engine(words(), None, CONFIGS["counts"], max_sequences=4, kv_budget_bytes=budget) as engine:
