@@ -4,8 +4,6 @@
 PYTHON = $(firstword $(foreach name,python3.11 python3 python,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
-# Two processes: one for the tests of the library, one for those that start a Ray (tests/conftest.py).
-TWO := -n 2 --dist loadgroup
 
 .PHONY: help install demo test test-all lint format clean
 
@@ -24,10 +22,10 @@ demo: install ## fine-tune with and without Skip-Vision on a local Ray and print
 	$(BIN)/python jobs/demo.py $(ARGS)
 
 test: install ## the tests, without the slow ones
-	$(BIN)/python -m pytest $(TWO) $(ARGS)
+	@PYTEST="$(BIN)/python -m pytest" ./tests/in_two.sh $(ARGS)
 
 test-all: install ## the slow tests too (those that need a GPU: make test ARGS="-m gpu")
-	$(BIN)/python -m pytest $(TWO) -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 lint: install ## style, types and import contracts
 	$(BIN)/ruff check .

@@ -18,15 +18,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in two processes: one has all that may start a Ray, of which one is enough."""
-    for item in items:
-        file = item.path.relative_to(ROOT / "tests")
-        group = str(file) if file.parts[0] == "skipvision" else "ray"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaVA of 16 visual tokens per image, and its processor."""
