@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests in two processes side by side: the library's, whose report comes at the end, and those that may
-# start a Ray. Arguments go to both; an end without any test counts only if neither has one.
+# start a Ray. Other arguments than files go to both; an end without any test counts only if neither has one.
 set -u
+case " $* " in *" tests"*) exec $PYTEST "$@" ;; esac # what is named is run in one
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 $PYTEST tests/skipvision "$@" >"$report" 2>&1 &
