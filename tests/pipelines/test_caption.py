@@ -307,6 +307,7 @@ def test_a_killed_engine_and_an_absent_mlflow_cost_no_caption(straight, settings
     assert_same_captions(straight, run_caption(config))
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_continued_by_the_next(straight, settings, local_ray):
     config = changed(settings, name="job-killed")
     address = ray.get_runtime_context().gcs_address
