@@ -195,7 +195,9 @@ def _share(folder: Path) -> None:
 def _warn_if_frozen(model: nn.Module, summary: SummaryLayer) -> None:
     inside = getattr(dissect(model).decoder, SUMMARY)
     frozen = not any(parameter.requires_grad for parameter in summary.parameters())
-    if isinstance(model, PeftModel) and frozen and not isinstance(inside, AdapterSummaries):
+    # An adapter that was loaded to be used is frozen as a whole, and its summary was trained.
+    tuned = any(parameter.requires_grad for parameter in model.parameters())
+    if isinstance(model, PeftModel) and frozen and tuned and not isinstance(inside, AdapterSummaries):
         warnings.warn(
             "the summary layer was attached before get_peft_model, which froze it: what is saved was not "
             "trained. Attach after get_peft_model",
