@@ -53,7 +53,7 @@ class Engine:
     Args:
         model: attached already (`load_adapter`) or not; until `close` it is the engine's alone.
         processor: its processor; None = requests come prepared, and text is left out.
-        config: of requests that name none; None = what is attached, or `SkipConfig` as it is.
+        config: of requests that name none, and no adapter; None = what is attached, or `SkipConfig` as it is.
         max_sequences: answers that are written at once, at most.
         kv_budget_bytes: for keys and values of the answers being written; allocated whole (or as much
             as max_sequences of the model's longest can use) at the first request.
@@ -89,12 +89,13 @@ class Engine:
         self._model, self._processor = model.eval(), processor
         self._base = _base_of(model)
         attached = attachment_of(model)
-        self._own = attach(model, config or SkipConfig()) if attached is None else None
-        self._attachment = attached or self._own or attach(model, config or SkipConfig())
-        self._attachment.check(config or self._attachment.config)
+        self._attachment = attached or attach(model, config or SkipConfig())
+        self._detaches = attached is None
+        self._config = config or self._attachment.config
+        self._attachment.check(self._config)
         self._adapters = Adapters(model)
-        self._configs = {BASE: config or self._attachment.config}
-        self._configs[self._adapters.default] = self._configs[BASE]
+        trained = SkipConfig.full() if attached is None else attached.config
+        self._trained = {name: trained for name in self._adapters.names if name != BASE}
 
         anatomy = dissect(model)
         self._image_token_id = anatomy.image_token_id
@@ -151,7 +152,9 @@ class Engine:
         ready = self.prepare(request)
         name = request.adapter or self._adapters.default
         self._adapters.check(name)
-        config = request.skip if isinstance(request.skip, SkipConfig) else self._config_of(name)
+        config = self._config if request.adapter is None else self._config_of(name)
+        if isinstance(request.skip, SkipConfig):
+            config = request.skip
         self._attachment.check(config)
         prompt = Prompt(ready.inputs or {}, self._image_token_id, len(request.images))
         ticket = Ticket(next(self._numbers), request, prompt, config, name, self._decode)
@@ -235,7 +238,7 @@ class Engine:
         self._adapters.activate(active)
         with self._attachment.using(config):
             load_adapter(self._model, folder, name=name)
-        self._configs[name] = config
+        self._trained[name] = config
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; raises `ConfigError` if requests are running under it."""
@@ -247,7 +250,7 @@ class Engine:
             raise ConfigError(f"{busy} requests run under adapter {name!r}: wait for them, or cancel them")
         self._adapters.activate(self._adapters.default)
         self._model.delete_adapter(name)  # type: ignore[operator]
-        del self._configs[name]
+        del self._trained[name]
         self._prefixes.clear()
 
     @property
@@ -304,8 +307,8 @@ class Engine:
         self._scheduler.waiting.clear()
         self._prefixes.clear()
         self._adapters.activate(self._adapters.default)
-        if self._own is not None:
-            self._own.detach()
+        if self._detaches:
+            self._attachment.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -318,7 +321,8 @@ class Engine:
     # ------------------------------------------------------------------------------------ prefill
 
     def _config_of(self, adapter: str) -> SkipConfig:
-        return self._configs.get(adapter, self._configs[BASE])
+        """The base model's, or the one that an adapter was trained with."""
+        return self._trained.get(adapter, self._config)
 
     def _decode(self, ids: Sequence[int]) -> str:
         if self._processor is None:

@@ -93,6 +93,18 @@ def test_what_is_loaded_is_what_requests_get_that_name_none(engine, expected):
     assert completion.usage.visual_retained == 4
 
 
+def test_an_adapter_that_is_named_runs_as_it_was_trained(folders, expected):
+    """Whatever the engine's own config is; that is for requests that name no adapter, and the base model."""
+    other = SkipConfig(retained=2, skipped=2)
+    with Engine(load_adapter(base_model(), folders / "red", name="red"), config=other) as engine:
+        engine.add_adapter("green", folders / "green")
+        for completion in engine.run([asked(name, 0) for name in ("red", "green")]):
+            assert ids_of(completion) == expected[completion.key]
+        for completion in engine.run([asked(name, 0) for name in (None, BASE)]):
+            assert completion.usage.visual_retained == 2
+        assert engine.configs == {BASE: other, "red": SKIPS["red"], "green": SKIPS["green"]}
+
+
 def test_prefixes_are_held_for_each_adapter(folders, expected):
     with Engine(load_adapter(base_model(), folders / "red", name="red"), prefix_cache_bytes=2**24) as engine:
         engine.add_adapter("green", folders / "green")
