@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from pipelines.caption_manifest import Manifest
 from pipelines.caption_model import CaptionModel, load_captioner
 from pipelines.caption_rows import Caption, CaptionRow, Problem
 from pipelines.collate import content_parts
+from pipelines.cpus import usable_cpus
 from pipelines.engine_thread import EngineThread, Outcome
 from pipelines.images import ImageError
 from pipelines.learner import load_processor
@@ -201,7 +201,7 @@ class CaptionActor:
         import ray
 
         given = ray.get_runtime_context().get_assigned_resources()
-        torch.set_num_threads(max(1, min(math.ceil(given.get("CPU", 1)), os.cpu_count() or 1)))
+        torch.set_num_threads(max(1, min(math.ceil(given.get("CPU", 1)), usable_cpus())))
         device = torch.device("cuda" if given.get("GPU", 0) else "cpu")
         self.work = work
         self.name = ray.get_runtime_context().get_actor_id()
