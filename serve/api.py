@@ -165,7 +165,7 @@ class Ingress:
         request = await asyncio.to_thread(prepare, self._processors[target.number], request)
         prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
         sampling = _sampling(body, limits.max_new_tokens, self._positions[target.number] - prompt)
-        return Work(replace(request, prompt="", images=(), sampling=sampling), len(images), schema)
+        return Work(replace(request, prompt="", images=(), sampling=sampling), schema)
 
     def _skip(self, target: Target) -> sv.SkipConfig | None:
         """The SkipConfig that the settings give the base model."""

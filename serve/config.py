@@ -67,9 +67,7 @@ class ModelSection(_Section):
         None,
         description="SkipConfig of the base model; none given = that of its first adapter, or all tokens",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of weights and arithmetic"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and arithmetic")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="implementation")
     engine: EngineSection = Field(default_factory=EngineSection, description="of each engine")
     scaling: ScalingSection = Field(default_factory=ScalingSection, description="how many engines")
@@ -117,7 +115,6 @@ class ServeConfig(_Section):
         30.0, gt=0, description="time between looks whether an MLflow alias has moved (s)"
     )
     tracking_uri: str | None = Field(None, description="MLflow's URI for models:/ adapters")
-    log_content: bool = Field(False, description="write prompts and answers to the log")
 
     @model_validator(mode="after")
     def _something_to_serve(self) -> Self:

@@ -37,12 +37,10 @@ class Work:
 
     Attributes:
         request: prepared.
-        images: how many it was prepared with.
         schema: JSON schema that the answers follow.
     """
 
     request: Request
-    images: int = 0
     schema: dict[str, Any] | None = None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from skipvision import SkipConfig
 
@@ -62,11 +62,6 @@ class ResponseFormat(_Strict):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-
-    @field_validator("json_schema")
-    @classmethod
-    def _given(cls, value: JsonSchema | None) -> JsonSchema | None:
-        return value
 
 
 class StreamOptions(_Strict):
