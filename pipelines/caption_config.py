@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.caption_prompts import PromptTemplate
 from pipelines.images import MAX_PIXELS
+from pipelines.sections import EngineSection, JobConfig, Section
 from pipelines.tracking import TrackingConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """What writes the captions."""
 
     path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
@@ -35,7 +32,7 @@ class ModelSection(_Section):
     )
 
 
-class InputSection(_Section):
+class InputSection(Section):
     """What is captioned. The inputs are listed once, at the job's first start."""
 
     source: str = Field(
@@ -75,28 +72,7 @@ class InputSection(_Section):
         return value
 
 
-class EngineSection(_Section):
-    """One engine, which writes many captions at once; these settings may differ when a job is resumed."""
-
-    max_sequences: int = Field(16, ge=1, description="captions written at once, at most")
-    kv_budget_bytes: int = Field(
-        2**30, ge=1, description="bytes for the keys and values of all captions being written"
-    )
-    prefill_tokens: int = Field(
-        4096, ge=1, description="prompt tokens read in one step, at most, while others are being written"
-    )
-    prefix_cache_bytes: int = Field(
-        0,
-        ge=0,
-        description="bytes for images that several rows ask about, to read them once; 0 = none",
-    )
-
-    compile_decoding: bool = Field(
-        False, description="compile the steps that write: a minute at the start, less for each token then"
-    )
-
-
-class OutputSection(_Section):
+class OutputSection(Section):
     """Files of captions, in <storage>/<name>/captions."""
 
     format: Literal["parquet", "jsonl"] = Field("parquet", description="format of the files")
@@ -108,7 +84,7 @@ class OutputSection(_Section):
     )
 
 
-class ScalingSection(_Section):
+class ScalingSection(Section):
     """Ray's share; these settings may differ when a job is resumed."""
 
     workers: int = Field(1, ge=1, description="engines, each with the whole model")
@@ -128,18 +104,9 @@ class ScalingSection(_Section):
     )
 
 
-class CaptionConfig(_Section):
+class CaptionConfig(JobConfig):
     """A captioning job; one that is there already under its name is continued, or refused if it differs."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="the job's name: its folder, and its name in MLflow",
-    )
-    storage: str = Field(
-        "runs",
-        description="folder for all runs, seen by every node; a relative path starts at $SKIPVISION_HOME or, "
-        "outside of Ray jobs, in the working directory",
-    )
     model: ModelSection
     input: InputSection
     skip: SkipConfig | Literal["full"] | None = Field(

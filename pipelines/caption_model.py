@@ -13,9 +13,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 import skipvision as sv
-from pipelines.caption_config import CaptionConfig, EngineSection
-from pipelines.learner import arithmetic, load_processor
+from pipelines.caption_config import CaptionConfig
+from pipelines.loading import arithmetic, load_base, load_processor
 from pipelines.paths import input_path
+from pipelines.sections import EngineSection
 from pipelines.tracking import fetch_model
 from skipvision.engine import Engine
 from skipvision.errors import ConfigError
@@ -111,10 +112,7 @@ def load_captioner(model: CaptionModel, settings: EngineSection, device: torch.d
     """The engine, with everything loaded."""
     transformers.utils.logging.disable_progress_bar()
     dtype = arithmetic(model.dtype, device)
-    base: Any = AutoModelForImageTextToText.from_pretrained(
-        model.base, dtype=dtype, attn_implementation=model.attention
-    )
-    base = base.to(device)
+    base = load_base(model.base, dtype, model.attention, device)
     whole = base if model.adapter is None else sv.load_adapter(base, model.adapter).to(device, dtype)
     processor = load_processor(model.base)
     return Engine(whole, processor, model.skip, **settings.model_dump())

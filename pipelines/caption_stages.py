@@ -32,7 +32,7 @@ from pipelines.collate import content_parts
 from pipelines.cpus import usable_cpus
 from pipelines.engine_thread import EngineThread, Outcome
 from pipelines.images import ImageError
-from pipelines.learner import load_processor
+from pipelines.loading import load_processor
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
 from skipvision.errors import InputError, SkipVisionError
 
@@ -207,7 +207,8 @@ class CaptionActor:
         self.name = ray.get_runtime_context().get_actor_id()
         self.engine: EngineThread | SkipVisionError
         try:
-            self.engine = EngineThread(load_captioner(work.model, work.config.engine, device))
+            self.engine = EngineThread(lambda: load_captioner(work.model, work.config.engine, device))
+            self.engine.wait_until_ready()
         except SkipVisionError as error:  # raised in another process, it would reach the job as text
             self.engine = error
 
@@ -223,7 +224,7 @@ class CaptionActor:
             block = replace(block, rows=rows)
         made = self._answer(block.rows)
         self.work.attempts.end(*place)
-        return _packed(Written(block.shard, made, self.name, self.engine.statistics))
+        return _packed(Written(block.shard, made, self.name, self.engine.statistics()))
 
     def _answer(self, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
         sound = [row for row in rows if row.problem is None]

@@ -27,7 +27,8 @@ from pipelines.cpus import usable_cpus
 from pipelines.datasets import read_training_rows
 from pipelines.evaluate import OVERALL, Answer, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig, ModelSection
-from pipelines.learner import arithmetic, load_base, load_processor, summed_loss
+from pipelines.learner import load_frozen, summed_loss
+from pipelines.loading import arithmetic, load_processor
 from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
 from pipelines.run_folder import comparable
@@ -187,7 +188,7 @@ def _examine(
     """Answers of a variant; for a tuned one also what it costs, on one row of each task."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = arithmetic("auto", device)
-    model = variant.build(load_base(model_config, compute, device)).eval()
+    model = variant.build(load_frozen(model_config, compute, device)).eval()
     processor = load_processor(model_config.path)
     with torch.autocast(device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
         answers = evaluate_exact_match(

@@ -1,76 +1,179 @@
-"""An engine that many threads may ask at once: what one thread's batch leaves free, another's fills."""
+"""An engine that many threads may ask at once: what one's requests leave free, another's fill.
+
+The engine belongs to its thread: what others want is put in its inbox, and it is asked between two steps.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
-from skipvision.engine import Completion, Engine, Request, Statistics
+from skipvision.engine import Chunk, Completion, Engine, Request, Statistics
 from skipvision.errors import SkipVisionError
+
+T = TypeVar("T")
 
 Outcome = Completion | SkipVisionError
 """How a request ended; an error of ours is why it was refused before it began."""
 
+Deliver = Callable[[Chunk | BaseException], None]
+"""Takes a request's chunks, in the engine's thread; an exception is the end of the engine itself."""
+
+_Question = tuple[Callable[[Engine], Any], Future[Any]]
+
+_IDLE_SECONDS = 1.0
+"""An engine without work is alive as well, and says so this often."""
+
 
 class EngineThread:
-    """Runs the engine in a thread of its own for as long as the process lives."""
+    """Runs one engine until it is stopped.
 
-    def __init__(self, engine: Engine) -> None:
-        self.statistics: Statistics = engine.statistics()
-        self._engine = engine
-        self._inbox: SimpleQueue[tuple[Request, Future[Outcome]]] = SimpleQueue()
-        self._running: dict[int, Future[Outcome]] = {}
-        self._broken: BaseException | None = None
+    Args:
+        make: makes the engine, in the thread.
+
+    Attributes:
+        stepped: when the engine last finished a step, or had nothing to do (`time.monotonic`).
+    """
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self.stepped = time.monotonic()
+        self._inbox: SimpleQueue[_Question | None] = SimpleQueue()
+        self._listeners: dict[int, Deliver] = {}
+        self._ready: Future[None] = Future()
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        threading.Thread(target=self._work, daemon=True, name="engine").start()
+        self._thread = threading.Thread(target=self._run, args=(make,), name="engine", daemon=True)
+        self._thread.start()
+
+    def wait_until_ready(self) -> None:
+        """Return when the engine has been made; raises what went wrong with it."""
+        self._ready.result()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread, if something did."""
+        return self._failure
+
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+        """What a function says of the engine, between two steps; or what ended the engine."""
+        answer: Future[T] = Future()
+        with self._lock:
+            if self._failure is not None:
+                answer.set_exception(self._failure)
+            else:
+                self._inbox.put((function, answer))
+        return answer
+
+    def submit(self, request: Request, deliver: Deliver) -> Future[int]:
+        """Its number, once the engine has taken it; its chunks are delivered from then on."""
+
+        def submit(engine: Engine) -> int:
+            number = engine.submit(request)
+            self._listeners[number] = deliver
+            return number
+
+        return self.call(submit)
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; nothing more of it is delivered."""
+
+        def forget(engine: Engine) -> None:
+            self._listeners.pop(number, None)
+            engine.cancel(number)
+
+        self.call(forget)
 
     def answer(self, requests: Sequence[Request]) -> list[Outcome]:
         """Wait until all of them have ended.
 
         An error of the engine itself, not of one request, is raised in every thread that waits.
         """
-        waiting: list[Future[Outcome]] = [Future() for _ in requests]
-        with self._lock:
-            if self._broken is not None:
-                raise self._broken
-            for pair in zip(requests, waiting, strict=True):
-                self._inbox.put(pair)
-        return [future.result() for future in waiting]
+        return [future.result() for future in [self._answer(request) for request in requests]]
 
-    def _work(self) -> None:
+    def statistics(self) -> Statistics:
+        """Of the engine."""
+        return self.call(Engine.statistics).result()
+
+    def stop(self) -> None:
+        """End the thread; what runs is dropped."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _answer(self, request: Request) -> Future[Outcome]:
+        outcome: Future[Outcome] = Future()
+
+        def deliver(item: Chunk | BaseException) -> None:
+            if isinstance(item, BaseException):
+                outcome.set_exception(item)
+            elif item.completion is not None:
+                outcome.set_result(item.completion)
+
+        def taken(number: Future[int]) -> None:
+            error = number.exception()
+            if isinstance(error, SkipVisionError):
+                outcome.set_result(error)
+            elif error is not None:
+                outcome.set_exception(error)
+
+        self.submit(request, deliver).add_done_callback(taken)
+        return outcome
+
+    # ------------------------------------------------------------------------------- in the thread
+
+    def _run(self, make: Callable[[], Engine]) -> None:
         try:
-            while True:
-                self._take(wait=not self._engine.busy)
-                for chunk in self._engine.step():
-                    if chunk.completion is not None:
-                        self.statistics = self._engine.statistics()
-                        self._running.pop(chunk.id).set_result(chunk.completion)
+            engine = make()
+        except BaseException as error:
+            self._end(error)
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        try:
+            with engine:
+                self._work(engine)
+            self._end(RuntimeError("the engine's thread was stopped"))
         except BaseException as error:  # whoever waits must hear of it, whatever it is
-            self._break(error)
+            self._end(error)
 
-    def _take(self, *, wait: bool) -> None:
-        """Hand over what has come in; wait for something if there is nothing to do."""
+    def _work(self, engine: Engine) -> None:
+        while True:
+            for question in self._questions(wait=not engine.busy):
+                if question is None:
+                    return
+                _ask(engine, *question)
+            for chunk in engine.step() if engine.busy else ():
+                over = chunk.completion is not None
+                deliver = self._listeners.pop(chunk.id, None) if over else self._listeners.get(chunk.id)
+                if deliver is not None:
+                    deliver(chunk)
+            self.stepped = time.monotonic()
+
+    def _questions(self, *, wait: bool) -> Iterator[_Question | None]:
         with suppress(Empty):
+            if wait:
+                yield self._inbox.get(timeout=_IDLE_SECONDS)
             while True:
-                request, future = self._inbox.get(block=wait)
-                wait = False
-                try:
-                    self._running[self._engine.submit(request)] = future
-                except SkipVisionError as error:
-                    future.set_result(error)
-                except BaseException as error:
-                    future.set_exception(error)
-                    raise
+                yield self._inbox.get_nowait()
 
-    def _break(self, error: BaseException) -> None:
+    def _end(self, error: BaseException) -> None:
         with self._lock:
-            self._broken = error
-            with suppress(Empty):
-                while True:
-                    _, future = self._inbox.get_nowait()
-                    future.set_exception(error)
-        for future in self._running.values():
-            future.set_exception(error)
+            self._failure = error
+        for question in self._questions(wait=False):
+            if question is not None and question[1].set_running_or_notify_cancel():
+                question[1].set_exception(error)
+        for deliver in self._listeners.values():
+            deliver(error)
+
+
+def _ask(engine: Engine, function: Callable[[Engine], Any], answer: Future[Any]) -> None:
+    if not answer.set_running_or_notify_cancel():
+        return  # who asked has gone
+    try:
+        answer.set_result(function(engine))
+    except BaseException as error:
+        answer.set_exception(error)

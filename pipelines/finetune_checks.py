@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
 from pipelines.cluster import node_resources, worker_resources
 from pipelines.finetune_config import FinetuneConfig, ScalingSection
-from pipelines.learner import load_processor, prepare
+from pipelines.learner import prepare
+from pipelines.loading import load_processor
 from pipelines.paths import input_path, model_path, output_path
 from skipvision.errors import ConfigError
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipelines.datasets import CheckImages, OnBadRow
+from pipelines.sections import JobConfig, Section
 from pipelines.tracking import TrainingTrackingConfig
 from skipvision.config import SkipConfig
 
@@ -16,11 +17,7 @@ DECODER_LINEARS = (
 """Matches the linear layers of the text decoder, and no layer of a vision tower."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base model, which stays frozen."""
 
     path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
@@ -34,7 +31,7 @@ class ModelSection(_Section):
     )
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Training and validation rows: LLaVA JSON, chat JSONL or parquet."""
 
     train: str = Field(description="file, pattern or fsspec URL of the training rows")
@@ -54,7 +51,7 @@ class DataSection(_Section):
     )
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """The low-rank adapter."""
 
     rank: int = Field(16, ge=1, description="rank of the update of each matrix")
@@ -67,7 +64,7 @@ class LoraSection(_Section):
     )
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """Optimisation."""
 
     epochs: float = Field(1.0, gt=0, description="times every row is shown; not used if max_steps is given")
@@ -97,7 +94,7 @@ class TrainingSection(_Section):
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What is done with the validation rows."""
 
     every: int = Field(0, ge=0, description="steps between evaluations; 0 = only after the last step")
@@ -109,7 +106,7 @@ class EvaluationSection(_Section):
     max_new_tokens: int = Field(128, ge=1, description="tokens of an answer, at most")
 
 
-class ScalingSection(_Section):
+class ScalingSection(Section):
     """Workers. These settings may differ when a run is resumed: they change only rounding and speed."""
 
     workers: int = Field(1, ge=1, description="processes that share every batch")
@@ -129,18 +126,9 @@ class ScalingSection(_Section):
     )
 
 
-class FinetuneConfig(_Section):
+class FinetuneConfig(JobConfig):
     """A fine-tuning run; one that is there already under its name is resumed, or refused if it differs."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="the run's name: its folder, and its name in MLflow",
-    )
-    storage: str = Field(
-        "runs",
-        description="folder for all runs, seen by every node; a relative path starts at $SKIPVISION_HOME or, "
-        "outside of Ray jobs, in the working directory",
-    )
     resume_with_changes: bool = Field(
         False,
         description="go on with an unfinished run although learning_rate, warmup, final_learning_rate, "

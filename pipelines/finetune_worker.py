@@ -25,7 +25,8 @@ from pipelines.collate import Batch, Collator
 from pipelines.cpus import usable_cpus
 from pipelines.evaluate import OVERALL, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig
-from pipelines.learner import Learner, StepStats, arithmetic, load_base, load_processor, prepare
+from pipelines.learner import Learner, StepStats, load_frozen, prepare
+from pipelines.loading import arithmetic, load_processor
 from pipelines.progress import Progress
 from pipelines.rejects import LateRejects, count_rejects
 from pipelines.rows import TrainingRow
@@ -80,7 +81,7 @@ class Worker:
         device = ray.train.torch.get_device()
         compute = arithmetic(self.config.training.precision, device)
         self.processor = load_processor(self.config.model.path)
-        model = prepare(load_base(self.config.model, compute, device), self.config)
+        model = prepare(load_frozen(self.config.model, compute, device), self.config)
         self.learner = Learner(model, self.config, device)
         # The prefetching thread's own tokenizer: fast tokenizers must not be shared between threads.
         self.collator = Collator(load_processor(self.config.model.path))

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,45 +18,21 @@ import peft
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 import skipvision as sv
 from pipelines.collate import IGNORED, Batch
 from pipelines.finetune_config import FinetuneConfig, ModelSection, TrainingSection
+from pipelines.loading import arithmetic, load_base
 from skipvision.errors import ConfigError
 
 
-def arithmetic(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: as told, or bfloat16 where the hardware multiplies it natively."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and not _cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
-    return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_flags() -> set[str]:
-    """What the CPU says it can do; nothing where it is not asked the Linux way."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-
-
-def load_base(config: ModelSection, compute: torch.dtype, device: torch.device) -> nn.Module:
+def load_frozen(config: ModelSection, compute: torch.dtype, device: torch.device) -> nn.Module:
     """The base model on a device, in its stored dtype, or as ``config.dtype`` says."""
-    dtype: Any = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            config.path, dtype=dtype, attn_implementation=config.attention
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path = {config.path}: {error}") from error
-    if config.dtype == "auto" and model.dtype in (torch.float16, torch.bfloat16):
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    model = load_base(config.path, dtype, config.attention, device)
+    if dtype is None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
         model = model.to(compute)
-    placed: nn.Module = model.to(device)
-    return placed
+    return model
 
 
 def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
@@ -236,17 +211,6 @@ class Learner:
             totals = totals.to(self.device)
             distributed.all_reduce(totals)
         return totals.cpu()
-
-
-def load_processor(path: str) -> ProcessorMixin:
-    """The processor beside a model."""
-    from transformers import AutoProcessor
-
-    try:
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {path}: {error}") from error
-    return processor
 
 
 def _workers() -> int:

@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from transformers import AutoConfig
 
 import skipvision as sv
-from pipelines.learner import load_processor
+from pipelines.loading import load_processor
 from serve.answers import Answer, event
 from serve.config import ServeConfig
 from serve.exposition import exposition

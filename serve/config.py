@@ -5,29 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from pipelines.sections import EngineSection, Section
 from serve.media import MediaConfig
 from skipvision import SkipConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+class ServingEngineSection(EngineSection):
+    """Of each engine; people ask about an image more than once."""
 
-
-class EngineSection(_Section):
-    """Of each engine."""
-
-    max_sequences: int = Field(16, ge=1, description="answers written at once (count)")
-    kv_budget_mib: int = Field(1024, ge=1, description="keys and values of the answers being written (MiB)")
-    prefill_tokens: int = Field(4096, ge=1, description="prompt tokens that one step reads at most (tokens)")
-    prefix_cache_mib: int = Field(
-        256, ge=0, description="keys and values of images that may be asked about again (MiB); 0 = none"
+    prefix_cache_bytes: int = Field(
+        2**28, ge=0, description="bytes for images that may be asked about again, to read them once; 0 = none"
     )
-    compile_decoding: bool = Field(False, description="decode steps by torch.compile")
 
 
-class ScalingSection(_Section):
+class ScalingSection(Section):
     """How many engines there are, and when there are more."""
 
     min_engines: int = Field(
@@ -54,7 +47,7 @@ class ScalingSection(_Section):
         return self
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """One base model with its adapters."""
 
     path: str = Field(description="folder, or Hugging Face id, of the base model")
@@ -69,7 +62,7 @@ class ModelSection(_Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and arithmetic")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="implementation")
-    engine: EngineSection = Field(default_factory=EngineSection, description="of each engine")
+    engine: ServingEngineSection = Field(default_factory=ServingEngineSection, description="of each engine")
     scaling: ScalingSection = Field(default_factory=ScalingSection, description="how many engines")
 
     @property
@@ -78,7 +71,7 @@ class ModelSection(_Section):
         return self.name or Path(self.path).name
 
 
-class LimitSection(_Section):
+class LimitSection(Section):
     """What one deployment takes on."""
 
     queued_requests: int = Field(
@@ -93,7 +86,7 @@ class LimitSection(_Section):
     retry_after_s: int = Field(1, ge=1, description="Retry-After of a 429 (s)")
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     """A deployment. ``model`` and ``adapter`` name one model; ``models`` several, or one with settings."""
 
     name: str = Field("skipvision", description="of the application on the cluster")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from ray import serve as ray_serve
 from ray.util import metrics
-from transformers import AutoModelForImageTextToText
 
-from pipelines.learner import arithmetic, load_processor
+from pipelines.engine_thread import EngineThread
+from pipelines.loading import arithmetic, load_base, load_processor
 from pipelines.tracking import fetch_model
 from serve.config import ModelSection
-from serve.engine_thread import EngineThread
+from serve.engine_stream import ask, stream
 from serve.grammar import Grammars
 from skipvision import SkipConfig, load_adapter, read_adapter
 from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
@@ -90,7 +90,7 @@ class EngineReplica:
                 request = replace(request, adjust=self._grammars.adjuster(work.schema))
             name = request.adapter
             request = replace(request, adapter=BASE if name is None else self._names.get(name, name))
-            async for chunk in self._engine.stream(request):
+            async for chunk in stream(self._engine, request):
                 done = chunk.completion
                 if done is None:
                     yield chunk
@@ -112,19 +112,19 @@ class EngineReplica:
 
     async def served(self) -> Served:
         """What can be asked for."""
-        skip = await self._engine.call(lambda engine: dict(engine.configs))
+        skip = await ask(self._engine, lambda engine: dict(engine.configs))
         names = {inner: outer for outer, inner in self._names.items()}
         return Served(dict(self._sources), {names.get(name, name): config for name, config in skip.items()})
 
     async def statistics(self) -> Statistics:
         """Of the engine."""
-        return await self._engine.statistics()
+        return await ask(self._engine, Engine.statistics)
 
     # --------------------------------------------------------------------------- what Ray Serve calls
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """How full the engine is, by what limits it: rows, or memory; 1 = no more fits beside what runs."""
-        now = await self._engine.statistics()
+        now = await ask(self._engine, Engine.statistics)
         return {"load": load_of(now)}
 
     async def check_health(self) -> None:
@@ -141,27 +141,14 @@ class EngineReplica:
         section = self._section
         device = torch.device("cuda" if section.scaling.gpus_per_engine else "cpu")
         dtype = arithmetic(section.dtype, device)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            section.path, dtype=dtype, attn_implementation=section.attention
-        )
-        model = model.to(device)
+        model = load_base(section.path, dtype, section.attention, device)
         folders = {name: self._fetch(name, source) for name, source in section.adapters.items()}
         skip = section.skip
         for name, folder in list(folders.items())[:1]:
             model = load_adapter(model, folder, name=self._inner(name)).to(device, dtype)
             skip = skip or read_adapter(folder)["skip"]
         processor: Any = load_processor(section.path)
-        sizes = section.engine
-        engine = Engine(
-            model,
-            processor,
-            skip or SkipConfig.full(),
-            max_sequences=sizes.max_sequences,
-            kv_budget_bytes=sizes.kv_budget_mib * 2**20,
-            prefill_tokens=sizes.prefill_tokens,
-            prefix_cache_bytes=sizes.prefix_cache_mib * 2**20,
-            compile_decoding=sizes.compile_decoding,
-        )
+        engine = Engine(model, processor, skip or SkipConfig.full(), **section.engine.model_dump())
         for name, folder in list(folders.items())[1:]:
             engine.add_adapter(self._inner(name), folder)
         self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
@@ -206,18 +193,18 @@ class EngineReplica:
         if self._sources[name] == before:
             return
         inner = self._inner(name)
-        await self._engine.call(lambda engine: engine.add_adapter(inner, folder))
+        await ask(self._engine, lambda engine: engine.add_adapter(inner, folder))
         logger.info("adapter %s: %s in place of %s", name, self._sources[name], before)
         while True:
             try:
-                await self._engine.call(lambda engine: engine.remove_adapter(old))
+                await ask(self._engine, lambda engine: engine.remove_adapter(old))
                 return
             except SkipVisionError:
                 await asyncio.sleep(1.0)
 
     async def _report(self) -> None:
         while True:
-            self._gauges.set(await self._engine.statistics())
+            self._gauges.set(await ask(self._engine, Engine.statistics))
             await asyncio.sleep(1.0)
 
 

@@ -70,9 +70,10 @@ class Request:
         inputs: what `Engine.prepare` made of prompt and images: (1, T) ids and pixel tensors of this request.
             It can be made elsewhere (`prepare`), for example in a process that only reads images.
         sampling: how the answer is written.
-        skip: the SkipConfig of this request; None = that of the adapter it names, or the engine's. "full" skips
-            nothing.
-        adapter: name of a PEFT adapter, or "__base__"; None = the one that was active when the engine was made.
+        skip: the SkipConfig of this request; None = that of the adapter it names, or the engine's.
+            "full" skips nothing.
+        adapter: name of a PEFT adapter, or "__base__"; None = the one that was active when the engine
+            was made.
         deadline: seconds after submission at which what is there is returned (finish_reason "deadline").
         adjust: makes, for each choice, what changes the (V,) logits of its next token given the ids written
             so far, at each token (constrained decoding).

@@ -228,7 +228,7 @@ def request(words, tokens=6):
 def test_threads_share_an_engine_and_each_gets_its_own_answers(engine):
     batches = [[request(f"say {t} {i}", 3 + i) for i in range(3)] for t in range(5)]
     alone = [[next(engine.run([one])).text for one in batch] for batch in batches]
-    shared, found = EngineThread(engine), {}
+    shared, found = EngineThread(lambda: engine), {}
 
     def ask(number):
         found[number] = [outcome.text for outcome in shared.answer(batches[number])]
@@ -239,21 +239,50 @@ def test_threads_share_an_engine_and_each_gets_its_own_answers(engine):
     for thread in threads:
         thread.join(60)
     assert [found[number] for number in range(5)] == alone
-    assert shared.statistics.decode_steps > 0
+    assert shared.statistics().decode_steps > 0
 
 
 def test_a_refused_request_is_refused_alone(engine):
-    good, bad = EngineThread(engine).answer([request("hello"), request("word " * 600)])
+    good, bad = EngineThread(lambda: engine).answer([request("hello"), request("word " * 600)])
     assert good.text is not None
     assert isinstance(bad, InputError)
 
 
 def test_a_broken_engine_is_an_error_for_all_who_wait_and_come(engine, monkeypatch):
-    shared = EngineThread(engine)
+    shared = EngineThread(lambda: engine)
     monkeypatch.setattr(engine, "step", lambda: 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             shared.answer([request("hello")])
+
+
+def test_what_was_asked_of_an_engine_that_ended_is_answered_too(engine, monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def fail():
+        entered.set()
+        go_on.wait(60)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "step", fail)
+    shared = EngineThread(lambda: engine)
+    number = shared.submit(request("hello"), lambda item: None)
+    entered.wait(60)
+    question = shared.call(Engine.statistics)
+    go_on.set()
+    assert number.result(60) is not None
+    with pytest.raises(ZeroDivisionError):
+        question.result(60)
+    with pytest.raises(ZeroDivisionError):
+        shared.statistics()
+    assert isinstance(shared.failure, ZeroDivisionError)
+
+
+def test_an_engine_that_cannot_be_made_says_so_to_all(engine):
+    shared = EngineThread(lambda: 1 / 0)
+    for ask in (shared.wait_until_ready, shared.statistics, lambda: shared.answer([request("hello")])):
+        with pytest.raises(ZeroDivisionError):
+            ask()
 
 
 class Undisturbed(CaptionActor):
@@ -279,7 +308,8 @@ def test_a_row_over_which_engines_die_becomes_an_error_row(tiny_model, tmp_path)
                 raise SystemExit
             return []
 
-        statistics = None
+        def statistics(self):
+            return None
 
     work = work_of(tiny_model, tmp_path, scaling={"max_failures": 2})
     actor = Undisturbed(work, Deadly())

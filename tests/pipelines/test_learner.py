@@ -13,7 +13,8 @@ from pipelines.batches import LengthGroupedBatches
 from pipelines.collate import IGNORED, Collator
 from pipelines.datasets import read_training_rows
 from pipelines.finetune_config import FinetuneConfig, TrainingSection
-from pipelines.learner import Learner, arithmetic, learning_rate, load_base, load_processor, prepare
+from pipelines.learner import Learner, learning_rate, load_frozen, prepare
+from pipelines.loading import arithmetic, load_processor
 from skipvision.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def changed(config: FinetuneConfig, **sections) -> FinetuneConfig:
 
 
 def learner_of(config: FinetuneConfig) -> Learner:
-    learner = Learner(prepare(load_base(config.model, torch.float32, CPU), config), config, CPU)
+    learner = Learner(prepare(load_frozen(config.model, torch.float32, CPU), config), config, CPU)
     with torch.no_grad():  # LoRA starts as nothing at all, and would have no gradient in its first half
         for name, parameter in learner.trainable.items():
             if "lora_B" in name:

@@ -83,7 +83,7 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
                 "name": "tiny",
                 "dtype": "float32",
                 "adapters": {name: str(folder) for name, folder in adapters.items()},
-                "engine": {"max_sequences": 4, "kv_budget_mib": 8},
+                "engine": {"max_sequences": 4, "kv_budget_bytes": 2**23},
                 "scaling": {"cpus_per_engine": 0.5},
             }
         ],

@@ -87,7 +87,7 @@ def guarded(endpoint, tmp_path_factory):
                 "path": str(endpoint.model),
                 "name": "small",
                 "dtype": "float32",
-                "engine": {"max_sequences": 1, "kv_budget_mib": 4},
+                "engine": {"max_sequences": 1, "kv_budget_bytes": 2**22},
                 "scaling": {"cpus_per_engine": 0.25},
             }
         ],

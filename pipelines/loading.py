@@ -1,0 +1,55 @@
+"""Base models and their processors, from a folder or a Hugging Face id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+
+from skipvision.errors import ConfigError
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: as told, or bfloat16 where the hardware multiplies it natively."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and not _cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_flags() -> set[str]:
+    """What the CPU says it can do; nothing where it is not asked the Linux way."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def load_base(path: str, dtype: torch.dtype | None, attention: str, device: torch.device) -> nn.Module:
+    """The base model on a device; ``dtype`` None = the one it is stored in.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be run so.
+    """
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype or "auto", attn_implementation=attention
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path = {path}: {error}") from error
+    placed: nn.Module = model.to(device)
+    return placed
+
+
+def load_processor(path: str) -> ProcessorMixin:
+    """The processor beside a model."""
+    try:
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path = {path}: {error}") from error
+    return processor
