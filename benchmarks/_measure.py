@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import peft
 import torch
@@ -47,6 +47,24 @@ class Geometry:
     tower_heads: int
     image: int = 336
     patch: int = 14
+
+    @classmethod
+    def scaled(cls, hidden: int, layers: int, *, tower: int, tower_layers: int, image: int = 336) -> Self:
+        """Llama-3-8B's proportions at another width; ``tower`` is the width of the tower."""
+        heads = max(1, hidden // (64 if hidden < 2048 else 128))
+        return cls(
+            hidden=hidden,
+            intermediate=hidden * 7 // 2,
+            layers=layers,
+            heads=heads,
+            key_heads=max(1, heads // 4),
+            vocabulary=32_000,
+            tower_hidden=tower,
+            tower_intermediate=4 * tower,
+            tower_layers=tower_layers,
+            tower_heads=tower // 64,
+            image=image,
+        )
 
     def config(self) -> LlavaConfig:
         """The model's config; the last token of the vocabulary is the image placeholder."""

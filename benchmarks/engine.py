@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
     load = os.getloadavg()[0]
-    model: Any = _measure.build(_geometry(options), device, dtype)
+    model: Any = _measure.build(
+        Geometry.scaled(options.hidden, options.layers, tower=256, tower_layers=4), device, dtype
+    )
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     parts = {
@@ -317,21 +319,6 @@ def _inputs(model: Any, seed: int) -> dict[str, torch.Tensor]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _geometry(options: argparse.Namespace) -> Geometry:
-    return Geometry(
-        hidden=options.hidden,
-        intermediate=options.hidden * 7 // 2,
-        layers=options.layers,
-        heads=options.hidden // 64,
-        key_heads=max(options.hidden // 256, 1),
-        vocabulary=32_000,
-        tower_hidden=256,
-        tower_intermediate=1024,
-        tower_layers=4,
-        tower_heads=4,
-    )
 
 
 def _options() -> argparse.ArgumentParser:

@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     head = ["criterion", "tokens", "batch", "total ms (min – max)", "select", "assign", "lay out", "merge"]
     head += ["summary", "FLOPs ÷ prefill's", "FLOPs ÷ full prefill's"]
-    prefills = [_prefill(int(tokens), batch, options, dtype) for tokens, batch in options.prefill]
+    shares = ["criterion", "tokens", "batch", "prefill ms", "planning ms", "share", "restoring"]
+    prefills = [
+        _prefill(select, tokens, batch, options, dtype)
+        for select in options.select
+        for tokens, batch in options.prefill
+    ]
     command = "python -m benchmarks.planning " + " ".join(arguments or sys.argv[1:])
     machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
     text = "\n\n".join(
@@ -57,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"### Steps, width {options.width}, a quarter retained and a quarter skipped (ms)",
             _measure.table(head, parts),
             f"### Share of the reduced prefill, decoder of {options.layers} layers, hidden {options.hidden}",
-            _measure.table(["tokens", "batch", "prefill ms", "planning ms", "share", "restoring"], prefills),
+            _measure.table(
+                ["criterion", "tokens", "batch", "prefill ms", "planning ms", "share", "restoring"], prefills
+            ),
         ]
     )
     print(text)
@@ -114,30 +121,21 @@ def _part(select: str, tokens: int, batch: int, width: int, dtype: torch.dtype, 
     ]
 
 
-def _prefill(tokens: int, batch: int, options: argparse.Namespace, dtype: torch.dtype) -> list[str]:
+def _prefill(
+    select: str, tokens: int, batch: int, options: argparse.Namespace, dtype: torch.dtype
+) -> list[str]:
     """One row of the second table; the tower is small, so that the decoder is what counts."""
     side = round(tokens**0.5)
-    geometry = Geometry(
-        hidden=options.hidden,
-        intermediate=options.hidden * 7 // 2,
-        layers=options.layers,
-        heads=max(1, options.hidden // 64),
-        key_heads=max(1, options.hidden // 256),
-        vocabulary=32_000,
-        tower_hidden=64,
-        tower_intermediate=256,
-        tower_layers=2,
-        tower_heads=1,
-        image=14 * side,
-    )
+    geometry = Geometry.scaled(options.hidden, options.layers, tower=64, tower_layers=2, image=14 * side)
     model = _measure.build(geometry, torch.device("cpu"), dtype)
     inputs = _measure.inputs_for(model, batch, TEXT)
     clock = Clock(torch.device("cpu"))
     samples = [
-        _measure.timed(model, _config(), clock, lambda _: _measure.prefill(model, inputs))
+        _measure.timed(model, _config(select), clock, lambda _: _measure.prefill(model, inputs))
         for _ in range(options.prefill_repeats + 1)
     ][1:]
     return [
+        select,
         f"{side * side:,}",
         str(batch),
         Spread.of([sample.total for sample in samples]).text(1000),

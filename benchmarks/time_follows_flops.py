@@ -164,22 +164,12 @@ def _print_profile(name: str, call: Callable[[], Sample]) -> None:
 
 
 def _geometry(options: argparse.Namespace) -> Geometry:
-    """Llama-3-8B's proportions at another width; a tower in proportion to the decoder."""
-    heads = max(1, options.hidden // (64 if options.hidden < 2048 else 128))
+    """The tower is in proportion to the decoder."""
     # Few wide layers, not many narrow ones: the tower's matrices are to be as efficient as the decoder's.
     tower = max(64, min(1024, options.hidden // 2))
-    return Geometry(
-        hidden=options.hidden,
-        intermediate=options.hidden * 7 // 2,
-        layers=options.layers,
-        heads=heads,
-        key_heads=max(1, heads // 4),
-        vocabulary=32_000,
-        tower_hidden=tower,
-        tower_intermediate=4 * tower,
-        tower_layers=max(1, options.layers // 8),
-        tower_heads=tower // 64,
-        image=options.image,
+    tower_layers = max(1, options.layers // 8)
+    return Geometry.scaled(
+        options.hidden, options.layers, tower=tower, tower_layers=tower_layers, image=options.image
     )
 
 
