@@ -62,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"### Steps, width {options.width}, a quarter retained and a quarter skipped (ms)",
             _measure.table(head, parts),
             f"### Share of the reduced prefill, decoder of {options.layers} layers, hidden {options.hidden}",
-            _measure.table(
-                ["criterion", "tokens", "batch", "prefill ms", "planning ms", "share", "restoring"], prefills
-            ),
+            _measure.table(shares, prefills),
         ]
     )
     print(text)

@@ -1,7 +1,7 @@
-"""How often engines have begun a block, in files that outlive them.
+"""How often engines have begun a piece of work, in files that outlive them.
 
 Ray gives the blocks of an engine that died to the next one, for ever. If it is a row that kills engines,
-this is how the job gets past it.
+this is how the job finds it and gets past it.
 """
 
 from __future__ import annotations
@@ -11,25 +11,22 @@ from pathlib import Path
 
 
 class Attempts:
-    """One small file for each block that is being worked on; ``folder`` is seen by every node."""
+    """One small file for each piece of work that is in hand; ``folder`` is seen by every node."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, shard: int, row: int) -> int:
-        """Count an attempt at the block that begins with a row; returns how many have failed before."""
+    def begin(self, piece: str) -> int:
+        """Count an attempt; returns how many have failed before."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._file(shard, row).open("ab") as file:
+        with (self.folder / piece).open("ab") as file:
             file.write(b".")
             return file.tell() - 1
 
-    def end(self, shard: int, row: int) -> None:
-        """The block is done."""
-        self._file(shard, row).unlink(missing_ok=True)
+    def end(self, piece: str) -> None:
+        """It is done, or given up."""
+        (self.folder / piece).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget what an earlier start of the job has counted."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _file(self, shard: int, row: int) -> Path:
-        return self.folder / f"{shard:06d}-{row}"

@@ -100,7 +100,7 @@ class ScalingSection(Section):
     cpus_per_reader: float = Field(0.5, gt=0, description="CPUs of each reader")
     threads_per_reader: int = Field(4, ge=1, description="images a reader opens at once")
     max_failures: int = Field(
-        3, ge=0, description="times that an engine may die over a row; then it becomes an error row"
+        3, ge=1, description="times that an engine dies over a row alone until it becomes an error row"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -205,6 +206,7 @@ class CaptionActor:
         device = torch.device("cuda" if given.get("GPU", 0) else "cpu")
         self.work = work
         self.name = ray.get_runtime_context().get_actor_id()
+        self.alone = threading.Lock()
         self.engine: EngineThread | SkipVisionError
         try:
             self.engine = EngineThread(lambda: load_captioner(work.model, work.config.engine, device))
@@ -216,14 +218,16 @@ class CaptionActor:
         if isinstance(self.engine, SkipVisionError):
             return _packed(self.engine)
         (block,) = _unpacked(batch)
-        place = block.shard, block.rows[0].number
-        deaths = self.work.attempts.begin(*place)
-        if deaths > self.work.config.scaling.max_failures:
-            reason = f"engines died {deaths} times while this row was among those they were writing"
-            rows = [replace(row, problem=row.problem or Problem("generation", reason)) for row in block.rows]
-            block = replace(block, rows=rows)
-        made = self._answer(block.rows)
-        self.work.attempts.end(*place)
+        piece = f"{block.shard}-{block.rows[0].number}"
+        if self.work.attempts.begin(piece) == 0:
+            made = self._answer(block.rows)
+        else:
+            # An engine died with this block in hand, and others. A row at a time shows over which.
+            made = {}
+            for row in block.rows:
+                with self.alone:
+                    made |= self._answer_alone(f"{piece}-{row.number}", row)
+        self.work.attempts.end(piece)
         return _packed(Written(block.shard, made, self.name, self.engine.statistics()))
 
     def _answer(self, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
@@ -234,6 +238,16 @@ class CaptionActor:
         ]
         outcomes = dict(zip((row.number for row in sound), self.engine.answer(requests), strict=True))
         return {row.number: self._caption(row, outcomes.get(row.number)) for row in rows}
+
+    def _answer_alone(self, piece: str, row: PreparedRow) -> dict[int, Caption]:
+        """A row without another suspect beside it; an error row if engines have died over it too often."""
+        deaths = self.work.attempts.begin(piece)
+        if deaths >= self.work.config.scaling.max_failures:
+            problem = Problem("generation", f"engines died {deaths} times while they were writing this row")
+            row = replace(row, problem=row.problem or problem)
+        made = self._answer([row])
+        self.work.attempts.end(piece)
+        return made
 
     def _sampling(self, key: str) -> Sampling:
         """A seed for each row: its caption does not depend on where and how often it is written."""

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -289,7 +290,7 @@ class Undisturbed(CaptionActor):
     """An actor without Ray around it."""
 
     def __init__(self, work, engine):
-        self.work, self.name, self.engine = work, "here", engine
+        self.work, self.name, self.engine, self.alone = work, "here", engine, threading.Lock()
 
 
 def work_of(tiny_model, tmp_path, **sections):
@@ -299,30 +300,35 @@ def work_of(tiny_model, tmp_path, **sections):
     )
 
 
-def test_a_row_over_which_engines_die_becomes_an_error_row(tiny_model, tmp_path):
+def test_a_row_over_which_engines_die_becomes_an_error_row_and_no_other_does(tiny_model, tmp_path, engine):
     from pipelines.caption_stages import Block, _packed, _unpacked
 
-    class Deadly:
+    class Deadly(EngineThread):
         def answer(self, requests):
-            if requests:
+            if any(request.inputs["input_ids"].shape == deadly for request in requests):
                 raise SystemExit
-            return []
-
-        def statistics(self):
-            return None
+            return super().answer(requests)
 
     work = work_of(tiny_model, tmp_path, scaling={"max_failures": 2})
-    actor = Undisturbed(work, Deadly())
-    inputs = prepare_row(
-        AutoProcessor.from_pretrained(tiny_model), 4, CaptionRow("a", "", (Message("user", "?"),))
-    )
-    block = _packed(Block(7, [inputs]))
+    actor = Undisturbed(work, Deadly(lambda: engine))
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    rows = [
+        prepare_row(processor, number, CaptionRow(words, "", (Message("user", words),)))
+        for number, words in enumerate(["a word", "the four words", "that kill this whole engine", "another"])
+    ]
+    deadly = safetensors.torch.load(rows[2].inputs)["input_ids"].shape
+    block = _packed(Block(7, rows))
     for _ in range(3):
         with pytest.raises(SystemExit):
             actor(block)
     (written,) = _unpacked(actor(block))
-    assert written.captions[4].error_kind == "generation"
-    assert "engines died 3 times" in written.captions[4].error
+    assert {number: caption.error_kind for number, caption in written.captions.items()} == {
+        0: None,
+        1: None,
+        2: "generation",
+        3: None,
+    }
+    assert "engines died 2 times while they were writing this row" in written.captions[2].error
     assert not list(work.attempts.folder.iterdir())
 
 
