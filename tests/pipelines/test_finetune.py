@@ -288,7 +288,8 @@ def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):
     assert_same_weights(straight["adapter"], result["adapter"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a job without a training is told to stop in test_local_ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_job_that_is_told_to_stop_says_so(settings, tmp_path, number):
     """In MLflow too, where it would seem to run for ever; without a stack of Ray's C++."""
     config = changed(settings, name=f"stopped-{number}", training={"max_steps": 2000, "checkpoint_every": 2})
@@ -362,6 +363,7 @@ def test_rows_that_become_unusable_are_left_out_listed_and_counted(settings, dam
     assert Path(stored).read_text() == (folder / "rejects.jsonl").read_text()
 
 
+@pytest.mark.slow  # that they are found is tested above
 def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged, local_ray, capfd):
     """At once, as they would at every restart; what was learnt until the last evaluation is safe."""
     data = {**damaged, "train": str(Path(damaged["train"]).with_name("train.json")), "on_bad_row": "stop"}

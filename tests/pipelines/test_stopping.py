@@ -11,7 +11,16 @@ from pipelines.config import run_job
 from pipelines.stopping import SIGNALS, handlers_kept
 
 
+@pytest.fixture
+def unignored():
+    """Under nohup SIGHUP is ignored, by the tests too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.usefixtures("unignored")
 def test_a_job_cleans_up_and_is_not_disturbed_in_it(number, capfd):
     before = {one: signal.getsignal(one) for one in SIGNALS}
     cleaned = []

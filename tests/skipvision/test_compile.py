@@ -82,7 +82,9 @@ def test_attaching_does_not_make_layers_compile_more_often():
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize(
+    "use_reentrant", [None, *(pytest.param(b, marks=pytest.mark.slow) for b in (False, True))]
+)
 def test_compiled_layers_train_alike(use_reentrant):
     """Without checkpointing and with both kinds; two forwards come before the first backward."""
     first, second = BATCHES[:2]
