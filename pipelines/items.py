@@ -5,7 +5,8 @@ Scoring writes them; comparisons of systems read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -43,21 +44,39 @@ ITEM_SCHEMA = pa.schema(
 """Columns of a file of items; only ``error`` may be null."""
 
 
-def write_items(path: Path, items: Sequence[Item]) -> None:
-    """Write items as parquet; an older file is replaced at once or not at all."""
+_MADE_BY = b"systems"
+
+
+def write_items(
+    path: Path, items: Sequence[Item], systems: Mapping[str, Mapping[str, str | None]] | None = None
+) -> None:
+    """Write items as parquet; an older file is replaced at once or not at all.
+
+    ``systems`` says of each label what it stands for: ``model``, ``adapter`` (a registered version as
+    ``models:/NAME/VERSION``, or a folder and the digest of its files, or None) and ``skip`` (JSON).
+    """
     columns = {name: [getattr(item, name) for item in items] for name in ITEM_SCHEMA.names}
+    made_by = {_MADE_BY: json.dumps(systems or {}, sort_keys=True).encode()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns, ITEM_SCHEMA), partial, compression="zstd")
+    pq.write_table(pa.table(columns, ITEM_SCHEMA.with_metadata(made_by)), partial, compression="zstd")
     partial.replace(path)
 
 
 def read_items(path: Path) -> list[Item]:
-    """The items of a file that `write_items` wrote.
+    """The items of a file that `write_items` wrote; raises `DataError` if it is missing or another."""
+    return [Item(**line) for line in _table(path).to_pylist()]
 
-    Raises:
-        DataError: the file is missing, no parquet, or has other columns.
-    """
+
+def read_systems(path: Path) -> dict[str, dict[str, str | None]]:
+    """What the labels of a file of items stand for, as `write_items` was told; raises `DataError`."""
+    systems: dict[str, dict[str, str | None]] = json.loads(
+        (_table(path).schema.metadata or {}).get(_MADE_BY, b"{}")
+    )
+    return systems
+
+
+def _table(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
@@ -66,4 +85,4 @@ def read_items(path: Path) -> list[Item]:
         raise DataError(
             f"{path} has the columns {table.schema.names}, not those of scored items: {ITEM_SCHEMA.names}"
         )
-    return [Item(**line) for line in table.to_pylist()]
+    return table

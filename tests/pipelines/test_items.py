@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.items import Item, read_items, write_items
+from pipelines.items import Item, read_items, read_systems, write_items
 from skipvision.errors import DataError
 
 ITEMS = [
@@ -16,8 +16,11 @@ ITEMS = [
 def test_items_come_back_as_they_were_written(tmp_path):
     path = tmp_path / "new folder" / "items.parquet"
     write_items(path, ITEMS[:1])
-    write_items(path, ITEMS)
+    assert read_systems(path) == {}
+    systems = {"full": {"model": "models/base", "adapter": None, "skip": "{}"}}
+    write_items(path, ITEMS, systems)
     assert read_items(path) == ITEMS
+    assert read_systems(path) == systems
     assert [file.name for file in path.parent.iterdir()] == ["items.parquet"]
 
 
