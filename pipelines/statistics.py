@@ -92,6 +92,19 @@ def exact_mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
+def exact_loss_bound(lost: int, groups: int, confidence: float) -> float:
+    """Upper end of the exact binomial (Clopper–Pearson) interval of the share of groups that lose."""
+    if lost >= groups:
+        return 1.0
+    tail = _tails(confidence)[0]
+    low, high = lost / groups, 1.0
+    for _ in range(50):
+        share = (low + high) / 2
+        seen = sum(math.comb(groups, k) * share**k * (1 - share) ** (groups - k) for k in range(lost + 1))
+        low, high = (share, high) if seen > tail else (low, share)
+    return high
+
+
 def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:
     found = {(item.dataset, item.index): item for item in items}
     if len(found) < len(items):
