@@ -1,0 +1,109 @@
+"""What a calibration searches: the configs with their costs, and the rows they are asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+import skipvision as sv
+from pipelines.calibrate_config import CalibrateConfig
+from pipelines.calibrate_scoring import group_of
+from pipelines.calibrate_search import NothingWithinBudgetError
+from pipelines.caption_model import CaptionModel
+from pipelines.datasets import read_training_rows
+from pipelines.evaluate import pick_rows
+from pipelines.halving import Candidate
+from pipelines.learner import load_processor
+from pipelines.paths import input_path
+from pipelines.rows import TrainingRow
+from skipvision.config import SkipConfig
+from skipvision.errors import ConfigError, DataError
+
+
+def parts(config: CalibrateConfig) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """Rows to search with and rows held out; no image is in both."""
+    data = read_training_rows(input_path(config.data.source, "data.source"))
+    if data.rejects:
+        first = data.rejects[0]
+        raise DataError(
+            f"data.source = {config.data.source}: {len(data.rejects)} rows cannot be asked, {first.key}: "
+            f"{first.reason}, for one"
+        )
+    rows = pick_rows(data.rows, config.data.rows)
+    groups = sorted({group_of(row) for row in rows})
+    random.Random(config.search.seed).shuffle(groups)
+    away = round(config.data.held_out * len(groups))
+    if not 0 < away < len(groups):
+        raise DataError(
+            f"data.source = {config.data.source}: {len(groups)} images are too few to hold out "
+            f"{config.data.held_out:g} of them"
+        )
+    held = set(groups[:away])
+    order = {group: place for place, group in enumerate(groups)}
+    search = sorted((row for row in rows if group_of(row) not in held), key=lambda row: order[group_of(row)])
+    return search, [row for row in rows if group_of(row) in held]
+
+
+def candidates(
+    config: CalibrateConfig, model: CaptionModel, model_config: PretrainedConfig, rows: Sequence[TrainingRow]
+) -> list[Candidate]:
+    """The search space, priced, without what the model cannot do and what costs more than it may."""
+    base = model.skip if model.adapter is not None else (config.skip or sv.SkipConfig())
+    configs = combinations(config.space, base)
+    if model.adapter is not None and any(one.summary_tokens != base.summary_tokens for one in configs):
+        raise ConfigError(
+            f"space.summary_tokens: the adapter was trained with {base.summary_tokens}, and has no others"
+        )
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(model_config)
+    processor: Any = load_processor(model.base)
+    some = rows[:100]
+    text = sum(len(processor.tokenizer(m.text)["input_ids"]) for row in some for m in row.messages[:-1])
+    priced = []
+    for skip in configs:
+        with sv.attach(empty, skip):  # what the model cannot do is an error here
+            pass
+        ratio = sv.predict_cost(
+            model_config,
+            skip,
+            images=max(1, round(sum(len(row.images) for row in some) / len(some))),
+            text_tokens=max(1, text // len(some)),
+        ).ratio_to_full
+        costs = {"prefill_flops": ratio.prefill_flops, "kv_bytes": ratio.kv_bytes}
+        name = hashlib.sha256(skip.model_dump_json().encode()).hexdigest()[:8]
+        priced.append(Candidate(name, skip, costs))
+    limits = {name: most for name, most in config.budget.on_costs.items() if name != "latency"}
+    cheap = [c for c in priced if all(c.costs[name] <= most for name, most in limits.items())]
+    if not cheap:
+        least = {name: round(min(c.costs[name] for c in priced), 3) for name in limits}
+        raise NothingWithinBudgetError(
+            f"no config of the space costs so little: budget {json.dumps(limits)}, the least in the space "
+            f"{json.dumps(least)}; widen the space"
+        )
+    print(f"{len(priced)} configs, {len(cheap)} of them within the limits on predicted costs", flush=True)
+    return cheap
+
+
+def combinations(space: dict[str, list[Any]], base: SkipConfig) -> list[SkipConfig]:
+    """Every combination that is a SkipConfig, once.
+
+    Raises:
+        ConfigError: none is.
+    """
+    found: dict[SkipConfig, None] = {}
+    problems = []
+    for values in product(*space.values()):
+        try:
+            found[SkipConfig(**{**base.model_dump(), **dict(zip(space, values, strict=True))})] = None
+        except ConfigError as error:
+            problems.append(str(error))
+    if not found:
+        raise ConfigError(f"space: no combination is possible; the first: {problems[0]}")
+    return list(found)
