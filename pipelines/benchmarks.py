@@ -1,6 +1,6 @@
-"""The benchmarks that can be scored: what is asked, which rule gives points, and where their files come from.
+"""The benchmarks that can be scored: what is asked, which rule gives points, where their files are.
 
-A `Rule` gives one answer its points; a benchmark's totals are what it publishes beside the mean of the points.
+A `Rule` gives one answer its points; a benchmark's totals are what it publishes beside their mean.
 Names of datasets are VLMEvalKit's, and so are the files.
 """
 
@@ -236,7 +236,7 @@ BENCHMARKS = (
     _of("DocVQA_(VAL|TEST)", "anls", "VLMEval", "DocVQA, arXiv 2007.00398", category=("question_type",)),
     _of("MathVista_MINI", "mathvista", "VLMEval", "MathVista, arXiv 2310.02255", category=("task",)),
     _of("MMVet", "judged", "VLMEval", "MM-Vet, arXiv 2308.02490"),
-    Benchmark("Shapes", RULES["same_text"], "", "this project: python jobs/make_shapes.py --tsv …"),
+    Benchmark("Shapes", RULES["same_text"], "", "this project: jobs/make_shapes.py with tsv: true"),
 )
 
 
@@ -254,7 +254,7 @@ def find_benchmark(name: str, rule: str | None) -> Benchmark:
     if rule is None:
         known = ", ".join(benchmark.pattern for benchmark in BENCHMARKS)
         raise ConfigError(
-            f"dataset {name!r} is not known; known are, as patterns: {known}. For a dataset of your own, say which "
-            f"rule gives its points (rule: {' | '.join(RULES)})"
+            f"dataset {name!r} is not known; known are, as patterns: {known}. For a dataset of your own, say "
+            f"which rule gives its points (rule: {' | '.join(RULES)})"
         )
     return Benchmark(re.escape(name), RULES[rule], "", "your own")

@@ -1,4 +1,4 @@
-"""Every kind of input as one stream of records: folders, images, JSON, JSONL, parquet, WebDataset tars, tables of questions.
+"""Every kind of input as one stream of records: folders, images, JSON, JSONL, parquet, tars, tables.
 
 Nothing is opened but what names rows and images: image bytes stay where they are until a row is captioned.
 The order is that of the names, so that it is the same each time.

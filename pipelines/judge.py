@@ -28,10 +28,10 @@ _WORTH_ANOTHER_TRY = frozenset({408, 409, 429, 500, 502, 503, 504})
 
 _GRADE = """\
 Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. \
-<AND> in the ground truth means it is totally right only when all elements in the ground truth are present in \
-the prediction, and <OR> means it is totally right when any one element in the ground truth is present in the \
-prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 \
-(totally right). Just complete the last space of the correctness score.
+<AND> in the ground truth means it is totally right only when all elements in the ground truth are present \
+in the prediction, and <OR> means it is totally right when any one element in the ground truth is present \
+in the prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, \
+0.9, or 1.0 (totally right). Just complete the last space of the correctness score.
 
 Question | Ground truth | Prediction | Correctness
 --- | --- | --- | ---
@@ -43,8 +43,8 @@ What is x in the equation? | -1 <AND> -5 | x = -1 or x = -5 | 1.0
 {question} | {gold} | {answer} | """
 
 _CHOOSE = """\
-A question has the options below, and somebody answered it. Which option has the meaning of the answer? Reply with
-the letter of that option alone, or with Z if the answer has the meaning of none of them.
+A question has the options below, and somebody answered it. Which option has the meaning of the answer? \
+Reply with the letter of that option alone, or with Z if the answer has the meaning of none of them.
 
 Question: {question}
 Options:
@@ -53,8 +53,8 @@ Answer: {answer}
 Letter:"""
 
 _EXTRACT = """\
-Somebody answered a question. Reply with the final answer alone, in the form that the question asks for: a letter,
-an integer, a decimal number, a Python list, or a short text.
+Somebody answered a question. Reply with the final answer alone, in the form that the question asks for: a \
+letter, an integer, a decimal number, a Python list, or a short text.
 
 {question}
 
@@ -96,8 +96,8 @@ class Judge:
             key = os.environ.get(config.api_key_env)
             if not key:
                 raise ConfigError(
-                    f"judge.api_key_env = {config.api_key_env}: there is no such environment variable; set it to "
-                    "the API key, or set judge.api_key_env to null if the endpoint needs none"
+                    f"judge.api_key_env = {config.api_key_env}: there is no such environment variable; set "
+                    "it to the API key, or set judge.api_key_env to null if the endpoint needs none"
                 )
             self._headers["Authorization"] = f"Bearer {key}"
         self._known = self._remembered()

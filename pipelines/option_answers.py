@@ -17,8 +17,8 @@ def chosen_option(answer: str, options: Mapping[str, str]) -> str | None:
     "answer is"; the only option whose text occurs in the answer, if the answer is not more than twice as long
     as all options together.
 
-    Source: MMBench (arXiv 2307.06281), "ChatGPT-involved choice extraction", its first step, as VLMEvalKit takes
-    it before a judge is asked (github.com/open-compass/VLMEvalKit, vlmeval/utils/matching_util.py).
+    Source: MMBench (arXiv 2307.06281), "ChatGPT-involved choice extraction", its first step, as VLMEvalKit
+    takes it before a judge is asked (github.com/open-compass/VLMEvalKit, vlmeval/utils/matching_util.py).
     """
     words = answer.translate(_AROUND_LETTERS).split()
     letters = [letter for letter in options if letter in words]

@@ -3,7 +3,7 @@
 Columns that mean something here; all others are passed on as they are:
 
 ``index``       names the row
-``image``       base64; a list of base64, as Python or JSON write it; or the index of the row whose image it is
+``image``       base64; a list of it, as Python or JSON write one; or the index of the row whose image it is
 ``image_path``  where there is no column ``image``: a path, or a list of paths
 ``question``, ``hint``, ``A`` … ``Z``    what is asked, and the options to choose from
 
@@ -146,7 +146,7 @@ def _value(file: str, row: _Row, held: Mapping[str, _Row], max_pixels: int) -> d
         holder = row if row.images else held.get(row.image)
         if holder is None:
             raise ValueError(
-                f"column `{row.image_column}` is {row.image!r}: neither base64 nor the index of a row with one"
+                f"column `{row.image_column}` is {row.image!r}: neither base64 nor the index of a row"
             )
         images = [
             TsvImage(file, f"#{number} of row {row.index}", offset, size, max_pixels)
