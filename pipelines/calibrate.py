@@ -75,11 +75,10 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
     model = find_model(config, uri, folder.downloads, folder.state.get("adapter"))
     model_config = check_model(model)
     search, held_out = parts(config)
-    fingerprint = hashlib.sha256(repr([(r.key, r.messages) for r in search + held_out]).encode()).hexdigest()
+    asked = [(q.index, q.row, q.messages) for part in (search, held_out) for q in part.questions]
+    fingerprint = hashlib.sha256(repr(asked).encode()).hexdigest()
     if folder.state.get("data", fingerprint) != fingerprint:
-        raise ConfigError(
-            f"data.source = {config.data.source} has changed since this job began; choose another name"
-        )
+        raise ConfigError(f"{search.file} has changed since this job began; choose another name")
     found = candidates(config, model, model_config, search)
     tracker = Tracker.start(
         uri,

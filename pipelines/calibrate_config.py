@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipelines.caption_config import EngineSection, ModelSection
+from pipelines.score_config import DatasetSection
 from pipelines.tracking import TrackingConfig
 from skipvision.config import SkipConfig
 
@@ -17,11 +18,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DataSection(_Section):
-    """Rows with known answers; a part of them is held out of the search, to verify what it finds."""
+class DataSection(DatasetSection):
+    """Questions with known answers; a part of them is held out of the search, to verify what it finds."""
 
-    source: str = Field(description="rows that are asked: LLaVA JSON, JSONL or parquet")
-    rows: int = Field(1200, ge=2, description="rows at most, the tasks in equal shares")
     held_out: float = Field(0.5, gt=0, lt=1, description="share of the images that only verify")
     max_new_tokens: int = Field(96, ge=1, description="tokens of an answer, at most")
 
@@ -64,14 +63,16 @@ class LimitsSection(_Section):
 class SearchSection(_Section):
     """Successive halving: every rung asks those that are left more questions, and keeps a share of them."""
 
-    rungs: int = Field(3, ge=1, description="rungs; the last one asks all rows that are not held out")
+    rungs: int = Field(3, ge=1, description="rungs; the last one asks all that are not held out")
     factor: int = Field(
         3,
         ge=2,
-        description="a rung keeps 1/factor, and at least the finalists; the next asks factor times as many rows",
+        description="a rung keeps 1/factor, and at least the finalists; the next asks factor times as many",
     )
-    finalists: int = Field(3, ge=1, description="configs verified on the held-out rows, at most")
-    latency_rows: int = Field(8, ge=1, description="rows that time to the first token is measured on")
+    finalists: int = Field(3, ge=1, description="configs verified on what is held out, at most")
+    latency_questions: int = Field(
+        8, ge=1, description="questions that time to the first token is measured on"
+    )
     seed: int = Field(0, ge=0, description="seed of the split and of the bootstrap")
 
 

@@ -13,94 +13,80 @@ import torch
 
 from pipelines.caption_config import EngineSection
 from pipelines.caption_model import CaptionModel, load_captioner
-from pipelines.collate import ChatFormat, open_images
-from pipelines.evaluate import normalised
+from pipelines.collate import content_parts
 from pipelines.items import Item
-from pipelines.learner import load_processor
-from pipelines.rows import TrainingRow
+from pipelines.questions import Dataset, Question
+from pipelines.score_system import score_dataset
 from skipvision.config import SkipConfig
 from skipvision.engine import Request, Sampling
-from skipvision.errors import SkipVisionError
+from skipvision.errors import DataError, SkipVisionError
 
-DATASET = "calibration"
 FULL = "full"
 """The system with full tokens."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is asked to do with some rows.
+    """What a process is asked to do.
 
     Attributes:
         kind: give points to the answers, or measure the time to the first token.
         system: the label of the items.
-        skip: None = full tokens.
-        rows: the rows.
+        skip: how visual tokens are skipped.
+        dataset: the questions.
     """
 
     kind: Literal["score", "latency"]
     system: str
-    skip: SkipConfig | None
-    rows: Sequence[TrainingRow]
+    skip: SkipConfig | Literal["full"]
+    dataset: Dataset
 
 
 class Scorer:
     """One process' engine."""
 
     def __init__(self, model: CaptionModel, engine: EngineSection, max_new_tokens: int) -> None:
-        self._engine = load_captioner(
-            model, engine, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
-        self._chat = ChatFormat(load_processor(model.base))
-        self._sampling = Sampling(max_new_tokens=max_new_tokens)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._engine = load_captioner(model, engine, device)
+        self._max_new_tokens = max_new_tokens
 
     def do(self, number: int, task: Task) -> tuple[int, list[Item] | float]:
         """The number again, with items for a score; for latency, with the ratio to full tokens."""
         return number, self._score(task) if task.kind == "score" else self._latency(task)
 
     def _score(self, task: Task) -> list[Item]:
-        requests = (self._request(row, task.skip, number) for number, row in enumerate(task.rows))
-        answers = {}
-        for completion in self._engine.run(requests):
-            if completion.error is not None:
-                raise completion.error
-            answers[completion.key] = completion.text
-        return [item(task.system, row, answers[number].strip()) for number, row in enumerate(task.rows)]
+        items = score_dataset(
+            self._engine, task.dataset, task.skip, system=task.system, max_new_tokens=self._max_new_tokens
+        ).items
+        if all(item.error is not None for item in items):
+            raise DataError(
+                f"none of {len(items)} questions could be asked with {task.skip}: {items[0].error}, for one"
+            )
+        return items
 
     def _latency(self, task: Task) -> float:
         """Median seconds to the first token of a prepared request, over those with full tokens.
 
-        Both take turns on the same rows, so that what else the machine does weighs on both.
+        Both take turns on the same questions, so that what else the machine does weighs on both.
         """
-        one_token = Sampling(max_new_tokens=1)
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        for number, row in enumerate([task.rows[0], *task.rows]):  # the first time is to warm up
-            for skipping in (False, True):
-                given = self._request(row, task.skip if skipping else None, number, one_token)
-                request = self._engine.prepare(given)
+        questions = task.dataset.questions
+        seconds: dict[SkipConfig | Literal["full"], list[float]] = {"full": [], task.skip: []}
+        for number, question in enumerate([questions[0], *questions]):  # the first time is to warm up
+            for skip, taken in seconds.items():
+                request = self._engine.prepare(_one_token(question, skip))
                 started = time.perf_counter()
-                list(self._engine.run([request]))
+                for completion in self._engine.run([request]):
+                    if completion.error is not None:
+                        raise completion.error
                 if number:
-                    seconds[skipping].append(time.perf_counter() - started)
-        return statistics.median(seconds[True]) / statistics.median(seconds[False])
-
-    def _request(
-        self, row: TrainingRow, skip: SkipConfig | None, key: int, sampling: Sampling | None = None
-    ) -> Request:
-        _, (images,) = open_images([row], None)
-        prompt = self._chat.prompt(row.messages[:-1])
-        return Request(prompt, images, sampling=sampling or self._sampling, skip=skip or "full", key=key)
+                    taken.append(time.perf_counter() - started)
+        return statistics.median(seconds[task.skip]) / statistics.median(seconds["full"])
 
 
-def item(system: str, row: TrainingRow, answer: str) -> Item:
-    """One point for exactly what was expected, but for case and white space."""
-    right = normalised(answer) == normalised(row.messages[-1].text)
-    return Item(DATASET, row.key, system, row.task, group_of(row), answer, float(right))
-
-
-def group_of(row: TrainingRow) -> str:
-    """Rows about one image are not independent."""
-    return str(row.images[0]) if row.images else row.key
+def _one_token(question: Question, skip: SkipConfig | Literal["full"]) -> Request:
+    chat = [{"role": m.role, "content": content_parts(m.text)} for m in question.messages]
+    images = [image.open() for image in question.images]
+    return Request(chat, images, sampling=Sampling(max_new_tokens=1), skip=skip)
 
 
 @contextmanager

@@ -6,12 +6,10 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
-import skipvision as sv
 from pipelines.calibrate_config import CalibrateConfig
-from pipelines.calibrate_scoring import FULL, Task, group_of
-from pipelines.evaluate import pick_rows
+from pipelines.calibrate_scoring import FULL, Task
 from pipelines.gate import Budget, judge
 from pipelines.halving import (
     Candidate,
@@ -22,8 +20,9 @@ from pipelines.halving import (
     rung_sizes,
 )
 from pipelines.items import Item, read_items, write_items
-from pipelines.rows import TrainingRow
+from pipelines.questions import Dataset
 from pipelines.run_folder import RunFolder
+from skipvision.config import SkipConfig
 from skipvision.errors import SkipVisionError
 
 HELD_OUT = "held-out"
@@ -41,8 +40,8 @@ class Calibration:
         config: CalibrateConfig,
         folder: RunFolder,
         have_done: Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]],
-        search: Sequence[TrainingRow],
-        held_out: Sequence[TrainingRow],
+        search: Dataset,
+        held_out: Dataset,
     ) -> None:
         self._config, self._folder, self._have_done = config, folder, have_done
         self._search, self._held_out = search, held_out
@@ -63,19 +62,18 @@ class Calibration:
         if not alive:
             best = min(timed, key=lambda candidate: candidate.costs["latency"])
             raise NothingWithinBudgetError(
-                f"no config of the space keeps time to the first token to {limits.latency} of full tokens; the "
-                f"best found, {json.dumps(varied(best, self._config))}, takes {best.costs['latency']:.2f}"
+                f"no config of the space keeps time to the first token to {limits.latency} of full tokens; "
+                f"the best found, {json.dumps(varied(best, self._config))}, takes {best.costs['latency']:.2f}"
             )
-        groups = list(dict.fromkeys(map(group_of, self._search)))
+        groups = list(dict.fromkeys(question.group for question in self._search.questions))
         sizes = rung_sizes(len(groups), search.rungs, search.factor)
         standings: list[Standing] = []
         keep, before = len(alive), 0
         for rung, size in enumerate(sizes):
             chosen = set(groups[before:size])
             before = size
-            standings = self._standings(
-                alive, [r for r in self._search if group_of(r) in chosen], f"rung-{rung}"
-            )
+            asked = tuple(question for question in self._search.questions if question.group in chosen)
+            standings = self._standings(alive, replace(self._search, questions=asked), f"rung-{rung}")
             keep = max(search.finalists, math.ceil(keep / search.factor))
             if rung == len(sizes) - 1:
                 keep = search.finalists
@@ -92,16 +90,16 @@ class Calibration:
         return self._verified(kept, standings)
 
     def _timed(self, candidates: Sequence[Candidate], part: str) -> list[Candidate]:
-        """The candidates with their latency on some rows of a part, if it matters."""
+        """The candidates with their latency on some questions of a part, if it matters."""
         limits = self._config.budget
         if limits.latency is None and limits.minimise != "latency":
             return list(candidates)
-        rows = pick_rows(
-            self._held_out if part == HELD_OUT else self._search, self._config.search.latency_rows
-        )
+        dataset = self._held_out if part == HELD_OUT else self._search
+        askable = [question for question in dataset.questions if question.problem is None]
+        some = replace(dataset, questions=tuple(askable[: self._config.search.latency_questions]))
         known: dict[str, float] = dict(self._folder.state.get("latency", {}))
         missing = [c for c in candidates if f"{part}-{c.name}" not in known]
-        for task, ratio in self._have_done([Task("latency", c.name, c.skip, rows) for c in missing]):
+        for task, ratio in self._have_done([Task("latency", c.name, c.skip, some) for c in missing]):
             known[f"{part}-{task.system}"] = ratio
             self._folder.remember(latency=known)
         return [replace(c, costs={**c.costs, "latency": known[f"{part}-{c.name}"]}) for c in candidates]
@@ -110,22 +108,26 @@ class Calibration:
         limit = self._config.budget.latency
         return limit is None or candidate.costs["latency"] <= limit
 
-    def _standings(
-        self, candidates: Sequence[Candidate], rows: Sequence[TrainingRow], part: str
-    ) -> list[Standing]:
-        """Ask the rows under every candidate and with full tokens; what was asked before counts too."""
-        systems: dict[str, sv.SkipConfig | None] = {FULL: None, **{c.name: c.skip for c in candidates}}
+    def _standings(self, candidates: Sequence[Candidate], dataset: Dataset, part: str) -> list[Standing]:
+        """Ask the questions under every candidate and with full tokens; what was asked before counts too."""
+        systems: dict[str, SkipConfig | Literal["full"]] = {
+            FULL: "full",
+            **{c.name: c.skip for c in candidates},
+        }
         files = {name: self._folder.path / "scores" / f"{part}-{name}.parquet" for name in systems}
         tasks = [
-            Task("score", name, skip, rows)
+            Task("score", name, skip, dataset)
             for name, skip in systems.items()
-            if rows and not files[name].exists()
+            if dataset.questions and not files[name].exists()
         ]
         for number, (task, items) in enumerate(self._have_done(tasks), start=1):
             write_items(files[task.system], items)
-            print(f"{part}: {number} of {len(tasks)} configs asked {len(rows)} questions", flush=True)
+            print(
+                f"{part}: {number} of {len(tasks)} configs asked {len(dataset.questions)} questions",
+                flush=True,
+            )
         for name, file in files.items():
-            asked = read_items(file) if rows else []
+            asked = read_items(file) if dataset.questions else []
             before = [] if part == HELD_OUT else self._items.get(name, [])
             self._items[name] = [*before, *asked]
         full = self._items[FULL]
@@ -174,7 +176,8 @@ class Calibration:
                     "values": varied(one.candidate, self._config),
                     "costs": dict(one.candidate.costs),
                     "difference": found.difference,
-                    "low": one.verdict.worst,
+                    "low": found.low,
+                    "worst": one.verdict.worst,
                     "high": found.high,
                     "full": found.reference,
                     "items": found.items,
@@ -188,7 +191,7 @@ def _failing(one: Standing, fast: bool) -> str:
     """Why a finalist fails on the held-out rows; nothing if it does not."""
     verdict = one.verdict
     if not fast:
-        return f"its time to the first token on held-out rows is {one.candidate.costs['latency']:.2f} of full"
+        return f"its time to the first token held out is {one.candidate.costs['latency']:.2f} of full"
     if verdict.outcome == "within":
         return ""
     told = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,47 +14,47 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 import skipvision as sv
 from pipelines.calibrate_config import CalibrateConfig
-from pipelines.calibrate_scoring import group_of
 from pipelines.calibrate_search import NothingWithinBudgetError
 from pipelines.caption_model import CaptionModel
-from pipelines.datasets import read_training_rows
-from pipelines.evaluate import pick_rows
 from pipelines.halving import Candidate
 from pipelines.learner import load_processor
-from pipelines.paths import input_path
-from pipelines.rows import TrainingRow
+from pipelines.questions import Dataset, read_dataset
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, DataError
 
 
-def parts(config: CalibrateConfig) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """Rows to search with and rows held out; no image is in both."""
-    data = read_training_rows(input_path(config.data.source, "data.source"))
-    if data.rejects:
-        first = data.rejects[0]
-        raise DataError(
-            f"data.source = {config.data.source}: {len(data.rejects)} rows cannot be asked, {first.key}: "
-            f"{first.reason}, for one"
-        )
-    rows = pick_rows(data.rows, config.data.rows)
-    groups = sorted({group_of(row) for row in rows})
+def parts(config: CalibrateConfig) -> tuple[Dataset, Dataset]:
+    """Questions to search with, in the order of their rungs, and questions held out; no image is in both."""
+    given = config.data
+    whole = read_dataset(
+        given.name, given.path, rule=given.rule, instruction=given.instruction, limit=given.limit
+    )
+    if whole.benchmark.rule.needs_judge:
+        raise ConfigError(f"data.name = {given.name}: its answers need a judge, and calibration has none")
+    groups = sorted({question.group for question in whole.questions})
     random.Random(config.search.seed).shuffle(groups)
-    away = round(config.data.held_out * len(groups))
+    away = round(given.held_out * len(groups))
     if not 0 < away < len(groups):
         raise DataError(
-            f"data.source = {config.data.source}: {len(groups)} images are too few to hold out "
-            f"{config.data.held_out:g} of them"
+            f"{whole.file}: {len(groups)} images are too few to hold out {given.held_out:g} of them"
         )
-    held = set(groups[:away])
-    order = {group: place for place, group in enumerate(groups)}
-    search = sorted((row for row in rows if group_of(row) not in held), key=lambda row: order[group_of(row)])
-    return search, [row for row in rows if group_of(row) in held]
+    place = {group: number for number, group in enumerate(groups)}
+    ordered = sorted(whole.questions, key=lambda question: place[question.group])
+    return (
+        replace(whole, questions=tuple(q for q in ordered if place[q.group] >= away)),
+        replace(whole, questions=tuple(q for q in ordered if place[q.group] < away)),
+    )
 
 
 def candidates(
-    config: CalibrateConfig, model: CaptionModel, model_config: PretrainedConfig, rows: Sequence[TrainingRow]
+    config: CalibrateConfig, model: CaptionModel, model_config: PretrainedConfig, dataset: Dataset
 ) -> list[Candidate]:
-    """The search space, priced, without what the model cannot do and what costs more than it may."""
+    """The search space, priced, without what costs more than it may.
+
+    Raises:
+        ConfigError: a config is not possible with this model.
+        NothingWithinBudgetError: all cost too much.
+    """
     base = model.skip if model.adapter is not None else (config.skip or sv.SkipConfig())
     configs = combinations(config.space, base)
     if model.adapter is not None and any(one.summary_tokens != base.summary_tokens for one in configs):
@@ -64,8 +64,8 @@ def candidates(
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(model_config)
     processor: Any = load_processor(model.base)
-    some = rows[:100]
-    text = sum(len(processor.tokenizer(m.text)["input_ids"]) for row in some for m in row.messages[:-1])
+    some = dataset.questions[:100]
+    text = sum(len(processor.tokenizer(m.text)["input_ids"]) for one in some for m in one.messages)
     priced = []
     for skip in configs:
         with sv.attach(empty, skip):  # what the model cannot do is an error here
@@ -73,7 +73,7 @@ def candidates(
         ratio = sv.predict_cost(
             model_config,
             skip,
-            images=max(1, round(sum(len(row.images) for row in some) / len(some))),
+            images=max(1, round(sum(len(one.images) for one in some) / len(some))),
             text_tokens=max(1, text // len(some)),
         ).ratio_to_full
         costs = {"prefill_flops": ratio.prefill_flops, "kv_bytes": ratio.kv_bytes}

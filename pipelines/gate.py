@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -95,7 +95,15 @@ def slice_of(items: Sequence[Item], name: str) -> list[Item]:
     """The items of a dataset, a category, or DATASET/CATEGORY; all of them for `OVERALL`."""
     if name == OVERALL:
         return list(items)
-    return [i for i in items if name in (i.dataset, i.category, f"{i.dataset}/{i.category}")]
+    return [item for item in items if name in _slices(item)]
+
+
+def _slices(item: Item) -> Iterator[str]:
+    """What an item counts for; an item of several categories has them joined by commas."""
+    yield item.dataset
+    for category in filter(None, item.category.split(",")):
+        yield category
+        yield f"{item.dataset}/{category}"
 
 
 def table(verdicts: Sequence[Verdict], confidence: float) -> str:
@@ -126,7 +134,7 @@ def _verdict(
 ) -> Verdict:
     sides = slice_of(reference, name), slice_of(candidate, name)
     if not any(sides):
-        known = sorted({i.dataset for i in reference} | {i.category for i in reference if i.category})
+        known = sorted({known for item in reference for known in _slices(item) if "/" not in known})
         raise ConfigError(f"budget.slices: the items have no slice {name!r}; there are {', '.join(known)}")
     found = paired(*sides, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
     worst = found.low
