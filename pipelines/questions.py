@@ -157,7 +157,7 @@ def _check_questions(file: str, benchmark: Benchmark, questions: Sequence[Questi
     ]
     if without:
         raise DataError(
-            f"{file}: {len(without)} of {len(questions)} rows have no answer; the first has index {without[0]}"
+            f"{file}: {len(without)} of {len(questions)} rows have no answer, the first of them {without[0]}"
         )
     seen: set[str] = set()
     for question in questions:

@@ -51,8 +51,8 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
 
     The result holds ``items`` (a file for each system), ``score`` (mean points by system and dataset,
     fractions), ``totals`` (what benchmarks publish beside), ``difference`` (by system and dataset, to the
-    reference, with its interval), ``errors`` (items without an answer), ``table``, ``picture``, ``seconds`` (of this start),
-    ``mlflow_uri``, ``mlflow_run_ids`` and ``already_finished``.
+    reference, with its interval), ``errors`` (items without an answer), ``table``, ``picture``, ``seconds``
+    (of this start), ``mlflow_uri``, ``mlflow_run_ids`` and ``already_finished``.
 
     Raises:
         ConfigError: settings that contradict each other, a model, a dataset's file that is not there, or an

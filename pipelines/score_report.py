@@ -57,7 +57,7 @@ def markdown(config: ScoreConfig, scored: Systems, comparisons: Comparisons) -> 
     for dataset in (one.name for one in config.datasets):
         lines += _dataset_lines(dataset, config.reference, scored, comparisons)
     notes = [
-        "Intervals by bootstrap over items in groups about the same image; p by exact McNemar, of scores 0 or 1.",
+        "Intervals by bootstrap over images, with all items about each; p by exact McNemar, scores 0 or 1.",
         *_errors(scored),
     ]
     return "\n".join([*lines, "", *notes, ""])

@@ -12,6 +12,7 @@ from pipelines.questions import Dataset
 from pipelines.scoring import Answered, Scored, score_answers
 from skipvision.config import SkipConfig
 from skipvision.engine import Engine, Request, Sampling
+from skipvision.errors import ConfigError
 
 
 def score_dataset(
@@ -29,13 +30,15 @@ def score_dataset(
     Args:
         engine: with the model; it may hold several adapters, and is left as it was.
         dataset: the questions.
-        skip: how visual tokens are skipped; "full" = not at all, None = as the adapter or the engine says.
+        skip: how visual tokens are skipped, with as many summary tokens as the engine was made with, or none;
+            "full" = not at all, None = as the adapter or the engine says.
         system: the label of the items.
         adapter: the engine's name of it; None = the one that was active when the engine was made.
         max_new_tokens: of an answer.
         judge: reads what no rule can.
 
     Raises:
+        ConfigError: the engine cannot run under ``skip``.
         JudgeError: the judge does not answer.
     """
     answers: dict[str, Answered] = {}
@@ -54,6 +57,8 @@ def score_dataset(
             yield Request(chat, images, sampling=sampling, skip=skip, adapter=adapter, key=question.index)
 
     for completion in engine.run(requests()):
+        if isinstance(completion.error, ConfigError):  # which no other question would change
+            raise completion.error
         if completion.error is not None or not completion.choices:
             answers[completion.key] = Answered(error=f"generation: {completion.error}")
         else:

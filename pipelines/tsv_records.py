@@ -60,7 +60,8 @@ def tsv_records(file: str, name: str, images: Sequence[str], max_pixels: int) ->
         try:
             yield record(_value(file, row, held, max_pixels))
         except ValueError as error:
-            yield record(row.texts, str(error))
+            known = {row.image_column: []} if row.image_column else {}
+            yield record({**row.texts, **known}, str(error))
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -101,7 +102,7 @@ def _row(names: Sequence[str], cells: Sequence[_Cell], image: str | None) -> _Ro
     problem = ""
     if len(cells) != len(names):
         problem = f"the row has {len(cells)} fields, the header {len(names)}"
-    texts: dict[str, Any] = {}
+    texts: dict[str, Any] = {name: "" for name in names if name != image}
     held = _Cell(0, b"")
     for name, cell in zip(names, cells, strict=False):
         if name == image:
@@ -155,7 +156,8 @@ def _value(file: str, row: _Row, held: Mapping[str, _Row], max_pixels: int) -> d
         value[IMAGE_DIGEST] = holder.digest
     if "question" in value:
         value[WHOLE_QUESTION], images = _numbered(_whole_question(value), images)
-    value[row.image_column or "image"] = images
+    if row.image_column or images:
+        value[row.image_column or "image"] = images
     return value
 
 

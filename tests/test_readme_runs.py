@@ -75,6 +75,7 @@ def test_every_command_is_known_here():
         ("--name mine",),
         ("finetune.py --help",),
         ("ray job submit",),
+        ("score.py",),
         ("mlflow ui",),
         ("serve run",),
         ("deploy.py",),
