@@ -18,7 +18,14 @@ from pipelines.gate import Verdict, judge, table
 from pipelines.items import Item
 from pipelines.paths import output_path
 from pipelines.promote_config import PromoteConfig
-from pipelines.promote_items import FullTokens, NeededSystem, RegisteredSystem, items_file, items_of
+from pipelines.promote_items import (
+    FullTokens,
+    NeededSystem,
+    RegisteredSystem,
+    WrongItemsError,
+    items_file,
+    items_of,
+)
 from pipelines.registry import ModelVersion, Registry
 from pipelines.tracking import Tracker
 from skipvision.errors import ConfigError, SkipVisionError
@@ -123,6 +130,12 @@ def _judged(decision: Decision, registry: Registry) -> list[Verdict]:
         for side, section in (("candidate", config.candidate), ("reference", config.reference)):
             file = items_file(section, registry, place / side)
             sides[side], decision.items[side] = items_of(needed[side], file, section)
+    bases = [decision.items[side]["made_with"].get("model") for side in ("candidate", "reference")]
+    if config.reference.against == "full" and bases[0] != bases[1]:
+        raise WrongItemsError(
+            f"the candidate's items were made with the base model {bases[0]}, those with full tokens with "
+            f"{bases[1]}: score both on one"
+        )
     return judge(sides["reference"], sides["candidate"], config.budget)
 
 

@@ -201,6 +201,11 @@ def test_the_first_champion_is_compared_with_full_tokens(storage, registry):
         "candidate": {"model": f"runs:/{made}", "items": str(storage / "items.parquet")},
     }
     reference = {"items": f"runs:/{tracker.run_id}"}
+    elsewhere = {"new": {**made_by(2), "model": "other"}}
+    with pytest.raises(
+        WrongItemsError, match="made with the base model other, those with full tokens with base"
+    ):
+        promote(storage, **{**given, "systems": elsewhere}, reference={**reference, "against": "full"})
     with pytest.raises(ConfigError, match="no version of 'ours' has the alias 'first' yet"):
         promote(storage, **given, reference=reference)
     promote(storage, **given, reference={**reference, "against": "full"})
