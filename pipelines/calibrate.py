@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +81,8 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
     if folder.state.get("data", fingerprint) != fingerprint:
         raise ConfigError(f"{search.file} has changed since this job began; choose another name")
     found = candidates(config, model, model_config, search)
+    # Call by call, an engine can be asked for the summaries that it has, or for none.
+    model = replace(model, skip=max((one.skip for one in found), key=lambda skip: skip.summary_tokens))
     tracker = Tracker.start(
         uri,
         experiment=config.tracking.experiment,

@@ -57,9 +57,11 @@ def candidates(
     """
     base = model.skip if model.adapter is not None else (config.skip or sv.SkipConfig())
     configs = combinations(config.space, base)
-    if model.adapter is not None and any(one.summary_tokens != base.summary_tokens for one in configs):
+    summaries = {one.summary_tokens for one in configs} - {0}
+    if len(summaries) > 1 or (model.adapter is not None and not summaries <= {base.summary_tokens}):
+        trained = f"the adapter was trained with {base.summary_tokens}; " if model.adapter else ""
         raise ConfigError(
-            f"space.summary_tokens: the adapter was trained with {base.summary_tokens}, and has no others"
+            f"space.summary_tokens = {sorted(summaries)}: {trained}a model has one number of them, beside 0"
         )
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(model_config)

@@ -77,7 +77,7 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     assert again == result
     times = [file.stat().st_mtime_ns != before for file, before in written.items()]
     assert times == [True] + [False] * (len(times) - 1)
-    with pytest.raises(ConfigError, match="exists in .* with other settings"):
+    with pytest.raises(ConfigError, match=r"exists in .* with other settings"):
         run_calibrate(changed(settings, budget={"accuracy_drop": 0.5}))
 
 
@@ -111,6 +111,7 @@ def test_what_was_not_shown_is_not_chosen(settings, local_ray):
         ({"space": {"retained": [0], "skipped": [0]}}, ConfigError, "no combination is possible"),
         ({"data": {"name": "Shapes", "path": "nowhere.tsv"}}, ConfigError, "nowhere.tsv"),
         ({"space": {"probe_layer": [7]}}, ConfigError, "probe_layer"),
+        ({"space": {"summary_tokens": [0, 1, 2]}}, ConfigError, r"= \[1, 2\]: a model has one number"),
     ],
 )
 def test_what_cannot_be_searched_is_said_before_ray_is_started(settings, changes, error, says):
