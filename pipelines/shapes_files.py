@@ -4,6 +4,7 @@
 
     <output>/shapes.json                       what the pictures were drawn with
     <output>/{train,validation,test}.json      LLaVA JSON; image paths relative to <output>
+    <output>/{validation,test}.tsv             VLMEvalKit's table, images in it; if `tsv` is set
     <output>/images/<split>/000000.png …       PNG at even indices, JPEG at odd ones
 
 A train row holds several questions of different tasks about one image (task ``mixed``). Validation
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipelines.paths import output_path
 from pipelines.rows import IMAGE_PLACEHOLDER
 from pipelines.shapes import IMAGE_SIZE, SPLITS, TASKS, Question, Scene, Split, ask, render, sample_scene
+from pipelines.shapes_table import write_table
 from skipvision.errors import ConfigError
 
 JPEG_QUALITY = 95
@@ -45,6 +47,9 @@ class ShapesConfig(BaseModel):
     test: int = Field(200, ge=0, description="test images, one row per task each")
     turns_per_image: int = Field(
         2, ge=1, le=len(TASKS), description="questions of different tasks in one train row"
+    )
+    tsv: bool = Field(
+        False, description="write validation and test as tables with base64 images too, for scoring"
     )
 
 
@@ -91,6 +96,8 @@ def _write_split(config: ShapesConfig, output: Path, split: Split, count: int) -
     path = output / f"{split}.json"
     lines = ",\n".join(json.dumps(row) for row in rows)
     _write_text(path, f"[\n{lines}\n]\n")
+    if config.tsv and split != "train":
+        write_table(output, rows, output / f"{split}.tsv")
     return {"file": str(path), "images": count, "drawn": drawn, "rows": len(rows)}
 
 

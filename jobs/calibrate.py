@@ -1,0 +1,18 @@
+"""Find the SkipConfig that keeps to a budget on your model and data, and verify it."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
+
+from pipelines.calibrate import CalibrateConfig, run_calibrate
+from pipelines.config import load_config, run_job
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    """Run the calibration."""
+    return run_calibrate(load_config(CalibrateConfig, argv, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_job(main, sys.argv[1:])

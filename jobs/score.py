@@ -1,0 +1,19 @@
+"""Score systems (model, adapter, SkipConfig) on benchmarks and compare them with full tokens; resumable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
+
+from pipelines.config import load_config, run_job
+from pipelines.score import run_score
+from pipelines.score_config import ScoreConfig
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    """Score, continue or report the job."""
+    return run_score(load_config(ScoreConfig, argv, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_job(main, sys.argv[1:])

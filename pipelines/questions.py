@@ -1,0 +1,192 @@
+"""The questions of a dataset: rows of a table that are asked and scored."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.benchmarks import Benchmark, Row, find_benchmark
+from pipelines.caption_prompts import PromptTemplate, ask
+from pipelines.conversations import BadRow, listed_images, parse_image
+from pipelines.images import MAX_PIXELS
+from pipelines.paths import input_path
+from pipelines.records import Record
+from pipelines.rows import ImageSource, Message
+from pipelines.tsv_records import IMAGE_DIGEST, WHOLE_QUESTION, tsv_records
+from skipvision.errors import ConfigError, DataError
+
+ROOT_VARIABLE = "LMUData"
+"""Environment variable: the folder in which VLMEvalKit keeps its tables; ``~/LMUData`` without it."""
+
+_ROTATIONS = 1_000_000
+"""VLMEvalKit numbers the rotations of question 7 as 1000007, 2000007 and so on."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row that is asked.
+
+    Attributes:
+        index: names it within its dataset.
+        item: the index of the item it counts for: its own, or that of the question it is a rotation of.
+        category: its slice; several are joined by commas.
+        group: equal for questions about the same image.
+        row: its columns.
+        messages: what is asked, with a placeholder for each image.
+        images: in the order of their placeholders.
+        problem: why it cannot be asked.
+    """
+
+    index: str
+    item: str
+    category: str
+    group: str
+    row: Row
+    messages: tuple[Message, ...] = ()
+    images: tuple[ImageSource, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A table that was read. ``template`` is what is asked, in terms of its columns."""
+
+    name: str
+    file: str
+    benchmark: Benchmark
+    template: str
+    questions: tuple[Question, ...]
+
+
+def find_file(name: str, benchmark: Benchmark, path: str | None) -> str:
+    """The table at ``path``, or where VLMEvalKit keeps it; raises `ConfigError` that says where to get it."""
+    get = f"Get it from {benchmark.url.format(name=name)}" if benchmark.url else "Give its path"
+    if path is not None:
+        try:
+            return input_path(path, f"datasets: {name}: path")
+        except ConfigError as error:
+            raise ConfigError(f"{error}. {get}") from None
+    root = Path(os.environ.get(ROOT_VARIABLE) or "~/LMUData").expanduser()
+    if not (root / f"{name}.tsv").exists():
+        raise ConfigError(
+            f"dataset {name}: there is no {root / f'{name}.tsv'}. {get} and put it there, set "
+            f"{ROOT_VARIABLE} to the folder where VLMEvalKit keeps its tables, or name the file by `path`"
+        )
+    return str(root / f"{name}.tsv")
+
+
+def read_dataset(
+    name: str,
+    path: str | None = None,
+    *,
+    rule: str | None = None,
+    instruction: str | None = None,
+    limit: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Dataset:
+    """The questions of a dataset; images are not opened. Rows without an image are not asked.
+
+    Args:
+        name: VLMEvalKit's, as ``MMBench_DEV_EN``; or any, if there is a rule.
+        path: of the file; None = where VLMEvalKit keeps it.
+        rule: gives an answer its points; None = that of the benchmark.
+        instruction: asked behind each question; None = that of the rule, empty = none.
+        limit: items taken from the file's beginning, with all their rotations; None = all.
+        max_pixels: of an image.
+
+    Raises:
+        ConfigError: the name or the rule is unknown, or the file is not there.
+        DataError: the file lacks a column, answers, or unique indices.
+    """
+    benchmark = find_benchmark(name, rule)
+    file = find_file(name, benchmark, path)
+    try:
+        records = list(tsv_records(file, name, ("image",), max_pixels))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    _check_columns(file, benchmark, records)
+    instruction = benchmark.rule.instruction if instruction is None else instruction
+    template = f"{{{WHOLE_QUESTION}}}" + ("\n" + instruction.replace("{", "{{").replace("}", "}}")) * bool(
+        instruction
+    )
+    asked = [record for record in records if _counts(record, benchmark)]
+    questions = [_question(record, benchmark, PromptTemplate(template), max_pixels) for record in asked]
+    if limit is not None:
+        kept = set(list(dict.fromkeys(question.item for question in questions))[:limit])
+        questions = [question for question in questions if question.item in kept]
+    _check_questions(file, benchmark, questions)
+    return Dataset(name, file, benchmark, template, tuple(questions))
+
+
+def _check_columns(file: str, benchmark: Benchmark, records: Sequence[Record]) -> None:
+    if not records:
+        raise DataError(f"{file} has no rows")
+    present = {column for record in records for column in _columns(record)}
+    missing = [name for name in ("index", "question", *benchmark.rule.columns) if name not in present]
+    if not {"image", "image_path"} & present:
+        missing.append("image")
+    if "answer" in missing:
+        raise DataError(
+            f"{file} has no column `answer`: answers of test sets are often not published. Take a "
+            f"validation or dev set; its columns are {', '.join(sorted(present))}"
+        )
+    if missing:
+        raise DataError(
+            f"{file} has no column {', '.join(f'`{name}`' for name in missing)}; its columns are "
+            f"{', '.join(sorted(present))}"
+        )
+
+
+def _counts(record: Record, benchmark: Benchmark) -> bool:
+    row = _columns(record)
+    if benchmark.split is not None and "split" in row and row["split"] != benchmark.split:
+        return False
+    return bool(record.problem or row.get("image"))
+
+
+def _check_questions(file: str, benchmark: Benchmark, questions: Sequence[Question]) -> None:
+    if not questions:
+        where = f" in which `split` is {benchmark.split!r}" if benchmark.split else ""
+        raise DataError(f"{file} has no rows with an image{where}")
+    without = [
+        question.index for question in questions if not question.row.get("answer") and not question.problem
+    ]
+    if without:
+        raise DataError(
+            f"{file}: {len(without)} of {len(questions)} rows have no answer, the first of them {without[0]}"
+        )
+    seen: set[str] = set()
+    for question in questions:
+        if question.index in seen:
+            raise DataError(f"{file} has several rows with index {question.index!r}")
+        seen.add(question.index)
+
+
+def _question(record: Record, benchmark: Benchmark, template: PromptTemplate, max_pixels: int) -> Question:
+    row = _columns(record)
+    index = str(row.get("index") or record.fallback_key)
+    category = next((row[column] for column in benchmark.category if row.get(column)), "")
+    group = row.get(IMAGE_DIGEST) or index
+    item = index
+    if benchmark.circular:
+        item = group = row.get("g_index") or (str(int(index) % _ROTATIONS) if index.isdigit() else index)
+    try:
+        if record.problem:
+            raise BadRow("broken record", record.problem)
+        folder = posixpath.dirname(record.file)
+        images = tuple(
+            parse_image(image, f"#{number} of row {index}", folder, max_pixels)
+            for number, image in enumerate(listed_images(row), start=1)
+        )
+        messages = ask(row, len(images), template, None)
+    except BadRow as error:
+        return Question(index, item, category, group, row, problem=f"{error.kind}: {error}")
+    return Question(index, item, category, group, row, messages, images)
+
+
+def _columns(record: Record) -> dict[str, Any]:
+    return record.value if isinstance(record.value, dict) else {}

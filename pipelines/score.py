@@ -1,0 +1,276 @@
+"""Scoring systems on benchmarks under Ray Data, compared with a reference item by item, tracked in MLflow.
+
+`run_score` is the whole story of a job: claim its folder, read the datasets, caption each one's questions
+with each system, score the answers, compare, record. Answering is captioning (`pipelines.caption`), and
+continues in the same way where a job was killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipelines.caption import run_caption
+from pipelines.caption_config import CaptionConfig, InputSection, OutputSection
+from pipelines.caption_model import CaptionModel, check_model, find_model
+from pipelines.cluster import ray_session
+from pipelines.items import Item, write_items
+from pipelines.judge import Judge
+from pipelines.paths import output_path
+from pipelines.questions import Dataset, read_dataset
+from pipelines.score_config import ScoreConfig
+from pipelines.score_folder import ScoreFolder
+from pipelines.score_report import Comparison, compare, markdown, metrics, picture
+from pipelines.scoring import Answered, Scored, mean_score, score_answers
+from pipelines.tracking import Tracker, TrackingConfig, TrackingError
+from skipvision.errors import ConfigError
+
+__all__ = ["ScoreConfig", "run_score"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all steps of one start need."""
+
+    config: ScoreConfig
+    folder: ScoreFolder
+    uri: str
+    datasets: tuple[Dataset, ...]
+    models: Mapping[str, CaptionModel]
+    judge: Judge | None
+
+
+def run_score(config: ScoreConfig) -> dict[str, Any]:
+    """Score, go on, or only report the job ``config.name``; returns its result.
+
+    The result holds ``items`` (a file for each system), ``score`` (mean points by system and dataset,
+    fractions), ``totals`` (what benchmarks publish beside), ``difference`` (by system and dataset, to the
+    reference, with its interval), ``errors`` (items without an answer), ``table``, ``picture``, ``seconds``
+    (of this start), ``mlflow_uri``, ``mlflow_run_ids`` and ``already_finished``.
+
+    Raises:
+        ConfigError: settings that contradict each other, a model, a dataset's file that is not there, or an
+            earlier start.
+        DataError: a dataset lacks columns or answers, or too many questions cannot be asked.
+        JudgeError: the judge does not answer.
+        ResourceError: the cluster is too small.
+        TrackingError: MLflow cannot be reached.
+    """
+    started = time.monotonic()
+    folder = ScoreFolder(output_path(config.storage, "storage"), config.name)
+    with folder.claimed():
+        folder.resumes(config.model_dump(mode="json"))
+        if result := folder.state.get("result"):
+            print(f"job {config.name!r} is finished already: {folder.table}", flush=True)
+            return {**result, "already_finished": True}
+        job = _prepared(config, folder)
+        trackers = _start_tracking(job)
+        try:
+            _answer_missing(job)
+            scored = {label: _scored(job, label) for label in config.systems}
+            result = _sum_up(job, scored, trackers)
+        except BaseException:
+            for tracker in trackers.values():
+                with suppress(TrackingError):
+                    tracker.finish("FAILED")
+            raise
+        result["seconds"] = round(time.monotonic() - started, 2)
+        folder.remember(result=result)
+        return {**result, "already_finished": False}
+
+
+# ----------------------------------------------------------------------------------- before answering
+
+
+def _prepared(config: ScoreConfig, folder: ScoreFolder) -> _Job:
+    """Read and check everything, so that what is wrong is said before Ray is started."""
+    judge = None if config.judge is None else Judge(config.judge, folder.judge)
+    datasets = tuple(
+        read_dataset(one.name, one.path, rule=one.rule, instruction=one.instruction, limit=one.limit)
+        for one in config.datasets
+    )
+    for dataset in datasets:
+        if dataset.benchmark.rule.needs_judge and judge is None:
+            raise ConfigError(
+                f"dataset {dataset.name} is scored by a judge: set judge.model and judge.base_url"
+            )
+    uri = config.tracking.absolute_uri(folder.storage)
+    pinned = folder.state.get("adapters", {})
+    models = {}
+    for label, system in config.systems.items():
+        given = CaptionConfig(
+            name=label, model=system.model, skip=system.skip, input=InputSection(source=datasets[0].file)
+        )
+        models[label] = find_model(given, uri, folder.path / "adapters" / label, pinned.get(label))
+        check_model(models[label])
+    folder.remember(
+        config=config.model_dump(mode="json"),
+        adapters={label: model.adapter_label for label, model in models.items()},
+    )
+    for dataset in datasets:
+        asked = folder.questions(dataset.name)
+        asked.parent.mkdir(exist_ok=True)
+        asked.write_text("".join(f"{question.index}\n" for question in dataset.questions), encoding="utf-8")
+        print(f"{dataset.name}: {len(dataset.questions):,} questions in {dataset.file}", flush=True)
+    return _Job(config, folder, uri, datasets, models, judge)
+
+
+def _start_tracking(job: _Job) -> dict[str, Tracker]:
+    """One run in MLflow for each system."""
+    known = dict(job.folder.state.get("mlflow_run_ids", {}))
+    trackers = {}
+    for label, model in job.models.items():
+        trackers[label] = tracker = Tracker.start(
+            job.uri,
+            experiment=job.config.tracking.experiment,
+            run_name=f"{job.config.name}.{label}",
+            artifacts=job.folder.storage / "mlflow-artifacts",
+            run_id=known.get(label),
+        )
+        if label in known:
+            continue
+        tracker.parameters(
+            {
+                "system": {"label": label, "reference": job.config.reference, **_stands_for(model)},
+                "sampling": job.config.sampling.model_dump(mode="json"),
+                "datasets": ", ".join(dataset.name for dataset in job.datasets),
+                "judge": job.config.judge and job.config.judge.model,
+            }
+        )
+        known[label] = tracker.run_id
+        job.folder.remember(mlflow_run_ids=known)
+    return trackers
+
+
+def _stands_for(model: CaptionModel) -> dict[str, str | None]:
+    return {"model": model.label, "adapter": model.adapter_label, "skip": model.skip.model_dump_json()}
+
+
+# ------------------------------------------------------------------------------------------ answering
+
+
+def _answer_missing(job: _Job) -> None:
+    """Caption the questions of every dataset with every system, as far as that is not done."""
+    done = list(job.folder.state.get("answered", []))
+    missing = [
+        (label, dataset)
+        for label in job.config.systems
+        for dataset in job.datasets
+        if [label, dataset.name] not in done
+    ]
+    with ray_session() if missing else nullcontext():
+        for number, (label, dataset) in enumerate(missing, start=1):
+            print(f"{number}/{len(missing)} {label} answers {dataset.name}", flush=True)
+            run_caption(_captioning(job, label, dataset))
+            done.append([label, dataset.name])
+            job.folder.remember(answered=done)
+
+
+def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
+    config, model = job.config, job.models[label]
+    section = config.systems[label].model
+    if section.adapter is not None and section.adapter.startswith("models:/"):
+        section = section.model_copy(update={"adapter": model.adapter_label})  # an alias may move meanwhile
+    return CaptionConfig(
+        name=f"{config.name}.{label}.{dataset.name}",
+        storage=str(job.folder.answers / label),
+        model=section,
+        skip=model.skip,
+        input=InputSection(
+            source=dataset.file,
+            prompt=dataset.template,
+            key="index",
+            keys=str(job.folder.questions(dataset.name)),
+        ),
+        sampling=config.sampling,
+        engine=config.engine,
+        output=OutputSection(shard_rows=config.shard_rows),
+        max_error_fraction=config.max_error_fraction,
+        tracking=TrackingConfig(uri=job.uri, experiment=config.tracking.experiment),
+        scaling=config.scaling,
+    )
+
+
+# -------------------------------------------------------------------------------------------- scoring
+
+
+def _scored(job: _Job, label: str) -> dict[str, Scored]:
+    """A system's items by dataset; also written to its file."""
+    parallel = job.config.judge.parallel if job.config.judge else 1
+    scored = {}
+    for dataset in job.datasets:
+        answers = _answers(_captioning(job, label, dataset))
+        scored[dataset.name] = score_answers(dataset, answers, label, job.judge, parallel)
+    write_items(job.folder.items(label), _all_items(scored), {label: _stands_for(job.models[label])})
+    return scored
+
+
+def _answers(captioning: CaptionConfig) -> dict[str, Answered]:
+    captions = pq.read_table(Path(captioning.storage) / captioning.name / "captions").to_pylist()
+    return {
+        row["key"]: Answered(error=f"{row['error_kind']}: {row['error']}")
+        if row["error_kind"]
+        else Answered(row["text"] or "")
+        for row in captions
+    }
+
+
+def _all_items(scored: Mapping[str, Scored]) -> list[Item]:
+    return [item for one in scored.values() for item in one.items]
+
+
+def _sum_up(
+    job: _Job, scored: Mapping[str, Mapping[str, Scored]], trackers: Mapping[str, Tracker]
+) -> dict[str, Any]:
+    """Compare with the reference; table, picture and result, here and in MLflow."""
+    config, folder = job.config, job.folder
+    reference = scored[config.reference]
+    comparisons: dict[str, dict[str, Comparison]] = {
+        label: {
+            name: compare(
+                reference[name].items, one.items, resamples=config.resamples, confidence=config.confidence
+            )
+            for name, one in datasets.items()
+        }
+        for label, datasets in scored.items()
+        if label != config.reference
+    }
+    folder.table.write_text(markdown(config, scored, comparisons), encoding="utf-8")
+    picture(config, scored, comparisons, folder.picture)
+    print(f"\n{folder.table.read_text(encoding='utf-8')}", flush=True)
+    for label, tracker in trackers.items():
+        tracker.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
+        tracker.close()
+        for path in (folder.items(label), folder.table, folder.picture):
+            tracker.store(path)
+        tracker.finish("FINISHED")
+    return {
+        "run": config.name,
+        "items": {label: str(folder.items(label)) for label in scored},
+        "score": {
+            label: {name: round(mean_score(one.items), 6) for name, one in datasets.items()}
+            for label, datasets in scored.items()
+        },
+        "totals": {
+            label: {name: one.totals for name, one in datasets.items() if one.totals}
+            for label, datasets in scored.items()
+        },
+        "difference": {
+            label: {name: asdict(comparison.overall) for name, comparison in datasets.items()}
+            for label, datasets in comparisons.items()
+        },
+        "errors": {
+            label: {name: sum(item.error is not None for item in one.items) for name, one in datasets.items()}
+            for label, datasets in scored.items()
+        },
+        "table": str(folder.table),
+        "picture": str(folder.picture),
+        "mlflow_uri": job.uri,
+        "mlflow_run_ids": {label: tracker.run_id for label, tracker in trackers.items()},
+    }

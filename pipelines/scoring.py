@@ -1,0 +1,125 @@
+"""Answers to the questions of a dataset become scored items, and items become numbers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipelines.benchmarks import Said
+from pipelines.items import Item
+from pipelines.judge import Judge
+from pipelines.option_answers import all_rotations_right
+from pipelines.questions import Dataset, Question
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a system said to a question, or why it said nothing."""
+
+    text: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A system on a dataset.
+
+    Attributes:
+        items: one for each item, in the dataset's order.
+        totals: what the benchmark publishes beside the mean score.
+    """
+
+    items: list[Item]
+    totals: dict[str, float]
+
+
+def score_answers(
+    dataset: Dataset,
+    answers: Mapping[str, Answered],
+    system: str,
+    judge: Judge | None = None,
+    parallel: int = 1,
+) -> Scored:
+    """Give every question of a dataset its points; one without an answer has none.
+
+    Args:
+        dataset: what was asked.
+        answers: by the questions' indices.
+        system: who answered.
+        judge: reads what no rule can.
+        parallel: questions the judge is asked at once.
+
+    Raises:
+        JudgeError: the judge does not answer.
+    """
+    questions = dataset.questions
+    given = [_answer_to(question, answers) for question in questions]
+
+    def points(question: Question, answer: Answered) -> float:
+        return 0.0 if answer.error else dataset.benchmark.rule.points(question.row, answer.text, judge)
+
+    if judge is None:
+        scores = [points(question, answer) for question, answer in zip(questions, given, strict=True)]
+    else:
+        with ThreadPoolExecutor(parallel) as pool:
+            scores = list(pool.map(points, questions, given))
+    said = [
+        Said(question.row, question.group, answer.text, score)
+        for question, answer, score in zip(questions, given, scores, strict=True)
+    ]
+    totals = dataset.benchmark.totals(said)
+    return Scored(list(_items(dataset, system, questions, given, scores)), totals)
+
+
+def _answer_to(question: Question, answers: Mapping[str, Answered]) -> Answered:
+    if question.problem is not None:
+        return Answered(error=question.problem)
+    return answers.get(question.index) or Answered(error="there is no answer to it")
+
+
+def _items(
+    dataset: Dataset,
+    system: str,
+    questions: Sequence[Question],
+    answers: Sequence[Answered],
+    scores: Sequence[float],
+) -> Iterator[Item]:
+    """Rotations of one question, which is all or nothing, are one item; any other question is one itself."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, question in enumerate(questions):
+        places[question.item].append(place)
+    for index, here in places.items():
+        first = questions[here[0]]
+        errors = [answers[place].error for place in here if answers[place].error]
+        circular = dataset.benchmark.circular
+        yield Item(
+            dataset=dataset.name,
+            index=index,
+            system=system,
+            category=first.category,
+            group=first.group,
+            prediction=" | ".join(answers[place].text for place in here),
+            score=all_rotations_right([scores[place] == 1 for place in here])
+            if circular
+            else scores[here[0]],
+            error=errors[0] if errors else None,
+        )
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+def mean_score(items: Sequence[Item]) -> float:
+    """The mean of the points."""
+    return sum(item.score for item in items) / len(items)
+
+
+def by_category(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Items by slice; one whose category lists several, as MM-Vet's and POPE's do, is in each."""
+    slices: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        for category in filter(None, map(str.strip, item.category.split(","))):
+            slices[category].append(item)
+    return {category: slices[category] for category in sorted(slices)}

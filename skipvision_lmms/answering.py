@@ -1,0 +1,134 @@
+"""Questions in lmms-eval's terms, answered by the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import skipvision as sv
+from skipvision.errors import ConfigError, InputError
+
+_PLACEHOLDER = "<image>"
+_MAX_NEW_TOKENS = 1024
+_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_WITHOUT_EFFECT = ("do_sample", "image_aspect_ratio")
+"""As in lmms-eval's own models the temperature decides; and images are the processor's business."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context, in which ``<image>`` may mark where images belong, its images, and how to generate."""
+
+    context: str
+    images: Sequence[Image.Image]
+    generation: Mapping[str, Any]
+
+
+def load_engine(
+    pretrained: str,
+    adapter: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "sdpa",
+    max_sequences: int = 16,
+    kv_budget_bytes: int = 2**30,
+    **skip: Any,
+) -> sv.Engine:
+    """The engine of a model, with an adapter if there is one.
+
+    Args:
+        pretrained: folder or Hugging Face id.
+        adapter: folder that `save_adapter` wrote.
+        device: torch's name; auto = a GPU if there is one.
+        dtype: torch's name; auto = as the checkpoint has it.
+        attention: implementation.
+        max_sequences: answers written at once.
+        kv_budget_bytes: for keys and values of the answers being written.
+        skip: fields of `SkipConfig`, or ``skip="full"``; none = as the adapter was trained, without an
+            adapter full tokens.
+
+    Raises:
+        ConfigError: a field is unknown or its value makes no sense.
+        AdapterError: the folder holds no adapter for this model.
+        UnsupportedModelError: Skip-Vision cannot be attached to the model.
+    """
+    full = skip.pop("skip", None)
+    if full not in (None, "full") or (full and skip):
+        raise ConfigError(
+            f"skip={full!r}: give skip=full, or fields of SkipConfig such as retained=100,skipped=156"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    base: Any = AutoModelForImageTextToText.from_pretrained(
+        pretrained, dtype=dtype, attn_implementation=attention
+    )
+    base = base.to(device)
+    model = base if adapter is None else sv.load_adapter(base, Path(adapter)).to(device, base.dtype)
+    config = sv.SkipConfig(**skip) if skip else sv.SkipConfig.full() if full or adapter is None else None
+    processor = AutoProcessor.from_pretrained(pretrained)
+    return sv.Engine(model, processor, config, max_sequences=max_sequences, kv_budget_bytes=kv_budget_bytes)
+
+
+def answer(engine: sv.Engine, questions: Iterable[Question]) -> dict[int, sv.Completion]:
+    """Answers by the questions' numbers; one that cannot be answered has its ``error``.
+
+    Raises:
+        ConfigError: generation is asked for in a way that the engine does not know.
+    """
+    requests = (request(number, question) for number, question in enumerate(questions))
+    return {completion.key: completion for completion in engine.run(requests)}
+
+
+def request(number: int, question: Question) -> sv.Request:
+    """What the engine is asked: one user's message, images where the context has them, else first."""
+    return sv.Request(
+        [{"role": "user", "content": _content(question)}],
+        list(question.images),
+        sampling=_sampling(question.generation),
+        key=number,
+    )
+
+
+def _content(question: Question) -> list[dict[str, str]]:
+    pieces = question.context.split(_PLACEHOLDER)
+    if len(pieces) - 1 != len(question.images):
+        if len(pieces) > 1:
+            raise InputError(
+                f"the context has {len(pieces) - 1} {_PLACEHOLDER}, the task {len(question.images)} images"
+            )
+        pieces = [""] * len(question.images) + pieces
+    content: list[dict[str, str]] = []
+    for position, piece in enumerate(pieces):
+        if position:
+            content.append({"type": "image"})
+        if piece.strip():
+            content.append({"type": "text", "text": piece.strip("\n")})
+    return content
+
+
+def _sampling(generation: Mapping[str, Any]) -> sv.Sampling:
+    """Sampling from what tasks write into ``generation_kwargs``; null means "as usual" there."""
+    given = {name: value for name, value in generation.items() if value is not None}
+    if given.pop("num_beams", 1) != 1:
+        raise ConfigError(
+            f"generation_kwargs: num_beams={generation['num_beams']!r} is not supported, only 1 is"
+        )
+    unknown = sorted(given.keys() - {"until", *_SAMPLING, *_WITHOUT_EFFECT})
+    if unknown:
+        known = ", ".join(("until", *_SAMPLING))
+        raise ConfigError(f"generation_kwargs: {unknown[0]} is not supported; known are {known}")
+    until = given.get("until", ())
+    values = {name: given[name] for name in _SAMPLING if name in given}
+    if not values.get("top_p", 1):  # tasks write 0 for "all"
+        del values["top_p"]
+    return sv.Sampling(
+        **{"max_new_tokens": _MAX_NEW_TOKENS, **values},
+        stop=(until,) if isinstance(until, str) else tuple(text for text in until if text),
+    )

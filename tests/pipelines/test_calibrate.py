@@ -1,0 +1,139 @@
+"""Calibration on a real local Ray: what is found is verified, recorded, and not asked twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.calibrate import run_calibrate
+from pipelines.calibrate_config import CalibrateConfig
+from pipelines.calibrate_search import NothingWithinBudgetError
+from pipelines.calibrate_space import combinations, parts
+from pipelines.items import read_items
+from pipelines.shapes_files import ShapesConfig, write_shapes
+from pipelines.tracking import Tracker
+from skipvision.config import SkipConfig
+from skipvision.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images, six questions each."""
+    folder = tmp_path_factory.mktemp("questions")
+    write_shapes(ShapesConfig(output=folder, train=1, validation=1, test=4, tsv=True))
+    return folder / "test.tsv"
+
+
+@pytest.fixture(scope="module")
+def settings(questions: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The random model says nothing right, so no config loses anything against full tokens."""
+    return {
+        "name": "job",
+        "storage": str(tmp_path_factory.mktemp("runs")),
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {"name": "Shapes", "path": str(questions), "max_new_tokens": 2},
+        "space": {"retained": [2, 4, 12], "skipped": [0, 4]},
+        "budget": {"accuracy_drop": 0.99, "kv_bytes": 0.9, "latency": 9.0},
+        "search": {"rungs": 2, "factor": 2, "finalists": 2, "latency_questions": 2},
+        "tracking": {"experiment": "tests"},
+        "scaling": {"workers": 2, "cpus_per_worker": 1},
+    }
+
+
+def changed(settings: dict[str, Any], **sections: Any) -> CalibrateConfig:
+    return CalibrateConfig.model_validate({**settings, **sections})
+
+
+def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_ray, capsys):
+    result = run_calibrate(changed(settings))
+    folder = Path(settings["storage"]) / "job"
+    chosen = SkipConfig.from_yaml((folder / "skip.yaml").read_text())
+    assert chosen == SkipConfig(**result["chosen"]) == SkipConfig(retained=2, skipped=0)
+    evidence = json.loads((folder / "evidence.json").read_text())
+    stages = [one["stage"] for one in evidence["history"]]
+    assert stages == ["rung 1"] * 4 + ["rung 2"] * 2 + ["held out"] * 2  # two configs keep too much
+    assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert "Chosen: retained 2, skipped 0" in capsys.readouterr().out
+    tracked = Tracker(result["mlflow_uri"], result["mlflow_run_id"])._client
+    assert tracked.get_run(result["mlflow_run_id"]).data.metrics["latency"] > 0
+    files = {file.path for file in tracked.list_artifacts(result["mlflow_run_id"])}
+    assert files == {"skip.yaml", "evidence.json", "calibration.md", "calibration.png"}
+    seen = {part: _groups(folder, part) for part in ("rung-0", "rung-1", "held-out")}
+    assert not seen["held-out"] & (seen["rung-0"] | seen["rung-1"])
+    assert len(seen["rung-0"] | seen["rung-1"] | seen["held-out"]) == 4
+
+    # As a killed job leaves it: some files of scores, no result. Only what is missing is asked.
+    state = json.loads((folder / "run.json").read_text())
+    del state["result"]
+    (folder / "run.json").write_text(json.dumps(state))
+    written = {file: file.stat().st_mtime_ns for file in (folder / "scores").iterdir()}
+    next(iter(written)).unlink()
+    again = run_calibrate(changed(settings, scaling={"workers": 1, "cpus_per_worker": 1}))
+    assert again == result
+    times = [file.stat().st_mtime_ns != before for file, before in written.items()]
+    assert times == [True] + [False] * (len(times) - 1)
+    with pytest.raises(ConfigError, match=r"exists in .* with other settings"):
+        run_calibrate(changed(settings, budget={"accuracy_drop": 0.5}))
+
+
+def _groups(folder: Path, part: str) -> set[str]:
+    files = (folder / "scores").glob(f"{part}-*.parquet")
+    return {item.group for file in files for item in read_items(file)}
+
+
+def test_what_was_not_shown_is_not_chosen(settings, local_ray):
+    """Twelve questions about two images cannot show a drop of five points or less."""
+    config = changed(
+        settings,
+        name="strict",
+        space={"retained": [4]},
+        budget={"accuracy_drop": 0.05},
+        search={"rungs": 1},
+    )
+    with pytest.raises(NothingWithinBudgetError, match=r"about 432 items would be needed.*\"retained\": 4"):
+        run_calibrate(config)
+    folder = Path(settings["storage"]) / "strict"
+    assert not (folder / "skip.yaml").exists()
+    assert "Nothing was chosen" in (folder / "calibration.md").read_text()
+    with pytest.raises(NothingWithinBudgetError):  # also when it is only reported
+        run_calibrate(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"budget": {"kv_bytes": 0.001}}, NothingWithinBudgetError, "the least in the space"),
+        ({"space": {"retained": [0], "skipped": [0]}}, ConfigError, "no combination is possible"),
+        ({"data": {"name": "Shapes", "path": "nowhere.tsv"}}, ConfigError, "nowhere.tsv"),
+        ({"space": {"probe_layer": [7]}}, ConfigError, "probe_layer"),
+        ({"space": {"summary_tokens": [0, 1, 2]}}, ConfigError, r"= \[1, 2\]: a model has one number"),
+    ],
+)
+def test_what_cannot_be_searched_is_said_before_ray_is_started(settings, changes, error, says):
+    with pytest.raises(error, match=says):
+        run_calibrate(changed(settings, name="wrong", **changes))
+
+
+def test_one_image_cannot_be_split(settings, questions):
+    config = changed(settings, data={"name": "Shapes", "path": str(questions), "limit": 6})
+    with pytest.raises(DataError, match="1 images are too few"):
+        parts(config)
+
+
+def test_combinations_that_contradict_themselves_are_left_out():
+    space = {"skipped": [0, 4], "merge": ["pool", "drop"]}
+    found = [(one.skipped, one.merge) for one in combinations(space, SkipConfig())]
+    assert found == [(0, "drop"), (4, "pool"), (4, "drop")]
+
+
+@pytest.mark.parametrize("wrong", [{"retain": [1]}, {"retained": []}, {}])
+def test_a_space_of_nothing_is_refused(settings, wrong):
+    with pytest.raises(ValueError, match="no field|no values|nothing is searched"):
+        changed(settings, space=wrong)
+    with pytest.raises(ValueError, match="set at least one"):
+        changed(settings, budget={"accuracy_drop": None})

@@ -1,0 +1,132 @@
+"""The judge, asked through a real HTTP server that plays OpenAI's endpoint."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipelines import judge as judging
+from pipelines.judge import Judge, JudgeConfig, JudgeError
+from pipelines.questions import read_dataset
+from pipelines.scoring import Answered, score_answers
+from skipvision.errors import ConfigError
+from tests.pipelines.test_scoring_rules import CHOICE, VISTA, png, table
+
+Reply = Callable[[str], tuple[int, object]]
+
+
+class Endpoint:
+    """Answers prompts by ``reply``, which tests replace; ``asked`` holds (path, key, prompt)."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str | None, str]] = []
+        self.reply: Reply = lambda prompt: (200, "0.5")
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = body["messages"][0]["content"]
+                endpoint.asked.append((self.path, self.headers["Authorization"], prompt))
+                status, text = endpoint.reply(prompt)
+                content = {"choices": [{"message": {"content": text}}]} if isinstance(text, str) else text
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(content).encode())
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+
+@pytest.fixture
+def endpoint(monkeypatch) -> Iterator[Endpoint]:
+    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    endpoint = Endpoint()
+    thread = threading.Thread(target=endpoint.server.serve_forever, args=(0.02,))
+    thread.start()
+    yield endpoint
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+    thread.join()
+
+
+def judge(endpoint: Endpoint, memory: Path) -> Judge:
+    return Judge(JudgeConfig(base_url=endpoint.url, model="j", api_key_env="JUDGE_KEY"), memory)
+
+
+def test_mmvet_is_graded_and_nothing_is_asked_twice(endpoint, tmp_path):
+    row = {"question": "What is x?", "answer": "-1<AND>-5", "category": "ocr,math"}
+    rows = [{"index": n, "image": png(n), **row} for n in range(4)]
+    dataset = read_dataset("MMVet", str(table(tmp_path / "table.tsv", rows)))
+    answers = {str(n): Answered(f"x = {n}") for n in range(4)}
+    endpoint.reply = lambda prompt: (200, "1.0" if "x = 1 |" in prompt.splitlines()[-1] else "Score: 0.5")
+    scored = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory"), parallel=3)
+    assert [item.score for item in scored.items] == [0.5, 1.0, 0.5, 0.5]
+    path, key, prompt = endpoint.asked[0]
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    assert "What is x? | -1 <AND> -5 | x = " in prompt
+    with (tmp_path / "memory").open("a") as file:
+        file.write('{"prompt": "half a li')  # killed while it wrote
+    again = score_answers(dataset, answers, "skip", judge(endpoint, tmp_path / "memory"), parallel=3)
+    assert [item.score for item in again.items] == [0.5, 1.0, 0.5, 0.5]
+    assert len(endpoint.asked) == 4
+
+
+@pytest.mark.parametrize(("reply", "points"), [("B", 1), ("Z", 0), ("A.", 0)])
+def test_an_option_that_no_rule_finds_is_asked_for(endpoint, reply, points, tmp_path):
+    dataset = read_dataset("MMStar", str(table(tmp_path / "t.tsv", [{"index": 1, "image": png(), **CHOICE}])))
+    endpoint.reply = lambda prompt: (200, reply)
+    answers = {"1": Answered("It barks")}
+    (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
+    assert item.score == points
+    (item,) = score_answers(dataset, {"1": Answered("B")}, "full", judge(endpoint, tmp_path / "memory")).items
+    assert item.score == len(endpoint.asked) == 1
+
+
+def test_mathvista_is_extracted(endpoint, tmp_path):
+    row = {**VISTA, "question_type": "free_form", "answer_type": "integer", "answer": "14"}
+    dataset = read_dataset(
+        "MathVista_MINI", str(table(tmp_path / "t.tsv", [{"index": 1, "image": png(), **row}]))
+    )
+    endpoint.reply = lambda prompt: (200, "14")
+    answers = {"1": Answered("Fourteen, as 7 + 7 shows")}
+    (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
+    assert item.score == 1
+
+
+@pytest.mark.parametrize(
+    ("replies", "error", "asked"),
+    [
+        ([(500, "x"), (200, "0.5")], None, 2),
+        ([(500, "x")] * 3, "HTTP 500", 3),
+        ([(401, {"error": "no"})], "HTTP 401.*no.*\n.*run the same job again", 1),
+        ([(200, {"error": "odd"})] * 3, "no chat completion", 3),
+        ([(200, "fine")], "score from 0 to 1 and said 'fine'", 1),
+        ([(200, "7")], "said '7'", 1),
+    ],
+)
+def test_what_the_judge_does_wrong_is_said(endpoint, replies, error, asked, tmp_path):
+    left = iter(replies)
+    endpoint.reply = lambda prompt: next(left)
+    asks = judge(endpoint, tmp_path / "memory")
+    if error is None:
+        assert asks.grade("q", "g", "a") == 0.5
+    else:
+        with pytest.raises(JudgeError, match=error):
+            asks.grade("q", "g", "a")
+    assert len(endpoint.asked) == asked
+
+
+def test_a_key_that_is_not_there_is_said_first(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_KEY", raising=False)
+    with pytest.raises(ConfigError, match="NO_KEY: there is no such environment variable"):
+        Judge(JudgeConfig(model="j", api_key_env="NO_KEY"), tmp_path / "memory")

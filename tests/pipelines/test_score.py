@@ -1,0 +1,161 @@
+"""Scoring on a real local Ray: two systems, a corrupt image, and a job that is stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import skipvision as sv
+from pipelines import score
+from pipelines.items import read_items, read_systems
+from pipelines.questions import read_dataset
+from pipelines.score import ScoreConfig, run_score
+from pipelines.score_system import score_dataset
+from skipvision.errors import ConfigError, DataError
+from skipvision_lmms.answering import load_engine
+from tests.pipelines.test_scoring_rules import CHOICE, png, table
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.timeout(300),
+]
+SKIP = {"retained": 4, "skipped": 4}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("tables")
+    corrupt = png()[:40] + "AAAA" * 20 + png()[120:]
+    rows = [
+        {
+            "index": n,
+            "image": n % 2 if n > 1 else png(n),
+            "question": f"{n}?",
+            "answer": "Yes",
+            "category": "random",
+        }
+        for n in range(6)
+    ]
+    rows[4]["image"] = corrupt
+    table(folder / "star.tsv", [{"index": 1, "image": png(), **CHOICE}])
+    return {
+        "name": "scores",
+        "storage": str(tmp_path_factory.mktemp("runs")),
+        "systems": {
+            "full": {"model": {"path": str(tiny_model), "dtype": "float32"}},
+            "skip": {"model": {"path": str(tiny_model), "dtype": "float32"}, "skip": SKIP},
+        },
+        "datasets": [
+            {"name": "POPE", "path": str(table(folder / "pope.tsv", rows)), "limit": 5},
+        ],
+        "sampling": {"max_new_tokens": 8},
+        "engine": {"max_sequences": 4, "kv_budget_bytes": 2**22},
+        "max_error_fraction": 0.5,
+        "tracking": {"experiment": "tests"},
+        "scaling": {"cpus_per_worker": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
+    """The result of a job that was stopped once, when one of its two rounds was done."""
+    rounds = []
+
+    def stop_at_the_second(captioning: Any) -> dict[str, Any]:
+        rounds.append(captioning.name)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        return score_captioning(captioning)
+
+    score_captioning = score.run_caption
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "run_caption", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run_score(ScoreConfig.model_validate(settings))
+        first = len(rounds)
+        patch.setattr(
+            score, "run_caption", lambda given: (rounds.append(given.name), score_captioning(given))[1]
+        )
+        result = run_score(ScoreConfig.model_validate(settings))
+    assert rounds[first:] == rounds[first - 1 : first] == ["scores.skip.POPE"]
+    return result
+
+
+def test_items_are_those_of_a_model_in_this_process(settings, finished, tiny_model):
+    with load_engine(str(tiny_model), dtype="float32", **SKIP) as engine:
+        for label, skip in (("full", "full"), ("skip", sv.SkipConfig(**SKIP))):
+            expected = []
+            for given in settings["datasets"]:
+                dataset = read_dataset(given["name"], given["path"], limit=given.get("limit"))
+                expected += score_dataset(engine, dataset, skip, system=label, max_new_tokens=8).items
+            assert read_items(Path(finished["items"][label])) == expected
+    assert (
+        read_systems(Path(finished["items"]["skip"]))["skip"]["skip"]
+        == sv.SkipConfig(**SKIP).model_dump_json()
+    )
+
+
+def test_what_cannot_be_asked_is_counted(finished):
+    items = read_items(Path(finished["items"]["full"]))
+    assert [item.index for item in items if item.error] == ["4"]
+    assert finished["errors"]["skip"] == {"POPE": 1}
+    assert "skip on POPE: 1 items without an answer count as wrong." in Path(finished["table"]).read_text()
+
+
+def test_each_system_has_its_run_in_mlflow(finished):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(finished["mlflow_uri"])
+    for label, run_id in finished["mlflow_run_ids"].items():
+        run = client.get_run(run_id)
+        assert (run.info.run_name, run.info.status) == (f"scores.{label}", "FINISHED")
+        assert run.data.params["system.label"] == label
+        assert run.data.metrics["accuracy/POPE"] == pytest.approx(finished["score"][label]["POPE"])
+        assert {"accuracy/POPE/random", "items/POPE", "total/POPE/f1"} <= run.data.metrics.keys()
+        assert ("difference/POPE" in run.data.metrics) == (label == "skip")
+        stored = {file.path for file in client.list_artifacts(run_id)}
+        assert stored == {"items.parquet", "comparison.md", "comparison.png"}
+    names = {run.info.run_name for run in client.search_runs([run.info.experiment_id])}
+    assert {"scores.full.POPE", "scores.skip.POPE"} <= names
+
+
+def test_a_finished_job_says_so_and_other_settings_are_refused(settings, finished):
+    again = run_score(ScoreConfig.model_validate({**settings, "max_error_fraction": 0.9}))
+    assert again == {**finished, "already_finished": True}
+    with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens: was 8, now 9"):
+        run_score(ScoreConfig.model_validate({**settings, "sampling": {"max_new_tokens": 9}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"datasets": [{"name": "MMVet", "path": "star.tsv"}]}, "MMVet is scored by a judge"),
+        ({"datasets": [{"name": "MMStarr", "path": "star.tsv"}]}, "'MMStarr' is not known"),
+        ({"datasets": [{"name": "MMStar", "path": "none.tsv"}]}, "Get it from https"),
+        (
+            {"datasets": [{"name": "mine", "path": "pope.tsv", "rule": "mathvista"}]},
+            "no column `question_type`",
+        ),
+    ],
+)
+def test_mistakes_are_said_before_ray_is_started(settings, change, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(settings["datasets"][0]["path"]).parent)
+    monkeypatch.setattr(score, "ray_session", lambda: 1 / 0)
+    with pytest.raises((ConfigError, DataError), match=error):
+        run_score(ScoreConfig.model_validate({**settings, "storage": str(tmp_path), **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"reference": "all"}, "reference = 'all' is none of the systems: full, skip"),
+        ({"datasets": [{"name": "MME"}, {"name": "MME"}]}, "MME is there twice"),
+        ({"datasets": []}, "datasets"),
+        ({"sampling": {"n": 2}}, "no place where one text is scored"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, change, error):
+    with pytest.raises(ValueError, match=error):
+        ScoreConfig.model_validate({**settings, **change})
