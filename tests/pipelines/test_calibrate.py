@@ -133,7 +133,7 @@ def test_combinations_that_contradict_themselves_are_left_out():
 
 @pytest.mark.parametrize("wrong", [{"retain": [1]}, {"retained": []}, {}])
 def test_a_space_of_nothing_is_refused(settings, wrong):
-    with pytest.raises(ValueError, match="no field|no values|nothing is searched"):
+    with pytest.raises(ValueError, match=r"no field|no values|nothing is searched"):
         changed(settings, space=wrong)
     with pytest.raises(ValueError, match="set at least one"):
         changed(settings, budget={"accuracy_drop": None})
