@@ -56,7 +56,7 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     assert chosen == SkipConfig(**result["chosen"]) == SkipConfig(retained=2, skipped=0)
     evidence = json.loads((folder / "evidence.json").read_text())
     stages = [one["stage"] for one in evidence["history"]]
-    assert stages == ["rung 1"] * 4 + ["rung 2"] * 2 + ["held out"] * 2  # two configs keep too much
+    assert stages == ["rung 1"] * 5 + ["rung 2"] * 3 + ["held out"] * 2  # one config keeps too much
     assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert "Chosen: retained 2, skipped 0" in capsys.readouterr().out
     tracked = Tracker(result["mlflow_uri"], result["mlflow_run_id"])._client
