@@ -120,10 +120,8 @@ def picture(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path
             axes.errorbar(places, heights, yerr=[below, above], fmt="none", ecolor="black", capsize=3)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names, rotation=20, ha="right")
     axes.set_ylabel("mean score, %")
-    axes.set_title(
-        f"{config.name}: bars of intervals are those of the difference to {config.reference}", fontsize=9
-    )
-    axes.legend(fontsize=8)
+    axes.set_title(f"{config.name}; black: interval of the difference to {config.reference}", fontsize=9)
+    axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
 
 
