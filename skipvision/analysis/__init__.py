@@ -5,7 +5,7 @@
 `error_bound` bounds and measures the error that skipping it makes (docs/analysis.md).
 """
 
-from skipvision.analysis.bound import ErrorBound, Errors, LayerErrors, error_bound
+from skipvision.analysis.bound import ErrorBound, Errors, LayerErrors, OutputErrors, error_bound
 from skipvision.analysis.overlay import Overlay, patches_of
 from skipvision.analysis.patches import Patch
 from skipvision.analysis.ratios import FfnRatios, Spread, ffn_ratios
@@ -15,6 +15,7 @@ __all__ = [
     "Errors",
     "FfnRatios",
     "LayerErrors",
+    "OutputErrors",
     "Overlay",
     "Patch",
     "Spread",

@@ -5,27 +5,24 @@ before it and f the layer as it is when it skips,
 
     e' = f(h + e) − f(h) − u        ‖e'‖ ≤ Lip(f) ‖e‖ + ‖u‖
 
-`worst` takes Lip(f) from the layer's weights and the size of what it multiplies; it holds whatever e is.
-`local` takes the largest of the norms of f's Jacobian at h, at h + e and halfway, and holds to first order.
+`worst_case` takes Lip(f) from the layer's weights and the size of what it multiplies; `local` from Jacobians.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from skipvision.analysis.lipschitz import AttentionBound, Normed, Parts, ffn_constant
-from skipvision.analysis.runs import Pair, run_twice
-from skipvision.analysis.spectral import jacobian_norm
+from skipvision.analysis.lipschitz import Parts
+from skipvision.analysis.local import local_bounds
+from skipvision.analysis.runs import run_twice
+from skipvision.analysis.worst_case import worst_case as bound_worst_case
 from skipvision.config import SkipConfig
-from skipvision.errors import InputError, UnsupportedModelError
+from skipvision.errors import InputError
 from skipvision.families import dissect
-
-_CLOSE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Errors:
 
     Attributes:
         measured: h̃ with Skip-FFN, h with full tokens.
-        local: bound from Jacobians.
+        local: bound from the product of the layers' Jacobian norms.
         worst: bound from spectral norms; None if it was not asked for.
     """
 
@@ -49,7 +46,7 @@ class LayerErrors(Errors):
 
     Attributes:
         omitted: ‖u‖ / ‖h‖, the update that the layer's skipped tokens go without.
-        jacobian: largest norm of the layer's Jacobian at the three points.
+        jacobian: largest norm of the layer's Jacobian that was found.
         attention: Lipschitz constant of attention and its norm, in the largest error over tokens; or None.
         ffn: of the FFN and its norm; or None.
     """
@@ -58,6 +55,17 @@ class LayerErrors(Errors):
     jacobian: float
     attention: float | None
     ffn: float | None
+
+
+@dataclass(frozen=True)
+class OutputErrors(Errors):
+    """Behind the decoder's last norm.
+
+    Attributes:
+        composite: bound from the Jacobians of all layers behind each omitted update together.
+    """
+
+    composite: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class ErrorBound:
     """
 
     layers: tuple[LayerErrors, ...]
-    output: Errors
+    output: OutputErrors
     tokens: int
     skipped: int
 
@@ -98,96 +106,27 @@ def error_bound(
     parts = [Parts.of(layer, number) for number, layer in enumerate(layers)] if worst_case else []
     watched = [module for part in parts for module in part.watched]
     with run_twice(model, inputs, config, watched) as pair:
-        worst = _worst_case(pair, parts) if worst_case else None
-        return _together(pair, worst)
-
-
-# ------------------------------------------------------------------------------------- from Jacobians
-
-
-def _together(pair: Pair, worst: _WorstCase | None) -> ErrorBound:
-    full, bypass = pair.full, pair.bypass
-    error, found = 0.0, []
-    for number, layer in enumerate(pair.layers):
-        before, after = full.hidden[number], full.hidden[number + 1]
-        with torch.no_grad():
-            omitted = float((after - layer(before)).norm())
-        growth = max(jacobian_norm(layer, point) for point in _between(before, bypass.hidden[number]))
-        error = growth * error + omitted
-        size = float(after.norm())
+        worst = bound_worst_case(pair, parts) if worst_case else None
+        local = local_bounds(pair)
+    found = []
+    for number, (full, bypass) in enumerate(zip(pair.full.hidden[1:], pair.bypass.hidden[1:], strict=True)):
+        size = float(full.norm())
         found.append(
             LayerErrors(
-                measured=float((bypass.hidden[number + 1] - after).norm()) / size,
-                local=error / size,
+                measured=float((bypass - full).norm()) / size,
+                local=local.errors[number] / size,
                 worst=None if worst is None else worst.errors[number] / size,
-                omitted=omitted / size,
-                jacobian=growth,
+                omitted=local.omitted[number] / size,
+                jacobian=local.jacobians[number],
                 attention=None if worst is None else worst.attention[number],
                 ffn=None if worst is None else worst.ffn[number],
             )
         )
-    points = _between(full.hidden[-1], bypass.hidden[-1])
-    growth = max(jacobian_norm(pair.final_norm, point) for point in points)
-    size = float(full.output.norm())
-    output = Errors(
-        measured=float((bypass.output - full.output).norm()) / size,
-        local=growth * error / size,
+    size = float(pair.full.output.norm())
+    output = OutputErrors(
+        measured=float((pair.bypass.output - pair.full.output).norm()) / size,
+        local=local.output / size,
         worst=None if worst is None else worst.output / size,
+        composite=local.composite / size,
     )
     return ErrorBound(tuple(found), output, pair.skipped.numel(), int(pair.skipped.sum()))
-
-
-def _between(one: torch.Tensor, other: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Both ends and the middle; one point where they are one."""
-    return [one] if torch.equal(one, other) else [one, (one + other) / 2, other]
-
-
-# --------------------------------------------------------------------------------- from spectral norms
-
-
-@dataclass(frozen=True)
-class _WorstCase:
-    """Norms of errors over all tokens behind each layer and at the output, and each layer's constants."""
-
-    errors: list[float]
-    output: float
-    attention: list[float]
-    ffn: list[float]
-
-
-@torch.no_grad()
-def _worst_case(pair: Pair, parts: Sequence[Parts]) -> _WorstCase:
-    runs = pair.full, pair.bypass
-    error = torch.zeros_like(pair.full.hidden[0][0, :, 0], dtype=torch.double)
-    errors, attention, ffn = [], [], []
-    for number, part in enumerate(parts):
-        before = [run.hidden[number] for run in runs]
-        middle = [run.hidden[number] + run.seen[part.layer.attention] for run in runs]
-        update = [run.seen[part.layer.mlp] for run in runs]
-        _check_sum(pair, number, middle, update)
-        norms = Normed(part.norms[0], *before), Normed(part.norms[1], *middle)
-        attend = AttentionBound(part, norms[0], runs)
-        feed = ffn_constant(part, norms[1], runs)
-        error = error + attend.grown(norms[0].grown(error))
-        omitted = update[0][0].double().norm(dim=-1)
-        error = error + torch.where(pair.skipped, omitted, feed * norms[1].grown(error))
-        errors.append(float(error.norm()))
-        attention.append(attend.constant() * float(norms[0].factor.max()))
-        ffn.append(feed * float(norms[1].factor.max()))
-    last = Normed(pair.final_norm, *(run.hidden[-1] for run in runs))
-    output = float(last.scale.abs().max()) * float(last.grown(error).norm())
-    return _WorstCase(errors, output, attention, ffn)
-
-
-def _check_sum(
-    pair: Pair, number: int, middle: Sequence[torch.Tensor], update: Sequence[torch.Tensor]
-) -> None:
-    """Raise `UnsupportedModelError` unless a layer adds attention's output, and then the FFN's, as they are."""
-    for run, halfway, added in zip((pair.full, pair.bypass), middle, update, strict=True):
-        after = run.hidden[number + 1]
-        if float((halfway + added - after).norm()) > _CLOSE * float(after.norm()):
-            raise UnsupportedModelError(
-                f"layer {number} is not h + attention + FFN: what it does to what they return is not known; "
-                "worst_case=False leaves the bound from spectral norms out",
-                "layers that are not a sum of their halves",
-            )

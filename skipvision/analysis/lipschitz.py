@@ -174,7 +174,7 @@ def _steepest(activation: nn.Module, inputs: torch.Tensor) -> tuple[float, float
 
 
 def _matrix(module: nn.Module, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
-    """(out, in) what a linear module multiplies with, an adapter on it included: what it does to unit vectors."""
+    """(out, in) what a linear module, with its adapter, multiplies with: what it makes of unit vectors."""
     inputs = torch.eye(width or like.shape[-1], dtype=like.dtype, device=like.device)
     with torch.no_grad():
         return (module(inputs) - module(torch.zeros_like(inputs[:1]))).mT.double()
@@ -214,7 +214,7 @@ def _names_of(module: nn.Module, *children: nn.Module) -> list[str]:
 
 
 def _refuse_others(module: nn.Module, known: set[str], number: int) -> None:
-    """Raise `UnsupportedModelError` unless what has weights in a module is known, and linear maps are there."""
+    """Raise `UnsupportedModelError` unless the children of a module that have weights are those known."""
     names = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
     needed = {name for name in known if name not in _ACTIVATIONS}
     if names != needed:
@@ -223,8 +223,8 @@ def _refuse_others(module: nn.Module, known: set[str], number: int) -> None:
 
 def _unknown(module: nn.Module, number: int, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"layer {number}: {type(module).__name__} is made of {what}; a bound from spectral norms is known for "
-        f"{' and '.join(_NORMS)}, attention of {', '.join(_PROJECTIONS)}, and an FFN of "
+        f"layer {number}: {type(module).__name__} is made of {what}; a bound from spectral norms is known "
+        f"for {' and '.join(_NORMS)}, attention of {', '.join(_PROJECTIONS)}, and an FFN of "
         f"{' or of '.join(', '.join(names) for names in _LINEAR)}; worst_case=False leaves it out",
         "layers of a kind that no bound is known for",
     )

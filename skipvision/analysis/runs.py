@@ -76,7 +76,7 @@ def bypass_only(config: SkipConfig) -> SkipConfig:
 def run_twice(
     model: nn.Module, inputs: Mapping[str, Any], config: SkipConfig, watched: list[nn.Module]
 ) -> Iterator[Pair]:
-    """Run a prompt with full tokens, and with Skip-FFN alone; `Pair.layers` can be called in the ``with`` block.
+    """Run a prompt with full tokens, and with Skip-FFN alone; `Pair.layers` work in the ``with`` block.
 
     Args:
         model: in eval mode; Skip-Vision may be attached.
@@ -97,8 +97,8 @@ def run_twice(
     norm = next((getattr(anatomy.decoder, n) for n in _FINAL_NORMS if hasattr(anatomy.decoder, n)), None)
     if norm is None:
         raise UnsupportedModelError(
-            f"{type(anatomy.decoder).__name__} has none of {', '.join(_FINAL_NORMS)}: what is behind its layers "
-            "is not known",
+            f"{type(anatomy.decoder).__name__} has none of {', '.join(_FINAL_NORMS)}: what is behind its "
+            "layers is not known",
             "no final norm",
         )
     with full_tokens(model):

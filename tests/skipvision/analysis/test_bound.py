@@ -1,4 +1,4 @@
-"""The bound holds, for any weights; its pieces hold on what comes close to them; and it is exact where it can be."""
+"""The bound holds whatever the weights; its pieces are nearly reached; it is exact where it can be."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def holds(found):
     for place in (*found.layers, found.output):
         assert place.measured <= place.local * (1 + 1e-3), found
         assert place.measured <= place.worst * (1 + 1e-9), found
+    assert found.output.measured <= found.output.composite * (1 + 1e-3), found
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -77,6 +78,7 @@ def test_behind_the_first_layer_that_skips_it_is_exact():
 def test_nothing_skipped_makes_no_error():
     model = tiny_model("llava", dtype=torch.float64)
     found = error_bound(model, prompt(model), sv.SkipConfig(retained=1.0))
+    assert found.output.composite == pytest.approx(0, abs=1e-12)
     for place in (*found.layers, found.output):
         assert (place.measured, place.local, place.worst) == pytest.approx((0, 0, 0), abs=1e-12)
 
