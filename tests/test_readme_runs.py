@@ -99,7 +99,8 @@ def test_the_python_runs_from_the_first_line_to_the_last(home):
 
 
 def test_the_overlay_is_drawn(home):
-    assert "overlay.png: retained 64, skipped 64, merged 128" in run(command("skipvision overlay"), home).stdout
+    done = run(command("skipvision overlay"), home)
+    assert "overlay.png: retained 64, skipped 64, merged 128" in done.stdout
     assert (home / "overlay.png").exists()
 
 
