@@ -190,11 +190,13 @@ def test_attention_carries_no_error_further_than_is_said_and_sometimes_half_as_f
     closest = 0.0
     for trial in range(300):
         weights = [torch.randn(2, 2, generator=generator, dtype=torch.double) for _ in range(4)]
-        weights[trial % 3] *= 3
+        weights[trial % 3] *= 10
         query, key, value, out = (linear(weight) for weight in weights)
         one = torch.randn(3, 2, generator=generator, dtype=torch.double)
         step = 10 ** (-3 * float(torch.rand(1, generator=generator)))
-        other = one + step * torch.randn(3, 2, generator=generator, dtype=torch.double)
+        # Of every other trial's tokens only the last moves: then keys and values alone do, for the others.
+        moving = torch.tensor([[trial % 2], [trial % 2], [1]])
+        other = one + step * moving * torch.randn(3, 2, generator=generator, dtype=torch.double)
         runs = runs_of([query, key, value], [one, other])
         attention = SimpleNamespace(head_dim=2, scaling=0.7)
         parts = SimpleNamespace(
