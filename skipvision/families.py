@@ -35,6 +35,7 @@ class Family:
             the high-resolution crops (select="views"); None = there is one view only.
         whole_prompt: what stands around images depends on them, so a prompt cannot be read in two parts: text
             before an image attends to what is behind it, or marks behind an image become features of it.
+        patches: each visual token is a patch of the one square picture that its tower sees, in raster order.
         one_by_one: its inputs point into each other, so those of several prompts cannot be put together.
     """
 
@@ -42,10 +43,13 @@ class Family:
     rows: bool = False
     base_view: Literal["first", "last"] | None = None
     whole_prompt: bool = False
+    patches: bool = False
     one_by_one: bool = False
 
 
 FAMILIES: dict[str, Family] = {
+    "llava": Family(patches=True),
+    "vipllava": Family(patches=True),
     "llava_next": Family(base_view="first"),
     "llava_onevision": Family(base_view="first"),
     "llava_next_video": Family(base_view="first"),
@@ -54,7 +58,7 @@ FAMILIES: dict[str, Family] = {
     "idefics2": Family(rows=True),
     "idefics3": Family(rows=True),
     "smolvlm": Family(rows=True),
-    "paligemma": Family(whole_prompt=True),
+    "paligemma": Family(whole_prompt=True, patches=True),
     "ovis2": Family(whole_prompt=True),
     "molmo2": Family(one_by_one=True),
     "ernie4_5_vl_moe": Family(whole_prompt=True),
@@ -162,6 +166,17 @@ def base_view(anatomy: Anatomy, images: Images, entries: list[int]) -> torch.Ten
     # Tiles are of one size, the whole image's thumbnail the last of them.
     sizes = images.valid.sum(dim=1, keepdim=True)
     return images.valid & (place >= sizes - entries[-1])
+
+
+def check_patches(anatomy: Anatomy, sizes: list[int]) -> None:
+    """Raise `UnsupportedModelError` unless each image has the patches of the tower's one square picture."""
+    expected = _patches(anatomy.outer.config)  # type: ignore[arg-type]
+    if set(sizes) - {expected}:
+        raise UnsupportedModelError(
+            f"images of {sizes} visual tokens, where the tower's square picture has {expected} patches: which "
+            "token is which patch cannot be known. Choose another select or merge",
+            "visual tokens that are not patches of a square",
+        )
 
 
 def _patches(config: PretrainedConfig) -> int:
