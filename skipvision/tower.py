@@ -106,6 +106,6 @@ def _attention(tower: nn.Module, anatomy: Anatomy) -> nn.Module:
             f"{chosen}: where to read its attention is not known",
             "no layers of self-attention in the vision tower",
         )
-    attention: nn.Module = layers[max(places)].self_attn
+    attention: Any = layers[max(places)].self_attn
     check_readable(attention)
     return attention
