@@ -84,6 +84,8 @@ def _absolute(config: CaptionConfig) -> CaptionConfig:
     paths = {"source": input_path(config.input.source, "input.source")}
     if config.input.image_root is not None:
         paths["image_root"] = input_path(config.input.image_root, "input.image_root")
+    if config.input.keys is not None:
+        paths["keys"] = input_path(config.input.keys, "input.keys")
     return config.model_copy(update={"input": config.input.model_copy(update=paths)})
 
 

@@ -40,7 +40,8 @@ class InputSection(_Section):
 
     source: str = Field(
         description="a folder of images (searched recursively), an image, a JSON, JSONL or parquet file, a "
-        "WebDataset tar, or a pattern with * of any of these; local or any fsspec URL"
+        "WebDataset tar, a TSV with base64 images, or a pattern with * of any of these; local or any fsspec "
+        "URL"
     )
     prompt: str | None = Field(
         "Describe the image.",
@@ -63,6 +64,9 @@ class InputSection(_Section):
         None, description="folder that relative image paths start at; null = that of the rows' file"
     )
     limit: int | None = Field(None, ge=1, description="rows taken, at most; null = all")
+    keys: str | None = Field(
+        None, description="file with a key on each line: only these rows are taken; null = all"
+    )
     max_pixels: int = Field(
         MAX_PIXELS, ge=1, description="width × height above which an image is not decoded but an error row"
     )

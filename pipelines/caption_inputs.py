@@ -1,4 +1,4 @@
-"""Every kind of input as one stream of records: folders, images, JSON, JSONL, parquet, WebDataset tars.
+"""Every kind of input as one stream of records: folders, images, JSON, JSONL, parquet, WebDataset tars, tables of questions.
 
 Nothing is opened but what names rows and images: image bytes stay where they are until a row is captioned.
 The order is that of the names, so that it is the same each time.
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.images import FileImage, ParquetImage
 from pipelines.records import Record, absolute, json_records, jsonl_records, without_bytes
 from pipelines.tar_records import IMAGE_SUFFIXES, tar_records
+from pipelines.tsv_records import tsv_records
 from skipvision.errors import DataError
 
 _BATCH_ROWS = 64  # few, because image bytes of lists pass through memory
@@ -124,6 +125,10 @@ def _tar(file: str, name: str, wanted: Wanted) -> Iterator[Record]:
     return tar_records(file, wanted.columns, wanted.images, wanted.max_pixels)
 
 
+def _tsv(file: str, name: str, wanted: Wanted) -> Iterator[Record]:
+    return tsv_records(file, name, wanted.images, wanted.max_pixels)
+
+
 # ------------------------------------------------------------------------------------------ parquet
 
 
@@ -173,4 +178,5 @@ _READERS: dict[str, Callable[[str, str, Wanted], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".parquet": _parquet,
     ".tar": _tar,
+    ".tsv": _tsv,
 }

@@ -85,7 +85,11 @@ def write_manifest(
                 say(f"{number:,} rows listed")
             yield row
 
-    _write(partial, counted(islice(listing.rows(), settings.limit)), shard_rows)
+    rows = listing.rows()
+    if settings.keys is not None:
+        keys = frozenset(Path(settings.keys).read_text(encoding="utf-8").splitlines())
+        rows = (row for row in rows if row.key in keys)
+    _write(partial, counted(islice(rows, settings.limit)), shard_rows)
     if not hashes:
         raise DataError(f"input.source = {settings.source}: there is nothing to caption{listing.hint()}")
     repeated = _Repeated(np.frombuffer(hashes, np.int64))

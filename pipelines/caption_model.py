@@ -69,7 +69,7 @@ def find_model(config: CaptionConfig, registry: str, downloads: Path, pinned: st
         folder = downloads
     elif given.adapter is not None:
         folder = Path(input_path(given.adapter, "model.adapter"))
-        label = f"{given.adapter}@{_digest(folder)}"
+        label = f"{given.adapter}@{adapter_digest(folder)}"
     if pinned is not None and label != pinned:
         raise ConfigError(
             f"model.adapter = {given.adapter} has changed since this job began ({pinned} then, {label} now): "
@@ -120,7 +120,7 @@ def load_captioner(model: CaptionModel, settings: EngineSection, device: torch.d
     return Engine(whole, processor, model.skip, **settings.model_dump())
 
 
-def _digest(folder: Path) -> str:
+def adapter_digest(folder: Path) -> str:
     """Eight hexadecimal digits of an adapter's files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.images import FileImage, InlineImage, ParquetImage, TarImage
+from pipelines.images import FileImage, InlineImage, ParquetImage, TarImage, TsvImage
 from pipelines.rows import ImageSource, Message
 
 
@@ -70,7 +70,13 @@ CAPTION_SCHEMA = pa.schema(
 )
 """Columns of the result."""
 
-_SOURCES = {"file": FileImage, "inline": InlineImage, "parquet": ParquetImage, "tar": TarImage}
+_SOURCES = {
+    "file": FileImage,
+    "inline": InlineImage,
+    "parquet": ParquetImage,
+    "tar": TarImage,
+    "tsv": TsvImage,
+}
 _KINDS = {source: kind for kind, source in _SOURCES.items()}
 _IMAGE = pa.struct(
     [

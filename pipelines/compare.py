@@ -10,12 +10,11 @@ import gc
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -27,16 +26,15 @@ from pipelines.cpus import usable_cpus
 from pipelines.datasets import read_training_rows
 from pipelines.evaluate import OVERALL, Answer, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune_config import FinetuneConfig, ModelSection
+from pipelines.items import Item
 from pipelines.learner import arithmetic, load_base, load_processor, summed_loss
 from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
 from pipelines.run_folder import comparable
+from pipelines.statistics import Paired, paired
 from pipelines.tracking import Tracker
 from skipvision.errors import ConfigError, DataError
 from skipvision.kv_cache import cache_bytes
-
-RESAMPLES = 2000
-"""Bootstrap resamples behind a confidence interval."""
 
 
 class CompareConfig(BaseModel):
@@ -79,15 +77,6 @@ class Variant:
         return base
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A difference of means with its 95 % confidence interval."""
-
-    difference: float
-    low: float
-    high: float
-
-
 def run_compare(config: CompareConfig) -> dict[str, Any]:
     """Ask, measure, print and record; returns everything that was found.
 
@@ -114,7 +103,10 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
         "rows": len(rows),
         "images": len({_image(row) for row in rows}),
         "exact_match": {name: accuracy_by_task(given) for name, given in answers.items()},
-        "difference": {task: asdict(gap) for task, gap in differences(rows, answers).items()},
+        "difference": {
+            task: {"difference": gap.difference, "low": gap.low, "high": gap.high}
+            for task, gap in differences(rows, answers).items()
+        },
         "costs": costs,
         "ratios": {key: costs["skip"][key] / costs["full"][key] for key in costs["full"]},
         "skip_config": skip_config.model_dump(),
@@ -124,28 +116,21 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     return result
 
 
-def differences(rows: Sequence[TrainingRow], answers: dict[str, list[Answer]]) -> dict[str, Interval]:
-    """Tuned Skip-Vision minus tuned full tokens, per task and overall, paired by row.
-
-    The bootstrap draws images, not rows: questions about one picture are not independent.
-    """
-    gains = np.array(
-        [float(s.correct) - float(f.correct) for s, f in zip(answers["skip"], answers["full"], strict=True)]
-    )
-    tasks = np.array([row.task for row in rows])
-    images = np.unique([_image(row) for row in rows], return_inverse=True)[1]
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, images.max() + 1, size=(RESAMPLES, images.max() + 1))
-    weights = np.stack([np.bincount(draw, minlength=images.max() + 1) for draw in draws])
+def differences(rows: Sequence[TrainingRow], answers: dict[str, list[Answer]]) -> dict[str, Paired]:
+    """Tuned Skip-Vision minus tuned full tokens, per task and overall, paired by row."""
+    full, skip = (_items(rows, answers[name], name) for name in ("full", "skip"))
     found = {}
-    for task in [*sorted(set(tasks) - {""}), OVERALL]:
-        chosen = np.ones(len(rows), bool) if task == OVERALL else tasks == task
-        total = np.bincount(images[chosen], gains[chosen], minlength=weights.shape[1])
-        count = np.bincount(images[chosen], minlength=weights.shape[1])
-        means = (weights @ total) / np.maximum(weights @ count, 1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        found[task] = Interval(float(gains[chosen].mean()), float(low), float(high))
+    for task in [*sorted({row.task for row in rows} - {""}), OVERALL]:
+        sides = ([item for item in side if task in (OVERALL, item.category)] for side in (full, skip))
+        found[task] = paired(*sides)
     return found
+
+
+def _items(rows: Sequence[TrainingRow], answers: Sequence[Answer], system: str) -> list[Item]:
+    return [
+        Item("test", str(index), system, row.task, _image(row), answer.answer, float(answer.correct))
+        for index, (row, answer) in enumerate(zip(rows, answers, strict=True))
+    ]
 
 
 def _variants(

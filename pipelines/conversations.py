@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage
+from pipelines.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage, TsvImage
 from pipelines.rows import IMAGE_PLACEHOLDER, ImageSource, Message, RejectKind, Role, TrainingRow
 
 _ROLES: dict[object, Role] = {
@@ -137,7 +137,7 @@ def listed_images(row: Mapping[str, Any]) -> list[object]:
 
 def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> ImageSource:
     """A reference to an image, whichever way it is given; raises `BadRow`. Nothing is opened."""
-    if isinstance(value, ParquetImage | TarImage | FileImage):
+    if isinstance(value, ParquetImage | TarImage | TsvImage | FileImage):
         return value
     encoded = value.get("bytes") if isinstance(value, dict) else None
     if isinstance(value, dict):

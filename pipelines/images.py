@@ -149,6 +149,26 @@ class TarImage:
         return f"{self.path}[{self.member}]"
 
 
+@dataclass(frozen=True, slots=True)
+class TsvImage:
+    """An image as base64 in a table: ``size`` bytes of it from ``offset`` on; ``name`` says which it is."""
+
+    path: str
+    name: str
+    offset: int
+    size: int
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
+            file.seek(self.offset)
+            text = file.read(self.size).decode("ascii", "replace").strip()
+        return InlineImage.from_base64(text, str(self), self.max_pixels).open()
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.path}"
+
+
 @contextmanager
 def _errors_of_storage(image: object) -> Iterator[None]:
     try:

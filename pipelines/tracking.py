@@ -88,7 +88,7 @@ class Tracker:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        return _connect(self.uri)
+        return connect(self.uri)
 
     @classmethod
     def start(
@@ -97,14 +97,14 @@ class Tracker:
         """A new run, or ``run_id`` again. ``artifacts`` is where artifacts go if no server decides that."""
 
         def begin() -> str:
-            client = _connect(uri)
+            client = connect(uri)
             if run_id is not None:
                 client.update_run(run_id, status="RUNNING")
                 return run_id
             identity = _experiment_id(client, uri, experiment, artifacts)
             return str(client.create_run(identity, run_name=run_name).info.run_id)
 
-        return cls(uri, _insist(begin, f"starting the run at {uri}", pauses=()))
+        return cls(uri, insist(begin, f"starting the run at {uri}", pauses=()))
 
     # ------------------------------------------------------------------------------------- strict
 
@@ -163,7 +163,7 @@ class Tracker:
             self._client.log_artifact(self.run_id, str(path))
 
     def _insist(self, doing: str, call: Callable[[], T]) -> T:
-        return _insist(call, f"{doing} (run {self.run_id} at {self.uri})", pauses=(1.0, 4.0))
+        return insist(call, f"{doing} (run {self.run_id} at {self.uri})", pauses=(1.0, 4.0))
 
     # ------------------------------------------------------------------------------------ lenient
 
@@ -229,7 +229,7 @@ def fetch_model(uri: str, name: str, folder: Path) -> str:
     model, alias, version = wanted.groups()
 
     def fetch() -> str:
-        client = _connect(uri)
+        client = connect(uri)
         found = (
             client.get_model_version_by_alias(model, alias)
             if alias
@@ -248,7 +248,7 @@ def fetch_model(uri: str, name: str, folder: Path) -> str:
                 copy.rename(folder)
         return exact
 
-    return _insist(fetch, f"fetching {name} from {uri}", pauses=())
+    return insist(fetch, f"fetching {name} from {uri}", pauses=())
 
 
 def rejected_rows(counts: Mapping[str, int]) -> dict[str, float]:
@@ -268,7 +268,8 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
     return flat
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
+    """A client of the tracking server and registry at ``uri``."""
     _quieten()
     from mlflow import MlflowClient
 
@@ -305,7 +306,8 @@ def _unless_exists(create: Callable[[], object]) -> None:
             raise
 
 
-def _insist(call: Callable[[], T], doing: str, pauses: tuple[float, ...]) -> T:
+def insist(call: Callable[[], T], doing: str, pauses: tuple[float, ...]) -> T:
+    """What ``call`` returns, tried again after each pause (seconds); `TrackingError` if it always fails."""
     for pause in (*pauses, None):
         try:
             return call()

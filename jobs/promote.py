@@ -1,0 +1,18 @@
+"""Move a registered model's alias to a candidate, if that is not worse than its budget allows."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
+
+from pipelines.config import load_config, run_job
+from pipelines.promote import PromoteConfig, run_promote
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    """Decide."""
+    return run_promote(load_config(PromoteConfig, argv, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_job(main, sys.argv[1:])

@@ -1,0 +1,260 @@
+"""The benchmarks that can be scored: what is asked, which rule gives points, and where their files come from.
+
+A `Rule` gives one answer its points; a benchmark's totals are what it publishes beside the mean of the points.
+Names of datasets are VLMEvalKit's, and so are the files.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipelines import mathvista, short_answers
+from pipelines.evaluate import normalised
+from pipelines.judge import Judge
+from pipelines.option_answers import chosen_option
+from pipelines.short_answers import yes_or_no
+from pipelines.tsv_records import options
+from skipvision.errors import ConfigError
+
+Row = Mapping[str, str]
+_HOST = "https://opencompass.openxlab.space/utils"
+OPTION = "Answer with the option's letter from the given choices directly."
+"""LLaVA-1.5's instruction for multiple choice (arXiv 2310.03744, its table of response formats)."""
+SHORT = "Answer the question using a single word or phrase."
+"""LLaVA-1.5's instruction for short answers."""
+
+
+class Said(NamedTuple):
+    """One answer with its points, as totals are made of them."""
+
+    row: Row
+    group: str
+    answer: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an answer gets its points.
+
+    Attributes:
+        points: from the row, the answer and the judge, if there is one: 0 … 1.
+        columns: that a row must have, beside ``index`` and ``question``.
+        needs_judge: it cannot do without.
+        instruction: what is asked behind the question.
+    """
+
+    points: Callable[[Row, str, Judge | None], float]
+    columns: tuple[str, ...] = ("answer",)
+    needs_judge: bool = False
+    instruction: str = SHORT
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A family of datasets of one format.
+
+    Attributes:
+        pattern: names of its datasets.
+        rule: of its rows.
+        url: of a file; ``{name}`` stands for the dataset's.
+        source: publication.
+        category: column of slices; the first one that is there.
+        split: value of the column ``split`` that counts, where there is that column; None = all.
+        circular: rows are rotations of questions, and count only together.
+        totals: what is published beside the mean of the points.
+    """
+
+    pattern: str
+    rule: Rule
+    url: str
+    source: str
+    category: tuple[str, ...] = ("category", "split")
+    split: str | None = None
+    circular: bool = False
+    totals: Callable[[Sequence[Said]], dict[str, float]] = lambda said: {}
+
+
+# -------------------------------------------------------------------------------------------- rules
+
+
+def golds(row: Row) -> list[str]:
+    """The answers of a row; VLMEvalKit writes several as a Python list."""
+    text = row["answer"]
+    if text.startswith("["):
+        try:
+            return [str(value) for value in ast.literal_eval(text)] or [text]
+        except (ValueError, SyntaxError):
+            pass
+    return [text]
+
+
+def _option(row: Row, answer: str, judge: Judge | None) -> float:
+    choices = options(row)
+    if not choices:
+        # MMMU's open questions: VLMEvalKit makes them a choice between the gold answer and any other.
+        said = normalised(answer)
+        return float(any(normalised(gold) in said for gold in golds(row)))
+    letter = chosen_option(answer, choices)
+    if letter is None and judge is not None:
+        letter = judge.choose(row["question"], choices, answer)
+    return float(letter == row["answer"].strip())
+
+
+def _yes_or_no(row: Row, answer: str, judge: Judge | None) -> float:
+    return float(yes_or_no(answer) == row["answer"].strip().capitalize())
+
+
+def _ocr(row: Row, answer: str, judge: Judge | None) -> float:
+    if row.get("category") == _FORMULAS:
+        return short_answers.contains_formula(answer, golds(row))
+    return short_answers.contains(answer, golds(row))
+
+
+def _judged(row: Row, answer: str, judge: Judge | None) -> float:
+    if judge is None:
+        raise ConfigError("this rule needs a judge")
+    return judge.grade(row["question"], row["answer"], answer)
+
+
+def _of_golds(points: Callable[[str, Sequence[str]], float]) -> Callable[[Row, str, Judge | None], float]:
+    return lambda row, answer, judge: points(answer, golds(row))
+
+
+def _same(answer: str, right: Sequence[str]) -> float:
+    return float(normalised(answer) in map(normalised, right))
+
+
+_FORMULAS = "Handwritten Mathematical Expression Recognition"
+
+RULES = {
+    "option": Rule(_option, instruction=OPTION),
+    "yes_or_no": Rule(_yes_or_no, instruction="Please answer yes or no."),
+    "vqa": Rule(_of_golds(short_answers.vqa_accuracy)),
+    "anls": Rule(_of_golds(short_answers.anls)),
+    "relaxed": Rule(_of_golds(short_answers.relaxed_accuracy)),
+    "exact": Rule(_of_golds(short_answers.exact)),
+    "contains": Rule(_ocr, instruction=""),
+    "mathvista": Rule(mathvista.mathvista, mathvista.COLUMNS, instruction=""),
+    "judged": Rule(_judged, needs_judge=True, instruction=""),
+    "same_text": Rule(_of_golds(_same), instruction=""),
+}
+"""By the names that a dataset of one's own can be given one with."""
+
+
+# ------------------------------------------------------------------------------------------- totals
+
+_PERCEPTION = (
+    *(
+        "OCR",
+        "artwork",
+        "celebrity",
+        "color",
+        "count",
+        "existence",
+        "landmark",
+        "position",
+        "posters",
+        "scene",
+    ),
+)
+_COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
+
+
+def _mme(said: Sequence[Said]) -> dict[str, float]:
+    """Accuracy and accuracy+ (both questions about an image right), in percent and summed up.
+
+    Source: MME (arXiv 2306.13394), "Evaluation metric".
+    """
+    by_task: dict[str, list[Said]] = defaultdict(list)
+    for one in said:
+        by_task[one.row.get("category", "")].append(one)
+    scores = {}
+    for task, answers in by_task.items():
+        images: dict[str, list[float]] = defaultdict(list)
+        for one in answers:
+            images[one.row.get("image_path") or one.group].append(one.score)
+        plus = [min(points) for points in images.values()]
+        scores[task] = 100 * (sum(one.score for one in answers) / len(answers) + sum(plus) / len(plus))
+    return {
+        "perception": sum(scores.get(task, 0.0) for task in _PERCEPTION),
+        "cognition": sum(scores.get(task, 0.0) for task in _COGNITION),
+        **{f"score/{task}": score for task, score in sorted(scores.items())},
+    }
+
+
+def _pope(said: Sequence[Said]) -> dict[str, float]:
+    """Precision, recall and F1 of "yes", and how often it is said. What is neither yes nor no counts as no.
+
+    Source: POPE (arXiv 2305.10355), "Metrics".
+    """
+    true = [one.row["answer"].strip().lower() == "yes" for one in said]
+    yes = [yes_or_no(one.answer) == "Yes" for one in said]
+    hits = sum(gold and given for gold, given in zip(true, yes, strict=True))
+    precision = hits / sum(yes) if any(yes) else 0.0
+    recall = hits / sum(true) if any(true) else 0.0
+    both = precision + recall
+    f1 = 2 * precision * recall / both if both else 0.0
+    return {"f1": f1, "precision": precision, "recall": recall, "yes_ratio": sum(yes) / len(said)}
+
+
+def _ocrbench(said: Sequence[Said]) -> dict[str, float]:
+    """The number of right answers, of 1,000. Source: OCRBench (arXiv 2305.07895), "Evaluation metric"."""
+    return {"final_score": sum(one.score for one in said)}
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+
+def _of(pattern: str, rule: str, folder: str, source: str, **more: object) -> Benchmark:
+    return Benchmark(pattern, RULES[rule], f"{_HOST}/{folder}/{{name}}.tsv", source, **more)  # type: ignore[arg-type]
+
+
+BENCHMARKS = (
+    _of(
+        "MMBench(_DEV|_TEST)?(_EN|_CN)?(_V11)?",
+        "option",
+        "benchmarks/MMBench",
+        "MMBench, arXiv 2307.06281",
+        circular=True,
+    ),
+    _of("MMStar", "option", "VLMEval", "MMStar, arXiv 2403.20330"),
+    _of("MMMU_(DEV_VAL|TEST)", "option", "VLMEval", "MMMU, arXiv 2311.16502", split="validation"),
+    _of("MME", "yes_or_no", "VLMEval", "MME, arXiv 2306.13394", totals=_mme),
+    _of("POPE", "yes_or_no", "VLMEval", "POPE, arXiv 2305.10355", totals=_pope),
+    _of("TextVQA_VAL", "vqa", "VLMEval", "TextVQA, arXiv 1904.08920"),
+    _of("OCRBench", "contains", "VLMEval", "OCRBench, arXiv 2305.07895", totals=_ocrbench),
+    _of("GQA_TestDev_Balanced", "exact", "VLMEval", "GQA, arXiv 1902.09506"),
+    _of("ScienceQA_(VAL|TEST)", "option", "benchmarks/ScienceQA", "ScienceQA, arXiv 2209.09513"),
+    _of("AI2D_TEST(_NO_MASK)?", "option", "VLMEval", "AI2D, arXiv 1603.07396"),
+    _of("ChartQA_TEST", "relaxed", "VLMEval", "ChartQA, arXiv 2203.10244"),
+    _of("DocVQA_(VAL|TEST)", "anls", "VLMEval", "DocVQA, arXiv 2007.00398", category=("question_type",)),
+    _of("MathVista_MINI", "mathvista", "VLMEval", "MathVista, arXiv 2310.02255", category=("task",)),
+    _of("MMVet", "judged", "VLMEval", "MM-Vet, arXiv 2308.02490"),
+    Benchmark("Shapes", RULES["same_text"], "", "this project: python jobs/make_shapes.py --tsv …"),
+)
+
+
+def find_benchmark(name: str, rule: str | None) -> Benchmark:
+    """The benchmark of a dataset; with a rule, any name is one's own dataset.
+
+    Raises:
+        ConfigError: the name is unknown and there is no rule, or the rule is unknown.
+    """
+    if rule is not None and rule not in RULES:
+        raise ConfigError(f"datasets.rule = {rule!r} is not known; rules are {', '.join(RULES)}")
+    for benchmark in BENCHMARKS:
+        if rule is None and re.fullmatch(benchmark.pattern, name):
+            return benchmark
+    if rule is None:
+        known = ", ".join(benchmark.pattern for benchmark in BENCHMARKS)
+        raise ConfigError(
+            f"dataset {name!r} is not known; known are, as patterns: {known}. For a dataset of your own, say which "
+            f"rule gives its points (rule: {' | '.join(RULES)})"
+        )
+    return Benchmark(re.escape(name), RULES[rule], "", "your own")

@@ -1,0 +1,164 @@
+"""Whether a system is worse than a reference by more than a budget: a verdict for each slice of the items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from pipelines.evaluate import OVERALL
+from pipelines.items import Item
+from pipelines.statistics import Paired, exact_loss_bound, paired
+from skipvision.errors import ConfigError, DataError
+
+FEW_CHANGES = 10
+"""Below so many groups with another score, a bootstrap has too little to draw from."""
+POWER = 0.8
+"""Chance to pass that the estimate of the items needed aims at, if the difference seen is the true one."""
+
+_WORDS = {"within": "within", "worse": "**worse**", "undecided": "**undecided**"}
+
+
+class Budget(BaseModel):
+    """Largest drops of the mean score that are accepted, as fractions: 0.01 is one point of accuracy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    overall: float = Field(0.02, gt=0, le=1, description="largest drop over all items")
+    slices: dict[str, float] = Field(
+        {}, description="largest drops of slices: DATASET, CATEGORY or DATASET/CATEGORY: fraction"
+    )
+    confidence: float = Field(
+        0.95,
+        gt=0.5,
+        lt=1,
+        description="of the two-sided interval whose lower end must stay within the budget",
+    )
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples behind an interval")
+    seed: int = Field(0, ge=0, description="seed of the bootstrap")
+
+    @field_validator("slices")
+    @classmethod
+    def _drops(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, drop in value.items():
+            if not 0 < drop <= 1:
+                raise ValueError(f"{name}: {drop} is no drop; give a fraction above 0, up to 1")
+        if OVERALL in value:
+            raise ValueError(f"{OVERALL!r} is not a slice: set budget.overall")
+        return value
+
+    @property
+    def required(self) -> dict[str, float]:
+        """Every slice with its drop, the slice of all items first."""
+        return {OVERALL: self.overall, **self.slices}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one slice says.
+
+    Attributes:
+        slice: its name.
+        budget: largest drop accepted.
+        found: the paired comparison.
+        worst: the difference that must not lie below the budget: the interval's lower end, or, where few
+            groups changed, the exact binomial bound if that is lower.
+        outcome: within the budget; worse, if the difference itself is not; or undecided.
+        needed: items, at least, for a decision, if the difference seen is the true one; None where there are
+            enough, or more would not help.
+    """
+
+    slice: str
+    budget: float
+    found: Paired
+    worst: float
+    outcome: Literal["within", "worse", "undecided"]
+    needed: int | None
+
+
+def judge(reference: Sequence[Item], candidate: Sequence[Item], budget: Budget) -> list[Verdict]:
+    """A verdict for every slice of the budget.
+
+    Raises:
+        ConfigError: the items have no such slice.
+        DataError: the items cannot be paired, or the reference has errors where the candidate has none.
+    """
+    _check_errors(reference, candidate)
+    return [_verdict(name, drop, reference, candidate, budget) for name, drop in budget.required.items()]
+
+
+def slice_of(items: Sequence[Item], name: str) -> list[Item]:
+    """The items of a dataset, a category, or DATASET/CATEGORY; all of them for `OVERALL`."""
+    if name == OVERALL:
+        return list(items)
+    return [i for i in items if name in (i.dataset, i.category, f"{i.dataset}/{i.category}")]
+
+
+def table(verdicts: Sequence[Verdict], confidence: float) -> str:
+    """The verdicts for people, in Markdown; scores in percent, differences in points."""
+    interval = f"difference [{100 * confidence:g} % interval]"
+    numbers = ["items", "groups", "reference", "candidate", interval, "McNemar p", "worst", "budget"]
+    lines = [f"| slice | {' | '.join(numbers)} | verdict |", f"| --- |{' ---: |' * len(numbers)} --- |"]
+    for verdict in verdicts:
+        found, p = verdict.found, verdict.found.p_mcnemar
+        interval = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+        more = f"; about {verdict.needed} items needed" if verdict.needed else ""
+        cells = [
+            *(verdict.slice, str(found.items), str(found.groups)),
+            *(f"{100 * found.reference:.1f}", f"{100 * found.other:.1f}", interval),
+            *(
+                "" if p is None else f"{p:.2g}",
+                f"{100 * verdict.worst:+.1f}",
+                f"{-100 * verdict.budget:+.1f}",
+            ),
+            f"{_WORDS[verdict.outcome]}{more}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(
+    name: str, drop: float, reference: Sequence[Item], candidate: Sequence[Item], budget: Budget
+) -> Verdict:
+    sides = slice_of(reference, name), slice_of(candidate, name)
+    if not any(sides):
+        known = sorted({i.dataset for i in reference} | {i.category for i in reference if i.category})
+        raise ConfigError(f"budget.slices: the items have no slice {name!r}; there are {', '.join(known)}")
+    found = paired(*sides, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
+    worst = found.low
+    if found.changed < FEW_CHANGES:
+        worst = min(worst, -exact_loss_bound(found.lost, found.groups, budget.confidence))
+    if worst >= -drop:
+        return Verdict(name, drop, found, worst, "within", None)
+    if found.difference <= -drop:
+        return Verdict(name, drop, found, worst, "worse", None)
+    return Verdict(name, drop, found, worst, "undecided", _items_needed(found, drop, budget.confidence))
+
+
+def _items_needed(found: Paired, drop: float, confidence: float) -> int:
+    """Items like these, for a decision with the power aimed at if the difference seen is the true one."""
+    tail = (1 - confidence) / 2
+    z = NormalDist().inv_cdf(1 - tail)
+    half = (found.difference - found.low) * (1 + NormalDist().inv_cdf(POWER) / z)
+    groups = [
+        found.groups * (half / (found.difference + drop)) ** 2,
+        math.log(tail) / math.log1p(-min(drop, 1 - 1e-9)),  # even if nothing is ever lost
+    ]
+    if 0 < found.changed < FEW_CHANGES:
+        groups.append(found.groups * FEW_CHANGES / found.changed)
+    return math.ceil(max(groups) * found.items / found.groups)
+
+
+def _check_errors(reference: Sequence[Item], candidate: Sequence[Item]) -> None:
+    answered = {(item.dataset, item.index) for item in candidate if item.error is None}
+    unfair = [i for i in reference if i.error is not None and (i.dataset, i.index) in answered]
+    if unfair:
+        first = unfair[0]
+        raise DataError(
+            f"{len(unfair)} items of the reference {first.system!r} have an error and would count as gains "
+            f"({first.dataset} {first.index}: {first.error}, for one): score the reference again"
+        )

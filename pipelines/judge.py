@@ -1,0 +1,192 @@
+"""A language model that reads answers, behind any endpoint that speaks OpenAI's chat completions.
+
+What it said is kept in a file, so that nothing is asked twice, also by a job that is started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipelines.option_answers import chosen_option
+from skipvision.errors import ConfigError, SkipVisionError
+
+_PAUSES = (1.0, 4.0, 15.0)
+_WORTH_ANOTHER_TRY = frozenset({408, 409, 429, 500, 502, 503, 504})
+
+_GRADE = """\
+Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. \
+<AND> in the ground truth means it is totally right only when all elements in the ground truth are present in \
+the prediction, and <OR> means it is totally right when any one element in the ground truth is present in the \
+prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 \
+(totally right). Just complete the last space of the correctness score.
+
+Question | Ground truth | Prediction | Correctness
+--- | --- | --- | ---
+What is x in the equation? | -1 <AND> -5 | x = 3 | 0.0
+What is x in the equation? | -1 <AND> -5 | x = -1 | 0.5
+What is x in the equation? | -1 <AND> -5 | x = -5 | 0.5
+What is x in the equation? | -1 <AND> -5 | x = -5 or 5 | 0.5
+What is x in the equation? | -1 <AND> -5 | x = -1 or x = -5 | 1.0
+{question} | {gold} | {answer} | """
+
+_CHOOSE = """\
+A question has the options below, and somebody answered it. Which option has the meaning of the answer? Reply with
+the letter of that option alone, or with Z if the answer has the meaning of none of them.
+
+Question: {question}
+Options:
+{options}
+Answer: {answer}
+Letter:"""
+
+_EXTRACT = """\
+Somebody answered a question. Reply with the final answer alone, in the form that the question asks for: a letter,
+an integer, a decimal number, a Python list, or a short text.
+
+{question}
+
+Response: {answer}
+Final answer:"""
+
+
+class JudgeError(SkipVisionError):
+    """The judge cannot be reached, or does not do what it is asked."""
+
+
+class JudgeConfig(BaseModel):
+    """The model that reads answers which no rule can read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: str = Field(
+        "https://api.openai.com/v1",
+        pattern="^https?://",
+        description="endpoint with OpenAI's API; /chat/completions is added",
+    )
+    model: str = Field(description="its name there; scores of different judges cannot be compared")
+    api_key_env: str | None = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the API key; null = none is sent"
+    )
+    parallel: int = Field(8, ge=1, description="questions asked at once")
+    timeout: float = Field(60.0, gt=0, description="seconds an answer may take")
+
+
+class Judge:
+    """Asks, and remembers in ``memory``, a file of JSON lines. May be used by several threads."""
+
+    def __init__(self, config: JudgeConfig, memory: Path) -> None:
+        """Raises `ConfigError` if the environment variable for the API key is not set."""
+        self._config, self._memory = config, memory
+        self._lock = threading.Lock()
+        self._headers = {"Content-Type": "application/json"}
+        if config.api_key_env is not None:
+            key = os.environ.get(config.api_key_env)
+            if not key:
+                raise ConfigError(
+                    f"judge.api_key_env = {config.api_key_env}: there is no such environment variable; set it to "
+                    "the API key, or set judge.api_key_env to null if the endpoint needs none"
+                )
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._known = self._remembered()
+
+    def grade(self, question: str, gold: str, answer: str) -> float:
+        """How right an answer is, 0 … 1.
+
+        Source: MM-Vet (arXiv 2308.02490), "LLM-based evaluation", with its prompt less the two long examples.
+
+        Raises:
+            JudgeError: it cannot be reached, or replies with no number from 0 to 1.
+        """
+        gold = gold.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        reply = self.ask(_GRADE.format(question=_line(question), gold=_line(gold), answer=_line(answer)))
+        found = re.search(r"\d+(?:\.\d+)?", reply)
+        if found is None or not 0 <= float(found[0]) <= 1:
+            raise JudgeError(
+                f"the judge {self._config.model} was asked for a score from 0 to 1 and said {reply!r}"
+            )
+        return float(found[0])
+
+    def choose(self, question: str, options: Mapping[str, str], answer: str) -> str | None:
+        """The option that an answer means; None for none. Raises `JudgeError` if it cannot be reached.
+
+        Source: MMBench (arXiv 2307.06281), "ChatGPT-involved choice extraction", its second step.
+        """
+        listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+        return chosen_option(
+            self.ask(_CHOOSE.format(question=question, options=listed, answer=answer)), options
+        )
+
+    def extract(self, question: str, answer: str) -> str:
+        """The final answer in a long one; raises `JudgeError` if the judge cannot be reached.
+
+        Source: MathVista (arXiv 2310.02255), "Evaluation protocols", answer extraction.
+        """
+        return self.ask(_EXTRACT.format(question=question, answer=answer))
+
+    def ask(self, prompt: str) -> str:
+        """What the judge says to a prompt, now or when it was asked before."""
+        name = hashlib.blake2b(f"{self._config.model}\n{prompt}".encode(), digest_size=16).hexdigest()
+        if name not in self._known:
+            reply = self._fetch(prompt)
+            with self._lock, self._memory.open("a", encoding="utf-8") as file:
+                self._known[name] = reply
+                file.write(json.dumps({"prompt": name, "reply": reply}) + "\n")
+        return self._known[name]
+
+    def _remembered(self) -> dict[str, str]:
+        if not self._memory.exists():
+            return {}
+        known = {}
+        for line in self._memory.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the job was killed while it wrote this line
+                continue
+            known[entry["prompt"]] = entry["reply"]
+        return known
+
+    def _fetch(self, prompt: str) -> str:
+        url = f"{self._config.base_url.rstrip('/')}/chat/completions"
+        messages = [{"role": "user", "content": prompt}]
+        body = json.dumps({"model": self._config.model, "messages": messages, "temperature": 0}).encode()
+        request = urllib.request.Request(url, body, self._headers)  # noqa: S310 — http or https by the config
+        for pause in (*_PAUSES, None):
+            try:
+                with urllib.request.urlopen(request, timeout=self._config.timeout) as response:  # noqa: S310
+                    return _content(json.load(response))
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+                if error.code not in _WORTH_ANOTHER_TRY:
+                    break
+            except (OSError, HTTPException, ValueError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            if pause is not None:
+                time.sleep(pause)
+        raise JudgeError(
+            f"the judge {self._config.model} at {url} does not answer: {problem}\n"
+            "What it has said so far is kept; run the same job again to continue"
+        )
+
+
+def _content(reply: Any) -> str:
+    try:
+        return str(reply["choices"][0]["message"]["content"] or "").strip()
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"no chat completion: {str(reply)[:300]}") from None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

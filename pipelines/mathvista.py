@@ -1,0 +1,84 @@
+"""MathVista: an answer is extracted from what was said, brought into its kind, and compared.
+
+Source: MathVista (arXiv 2310.02255), "Evaluation protocols", and the evaluation code beside it
+(github.com/lupantech/MathVista, evaluation/extract_answer.py and calculate_score.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+
+from pipelines.judge import Judge
+from pipelines.option_answers import chosen_option
+from pipelines.short_answers import edit_distance
+from skipvision.errors import DataError
+
+COLUMNS = ("question_type", "answer_type", "answer")
+"""What a row must have beside its question."""
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def mathvista(row: Mapping[str, str], answer: str, judge: Judge | None) -> float:
+    """1 if the extracted answer is the gold one.
+
+    The judge extracts where an answer is more than what was asked for. Without a judge the last number in the
+    answer counts, or the option it names.
+    """
+    if row["question_type"] == "multi_choice":
+        return float(_option(row, answer, judge) == _gold_option(row))
+    gold, said = _value(row, row["answer"]), _value(row, answer)
+    if judge is not None and said != gold and (said is None or row["answer_type"] == "text"):
+        said = _value(row, judge.extract(row["question"], answer))
+    elif said is None:
+        said = _value(row, _last_number(answer))
+    return float(said is not None and said == gold)
+
+
+def _option(row: Mapping[str, str], answer: str, judge: Judge | None) -> str | None:
+    choices = _choices(row)
+    letter = chosen_option(answer, choices)
+    if letter is None and judge is not None:
+        extracted = judge.extract(row["question"], answer)
+        # The published rule: the option that is most like what was extracted.
+        letter = chosen_option(extracted, choices) or min(
+            choices, key=lambda letter: edit_distance(extracted.lower(), choices[letter].lower())
+        )
+    return letter
+
+
+def _gold_option(row: Mapping[str, str]) -> str | None:
+    choices = _choices(row)
+    if row.get("answer_option"):
+        return row["answer_option"]
+    return next((letter for letter, text in choices.items() if text == row["answer"]), None)
+
+
+def _choices(row: Mapping[str, str]) -> dict[str, str]:
+    try:
+        listed = ast.literal_eval(row.get("choices", ""))
+        return {chr(ord("A") + number): str(text) for number, text in enumerate(listed)}
+    except (ValueError, SyntaxError, TypeError):
+        raise DataError(f"column `choices` is no list of options: {row.get('choices')!r}") from None
+
+
+def _value(row: Mapping[str, str], text: str) -> object:
+    """A text as the kind of answer that the row asks for; None if it is none."""
+    try:
+        match row["answer_type"]:
+            case "integer":
+                return int(float(text.replace(",", "")))
+            case "float":
+                return round(float(text.replace(",", "")), int(float(row.get("precision") or 2)))
+            case "list":
+                return ast.literal_eval(text)
+    except (ValueError, SyntaxError, OverflowError):
+        return None
+    return text.strip().lower()
+
+
+def _last_number(text: str) -> str:
+    found = _NUMBER.findall(text)
+    return found[-1] if found else text

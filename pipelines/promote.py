@@ -1,0 +1,176 @@
+"""The gate: an MLflow alias moves to a model version only if that is not worse than its budget allows.
+
+What was found is recorded before the alias moves, and also if it does not: as an MLflow run with table and
+evidence, and as tags of the model version.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.gate import Verdict, judge, table
+from pipelines.items import Item
+from pipelines.paths import output_path
+from pipelines.promote_config import PromoteConfig
+from pipelines.promote_items import FullTokens, NeededSystem, RegisteredSystem, items_file, items_of
+from pipelines.registry import ModelVersion, Registry
+from pipelines.tracking import Tracker
+from skipvision.errors import ConfigError, SkipVisionError
+
+__all__ = ["PromoteConfig", "run_promote"]
+
+
+class RefusedError(SkipVisionError):
+    """The alias stays where it is."""
+
+
+@dataclass
+class Decision:
+    """What was decided, and from what; all of it goes to MLflow."""
+
+    candidate: ModelVersion
+    champion: ModelVersion | None
+    config: PromoteConfig
+    at: str
+    items: dict[str, dict[str, Any]] = field(default_factory=dict)
+    verdicts: Sequence[Verdict] = ()
+    outcome: Literal["promoted", "passed", "refused"] = "refused"
+    reason: str = ""
+
+    def markdown(self) -> str:
+        """For people."""
+        judged = f"{table(self.verdicts, self.config.budget.confidence)}\n" if self.verdicts else ""
+        return f"{judged}{self.candidate} as {self.config.alias!r}: {self.outcome}. {self.reason}\n"
+
+    def evidence(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        return {
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "at": self.at,
+            "candidate": str(self.candidate),
+            "alias": self.config.alias,
+            "champion": self.champion and str(self.champion),
+            "items": self.items,
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "config": self.config.model_dump(mode="json"),
+        }
+
+
+def run_promote(config: PromoteConfig) -> dict[str, Any]:
+    """Judge the candidate, record what was found, and move the alias if it passed; returns the evidence.
+
+    Raises:
+        RefusedError: it did not pass; the alias stays.
+        WrongItemsError: the items are not the candidate's, or not the reference's.
+        AliasMovedError: the alias moved while the candidate was judged.
+        ConfigError: no such model version, items or slice.
+        TrackingError: MLflow cannot be reached.
+    """
+    storage = output_path(config.storage, "storage")
+    registry = Registry(config.tracking.absolute_uri(storage))
+    candidate = registry.find(config.candidate.model)
+    before = registry.holder(candidate.name, config.alias)
+    champion = None if before is None else ModelVersion(candidate.name, before)
+    if champion == candidate:
+        raise ConfigError(f"{candidate} has the alias {config.alias!r} already: there is nothing to decide")
+    if champion is None and config.reference.against == "champion":
+        raise ConfigError(
+            f"no version of {candidate.name!r} has the alias {config.alias!r} yet: compare the first with "
+            "full tokens, --reference.against full"
+        )
+    decision = Decision(candidate, champion, config, datetime.now(UTC).isoformat(timespec="seconds"))
+    tracker = Tracker.start(
+        registry.uri,
+        experiment=config.tracking.experiment,
+        run_name=f"{candidate.name}/{candidate.version} as {config.alias}",
+        artifacts=storage / "mlflow-artifacts",
+    )
+    try:
+        decision.verdicts = _judged(decision, registry)
+        _insist_on_all(decision)
+        decision.outcome, decision.reason = "passed", "Every slice stays within its budget."
+        _record(decision, registry, tracker)  # no alias moves without its evidence
+        registry.move(config.alias, candidate, expected=before)
+        decision.outcome = "promoted"
+    except SkipVisionError as error:
+        decision.outcome, decision.reason = "refused", str(error)
+        raise
+    finally:
+        _record(decision, registry, tracker)
+        tracker.finish("FINISHED")
+        print(decision.markdown(), flush=True)
+    return {**decision.evidence(), "mlflow_uri": registry.uri, "mlflow_run_id": tracker.run_id}
+
+
+def _judged(decision: Decision, registry: Registry) -> list[Verdict]:
+    config, champion = decision.config, decision.champion
+    sides: dict[str, list[Item]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        needed: dict[str, NeededSystem] = {
+            "candidate": RegisteredSystem(decision.candidate, registry, place / "candidate-model"),
+            "reference": FullTokens(),
+        }
+        if champion is not None and config.reference.against == "champion":
+            needed["reference"] = RegisteredSystem(champion, registry, place / "champion-model")
+        for side, section in (("candidate", config.candidate), ("reference", config.reference)):
+            file = items_file(section, registry, place / side)
+            sides[side], decision.items[side] = items_of(needed[side], file, section)
+    return judge(sides["reference"], sides["candidate"], config.budget)
+
+
+def _insist_on_all(decision: Decision) -> None:
+    short = [v for v in decision.verdicts if v.outcome == "undecided"]
+    worse = [v for v in decision.verdicts if v.outcome == "worse"]
+    said = []
+    if worse:
+        said.append(f"worse than the budget on {', '.join(v.slice for v in worse)}")
+    if short:
+        needs = ", ".join(f"{v.slice} ({v.found.items} items, about {v.needed} needed)" for v in short)
+        said.append(f"too few items to decide on {needs}")
+    if said:
+        raise RefusedError(
+            f"{decision.candidate} does not become {decision.config.alias!r}: {'; '.join(said)}"
+        )
+
+
+# --------------------------------------------------------------------------------------------- recording
+
+
+def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
+    """Into the run: table, evidence, numbers; onto the model version: outcome, reason and where these are."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (
+            ("promotion.md", decision.markdown()),
+            ("promotion.json", json.dumps(decision.evidence(), indent=2)),
+        ):
+            (Path(folder) / name).write_text(text)
+            tracker.store(Path(folder) / name)
+    for verdict in decision.verdicts:
+        found = verdict.found
+        numbers = {
+            "difference": found.difference,
+            "low": found.low,
+            "high": found.high,
+            "worst": verdict.worst,
+        }
+        tracker.metrics({f"{name}/{verdict.slice}": value for name, value in numbers.items()}, 0)
+    tracker.close()
+    gate = f"promotion/{decision.config.alias}"
+    registry.note(
+        decision.candidate,
+        {
+            f"{gate}/outcome": decision.outcome,
+            f"{gate}/at": decision.at,
+            f"{gate}/reason": decision.reason,
+            f"{gate}/table": decision.markdown(),
+            f"{gate}/evidence": f"runs:/{tracker.run_id}/promotion.json",
+        },
+    )

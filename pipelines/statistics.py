@@ -1,0 +1,145 @@
+"""What the scores of two systems on the same items say about their difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.items import Item
+from skipvision.errors import DataError
+
+_NOTHING = 1e-9
+"""Sums of fractions differ by less, if they are the same."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two systems on the same items; all scores and differences are fractions.
+
+    Attributes:
+        difference: mean score of the other system minus that of the reference.
+        low: lower end of the difference's confidence interval.
+        high: upper end.
+        p_mcnemar: two-sided exact p-value of "both are right equally often"; None unless all scores are
+            0 or 1. It takes items as independent, which the interval does not.
+        reference: mean score of the reference.
+        other: mean score of the other system.
+        items: how many items both answered.
+        groups: how many groups they form.
+        lost: groups in which the other system scored less.
+        changed: groups in which it scored less or more.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_mcnemar: float | None
+    reference: float
+    other: float
+    items: int
+    groups: int
+    lost: int
+    changed: int
+
+
+def paired(
+    reference: Sequence[Item],
+    other: Sequence[Item],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Paired:
+    """Compare two systems item by item, paired by dataset and index.
+
+    The interval is the percentile bootstrap's, and it draws groups, not items: questions about one picture
+    are not independent. It knows only of changes it has seen: with few of them it is too narrow.
+
+    Raises:
+        DataError: there are no items, or some that only one system answered, or one twice.
+    """
+    theirs, ours = _by_key(reference), _by_key(other)
+    _check_same(theirs.keys(), ours.keys())
+    items = list(theirs.values())
+    before = np.array([item.score for item in items])
+    after = np.array([ours[key].score for key in theirs])
+    names = [(item.dataset, item.group) for item in items]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    groups = np.array([numbers[name] for name in names])
+    totals, counts = np.bincount(groups, after - before), np.bincount(groups)
+    low, high = np.quantile(_resampled(totals, counts, resamples, seed), _tails(confidence))
+    return Paired(
+        difference=float(totals.sum() / counts.sum()),
+        low=float(low),
+        high=float(high),
+        p_mcnemar=_mcnemar(before, after),
+        reference=float(before.mean()),
+        other=float(after.mean()),
+        items=len(items),
+        groups=len(counts),
+        lost=int((totals < -_NOTHING).sum()),
+        changed=int((np.abs(totals) > _NOTHING).sum()),
+    )
+
+
+def exact_mcnemar(lost: int, gained: int) -> float:
+    """Two-sided p-value of at least so uneven a split of the items on which two systems differ."""
+    changed = lost + gained
+    tail = sum(math.comb(changed, k) for k in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def exact_loss_bound(lost: int, groups: int, confidence: float) -> float:
+    """Upper end of the exact binomial (Clopper–Pearson) interval of the share of groups that lose."""
+    if lost >= groups:
+        return 1.0
+    tail = _tails(confidence)[0]
+    low, high = lost / groups, 1.0
+    for _ in range(50):
+        share = (low + high) / 2
+        seen = sum(math.comb(groups, k) * share**k * (1 - share) ** (groups - k) for k in range(lost + 1))
+        low, high = (share, high) if seen > tail else (low, share)
+    return high
+
+
+def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:
+    found = {(item.dataset, item.index): item for item in items}
+    if len(found) < len(items):
+        raise DataError(
+            f"{len(items) - len(found)} of {len(items)} items of {items[0].system!r} are there again: "
+            "dataset and index name an item, and a system answers it once"
+        )
+    return found
+
+
+def _check_same(reference: Set[tuple[str, str]], other: Set[tuple[str, str]]) -> None:
+    only = [len(reference - other), len(other - reference)]
+    if any(only):
+        dataset, index = min(reference ^ other)
+        raise DataError(
+            f"the systems were not asked the same: {only[0]} of the reference's {len(reference)} items are "
+            f"missing on the other side, and {only[1]} of the other's {len(other)} on the reference's "
+            f"({dataset} {index}, for one); score both on the same datasets"
+        )
+    if not reference:
+        raise DataError("there are no items to compare")
+
+
+def _resampled(totals: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Mean differences of random draws of as many groups as there are, with replacement."""
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, len(counts), len(counts)) for _ in range(resamples))
+    return np.array([totals[draw].sum() / counts[draw].sum() for draw in draws])
+
+
+def _tails(confidence: float) -> tuple[float, float]:
+    return (1 - confidence) / 2, (1 + confidence) / 2
+
+
+def _mcnemar(before: np.ndarray, after: np.ndarray) -> float | None:
+    if not np.isin([before, after], (0.0, 1.0)).all():
+        return None
+    return exact_mcnemar(int((after < before).sum()), int((after > before).sum()))
