@@ -33,16 +33,7 @@ _NUMBERS = dict(
 _ARTICLES = ("a", "an", "the")
 _CONTRACTIONS = {
     word.replace("'", ""): word
-    for word in (
-        "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll "
-        "how's isn't it'd it'll let's ma'am mightn't might've mustn't must've needn't o'clock oughtn't shan't "
-        "should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll "
-        "that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll "
-        "what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's "
-        "won't would've wouldn't y'all you'd you'll you're you've couldn't've hadn't've he'd've it'd've "
-        "mightn't've she'd've shouldn't've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've "
-        "you'd've"
-    ).split()
+    for word in ["ain't", "aren't", "can't", "could've", "couldn't", "didn't", "doesn't", "don't", "hadn't", "hasn't", "haven't", "he'd", "he's", "how'd", "how'll", "how's", "isn't", "it'd", "it'll", "let's", "ma'am", "mightn't", "might've", "mustn't", "must've", "needn't", "o'clock", "oughtn't", "shan't", "should've", "shouldn't", "somebody'll", "somebody's", "someone'd", "someone'll", "someone's", "something'd", "something'll", "that's", "there'd", "there're", "there's", "they'd", "they'll", "they're", "they've", "'twas", "wasn't", "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd", "where's", "where've", "who'd", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't", "would've", "wouldn't", "y'all", "you'd", "you'll", "you're", "you've", "couldn't've", "hadn't've", "he'd've", "it'd've", "mightn't've", "she'd've", "shouldn't've", "there'd've", "they'd've", "we'd've", "who'd've", "wouldn't've", "y'all'll", "y'all'd've", "you'd've"]
 }
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
