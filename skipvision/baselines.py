@@ -1,8 +1,8 @@
 """Simpler ways to spend as much, as configs of the same library: what Skip-Vision is to be measured against.
 
-Each drops or merges visual tokens before the first layer; what is left takes the whole decoder and stays in
-the KV cache. What the published methods of these names do besides, in the tower or between layers, is not
-repeated here: `select` and `merge` say of each what it has in common with them.
+Each drops or merges visual tokens before the first layer; what is left takes the whole decoder and stays
+in the KV cache. What the published methods of these names do besides, in the tower or between layers, is
+not repeated here: docs/tradeoff.md says of each what it has in common with them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BASELINES: dict[str, SkipConfig] = {
 
 
 def of_size(shape: SkipConfig, tokens: int) -> SkipConfig:
-    """A method with so many visual tokens of an image left, shared out as its ``retained`` and ``skipped``."""
+    """A method with so many visual tokens left, shared out as its ``retained`` and ``skipped`` are."""
     retained = round(tokens * shape.retained / (shape.retained + shape.skipped))
     return shape.model_copy(update={"retained": retained, "skipped": tokens - retained})
 
@@ -81,8 +81,8 @@ def at_cost(
     fewest = 1 + (shape.retained > 0 and shape.skipped > 0)
     if ratio(fewest) > fraction:
         raise ConfigError(
-            f"{method!r} with {fewest} visual tokens costs {ratio(fewest):.1%} of the full prefill behind the "
-            f"vision tower already: {fraction:.1%} cannot be had with this model"
+            f"{method!r} with {fewest} visual tokens costs {ratio(fewest):.1%} of the full prefill "
+            f"behind the vision tower already: {fraction:.1%} cannot be had with this model"
         )
     return of_size(shape, _largest(fewest, everything, lambda tokens: ratio(tokens) <= fraction))
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from skipvision.attention import check_readable, read
-from skipvision.errors import UnsupportedModelError
+from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.families import Anatomy
 from skipvision.images import Images
 
@@ -60,15 +60,14 @@ def received(call: Mapping[str, Any], images: Images) -> torch.Tensor:
     """(I, N) what was read when the images of an outer call were encoded.
 
     Raises:
-        UnsupportedModelError: nothing came with the encoded images.
+        InputError: nothing came with the encoded images.
     """
     encoded = (call.get("mm_encoder_outputs") or {}).get("image")
     scores: torch.Tensor | None = None if encoded is None else encoded.get(_RECEIVED)
     if scores is None:
-        raise UnsupportedModelError(
-            "encoded images came without the attention that the vision tower was to be read for: encode them "
-            "while Skip-Vision is attached with select='vision_attention', or choose another select",
-            "attention of the vision tower is not handed on",
+        raise InputError(
+            "encoded images came without the vision tower's attention: encode them while Skip-Vision is "
+            "attached with select='vision_attention', or choose another select"
         )
     if len(scores) == len(images.row):
         return scores
