@@ -93,7 +93,7 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     _check_comparable(full, skip)
     model = FinetuneConfig(**skip["config"]).model
     model = model.model_copy(update={"path": model_path(model.path, "model.path")})
-    rows = pick_rows(_rows(input_path(config.test, "test")), config.rows)
+    rows = pick_rows(read_rows(input_path(config.test, "test")), config.rows)
     skip_config = sv.SkipConfig(**skip["config"]["skip"])
     variants = _variants(full, skip, skip_config, untuned=config.untuned)
     answers, costs = _examine_all(variants, model, rows, config)
@@ -240,7 +240,8 @@ def _image(row: TrainingRow) -> str:
     return str(row.images[0]) if row.images else row.key
 
 
-def _rows(source: str) -> list[TrainingRow]:
+def read_rows(source: str) -> list[TrainingRow]:
+    """Rows to be asked; raises `DataError` if some of them cannot be."""
     data = read_training_rows(source)
     if data.rejects:
         first = data.rejects[0]

@@ -10,8 +10,8 @@
                   └ text
 
 Read in this order: `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache` (the mechanisms),
-`planning` (the first two make a plan), `attach` (the plan meets a model), `adapter`, `cost`, `engine`
-(many requests at once).
+`planning` (the first two make a plan), `attach` (the plan meets a model), `adapter`, `cost`, `baselines`
+(simpler ways to spend as much), `engine` (many requests at once).
 
 Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Models via Adaptive
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.

@@ -24,9 +24,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from skipvision import masks, positions
+from skipvision.attention import check_readable
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
-from skipvision.families import Anatomy, base_view, brings_images, dissect, encode, skips_videos
+from skipvision.families import (
+    Anatomy,
+    base_view,
+    brings_images,
+    check_patches,
+    dissect,
+    encode,
+    skips_videos,
+)
 from skipvision.images import Images
 from skipvision.kv_cache import (
     CacheState,
@@ -39,11 +48,12 @@ from skipvision.kv_cache import (
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
-from skipvision.probe import ffn_ratio
+from skipvision.probe import ffn_ratio, prompt_attention
 from skipvision.select import VisualTokens, by_view
 from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, hook_layer, was_put_down
 from skipvision.summaries import SUMMARY, place_summary, summary_in_use, take_summary
 from skipvision.summary import SummaryLayer
+from skipvision.tower import hook_tower, received
 
 _ARRIVAL = "skip_vision_arrival"
 DECODED_KEYWORD = "skip_vision_decoded"
@@ -53,11 +63,16 @@ _ATTACHMENT = "_skip_vision"
 
 @dataclass(frozen=True, eq=False)
 class _Arrival:
-    """What the outer hook tells the decoder's: the caller's (B, …) mask over all it fed, and the images."""
+    """What the outer hook tells the decoder's: the caller's (B, …) mask over all it fed, and the images.
+
+    Beside the images, (I, N) what only the outer call knows of their tokens: which are of the base view, or
+    how much attention the vision tower pays them.
+    """
 
     mask: torch.Tensor | None
     images: Images | None
     views: torch.Tensor | None = None
+    received: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +213,8 @@ class Attachment:
         keep(anatomy.decoder.register_forward_hook(self._restore, with_kwargs=True))
         for layer in anatomy.layers:
             self._handles += hook_layer(*layer)
+        if anatomy.family.patches:
+            self._handles += hook_tower(anatomy, lambda: self.config.select == "vision_attention")
 
     # ------------------------------------------------------------------------------------- hooks
 
@@ -255,7 +272,7 @@ class Attachment:
         state = CacheState.of(call.get("past_key_values"))
         if visual is None and state is None:
             return None
-        images = views = None
+        images = views = tower = None
         if visual is not None:
             if state is None:
                 _check_mask(call.get("attention_mask"), visual.shape, call.get("past_key_values"))
@@ -263,9 +280,13 @@ class Attachment:
             images = Images.locate(visual, sizes, self._anatomy.family.tiles)
             if self.config.select == "views":
                 views = base_view(self._anatomy, images, sizes)
+            if _needs_patches(self.config):
+                check_patches(self._anatomy, sizes)
+            if self.config.select == "vision_attention":
+                tower = received(call, images)
         if state is not None:
             call = _on_pruned_cache(call, state, images is not None)
-        return (), {**call, _ARRIVAL: _Arrival(call.get("attention_mask"), images, views)}
+        return (), {**call, _ARRIVAL: _Arrival(call.get("attention_mask"), images, views, tower)}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _reduce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -281,7 +302,7 @@ class Attachment:
         fed = _Fed.of(kwargs, arrival.mask)
         if arrival.images is None:
             return args, self._behind_pruned(decoder, kwargs, fed)
-        plan = self.plan = self._planned(decoder, kwargs, fed, arrival.images, arrival.views)
+        plan = self.plan = self._planned(decoder, kwargs, fed, arrival, arrival.images, decoded)
         # Behind a pruned cache it takes a mask of ours to see as far as in the caller's sequence.
         if plan.is_identity and CacheState.of(kwargs.get("past_key_values")) is None:
             return args, kwargs
@@ -331,18 +352,20 @@ class Attachment:
         decoder: nn.Module,
         kwargs: dict[str, Any],
         fed: _Fed,
+        arrival: _Arrival,
         images: Images,
-        views: torch.Tensor | None,
+        decoded: torch.Tensor | None,
     ) -> TokenPlan:
         tokens = VisualTokens(images.take(kwargs["inputs_embeds"]), images.valid)
-        scores = None
-        if views is not None:
-            scores = by_view(tokens, views)
-        elif self.config.select == "ffn_ratio":
+        scores = arrival.received
+        if arrival.views is not None:
+            scores = by_view(tokens, arrival.views)
+        elif self.config.select in ("ffn_ratio", "attention"):
             given = kwargs.get("attention_mask")
             # The probe sees this call's tokens alone, whatever the cache holds.
             own = given if masks.is_per_query(given) and not fed.cached else fed.mask
-            scores = self._probed(decoder, {**kwargs, "attention_mask": own}, images)
+            prompt = fed.mask if decoded is None else fed.mask & ~decoded
+            scores = images.take(self._probed(decoder, {**kwargs, "attention_mask": own}, fed.mask, prompt))
         return make_plan(tokens, images, fed.mask, self.config, scores)
 
     def _reduced(
@@ -388,10 +411,16 @@ class Attachment:
             PLAN_KEYWORD: plan,
         }
 
-    def _probed(self, decoder: nn.Module, call: dict[str, Any], images: Images) -> torch.Tensor:
+    def _probed(
+        self, decoder: nn.Module, call: dict[str, Any], real: torch.Tensor, prompt: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, T) of the caller's tokens, by the first layers."""
         probed = self._anatomy.layers[: self.config.probe_layer + 1]
-        _check_probing([layer.whole for layer in probed])
-        return images.take(ffn_ratio(decoder, probed[-1].whole, probed[-1].mlp, call))
+        _check_probing([layer.whole for layer in probed], self.config.select)
+        whole, attention, mlp = probed[-1]
+        if self.config.select == "attention":
+            return prompt_attention(decoder, attention, call, real, prompt)
+        return ffn_ratio(decoder, whole, mlp, call)
 
     def _prunable(self, kwargs: dict[str, Any]) -> Any:
         """The call's cache, made or remade so that it can be pruned; refused before the work, not after."""
@@ -472,6 +501,19 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
             "image"
         )
 
+    if config.select == "attention":
+        check_readable(anatomy.layers[config.probe_layer].attention)
+    if _needs_patches(config) and not anatomy.family.patches:
+        name = "merge='grid'" if config.merge == "grid" else "select='vision_attention'"
+        raise ConfigError(
+            f"{name} needs a family whose visual tokens are patches of one square picture; those of "
+            f"{type(anatomy.outer).__name__} are not known to be (docs/families.md)"
+        )
+
+
+def _needs_patches(config: SkipConfig) -> bool:
+    return config.merge == "grid" or config.select == "vision_attention"
+
 
 def _check_unsharded(model: nn.Module, config: SkipConfig) -> None:
     """A summary layer that comes too late would train on each process by itself."""
@@ -489,7 +531,7 @@ def _check_unsharded(model: nn.Module, config: SkipConfig) -> None:
         )
 
 
-def _check_probing(layers: list[nn.Module]) -> None:
+def _check_probing(layers: list[nn.Module], select: str) -> None:
     """Processes that share the layers must run them equally often, whether they have an image or not."""
     if not distributed.is_available():
         return
@@ -497,7 +539,7 @@ def _check_probing(layers: list[nn.Module]) -> None:
 
     if any(isinstance(module, FSDPModule) for layer in layers for module in layer.modules()):
         raise ConfigError(
-            "select='ffn_ratio' runs the first layers once more where there are images, but layers sharded "
+            f"select={select!r} runs the first layers once more where there are images, but layers sharded "
             "by FSDP must run in every process alike: use another select, or shard the model as a whole"
         )
 

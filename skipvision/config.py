@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,8 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, mode
 
 from skipvision.errors import ConfigError
 
-Select = Literal["similarity", "ffn_ratio", "diversity", "norm", "views", "uniform", "random"]
-Merge = Literal["similarity", "pool", "drop"]
+Select = Literal[
+    "similarity",
+    "ffn_ratio",
+    "diversity",
+    "norm",
+    "views",
+    "uniform",
+    "random",
+    "attention",
+    "vision_attention",
+]
+Merge = Literal["similarity", "pool", "drop", "tome", "grid"]
 
 Count = Annotated[int, Strict(), Field(ge=0)]
 Switch = Annotated[bool, Strict()]
@@ -53,7 +64,7 @@ class SkipConfig(BaseModel):
         "[retained][its summary][skipped][its summary]",
     )
     probe_layer: Count = Field(
-        0, description="decoder layer (from 0) at whose FFN select='ffn_ratio' reads the ratio"
+        0, description="decoder layer (from 0) that select='ffn_ratio' and select='attention' read"
     )
     seed: Count = Field(
         0, lt=2**63, description="seed of select='random', whose one pattern of places serves all images"
@@ -79,9 +90,15 @@ class SkipConfig(BaseModel):
 
     @model_validator(mode="after")
     def _something_to_merge_into(self) -> Self:
-        if self.skipped == 0 and self.merge == "pool" and not _is_everything(self.retained):
+        if self.skipped == 0 and self.merge in ("pool", "tome") and not _is_everything(self.retained):
             raise ValueError(
-                "merge='pool' makes the skipped tokens, but skipped=0; use merge='similarity' or 'drop'"
+                f"merge={self.merge!r} makes the skipped tokens, but skipped=0; use merge='similarity' or "
+                "'drop'"
+            )
+        if self.merge == "grid" and (self.retained != 0 or self.skipped == 0):
+            raise ValueError(
+                "merge='grid' makes the whole image smaller: use retained=0, and skipped for the tokens "
+                f"of the smaller one (retained={self.retained!r}, skipped={self.skipped!r})"
             )
         if self.retained == 0 and self.skipped == 0 and self.merge != "drop":
             raise ValueError(
@@ -96,9 +113,16 @@ class SkipConfig(BaseModel):
         return cls(retained=1.0, skipped=0.0, summary_tokens=0)
 
     def counts(self, tokens: int) -> tuple[int, int]:
-        """(N_r, N_s) for an image of ``tokens`` visual tokens; retained ones are served first."""
+        """(N_r, N_s) for an image of ``tokens`` visual tokens; retained ones are served first.
+
+        With merge='grid', N_s is what a grid of at most so many places has.
+        """
         retained = min(tokens, _resolve(self.retained, tokens))
-        return retained, min(tokens - retained, _resolve(self.skipped, tokens))
+        skipped = min(tokens - retained, _resolve(self.skipped, tokens))
+        if self.merge == "grid":
+            rows = isqrt(skipped)
+            skipped = rows * min(skipped // max(rows, 1), isqrt(tokens))
+        return retained, skipped
 
     def to_yaml(self) -> str:
         """The configuration as YAML, every field written out."""

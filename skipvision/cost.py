@@ -207,6 +207,8 @@ def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int
             products += size * size
         if config.merge == "similarity" and leaving:
             products += leaving * (skipped or retained)
+        if config.merge == "tome":
+            products += _matched_in_halves(size - retained, skipped)
     flops = 2 * products * unit_costs.hidden_size(design)
     if config.select == "ffn_ratio":
         tokens, last = row.prompt + new, config.probe_layer
@@ -216,7 +218,24 @@ def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int
         flops += run(tokens, tokens, 1)
         if last:
             flops -= unit_costs.probe(design, last - 1, rank)(tokens, tokens, 1)
+    elif config.select == "attention":
+        tokens = row.prompt + new
+        flops += unit_costs.prompt_attention(design, config.probe_layer, rank)(tokens, tokens, tokens)
+    elif config.select == "vision_attention" and row.sizes:
+        pictures = len(row.sizes)
+        own = sum(unit_costs.pictures(design, pictures, None)[1])
+        flops += unit_costs.tower_attention(design, pictures) * sum(row.sizes) // own
     return flops
+
+
+def _matched_in_halves(alive: int, left: int) -> int:
+    """Pairs that merge="tome" compares, round after round."""
+    pairs = 0
+    while alive > left:
+        guests = (alive + 1) // 2
+        pairs += guests * (alive - guests)
+        alive -= min(guests, alive - left)
+    return pairs
 
 
 def _check_counts(**counts: object) -> None:

@@ -35,6 +35,7 @@ class Family:
             the high-resolution crops (select="views"); None = there is one view only.
         whole_prompt: what stands around images depends on them, so a prompt cannot be read in two parts: text
             before an image attends to what is behind it, or marks behind an image become features of it.
+        patches: each visual token is a patch of the one square picture that its tower sees, in raster order.
         one_by_one: its inputs point into each other, so those of several prompts cannot be put together.
         geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = not known.
     """
@@ -43,6 +44,7 @@ class Family:
     rows: bool = False
     base_view: Literal["first", "last"] | None = None
     whole_prompt: bool = False
+    patches: bool = False
     one_by_one: bool = False
     geometry: Geometry | None = None
 
@@ -50,8 +52,8 @@ class Family:
 Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family(geometry="square"),
-    "vipllava": Family(geometry="square"),
+    "llava": Family(patches=True, geometry="square"),
+    "vipllava": Family(patches=True, geometry="square"),
     "gemma3": Family(geometry="square"),
     "qwen2_vl": Family(geometry="grid"),
     "qwen2_5_vl": Family(geometry="grid"),
@@ -65,7 +67,7 @@ FAMILIES: dict[str, Family] = {
     "idefics2": Family(rows=True),
     "idefics3": Family(rows=True, geometry="tiles"),
     "smolvlm": Family(rows=True, geometry="tiles"),
-    "paligemma": Family(whole_prompt=True),
+    "paligemma": Family(whole_prompt=True, patches=True),
     "ovis2": Family(whole_prompt=True),
     "molmo2": Family(one_by_one=True),
     "ernie4_5_vl_moe": Family(whole_prompt=True),
@@ -173,6 +175,17 @@ def base_view(anatomy: Anatomy, images: Images, entries: list[int]) -> torch.Ten
     # Tiles are of one size, the whole image's thumbnail the last of them.
     sizes = images.valid.sum(dim=1, keepdim=True)
     return images.valid & (place >= sizes - entries[-1])
+
+
+def check_patches(anatomy: Anatomy, sizes: list[int]) -> None:
+    """Raise `UnsupportedModelError` unless each image has the patches of the tower's one square picture."""
+    expected = _patches(anatomy.outer.config)  # type: ignore[arg-type]
+    if set(sizes) - {expected}:
+        raise UnsupportedModelError(
+            f"images of {sizes} visual tokens, where the tower's square picture has {expected} patches: "
+            "which token is which patch cannot be known. Choose another select or merge",
+            "visual tokens that are not patches of a square",
+        )
 
 
 def _patches(config: PretrainedConfig) -> int:

@@ -27,12 +27,20 @@ def make_plan(
         images: where they stand.
         attention_mask: (B, T) True where the caller has a token.
         config: what is asked for.
-        scores: (I, N) scores to select by, for criteria that need the model ("ffn_ratio", "views").
+        scores: (I, N) scores to select by, for criteria that need the model ("ffn_ratio", "views" …).
     """
     counts = torch.tensor([config.counts(size) for size in images.sizes], device=tokens.valid.device)
     retained_count, skipped_count = counts.unbind(1)
     if scores is None:
         scores = CRITERIA[config.select](tokens, retained_count, config.seed)
     retained = top(scores, tokens.valid, retained_count)
-    target = assign(tokens.unit, tokens.redundancy, tokens.valid, retained, skipped_count, config.merge)
+    target = assign(
+        tokens.features,
+        tokens.unit,
+        tokens.redundancy,
+        tokens.valid,
+        retained,
+        skipped_count,
+        config.merge,
+    )
     return lay_out(images, attention_mask, retained, target, config)

@@ -1,13 +1,19 @@
-"""FFN magnitude ratio: how much the FFN changes each token, read from one early run (METHOD piece 1)."""
+"""What the decoder's first layers think of each token, read from one early run that ends there.
+
+Two readings: how much an FFN changes a token (`ffn_ratio`, METHOD piece 1), and how much attention the
+prompt's last token pays it (`prompt_attention`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from skipvision.attention import read
 
 
 class _Enough(Exception):
@@ -29,26 +35,68 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[s
     """
     seen: list[torch.Tensor] = []
 
-    # A compiled layer does not see hooks that are put on for one call: this one layer runs as it is.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with _random_numbers_kept(module):
             seen.append(hidden_of(module.forward(*args, **kwargs)))
         with silenced(mlp):
             seen.append(hidden_of(module.forward(*args, **kwargs)))
+
+    _run_up_to(decoder, layer, note, call)
+    changed, unchanged = (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) for hidden in seen)
+    length = unchanged.norm(dim=-1).clamp(min=torch.finfo(unchanged.dtype).tiny)
+    return (changed - unchanged).norm(dim=-1) / length
+
+
+@torch.no_grad()
+def prompt_attention(
+    decoder: nn.Module, attention: nn.Module, call: dict[str, Any], real: torch.Tensor, prompt: torch.Tensor
+) -> torch.Tensor:
+    """(B, T) attention that each token receives from the last token of its row's prompt, mean over heads.
+
+    FastV's criterion (ECCV 2024, arXiv 2403.06764), but not its schedule: FastV lets all tokens through its
+    first K layers, scores them there, and drops behind layer K, so that what was dropped has been seen.
+    Here the first layers are run as a probe, and the plan holds from layer 0 on. With equal counts that
+    is cheaper by the first K layers of full length, and dearer by the probe. Only this one query's row of
+    weights is computed, whatever the attention implementation.
+
+    Args:
+        decoder: text decoder.
+        attention: of the layer to read.
+        call: keyword arguments of the decoder's call; its cache is left alone.
+        real: (B, T) tokens that are not padding.
+        prompt: (B, T) of these, the ones that are not generated; the last one asks.
+    """
+    seen: list[torch.Tensor] = []
+    place = torch.arange(real.shape[1], device=real.device)
+    last = (prompt * place).amax(dim=1, keepdim=True)
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(read(module, args, kwargs).received(last, real & (place <= last)))
+
+    _run_up_to(decoder, attention, note, call)
+    return seen[0]
+
+
+_Note = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+
+def _run_up_to(decoder: nn.Module, module: nn.Module, note: _Note, call: dict[str, Any]) -> None:
+    """Run a decoder without its cache until it calls ``module``, and let ``note`` have that call instead."""
+
+    # A compiled layer does not see hooks that are put on for one call: this one layer runs as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(module, args, kwargs)
         raise _Enough
 
     alone = {"past_key_values": None, "use_cache": False, "output_hidden_states": False}
-    handle = layer.register_forward_pre_hook(read, with_kwargs=True)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         decoder.forward(**{**call, **alone})
     except _Enough:
         pass
     finally:
         handle.remove()
-    changed, unchanged = (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) for hidden in seen)
-    length = unchanged.norm(dim=-1).clamp(min=torch.finfo(unchanged.dtype).tiny)
-    return (changed - unchanged).norm(dim=-1) / length
 
 
 def hidden_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

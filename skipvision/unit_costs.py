@@ -27,7 +27,9 @@ from skipvision.dry_run import DryRun
 from skipvision.errors import UnsupportedModelError
 from skipvision.families import Anatomy, dissect, encoded_sizes
 from skipvision.flops import measure_flops
+from skipvision.probe import prompt_attention as probe_attention
 from skipvision.tiny_images import Request, collate, recipe_of
+from skipvision.tower import hook_tower
 
 _SHORT = 8
 """Tokens of the shortest run."""
@@ -122,6 +124,42 @@ def probe(design: Design, layer: int, rank: int) -> Flops:
     model = _model(design)
     with _lora(model.anatomy, rank):
         return Flops.fitted(partial(_forward, model, model.anatomy.decoder.get_submodule(f"layers.{layer}")))
+
+
+@lru_cache(maxsize=64)
+def prompt_attention(design: Design, layer: int, rank: int) -> Flops:
+    """Reading what the prompt's last token attends to in a layer, with LoRA beside it."""
+    model = _model(design)
+    anatomy = model.anatomy
+
+    def run(tokens: int, ffn_tokens: int) -> None:
+        real = torch.ones(1, tokens, dtype=torch.bool)
+
+        def only_read(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            probe_attention(decoder, anatomy.layers[layer].attention, kwargs, real, real)
+            raise _Enough
+
+        handle = anatomy.decoder.register_forward_pre_hook(only_read, with_kwargs=True)
+        try:
+            _forward(model, anatomy.decoder, tokens, ffn_tokens)
+        finally:
+            handle.remove()
+
+    with _lora(anatomy, rank):
+        return Flops.fitted(run)
+
+
+@lru_cache(maxsize=64)
+def tower_attention(design: Design, count: int) -> int:
+    """Reading what patches receive in the vision tower, for the pictures of a row."""
+    handles = hook_tower(_model(design).anatomy, lambda: True)
+    try:
+        # Without its memory: the hooks are not part of the design.
+        reading, _ = _shown.__wrapped__(design, count, _near_square(_TOKENS))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reading - _shown(design, count, _near_square(_TOKENS))[0]
 
 
 @lru_cache(maxsize=64)
@@ -250,7 +288,7 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
         try:
             model.whole(**_text(model.whole, tokens), use_cache=use_cache)
         except _Enough:
-            return found[0]
+            return found[0] if found else None
     raise UnsupportedModelError(f"{type(model.whole).__name__} does not call its {type(end).__name__}")
 
 

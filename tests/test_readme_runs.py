@@ -87,6 +87,7 @@ def test_every_command_is_known_here():
         ("mlflow ui",),
         ("serve run",),
         ("deploy.py",),
+        ("tradeoff.py",),
     ]
     assert len({shlex.join(command(*words)) for words in known}) == len(COMMANDS)
 
@@ -167,6 +168,17 @@ def test_the_job_can_be_submitted(home):
         done = run(small(line), ROOT, RAY_ADDRESS=ray.dashboard, RAY_AUTH_MODE="disabled")
     assert str(home / "runs/slower/adapter") in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
+def test_what_skipping_costs_in_quality_is_found_out(home):
+    """Without adapters, which the demo makes."""
+    less = ["--adapters", '{"untuned": {}}', "--rows", "6", "--methods", '["tome"]', "--latency_rounds", "0"]
+    grid = ["--grid.retained", "[32]", "--grid.skipped", "[0]", "--max_new_tokens", "4"]
+    done = run([*command("tradeoff.py"), *less, *grid], home)
+    assert json.loads(done.stdout.splitlines()[-1])["points"] == 4
 
 
 @pytest.mark.slow

@@ -345,7 +345,9 @@ class Engine:
 
     def _key(self, ticket: Ticket) -> Any:
         """What a ticket's prefix is held under; None if it has none that could be."""
-        if not self._prefixes.limit or not ticket.prompt.prefix_length or self._family.whole_prompt:
+        # What is behind the images decides over them: the prompt's last token asks.
+        whole = self._family.whole_prompt or ticket.config.select == "attention"
+        if not self._prefixes.limit or not ticket.prompt.prefix_length or whole:
             return None
         return ticket.prompt.prefix_digest, ticket.config, ticket.adapter
 

@@ -33,7 +33,16 @@ CONFIGS = {
     "random": SkipConfig(retained=5, skipped=4, select="random", seed=3),
     "ffn-ratio": SkipConfig(retained=5, skipped=4, select="ffn_ratio"),
     "ffn-ratio-later": SkipConfig(retained=5, skipped=4, select="ffn_ratio", probe_layer=1),
+    "attention": SkipConfig(retained=5, skipped=4, select="attention"),
+    "attention-later": SkipConfig(retained=6, skipped=0, merge="drop", select="attention", probe_layer=1),
+    "vision-attention": SkipConfig(retained=5, skipped=4, select="vision_attention"),
+    "tome": SkipConfig(retained=3, skipped=5, merge="tome"),
+    "tome-alone": SkipConfig(retained=0, skipped=6, merge="tome", skip_ffn=False, skip_kv=False),
+    "grid": SkipConfig(retained=0, skipped=9, merge="grid", summary_tokens=0, skip_ffn=False, skip_kv=False),
 }
+
+BY_THE_MODEL = ("ffn_ratio", "attention", "vision_attention")
+"""Criteria that features alone do not decide."""
 
 same_every_time = settings(
     max_examples=60,

@@ -92,6 +92,20 @@ def hosts(features: list[list[float]], retained: set[int], skipped: int, merge: 
             for token in run:
                 ends[token] = run[(len(run) - 1) // 2]
         return ends
+    if merge == "grid":
+        side, rows = math.isqrt(len(features)), math.isqrt(skipped)
+        columns = skipped // rows
+        cells: dict[tuple[int, int], list[int]] = {}
+        for place in ends:
+            cells.setdefault((place // side * rows // side, place % side * columns // side), []).append(place)
+        for members in cells.values():
+            down, across = ({divmod(m, side)[axis] for m in members} for axis in (0, 1))
+            middle = sorted(down)[(len(down) - 1) // 2] * side + sorted(across)[(len(across) - 1) // 2]
+            for place in members:
+                ends[place] = middle
+        return ends
+    if merge == "tome":
+        return matched_in_halves(features, rest, skipped)
     summed = redundancy(features)
     survivors = best({i: -summed[i] for i in rest}, skipped)
     for token in rest:
@@ -99,6 +113,31 @@ def hosts(features: list[list[float]], retained: set[int], skipped: int, merge: 
             continue
         similarity = {i: cosine(features[token], features[i]) for i in survivors or retained}
         ends[token] = -1 if merge == "drop" else best(similarity, 1)[0]
+    return ends
+
+
+def matched_in_halves(features: list[list[float]], rest: list[int], left: int) -> list[int]:
+    """ToMe's bipartite matching, round after round, on means of what was merged so far."""
+    ends = list(range(len(features)))
+    groups = {token: [token] for token in rest}
+    while len(groups) > left:
+        order = sorted(groups)
+        homes = order[1::2]
+        mean = {
+            token: [sum(axis) / len(members) for axis in zip(*(features[m] for m in members), strict=True)]
+            for token, members in groups.items()
+        }
+        match, alike = {}, {}
+        for guest in order[::2]:
+            if homes:
+                similarity = {home: cosine(mean[guest], mean[home]) for home in homes}
+                match[guest] = best(similarity, 1)[0]
+                alike[guest] = similarity[match[guest]]
+        for guest in best(alike, min(len(alike), len(groups) - left)):
+            groups[match[guest]] += groups.pop(guest)
+    for token, members in groups.items():
+        for member in members:
+            ends[member] = token
     return ends
 
 
@@ -136,7 +175,7 @@ def reduce_row(
         images: caller positions of each image.
         features: of each image's tokens.
         config: what is asked for.
-        scores: of each image's tokens, for select="ffn_ratio".
+        scores: of each image's tokens, for what the model is asked about.
         first_image: number of the first image in its batch.
     """
     image_at = {positions[0]: number for number, positions in enumerate(images)}
@@ -260,9 +299,12 @@ def prepare(model, inputs, config, summary=None, *, from_zero: bool = False) -> 
         images = image_positions(ids[mask.bool()], model.config.image_seq_length)
         features = [embeds[positions].tolist() for positions in images]
         scores = None
-        if config.select == "ffn_ratio" and images:
-            ratio = ffn_ratio(decoder, embeds[None], config.probe_layer)
-            scores = [[ratio[position] for position in positions] for positions in images]
+        if config.select in ("ffn_ratio", "attention") and images:
+            asked = ffn_ratio if config.select == "ffn_ratio" else last_attention
+            values = asked(decoder, embeds[None], config.probe_layer)
+            scores = [[values[position] for position in positions] for positions in images]
+        elif config.select == "vision_attention" and images:
+            scores = class_attention(model, inputs["pixel_values"][first_image : first_image + len(images)])
         tokens, lands = reduce_row(
             len(embeds), images, features, config, scores=scores, first_image=first_image
         )
@@ -356,6 +398,55 @@ def ffn_ratio(decoder, embeds: torch.Tensor, probe_layer: int) -> list[float]:
         hidden = run_layers(decoder, [layer], hidden, positions, allowed, [False] * length)
         update = layer.mlp(layer.post_attention_layernorm(hidden))
     return [float(u.norm() / h.norm()) for u, h in zip(update[0], hidden[0], strict=True)]
+
+
+def last_attention(decoder, embeds: torch.Tensor, probe_layer: int) -> list[float]:
+    """What an unreduced row's last token attends to at one layer, head by head; the mean of the heads."""
+    length, given = embeds.shape[1], {}
+    positions, allowed = torch.arange(length), causal(length)
+    attention = decoder.layers[probe_layer].self_attn
+
+    def keep(module, args, kwargs):
+        given.update(kwargs)
+
+    handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        run_layers(decoder, decoder.layers[: probe_layer + 1], embeds, positions, allowed, [True] * length)
+    handle.remove()
+    hidden, (cos, sin) = given["hidden_states"][0], (part[0] for part in given["position_embeddings"])
+    size = attention.head_dim
+
+    def rotated(vector, place):
+        half = size // 2
+        turned = torch.cat([-vector[half:], vector[:half]])
+        return vector * cos[place] + turned * sin[place]
+
+    sums = torch.zeros(length, dtype=embeds.dtype)
+    heads = attention.config.num_attention_heads
+    with torch.no_grad():
+        queries = attention.q_proj(hidden[-1]).split(size)
+        keys = [attention.k_proj(one).split(size) for one in hidden]
+        for head in range(heads):
+            group = head * len(keys[0]) // heads
+            query = rotated(queries[head], length - 1)
+            compared = [query @ rotated(key[group], place) / size**0.5 for place, key in enumerate(keys)]
+            sums += torch.stack(compared).softmax(dim=0) / heads
+    return sums.tolist()
+
+
+@torch.no_grad()
+def class_attention(model, pixels: torch.Tensor) -> list[list[float]]:
+    """What the class token attends to in the tower's last layer, for each image."""
+    tower = model.model.vision_tower
+    hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    layer = tower.encoder.layers[-1]
+    normed, attention = layer.layer_norm1(hidden), layer.self_attn
+    size, scores = attention.head_dim, []
+    for image in normed:
+        queries, keys = attention.q_proj(image[0]).split(size), attention.k_proj(image).split(size, dim=1)
+        weights = [(key @ query / size**0.5).softmax(dim=0) for query, key in zip(queries, keys, strict=True)]
+        scores.append((sum(weights) / len(weights))[1:].tolist())
+    return scores
 
 
 def logits(model, inputs, config, summary=None) -> torch.Tensor:

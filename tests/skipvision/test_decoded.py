@@ -13,14 +13,16 @@ from skipvision.testing import tiny_inputs, tiny_llava
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("layout", ["raster", "grouped"])
+@pytest.mark.parametrize(
+    "chosen", [{"layout": "raster"}, {"layout": "grouped"}, {"select": "attention", "merge": "drop"}]
+)
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_one_call_gives_the_logits_of_decoding_step_by_step(attention, layout, padding):
+def test_one_call_gives_the_logits_of_decoding_step_by_step(attention, chosen, padding):
     model = tiny_llava(dtype=torch.float64, attention=attention)
     rows = [[3, "image", 6], [2, "image", 3, "image", 5], [7]]
     whole = tiny_inputs(rows, dtype=torch.float64, padding=padding)
     answer = 3
-    config = sv.SkipConfig(retained=4, skipped=5, summary_tokens=1, layout=layout)
+    config = sv.SkipConfig(retained=4, skipped=5, summary_tokens=1, **chosen)
     lengths = whole["attention_mask"].sum(dim=1)
     decoded = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
     for row, length in enumerate(lengths.tolist()):

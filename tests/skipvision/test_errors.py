@@ -18,6 +18,7 @@ from skipvision import (
     predict_cost,
 )
 from skipvision.testing import IMAGE_TOKEN, tiny_inputs, tiny_llava
+from skipvision.tiny_families import tiny_model
 from tests.skipvision.cases import CONFIGS, ROWS
 
 # ---------------------------------------------------------------------------------------- models
@@ -85,6 +86,7 @@ def test_attaching_twice():
     [
         ({"select": "ffn_ratio", "probe_layer": 3}, r"probe_layer=3, but the decoder has layers 0 … 2"),
         ({"select": "views"}, "select='views' needs a multi-view family; LlavaModel"),
+        ({"select": "attention", "probe_layer": 3}, r"probe_layer=3, but the decoder has layers 0 … 2"),
     ],
 )
 def test_configs_that_do_not_fit_the_model(values, message):
@@ -95,7 +97,69 @@ def test_configs_that_do_not_fit_the_model(values, message):
     assert not any("summary" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"select": "vision_attention"}, "select='vision_attention'"),
+        ({"retained": 0, "merge": "grid"}, "merge='grid'"),
+    ],
+)
+def test_tokens_that_are_not_patches(values, name):
+    model = tiny_model("internvl")
+    with pytest.raises(ConfigError, match=f"{name} needs a family .* InternVLModel are not known to be"):
+        attach(model, SkipConfig(**values))
+    assert attachment_of(model) is None
+
+
+@pytest.mark.parametrize("values", [{"select": "vision_attention"}, {"retained": 0, "merge": "grid"}])
+def test_pictures_of_another_size_than_the_towers(values):
+    model = tiny_llava()
+    model.config.vision_config.image_size = 20
+    with (
+        attach(model, SkipConfig(**{"skipped": 4, **values})),
+        pytest.raises(UnsupportedModelError, match=r"\[16\] visual tokens, .* picture has 25 patches"),
+    ):
+        model(**tiny_inputs([["image", 2]]))
+
+
+def test_images_that_were_encoded_before_their_attention_was_asked_for():
+    model, inputs = tiny_llava(), tiny_inputs([["image", 2]])
+    encoded = {"image": model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
+    with (
+        attach(model, SkipConfig(retained=4, skipped=4, select="vision_attention")),
+        pytest.raises(InputError, match="encode them while Skip-Vision is attached with select="),
+    ):
+        model(**inputs, mm_encoder_outputs=encoded)
+
+
+def test_attention_that_cannot_be_read():
+    model = tiny_llava()
+    own = model.model.language_model.layers[0].self_attn
+    config = SkipConfig(retained=4, skipped=4, select="attention")
+    own.forward = lambda hidden_states, **others: (hidden_states, None)
+    with attach(model, config), pytest.raises(UnsupportedModelError, match="LlamaAttention does not hand"):
+        model(**tiny_inputs([["image", 2]]))
+    assert own.config is model.model.language_model.layers[1].self_attn.config, "what was changed is back"
+    del own.config
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention does not hand queries and keys"):
+        attach(model, config)
+    assert attachment_of(model) is None
+
+
 # --------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"skipped": 0, "merge": "tome"}, "merge='tome' makes the skipped tokens, but skipped=0"),
+        ({"merge": "grid"}, r"use retained=0, and skipped for .* \(retained=100, skipped=156\)"),
+        ({"retained": 0, "skipped": 0, "merge": "grid"}, r"\(retained=0, skipped=0\)"),
+    ],
+)
+def test_merges_that_have_nothing_to_merge_into(values, message):
+    with pytest.raises(ConfigError, match=message):
+        SkipConfig(**values)
 
 
 def test_all_wrong_values_are_reported_together():
@@ -103,7 +167,7 @@ def test_all_wrong_values_are_reported_together():
         SkipConfig(
             retained=-3,
             skipped=1.5,
-            select="attention",
+            select="attentive",
             merge="average",
             summary_tokens=-1,
             skip_ffn="perhaps",
@@ -120,7 +184,7 @@ def test_all_wrong_values_are_reported_together():
         [
             "retained=-3: ",
             "skipped=1.5: ",
-            "select='attention': ",
+            "select='attentive': ",
             "merge='average': ",
             "summary_tokens=-1: ",
             "skip_ffn='perhaps': ",

@@ -50,7 +50,19 @@ def test_plain_calls_need_neither_mask_nor_positions(model):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("name", ["counts", "grouped-contiguous", "ffn-ratio", "diversity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "counts",
+        "grouped-contiguous",
+        "ffn-ratio",
+        "diversity",
+        "attention-later",
+        "vision-attention",
+        "tome",
+        "grid",
+    ],
+)
 def test_a_batch_is_each_row_alone(model, name, padding):
     rows = [[3, "image", 4], [5], ["image", 2, "image", 3], [1, "image"], [2, "image", "image", "image", 1]]
     inputs = tiny_inputs(rows, padding=padding, dtype=F64)

@@ -12,7 +12,7 @@ from tests.skipvision.test_plan import Batch
 
 SIZES = [16, 7, 1, 12]
 ROWS = [[3, (16,), 2], [4], [(7,), 1, (12,), (1,)]]
-METHODS = ["similarity", "pool", "drop"]
+METHODS = ["similarity", "pool", "drop", "tome"]
 
 
 def matching(method, retained_count, skipped_count, seed=0):
@@ -23,7 +23,12 @@ def matching(method, retained_count, skipped_count, seed=0):
     retained = (torch.rand(valid.shape, generator=generator).argsort(dim=1) < retained_count) & valid
     skipped = torch.tensor([skipped_count] * len(SIZES)).minimum((valid & ~retained).sum(dim=1))
     tokens = VisualTokens(features, valid)
-    return features, valid, retained, assign(tokens.unit, tokens.redundancy, valid, retained, skipped, method)
+    return (
+        features,
+        valid,
+        retained,
+        assign(features, tokens.unit, tokens.redundancy, valid, retained, skipped, method),
+    )
 
 
 @pytest.mark.parametrize("skipped", [1, 3, 8, 16])
@@ -36,6 +41,41 @@ def test_each_matching_is_its_loop(method, retained, skipped):
         expected = naive.hosts(features[image, :size].tolist(), own, skipped, method)
         assert got[image, :size].tolist() == expected, f"image of {size} tokens"
     assert bool((got[~valid] == -1).all())
+
+
+@pytest.mark.parametrize(
+    ("skipped", "cells"), [(1, (1, 1)), (4, (2, 2)), (8, (2, 4)), (12, (3, 4)), (16, (4, 4))]
+)
+def test_a_grid_is_pooled_as_torch_does_it(skipped, cells):
+    """Where torch's own cells do not overlap: their sides divide the square's. Elsewhere by `naive`."""
+    config = SkipConfig(retained=0, skipped=skipped, merge="grid", summary_tokens=0)
+    batch = Batch([[2, (16,), 1]])
+    merged = merge_tokens(batch.embeds, plan := batch.plan(config))[0, plan.roles[0] == TokenRole.SKIPPED]
+    assert int(plan.mass[0].sum()) == batch.longest
+    if all(4 % part == 0 for part in cells):
+        square = batch.embeds[0, 2:18].T.unflatten(1, (4, 4))
+        close(merged, torch.nn.functional.adaptive_avg_pool2d(square, cells).flatten(1).T)
+    assert len(merged) == cells[0] * cells[1]
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 7, 16])
+def test_a_grid_has_as_many_cells_as_counted(side):
+    config = {n: SkipConfig(retained=0, skipped=n, merge="grid") for n in range(1, side**2 + 1)}
+    for asked, own in config.items():
+        batch = Batch([[(side**2,)]])
+        _, cells = own.counts(side**2)
+        assert asked - 2 * asked**0.5 <= cells <= asked
+        plan = batch.plan(own)
+        ends = plan.source[0, plan.merged_into[0]].tolist()
+        assert len(set(ends)) == cells
+        assert ends == naive.hosts([[1.0]] * side**2, set(), cells, "grid")
+
+
+def test_matching_in_halves_takes_no_more_than_it_must():
+    """Seven tokens, three to be left: of the first, third, fifth and seventh all go; then none."""
+    batch = Batch([[(7,)]])
+    plan = batch.plan(SkipConfig(retained=0, skipped=3, merge="tome", summary_tokens=0))
+    assert plan.source[0].tolist() == [1, 3, 5]
 
 
 def test_without_skipped_tokens_the_rest_joins_the_most_similar_retained():
@@ -83,7 +123,7 @@ def test_every_token_is_the_mean_of_what_was_merged_into_it(method, layout, padd
             close(merged[row, place], expected)
 
 
-@pytest.mark.parametrize("method", ["similarity", "pool"])
+@pytest.mark.parametrize("method", ["similarity", "pool", "tome"])
 def test_mass_is_conserved(method):
     batch, plan, merged = reduced_by(SkipConfig(retained=3, skipped=2, merge=method))
     assert torch.equal(plan.mass.sum(dim=1), batch.mask.sum(dim=1))

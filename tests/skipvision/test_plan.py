@@ -10,9 +10,13 @@ from skipvision.images import Images
 from skipvision.planning import make_plan
 from skipvision.select import VisualTokens
 from tests.skipvision import naive
-from tests.skipvision.cases import CONFIGS, always_new, same_every_time
+from tests.skipvision.cases import BY_THE_MODEL, CONFIGS, always_new, same_every_time
 
-NEEDS_NO_MODEL = {name: config for name, config in CONFIGS.items() if config.select != "ffn_ratio"}
+NEEDS_NO_MODEL = {
+    name: config
+    for name, config in CONFIGS.items()
+    if config.select not in BY_THE_MODEL and config.merge != "grid"  # images here are not squares
+}
 
 
 class Batch:

@@ -52,8 +52,18 @@ DEFAULTS = {
     "seed": 0,
 }
 CHOICES = {
-    "select": ["similarity", "ffn_ratio", "diversity", "norm", "views", "uniform", "random"],
-    "merge": ["similarity", "pool", "drop"],
+    "select": [
+        "similarity",
+        "ffn_ratio",
+        "diversity",
+        "norm",
+        "views",
+        "uniform",
+        "random",
+        "attention",
+        "vision_attention",
+    ],
+    "merge": ["similarity", "pool", "drop", "tome", "grid"],
     "positions": ["original", "contiguous"],
     "layout": ["raster", "grouped"],
 }
@@ -73,7 +83,7 @@ def test_the_configs_fields_and_defaults():
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in CHOICES for value in CHOICES[name]])
 def test_every_promised_choice(name, value):
-    assert getattr(SkipConfig(**{name: value}), name) == value
+    assert getattr(SkipConfig(**{"retained": 0, name: value}), name) == value
 
 
 def test_full_is_the_identity():

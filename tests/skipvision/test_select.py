@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from skipvision import SkipConfig
+from skipvision.attention import Attended
 from skipvision.probe import ffn_ratio
 from skipvision.select import CRITERIA, VisualTokens, top
 from skipvision.testing import tiny_inputs, tiny_llava
@@ -156,6 +157,33 @@ def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
         # Rotary embeddings are float32 in Hugging Face models, and padding shifts positions.
         torch.testing.assert_close(real, expected, rtol=1e-5, atol=1e-6)
     assert not got.requires_grad
+
+
+@pytest.mark.parametrize("how", ["plain", "softcap", "window", "boolean mask", "added mask"])
+def test_attention_received_is_the_mean_of_rows_of_weights(how):
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 4, 6, 3, generator=generator, dtype=torch.float64)
+    key = torch.randn(2, 2, 6, 3, generator=generator, dtype=torch.float64)
+    sees = torch.ones(6, 6, dtype=torch.bool).tril()
+    options, mask = {"scaling": 0.5}, None
+    compared = 0.5 * torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(2, dim=1))
+    if how == "softcap":
+        options["softcap"] = 0.3
+        compared = 0.3 * (compared / 0.3).tanh()
+    elif how == "window":
+        options["sliding_window"] = 2
+        sees = sees & ~torch.ones(6, 6, dtype=torch.bool).tril(-2)
+    elif how != "plain":
+        mask = torch.rand(2, 1, 6, 6, generator=generator) < 0.7
+        mask = mask | torch.eye(6, dtype=torch.bool)
+        compared = compared.masked_fill(~mask, -torch.inf)
+        if how == "added mask":
+            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    weights = compared.masked_fill(~sees, -torch.inf).softmax(dim=3)
+    for row, place in ((0, 5), (1, 3)):
+        queries = torch.tensor([[5], [3]])
+        got = Attended(query, key, mask, options).received(queries, torch.arange(6) <= queries)
+        close(got[row], weights[row, :, place].mean(dim=0))
 
 
 def test_ffn_ratio_in_training_is_not_what_dropout_does():

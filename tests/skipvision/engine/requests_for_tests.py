@@ -27,6 +27,9 @@ CONFIGS = {
     "grouped": SkipConfig(retained=4, skipped=6, layout="grouped", select="diversity"),
     "cached": SkipConfig(retained=4, skipped=6, skip_kv=False),
     "ffn-ratio": SkipConfig(retained=4, skipped=6, select="ffn_ratio"),
+    "attention": SkipConfig(retained=4, skipped=0, merge="drop", select="attention", probe_layer=1),
+    "vision-attention": SkipConfig(retained=4, skipped=6, select="vision_attention", merge="tome"),
+    "grid": SkipConfig(retained=0, skipped=6, merge="grid", skip_ffn=False, skip_kv=False),
     "pooled": SkipConfig(retained=4, skipped=6, merge="pool"),
     "everything": SkipConfig(retained=16, skipped=0),
 }

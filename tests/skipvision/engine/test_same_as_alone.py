@@ -33,7 +33,24 @@ def test_every_config(name, prefix_cache_bytes):
         assert sorted(c.key for c in completions) == sorted(r.key for r in asked)
         for completion in completions:
             assert ids_of(completion) == alone(*completion.key[:3])
-        assert bool(engine.statistics().prefix_hits) == bool(prefix_cache_bytes)
+        # What the question's last token attends to is of no use to the next question.
+        shared = prefix_cache_bytes and CONFIGS[name].select != "attention"
+        assert bool(engine.statistics().prefix_hits) == bool(shared)
+
+
+def test_another_question_about_the_same_image_pays_attention_to_other_places():
+    model, first = words(), request(0).inputs
+    said, asked = {}, []
+    for last in range(6, 18):
+        ids = torch.cat([first["input_ids"][:, :-1], torch.tensor([[last]])], dim=1)
+        asked.append(
+            Request(inputs={**first, "input_ids": ids}, sampling=Sampling(max_new_tokens=8), key=last)
+        )
+        with attach(model, CONFIGS["attention"]):
+            written = model.generate(**asked[-1].inputs, max_new_tokens=8, do_sample=False)
+        said[last] = tuple(written[0, ids.shape[1] :].tolist())
+    with Engine(model, None, CONFIGS["attention"], prefix_cache_bytes=2**24) as engine:
+        assert {one.key: ids_of(one) for one in engine.run(asked)} == said
 
 
 def test_every_config_at_once():

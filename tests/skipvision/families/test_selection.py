@@ -95,6 +95,28 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
     assert torch.equal(found, visual)
 
 
+@combinations(turn=1, dtypes=["float32"])
+def test_the_last_words_attention_is_what_eager_attention_says(family, attention, dtype):
+    model, config = (
+        model_of(family, attention, dtype),
+        SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=1),
+    )
+    batch = tiny_batch(model, ROWS)
+    plan, eager, weights = plan_of(model, batch, config), model_of(family, "eager", dtype), []
+    handle = (
+        dissect(eager)
+        .layers[1]
+        .attention.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    )
+    with torch.no_grad():
+        eager(**batch)
+    handle.remove()
+    score = weights[0].mean(dim=1)[:, -1]
+    for row, own, retained, _ in images_of(plan):
+        others = [position for position in own if position not in retained]
+        assert score[row, retained].min() >= score[row, others].max() - 1e-6
+
+
 @combinations(turn=1)
 def test_each_image_has_its_own_summaries_behind_it(family, attention, dtype):
     model = model_of(family, attention, dtype)

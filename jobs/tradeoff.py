@@ -1,0 +1,19 @@
+"""What accuracy costs: baselines at equal FLOPs and a grid of Skip-Vision, as a table and curves."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
+
+from pipelines.config import load_config, run_job
+from pipelines.tradeoff import run_tradeoff
+from pipelines.tradeoff_config import TradeoffConfig
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    """Score, time and report."""
+    return run_tradeoff(load_config(TradeoffConfig, argv, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_job(main, sys.argv[1:])

@@ -1,0 +1,186 @@
+"""What accuracy costs: points scored as parallel Ray tasks, then one table and two pictures.
+
+Each finished point is a pair of files that its model, rows and settings name, so a job that was killed goes
+on where it was, and one with more points scores only these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import skipvision as sv
+from pipelines.cluster import ray_session
+from pipelines.compare import read_rows
+from pipelines.evaluate import OVERALL, pick_rows
+from pipelines.items import Item, read_items, write_items
+from pipelines.paths import input_path, model_path, output_path
+from pipelines.rows import TrainingRow
+from pipelines.statistics import Paired, paired
+from pipelines.tradeoff_config import TradeoffConfig
+from pipelines.tradeoff_points import (
+    FULL,
+    Point,
+    first_token_seconds,
+    model_config,
+    points,
+    score,
+    text_tokens,
+)
+from pipelines.tradeoff_report import write_report
+from skipvision.baselines import language_share
+
+
+@dataclass(frozen=True)
+class Found:
+    """One point as it turned out.
+
+    Attributes:
+        point: what it is.
+        language_flops: predicted prefill FLOPs, vision tower left out, ÷ full tokens.
+        prefill_flops: the same with the tower.
+        kv_bytes: predicted bytes of KV cache after prefill ÷ full tokens.
+        latency: median seconds to the first token ÷ full tokens; None if not measured.
+        accuracy: share of exact answers, by task and overall.
+        gap: against full tokens, by task and overall.
+    """
+
+    point: Point
+    language_flops: float
+    prefill_flops: float
+    kv_bytes: float
+    latency: float | None
+    accuracy: dict[str, float]
+    gap: dict[str, Paired]
+
+
+def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
+    """Score what is not scored yet, time all points, write table and pictures.
+
+    Raises:
+        ConfigError: a model, adapter or file of rows that is not there.
+        AdapterError: a folder that is no adapter, or one of another model.
+    """
+    config = _located(config)
+    folder = output_path(config.storage, "storage") / config.name
+    rows = pick_rows(read_rows(config.test), config.rows)
+    geometry, text = model_config(config.model), text_tokens(config.model, rows)
+    todo = list(points(config, geometry, text))
+    asked = _asked(config, rows)
+    files = {point: folder / "points" / f"{point.digest(asked)}.parquet" for point in todo}
+    with ray_session():
+        _score_missing(files, config, rows)
+        seconds = _timed(todo, config, rows)
+    items = {point: read_items(file) for point, file in files.items()}
+    found = [_found(point, items, config, geometry, text, seconds) for point in todo]
+    written = write_report(found, folder, rows=len(rows), text_tokens=text)
+    if config.report is not None:
+        write_report(found, output_path(config.report, "report"), rows=len(rows), text_tokens=text)
+    return {
+        "points": len(found),
+        "rows": len(rows),
+        "found": [{**asdict(one.point), "accuracy": one.accuracy[OVERALL]} for one in found],
+        **written,
+    }
+
+
+def _located(config: TradeoffConfig) -> TradeoffConfig:
+    """The same with absolute paths, as tasks in other processes need them."""
+    adapters = {
+        label: adapter
+        if adapter.path is None
+        else adapter.model_copy(update={"path": input_path(adapter.path, f"adapters.{label}.path")})
+        for label, adapter in config.adapters.items()
+    }
+    model = config.model.model_copy(update={"path": model_path(config.model.path, "model.path")})
+    test = input_path(config.test, "test")
+    return config.model_copy(update={"adapters": adapters, "model": model, "test": test})
+
+
+def _asked(config: TradeoffConfig, rows: Sequence[TrainingRow]) -> str:
+    """Names model and questions."""
+    questions = [[row.key, *(message.text for message in row.messages)] for row in rows]
+    named = [config.model.model_dump(), config.max_new_tokens, questions]
+    return sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _score_missing(files: dict[Point, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> None:
+    missing = {file: point for point, file in files.items() if not file.exists()}
+    print(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …", flush=True)
+    # A point may stand under two names; its answers are the same.
+    tasks = [(score, (point, config, rows)) for point in missing.values()]
+    for number, items in _in_parallel(tasks, config.cpus_per_task):
+        file, point = list(missing.items())[number]
+        write_items(file, items)
+        share = sum(item.score for item in items) / len(items)
+        print(f"{point.adapter}, {_named(point)}: exact match {share:.3f}", flush=True)
+
+
+def _timed(todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> dict[Point, float]:
+    """Each adapter's points one after the other, with nothing of ours beside them."""
+    seconds: dict[Point, float] = {}
+    for label in config.adapters if config.latency_rounds else ():
+        own = [point for point in todo if point.adapter == label]
+        [(_, measured)] = _in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
+        seconds |= dict(zip(own, measured, strict=True))
+    return seconds
+
+
+def _in_parallel(tasks: Sequence[tuple[Any, tuple[Any, ...]]], cpus: float) -> Any:
+    """(number, result) of each task as it ends; an error of ours in one of them is raised here."""
+    import ray
+
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}}
+    refs = {
+        ray.remote(function).options(num_cpus=cpus, runtime_env=threads).remote(*arguments): number
+        for number, (function, arguments) in enumerate(tasks)
+    }
+    waiting = list(refs)
+    while waiting:
+        [done], waiting = ray.wait(waiting, num_returns=1)
+        try:
+            result = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, sv.SkipVisionError):  # not Ray's words around it
+                raise error.cause from None
+            raise
+        yield refs[done], result
+
+
+def _found(
+    point: Point,
+    items: dict[Point, list[Item]],
+    config: TradeoffConfig,
+    geometry: Any,
+    text: int,
+    seconds: dict[Point, float],
+) -> Found:
+    cost = sv.predict_cost(geometry, point.skip, text_tokens=text)
+    label = config.adapters[point.adapter].reference or point.adapter
+    reference = next(one for one in items if one.adapter == label and one.method == FULL)
+    whole = next(one for one in items if one.adapter == point.adapter and one.method == FULL)
+    tasks = [*sorted({item.category for item in items[point]} - {""}), OVERALL]
+    gaps = {}
+    for task in tasks:
+        sides = (
+            [item for item in items[side] if task in (OVERALL, item.category)] for side in (reference, point)
+        )
+        gaps[task] = paired(*sides)
+    return Found(
+        point,
+        language_share(cost),
+        cost.ratio_to_full.prefill_flops,
+        cost.ratio_to_full.kv_bytes,
+        seconds[point] / seconds[whole] if seconds else None,
+        {task: gap.other for task, gap in gaps.items()},
+        gaps,
+    )
+
+
+def _named(point: Point) -> str:
+    skip = point.skip
+    return FULL if skip is None else f"{point.method} {skip.retained} + {skip.skipped}"

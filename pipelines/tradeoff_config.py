@@ -1,0 +1,87 @@
+"""Everything a trade-off job can be told."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipelines.finetune_config import ModelSection
+from skipvision.baselines import BASELINES
+from skipvision.config import SkipConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AdapterSection(_Section):
+    """One way the base model was tuned."""
+
+    path: str | None = Field(None, description="folder of the adapter; null = the base model as it came")
+    skip: SkipConfig | None = Field(
+        None,
+        description="what Skip-Vision is here; null = as the adapter was trained, or the defaults. Where "
+        "points have other sizes, its retained and skipped keep their ratio",
+    )
+    reference: str | None = Field(
+        None, description="adapter under which full tokens are what this one is compared with; null = itself"
+    )
+
+
+class GridSection(_Section):
+    """Skip-Vision with each of these retained and each of these skipped tokens, under every adapter."""
+
+    retained: tuple[int, ...] = Field((16, 32, 64, 128), description="numbers of retained tokens")
+    skipped: tuple[int, ...] = Field((0, 32, 64), description="numbers of skipped tokens")
+
+
+class TradeoffConfig(_Section):
+    """What accuracy costs: baselines at equal FLOPs, and a grid of Skip-Vision, on one base model."""
+
+    name: str = Field("tradeoff", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the job's folder")
+    storage: str = Field("runs", description="folder for all runs; points that are finished in it are kept")
+    model: ModelSection
+    adapters: dict[str, AdapterSection] = Field(
+        {"untuned": AdapterSection()}, min_length=1, description="under these labels"
+    )
+    test: str = Field(
+        "data/shapes/test.json", description="rows that are asked: LLaVA JSON, JSONL or parquet"
+    )
+    rows: int = Field(300, ge=1, description="rows asked at most, the tasks in equal shares")
+    batch_size: int = Field(50, ge=1, description="rows per forward pass")
+    max_new_tokens: int = Field(96, ge=1, description="tokens of an answer, at most")
+    methods: tuple[str, ...] = Field(tuple(BASELINES), description="of skipvision.baselines")
+    fractions: tuple[float, ...] = Field(
+        (0.25, 0.5), description="shares of the full prefill FLOPs, without the vision tower, to spend"
+    )
+    grid: GridSection = GridSection()
+    latency_rounds: int = Field(
+        9, ge=0, description="times that the first token is waited for at each point; 0 = not measured"
+    )
+    cpus_per_task: float = Field(1, gt=0, description="CPUs of a Ray task, each of which scores one point")
+    report: str | None = Field(None, description="folder that also gets the table and the pictures")
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in value if name not in BASELINES]:
+            raise ValueError(f"no {', '.join(unknown)}; there are {', '.join(BASELINES)}")
+        return value
+
+    @field_validator("fractions")
+    @classmethod
+    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if wrong := [share for share in value if not 0 < share <= 1]:
+            raise ValueError(f"{wrong}: shares are above 0 and at most 1")
+        return value
+
+    @model_validator(mode="after")
+    def _references(self) -> Self:
+        for label, adapter in self.adapters.items():
+            if adapter.reference is not None and adapter.reference not in self.adapters:
+                raise ValueError(
+                    f"adapters.{label}.reference: no adapter {adapter.reference!r}; there are "
+                    f"{', '.join(self.adapters)}"
+                )
+        return self

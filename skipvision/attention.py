@@ -1,0 +1,134 @@
+"""Attention that tokens receive in one layer, from the queries and keys of that layer itself.
+
+They are taken where transformers hands them to its attention function, behind projections, norms and
+rotations. So a layer is read in the same way whatever its family and its attention implementation are, and
+only the rows of weights that are asked for are ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from skipvision.errors import UnsupportedModelError
+
+_READING = "skip_vision_reading"
+"""Name under which transformers finds, in place of an attention function, the one that reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """What one call of an attention module compares.
+
+    Attributes:
+        query: (B, heads, Q, d).
+        key: (B, groups, K, d); a group is shared by heads / groups query heads.
+        mask: (B or 1, heads or 1, Q, K) booleans or addends; None where it says nothing of single queries.
+        options: what else the attention function is given; "scaling" (d^-½ by default), "softcap", and
+            "sliding_window", the tokens up to the query's own that it sees.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    options: dict[str, Any]
+
+    @torch.no_grad()
+    def received(self, queries: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, K) attention that each key gets, in at least float32: the mean over heads and queries.
+
+        Args:
+            queries: (B, n) places of the queries whose attention counts.
+            seen: (B, K) keys that these may see at most, beside what the mask says.
+        """
+        rows, heads, _, width = self.query.shape
+        groups, n = self.key.shape[1], queries.shape[1]
+        asking = self._at(self.query, queries).reshape(rows, groups, -1, width)
+        compared = (asking @ self.key.transpose(2, 3)).reshape(rows, heads, n, -1)
+        compared = compared.to(torch.promote_types(compared.dtype, torch.float32))
+        compared = compared * (self.options.get("scaling") or width**-0.5)
+        if softcap := self.options.get("softcap"):
+            compared = softcap * (compared / softcap).tanh()
+        if window := self.options.get("sliding_window"):
+            near = torch.arange(compared.shape[3], device=queries.device) > queries[..., None] - window
+            compared = compared.masked_fill(~near[:, None], -torch.inf)
+        if seen is not None:
+            compared = compared.masked_fill(~seen[:, None, None], -torch.inf)
+        if self.mask is not None:
+            mask = self._at(self.mask.expand(rows, -1, -1, -1), queries)
+            compared = (
+                compared.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else compared + mask
+            )
+        return compared.softmax(dim=3).mean(dim=(1, 2))
+
+    @staticmethod
+    def _at(values: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """(B, h, Q, x) → (B, h, n, x)."""
+        index = queries[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3])
+        return values.gather(2, index)
+
+
+@torch.no_grad()
+def read(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attended:
+    """What an attention module, called with these arguments, would compare; the module does not go on.
+
+    Raises:
+        UnsupportedModelError: the module does not hand queries and keys to transformers' attention function.
+    """
+    with _read_by(attention):
+        try:
+            attention.forward(*args, **kwargs)
+        except _Read as found:
+            return found.attended
+    raise _unreadable(attention)
+
+
+def check_readable(attention: nn.Module) -> None:
+    """Raise the `UnsupportedModelError` that `read` would, as far as it can be known without a call."""
+    if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
+        raise _unreadable(attention)
+
+
+def _unreadable(attention: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(attention).__name__} does not hand queries and keys to transformers' attention function: "
+        "what its tokens attend to cannot be read. Choose another select",
+        "attention that cannot be read",
+    )
+
+
+class _Read(Exception):
+    """Ends an attention module's call: what comes behind queries and keys is not asked for."""
+
+    def __init__(self, attended: Attended) -> None:
+        super().__init__()
+        self.attended = attended
+
+
+def _raise_read(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: Any, attention_mask: Any, **options: Any
+) -> None:
+    per_query = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+    raise _Read(Attended(query, key, attention_mask if per_query else None, options))
+
+
+@contextmanager
+def _read_by(attention: nn.Module) -> Iterator[None]:
+    """The module's own view of its config names the function that reads; nobody else's does."""
+    check_readable(attention)
+    AttentionInterface.register(_READING, _raise_read)
+    own: Any = attention.config
+    reading = copy(own)
+    reading._attn_implementation_internal = _READING
+    attention.config = reading
+    try:
+        yield
+    finally:
+        attention.config = own

@@ -1,0 +1,114 @@
+"""The trade-off job on a tiny model: every point scored once, timed, reported; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForImageTextToText
+
+import skipvision as sv
+from pipelines.geometries import PUBLISHED, llava_with
+from pipelines.items import read_items
+from pipelines.tradeoff import run_tradeoff
+from pipelines.tradeoff_config import TradeoffConfig
+from skipvision.errors import AdapterError, ConfigError
+
+SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    sv.attach(model, SKIP)
+    return sv.save_adapter(model, tmp_path_factory.mktemp("tuned") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: Any) -> dict[str, Any]:
+    return {
+        "storage": str(tmp_path_factory.mktemp("runs")),
+        "model": {"path": str(tiny_model)},
+        "adapters": {"untuned": {}, "tuned": {"path": str(adapter), "reference": "untuned"}},
+        "test": str(shapes_data / "test.json"),
+        "methods": ["random", "visionzip", "fastv", "skip-vision"],
+        "fractions": [0.1, 0.6],
+        "grid": {"retained": [2, 4], "skipped": [0, 3]},
+        "max_new_tokens": 2,
+        "latency_rounds": 1,
+    }
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
+    result = run_tradeoff(TradeoffConfig(**given, report=str(tmp_path)))
+    said = capsys.readouterr().out
+    # Of each adapter: full tokens, a grid of four, methods at one share of two; and one as it was tuned.
+    assert result["points"] == 2 * (1 + 4 + 4) + 1
+    assert said.count("10.0% cannot be had with this model") == 8
+    assert "19 points, 19 to be scored on 6 rows each" in said
+    numbers = {
+        (one["point"]["adapter"], one["point"]["method"], json.dumps(one["point"]["skip"])): one
+        for one in json.loads(Path(result["numbers"]).read_text())
+    }
+    assert len(numbers) == 19
+    for (label, method, _), one in numbers.items():
+        assert one["latency"] > 0
+        assert one["gap"]["overall"]["items"] == 6
+        if method == "full":
+            assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
+            assert label == "tuned" or one["gap"]["overall"]["difference"] == 0
+        elif "grid" not in method and method != "as tuned":
+            assert 0.4 < one["language_flops"] <= 0.6
+    tuned = next(one for (_, method, _), one in numbers.items() if method == "as tuned")["point"]["skip"]
+    assert (tuned["retained"], tuned["skipped"], tuned["select"]) == (4, 4, "norm")
+    table = Path(result["table"]).read_text()
+    assert table.count("| as tuned | 4 + 4 |") == 1
+    for name in ("picture", "published"):
+        assert Path(result[name]).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / Path(result[name]).name).exists()
+    assert (tmp_path / "tradeoff_table.md").read_text() == table
+
+    files = sorted((Path(given["storage"]) / "tradeoff/points").iterdir())
+    assert len(read_items(files[0])) == 6
+    files[0].unlink()
+    again = run_tradeoff(TradeoffConfig(**given))
+    assert "19 points, 1 to be scored" in capsys.readouterr().out
+    assert again["found"] == result["found"]
+    assert sorted((Path(given["storage"]) / "tradeoff/points").iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"methods": ["fast"]}, ValidationError, "no fast; there are random, uniform"),
+        ({"fractions": [0.5, 25]}, ValidationError, r"\[25.0\]: shares are above 0"),
+        ({"adapters": {"a": {"reference": "b"}}}, ValidationError, "adapters.a.reference: no adapter 'b'"),
+        ({"adapters": {}}, ValidationError, "at least 1"),
+        ({"test": "nowhere.json"}, ConfigError, "test = nowhere.json"),
+        ({"adapters": {"a": {"path": "models"}}}, AdapterError, "models is not a Skip-Vision adapter"),
+        ({"model": {"path": "models/nothing"}}, ConfigError, "model.path = models/nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_asked(given, changes, error, says):
+    with pytest.raises(error, match=says):
+        run_tradeoff(TradeoffConfig(**{**given, **changes}))
+
+
+def test_published_flops_are_near_the_predicted():
+    for point in PUBLISHED:
+        skip = sv.SkipConfig(retained=point.retained, skipped=point.skipped)
+        cost = sv.predict_cost(llava_with(point.decoder), skip, text_tokens=16, visual_tokens=point.tokens)
+        assert cost.full is not None
+        assert cost.full.sequence == point.tokens + 16
+        if point.flops is not None:
+            assert cost.ratio_to_full.prefill_flops == pytest.approx(point.flops, abs=0.04)
