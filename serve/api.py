@@ -31,9 +31,11 @@ from serve.grammar import ANY_OBJECT
 from serve.keys import KeyRing
 from serve.media import MediaFetcher
 from serve.middleware import Around
+from serve.page import page_routes
 from serve.problems import Problem, overloaded, problem_of
 from serve.replica import Served, Work
 from serve.schemas import ChatRequest, ImagePart, TextPart
+from skipvision.analysis import patches_of
 from skipvision.engine import BASE, Chunk, Completion, Sampling, prepare
 from skipvision.engine import Request as EngineRequest
 from skipvision.errors import SkipVisionError
@@ -74,7 +76,8 @@ class Ingress:
         self._config, self._engines = config, engines
         self._targets = {name: Target(*where) for name, where in config.served().items()}
         self._processors: list[Any] = [load_processor(model.path) for model in config.models]
-        texts = [AutoConfig.from_pretrained(model.path).get_text_config() for model in config.models]
+        self._models = [AutoConfig.from_pretrained(model.path) for model in config.models]
+        texts = [model.get_text_config() for model in self._models]
         self._positions = [getattr(text, "max_position_embeddings", None) or 2**31 for text in texts]
         self._began = int(time.time())
         self._media = MediaFetcher(config.media)
@@ -97,6 +100,28 @@ class Ingress:
             told = self._told(answer, first, chunks, body, while_answering.pop_all())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(told, media_type="text/event-stream", headers=headers)
+
+    async def overlay(self, body: ChatRequest, http: Request) -> dict[str, Any]:
+        """What becomes of the patches of each of the messages' images."""
+        async with self._admitted(http):
+            target = self._target(body.model)
+            request = await self._request(body, target)
+            if not request.images:
+                raise Problem(400, "no image: an overlay is of the images in messages", param="messages")
+            bare = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
+            plan = await self._asked("plan", bare, target)
+            overlays = patches_of(
+                plan,
+                request.inputs or {},
+                [image.size for image in request.images],
+                self._processors[target.number],
+                self._models[target.number],
+            )
+            return {
+                "object": "list",
+                "model": body.model,
+                "data": [{"object": "overlay", **overlay.as_json()} for overlay in overlays],
+            }
 
     async def models(self, http: Request) -> dict[str, Any]:
         """Models and adapters that requests can name."""
@@ -145,10 +170,17 @@ class Ingress:
         return target
 
     async def _work(self, body: ChatRequest, target: Target) -> Work:
-        """Everything that needs no engine: what is asked for, images fetched, templates filled in."""
-        limits = self._config.limits
+        """Everything that needs no engine: what is asked for, and how its answer is written."""
         _refuse_unsupported(body)
         schema = _schema(body)
+        request = await self._request(body, target)
+        prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
+        sampling = _sampling(body, self._config.limits.max_new_tokens, self._positions[target.number] - prompt)
+        return Work(replace(request, prompt="", images=(), sampling=sampling), schema)
+
+    async def _request(self, body: ChatRequest, target: Target) -> EngineRequest:
+        """What is asked about: images fetched, templates filled in."""
+        limits = self._config.limits
         messages, urls = _conversation(body)
         if len(urls) > limits.images:
             raise Problem(
@@ -162,10 +194,7 @@ class Ingress:
             adapter=target.adapter,
             deadline=limits.request_seconds,
         )
-        request = await asyncio.to_thread(prepare, self._processors[target.number], request)
-        prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
-        sampling = _sampling(body, limits.max_new_tokens, self._positions[target.number] - prompt)
-        return Work(replace(request, prompt="", images=(), sampling=sampling), schema)
+        return await asyncio.to_thread(prepare, self._processors[target.number], request)
 
     def _skip(self, target: Target) -> sv.SkipConfig | None:
         """The SkipConfig that the settings give the base model."""
@@ -184,12 +213,19 @@ class Ingress:
     # ------------------------------------------------------------------------------ from work to words
 
     async def _completion(self, work: Work, target: Target) -> Completion:
-        """The whole answer, from another engine if one dies over it."""
-        engine = self._engines[target.number]
+        """The whole answer."""
+        found: Completion = await self._asked("answer", work, target)
+        if found.error is not None:
+            raise found.error
+        return found
+
+    async def _asked(self, method: str, argument: Any, target: Target) -> Any:
+        """What an engine says; another one is asked if it dies over it."""
+        ask = getattr(self._engines[target.number], method).remote
         for last in (*[False] * (_TRIES - 1), True):
             try:
                 async with self._in_time():
-                    found: Completion | SkipVisionError = await engine.answer.remote(work)
+                    found = await ask(argument)
                 break
             except BackPressureError as error:
                 raise self._overloaded() from error
@@ -198,8 +234,6 @@ class Ingress:
                     raise _no_engine() from error
         if isinstance(found, SkipVisionError):
             raise found
-        if found.error is not None:
-            raise found.error
         return found
 
     async def _chunks(self, work: Work, target: Target) -> AsyncIterator[Chunk]:
@@ -391,6 +425,11 @@ def http_app(config: ServeConfig) -> FastAPI:
         """Write an answer to messages with images."""
         return await _here().chat(body, http)
 
+    @app.post("/v1/overlay")
+    async def overlay(body: ChatRequest, http: Request) -> dict[str, Any]:
+        """Which patches of the messages' images are retained, skipped, merged or dropped; answers nothing."""
+        return await _here().overlay(body, http)
+
     @app.get("/v1/models")
     async def models(http: Request) -> dict[str, Any]:
         """Models and adapters that requests can name."""
@@ -410,6 +449,8 @@ def http_app(config: ServeConfig) -> FastAPI:
     async def metrics() -> Response:
         """Prometheus metrics of engines and HTTP replicas, of all nodes."""
         return Response(await exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.include_router(page_routes())
 
     async def failed(http: Request, error: Exception) -> JSONResponse:
         return _reported(error).response()

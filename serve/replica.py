@@ -24,6 +24,7 @@ from serve.grammar import Grammars
 from skipvision import SkipConfig, load_adapter, read_adapter
 from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
 from skipvision.errors import SkipVisionError
+from skipvision.plan import TokenPlan
 
 logger = logging.getLogger("ray.serve")
 
@@ -74,6 +75,7 @@ class EngineReplica:
         self._engine = EngineThread(self._make)
         self._engine.wait_until_ready()
         self._gauges = _Gauges(section.served_name)
+        self._planning = asyncio.Lock()
         tasks = [self._watch_adapters(poll_seconds)] if self._from_registry() else []
         self._tasks = [asyncio.get_event_loop().create_task(task) for task in (*tasks, self._report())]
 
@@ -88,9 +90,7 @@ class EngineReplica:
         try:
             if work.schema is not None:
                 request = replace(request, adjust=self._grammars.adjuster(work.schema))
-            name = request.adapter
-            request = replace(request, adapter=BASE if name is None else self._names.get(name, name))
-            async for chunk in stream(self._engine, request):
+            async for chunk in stream(self._engine, self._named(request)):
                 done = chunk.completion
                 if done is None:
                     yield chunk
@@ -109,6 +109,16 @@ class EngineReplica:
             if item.completion is not None:
                 return item.completion
         raise RuntimeError("the engine ended a request without completing it")
+
+    async def plan(self, request: Request) -> TokenPlan | SkipVisionError:
+        """What would become of the tokens of a prepared request; or why that cannot be said."""
+        request = self._named(request)
+        # One after the other: answers that are being written wait for one of them at a time.
+        async with self._planning:
+            try:
+                return await ask(self._engine, lambda engine: engine.plan(request))
+            except SkipVisionError as error:
+                return error
 
     async def served(self) -> Served:
         """What can be asked for."""
@@ -153,6 +163,11 @@ class EngineReplica:
             engine.add_adapter(self._inner(name), folder)
         self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
         return engine
+
+    def _named(self, request: Request) -> Request:
+        """The request with the engine's name for its adapter."""
+        name = request.adapter
+        return replace(request, adapter=BASE if name is None else self._names.get(name, name))
 
     def _inner(self, name: str) -> str:
         """The engine's name for the version of an adapter that is served now."""

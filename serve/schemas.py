@@ -91,8 +91,8 @@ class ChatRequest(_Strict):
     presence_penalty: float = Field(0.0, description="only 0 is supported")
     logit_bias: dict[str, float] | None = Field(None, description="not supported")
     tools: list[Any] | None = Field(None, description="not supported")
-    skip: SkipConfig | None = Field(
-        None, description="SkipConfig of this request, in place of the deployment's"
+    skip: SkipConfig | Literal["full"] | None = Field(
+        None, description="SkipConfig of this request, in place of the deployment's; \"full\" skips nothing"
     )
     repetition_penalty: float = Field(1.0, gt=0, description="not OpenAI's; divides logits of seen tokens")
     top_k: int = Field(0, ge=0, description="not OpenAI's; 0 = all tokens")
