@@ -1,4 +1,4 @@
-"""The library's command line: ``python -m skipvision families``."""
+"""The library's command line: ``python -m skipvision families`` and ``python -m skipvision overlay``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from difflib import get_close_matches
 
 import transformers
 
+from skipvision.analysis import overlay_command
+from skipvision.errors import SkipVisionError
 from skipvision.survey import EVERY, count, lines, markdown, survey
 
 
@@ -28,7 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     form = families.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a list of objects")
     form.add_argument("--markdown", action="store_true", help="print the tables of docs/families.md")
+    overlay = commands.add_parser(
+        "overlay",
+        help="draw which patches of an image are retained, skipped, merged and dropped",
+        description="Run an image through a model with Skip-Vision, and draw what became of its patches: "
+        "those that were merged have the colour of the one they went into, and a line to it.",
+    )
+    overlay_command.add_options(overlay)
     options = parser.parse_args(arguments)
+    if options.command == "overlay":
+        _overlay(overlay, options)
+        return
     unknown = [name for name in options.names if name not in EVERY]
     if unknown:
         families.error("; ".join(map(_no_such_family, unknown)))
@@ -39,6 +51,15 @@ def _no_such_family(name: str) -> str:
     close = get_close_matches(name, EVERY)
     near = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(EVERY)}"
     return f"no family {name!r} in transformers {transformers.__version__}: {near}"
+
+
+def _overlay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        overlay_command.run(options)
+    except SkipVisionError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")  # how to call it is not what was wrong
 
 
 def _families(names: Sequence[str], as_json: bool, as_markdown: bool) -> None:

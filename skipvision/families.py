@@ -36,6 +36,7 @@ class Family:
         whole_prompt: what stands around images depends on them, so a prompt cannot be read in two parts: text
             before an image attends to what is behind it, or marks behind an image become features of it.
         one_by_one: its inputs point into each other, so those of several prompts cannot be put together.
+        geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = not known.
     """
 
     tiles: bool = False
@@ -43,17 +44,27 @@ class Family:
     base_view: Literal["first", "last"] | None = None
     whole_prompt: bool = False
     one_by_one: bool = False
+    geometry: Geometry | None = None
 
+
+Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
 
 FAMILIES: dict[str, Family] = {
-    "llava_next": Family(base_view="first"),
+    "llava": Family(geometry="square"),
+    "vipllava": Family(geometry="square"),
+    "gemma3": Family(geometry="square"),
+    "qwen2_vl": Family(geometry="grid"),
+    "qwen2_5_vl": Family(geometry="grid"),
+    "qwen3_vl": Family(geometry="grid"),
+    "qwen3_vl_moe": Family(geometry="grid"),
+    "llava_next": Family(base_view="first", geometry="any_resolution"),
     "llava_onevision": Family(base_view="first"),
-    "llava_next_video": Family(base_view="first"),
-    "internvl": Family(tiles=True, base_view="last"),
+    "llava_next_video": Family(base_view="first", geometry="any_resolution"),
+    "internvl": Family(tiles=True, base_view="last", geometry="canvas"),
     "qianfan_ocr": Family(tiles=True, base_view="last"),
     "idefics2": Family(rows=True),
-    "idefics3": Family(rows=True),
-    "smolvlm": Family(rows=True),
+    "idefics3": Family(rows=True, geometry="tiles"),
+    "smolvlm": Family(rows=True, geometry="tiles"),
     "paligemma": Family(whole_prompt=True),
     "ovis2": Family(whole_prompt=True),
     "molmo2": Family(one_by_one=True),

@@ -33,9 +33,9 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[s
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with _random_numbers_kept(module):
-            seen.append(_hidden(module.forward(*args, **kwargs)))
-        with _silenced(mlp):
-            seen.append(_hidden(module.forward(*args, **kwargs)))
+            seen.append(hidden_of(module.forward(*args, **kwargs)))
+        with silenced(mlp):
+            seen.append(hidden_of(module.forward(*args, **kwargs)))
         raise _Enough
 
     alone = {"past_key_values": None, "use_cache": False, "output_hidden_states": False}
@@ -51,7 +51,8 @@ def ffn_ratio(decoder: nn.Module, layer: nn.Module, mlp: nn.Module, call: dict[s
     return (changed - unchanged).norm(dim=-1) / length
 
 
-def _hidden(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+def hidden_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The hidden states in what a layer or a feed-forward network returns."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
@@ -63,7 +64,7 @@ def _random_numbers_kept(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _silenced(mlp: nn.Module) -> Iterator[None]:
+def silenced(mlp: nn.Module) -> Iterator[None]:
     """Only the first token of each row enters, and nothing is added to any."""
     shapes: list[torch.Size] = []
 
@@ -75,7 +76,7 @@ def _silenced(mlp: nn.Module) -> Iterator[None]:
         )
 
     def nothing(mlp: nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
-        nil = _hidden(output).new_zeros(shapes[0])
+        nil = hidden_of(output).new_zeros(shapes[0])
         return nil if isinstance(output, torch.Tensor) else (nil, *output[1:])
 
     handles = [mlp.register_forward_pre_hook(shorten), mlp.register_forward_hook(nothing)]

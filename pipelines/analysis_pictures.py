@@ -1,0 +1,99 @@
+"""Pictures of FFN ratios, and of errors and their bounds, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_KINDS = {"visual": "#e07b26", "text": "#5b6b7f"}
+_ERRORS = {
+    "worst": ("bound from spectral norms", "#9aa5b1", "--"),
+    "local": ("bound from Jacobians, to first order", "#5b6b7f", "-."),
+    "measured": ("measured", "#e07b26", "-"),
+}
+
+
+def picture_ratios(found: Mapping[str, Any], path: Path) -> None:
+    """Mean, middle half and nine tenths of tokens, as curves over layers; a panel for each variant."""
+    figure, panels = _panels(len(found), shared=True)
+    for axis, (name, variant) in zip(panels, found.items(), strict=True):
+        for kind, colour in _KINDS.items():
+            spread = variant["ratios"][kind]
+            layers = range(len(spread["mean"]))
+            for low, high, opacity in ((0, 4, 0.15), (1, 3, 0.25)):
+                edges = [[layer[at] for layer in spread["quantiles"]] for at in (low, high)]
+                axis.fill_between(layers, *edges, color=colour, alpha=opacity, linewidth=0)
+            axis.plot(layers, spread["mean"], color=colour, marker="o", label=f"{kind} tokens")
+        _dress(axis, name, len(layers), "‖FFN‖ / ‖h‖")
+    panels[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def picture_heat(found: Mapping[str, Any], path: Path) -> None:
+    """Histograms of the ratios as a heat map over layers; visual above text, a column for each variant."""
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(
+        2, len(found), figsize=(4.6 * len(found) + 1, 6), squeeze=False, layout="constrained", sharex=True
+    )
+    for column, (name, variant) in enumerate(found.items()):
+        edges = variant["ratios"]["edges"]
+        for row, kind in enumerate(_KINDS):
+            axis, histogram = grid[row][column], variant["ratios"][kind]["histogram"]
+            places = [layer - 0.5 for layer in range(len(histogram) + 1)]
+            mesh = axis.pcolormesh(places, edges, list(zip(*histogram, strict=True)), cmap="magma_r")
+            axis.set_yscale("log")
+            _dress(axis, f"{name}, {kind} tokens", len(histogram), "‖FFN‖ / ‖h‖")
+            figure.colorbar(mesh, ax=axis, label="share of tokens")
+    _save(figure, path)
+
+
+def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], path: Path) -> None:
+    """Measured error and its bounds over layers, the output last; a panel for each variant."""
+    figure, panels = _panels(len(errors), shared=True)
+    for axis, (name, places) in zip(panels, errors.items(), strict=True):
+        for kind, (label, colour, style) in _ERRORS.items():
+            values = [place[kind] for place in places]
+            if None not in values:
+                axis.plot(range(len(values)), values, style, color=colour, marker="o", label=label)
+        label, colour, style = "bound from Jacobians of all later layers", "#2f6f8f", "*"
+        axis.plot(len(places) - 1, places[-1]["composite"], style, color=colour, markersize=11, label=label)
+        axis.axhline(2, color="#c9d1db", linewidth=1, zorder=0)
+        axis.set_yscale("log")
+        _dress(axis, name, len(places), "error / ‖h‖")
+        axis.set_xticks([*axis.get_xticks()[:-1], len(places) - 1])
+        axis.set_xticklabels([f"{int(tick)}" for tick in axis.get_xticks()[:-1]] + ["output"])
+    panels[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _panels(count: int, *, shared: bool) -> tuple[Figure, Sequence[Axes]]:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(
+        1, count, figsize=(4.6 * count + 1, 3.8), squeeze=False, layout="constrained", sharey=shared
+    )
+    return figure, grid[0]
+
+
+def _dress(axis: Axes, title: str, layers: int, unit: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("layer")
+    axis.set_ylabel(unit)
+    axis.set_xticks(range(0, layers, max(1, layers // 8)))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,25 @@
+"""What Skip-Vision does to a model and its images, measured and drawn.
+
+`patches_of` makes an `Overlay` of a plan: which patches of an image are retained, skipped, merged, dropped.
+`ffn_ratios` says how much each layer's FFN changes visual and text tokens: why it can be skipped.
+`error_bound` bounds and measures the error that skipping it makes (docs/analysis.md).
+"""
+
+from skipvision.analysis.bound import ErrorBound, Errors, LayerErrors, OutputErrors, error_bound
+from skipvision.analysis.overlay import Overlay, patches_of
+from skipvision.analysis.patches import Patch
+from skipvision.analysis.ratios import FfnRatios, Spread, ffn_ratios
+
+__all__ = [
+    "ErrorBound",
+    "Errors",
+    "FfnRatios",
+    "LayerErrors",
+    "OutputErrors",
+    "Overlay",
+    "Patch",
+    "Spread",
+    "error_bound",
+    "ffn_ratios",
+    "patches_of",
+]

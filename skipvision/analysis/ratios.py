@@ -1,0 +1,142 @@
+"""How much each layer's FFN changes visual and text tokens: what skipping it is founded on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipvision.attach import attachment_of
+from skipvision.config import SkipConfig
+from skipvision.errors import InputError
+from skipvision.families import Layer, dissect
+from skipvision.probe import hidden_of, silenced
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""What `Spread.quantiles` holds of each layer."""
+
+_BINS = 48
+
+
+@dataclass(frozen=True)
+class Spread:
+    """FFN ratios of one kind of token, by layer.
+
+    Attributes:
+        tokens: how many were measured.
+        mean: of each layer.
+        quantiles: of each layer, as many as `QUANTILES`.
+        histogram: of each layer, the share of tokens in each bin of `FfnRatios.edges`.
+    """
+
+    tokens: int
+    mean: list[float]
+    quantiles: list[list[float]]
+    histogram: list[list[float]]
+
+
+@dataclass(frozen=True)
+class FfnRatios:
+    """‖h′ − h‖ / ‖h‖ of visual and of text tokens: h′ a layer's output, h the same without its FFN's.
+
+    Attributes:
+        visual: of placeholders of images.
+        text: of all other tokens.
+        edges: of the histograms' bins, in equal steps of the logarithm.
+    """
+
+    visual: Spread
+    text: Spread
+    edges: list[float]
+
+
+@torch.no_grad()
+def ffn_ratios(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> FfnRatios:
+    """Measure every layer on some data, with full tokens; Skip-Vision may be attached, and rests meanwhile.
+
+    Args:
+        model: any supported model, in eval mode.
+        batches: what its processor makes of prompts with images, on the model's device.
+
+    Raises:
+        UnsupportedModelError: the model has not the shape that Skip-Vision knows.
+        InputError: there are no visual tokens, or no others, in the batches.
+    """
+    anatomy = dissect(model)
+    visual: list[torch.Tensor] = []
+    text: list[torch.Tensor] = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        given = batch.get("attention_mask")
+        there = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
+        is_visual = (ids == anatomy.image_token_id) & there
+        with full_tokens(model), _measuring(anatomy.layers) as found:
+            model(**{**batch, "use_cache": False})
+        ratios = torch.stack(found).float().cpu()
+        visual.append(ratios[:, is_visual.cpu()])
+        text.append(ratios[:, (there & ~is_visual).cpu()])
+    if not sum(part.shape[1] for part in visual) or not sum(part.shape[1] for part in text):
+        raise InputError(
+            f"{len(visual)} batches hold not both visual and text tokens: pass prompts with images"
+        )
+    together = torch.cat(visual, dim=1), torch.cat(text, dim=1)
+    edges = _edges(torch.cat(together, dim=1))
+    of_visual, of_text = (_spread(part, edges) for part in together)
+    return FfnRatios(of_visual, of_text, edges.tolist())
+
+
+@contextmanager
+def full_tokens(model: nn.Module) -> Iterator[None]:
+    """Whatever is attached to the model skips nothing in the ``with`` block."""
+    attachment = attachment_of(model)
+    with nullcontext() if attachment is None else attachment.using(SkipConfig.full()):
+        yield
+
+
+@contextmanager
+def _measuring(layers: Iterable[Layer]) -> Iterator[list[torch.Tensor]]:
+    """Collects (B, T) ratios of each layer that runs in the ``with`` block."""
+    found: list[torch.Tensor] = []
+
+    def hook(mlp: nn.Module) -> Any:
+        def measure(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            with silenced(mlp):
+                without = hidden_of(layer.forward(*args, **kwargs)).float()
+            length = without.norm(dim=-1).clamp(min=torch.finfo(without.dtype).tiny)
+            found.append((hidden_of(output).float() - without).norm(dim=-1) / length)
+
+        return measure
+
+    handles = [layer.whole.register_forward_hook(hook(layer.mlp), with_kwargs=True) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _edges(ratios: torch.Tensor) -> torch.Tensor:
+    """Bins from the smallest ratio to the largest; what is 0 is counted with the smallest."""
+    some = ratios[ratios > 0]
+    low, high = (some.min().log10(), some.max().log10()) if some.numel() else (torch.tensor(0.0),) * 2
+    return torch.logspace(float(low) - 1e-3, float(high) + 1e-3, _BINS + 1)
+
+
+def _spread(ratios: torch.Tensor, edges: torch.Tensor) -> Spread:
+    """(layers, tokens) in numbers."""
+    places = (torch.bucketize(ratios, edges) - 1).clamp(0, len(edges) - 2)
+    histogram = torch.zeros(len(ratios), len(edges) - 1)
+    histogram.scatter_add_(1, places, torch.ones_like(ratios))
+    ranked = ratios.sort(dim=1).values
+    # As torch.quantile, which takes no more than 16 million numbers, does it with "nearest".
+    at = [round(share * (ratios.shape[1] - 1)) for share in QUANTILES]
+    return Spread(
+        tokens=ratios.shape[1],
+        mean=ratios.mean(dim=1).tolist(),
+        quantiles=ranked[:, at].tolist(),
+        histogram=(histogram / ratios.shape[1]).tolist(),
+    )

@@ -1,0 +1,74 @@
+"""The error of skipping the FFN, bounded from spectral norms: whatever the error, on inputs of this size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from skipvision.analysis.lipschitz import AttentionBound, Normed, Parts, ffn_constant
+from skipvision.analysis.runs import Pair
+from skipvision.errors import UnsupportedModelError
+
+_CLOSE = 1e-2
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """What spectral norms say.
+
+    Attributes:
+        errors: bound of ‖e‖, over all tokens, behind each layer.
+        output: the same behind the decoder's last norm.
+        attention: Lipschitz constant of each attention and its norm, in the largest error over tokens.
+        ffn: of each layer's FFN and its norm.
+    """
+
+    errors: list[float]
+    output: float
+    attention: list[float]
+    ffn: list[float]
+
+
+@torch.no_grad()
+def worst_case(pair: Pair, parts: Sequence[Parts]) -> WorstCase:
+    """Carry the error of each token through the halves of each layer.
+
+    Raises:
+        UnsupportedModelError: a layer is more than the sum of its halves, or has a norm that is not known.
+    """
+    runs = pair.full, pair.bypass
+    error = torch.zeros_like(pair.full.hidden[0][0, :, 0], dtype=torch.double)
+    errors, attention, ffn = [], [], []
+    for number, part in enumerate(parts):
+        before = [run.hidden[number] for run in runs]
+        middle = [run.hidden[number] + run.seen[part.layer.attention] for run in runs]
+        update = [run.seen[part.layer.mlp] for run in runs]
+        _check_sum(pair, number, middle, update)
+        norms = Normed(part.norms[0], *before), Normed(part.norms[1], *middle)
+        attend = AttentionBound(part, norms[0], runs)
+        feed = ffn_constant(part, norms[1], runs)
+        error = error + attend.grown(norms[0].grown(error))
+        omitted = update[0][0].double().norm(dim=-1)
+        error = error + torch.where(pair.skipped, omitted, feed * norms[1].grown(error))
+        errors.append(float(error.norm()))
+        attention.append(attend.constant() * float(norms[0].factor.max()))
+        ffn.append(feed * float(norms[1].factor.max()))
+    last = Normed(pair.final_norm, *(run.hidden[-1] for run in runs))
+    output = float(last.scale.abs().max()) * float(last.grown(error).norm())
+    return WorstCase(errors, output, attention, ffn)
+
+
+def _check_sum(
+    pair: Pair, number: int, middle: Sequence[torch.Tensor], update: Sequence[torch.Tensor]
+) -> None:
+    """Raise `UnsupportedModelError` unless a layer adds what attention returns, then what the FFN does."""
+    for run, halfway, added in zip((pair.full, pair.bypass), middle, update, strict=True):
+        after = run.hidden[number + 1]
+        if float((halfway + added - after).norm()) > _CLOSE * float(after.norm()):
+            raise UnsupportedModelError(
+                f"layer {number} is not h + attention + FFN: what it does to what they return is not known; "
+                "worst_case=False leaves the bound from spectral norms out",
+                "layers that are not a sum of their halves",
+            )
