@@ -175,7 +175,8 @@ class Ingress:
         schema = _schema(body)
         request = await self._request(body, target)
         prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
-        sampling = _sampling(body, self._config.limits.max_new_tokens, self._positions[target.number] - prompt)
+        room = self._positions[target.number] - prompt
+        sampling = _sampling(body, self._config.limits.max_new_tokens, room)
         return Work(replace(request, prompt="", images=(), sampling=sampling), schema)
 
     async def _request(self, body: ChatRequest, target: Target) -> EngineRequest:

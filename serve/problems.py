@@ -10,7 +10,13 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from serve.errors import AuthenticationError, OverloadedError
-from skipvision.errors import ConfigError, GenerationError, InputError, ResourceError
+from skipvision.errors import (
+    ConfigError,
+    GenerationError,
+    InputError,
+    ResourceError,
+    UnsupportedModelError,
+)
 
 
 @dataclass
@@ -57,6 +63,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(400, str(error), code=code or "invalid_input")
     if isinstance(error, ConfigError):
         return Problem(400, str(error), code="invalid_value")
+    if isinstance(error, UnsupportedModelError):
+        return Problem(400, str(error), code="unsupported")
     if isinstance(error, ResourceError):
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, GenerationError):

@@ -92,7 +92,8 @@ class ChatRequest(_Strict):
     logit_bias: dict[str, float] | None = Field(None, description="not supported")
     tools: list[Any] | None = Field(None, description="not supported")
     skip: SkipConfig | Literal["full"] | None = Field(
-        None, description="SkipConfig of this request, in place of the deployment's; \"full\" skips nothing"
+        None,
+        description="SkipConfig of this request, in place of the deployment's; 'full' skips nothing",
     )
     repetition_penalty: float = Field(1.0, gt=0, description="not OpenAI's; divides logits of seen tokens")
     top_k: int = Field(0, ge=0, description="not OpenAI's; 0 = all tokens")

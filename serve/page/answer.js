@@ -11,18 +11,17 @@ const bytes = (value) => {
 
 const count = (value) => value.toLocaleString("en");
 
-/** Name, label, how it is written, and whether it is a part of the line above. */
-const NUMBERS = [
-  ["first", "First token", milliseconds],
-  ["total", "Whole answer", milliseconds],
-  ["prompt", "Prompt tokens", count],
-  ["visual", "Visual tokens", count],
-  ["retained", "full path", count, true],
-  ["skipped", "past the FFN", count, true],
-  ["cached", "kept in the KV cache", count, true],
-  ["kv", "Keys and values", bytes],
-  ["answer", "Answer tokens", count],
-];
+const NUMBERS = {
+  first: { label: "First token", written: milliseconds, compared: true },
+  total: { label: "Whole answer", written: milliseconds, compared: true },
+  prompt: { label: "Prompt tokens", written: count },
+  visual: { label: "Visual tokens", written: count },
+  retained: { label: "on the full path", written: count, compared: true, part: true },
+  skipped: { label: "skipping the FFN", written: count, part: true },
+  cached: { label: "kept in the KV cache", written: count, compared: true, part: true },
+  kv: { label: "Keys and values", written: bytes, compared: true },
+  answer: { label: "Answer tokens", written: count },
+};
 
 /** What a stream's usage says, by the names above. */
 const told = (usage) => ({
@@ -42,15 +41,14 @@ export class Pane {
     this.against = against;
     this.text = add(root, "p", "answer");
     const list = add(root, "dl", "numbers");
-    this.cells = new Map(
-      NUMBERS.map(([name, label, , part]) => {
-        const row = add(list, "div", part ? "part" : "");
-        add(row, "dt").textContent = label;
-        const cell = add(row, "dd");
-        cell.dataset.number = name;
-        return [name, cell];
-      }),
-    );
+    this.cells = new Map();
+    for (const [name, { label, part }] of Object.entries(NUMBERS)) {
+      const row = add(list, "div", part ? "part" : "");
+      add(row, "dt").textContent = label;
+      const cell = add(row, "dd");
+      cell.dataset.number = name;
+      this.cells.set(name, cell);
+    }
     this.note = add(root, "p", "hint");
     this.clear();
   }
@@ -69,12 +67,13 @@ export class Pane {
   async write(chunks) {
     const begin = performance.now();
     this.root.dataset.state = "writing";
+    this.root.ariaBusy = true; // read out when it is whole
     try {
       for await (const chunk of chunks) {
         const text = chunk.choices[0]?.delta.content;
         if (text) {
           if (this.numbers.first === undefined) this.#number("first", performance.now() - begin);
-          this.text.append(text);
+          this.text.append(this.text.textContent ? text : text.trimStart());
         }
         if (chunk.usage) this.#ended(chunk.usage, performance.now() - begin);
       }
@@ -83,27 +82,37 @@ export class Pane {
       this.root.dataset.state = error.name === "AbortError" ? "stopped" : "failed";
       this.note.textContent = error.name === "AbortError" ? "Stopped." : error.message;
       throw error;
+    } finally {
+      this.root.ariaBusy = false;
     }
   }
 
   #ended(usage, total) {
+    this.prefixHit = usage.prefix_hit;
     this.#number("total", total);
     for (const [name, value] of Object.entries(told(usage))) this.#number(name, value);
     if (!this.text.textContent) this.text.textContent = "(an empty answer)";
     this.note.textContent = usage.prefix_hit
       ? "The image came from the prefix cache: it was asked about before."
       : "";
+    if (this.against) this.#compare();
   }
 
   #number(name, value) {
     this.numbers[name] = value;
     const cell = this.cells.get(name);
     cell.dataset.value = value;
-    const [, , written] = NUMBERS.find(([other]) => other === name);
-    cell.replaceChildren(written(value));
-    const other = this.against?.numbers[name];
-    if (other && name !== "answer" && name !== "skipped") {
-      add(cell, "small").textContent = `× ${(value / other).toFixed(2)}`;
+    cell.replaceChildren(NUMBERS[name].written(value));
+  }
+
+  /** Numbers as multiples of the other pane's; not seconds, if one alone had to read the image. */
+  #compare() {
+    const alike = this.prefixHit === this.against.prefixHit;
+    for (const [name, value] of Object.entries(this.numbers)) {
+      const { compared, written } = NUMBERS[name];
+      const other = this.against.numbers[name];
+      if (!compared || !other || (written === milliseconds && !alike)) continue;
+      add(this.cells.get(name), "small").textContent = `× ${(value / other).toFixed(2)}`;
     }
   }
 }

@@ -7,13 +7,13 @@ const FATES = {
   dropped: "Dropped",
 };
 
-const LINES = "Lines to where they merged";
+const LINES = "Lines to where all merged";
 
 /** Draws overlays into `panels`, their layers' switches into `legend`, and says in `told` what is pointed at. */
 export class OverlayView {
   constructor(panels, legend, told) {
     Object.assign(this, { panels, legend, told });
-    this.hidden = new Set();
+    this.hidden = new Set(["lines"]);
     panels.addEventListener("pointerover", (event) => this.#point(event.target.dataset?.patch));
     panels.addEventListener("pointerleave", () => this.#point(undefined));
     panels.addEventListener("keydown", (event) => this.#step(event));
@@ -72,7 +72,8 @@ export class OverlayView {
       const into = this.patches[patch.into];
       if (into?.box && views.includes(into.view)) {
         const [from, to] = [middle(patch.box), middle(into.box)];
-        layers.lines.append(svg("line", { x1: from[0], y1: from[1], x2: to[0], y2: to[1] }));
+        patch.line = svg("line", { x1: from[0], y1: from[1], x2: to[0], y2: to[1] });
+        layers.lines.append(patch.line);
       }
     }
     return drawing;
@@ -116,7 +117,10 @@ export class OverlayView {
     if (!this.at) return;
     const host = this.at.into ?? this.at.number;
     const group = [this.patches[host], ...(this.groups.get(host) ?? [])];
-    if (group.length > 1) for (const { shape } of group) shape?.classList.add("group");
+    for (const { shape, line } of group.length > 1 ? group : []) {
+      shape?.classList.add("group");
+      line?.classList.add("group");
+    }
     this.at.shape.classList.add("at");
     this.told.textContent = this.#said(this.at);
   }
