@@ -104,10 +104,10 @@ class Ingress:
             work = await self._work(body, target, journey)
             answer = self._answer(body, target)
             if not body.stream:
-                completion = await self._completion(work, target)
+                completion = await self._completion(work, target, journey)
                 journey.arrived(completion)
-                return JSONResponse(answer.completion(completion))
-            chunks = self._chunks(work, target)
+                return JSONResponse(answer.completion(completion), headers=journey.headers)
+            chunks = self._chunks(work, target, journey)
             # What is wrong with a request shows before its first token, when a status can still say it.
             first = await anext(chunks)
             told = self._told(answer, first, chunks, body, journey, while_answering.pop_all())
@@ -202,7 +202,7 @@ class Ingress:
 
     # ------------------------------------------------------------------------------ from work to words
 
-    async def _completion(self, work: Work, target: Target) -> Completion:
+    async def _completion(self, work: Work, target: Target, journey: Journey) -> Completion:
         """The whole answer, from another engine if one dies over it."""
         engine = self._engines[target.number]
         for last in (*[False] * (_TRIES - 1), True):
@@ -215,13 +215,14 @@ class Ingress:
             except RayActorError as error:
                 if last:
                     raise _no_engine() from error
+                journey.retried()
         if isinstance(found, SkipVisionError):
             raise found
         if found.error is not None:
             raise found.error
         return found
 
-    async def _chunks(self, work: Work, target: Target) -> AsyncIterator[Chunk]:
+    async def _chunks(self, work: Work, target: Target, journey: Journey) -> AsyncIterator[Chunk]:
         """The answer in pieces. Another engine takes over only as long as nothing has been sent."""
         engine, sent = self._engines[target.number].options(stream=True), False
         for last in (*[False] * (_TRIES - 1), True):
@@ -239,6 +240,7 @@ class Ingress:
             except RayActorError as error:
                 if sent or last:
                     raise _no_engine() from error
+                journey.retried()
             finally:
                 items.cancel()
 

@@ -45,6 +45,9 @@ class Journeys:
         self.output_token = metrics.Histogram(
             "skipvision_output_token_seconds", "between tokens of one request", _TOKEN_SECONDS, ("model",)
         )
+        self.retries = metrics.Counter(
+            "skipvision_retries", "requests given to another engine, because theirs had died", ("model",)
+        )
         self.saved = metrics.Counter(
             "skipvision_visual_tokens_saved", "visual tokens that left nothing in the KV cache", ("model",)
         )
@@ -80,7 +83,8 @@ class Journey:
         self.span = span
         self._journeys, self._tags = journeys, {"model": model}
         self._begin = time.perf_counter()
-        self._sent = self._known = 0.0
+        self._sent = 0.0
+        self._stages: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -102,7 +106,8 @@ class Journey:
         timing = completion.timing
         for name, begin, end in engine_stages(timing):
             self._observe(name, end - begin)
-        self._observe("rest", max(time.perf_counter() - self._begin - self._known, 0.0))
+        passed = time.perf_counter() - self._begin
+        self._observe("rest", max(passed - sum(self._stages.values()), 0.0))
         tags, of = self._tags, self._journeys
         saved = completion.usage.visual_total - completion.usage.visual_cached
         if saved > 0:  # Ray's counters take nothing else
@@ -113,8 +118,18 @@ class Journey:
             if later > 0:
                 of.output_token.observe((timing.total - timing.first_token) / later, tags=tags)
 
+    def retried(self) -> None:
+        """It goes to another engine."""
+        self._journeys.retries.inc(tags=self._tags)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Its stages for the client (ms)."""
+        stages = (f"{name};dur={1000 * seconds:.2f}" for name, seconds in self._stages.items())
+        return {"Server-Timing": ", ".join(stages)}
+
     def _observe(self, stage: str, seconds: float) -> None:
-        self._known += seconds
+        self._stages[stage] = seconds
         self._journeys.stages.observe(seconds, tags={**self._tags, "stage": stage})
 
 
