@@ -1,6 +1,6 @@
 """Takes the picture of the page that the docs show, from an endpoint that runs:
 
-    python -m tests.serve.page_picture --image data/shapes/images/test/000000.png -o docs/page.png
+python -m tests.serve.page_picture --image data/shapes/images/test/000000.png -o docs/page.png
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from tests.serve.browser import Page, browser
 
 def main() -> None:
     """Ask one question and save what the browser shows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000/", help="of the endpoint")
     parser.add_argument("--image", type=Path, required=True, help="that is asked about")
     parser.add_argument("--question", default="Describe the image.")
