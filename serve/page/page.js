@@ -79,9 +79,18 @@ async function showModel() {
 }
 
 at("model").addEventListener("change", () => showModel().catch(complain));
-at("key").addEventListener("change", () => {
-  api.key = at("key").value.trim();
+function useKey() {
+  const key = at("key").value.trim();
+  if (key === api.key) return;
+  api.key = key;
   listModels();
+}
+
+at("key").addEventListener("change", useKey);
+at("key").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault(); // it is the key that is sent, not yet a question
+  useKey();
 });
 for (const name of ["retained", "skipped"]) at(name).addEventListener("input", settings.explain);
 // A field that is wrong must be seen.
