@@ -13,12 +13,14 @@ const skip = new Pane(at("skip"), full);
 const view = new OverlayView(at("panels"), at("legend"), at("pointed"));
 let image = null;
 let running = null;
+let asked = Promise.resolve();
 
 // ------------------------------------------------------------------------------------------ the image
 
 async function choose(file) {
   if (!file) return;
   running?.abort();
+  await asked;
   try {
     image = await dataUrl(file);
   } catch (error) {
@@ -126,12 +128,14 @@ async function ask() {
   if (!signal.aborted) view.show(overlay);
 }
 
-at("form").addEventListener("submit", async (event) => {
+at("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (running) {
-    running.abort();
-    return;
-  }
+  if (running) running.abort();
+  else asked = run();
+});
+
+/** Ask, and show what goes wrong; the button stops it meanwhile. */
+async function run() {
   running = new AbortController();
   at("ask").textContent = "Stop";
   complain(null);
@@ -145,7 +149,8 @@ at("form").addEventListener("submit", async (event) => {
     running = null;
     at("ask").textContent = "Ask";
   }
-});
+}
+
 at("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();

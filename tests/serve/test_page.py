@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import serve.page
-from skipvision import load_adapter
+from serve.problems import problem_of
+from skipvision import UnsupportedModelError, load_adapter
 from skipvision.analysis import patches_of
 from skipvision.attach import attachment_of
 from skipvision.config import Merge, Select
@@ -119,6 +120,11 @@ def test_what_no_overlay_can_be_made_of_is_told(endpoint, change, status, said):
     found = httpx.post(f"{endpoint.url}/v1/overlay", json=body, timeout=60)
     assert found.status_code == status
     assert said in found.json()["error"]["message"]
+
+
+def test_a_family_whose_patches_are_not_known_is_the_requests_problem():
+    problem = problem_of(UnsupportedModelError("how fuyu cuts an image is not known"))
+    assert (problem.status, problem.message) == (400, "how fuyu cuts an image is not known")
 
 
 # --------------------------------------------------------------------------------- in a real browser
