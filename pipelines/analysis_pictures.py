@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 _KINDS = {"visual": "#e07b26", "text": "#5b6b7f"}
 _ERRORS = {
     "worst": ("bound from spectral norms", "#9aa5b1", "--"),
-    "local": ("bound from Jacobians, to first order", "#5b6b7f", "-."),
+    "local": ("bound from Jacobians, layer by layer", "#5b6b7f", "-."),
     "measured": ("measured", "#e07b26", "-"),
 }
 
 
 def picture_ratios(found: Mapping[str, Any], path: Path) -> None:
     """Mean, middle half and nine tenths of tokens, as curves over layers; a panel for each variant."""
-    figure, panels = _panels(len(found), shared=True)
+    figure, panels = _panels(len(found))
     for axis, (name, variant) in zip(panels, found.items(), strict=True):
         for kind, colour in _KINDS.items():
             spread = variant["ratios"][kind]
@@ -29,6 +29,7 @@ def picture_ratios(found: Mapping[str, Any], path: Path) -> None:
                 edges = [[layer[at] for layer in spread["quantiles"]] for at in (low, high)]
                 axis.fill_between(layers, *edges, color=colour, alpha=opacity, linewidth=0)
             axis.plot(layers, spread["mean"], color=colour, marker="o", label=f"{kind} tokens")
+        axis.set_yscale("log")
         _dress(axis, name, len(layers), "‖FFN‖ / ‖h‖")
     panels[0].legend(frameon=False)
     _save(figure, path)
@@ -55,7 +56,7 @@ def picture_heat(found: Mapping[str, Any], path: Path) -> None:
 
 def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], path: Path) -> None:
     """Measured error and its bounds over layers, the output last; a panel for each variant."""
-    figure, panels = _panels(len(errors), shared=True)
+    figure, panels = _panels(len(errors))
     for axis, (name, places) in zip(panels, errors.items(), strict=True):
         for kind, (label, colour, style) in _ERRORS.items():
             values = [place[kind] for place in places]
@@ -72,14 +73,14 @@ def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], p
     _save(figure, path)
 
 
-def _panels(count: int, *, shared: bool) -> tuple[Figure, Sequence[Axes]]:
+def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
     figure, grid = plt.subplots(
-        1, count, figsize=(4.6 * count + 1, 3.8), squeeze=False, layout="constrained", sharey=shared
+        1, count, figsize=(4.6 * count + 1, 3.8), squeeze=False, layout="constrained", sharey=True
     )
     return figure, grid[0]
 

@@ -29,6 +29,7 @@ SMALL = {
     "make_shapes.py": "--train 40 --validation 1 --test 1",
     "finetune.py": "--training.max_steps 2 --training.batch_size 4 --evaluation.answer_rows 6 "
     "--evaluation.loss_rows 6 --evaluation.max_new_tokens 4",
+    "analyse.py": "--ratio_rows 6 --bound_rows 1 --adapter null --skip.retained 0.25",
 }
 """What makes a job small enough for a test."""
 
@@ -75,6 +76,8 @@ def test_every_command_is_known_here():
         ("--name mine",),
         ("finetune.py --help",),
         ("ray job submit",),
+        ("skipvision overlay",),
+        ("analyse.py",),
         ("mlflow ui",),
         ("serve run",),
         ("deploy.py",),
@@ -93,6 +96,19 @@ def test_the_python_runs_from_the_first_line_to_the_last(home):
         PYTHONPATH=".",
     )
     assert (home / "out/adapter/skip_config.json").exists()
+
+
+def test_the_overlay_is_drawn(home):
+    done = run(command("skipvision overlay"), home)
+    assert "overlay.png: retained 64, skipped 64, merged 128" in done.stdout
+    assert (home / "overlay.png").exists()
+
+
+@pytest.mark.slow
+def test_the_analysis_says_where_its_pictures_are(home):
+    result = json.loads(run(small(command("analyse.py")), home).stdout.splitlines()[-1])
+    assert str(home / "runs/demo-analysis/errors.png") in result["files"]
+    assert all(Path(file).exists() for file in result["files"])
 
 
 def test_help_is_given(home):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.autograd.functional import jvp, vjp
 
 
 def spectral_norm(matrix: torch.Tensor, rounds: int = 9) -> torch.Tensor:
@@ -42,11 +41,17 @@ def jacobian_norm(
     generator = torch.Generator(at.device).manual_seed(seed)
     direction = torch.randn(at.shape, generator=generator, dtype=at.dtype, device=at.device)
     norm = 0.0
-    for _ in range(rounds):
-        direction = direction / direction.norm().clamp(min=torch.finfo(at.dtype).tiny)
-        _, pushed = jvp(function, at, direction)
-        before, norm = norm, float(pushed.norm())
-        if norm == 0.0 or abs(norm - before) < tolerance * norm:
-            break
-        _, direction = vjp(function, at, pushed)
+    with torch.enable_grad():
+        point = at.detach().requires_grad_()
+        value = function(point)
+        # The vjp is linear in what is pulled back, so its own derivative by that is the jvp.
+        given = torch.zeros_like(value, requires_grad=True)
+        [pulled] = torch.autograd.grad(value, point, given, create_graph=True)
+        for _ in range(rounds):
+            direction = direction / direction.norm().clamp(min=torch.finfo(at.dtype).tiny)
+            [pushed] = torch.autograd.grad(pulled, given, direction, retain_graph=True)
+            before, norm = norm, float(pushed.norm())
+            if norm == 0.0 or abs(norm - before) < tolerance * norm:
+                break
+            [direction] = torch.autograd.grad(value, point, pushed, retain_graph=True)
     return norm
