@@ -171,8 +171,9 @@ def registry(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         "--port",
         str(port),
     ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes more
     with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         _register(url, folder)
@@ -289,8 +290,8 @@ def _options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--rate", type=float, default=4.0, help="requests a second (default: %(default)s)")
-    add("--seconds", type=float, default=20.0, help="of each case (default: %(default)s)")
+    add("--rate", type=float, default=3.0, help="requests a second (default: %(default)s)")
+    add("--seconds", type=float, default=15.0, help="of each case (default: %(default)s)")
     add("--tokens", type=int, default=48, help="of each answer, at most (default: %(default)s)")
     add("--cases", nargs="+", help="only these rows of the table")
     add("--out", type=Path, help="Markdown page to write into")

@@ -117,7 +117,7 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
                 through, bare = [], []
     parts: dict[str, list[float]] = {"endpoint": [1000 * outcome.seconds for outcome in through]}
     parts["bare engine, of a request that is ready"] = [1000 * seconds for seconds in bare]
-    engine = [sum(outcome.stages[stage] for stage in ENGINE_STAGES) for outcome in through]
+    engine = [sum(outcome.stages.get(stage, 0.0) for stage in ENGINE_STAGES) for outcome in through]
     parts["the endpoint's engine"] = engine
     parts["**overhead: endpoint − its engine**"] = _differences(parts["endpoint"], engine)
     for stage, says in (

@@ -121,5 +121,7 @@ class ChatRequest(_Strict):
         None,
         description="SkipConfig of this request, in place of the deployment's; 'full' skips nothing",
     )
-    repetition_penalty: float = Field(1.0, gt=0, description="not OpenAI's; divides logits of seen tokens")
+    repetition_penalty: float = Field(
+        1.0, ge=0.1, le=10, description="not OpenAI's; divides logits of seen tokens"
+    )
     top_k: int = Field(0, ge=0, description="not OpenAI's; 0 = all tokens")
