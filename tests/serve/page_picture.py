@@ -24,10 +24,11 @@ def main() -> None:
     parser.add_argument("--image", type=Path, required=True, help="that is asked about")
     parser.add_argument("--question", default="Describe the image.")
     parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels")
+    parser.add_argument("--height", type=int, default=790, help="of the window; the page may be longer")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    with browser(options.width, dark=options.dark) as driver:
+    with browser(options.width, options.height, options.dark) as driver:
         page = Page(driver, options.url)
         page.ready()
         # The first request pays for what is made once; it is about another image, which is not held for this.
