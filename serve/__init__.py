@@ -3,6 +3,7 @@
     client ── HTTP ──► Ingress (`api`: keys, media, templates; on CPUs)
                          └─► EngineReplica (`replica`: one engine, in a thread of its own) …, scaled apart
 
-Read in this order: `config`, `schemas`, `replica`, `engine_thread`, `api`, `answers`, `app`; `media`,
-`addresses` and `keys` are what stands between the internet and the rest.
+Read in this order: `config`, `schemas`, `replica`, `engine_stream`, `api`, `answers`, `app`; `media`,
+`addresses` and `keys` are what stands between the internet and the rest; `page` is a
+client of it in the browser.
 """

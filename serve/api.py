@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, cast
@@ -28,22 +27,30 @@ from serve.answers import Answer, event
 from serve.config import ServeConfig
 from serve.exposition import exposition
 from serve.grammar import ANY_OBJECT
+from serve.journeys import Journey, Journeys
 from serve.keys import KeyRing
 from serve.media import MediaFetcher
 from serve.middleware import Around
-from serve.problems import Problem, overloaded, problem_of
+from serve.page import page_routes
+from serve.problems import Problem, overloaded, reported
 from serve.replica import Served, Work
 from serve.schemas import ChatRequest, ImagePart, TextPart
+from serve.tracing import Tracer
+from skipvision.analysis import patches_of
 from skipvision.engine import BASE, Chunk, Completion, Sampling, prepare
 from skipvision.engine import Request as EngineRequest
 from skipvision.errors import SkipVisionError
 
-logger = logging.getLogger("ray.serve")
-
 _TRIES = 3
 """Engines that a request is given to, one after the other, if they die before a word was sent."""
 
-_GRACE_SECONDS = 10.0
+_UNSUPPORTED = (
+    *("frequency_penalty", "presence_penalty", "logit_bias"),
+    *("tools", "functions", "audio", "web_search_options"),
+)
+"""Fields that would change the answer, if they were not refused."""
+
+GRACE_SECONDS = 10.0
 """Beyond a request's own deadline, which the engine keeps: then no engine answers."""
 
 _HEALTH_SECONDS = 5.0
@@ -74,11 +81,18 @@ class Ingress:
         self._config, self._engines = config, engines
         self._targets = {name: Target(*where) for name, where in config.served().items()}
         self._processors: list[Any] = [load_processor(model.path) for model in config.models]
-        texts = [AutoConfig.from_pretrained(model.path).get_text_config() for model in config.models]
+        self._models = [AutoConfig.from_pretrained(model.path) for model in config.models]
+        texts = [model.get_text_config() for model in self._models]
         self._positions = [getattr(text, "max_position_embeddings", None) or 2**31 for text in texts]
         self._began = int(time.time())
         self._media = MediaFetcher(config.media)
         self._keys = KeyRing(config.keys_file)
+        self._journeys = Journeys(Tracer(config.traces, f"{config.name}-ingress"))
+
+    async def close(self) -> None:
+        """Leave nothing behind."""
+        await self._media.close()
+        self._journeys.tracer.close()
 
     # ----------------------------------------------------------------------------------------- routes
 
@@ -87,16 +101,42 @@ class Ingress:
         async with contextlib.AsyncExitStack() as while_answering:
             await while_answering.enter_async_context(self._admitted(http))
             target = self._target(body.model)
-            work = await self._work(body, target)
+            journey = while_answering.enter_context(
+                self._journeys.begin(body.model, http.headers.get("traceparent"))
+            )
+            work = await self._work(body, target, journey)
             answer = self._answer(body, target)
             if not body.stream:
-                return JSONResponse(answer.completion(await self._completion(work, target)))
-            chunks = self._chunks(work, target)
+                completion = await self._completion(work, target, journey)
+                journey.arrived(completion)
+                return JSONResponse(answer.completion(completion), headers=journey.headers)
+            chunks = self._chunks(work, target, journey)
             # What is wrong with a request shows before its first token, when a status can still say it.
             first = await anext(chunks)
-            told = self._told(answer, first, chunks, body, while_answering.pop_all())
+            told = self._told(answer, first, chunks, body, journey, while_answering.pop_all())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(told, media_type="text/event-stream", headers=headers)
+
+    async def overlay(self, body: ChatRequest, http: Request) -> dict[str, Any]:
+        """What becomes of the patches of each of the messages' images."""
+        async with self._admitted(http):
+            target = self._target(body.model)
+            with self._journeys.begin(body.model, http.headers.get("traceparent"), "overlay") as journey:
+                request = await self._request(body, target, journey)
+                if not request.images:
+                    raise Problem(400, "no image: an overlay is of the images in messages", param="messages")
+                # One token of an answer: the limits are those of requests that have one.
+                bare = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
+                plan = await self._asked("plan", Work(bare), target, journey)
+            overlays = patches_of(
+                plan,
+                request.inputs or {},
+                [image.size for image in request.images],
+                self._processors[target.number],
+                self._models[target.number],
+            )
+            data = [{"object": "overlay", **overlay.as_json()} for overlay in overlays]
+            return {"object": "list", "model": body.model, "data": data}
 
     async def models(self, http: Request) -> dict[str, Any]:
         """Models and adapters that requests can name."""
@@ -144,17 +184,27 @@ class Ingress:
             )
         return target
 
-    async def _work(self, body: ChatRequest, target: Target) -> Work:
-        """Everything that needs no engine: what is asked for, images fetched, templates filled in."""
-        limits = self._config.limits
+    async def _work(self, body: ChatRequest, target: Target, journey: Journey) -> Work:
+        """Everything that needs no engine: what is asked for, and how its answer is written."""
         _refuse_unsupported(body)
         schema = _schema(body)
+        request = await self._request(body, target, journey)
+        prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
+        room = self._positions[target.number] - prompt
+        sampling = _sampling(body, self._config.limits.max_new_tokens, room)
+        bare = replace(request, prompt="", images=(), sampling=sampling)
+        return Work(bare, schema, journey.span.traceparent)
+
+    async def _request(self, body: ChatRequest, target: Target, journey: Journey) -> EngineRequest:
+        """What is asked about: images fetched, templates filled in."""
+        limits = self._config.limits
         messages, urls = _conversation(body)
         if len(urls) > limits.images:
             raise Problem(
                 400, f"{len(urls)} images; at most {limits.images} in one request", param="messages"
             )
-        images = await asyncio.gather(*(self._media.fetch(url) for url in urls))
+        with journey.stage("media"):
+            images = await asyncio.gather(*(self._media.fetch(url) for url in urls))
         request = EngineRequest(
             messages,
             images,
@@ -162,10 +212,8 @@ class Ingress:
             adapter=target.adapter,
             deadline=limits.request_seconds,
         )
-        request = await asyncio.to_thread(prepare, self._processors[target.number], request)
-        prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
-        sampling = _sampling(body, limits.max_new_tokens, self._positions[target.number] - prompt)
-        return Work(replace(request, prompt="", images=(), sampling=sampling), schema)
+        with journey.stage("prepare"):
+            return await asyncio.to_thread(prepare, self._processors[target.number], request)
 
     def _skip(self, target: Target) -> sv.SkipConfig | None:
         """The SkipConfig that the settings give the base model."""
@@ -183,26 +231,32 @@ class Ingress:
 
     # ------------------------------------------------------------------------------ from work to words
 
-    async def _completion(self, work: Work, target: Target) -> Completion:
-        """The whole answer, from another engine if one dies over it."""
-        engine = self._engines[target.number]
+    async def _completion(self, work: Work, target: Target, journey: Journey) -> Completion:
+        """The whole answer."""
+        found: Completion = await self._asked("answer", work, target, journey)
+        if found.error is not None:
+            raise found.error
+        return found
+
+    async def _asked(self, method: str, work: Work, target: Target, journey: Journey) -> Any:
+        """What an engine says of a request; another one is asked if it dies over it."""
+        ask = getattr(self._engines[target.number], method).remote
         for last in (*[False] * (_TRIES - 1), True):
             try:
                 async with self._in_time():
-                    found: Completion | SkipVisionError = await engine.answer.remote(work)
+                    found = await ask(work)
                 break
             except BackPressureError as error:
                 raise self._overloaded() from error
             except RayActorError as error:
                 if last:
                     raise _no_engine() from error
+                journey.retried()
         if isinstance(found, SkipVisionError):
             raise found
-        if found.error is not None:
-            raise found.error
         return found
 
-    async def _chunks(self, work: Work, target: Target) -> AsyncIterator[Chunk]:
+    async def _chunks(self, work: Work, target: Target, journey: Journey) -> AsyncIterator[Chunk]:
         """The answer in pieces. Another engine takes over only as long as nothing has been sent."""
         engine, sent = self._engines[target.number].options(stream=True), False
         for last in (*[False] * (_TRIES - 1), True):
@@ -220,6 +274,7 @@ class Ingress:
             except RayActorError as error:
                 if sent or last:
                     raise _no_engine() from error
+                journey.retried()
             finally:
                 items.cancel()
 
@@ -229,6 +284,7 @@ class Ingress:
         first: Chunk,
         chunks: AsyncIterator[Chunk],
         body: ChatRequest,
+        journey: Journey,
         held: contextlib.AsyncExitStack,
     ) -> AsyncIterator[str]:
         """The answer as server-sent events; an error in the middle is an event, too."""
@@ -239,22 +295,26 @@ class Ingress:
             try:
                 async for chunk in _again(first, chunks):
                     done = chunk.completion
-                    if done is not None and done.error is not None:
-                        raise done.error
+                    if done is not None:
+                        journey.arrived(done)
+                        if done.error is not None:
+                            raise done.error
                     said = answer.chunk(chunk)
                     if said is not None:
                         yield event(said)
                     if done is not None and options is not None and options.include_usage:
                         yield event(answer.ending(done.usage))
             except Exception as error:
-                yield event(_reported(error).body())
+                problem = reported(error)
+                journey.error = problem.kind
+                yield event(problem.body())
             yield event("[DONE]")
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
         """The engine ends requests at their deadline by itself; this is for when there is none to do it."""
         try:
-            async with asyncio.timeout(self._config.limits.request_seconds + _GRACE_SECONDS):
+            async with asyncio.timeout(self._config.limits.request_seconds + GRACE_SECONDS):
                 yield
         except TimeoutError as error:
             raise Problem(504, "no engine answered in time", "server_error", code="timeout") from error
@@ -314,8 +374,8 @@ def _conversation(body: ChatRequest) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _refuse_unsupported(body: ChatRequest) -> None:
-    """Fields that would change the answer, if they were not ignored."""
-    for name in ("frequency_penalty", "presence_penalty", "logit_bias", "tools"):
+    """Raise for what cannot be done."""
+    for name in _UNSUPPORTED:
         value = getattr(body, name)
         if value:
             raise Problem(
@@ -367,20 +427,19 @@ def _no_engine() -> Problem:
     return Problem(503, "the engine died over this request: try again", "server_error", code="engine_died")
 
 
-def _reported(error: BaseException) -> Problem:
-    """What the client is told; what is not our own goes to the log whole."""
-    problem = problem_of(error)
-    if problem.status >= 500 and not isinstance(error, Problem):
-        logger.error("request failed", exc_info=error)
-    return problem
-
-
 # ------------------------------------------------------------------------------------------- routes
 
 
 def http_app(config: ServeConfig) -> FastAPI:
     """The routes, over the `Ingress` of the replica that they run in; all errors as OpenAI's."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await _here().close()
+
     app = FastAPI(
+        lifespan=lifespan,
         title="Skip-Vision",
         version=version("skipvision"),
         description="Vision-language models that stop paying for redundant visual tokens; OpenAI's protocol.",
@@ -390,6 +449,11 @@ def http_app(config: ServeConfig) -> FastAPI:
     async def chat(body: ChatRequest, http: Request) -> Response:
         """Write an answer to messages with images."""
         return await _here().chat(body, http)
+
+    @app.post("/v1/overlay")
+    async def overlay(body: ChatRequest, http: Request) -> dict[str, Any]:
+        """Which patches of the messages' images are retained, skipped, merged or dropped; answers nothing."""
+        return await _here().overlay(body, http)
 
     @app.get("/v1/models")
     async def models(http: Request) -> dict[str, Any]:
@@ -411,19 +475,18 @@ def http_app(config: ServeConfig) -> FastAPI:
         """Prometheus metrics of engines and HTTP replicas, of all nodes."""
         return Response(await exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    app.include_router(page_routes())
+
     async def failed(http: Request, error: Exception) -> JSONResponse:
-        return _reported(error).response()
+        return reported(error).response()
 
     async def invalid(http: Request, error: Any) -> JSONResponse:
-        problems = [
-            (_field(problem["loc"]), problem["msg"], problem.get("input")) for problem in error.errors()
-        ]
-        lines = [f"{name}: {message} (got {_short(value)})" for name, message, value in problems]
-        return Problem(400, "; ".join(lines), param=problems[0][0] or None, code="invalid_value").response()
+        return reported(_wrong_fields(error.errors())).response()
 
     async def refused(http: Request, error: Any) -> JSONResponse:
         message = f"{http.method} {http.url.path}: {error.detail}"
-        return Problem(error.status_code, message, headers=error.headers or {}).response()
+        problem = Problem(error.status_code, message, headers=error.headers or {})
+        return reported(problem).response()
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
@@ -439,6 +502,17 @@ def http_app(config: ServeConfig) -> FastAPI:
 
 def _here() -> Ingress:
     return cast(Ingress, ray_serve.get_replica_context().servable_object)
+
+
+def _wrong_fields(found: Sequence[Any]) -> Problem:
+    """What pydantic says of a body, as OpenAI says it."""
+    first = _field(found[0]["loc"])
+    if any(problem["type"] == "extra_forbidden" for problem in found):
+        unknown = [_field(problem["loc"]) for problem in found if problem["type"] == "extra_forbidden"]
+        names = ", ".join(map(repr, unknown))
+        return Problem(400, f"Unknown parameter: {names}.", param=unknown[0], code="unknown_parameter")
+    lines = [f"{_field(each['loc'])}: {each['msg']} (got {_short(each.get('input'))})" for each in found]
+    return Problem(400, "; ".join(lines), param=first or None, code="invalid_value")
 
 
 def _field(location: tuple[int | str, ...]) -> str:

@@ -13,13 +13,17 @@ from pydantic_core import ErrorDetails
 from ray import cloudpickle
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.schema import LoggingConfig
 
 from pipelines.paths import input_path, model_path
 from serve import scaling
-from serve.api import Ingress, http_app
+from serve.api import GRACE_SECONDS, Ingress, http_app
 from serve.config import ModelSection, ServeConfig, serve_config
 from serve.replica import EngineReplica
 from skipvision.errors import ConfigError
+
+_LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
+"""One JSON object a line, with the request's id; `serve.middleware` writes the access log."""
 
 
 def build(arguments: dict[str, Any]) -> ray_serve.Application:
@@ -47,7 +51,10 @@ def application(config: ServeConfig) -> ray_serve.Application:
         name="ingress",
         num_replicas=config.ingresses,
         max_ongoing_requests=1000,
+        # Longer than any request takes: who is told to go answers first what it has.
+        graceful_shutdown_timeout_s=config.limits.request_seconds + GRACE_SECONDS,
         ray_actor_options={"num_cpus": 0.25},
+        logging_config=_LOGS,
     )(ray_serve.ingress(lambda: http_app(config))(Ingress))
     return ingress.bind(config, *engines)
 
@@ -80,10 +87,12 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
         autoscaling_config=autoscaling,
         health_check_period_s=10,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=limits.request_seconds,
+        graceful_shutdown_timeout_s=limits.request_seconds + GRACE_SECONDS,
         ray_actor_options={"num_cpus": wanted.cpus_per_engine, "num_gpus": wanted.gpus_per_engine},
+        logging_config=_LOGS,
     )(EngineReplica)
-    return deployment.bind(section, config.tracking_uri, config.adapter_poll_s)
+    tracer = config.traces, f"{config.name}-engine"
+    return deployment.bind(section, config.tracking_uri, config.adapter_poll_s, tracer)
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:

@@ -108,6 +108,10 @@ class ServeConfig(Section):
         30.0, gt=0, description="time between looks whether an MLflow alias has moved (s)"
     )
     tracking_uri: str | None = Field(None, description="MLflow's URI for models:/ adapters")
+    traces: str | None = Field(
+        None,
+        description="collector of OpenTelemetry's traces, http://collector:4318/v1/traces; none = no traces",
+    )
 
     @model_validator(mode="after")
     def _something_to_serve(self) -> Self:

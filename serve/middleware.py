@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from typing import Any
 
 from ray.util import metrics
 
-from serve.problems import Problem
+from serve.problems import Problem, reported
 
 logger = logging.getLogger("ray.serve")
 
@@ -17,9 +16,9 @@ logger = logging.getLogger("ray.serve")
 class Around:
     """ASGI middleware.
 
-    Refuses bodies that are too large while they arrive, writes one JSON line to the log when the answer is
-    over, and counts. Request ids are Ray Serve's (``X-Request-ID``, the client's own if it sends one): they
-    stand in the answer and before every line of the log.
+    Refuses bodies that are too large while they arrive, writes one line to the log when the answer is over,
+    and counts. Request ids are Ray Serve's (``X-Request-ID``, the client's own if it sends one): they stand
+    in the answer and in every line of the log.
 
     Args:
         app: what answers.
@@ -73,19 +72,14 @@ class Around:
                 problem = Problem(
                     413, f"the body is larger than {self._max_body} bytes: send fewer or smaller images"
                 )
-                await problem.response()(scope, receive, sending)
+                await reported(problem).response()(scope, receive, sending)
             seconds = time.perf_counter() - begin
             route = getattr(scope.get("route"), "path", "none")
             tags = {"route": route, "status": str(status or 499)}
             self._requests.inc(tags=tags)
             self._seconds.observe(seconds, tags=tags)
-            line = {
-                "method": scope["method"],
-                **tags,
-                "seconds": round(seconds, 4),
-                "read": read,
-            }
-            logger.info(json.dumps(line))
+            line = {"method": scope["method"], "status": status or 499, "seconds": round(seconds, 4)}
+            logger.info("answered", extra={**line, "path": route, "bytes_read": read})
 
 
 def _announced(scope: Any) -> int:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from ray.util import metrics
 
 from serve.errors import AuthenticationError, OverloadedError
-from skipvision.errors import ConfigError, GenerationError, InputError, ResourceError
+from skipvision.errors import (
+    ConfigError,
+    GenerationError,
+    InputError,
+    ResourceError,
+    UnsupportedModelError,
+)
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass
@@ -32,6 +43,11 @@ class Problem(Exception):
     param: str | None = None
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The most exact name that it has."""
+        return self.code or self.type
 
     def body(self) -> dict[str, Any]:
         """The error object."""
@@ -57,6 +73,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(400, str(error), code=code or "invalid_input")
     if isinstance(error, ConfigError):
         return Problem(400, str(error), code="invalid_value")
+    if isinstance(error, UnsupportedModelError):
+        return Problem(400, str(error), code="unsupported")
     if isinstance(error, ResourceError):
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, GenerationError):
@@ -70,3 +88,17 @@ def overloaded(message: str, retry_after: int) -> Problem:
     """Too many requests."""
     headers = {"Retry-After": str(retry_after)}
     return Problem(429, message, "rate_limit_error", code="overloaded", headers=headers)
+
+
+def reported(error: BaseException) -> Problem:
+    """What the client is told. It is counted, and what is not our own goes to the log whole."""
+    problem = problem_of(error)
+    _errors().inc(tags={"kind": problem.kind})
+    if problem.status >= 500 and not isinstance(error, Problem):
+        logger.error("request failed", exc_info=error)
+    return problem
+
+
+@cache
+def _errors() -> metrics.Counter:
+    return metrics.Counter("skipvision_errors", "answers that are errors, by kind", ("kind",))

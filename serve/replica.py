@@ -7,7 +7,9 @@ import logging
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ from pipelines.tracking import fetch_model
 from serve.config import ModelSection
 from serve.engine_stream import ask, stream
 from serve.grammar import Grammars
+from serve.journeys import engine_stages
+from serve.tracing import Tracer
 from skipvision import SkipConfig, load_adapter, read_adapter
 from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
-from skipvision.errors import SkipVisionError
+from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.plan import TokenPlan
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,10 +43,27 @@ class Work:
     Attributes:
         request: prepared.
         schema: JSON schema that the answers follow.
+        traceparent: span that the engine's are part of.
     """
 
     request: Request
     schema: dict[str, Any] | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class Version:
+    """An adapter as it is served now.
+
+    Attributes:
+        name: the engine's, which knows several versions while one takes over from another.
+        source: folder, or registered model with its version.
+        folder: on this machine.
+    """
+
+    name: str
+    source: str
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -64,16 +86,25 @@ class EngineReplica:
         section: the model and how it is run.
         registry: MLflow's URI, for adapters from there.
         poll_seconds: time between looks whether an alias has moved.
+        traces: arguments of `Tracer`.
     """
 
-    def __init__(self, section: ModelSection, registry: str | None, poll_seconds: float) -> None:
+    def __init__(
+        self,
+        section: ModelSection,
+        registry: str | None,
+        poll_seconds: float,
+        traces: tuple[str | None, str],
+    ) -> None:
+        self._tracer = Tracer(*traces)
         self._section, self._registry = section, registry
-        self._sources: dict[str, str] = {}
-        self._names: dict[str, str] = {}
+        self._versions: dict[str, Version] = {}
+        self._retired: set[str] = set()
         self._folders = tempfile.TemporaryDirectory(prefix="skipvision-adapters-")
         self._engine = EngineThread(self._make)
         self._engine.wait_until_ready()
         self._gauges = _Gauges(section.served_name)
+        self._planning = asyncio.Lock()
         tasks = [self._watch_adapters(poll_seconds)] if self._from_registry() else []
         self._tasks = [asyncio.get_event_loop().create_task(task) for task in (*tasks, self._report())]
 
@@ -88,13 +119,12 @@ class EngineReplica:
         try:
             if work.schema is not None:
                 request = replace(request, adjust=self._grammars.adjuster(work.schema))
-            name = request.adapter
-            request = replace(request, adapter=BASE if name is None else self._names.get(name, name))
-            async for chunk in stream(self._engine, request):
+            async for chunk in stream(self._engine, self._named(request)):
                 done = chunk.completion
                 if done is None:
                     yield chunk
                 else:
+                    self._trace(done, work.traceparent)
                     # The request came from there; its tensors need not go back.
                     bare = replace(done.request, inputs=None, images=(), adjust=None, prompt="")
                     yield replace(chunk, completion=replace(done, request=bare, error=_sendable(done.error)))
@@ -110,11 +140,35 @@ class EngineReplica:
                 return item.completion
         raise RuntimeError("the engine ended a request without completing it")
 
+    async def plan(self, work: Work) -> TokenPlan | SkipVisionError:
+        """What would become of the tokens of a request's prompt; or why that cannot be said."""
+        request = self._named(work.request)
+        # One after the other: answers that are being written wait for one of them at a time.
+        async with self._planning:
+            try:
+                return await ask(self._engine, lambda engine: engine.plan(request))
+            except SkipVisionError as error:
+                return error
+
+    def _named(self, request: Request) -> Request:
+        """The request with the engine's name for its adapter."""
+        name = request.adapter
+        return replace(request, adapter=BASE if name is None else self._versions[name].name)
+
+    def _trace(self, done: Completion, parent: str | None) -> None:
+        """The engine's stages of a request that has just ended, as spans."""
+        submitted = time.time() - done.timing.total
+        for name, begin, end in engine_stages(done.timing):
+            self._tracer.start(name, parent, submitted + begin).end(at=submitted + end)
+
     async def served(self) -> Served:
         """What can be asked for."""
         skip = await ask(self._engine, lambda engine: dict(engine.configs))
-        names = {inner: outer for outer, inner in self._names.items()}
-        return Served(dict(self._sources), {names.get(name, name): config for name, config in skip.items()})
+        versions = self._versions.items()
+        return Served(
+            {name: version.source for name, version in versions},
+            {BASE: skip[BASE], **{name: skip[version.name] for name, version in versions}},
+        )
 
     async def statistics(self) -> Statistics:
         """Of the engine."""
@@ -135,6 +189,10 @@ class EngineReplica:
         if still > _STUCK_SECONDS:
             raise RuntimeError(f"the engine has not finished a step for {still:.0f} s")
 
+    def __del__(self) -> None:
+        """Called before the process ends."""
+        self._tracer.close()
+
     # --------------------------------------------------------------------------------------- making
 
     def _make(self) -> Engine:
@@ -142,23 +200,18 @@ class EngineReplica:
         device = torch.device("cuda" if section.scaling.gpus_per_engine else "cpu")
         dtype = arithmetic(section.dtype, device)
         model = load_base(section.path, dtype, section.attention, device)
-        folders = {name: self._fetch(name, source) for name, source in section.adapters.items()}
+        found = {name: self._fetch(name, source) for name, source in section.adapters.items()}
         skip = section.skip
-        for name, folder in list(folders.items())[:1]:
-            model = load_adapter(model, folder, name=self._inner(name)).to(device, dtype)
-            skip = skip or read_adapter(folder)["skip"]
+        for version in list(found.values())[:1]:
+            model = load_adapter(model, version.folder, name=version.name).to(device, dtype)
+            skip = skip or read_adapter(version.folder)["skip"]
         processor: Any = load_processor(section.path)
         engine = Engine(model, processor, skip or SkipConfig.full(), **section.engine.model_dump())
-        for name, folder in list(folders.items())[1:]:
-            engine.add_adapter(self._inner(name), folder)
+        for version in list(found.values())[1:]:
+            engine.add_adapter(version.name, version.folder)
+        self._versions = found
         self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
         return engine
-
-    def _inner(self, name: str) -> str:
-        """The engine's name for the version of an adapter that is served now."""
-        inner = f"{name}@{self._sources[name].rsplit('/', 1)[-1]}".replace(".", "_")
-        self._names[name] = inner
-        return inner
 
     # ------------------------------------------------------------------------------------- adapters
 
@@ -167,14 +220,13 @@ class EngineReplica:
             name: source for name, source in self._section.adapters.items() if source.startswith("models:/")
         }
 
-    def _fetch(self, name: str, source: str) -> Path:
-        """An adapter's folder on this machine; notes where it comes from."""
-        if not source.startswith("models:/"):
-            self._sources[name] = source
-            return Path(source)
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._folders.name)) / "adapter"
-        self._sources[name] = fetch_model(self._registry or "", source, folder)
-        return folder
+    def _fetch(self, name: str, source: str) -> Version:
+        """An adapter's folder on this machine, of the version that is to be served now."""
+        folder = Path(source)
+        if source.startswith("models:/"):
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._folders.name)) / "adapter"
+            source = fetch_model(self._registry or "", source, folder)
+        return Version(f"{name}@{source.rsplit('/', 1)[-1]}".replace(".", "_"), source, folder)
 
     async def _watch_adapters(self, seconds: float) -> None:
         """Serve the version that an alias names, also when it moves; the old one while it has requests."""
@@ -186,21 +238,23 @@ class EngineReplica:
                 except Exception:
                     # What is served goes on being served; the next look may do better.
                     logger.warning("adapter %s (%s) could not be renewed", name, source, exc_info=True)
+            await self._forget_retired()
 
     async def _renew(self, name: str, source: str) -> None:
-        before, old = self._sources[name], self._names[name]
-        folder = await asyncio.to_thread(self._fetch, name, source)
-        if self._sources[name] == before:
+        new, old = await asyncio.to_thread(self._fetch, name, source), self._versions[name]
+        if new.source == old.source:
             return
-        inner = self._inner(name)
-        await ask(self._engine, lambda engine: engine.add_adapter(inner, folder))
-        logger.info("adapter %s: %s in place of %s", name, self._sources[name], before)
-        while True:
-            try:
-                await ask(self._engine, lambda engine: engine.remove_adapter(old))
-                return
-            except SkipVisionError:
-                await asyncio.sleep(1.0)
+        await ask(self._engine, lambda engine: engine.add_adapter(new.name, new.folder))
+        self._versions[name] = new
+        self._retired.add(old.name)
+        logger.info("adapter %s: %s in place of %s", name, new.source, old.source)
+
+    async def _forget_retired(self) -> None:
+        """What has no requests any more goes; the engine keeps the first adapter, which it was made with."""
+        for old in list(self._retired):
+            with suppress(ConfigError):
+                await ask(self._engine, partial(Engine.remove_adapter, name=old))
+                self._retired.remove(old)
 
     async def _report(self) -> None:
         while True:
@@ -225,7 +279,8 @@ class _Gauges:
         self._tags = tags
 
     def set(self, now: Statistics) -> None:
-        for name, value in asdict(now).items():
+        numbers = {**asdict(now), "kv_occupancy": now.kv_bytes_used / now.kv_bytes_budget}
+        for name, value in numbers.items():
             if not isinstance(value, (int, float)):
                 continue
             if name not in self._gauges:

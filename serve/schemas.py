@@ -1,8 +1,8 @@
 """Requests and responses of chat completions, as OpenAI's clients write and read them.
 
-Field names and meanings: https://platform.openai.com/docs/api-reference/chat. Fields of theirs that make no
-sense here and change nothing are ignored (``user``, ``metadata`` …); those that would change the answer and
-are not supported are refused.
+Field names and meanings: https://platform.openai.com/docs/api-reference/chat. Fields of theirs that change
+nothing here are ignored (``user``, ``metadata`` …); those that would change the answer and are not supported
+are refused, and so are fields that nobody knows.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from skipvision import SkipConfig
 
+IGNORED = "accepted and ignored"
+NOT_SUPPORTED = "not supported"
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ImageUrl(_Strict):
     """An image by URL: ``data:image/…;base64,…``, or http(s) from an allowed host."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = Field("auto", description="accepted and ignored")
+    detail: Literal["auto", "low", "high"] = Field("auto", description=IGNORED)
 
 
 class TextPart(_Strict):
@@ -47,12 +50,20 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
+    name: str | None = Field(None, description=IGNORED)
+    # What an answer of OpenAI's clients holds, and is sent back with the next turn.
+    refusal: str | None = Field(None, description=IGNORED)
+    annotations: list[Any] | None = Field(None, description=IGNORED)
+    audio: None = Field(None, description=NOT_SUPPORTED)
+    function_call: None = Field(None, description=NOT_SUPPORTED)
+    tool_calls: None = Field(None, description=NOT_SUPPORTED)
 
 
 class JsonSchema(_Strict):
     """A JSON schema that the answer shall have."""
 
     name: str
+    description: str | None = Field(None, description=IGNORED)
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
@@ -68,6 +79,7 @@ class StreamOptions(_Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = Field(False, description="send one more chunk, with the usage, at the end")
+    include_obfuscation: bool = Field(False, description=IGNORED)
 
 
 class ChatRequest(_Strict):
@@ -89,10 +101,27 @@ class ChatRequest(_Strict):
     response_format: ResponseFormat | None = None
     frequency_penalty: float = Field(0.0, description="only 0 is supported")
     presence_penalty: float = Field(0.0, description="only 0 is supported")
-    logit_bias: dict[str, float] | None = Field(None, description="not supported")
-    tools: list[Any] | None = Field(None, description="not supported")
-    skip: SkipConfig | None = Field(
-        None, description="SkipConfig of this request, in place of the deployment's"
+    logit_bias: dict[str, float] | None = Field(None, description=NOT_SUPPORTED)
+    tools: list[Any] | None = Field(None, description=NOT_SUPPORTED)
+    functions: list[Any] | None = Field(None, description=NOT_SUPPORTED)
+    audio: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
+    web_search_options: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
+    modalities: list[Literal["text"]] | None = Field(None, description="only text is supported")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="without tools there is no choice")
+    function_call: Literal["none", "auto"] | None = Field(None, description="without functions, likewise")
+    metadata: dict[str, str] | None = Field(None, description=IGNORED)
+    parallel_tool_calls: bool | None = Field(None, description=IGNORED)
+    prediction: dict[str, Any] | None = Field(None, description=IGNORED)
+    prompt_cache_key: str | None = Field(None, description=IGNORED)
+    safety_identifier: str | None = Field(None, description=IGNORED)
+    service_tier: str | None = Field(None, description=IGNORED)
+    store: bool | None = Field(None, description=IGNORED)
+    user: str | None = Field(None, description=IGNORED)
+    skip: SkipConfig | Literal["full"] | None = Field(
+        None,
+        description="SkipConfig of this request, in place of the deployment's; 'full' skips nothing",
     )
-    repetition_penalty: float = Field(1.0, gt=0, description="not OpenAI's; divides logits of seen tokens")
+    repetition_penalty: float = Field(
+        1.0, ge=0.1, le=10, description="not OpenAI's; divides logits of seen tokens"
+    )
     top_k: int = Field(0, ge=0, description="not OpenAI's; 0 = all tokens")

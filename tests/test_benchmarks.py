@@ -36,6 +36,11 @@ SCRIPTS = {
         *("--setting", SETTING, "--requests", "3", "--batch", "2", "--repeats", "1", "--budget-mib", "16"),
         *("--decode-rows", "1", "2", "--steps", "2", "--hidden", "64", "--layers", "1"),
     ],
+    "serve_faults": [
+        *("--rate", "2", "--seconds", "6", "--tokens", "8"),
+        *("--cases", "nothing", "half of the images oversized or hostile"),
+    ],
+    "serve_load": ["--parts", "overhead", "--requests", "3", "--tokens", "4"],
     "caption_job": ["--rows", "4", "--sequences", "2", "--repeats", "1"],
     "gpu": [
         "--device",
@@ -71,7 +76,7 @@ def test_a_script_writes_its_part_of_a_page(script, tmp_path, shapes_data):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- generated: here -->\n<!-- end: here -->\nbehind\n")
     where = {"caption_job": ["--images", str(shapes_data / "images/train")]}
-    options = where.get(script, ["--threads", "1"])
+    options = where.get(script, [] if script.startswith("serve") else ["--threads", "1"])
     run(script, *SCRIPTS[script], *options, "--out", str(page), "--part", "here")
     text = page.read_text()
     assert text.startswith("before\n")

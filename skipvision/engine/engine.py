@@ -43,12 +43,13 @@ from skipvision.errors import (
 )
 from skipvision.families import dissect
 from skipvision.masks import Sight
+from skipvision.plan import TokenPlan
 
 
 class Engine:
     """Continuous batching over pruned KV caches.
 
-    Not thread-safe: `submit`, `step` and `cancel` belong to one thread.
+    Not thread-safe: `submit`, `step`, `plan` and `cancel` belong to one thread.
 
     Args:
         model: attached already (`load_adapter`) or not; until `close` it is the engine's alone.
@@ -149,6 +150,29 @@ class Engine:
             raise InputError(f"this request cannot be taken ({type(error).__name__}): {error}") from error
 
     def _submit(self, request: Request) -> int:
+        ticket = self._ticket(request)
+        self._scheduler.submit(ticket)
+        self._tickets[ticket.number] = ticket
+        return ticket.number
+
+    @torch.no_grad()
+    def plan(self, request: Request) -> TokenPlan:
+        """What would become of the tokens of a request's prompt, (1, T) → (1, L). Costs its prefill.
+
+        Raises:
+            SkipVisionError: as `submit`.
+            InputError: there is no image in it.
+        """
+        ticket = self._ticket(request)
+        self._scheduler.refuse(ticket)
+        self._adapters.activate(ticket.adapter)
+        self._prefiller.whole([ticket.prompt], ticket.config)
+        plan = self._attachment.plan
+        if plan is None:
+            raise InputError("there is no image in this request: plans are about the tokens of images")
+        return plan
+
+    def _ticket(self, request: Request) -> Ticket:
         ready = self.prepare(request)
         name = request.adapter or self._adapters.default
         self._adapters.check(name)
@@ -164,9 +188,7 @@ class Engine:
                 f"{len(prompt)} tokens of prompt and {request.sampling.max_new_tokens} of answer are more "
                 f"than the {self._limit} positions of this model: shorten the prompt, or lower max_new_tokens"
             )
-        self._scheduler.submit(ticket)
-        self._tickets[ticket.number] = ticket
-        return ticket.number
+        return ticket
 
     def cancel(self, number: int) -> bool:
         """End a request now and free its place; False if it is over already. Its last chunks come next."""

@@ -1,19 +1,36 @@
-"""One deployment of the tiny model with two adapters, on the session's Ray, for all tests of the endpoint."""
+"""Two deployments of the tiny model on the session's Ray, for all tests of the endpoint.
+
+One that everyone may ask, with two adapters; one with keys, traces, an adapter from MLflow, and little room.
+"""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import io
+import os
 import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
+# Ray and OpenTelemetry hand on what they measure every few seconds; no test has the time.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
+os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", "200")
+
 SKIP = {"retained": 4, "skipped": 6}
+ORIGIN = "https://page.example"
+LONG = {
+    "type": "json_schema",
+    "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 350}},
+}
+"""The response_format of an answer of 350 characters."""
 
 
 class Endpoint(NamedTuple):
@@ -22,6 +39,17 @@ class Endpoint(NamedTuple):
     url: str
     model: Path
     adapters: dict[str, Path]
+
+
+class Guarded(NamedTuple):
+    """The second deployment: its clients' keys, and what stands behind it."""
+
+    url: str
+    alice: str
+    bob: str
+    registry: str
+    storage: Path
+    spans: list[Any]
 
 
 def free_port() -> int:
@@ -92,3 +120,79 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
     ray_serve.run(build(settings), name="skipvision", route_prefix="/")
     yield Endpoint(f"http://127.0.0.1:{port}", tiny_model, adapters)
     ray_serve.shutdown()
+
+
+def register(adapter: Path, registry: str, storage: Path) -> None:
+    """Make a folder the newest version of the registered model "shapes", and "champion" its alias."""
+    from pipelines.tracking import Tracker
+
+    tracker = Tracker.start(registry, experiment="tests", run_name="run", artifacts=storage / "artifacts")
+    tracker.register(adapter, "shapes", "champion")
+    tracker.close()
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[tuple[str, list[Any]]]:
+    """A collector of traces, and the spans that it was sent, with what their service calls itself."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans: list[Any] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                named = {each.key: each.value.string_value for each in resource.resource.attributes}
+                for scope in resource.scope_spans:
+                    spans.extend((named["service.name"], span) for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/traces", spans
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def guarded(
+    endpoint: Endpoint, collector: tuple[str, list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guarded]:
+    from ray import serve as ray_serve
+
+    from pipelines.tracking import TrackingConfig
+    from serve.app import build
+    from serve.keys import add_key
+
+    folder = tmp_path_factory.mktemp("guarded")
+    registry = TrackingConfig().absolute_uri(folder)
+    register(endpoint.adapters["red"], registry, folder)
+    keys = folder / "keys.yaml"
+    alice, bob = add_key(keys, "alice", 1), add_key(keys, "bob")
+    settings = {
+        "name": "guarded",
+        "models": [
+            {
+                "path": str(endpoint.model),
+                "name": "small",
+                "dtype": "float32",
+                "adapters": {"shapes": "models:/shapes@champion"},
+                "engine": {"max_sequences": 1, "kv_budget_bytes": 2**22},
+                "scaling": {"cpus_per_engine": 0.25},
+            }
+        ],
+        "keys_file": str(keys),
+        "tracking_uri": registry,
+        "adapter_poll_s": 0.5,
+        "traces": collector[0],
+        "cors_origins": [ORIGIN],
+        "limits": {"queued_requests": 2, "max_new_tokens": 400},
+    }
+    ray_serve.run(build(settings), name="guarded", route_prefix="/guarded")
+    yield Guarded(f"{endpoint.url}/guarded/v1", alice, bob, registry, folder, collector[1])
+    ray_serve.delete("guarded")

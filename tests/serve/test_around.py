@@ -1,21 +1,21 @@
 """What stands around requests: ids, sizes, keys, back-pressure, metrics; and settings that are wrong."""
 
 import json
+import re
 import threading
+import time
 
 import httpx2 as httpx
 import openai
 import pytest
-from ray import serve as ray_serve
 
 from serve.app import build
 from serve.config import ServeConfig, serve_config
 from serve.exposition import merged
-from serve.keys import add_key
 from serve.replica import load_of
 from skipvision import ConfigError
 from skipvision.engine import Statistics
-from tests.serve.conftest import asking
+from tests.serve.conftest import LONG, asking
 
 
 def test_every_answer_has_an_id_and_the_clients_own_is_kept(endpoint):
@@ -52,9 +52,29 @@ def test_large_bodies_are_refused_while_they_arrive(endpoint, announced):
 def test_metrics_of_engine_and_http(endpoint):
     with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none") as client:
         client.chat.completions.create(model="red", messages=asking(), max_tokens=2)
-    page = httpx.get(f"{endpoint.url}/metrics")
-    assert page.status_code == 200
-    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="none", messages=asking())
+    wanted = [
+        'skipvision_http_requests_total{.*status="404"',
+        'skipvision_errors_total{.*kind="model_not_found"',
+        "skipvision_(first|output)_token_seconds_count{",
+        *(
+            f'stage_seconds_sum{{.*stage="{name}"'
+            for name in ("media", "prepare", "prefill", "decode", "rest")
+        ),
+        *(f"skipvision_engine_{name}{{" for name in ("kv_occupancy", "running", "waiting", "decode_steps")),
+        "skipvision_visual_tokens_saved_total{",
+    ]
+    deadline = time.monotonic() + 20
+    while True:
+        page = httpx.get(f"{endpoint.url}/metrics")
+        assert page.status_code == 200
+        assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+        missing = [name for name in wanted if not re.search(name, page.text)]
+        if not missing:
+            return
+        assert time.monotonic() < deadline, (missing, page.text[-3000:])
+        time.sleep(0.3)
 
 
 def test_pages_of_several_nodes_become_one():
@@ -76,34 +96,11 @@ def test_pages_of_several_nodes_become_one():
     ]
 
 
-@pytest.fixture(scope="module")
-def guarded(endpoint, tmp_path_factory):
-    """A second application on the same Ray: with keys, and room for two requests."""
-    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
-    key = add_key(keys, "alice", 1)
-    settings = {
-        "models": [
-            {
-                "path": str(endpoint.model),
-                "name": "small",
-                "dtype": "float32",
-                "engine": {"max_sequences": 1, "kv_budget_bytes": 2**22},
-                "scaling": {"cpus_per_engine": 0.25},
-            }
-        ],
-        "keys_file": str(keys),
-        "limits": {"queued_requests": 2, "max_new_tokens": 400},
-    }
-    ray_serve.run(build(settings), name="guarded", route_prefix="/guarded")
-    yield f"{endpoint.url}/guarded/v1", key, add_key(keys, "bob")
-    ray_serve.delete("guarded")
-
-
 def test_keys(guarded):
-    url, alice, bob = guarded
+    url, alice, bob = guarded.url, guarded.alice, guarded.bob
     for key in (alice, bob):
         with openai.OpenAI(base_url=url, api_key=key) as client:
-            assert [card.id for card in client.models.list().data] == ["small"]
+            assert [card.id for card in client.models.list().data] == ["small", "shapes"]
     with openai.OpenAI(base_url=url, api_key="sk-skip-wrong", max_retries=0) as client:
         with pytest.raises(openai.AuthenticationError) as caught:
             client.models.list()
@@ -114,18 +111,14 @@ def test_keys(guarded):
 
 
 def test_too_many_requests_are_told_to_come_back(guarded):
-    url, _, bob = guarded
+    url, bob = guarded.url, guarded.bob
     outcomes = []
-    schema = {
-        "type": "json_schema",
-        "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 350}},
-    }
 
     def ask():
         with openai.OpenAI(base_url=url, api_key=bob, max_retries=0, timeout=60) as client:
             try:
                 client.chat.completions.create(
-                    model="small", messages=asking(), max_tokens=400, response_format=schema
+                    model="small", messages=asking(), max_tokens=400, response_format=LONG
                 )
                 outcomes.append("answered")
             except openai.RateLimitError as error:

@@ -196,6 +196,12 @@ def test_models(client, endpoint):
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
         ({"presence_penalty": 1}, "presence_penalty", "not supported"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
+        ({"extra_body": {"best_of": 3}}, "best_of", "Unknown parameter: 'best_of'."),
+        (
+            {"messages": [{"role": "user", "content": "x", "mood": "y"}]},
+            "messages.0.mood",
+            "Unknown parameter",
+        ),
         ({"n": 5}, None, "max_sequences=4"),
         ({"extra_body": {"skip": {"retained": -1}}}, "skip", "retained=-1"),
     ],

@@ -15,6 +15,7 @@ from skipvision import (
     ResourceError,
     Sampling,
     SkipConfig,
+    TokenRole,
 )
 from skipvision.engine.streams import TextStream
 from tests.skipvision.engine.requests_for_tests import (
@@ -507,3 +508,28 @@ def test_closing_gives_the_model_back():
         engine.step()
     assert attachment_of(model) is None
     assert not engine.busy
+
+
+# ------------------------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("name", ["counts", "full", "ffn-ratio"])
+def test_a_plan_is_the_one_that_the_answer_has(engine, name):
+    right = one(engine, request(2, name)).usage
+    running = engine.submit(request(0, "counts"))
+    engine.step()
+    plan = engine.plan(request(2, name))
+    assert plan.count(TokenRole.RETAINED).tolist() == [right.visual_retained]
+    assert plan.count(TokenRole.SKIPPED).tolist() == [right.visual_skipped]
+    completion = [chunk.completion for chunk in drain(engine) if chunk.completion is not None]
+    assert [done.id for done in completion] == [running]
+    assert completion[0].choices[0].token_ids == alone(0)
+
+
+def test_a_plan_is_refused_where_the_request_would_be_or_has_no_image(engine):
+    with pytest.raises(InputError, match="no image"):
+        engine.plan(request(1))
+    with pytest.raises(ConfigError, match="green"):
+        engine.plan(request(0, adapter="green"))
+    with pytest.raises(ResourceError):
+        engine.plan(request(0, sampling=Sampling(n=7)))

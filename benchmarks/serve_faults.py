@@ -1,0 +1,303 @@
+"""What becomes of requests when something breaks, in numbers.
+
+    python -m benchmarks.serve_faults --out docs/benchmarks/serving.md --part faults
+
+Two ingresses and two engines answer a steady stream of requests, half of them streamed; then, under that
+load, a process is killed or something else goes wrong. Clients send a request again as the openai client
+does: twice at most, half a second later, if it failed before a word of it was read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from PIL import Image
+
+from benchmarks import _endpoint, _measure
+from benchmarks._endpoint import MODEL, PROMPT, SKIP, Endpoint, Outcome
+
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@dataclass
+class Load:
+    """Requests that come all the time.
+
+    Attributes:
+        rate: requests a second.
+        seconds: of each case.
+        tokens: of each answer at most.
+    """
+
+    endpoint: Endpoint
+    session: aiohttp.ClientSession
+    rate: float
+    seconds: float
+    tokens: int
+
+    async def during(
+        self, fault: Callable[[], Awaitable[Any]] | None, send: Callable[..., Any] | None = None
+    ) -> list[Outcome]:
+        """What becomes of the requests of one case; the fault comes after a third of it.
+
+        ``send`` asks in place of `_endpoint.ask`.
+        """
+        asked = _endpoint.bodies(0, max_tokens=self.tokens, skip=SKIP)
+
+        async def one(number: int) -> Outcome:
+            body = {**next(asked), **(STREAMED if number % 2 else {})}
+            return await (send or _endpoint.ask)(self.session, self.endpoint, body)
+
+        async def breaks() -> None:
+            await asyncio.sleep(self.seconds / 3)
+            if fault is not None:
+                await fault()
+
+        times = _endpoint.arrivals(self.rate, self.seconds, seed=0)
+        outcomes, _ = await asyncio.gather(_endpoint.offered(times, one), breaks())
+        return outcomes
+
+    async def settled(self) -> None:
+        """Return when all engines and ingresses run again."""
+        for _ in range(240):
+            await asyncio.sleep(0.5)
+            if await asyncio.to_thread(_whole, self.endpoint):
+                return
+        raise SystemExit("the endpoint did not recover within two minutes")
+
+
+def _whole(endpoint: Endpoint) -> bool:
+    try:
+        return endpoint.engines() == 2 and len(endpoint.processes(":ingress")) == 2
+    except Exception:  # the controller is the one that has been killed
+        return False
+
+
+# ------------------------------------------------------------------------------------------ the faults
+
+
+def killing(endpoint: Endpoint, title: str) -> Callable[[], Awaitable[None]]:
+    """SIGKILL to one process of the endpoint."""
+
+    async def kill() -> None:
+        endpoint.processes(title)[0].send_signal(signal.SIGKILL)
+
+    return kill
+
+
+async def slow(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[str, Any]) -> Outcome:
+    """A client that reads a stream a few bytes at a time, or asks the usual way."""
+    if not body.get("stream"):
+        return await _endpoint.ask(session, endpoint, body)
+    read = b""
+    async with session.post(f"{endpoint.url}/v1/chat/completions", json=body) as response:
+        while piece := await response.content.read(200):
+            read += piece
+            await asyncio.sleep(0.05)
+    return Outcome("answered" if read.endswith(b"data: [DONE]\n\n") else "lost", response.status)
+
+
+async def leaving(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[str, Any]) -> Outcome:
+    """A client that closes its stream in the middle, or asks the usual way."""
+    if not body.get("stream"):
+        return await _endpoint.ask(session, endpoint, body)
+    async with session.post(f"{endpoint.url}/v1/chat/completions", json=body) as response:
+        await response.content.readline()
+    return Outcome("left", response.status)
+
+
+def hostile() -> Iterator[str]:
+    """Images that are too large, are none, or lie inside the network."""
+
+    def data(content: bytes, kind: str = "image/png") -> str:
+        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+    buffer = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(buffer, "PNG")
+    bomb = buffer.getvalue()
+    small = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(small, "PNG")
+    while True:
+        yield data(bomb)
+        yield data(b"\x89PNG\r\n\x1a\n" + os.urandom(21 * 2**20))
+        yield data(small.getvalue()[:-40])
+        yield data(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml")
+        yield "http://169.254.169.254/latest/meta-data/"
+        yield "file:///etc/passwd"
+        yield "data:image/png;base64,!!!!"
+
+
+def attacking(images: Iterator[str]) -> Callable[..., Awaitable[Outcome]]:
+    """Every second request has such an image."""
+
+    async def send(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[str, Any]) -> Outcome:
+        if not body.get("stream"):
+            return await _endpoint.ask(session, endpoint, body)
+        image = {"type": "image_url", "image_url": {"url": next(images)}}
+        content = [image, {"type": "text", "text": PROMPT}]
+        return await _endpoint.ask(
+            session, endpoint, {**body, "messages": [{"role": "user", "content": content}]}
+        )
+
+    return send
+
+
+@contextmanager
+def registry(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """An MLflow server with an adapter, "shapes@champion"."""
+    port = _endpoint.free_port()
+    database = f"sqlite:///{folder / 'mlflow.db'}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
+    command += [
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes more
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _register(url, folder)
+        yield url, server
+    finally:
+        _end(server)
+
+
+def _register(url: str, folder: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    import skipvision as sv
+    from pipelines.tracking import Tracker, TrackingError
+
+    base = AutoModelForImageTextToText.from_pretrained(_endpoint.ROOT / "models" / MODEL, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=r".*language_model.*_proj"))
+    sv.attach(model, sv.SkipConfig(**SKIP))
+    sv.save_adapter(model, folder / "adapter")
+    for _ in range(60):
+        try:
+            tracker = Tracker.start(url, experiment="faults", run_name="adapter", artifacts=folder)
+            break
+        except TrackingError:
+            time.sleep(1)
+    else:
+        raise SystemExit(f"MLflow did not start; see {folder / 'server.log'}")
+    tracker.register(folder / "adapter", "shapes", "champion")
+    tracker.close()
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """Kill the server with its workers: the group is its own."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+# ------------------------------------------------------------------------------------------- the table
+
+
+async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subprocess.Popen[bytes]) -> str:
+    """All cases, one after the other."""
+
+    async def redeployed() -> None:
+        await asyncio.to_thread(endpoint.deploy, **options.settings, engine={"max_sequences": 12})
+
+    async def registry_gone() -> None:
+        _end(server)
+
+    async with _endpoint.session() as session:
+        load = Load(endpoint, session, options.rate, options.seconds, options.tokens)
+        await load.during(None)  # everything has been used once
+        cases: dict[str, Callable[[], Awaitable[list[Outcome]]]] = {
+            "nothing": lambda: load.during(None),
+            "engine replica killed": lambda: load.during(killing(endpoint, f":engine-{MODEL}")),
+            "ingress replica killed": lambda: load.during(killing(endpoint, ":ingress")),
+            "Serve controller killed": lambda: load.during(killing(endpoint, "::ServeController")),
+            "redeployed with other settings": lambda: load.during(redeployed),
+            "half of the clients read slowly": lambda: load.during(None, slow),
+            "half of the clients go away": lambda: load.during(None, leaving),
+            "half of the images oversized or hostile": lambda: load.during(None, attacking(hostile())),
+            "MLflow killed": lambda: load.during(registry_gone),
+        }
+        rows = []
+        for name in options.cases or cases:
+            moved = await endpoint.counted(session, "retries")
+            outcomes = await cases[name]()
+            moved = await endpoint.counted(session, "retries") - moved
+            await load.settled()
+            rows.append(_row(name, outcomes, moved))
+            print(rows[-1], file=sys.stderr, flush=True)
+        left = await asyncio.to_thread(endpoint.statistics)
+    head = ["fault", "sent", "answered", "refused (4xx)", "left", "failed", "lost"]
+    head += ["given to another engine", "sent again by the client", "median s", "slowest s"]
+    places = f"At the end {left.running} answers ran and {left.waiting} requests waited."
+    return f"{_measure.table(head, rows)}\n\n{places}"
+
+
+def _row(name: str, outcomes: Sequence[Outcome], moved: float) -> list[str]:
+    found = _endpoint.tally(outcomes)
+    seconds = sorted(outcome.seconds for outcome in outcomes if outcome.kind == "answered")
+    counts = [len(outcomes), *found.values(), int(moved), sum(outcome.again for outcome in outcomes)]
+    return [name, *map(str, counts), f"{seconds[len(seconds) // 2]:.2f}", f"{seconds[-1]:.2f}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Break everything in turn and print the table; with --out, write too."""
+    options = _options().parse_args(arguments)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder, registry(Path(folder)) as (url, server):
+        options.settings = {
+            "ingresses": 2,
+            "scaling": {"min_engines": 2, "max_engines": 2},
+            "adapters": {"shapes": "models:/shapes@champion"},
+            "tracking_uri": url,
+            "adapter_poll_s": 1.0,
+        }
+        with _endpoint.local_endpoint(**options.settings) as endpoint:
+            text = asyncio.run(measured(options, endpoint, server))
+    command = "python -m benchmarks.serve_faults " + " ".join(arguments or sys.argv[1:])
+    what = (
+        f"{options.rate:g} requests a second for {options.seconds:g} s a case, Poisson, half of them streamed"
+    )
+    text = f"`{command.strip()}`\n\n{_endpoint.machine(load)}; {what}.\n\n{text}"
+    print(text)
+    if options.out:
+        _measure.write_part(options.out, options.part, text)
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rate", type=float, default=3.0, help="requests a second (default: %(default)s)")
+    add("--seconds", type=float, default=15.0, help="of each case (default: %(default)s)")
+    add("--tokens", type=int, default=48, help="of each answer, at most (default: %(default)s)")
+    add("--cases", nargs="+", help="only these rows of the table")
+    add("--out", type=Path, help="Markdown page to write into")
+    add("--part", default="faults", help="name of the page's part (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+// The API as the page uses it. Paths are relative: the application may live below a prefix.
+
+/** An error object of the API, or a server that cannot be reached. */
+export class ApiError extends Error {
+  constructor(status, error) {
+    super(error?.message ?? `the server answers with status ${status}`);
+    this.status = status;
+  }
+}
+
+/** Talks to the server that the page came from; the key is held here and nowhere else. */
+export class Api {
+  key = "";
+
+  /** The names that requests can give: [{id, parent}, …]. */
+  async models() {
+    return JSON.parse(await this.#text("v1/models")).data;
+  }
+
+  /** A model's card as text: in JavaScript's numbers 1 (a count) and 1.0 (a fraction) are one. */
+  async model(name) {
+    return this.#text(`v1/models/${encodeURIComponent(name)}`);
+  }
+
+  /** What becomes of the patches of the images in `body`. */
+  async overlay(body, signal) {
+    return JSON.parse(await this.#text("v1/overlay", body, signal)).data;
+  }
+
+  /** The chunks of a streamed answer, as they arrive. */
+  async *chat(body, signal) {
+    const response = await this.#fetch("v1/chat/completions", body, signal);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) throw new ApiError(200, { message: "the answer broke off" });
+      text += value;
+      const events = text.split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const data = event.replace(/^data: /, "");
+        if (data === "[DONE]") return;
+        const chunk = JSON.parse(data);
+        if (chunk.error) throw new ApiError(200, chunk.error);
+        yield chunk;
+      }
+    }
+  }
+
+  async #text(path, body, signal) {
+    return (await this.#fetch(path, body, signal)).text();
+  }
+
+  async #fetch(path, body, signal) {
+    const headers = this.key ? { Authorization: `Bearer ${this.key}` } : {};
+    if (body) headers["Content-Type"] = "application/json";
+    let response;
+    try {
+      response = await fetch(path, { method: body ? "POST" : "GET", headers, body, signal });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError(0, { message: `the server cannot be reached (${error.message})` });
+    }
+    if (response.ok) return response;
+    const told = await response.json().catch(() => ({}));
+    throw new ApiError(response.status, told.error);
+  }
+}

@@ -1,0 +1,166 @@
+// What happens when: an image is chosen, a model, a question asked.
+
+import { Pane } from "./answer.js";
+import { Api, ApiError } from "./api.js";
+import { OverlayView } from "./overlay.js";
+import * as settings from "./settings.js";
+
+const at = (id) => document.getElementById(id);
+
+const api = new Api();
+const full = new Pane(at("full"));
+const skip = new Pane(at("skip"), full);
+const view = new OverlayView(at("panels"), at("legend"), at("pointed"));
+let image = null;
+let running = null;
+let asked = Promise.resolve();
+
+// ------------------------------------------------------------------------------------------ the image
+
+async function choose(file) {
+  if (!file) return;
+  running?.abort();
+  await asked;
+  try {
+    image = await dataUrl(file);
+  } catch (error) {
+    complain(error);
+    return;
+  }
+  complain(null);
+  at("stage").classList.add("filled");
+  at("another").hidden = false;
+  view.clear(image);
+  full.clear();
+  skip.clear();
+}
+
+function dataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(new Error(`${file.name} cannot be read`)));
+    reader.readAsDataURL(file);
+  });
+}
+
+at("file").addEventListener("change", ({ target }) => choose(target.files[0]));
+document.addEventListener("paste", (event) => choose(event.clipboardData.files[0]));
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  at("stage").classList.add("over");
+});
+document.addEventListener("dragleave", () => at("stage").classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  at("stage").classList.remove("over");
+  choose(event.dataTransfer.files[0]);
+});
+
+// ------------------------------------------------------------------------------------------ the model
+
+async function listModels() {
+  try {
+    const models = await api.models();
+    const options = models.map(({ id, parent }) => new Option(parent ? `${id} (${parent})` : id, id));
+    at("model").replaceChildren(...options);
+    // What an adapter was trained for shows with an adapter.
+    at("model").value = (models.find(({ parent }) => parent) ?? models[0]).id;
+    complain(null);
+    await showModel();
+  } catch (error) {
+    at("key-field").hidden = at("key-field").hidden && error.status !== 401;
+    complain(error);
+  }
+}
+
+async function showModel() {
+  const name = at("model").value;
+  const card = await api.model(name);
+  if (name === at("model").value) settings.show(card);
+}
+
+at("model").addEventListener("change", () => showModel().catch(complain));
+function useKey() {
+  const key = at("key").value.trim();
+  if (key === api.key) return;
+  api.key = key;
+  listModels();
+}
+
+at("key").addEventListener("change", useKey);
+at("key").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault(); // it is the key that is sent, not yet a question
+  useKey();
+});
+for (const name of ["retained", "skipped"]) at(name).addEventListener("input", settings.explain);
+// A field that is wrong must be seen.
+at("skipping").addEventListener("invalid", () => (at("skipping").open = true), true);
+
+// --------------------------------------------------------------------------------------- the question
+
+function body(skipText) {
+  const part = { type: "image_url", image_url: { url: image } };
+  const request = {
+    model: at("model").value,
+    messages: [{ role: "user", content: [part, { type: "text", text: at("question").value }] }],
+    temperature: 0,
+    max_completion_tokens: Number(at("most").value),
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+  return `${JSON.stringify(request).slice(0, -1)},"skip":${skipText}}`;
+}
+
+async function ask() {
+  if (!image) throw new Error("There is no image yet: choose one, drop it, or paste it.");
+  const whole = body('"full"');
+  const reduced = body(settings.asJson());
+  const { signal } = running;
+  view.clear(image);
+  full.clear();
+  skip.clear();
+  skip.root.dataset.state = "waiting";
+  await full.write(api.chat(whole, signal));
+  await skip.write(api.chat(reduced, signal));
+  const [overlay] = await api.overlay(reduced, signal);
+  if (!signal.aborted) view.show(overlay);
+}
+
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (running) running.abort();
+  else asked = run();
+});
+
+/** Ask, and show what goes wrong; the button stops it meanwhile. */
+async function run() {
+  running = new AbortController();
+  at("ask").textContent = "Stop";
+  complain(null);
+  try {
+    await ask();
+  } catch (error) {
+    if (skip.root.dataset.state === "waiting") skip.clear();
+    if (error instanceof ApiError && error.status === 401) at("key-field").hidden = false;
+    if (error.name !== "AbortError") complain(error);
+  } finally {
+    running = null;
+    at("ask").textContent = "Ask";
+  }
+}
+
+at("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    at("form").requestSubmit();
+  }
+});
+
+function complain(error) {
+  at("error").hidden = error === null;
+  at("error").textContent = error?.message ?? "";
+}
+
+listModels();

@@ -1,0 +1,112 @@
+"""Engines that come, go and die while requests are answered; minutes, on applications of their own."""
+
+import asyncio
+import time
+
+import httpx2 as httpx
+import openai
+import psutil
+import pytest
+from ray import serve as ray_serve
+
+from serve.app import build
+from tests.serve.conftest import asking
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+APPLICATION = "faulty"
+
+
+def deploy(endpoint, **scaling):
+    model = {
+        "path": str(endpoint.model),
+        "name": "tiny",
+        "dtype": "float32",
+        "engine": {"max_sequences": scaling.pop("max_sequences", 4), "kv_budget_bytes": 2**23},
+        "scaling": {"cpus_per_engine": 0.25, "interval_s": 0.5, **scaling},
+    }
+    ray_serve.run(build({"name": APPLICATION, "models": [model]}), name=APPLICATION, route_prefix="/faulty")
+
+
+def engines():
+    deployments = ray_serve.status().applications[APPLICATION].deployments
+    return deployments["engine-tiny"].replica_states.get("RUNNING", 0)
+
+
+def until(number, seconds=120):
+    deadline = time.monotonic() + seconds
+    while engines() != number:
+        assert time.monotonic() < deadline, engines()
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def url(endpoint):
+    deploy(endpoint, min_engines=2, max_engines=2)
+    yield f"{endpoint.url}/faulty/v1"
+    ray_serve.delete(APPLICATION)
+
+
+def under_load(url, happens):
+    """Six clients ask on and on until some time after it has happened; what became of their requests."""
+    outcomes, over = [], asyncio.Event()
+
+    async def client(client, stream):
+        while not over.is_set():
+            options = {"model": "tiny", "messages": asking(), "max_tokens": 40, "temperature": 0}
+            try:
+                found = await client.chat.completions.create(stream=stream, **options)
+                if stream:
+                    chunks = [chunk async for chunk in found]
+                    assert chunks[-1].choices[0].finish_reason
+                outcomes.append("answered")
+            except openai.APIError as error:
+                outcomes.append((stream, error.code))
+
+    async def everything():
+        async with openai.AsyncOpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as one:
+            clients = [asyncio.create_task(client(one, number % 2 == 1)) for number in range(6)]
+            await asyncio.sleep(2)
+            await asyncio.to_thread(happens)
+            await asyncio.sleep(5)
+            over.set()
+            await asyncio.gather(*clients)
+
+    asyncio.run(everything())
+    return outcomes
+
+
+def test_redeploying_and_scaling_down_fail_no_request(endpoint, url):
+    def change():
+        deploy(endpoint, min_engines=2, max_engines=2, max_sequences=3)
+        deploy(endpoint, min_engines=1, max_engines=1, max_sequences=3)
+        until(1)
+
+    outcomes = under_load(url, change)
+    assert len(outcomes) > 20
+    assert set(outcomes) == {"answered"}
+
+
+def test_an_engine_that_dies_ends_only_streams_that_had_begun(url):
+    def kill():
+        for process in psutil.Process().children(recursive=True):
+            if process.cmdline()[:1] and f":{APPLICATION}:engine-tiny" in process.cmdline()[0]:
+                process.kill()
+                return
+        raise AssertionError("no engine")
+
+    outcomes = under_load(url, kill)
+    assert outcomes.count("answered") > 10
+    broken = [outcome for outcome in outcomes if outcome != "answered"]
+    assert broken == [(True, "engine_died")] * len(broken)
+    assert len(broken) <= 3
+    until(2)
+
+
+def test_an_idle_model_has_no_engine_and_gets_one_when_it_is_asked(endpoint, url):
+    deploy(endpoint, min_engines=0, max_engines=1, downscale_delay_s=1, upscale_delay_s=0)
+    until(0)
+    health = httpx.get(url.replace("/v1", "/healthz")).json()
+    assert health["models"]["tiny"] == {"status": "idle"}
+    with openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as client:
+        assert client.chat.completions.create(model="tiny", messages=asking(), max_tokens=3).choices
+    until(0)

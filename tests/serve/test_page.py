@@ -1,0 +1,224 @@
+"""The page at `/`: what it is served as, the overlay that it draws, and how it works in a real browser."""
+
+import base64
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+import httpx2 as httpx
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import serve.page
+from serve.problems import problem_of
+from skipvision import UnsupportedModelError, load_adapter
+from skipvision.analysis import patches_of
+from skipvision.attach import attachment_of
+from skipvision.config import Merge, Select
+from skipvision.engine import Request, prepare
+from tests.serve.browser import CHROMIUM, DRIVER, MISSING, Page, browser
+from tests.serve.conftest import SKIP, asking, picture
+
+FOLDER = Path(serve.page.__file__).parent
+FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in {".css", ".js"})
+
+in_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER and find_spec("selenium")), reason=MISSING)
+
+
+def overlay(endpoint, messages, **fields):
+    body = {"model": "red", "messages": messages, **fields}
+    return httpx.post(f"{endpoint.url}/v1/overlay", json=body, timeout=60)
+
+
+# ------------------------------------------------------------------------------------ what is served
+
+
+@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in FILES)])
+def test_files_are_served_under_a_strict_policy(endpoint, path):
+    found = httpx.get(endpoint.url + path)
+    assert found.status_code == 200
+    assert found.text == (FOLDER / (path.removeprefix("/page/") if path != "/" else "index.html")).read_text()
+    policy = found.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    kinds = {".css": "text/css", ".js": "text/javascript", "": "text/html"}
+    assert found.headers["content-type"].startswith(kinds[Path(path).suffix])
+
+
+def test_nothing_else_is(endpoint):
+    for name in ("__init__.py", "..%2fkeys.py", "index.html", "nothing.js"):
+        assert httpx.get(f"{endpoint.url}/page/{name}").status_code == 404, name
+    told = {
+        path: set(methods)
+        for path, methods in httpx.get(f"{endpoint.url}/openapi.json").json()["paths"].items()
+    }
+    assert (told["/"], told["/v1/overlay"]) == ({"get"}, {"post"})
+
+
+def test_the_page_offers_what_a_skipconfig_takes():
+    page = (FOLDER / "index.html").read_text()
+    for name, values in (("select", Select), ("merge", Merge)):
+        offered = re.search(rf'<select id="{name}">(.*?)</select>', page, re.DOTALL)
+        assert tuple(re.findall("<option>(.*?)<", offered[1])) == get_args(values)
+
+
+# --------------------------------------------------------------------------------------- the overlay
+
+
+def test_the_overlay_is_the_librarys(endpoint):
+    found = overlay(endpoint, asking("what?", 1, 2))
+    assert found.status_code == 200
+    base = AutoModelForImageTextToText.from_pretrained(endpoint.model)
+    processor, config = AutoProcessor.from_pretrained(endpoint.model), base.config
+    model = load_adapter(base, endpoint.adapters["red"])
+    chat = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "what?"}]}]
+    images = [picture(1), picture(2)]
+    inputs = prepare(processor, Request(chat, images)).inputs
+    with torch.no_grad():
+        model(**inputs)
+    right = patches_of(attachment_of(model).plan, inputs, [image.size for image in images], processor, config)
+    assert found.json()["data"] == [
+        {"object": "overlay", **json.loads(json.dumps(one.as_json()))} for one in right
+    ]
+
+
+@pytest.mark.parametrize(
+    ("skip", "fates"),
+    [
+        (None, {"retained": 4, "skipped": 6, "merged": 6}),
+        ("full", {"retained": 16}),
+        (
+            {"retained": 0.5, "skipped": 2, "merge": "drop", "select": "ffn_ratio"},
+            {"retained": 8, "skipped": 2, "dropped": 6},
+        ),
+    ],
+)
+def test_its_counts_are_those_of_the_answer(endpoint, skip, fates):
+    (found,) = overlay(endpoint, asking(), skip=skip).json()["data"]
+    told = [patch["fate"] for patch in found["patches"]]
+    assert {fate: told.count(fate) for fate in set(told)} == fates
+    body = {"model": "red", "messages": asking(), "skip": skip, "max_tokens": 1}
+    answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=60).json()
+    visual = answer["usage"]["visual_tokens"]
+    assert (visual["retained"], visual["skipped"]) == (fates["retained"], fates.get("skipped", 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        ({"messages": [{"role": "user", "content": "no image"}]}, 400, "no image"),
+        ({"model": "green"}, 404, "'green' does not exist"),
+        ({"skip": {"retained": -1}}, 400, "retained=-1"),
+        ({"skip": "some"}, 400, "full"),
+    ],
+)
+def test_what_no_overlay_can_be_made_of_is_told(endpoint, change, status, said):
+    body = {"model": "red", "messages": asking(), **change}
+    found = httpx.post(f"{endpoint.url}/v1/overlay", json=body, timeout=60)
+    assert found.status_code == status
+    assert said in found.json()["error"]["message"]
+
+
+def test_a_family_whose_patches_are_not_known_is_the_requests_problem():
+    problem = problem_of(UnsupportedModelError("how fuyu cuts an image is not known"))
+    assert (problem.status, problem.message) == (400, "how fuyu cuts an image is not known")
+
+
+# --------------------------------------------------------------------------------- in a real browser
+
+
+@pytest.fixture(scope="module")
+def driver():
+    with browser() as driver:
+        yield driver
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An image of two patches more in one direction, so that it is cropped."""
+    file = tmp_path / "photo.png"
+    picture(7, (84, 56)).save(file)
+    return file
+
+
+@in_browser
+def test_a_question_is_answered_twice(endpoint, driver, photo):
+    page = Page(driver, f"{endpoint.url}/")
+    page.ready()
+    assert page.find("#model").get_attribute("value") == "red"
+    assert page.find("#retained").get_attribute("value") == str(SKIP["retained"])
+    page.ask(photo, "what <b>is</b> it?")
+    assert not page.find("#error").is_displayed()
+
+    whole, reduced = page.numbers("full"), page.numbers("skip")
+    assert (whole["visual"], whole["retained"], whole["cached"]) == (16, 16, 16)
+    assert (reduced["visual"], reduced["retained"], reduced["skipped"], reduced["cached"]) == (16, 4, 6, 6)
+    assert reduced["kv"] < whole["kv"]
+    for numbers in (whole, reduced):
+        assert 0 < numbers["first"] <= numbers["total"]
+        assert numbers["answer"] > 0
+    assert page.counts() == {"retained": 4, "skipped": 6, "merged": 6}
+    # The API says the same to another client.
+    url = f"data:image/png;base64,{base64.b64encode(photo.read_bytes()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what <b>is</b> it?"}]
+    for pane, skip in (("full", "full"), ("skip", None)):
+        body = {"model": "red", "messages": [{"role": "user", "content": parts}], "temperature": 0}
+        body |= {"max_tokens": 64, "skip": skip}
+        answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=60).json()
+        text = answer["choices"][0]["message"]["content"]
+        assert page.find(f"#{pane} .answer").get_attribute("textContent").strip() == text.strip()
+        assert page.numbers(pane)["prompt"] == answer["usage"]["prompt_tokens"]
+        assert page.numbers(pane)["kv"] == answer["usage"]["kv_bytes"]
+
+    said = page.point("g.merged rect")
+    assert re.fullmatch(r"Row \d, column \d: merged into row \d, column \d, which is \w+", said)
+    assert driver.find_elements("css selector", "rect.at, line.group")
+    page.find("#legend label").click()
+    assert "no-retained" in page.find("#panels").get_attribute("class")
+
+    assert page.complaints() == []
+    loaded = page.loaded()
+    assert f"{endpoint.url}/v1/overlay" in loaded
+    assert [url for url in loaded if not url.startswith((endpoint.url, "data:"))] == []
+
+
+@in_browser
+def test_settings_of_the_page_are_the_requests(endpoint, driver, photo):
+    page = Page(driver, f"{endpoint.url}/")
+    page.ready()
+    page.find("#skipping summary").click()
+    for name, value in (("retained", "1.0"), ("skipped", "0")):
+        page.find(f"#{name}").clear()
+        page.find(f"#{name}").send_keys(value)
+    assert "retained 100 %, skipped 0" in page.find("#amounts").text
+    page.ask(photo, "what is it?")
+    assert page.counts() == {"retained": 16}
+    page.find("#retained").clear()
+    page.find("#retained").send_keys("1")
+    page.ask(photo, "what is it?")
+    assert page.counts() == {"retained": 1, "merged": 15}
+
+
+@in_browser
+def test_errors_are_shown_as_the_api_says_them(endpoint, guarded, driver, photo, tmp_path):
+    page = Page(driver, guarded.url.removesuffix("v1"))
+    page.until("!document.getElementById('key-field').hidden")
+    assert page.find("#error").is_displayed()
+    page.find("#key").send_keys("sk-skip-wrong\n")
+    refusal = httpx.get(f"{guarded.url}/models", headers={"Authorization": "Bearer sk-skip-wrong"})
+    message = refusal.json()["error"]["message"]
+    page.until(f"document.getElementById('error').textContent === {json.dumps(message)}")
+    page.find("#key").clear()
+    page.find("#key").send_keys(guarded.bob + "\n")
+    page.ready()
+    assert not page.find("#error").is_displayed()
+    page.ask(photo, "what is it?")
+    assert page.counts()["retained"] == SKIP["retained"]
+
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    page.ask(broken, "what is it?")
+    assert "image in the data URL" in page.find("#error").text
