@@ -263,11 +263,13 @@ async def offered(times: Sequence[float], send: Callable[[int], Any]) -> list[Ou
     return list(await asyncio.gather(*(at(moment, number) for number, moment in enumerate(times))))
 
 
-def session() -> aiohttp.ClientSession:
-    """Connections for as many clients as there are; no answer within 90 s is none."""
-    timeout = aiohttp.ClientTimeout(total=90)
-    # A connection each: what another's server leaves behind is not blamed on this one.
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout)
+def session(keep: bool = False) -> aiohttp.ClientSession:
+    """Connections for as many clients as there are, each used once or kept; 90 s without an answer is none.
+
+    One that is kept may have been cut by the process that a fault ended; its next request would be blamed.
+    """
+    connector = aiohttp.TCPConnector(limit=0, force_close=not keep)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=90))
 
 
 def tally(outcomes: Sequence[Outcome]) -> dict[str, int]:

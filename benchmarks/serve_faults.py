@@ -249,16 +249,15 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
             print(rows[-1], file=sys.stderr, flush=True)
         left = await asyncio.to_thread(endpoint.statistics)
     head = ["fault", "sent", "answered", "refused (4xx)", "left", "failed", "lost"]
-    head += ["given to another engine", "sent again by the client", "median s", "slowest s"]
+    head += ["given to another engine", "sent again by the client"]
     places = f"At the end {left.running} answers ran and {left.waiting} requests waited."
     return f"{_measure.table(head, rows)}\n\n{places}"
 
 
 def _row(name: str, outcomes: Sequence[Outcome], moved: float) -> list[str]:
     found = _endpoint.tally(outcomes)
-    seconds = sorted(outcome.seconds for outcome in outcomes if outcome.kind == "answered")
     counts = [len(outcomes), *found.values(), int(moved), sum(outcome.again for outcome in outcomes)]
-    return [name, *map(str, counts), f"{seconds[len(seconds) // 2]:.2f}", f"{seconds[-1]:.2f}"]
+    return [name, *map(str, counts)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -108,13 +108,19 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
     asked = _endpoint.bodies(2, max_tokens=options.tokens, skip=SKIP)
     through: list[Outcome] = []
     bare: list[float] = []
+    hops: dict[str, list[float]] = {"/v1/models": [], "/healthz": []}
     with _bare_engine() as alone:
         for number in range(options.requests + 5):
             body = next(asked)
             through.append(await _endpoint.ask(session, endpoint, body, 1))
             bare.append(await alone(body))
+            for path, taken in hops.items():
+                begin = time.perf_counter()
+                async with session.get(endpoint.url + path) as response:
+                    await response.read()
+                taken.append(1000 * (time.perf_counter() - begin))
             if number == 4:  # everything has been used by now
-                through, bare = [], []
+                through, bare, hops = [], [], {path: [] for path in hops}
     parts: dict[str, list[float]] = {"endpoint": [1000 * outcome.seconds for outcome in through]}
     parts["bare engine, of a request that is ready"] = [1000 * seconds for seconds in bare]
     engine = [sum(outcome.stages.get(stage, 0.0) for stage in ENGINE_STAGES) for outcome in through]
@@ -128,6 +134,8 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
         parts[f"… {stage}: {says}"] = [outcome.stages[stage] for outcome in through]
     inside = [sum(outcome.stages.values()) for outcome in through]
     parts["… HTTP: client, proxy, ingress"] = _differences(parts["endpoint"], inside)
+    parts["for comparison: `GET /v1/models`, answered by the ingress"] = hops["/v1/models"]
+    parts["`GET /healthz`, which asks the engine a number"] = hops["/healthz"]
     rows = [[name, *tail(values, 1.0, 1)] for name, values in parts.items()]
     return _measure.table(["one request at a time", "p50 ms", "p95 ms", "p99 ms"], rows)
 
@@ -309,7 +317,7 @@ PARTS = {
 
 
 async def _run(options: argparse.Namespace, part: str, endpoint: Endpoint) -> str:
-    async with _endpoint.session() as session:
+    async with _endpoint.session(keep=True) as session:
         warm = _endpoint.bodies(0, max_tokens=4)
         await asyncio.gather(*(_endpoint.ask(session, endpoint, next(warm)) for _ in range(4)))
         return await PARTS[part][0](options, endpoint, session)

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from transformers import AutoConfig
@@ -248,6 +248,8 @@ class Ingress:
                 break
             except BackPressureError as error:
                 raise self._overloaded() from error
+            except DeploymentUnavailableError as error:
+                raise _no_engine() from error
             except RayActorError as error:
                 if last:
                     raise _no_engine() from error
@@ -271,12 +273,15 @@ class Ingress:
                 return
             except BackPressureError as error:
                 raise self._overloaded() from error
+            except DeploymentUnavailableError as error:
+                raise _no_engine() from error
             except RayActorError as error:
                 if sent or last:
                     raise _no_engine() from error
                 journey.retried()
             finally:
-                items.cancel()
+                with contextlib.suppress(BackPressureError):  # which it raises once more
+                    items.cancel()
 
     async def _told(
         self,
@@ -424,7 +429,7 @@ async def _again(first: Chunk, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Ch
 
 
 def _no_engine() -> Problem:
-    return Problem(503, "the engine died over this request: try again", "server_error", code="engine_died")
+    return Problem(503, "no engine lives to answer this: try again", "server_error", code="engine_died")
 
 
 # ------------------------------------------------------------------------------------------- routes

@@ -114,17 +114,19 @@ def test_too_many_requests_are_told_to_come_back(guarded):
     url, bob = guarded.url, guarded.bob
     outcomes = []
 
-    def ask():
+    def ask(stream):
         with openai.OpenAI(base_url=url, api_key=bob, max_retries=0, timeout=60) as client:
             try:
-                client.chat.completions.create(
-                    model="small", messages=asking(), max_tokens=400, response_format=LONG
+                found = client.chat.completions.create(
+                    model="small", messages=asking(), max_tokens=400, response_format=LONG, stream=stream
                 )
+                if stream:
+                    list(found)
                 outcomes.append("answered")
             except openai.RateLimitError as error:
                 outcomes.append((error.status_code, error.code, error.response.headers["retry-after"]))
 
-    threads = [threading.Thread(target=ask) for _ in range(12)]
+    threads = [threading.Thread(target=ask, args=(number % 2 == 1,)) for number in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
