@@ -248,7 +248,7 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
             rows.append(_row(name, outcomes, moved))
             print(rows[-1], file=sys.stderr, flush=True)
         left = await asyncio.to_thread(endpoint.statistics)
-    head = ["fault", "sent", "answered", "refused (4xx)", "left", "failed", "lost"]
+    head = ["fault", "sent", "answered", "refused (4xx)", "failed", "lost", "left"]
     head += ["given to another engine", "sent again by the client"]
     places = f"At the end {left.running} answers ran and {left.waiting} requests waited."
     return f"{_measure.table(head, rows)}\n\n{places}"
