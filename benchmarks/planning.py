@@ -150,7 +150,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 def _assign(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor, merge: str) -> torch.Tensor:
     # What select has worked out already (unit vectors, redundancy) is not worked out again, as in a call.
-    return assign(tokens.unit, tokens.redundancy, tokens.valid, retained, skipped, merge)
+    return assign(tokens.features, tokens.unit, tokens.redundancy, tokens.valid, retained, skipped, merge)
 
 
 def _options() -> argparse.ArgumentParser:

@@ -23,7 +23,8 @@ from pipelines.cpus import usable_cpus
 from pipelines.datasets import read_training_rows
 from pipelines.evaluate import pick_rows
 from pipelines.finetune_config import ModelSection
-from pipelines.learner import load_base, load_processor
+from pipelines.learner import load_frozen
+from pipelines.loading import load_processor
 from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
 from pipelines.tracking import Tracker, TrackingConfig, TrackingError
@@ -159,7 +160,7 @@ def _measure(
     config: AnalyseConfig,
 ) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: nn.Module = load_base(model_config, torch.float32, device)
+    model: nn.Module = load_frozen(model_config, torch.float32, device)
     if adapter is not None:
         model = sv.load_adapter(model, adapter)
     model.eval()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipelines.caption_config import EngineSection, ModelSection
+from pipelines.caption_config import ModelSection
 from pipelines.score_config import DatasetSection
+from pipelines.sections import EngineSection, JobConfig, Section
 from pipelines.tracking import TrackingConfig
 from skipvision.config import SkipConfig
 
 Cost = Literal["prefill_flops", "kv_bytes", "latency"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSection(DatasetSection):
@@ -25,7 +22,7 @@ class DataSection(DatasetSection):
     max_new_tokens: int = Field(96, ge=1, description="tokens of an answer, at most")
 
 
-class LimitsSection(_Section):
+class LimitsSection(Section):
     """What the result must keep to. Costs are ratios to full tokens: 0.3 is 30 %."""
 
     accuracy_drop: float | None = Field(
@@ -60,7 +57,7 @@ class LimitsSection(_Section):
         return {name: limit for name, limit in given.items() if limit is not None}
 
 
-class SearchSection(_Section):
+class SearchSection(Section):
     """Successive halving: every rung asks those that are left more questions, and keeps a share of them."""
 
     rungs: int = Field(3, ge=1, description="rungs; the last one asks all that are not held out")
@@ -76,7 +73,7 @@ class SearchSection(_Section):
     seed: int = Field(0, ge=0, description="seed of the split and of the bootstrap")
 
 
-class ScalingSection(_Section):
+class ScalingSection(Section):
     """Ray's share; may differ when a job is resumed."""
 
     workers: int = Field(1, ge=1, description="processes that score, each with the whole model")
@@ -84,14 +81,9 @@ class ScalingSection(_Section):
     gpus_per_worker: int | None = Field(None, ge=0, description="GPUs of each; null = one if there are any")
 
 
-class CalibrateConfig(_Section):
+class CalibrateConfig(JobConfig):
     """A calibration; one that is there already under its name is continued, or refused if it differs."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="the job's name: its folder, and its name in MLflow",
-    )
-    storage: str = Field("runs", description="folder for all runs")
     model: ModelSection
     data: DataSection
     skip: SkipConfig | None = Field(

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.caption_config import EngineSection
 from pipelines.caption_model import CaptionModel, load_captioner
 from pipelines.collate import content_parts
 from pipelines.items import Item
 from pipelines.questions import Dataset, Question
 from pipelines.score_system import score_dataset
+from pipelines.sections import EngineSection
 from skipvision.config import SkipConfig
 from skipvision.engine import Request, Sampling
 from skipvision.errors import DataError, SkipVisionError

@@ -6,14 +6,14 @@ import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 import skipvision as sv
-from pipelines.caption_config import CaptionConfig
+from pipelines.caption_config import ModelSection
 from pipelines.loading import arithmetic, load_base, load_processor
 from pipelines.paths import input_path
 from pipelines.sections import EngineSection
@@ -45,7 +45,16 @@ class CaptionModel:
     attention: str
 
 
-def find_model(config: CaptionConfig, registry: str, downloads: Path, pinned: str | None) -> CaptionModel:
+class Asked(Protocol):
+    """The part of a job's settings that says which model it is about."""
+
+    @property
+    def model(self) -> ModelSection: ...
+    @property
+    def skip(self) -> sv.SkipConfig | Literal["full"] | None: ...
+
+
+def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None) -> CaptionModel:
     """The model that the settings name, with its adapter on this machine.
 
     Args:
@@ -76,9 +85,9 @@ def find_model(config: CaptionConfig, registry: str, downloads: Path, pinned: st
             f"model.adapter = {given.adapter} has changed since this job began ({pinned} then, {label} now): "
             "restore it, or choose another name"
         )
-    skip = config.skip
-    if skip is None:
-        skip = folder and sv.read_adapter(folder)["skip"]
+    skip: Any = config.skip
+    if skip is None and folder is not None:
+        skip = sv.read_adapter(folder)["skip"]
     return CaptionModel(
         base=base,
         label=given.path,

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipelines.gate import Budget
+from pipelines.sections import Section
 from pipelines.tracking import TrackingConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ItemsSection(_Section):
+class ItemsSection(Section):
     """Scored items of one system."""
 
     items: str = Field(description="items.parquet of a scoring job, or runs:/RUN_ID of its MLflow run")
@@ -39,7 +36,7 @@ class ReferenceSection(ItemsSection):
     )
 
 
-class PromoteConfig(_Section):
+class PromoteConfig(Section):
     """One decision."""
 
     candidate: CandidateSection

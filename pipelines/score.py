@@ -104,10 +104,7 @@ def _prepared(config: ScoreConfig, folder: ScoreFolder) -> _Job:
     pinned = folder.state.get("adapters", {})
     models = {}
     for label, system in config.systems.items():
-        given = CaptionConfig(
-            name=label, model=system.model, skip=system.skip, input=InputSection(source=datasets[0].file)
-        )
-        models[label] = find_model(given, uri, folder.path / "adapters" / label, pinned.get(label))
+        models[label] = find_model(system, uri, folder.path / "adapters" / label, pinned.get(label))
         check_model(models[label])
     folder.remember(
         config=config.model_dump(mode="json"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from pipelines.caption_config import EngineSection, ModelSection, ScalingSection
+from pipelines.caption_config import ModelSection, ScalingSection
 from pipelines.judge import JudgeConfig
+from pipelines.sections import EngineSection, JobConfig, Section
 from pipelines.tracking import TrackingConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
@@ -15,11 +16,7 @@ from skipvision.engine.requests import Sampling
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class SystemSection(_Section):
+class SystemSection(Section):
     """One way of answering."""
 
     model: ModelSection
@@ -30,7 +27,7 @@ class SystemSection(_Section):
     )
 
 
-class DatasetSection(_Section):
+class DatasetSection(Section):
     """One table of questions."""
 
     name: Name = Field(
@@ -50,15 +47,9 @@ class DatasetSection(_Section):
     limit: int | None = Field(None, ge=1, description="items taken from the beginning, at most; null = all")
 
 
-class ScoreConfig(_Section):
+class ScoreConfig(JobConfig):
     """A scoring job; one that is there already under its name is continued, or refused if it differs."""
 
-    name: Name = Field(description="the job's name: its folder, and the beginning of its names in MLflow")
-    storage: str = Field(
-        "runs",
-        description="folder for all runs, seen by every node; a relative path starts at $SKIPVISION_HOME or, "
-        "outside of Ray jobs, in the working directory",
-    )
     systems: dict[Name, SystemSection] = Field(min_length=1, description="what is compared, by label")
     reference: str = Field(
         "full", description="label of the system that the others are compared with: the one with full tokens"

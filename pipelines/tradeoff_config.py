@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.finetune_config import ModelSection
+from pipelines.sections import JobConfig, Section
 from skipvision.baselines import BASELINES
 from skipvision.config import SkipConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class AdapterSection(_Section):
+class AdapterSection(Section):
     """One way the base model was tuned."""
 
     path: str | None = Field(None, description="folder of the adapter; null = the base model as it came")
@@ -29,18 +26,16 @@ class AdapterSection(_Section):
     )
 
 
-class GridSection(_Section):
+class GridSection(Section):
     """Skip-Vision with each of these retained and each of these skipped tokens, under every adapter."""
 
     retained: tuple[int, ...] = Field((16, 32, 64, 128), description="numbers of retained tokens")
     skipped: tuple[int, ...] = Field((0, 32, 64), description="numbers of skipped tokens")
 
 
-class TradeoffConfig(_Section):
+class TradeoffConfig(JobConfig):
     """What accuracy costs: baselines at equal FLOPs, and a grid of Skip-Vision, on one base model."""
 
-    name: str = Field("tradeoff", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the job's folder")
-    storage: str = Field("runs", description="folder for all runs; points that are finished in it are kept")
     model: ModelSection
     adapters: dict[str, AdapterSection] = Field(
         {"untuned": AdapterSection()}, min_length=1, description="under these labels"

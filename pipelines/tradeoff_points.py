@@ -21,7 +21,7 @@ from pipelines.collate import ChatFormat, encode, open_images
 from pipelines.evaluate import evaluate_exact_match
 from pipelines.finetune_config import ModelSection
 from pipelines.items import Item
-from pipelines.learner import arithmetic, load_base, load_processor
+from pipelines.learner import arithmetic, load_processor
 from pipelines.rows import TrainingRow
 from pipelines.tradeoff_config import TradeoffConfig
 from skipvision.baselines import BASELINES, at_cost
@@ -47,7 +47,7 @@ class Point:
 
 
 def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) -> Iterator[Point]:
-    """All points of a job; what costs more than it may at its fewest tokens is left out, and said."""
+    """All points of a job; what costs more than it may with its fewest tokens is left out, and said."""
     visual = sv.predict_cost(model, None, text_tokens=text_tokens).sequence - text_tokens
     for label, adapter in config.adapters.items():
         own = None if adapter.path is None else sv.read_adapter(adapter.path)["skip"]
@@ -137,7 +137,7 @@ def first_token_seconds(
 def _built(section: ModelSection, path: str | None) -> tuple[Any, Any]:
     """The model under an adapter, kept for the next point of this process, and its processor."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_base(section, arithmetic("auto", device), device)
+    model: Any = load_frozen(section, arithmetic("auto", device), device)
     if path is not None:
         model = sv.load_adapter(model, path)
         model.merge_adapter()

@@ -80,8 +80,9 @@ def at_cost(
     everything = (predict(None).sequence - text_tokens) // max(images, 1)
     fewest = 1 + (shape.retained > 0 and shape.skipped > 0)
     if ratio(fewest) > fraction:
+        named = repr(method) if isinstance(method, str) else f"select={shape.select!r}, merge={shape.merge!r}"
         raise ConfigError(
-            f"{method!r} with {fewest} visual tokens costs {ratio(fewest):.1%} of the full prefill "
+            f"{named} with {fewest} visual tokens costs {ratio(fewest):.1%} of the full prefill "
             f"behind the vision tower already: {fraction:.1%} cannot be had with this model"
         )
     return of_size(shape, _largest(fewest, everything, lambda tokens: ratio(tokens) <= fraction))

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
-from pipelines.geometries import PUBLISHED, llava_with
 from pipelines.items import read_items
 from pipelines.tradeoff import run_tradeoff
 from pipelines.tradeoff_config import TradeoffConfig
@@ -40,8 +39,8 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
         "model": {"path": str(tiny_model)},
         "adapters": {"untuned": {}, "tuned": {"path": str(adapter), "reference": "untuned"}},
         "test": str(shapes_data / "test.json"),
-        "methods": ["random", "visionzip", "fastv", "skip-vision"],
-        "fractions": [0.1, 0.6],
+        "methods": ["random", "visionzip"],
+        "fractions": [0.1, 0.8],
         "grid": {"retained": [2, 4], "skipped": [0, 3]},
         "max_new_tokens": 2,
         "latency_rounds": 1,
@@ -53,14 +52,14 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     result = run_tradeoff(TradeoffConfig(**given, report=str(tmp_path)))
     said = capsys.readouterr().out
     # Of each adapter: full tokens, a grid of four, methods at one share of two; and one as it was tuned.
-    assert result["points"] == 2 * (1 + 4 + 4) + 1
-    assert said.count("10.0% cannot be had with this model") == 8
-    assert "19 points, 19 to be scored on 6 rows each" in said
+    assert result["points"] == 2 * (1 + 4 + 2) + 1
+    assert said.count("10.0% cannot be had with this model") == 4
+    assert "15 points, 15 to be scored on 6 rows each" in said
     numbers = {
         (one["point"]["adapter"], one["point"]["method"], json.dumps(one["point"]["skip"])): one
         for one in json.loads(Path(result["numbers"]).read_text())
     }
-    assert len(numbers) == 19
+    assert len(numbers) == 15
     for (label, method, _), one in numbers.items():
         assert one["latency"] > 0
         assert one["gap"]["overall"]["items"] == 6
@@ -68,7 +67,7 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
             assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
             assert label == "tuned" or one["gap"]["overall"]["difference"] == 0
         elif "grid" not in method and method != "as tuned":
-            assert 0.4 < one["language_flops"] <= 0.6
+            assert 0.5 < one["language_flops"] <= 0.8
     tuned = next(one for (_, method, _), one in numbers.items() if method == "as tuned")["point"]["skip"]
     assert (tuned["retained"], tuned["skipped"], tuned["select"]) == (4, 4, "norm")
     table = Path(result["table"]).read_text()
@@ -82,7 +81,7 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     assert len(read_items(files[0])) == 6
     files[0].unlink()
     again = run_tradeoff(TradeoffConfig(**given))
-    assert "19 points, 1 to be scored" in capsys.readouterr().out
+    assert "15 points, 1 to be scored" in capsys.readouterr().out
     assert again["found"] == result["found"]
     assert sorted((Path(given["storage"]) / "tradeoff/points").iterdir()) == files
 
@@ -102,13 +101,3 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
 def test_what_is_wrong_is_said_before_anything_is_asked(given, changes, error, says):
     with pytest.raises(error, match=says):
         run_tradeoff(TradeoffConfig(**{**given, **changes}))
-
-
-def test_published_flops_are_near_the_predicted():
-    for point in PUBLISHED:
-        skip = sv.SkipConfig(retained=point.retained, skipped=point.skipped)
-        cost = sv.predict_cost(llava_with(point.decoder), skip, text_tokens=16, visual_tokens=point.tokens)
-        assert cost.full is not None
-        assert cost.full.sequence == point.tokens + 16
-        if point.flops is not None:
-            assert cost.ratio_to_full.prefill_flops == pytest.approx(point.flops, abs=0.04)
