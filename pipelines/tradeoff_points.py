@@ -21,7 +21,8 @@ from pipelines.collate import ChatFormat, encode, open_images
 from pipelines.evaluate import evaluate_exact_match
 from pipelines.finetune_config import ModelSection
 from pipelines.items import Item
-from pipelines.learner import arithmetic, load_processor
+from pipelines.learner import load_frozen
+from pipelines.loading import arithmetic, load_processor
 from pipelines.rows import TrainingRow
 from pipelines.tradeoff_config import TradeoffConfig
 from skipvision.baselines import BASELINES, at_cost

@@ -57,9 +57,9 @@ def _table(found: Sequence[Found], rows: int, text_tokens: int) -> str:
         lines.append("")
     return "\n".join(lines) + (
         f"{rows} questions, {text_tokens} tokens of text on average; exact match in %. Kept: retained + "
-        "skipped visual tokens. Costs in % of full tokens: prefill FLOPs behind the vision tower, with it, KV bytes "
-        "(these three predicted), and median time to the first token (measured). Intervals by bootstrap over "
-        "images.\n"
+        "skipped visual tokens. Costs in % of full tokens: prefill FLOPs behind the vision tower, with it, "
+        "KV bytes (these three predicted), and median time to the first token (measured). Intervals by "
+        "bootstrap over images.\n"
     )
 
 
