@@ -113,13 +113,22 @@ class ServeConfig(Section):
         description="collector of OpenTelemetry's traces, http://collector:4318/v1/traces; none = no traces",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model(cls, data: Any) -> Any:
+        """``model`` and ``adapter`` are a short way to write the first of ``models``."""
+        if not isinstance(data, dict) or data.get("model") is None:
+            return data
+        models = data.get("models") or []
+        if not isinstance(models, list):
+            return data
+        adapter = data.get("adapter")
+        first = {"path": data["model"], "adapters": {} if adapter is None else {"adapter": adapter}}
+        return {**data, "models": [first, *models], "model": None, "adapter": None}
+
     @model_validator(mode="after")
     def _something_to_serve(self) -> Self:
-        if self.model is not None:
-            adapters = {} if self.adapter is None else {"adapter": self.adapter}
-            self.models = [ModelSection(path=self.model, adapters=adapters), *self.models]
-            self.model = self.adapter = None
-        elif self.adapter is not None:
+        if self.adapter is not None:
             raise ValueError("adapter without model: name the base model, too")
         if not self.models:
             raise ValueError("nothing to serve: give model=FOLDER, or models")
