@@ -348,7 +348,7 @@ class Ingress:
         handle = self._engines[number]
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
-                if scaling.min_engines == 0 and not handle.running_replicas():
+                if scaling.min_engines == 0 and not await asyncio.to_thread(_running, handle.deployment_name):
                     return {"status": "idle"}
                 now = await handle.statistics.remote()
         except Exception as error:
@@ -426,6 +426,13 @@ async def _again(first: Chunk, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Ch
     yield first
     async for chunk in chunks:
         yield chunk
+
+
+def _running(deployment: str) -> int:
+    """Replicas that run; a call would start one where there is none."""
+    application = ray_serve.get_replica_context().app_name
+    states = ray_serve.status().applications[application].deployments[deployment].replica_states
+    return sum(number for state, number in states.items() if state == "RUNNING")
 
 
 def _no_engine() -> Problem:

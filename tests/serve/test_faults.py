@@ -12,7 +12,12 @@ from ray import serve as ray_serve
 from serve.app import build
 from tests.serve.conftest import asking
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    # `ray.serve.status` warns of a setting that serve/app.py has no other way to make.
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
+]
 APPLICATION = "faulty"
 
 

@@ -5,7 +5,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
-EXAMPLES = {"/v1/chat/completions": 900}
+EXAMPLES = {"/v1/chat/completions": 1000}
 
 
 def send(case, number):
