@@ -166,10 +166,13 @@ class Attachment:
         """
         self.check(config)
         own, self.config = self.config, config
+        hooks = [] if own.select == "vision_attention" else self._tower_hooks()
         try:
             yield
         finally:
             self.config = own
+            for hook in hooks:
+                hook.remove()
 
     def check(self, config: SkipConfig) -> None:
         """Raise the `ConfigError` that `using` would."""
@@ -213,8 +216,13 @@ class Attachment:
         keep(anatomy.decoder.register_forward_hook(self._restore, with_kwargs=True))
         for layer in anatomy.layers:
             self._handles += hook_layer(*layer)
-        if anatomy.family.patches:
-            self._handles += hook_tower(anatomy, lambda: self.config.select == "vision_attention")
+        self._handles += self._tower_hooks()
+
+    def _tower_hooks(self) -> list[RemovableHandle]:
+        """Only where they are asked for: they break the graph of a compiled tower."""
+        if self.config.select != "vision_attention":
+            return []
+        return hook_tower(self._anatomy, lambda: self.config.select == "vision_attention")
 
     # ------------------------------------------------------------------------------------- hooks
 

@@ -280,7 +280,7 @@ def test_a_word_for_a_section_is_taken_for_a_misspelt_null():
                 "skip.select = 'x': should be "
                 + ", ".join(f"'{name}'" for name in SELECT[:-1])
                 + f" or '{SELECT[-1]}'",
-                "skip.merge = 'y': should be 'similarity', 'pool' or 'drop'",
+                "skip.merge = 'y': should be 'similarity', 'pool', 'drop', 'tome' or 'grid'",
                 "skip.zz: there is no such field; did you mean skip.seed?",
             ],
         ),

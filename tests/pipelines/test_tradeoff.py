@@ -35,6 +35,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: Any) -> dict[str, Any]:
     return {
+        "name": "tradeoff",
         "storage": str(tmp_path_factory.mktemp("runs")),
         "model": {"path": str(tiny_model)},
         "adapters": {"untuned": {}, "tuned": {"path": str(adapter), "reference": "untuned"}},
