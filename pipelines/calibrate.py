@@ -83,20 +83,22 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
     found = candidates(config, model, model_config, search)
     # Call by call, an engine can be asked for the summaries that it has, or for none.
     model = replace(model, skip=max((one.skip for one in found), key=lambda skip: skip.summary_tokens))
+    known = folder.state.get("mlflow_run_id")
     tracker = Tracker.start(
         uri,
         experiment=config.tracking.experiment,
         run_name=config.name,
         artifacts=folder.storage / "mlflow-artifacts",
-        run_id=folder.state.get("mlflow_run_id"),
+        run_id=known,
     )
+    if known is None:
+        tracker.parameters(config.model_dump(mode="json"))
     folder.remember(
         config=config.model_dump(mode="json"),
         adapter=model.adapter_label,
         data=fingerprint,
         mlflow_run_id=tracker.run_id,
     )
-    tracker.parameters(config.model_dump(mode="json"))
     try:
         with ray_session():
             scaling = config.scaling

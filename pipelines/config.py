@@ -197,7 +197,7 @@ def _validate(model: type[M], tree: dict[str, Any], options: Mapping[str, str]) 
         return model.model_validate(tree, extra="forbid")
     except ValidationError as error:
         typed = {
-            _name(problem["loc"], tree) for problem in _details(error) if problem["type"] in _TEXT_EXPECTED
+            field_name(problem, tree) for problem in _details(error) if problem["type"] in _TEXT_EXPECTED
         }
         typed = {name for name in typed & options.keys() if _get(tree, name) is not None}
         if not typed:
@@ -215,7 +215,7 @@ def _problems(model: type[BaseModel], tree: Mapping[str, Any], error: Validation
     fields = {field.name: field for field in _fields(model)}
     lines: dict[str, list[str]] = {}
     for problem in _details(error):
-        name = _name(problem["loc"], tree)
+        name = field_name(problem, tree)
         if problem["type"] == "missing":
             found = [(one, "is required") for one in _required(name, fields)]
         elif problem["type"] == "extra_forbidden":
@@ -259,14 +259,15 @@ def _no_section(value: object, name: str, fields: Mapping[str, _Field]) -> str:
     return f"should be null or a section with the fields {listed}{meant}"
 
 
-def _name(location: Sequence[int | str], tree: Any) -> str:
-    """A validation error's location as a dotted name, without the names pydantic gives a union's members."""
+def field_name(problem: ErrorDetails, tree: Any) -> str:
+    """Where in ``tree`` a validation error is, with dots, without pydantic's names of a union's members."""
     parts = []
+    location = problem["loc"]
     for position, part in enumerate(location):
         inside = part in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(part, int)
         if inside:
             tree = tree[part]
-        elif position < len(location) - 1 or not isinstance(tree, dict):
+        elif position < len(location) - 1 or problem["type"] != "missing":
             continue
         parts.append(str(part))
     return ".".join(parts)

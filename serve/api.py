@@ -22,6 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from transformers import AutoConfig
 
 import skipvision as sv
+from pipelines.config import field_name
 from pipelines.loading import load_processor
 from serve.answers import Answer, event
 from serve.config import ServeConfig
@@ -493,7 +494,7 @@ def http_app(config: ServeConfig) -> FastAPI:
         return reported(error).response()
 
     async def invalid(http: Request, error: Any) -> JSONResponse:
-        return reported(_wrong_fields(error.errors())).response()
+        return reported(_wrong_fields(error.errors(), error.body)).response()
 
     async def refused(http: Request, error: Any) -> JSONResponse:
         message = f"{http.method} {http.url.path}: {error.detail}"
@@ -516,19 +517,15 @@ def _here() -> Ingress:
     return cast(Ingress, ray_serve.get_replica_context().servable_object)
 
 
-def _wrong_fields(found: Sequence[Any]) -> Problem:
+def _wrong_fields(found: Sequence[Any], body: Any) -> Problem:
     """What pydantic says of a body, as OpenAI says it."""
-    first = _field(found[0]["loc"])
-    if any(problem["type"] == "extra_forbidden" for problem in found):
-        unknown = [_field(problem["loc"]) for problem in found if problem["type"] == "extra_forbidden"]
+    named = [(field_name(each, {"body": body}).removeprefix("body").lstrip("."), each) for each in found]
+    unknown = [name for name, each in named if each["type"] == "extra_forbidden"]
+    if unknown:
         names = ", ".join(map(repr, unknown))
         return Problem(400, f"Unknown parameter: {names}.", param=unknown[0], code="unknown_parameter")
-    lines = [f"{_field(each['loc'])}: {each['msg']} (got {_short(each.get('input'))})" for each in found]
-    return Problem(400, "; ".join(lines), param=first or None, code="invalid_value")
-
-
-def _field(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location if part != "body")
+    lines = [f"{name or 'the body'}: {each['msg']} (got {_short(each.get('input'))})" for name, each in named]
+    return Problem(400, "; ".join(lines), param=named[0][0] or None, code="invalid_value")
 
 
 def _short(value: object) -> str:
