@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from pipelines.tradeoff_points import (
 from pipelines.tradeoff_report import write_report
 from skipvision.baselines import language_share
 
+_Answered = tuple[Point, int]
+"""A point under one of its seeds."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -47,6 +50,7 @@ class Found:
         latency: median seconds to the first token ÷ full tokens; None if not measured.
         accuracy: share of exact answers, by task and overall.
         gap: against full tokens, by task and overall.
+        by_seed: the overall gap under each seed.
     """
 
     point: Point
@@ -56,6 +60,7 @@ class Found:
     latency: float | None
     accuracy: dict[str, float]
     gap: dict[str, Paired]
+    by_seed: list[float]
 
 
 def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
@@ -71,11 +76,15 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
     geometry, text = model_config(config.model), text_tokens(config.model, rows)
     todo = list(points(config, geometry, text))
     asked = _asked(config, rows)
-    files = {point: folder / "points" / f"{point.digest(asked)}.parquet" for point in todo}
+    files = {
+        (point, seed): folder / "points" / f"{point.digest(asked, seed)}.parquet"
+        for point in todo
+        for seed in range(len(point.paths))
+    }
     with ray_session():
         _score_missing(files, config, rows)
         seconds = _timed(todo, config, rows)
-    items = {point: read_items(file) for point, file in files.items()}
+    items = {answered: read_items(file) for answered, file in files.items()}
     found = [_found(point, items, config, geometry, text, seconds) for point in todo]
     written = write_report(found, folder, rows=len(rows), text_tokens=text)
     if config.report is not None:
@@ -93,7 +102,14 @@ def _located(config: TradeoffConfig) -> TradeoffConfig:
     adapters = {
         label: adapter
         if adapter.path is None
-        else adapter.model_copy(update={"path": input_path(adapter.path, f"adapters.{label}.path")})
+        else adapter.model_copy(
+            update={
+                "path": input_path(adapter.path, f"adapters.{label}.path"),
+                "other_seeds": tuple(
+                    input_path(path, f"adapters.{label}.other_seeds") for path in adapter.other_seeds
+                ),
+            }
+        )
         for label, adapter in config.adapters.items()
     }
     model = config.model.model_copy(update={"path": model_path(config.model.path, "model.path")})
@@ -108,16 +124,16 @@ def _asked(config: TradeoffConfig, rows: Sequence[TrainingRow]) -> str:
     return sha256(json.dumps(named).encode()).hexdigest()
 
 
-def _score_missing(files: dict[Point, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> None:
-    missing = {file: point for point, file in files.items() if not file.exists()}
-    print(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …", flush=True)
+def _score_missing(files: dict[_Answered, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> None:
     # A point may stand under two names; its answers are the same.
-    tasks = [(score, (point, config, rows)) for point in missing.values()]
+    missing = {file: answered for answered, file in files.items() if not file.exists()}
+    print(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …", flush=True)
+    tasks = [(score, (*answered, config, rows)) for answered in missing.values()]
     for number, items in _in_parallel(tasks, config.cpus_per_task):
-        file, point = list(missing.items())[number]
+        file, (point, seed) = list(missing.items())[number]
         write_items(file, items)
         share = sum(item.score for item in items) / len(items)
-        print(f"{point.adapter}, {_named(point)}: exact match {share:.3f}", flush=True)
+        print(f"{_named(point, seed)}: exact match {share:.3f}", flush=True)
 
 
 def _timed(todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> dict[Point, float]:
@@ -153,7 +169,7 @@ def _in_parallel(tasks: Sequence[tuple[Any, tuple[Any, ...]]], cpus: float) -> A
 
 def _found(
     point: Point,
-    items: dict[Point, list[Item]],
+    items: dict[_Answered, list[Item]],
     config: TradeoffConfig,
     geometry: Any,
     text: int,
@@ -161,15 +177,19 @@ def _found(
 ) -> Found:
     cost = sv.predict_cost(geometry, point.skip, text_tokens=text)
     label = config.adapters[point.adapter].reference or point.adapter
-    reference = next(one for one in items if one.adapter == label and one.method == FULL)
-    whole = next(one for one in items if one.adapter == point.adapter and one.method == FULL)
-    tasks = [*sorted({item.category for item in items[point]} - {""}), OVERALL]
-    gaps = {}
-    for task in tasks:
-        sides = (
-            [item for item in items[side] if task in (OVERALL, item.category)] for side in (reference, point)
-        )
-        gaps[task] = paired(*sides)
+    full = {one.adapter: one for one, _ in items if one.method == FULL}
+    reference, whole = full[label], full[point.adapter]
+    sides: tuple[list[Item], list[Item]] = [], []
+    by_seed = []
+    for seed in range(len(point.paths)):
+        of_reference = items[reference, min(seed, len(reference.paths) - 1)]
+        by_seed.append(paired(of_reference, items[point, seed]).difference)
+        for side, answers in zip(sides, (of_reference, items[point, seed]), strict=True):
+            side += [replace(item, index=f"{item.index} under seed {seed}") for item in answers]
+    gaps = {
+        task: paired(*([item for item in side if task in (OVERALL, item.category)] for side in sides))
+        for task in [*sorted({item.category for item in sides[1]} - {""}), OVERALL]
+    }
     return Found(
         point,
         language_share(cost),
@@ -178,9 +198,10 @@ def _found(
         seconds[point] / seconds[whole] if seconds else None,
         {task: gap.other for task, gap in gaps.items()},
         gaps,
+        by_seed,
     )
 
 
-def _named(point: Point) -> str:
-    skip = point.skip
-    return FULL if skip is None else f"{point.method} {skip.retained} + {skip.skipped}"
+def _named(point: Point, seed: int) -> str:
+    skip, label = point.skip, point.adapter + (f" (seed {seed})" if seed else "")
+    return f"{label}, {FULL if skip is None else f'{point.method} {skip.retained} + {skip.skipped}'}"

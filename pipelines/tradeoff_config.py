@@ -16,6 +16,11 @@ class AdapterSection(Section):
     """One way the base model was tuned."""
 
     path: str | None = Field(None, description="folder of the adapter; null = the base model as it came")
+    other_seeds: tuple[str, ...] = Field(
+        (),
+        description="folders of adapters that the same fine-tune gave under other seeds; answers of all are "
+        "pooled, times are the first one's",
+    )
     skip: SkipConfig | None = Field(
         None,
         description="what Skip-Vision is here; null = as the adapter was trained, or the defaults. Where "
@@ -57,6 +62,13 @@ class TradeoffConfig(JobConfig):
     cpus_per_task: float = Field(1, gt=0, description="CPUs of a Ray task, each of which scores one point")
     report: str | None = Field(None, description="folder that also gets the table and the pictures")
 
+    @field_validator("adapters")
+    @classmethod
+    def _first_seed(cls, value: dict[str, AdapterSection]) -> dict[str, AdapterSection]:
+        if wrong := [label for label, one in value.items() if one.other_seeds and one.path is None]:
+            raise ValueError(f"{', '.join(wrong)}: other_seeds without a path, which is the first")
+        return value
+
     @field_validator("methods")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,9 +86,16 @@ class TradeoffConfig(JobConfig):
     @model_validator(mode="after")
     def _references(self) -> Self:
         for label, adapter in self.adapters.items():
-            if adapter.reference is not None and adapter.reference not in self.adapters:
+            reference = self.adapters.get(adapter.reference or label)
+            if reference is None:
                 raise ValueError(
                     f"adapters.{label}.reference: no adapter {adapter.reference!r}; there are "
                     f"{', '.join(self.adapters)}"
+                )
+            own, theirs = len(adapter.other_seeds), len(reference.other_seeds)
+            if theirs not in (0, own):
+                raise ValueError(
+                    f"adapters.{label}: {own} other seeds, and {theirs} of {adapter.reference!r}, which it "
+                    "is compared with seed by seed: give it as many, or none"
                 )
         return self

@@ -33,16 +33,17 @@ FULL, GRID, AS_TUNED, SKIP_VISION = "full", "skip-vision grid", "as tuned", "ski
 
 @dataclass(frozen=True)
 class Point:
-    """Attributes as in the table: label of the adapter and its folder, method, and what is applied."""
+    """Attributes as in the table: label of the adapter, its folder by seed, method, and what is applied."""
 
     adapter: str
-    path: str | None
+    paths: tuple[str | None, ...]
     method: str
     skip: sv.SkipConfig | None
 
-    def digest(self, asked: str) -> str:
-        """Names its results, together with what names model and rows."""
-        weights = "" if self.path is None else sha256(_weights(Path(self.path))).hexdigest()
+    def digest(self, asked: str, seed: int) -> str:
+        """Names its results under one seed, together with what names model and rows."""
+        path = self.paths[seed]
+        weights = "" if path is None else sha256(_weights(Path(path))).hexdigest()
         skip = None if self.skip is None else self.skip.model_dump()
         return sha256(json.dumps([asked, weights, skip]).encode()).hexdigest()[:16]
 
@@ -68,7 +69,8 @@ def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) ->
             for skipped in config.grid.skipped:
                 counts = {"retained": retained, "skipped": skipped}
                 found.append((GRID, shapes[SKIP_VISION].model_copy(update=counts)))
-        yield from (Point(label, adapter.path, method, skip) for method, skip in found)
+        paths = (adapter.path, *adapter.other_seeds)
+        yield from (Point(label, paths, method, skip) for method, skip in found)
 
 
 def _counted(skip: sv.SkipConfig, tokens: int) -> sv.SkipConfig:
@@ -94,9 +96,9 @@ def text_tokens(model: ModelSection, rows: Sequence[TrainingRow]) -> int:
     return round(statistics.mean(lengths) - statistics.mean(len(row.images) for row in rows))
 
 
-def score(point: Point, config: TradeoffConfig, rows: Sequence[TrainingRow]) -> list[Item]:
-    """Every row's answer at a point, one point for exactly what was expected."""
-    model, processor = _built(config.model, point.path)
+def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[TrainingRow]) -> list[Item]:
+    """Every row's answer at a point under one seed, one point for exactly what was expected."""
+    model, processor = _built(config.model, point.paths[seed])
     with _applied(model, point.skip), _computing(model):
         answers = evaluate_exact_match(
             model, processor, rows, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
@@ -115,7 +117,7 @@ def first_token_seconds(
 
     The points take turns, so that what else the machine does weighs on all of them.
     """
-    model, processor = _built(config.model, some[0].path)
+    model, processor = _built(config.model, some[0].paths[0])
     chat = ChatFormat(processor)
     seconds: list[list[float]] = [[] for _ in some]
     for number in range(config.latency_rounds + 1):

@@ -51,15 +51,19 @@ def _table(found: Sequence[Found], rows: int, text_tokens: int) -> str:
     tasks = list(found[0].accuracy)
     lines = []
     for label in dict.fromkeys(one.point.adapter for one in found):
+        own = [one for one in found if one.point.adapter == label]
         head = ["method", "kept", "FLOPs", "with tower", "KV", "latency", *tasks, "− full [95 % interval]"]
-        lines += [f"**{label}**", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-        lines += [_line(_cells(one, tasks)) for one in found if one.point.adapter == label]
+        seeds = len(own[0].by_seed)
+        title = f"**{label}**" + (f", {seeds} seeds" if seeds > 1 else "")
+        head += ["by seed"] if seeds > 1 else []
+        lines += [title, "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+        lines += [_line(_cells(one, tasks)) for one in own]
         lines.append("")
     return "\n".join(lines) + (
         f"{rows} questions, {text_tokens} tokens of text on average; exact match in %. Kept: retained + "
         "skipped visual tokens. Costs in % of full tokens: prefill FLOPs behind the vision tower, with it, "
         "KV bytes (these three predicted), and median time to the first token (measured). Intervals by "
-        "bootstrap over images.\n"
+        "bootstrap over images; they know nothing of the fine-tune's seed.\n"
     )
 
 
@@ -74,6 +78,7 @@ def _cells(one: Found, tasks: Sequence[str]) -> list[str]:
         latency,
         *(f"{100 * one.accuracy[task]:.1f}" for task in tasks),
         "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points),
+        *([", ".join(f"{100 * value + 0.0:+.1f}" for value in one.by_seed)] if len(one.by_seed) > 1 else []),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
@@ -87,6 +89,39 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     assert sorted((Path(given["storage"]) / "tradeoff/points").iterdir()) == files
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, adapter, tmp_path):
+    weights = adapter / "adapter_model.safetensors"
+    shutil.copytree(adapter, tmp_path / "second")
+    tensors = {name: -value for name, value in load_file(weights).items()}
+    save_file(tensors, tmp_path / "second" / weights.name)
+    one = {"path": str(adapter)}
+    both = {**one, "other_seeds": [str(tmp_path / "second")]}
+    settings = {
+        **given,
+        "adapters": {"tuned": both, "beside": {**both, "reference": "tuned"}, "first": one},
+        "storage": str(tmp_path),
+        "methods": [],
+        "grid": {"retained": [], "skipped": []},
+        "latency_rounds": 0,
+    }
+    result = run_tradeoff(TradeoffConfig(**settings))
+    # Full tokens and as tuned, under two seeds: the three labels share them.
+    assert len(list((tmp_path / "tradeoff/points").iterdir())) == 4
+    found = {
+        (each["point"]["adapter"], each["point"]["method"]): each
+        for each in json.loads(Path(result["numbers"]).read_text())
+    }
+    pooled, single = found["tuned", "as tuned"], found["first", "as tuned"]
+    assert pooled["gap"]["overall"]["items"] == 2 * single["gap"]["overall"]["items"] == 12
+    assert pooled["by_seed"][0] == single["gap"]["overall"]["difference"]
+    assert pooled["gap"]["overall"]["difference"] == pytest.approx(sum(pooled["by_seed"]) / 2)
+    assert found["beside", "as tuned"]["gap"] == pooled["gap"]
+    table = Path(result["table"]).read_text()
+    assert "**tuned**, 2 seeds" in table
+    assert table.count("by seed") == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
@@ -94,6 +129,12 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
         ({"fractions": [0.5, 25]}, ValidationError, r"\[25.0\]: shares are above 0"),
         ({"adapters": {"a": {"reference": "b"}}}, ValidationError, "adapters.a.reference: no adapter 'b'"),
         ({"adapters": {}}, ValidationError, "at least 1"),
+        ({"adapters": {"a": {"other_seeds": ["b"]}}}, ValidationError, "a: other_seeds without a path"),
+        (
+            {"adapters": {"a": {"path": "x", "other_seeds": ["y"]}, "b": {"path": "x", "reference": "a"}}},
+            ValidationError,
+            "b: 0 other seeds, and 1 of 'a'",
+        ),
         ({"test": "nowhere.json"}, ConfigError, "test = nowhere.json"),
         ({"adapters": {"a": {"path": "models"}}}, AdapterError, "models is not a Skip-Vision adapter"),
         ({"model": {"path": "models/nothing"}}, ConfigError, "model.path = models/nothing"),
