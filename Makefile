@@ -5,7 +5,7 @@ PYTHON = $(firstword $(foreach name,python3.11 python3 python,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-all lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ lint: install ## style, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install ## every picture and measured table of docs/ anew (two hours on a quiet machine)
+	./docs/regenerate.sh
 
 format: install ## bring the code into the house's style
 	$(BIN)/ruff check --fix .

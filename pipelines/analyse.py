@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 import skipvision as sv
@@ -27,6 +27,7 @@ from pipelines.learner import load_frozen
 from pipelines.loading import load_processor
 from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
+from pipelines.sections import JobConfig
 from pipelines.tracking import Tracker, TrackingConfig, TrackingError
 from skipvision.analysis import error_bound, ffn_ratios
 from skipvision.errors import ConfigError, DataError
@@ -40,15 +41,9 @@ ERRORS = {
 """What is reported of each layer and of the output, and how the table calls it."""
 
 
-class AnalyseConfig(BaseModel):
+class AnalyseConfig(JobConfig):
     """What is measured, on which data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(
-        "analysis", pattern=r"^[\w][\w.-]*$", description="names the run, and its folder in storage"
-    )
-    storage: str = Field("runs", description="folder that the run's folder and MLflow's files are in")
     model: ModelSection = Field(description="the base model")
     adapter: str | None = Field(
         None, description="folder of a fine-tuned adapter, which is then measured too; null = none"
@@ -67,6 +62,7 @@ class AnalyseConfig(BaseModel):
         description="also bound the error from spectral norms, which only layers like Llama's allow",
     )
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    report: str | None = Field(None, description="folder that also gets the table and the pictures")
     threads: int = Field(0, ge=0, description="torch threads; 0 = as many as there are CPUs")
 
 
@@ -87,7 +83,6 @@ def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
     if not rows:
         raise DataError(f"data = {config.data}: no row has an image")
     folder = storage / config.name
-    folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker.start(
         config.tracking.absolute_uri(storage),
         experiment=config.tracking.experiment,
@@ -105,6 +100,8 @@ def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
         }
         result = {"skip": skip.model_dump(), "variants": found}
         files = _write(result, folder)
+        if config.report is not None:
+            _write(result, Path(output_path(config.report, "report")))
         _record(tracker, found, files)
         tracker.finish("FINISHED")
     except BaseException:
@@ -205,9 +202,12 @@ def _row(cells: Sequence[str]) -> str:
 def _write(result: dict[str, Any], folder: Path) -> list[Path]:
     """Everything in numbers, the table, and the pictures."""
     found = result["variants"]
-    files = [
-        folder / name for name in ("analysis.json", "analysis.md", "ratios.png", "heat.png", "errors.png")
-    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    tables, pictures = (
+        ("analysis.json", "analysis_table.md"),
+        ("ffn_ratios.png", "ffn_heat.png", "skip_errors.png"),
+    )
+    files = [folder / name for name in (*tables, *pictures)]
     files[0].write_text(json.dumps(result, indent=1) + "\n")
     files[1].write_text(markdown(found))
     picture_ratios(found, files[2])

@@ -114,7 +114,7 @@ def test_the_overlay_is_drawn(home):
 @pytest.mark.slow
 def test_the_analysis_says_where_its_pictures_are(home):
     result = json.loads(run(small(command("analyse.py")), home).stdout.splitlines()[-1])
-    assert str(home / "runs/demo-analysis/errors.png") in result["files"]
+    assert str(home / "runs/demo-analysis/skip_errors.png") in result["files"]
     assert all(Path(file).exists() for file in result["files"])
 
 

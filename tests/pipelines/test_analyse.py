@@ -48,16 +48,19 @@ def config(tiny_model, shapes_data, storage):
 def test_base_and_tuned_are_measured_drawn_and_recorded(config, adapter, storage):
     result = run_analyse(AnalyseConfig(**config, adapter=str(adapter)))
     folder = storage / "mine"
-    for name in ("ratios.png", "heat.png", "errors.png"):
+    for name in ("ffn_ratios.png", "ffn_heat.png", "skip_errors.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300
     found = json.loads((folder / "analysis.json").read_text())
     assert found["skip"]["retained"] == 0.25
-    assert (folder / "analysis.md").read_text() == markdown(found["variants"])
+    assert (folder / "analysis_table.md").read_text() == markdown(found["variants"])
     client = MlflowClient(result["mlflow_uri"])
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"errors.png", "analysis.json"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {
+        "skip_errors.png",
+        "analysis.json",
+    }
     for name in ("base", "tuned"):
         variant = found["variants"][name]
         assert [prompt["tokens"] - prompt["skipped"] > 4 for prompt in variant["bounds"]] == [True]

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Every picture and measured table of docs/ anew, but for those of a GPU: two hours on two cores, on which
+# nothing else should run. What was measured before is kept where a job can continue. Prose that quotes
+# numbers is left to a person: git diff shows what has changed.
+set -eu
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+pages=docs/benchmarks
+picture=data/shapes/images/test/000000.png
+
+$python jobs/demo.py --fresh true --readme README.md
+for seed in 1 2; do
+  again="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --seed $seed --tracking.registered_model null"
+  $python $again --name "demo-full-seed-$seed" --skip null
+  $python $again --name "demo-seed-$seed"
+done
+$python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $picture -o docs/overlay.png
+$python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs
+
+$python jobs/deploy.py --config jobs/configs/deploy_demo.yaml &
+endpoint=$!
+trap 'kill -INT $endpoint 2>/dev/null || true' EXIT
+until $python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/healthz")' 2>/dev/null; do
+  kill -0 $endpoint
+  sleep 1
+done
+$python -m tests.serve.page_picture --image $picture -o docs/page.png
+kill -INT $endpoint
+wait $endpoint || true
+
+# The tables of benchmarks, each by the command that stands above it.
+grep -rhoE '^`python -m benchmarks\.[^`]*`' $pages/*.md | tr -d '`' | while read -r _ command; do
+  $python $command </dev/null
+done
