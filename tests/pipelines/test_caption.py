@@ -338,6 +338,58 @@ def test_a_killed_job_is_continued_by_the_next(straight, settings, local_ray):
     assert_same_captions(straight, result)
 
 
+ON_TWO_NODES = """
+import os, sys, threading, time
+import ray
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from pipelines.caption import CaptionConfig, run_caption
+
+config = CaptionConfig.model_validate_json(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+other = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}})
+
+def kill():
+    def there(actor):
+        return actor["State"] == "ALIVE" and actor["Address"]["NodeID"] == other.node_id
+
+    while not any(map(there, actors().values())):
+        time.sleep(0.02)
+    print("an engine is there", flush=True)
+    cluster.remove_node(other, allow_graceful=False)
+    while sum(node["Alive"] for node in ray.nodes()) > 1:  # until Ray has noticed
+        time.sleep(0.5)
+    print("one node is left", flush=True)
+
+watcher = threading.Thread(target=kill, daemon=True)
+watcher.start()
+run_caption(config)
+watcher.join()
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_no_caption(straight, settings):
+    scaling = {"workers": 2, "cpus_per_worker": 0.7, "cpus_per_reader": 0.1}
+    config = changed(settings, name="node-killed", scaling=scaling, engine={"max_sequences": 1})
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TWO_NODES, config.model_dump_json()],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "an engine is there" in done.stdout
+    assert "one node is left" in done.stdout
+    assert_same_captions(straight, run_caption(config))
+
+
 # --------------------------------------------------------------------------------------- too many errors
 
 
