@@ -14,6 +14,11 @@ for seed in 1 2; do
   $python $again --name "demo-full-seed-$seed" --skip null
   $python $again --name "demo-seed-$seed"
 done
+data="--data.train data/shapes-16k/train.json --data.validation data/shapes-16k/validation.json"
+longer="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --tracking.registered_model null $data"
+$python jobs/make_shapes.py --config jobs/configs/shapes_demo.yaml --output data/shapes-16k --train 16000
+$python $longer --name long-full --skip null
+$python $longer --name long
 $python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $picture -o docs/overlay.png
 $python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs
