@@ -2,9 +2,10 @@
 
     python -m benchmarks.serve_faults --out docs/benchmarks/serving.md --part faults
 
-Two ingresses and two engines answer a steady stream of requests, half of them streamed; then, under that
-load, a process is killed or something else goes wrong. Clients send a request again as the openai client
-does: twice at most, half a second later, if it failed before a word of it was read.
+Two ingresses and two engines answer a steady stream of requests for an adapter out of MLflow, half of them
+streamed; then, under that load, a process is killed or something else goes wrong, twice. Clients send a
+request again as the openai client does: twice at most, half a second later, if it failed before a word of it
+was read.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from PIL import Image
 from benchmarks import _endpoint, _measure
 from benchmarks._endpoint import MODEL, PROMPT, SKIP, Endpoint, Outcome
 
+ADAPTER = "shapes"
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -53,20 +56,21 @@ class Load:
     async def during(
         self, fault: Callable[[], Awaitable[Any]] | None, send: Callable[..., Any] | None = None
     ) -> list[Outcome]:
-        """What becomes of the requests of one case; the fault comes after a third of it.
+        """What becomes of the requests of one case; the fault comes after a third of it, and again after two.
 
         ``send`` asks in place of `_endpoint.ask`.
         """
-        asked = _endpoint.bodies(0, max_tokens=self.tokens, skip=SKIP)
+        asked = _endpoint.bodies(0, model=ADAPTER, max_tokens=self.tokens, skip=SKIP)
 
         async def one(number: int) -> Outcome:
             body = {**next(asked), **(STREAMED if number % 2 else {})}
             return await (send or _endpoint.ask)(self.session, self.endpoint, body)
 
         async def breaks() -> None:
-            await asyncio.sleep(self.seconds / 3)
-            if fault is not None:
-                await fault()
+            for _ in range(2):
+                await asyncio.sleep(self.seconds / 3)
+                if fault is not None:
+                    await fault()
 
         times = _endpoint.arrivals(self.rate, self.seconds, seed=0)
         outcomes, _ = await asyncio.gather(_endpoint.offered(times, one), breaks())
@@ -159,7 +163,7 @@ def attacking(images: Iterator[str]) -> Callable[..., Awaitable[Outcome]]:
 
 @contextmanager
 def registry(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """An MLflow server with an adapter, "shapes@champion"."""
+    """An MLflow server with an adapter under an alias."""
     port = _endpoint.free_port()
     database = f"sqlite:///{folder / 'mlflow.db'}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
@@ -202,7 +206,7 @@ def _register(url: str, folder: Path) -> None:
             time.sleep(1)
     else:
         raise SystemExit(f"MLflow did not start; see {folder / 'server.log'}")
-    tracker.register(folder / "adapter", "shapes", "champion")
+    tracker.register(folder / "adapter", ADAPTER, "champion")
     tracker.close()
 
 
@@ -218,9 +222,10 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subprocess.Popen[bytes]) -> str:
     """All cases, one after the other."""
+    sizes = count(12)
 
     async def redeployed() -> None:
-        await asyncio.to_thread(endpoint.deploy, **options.settings, engine={"max_sequences": 12})
+        await asyncio.to_thread(endpoint.deploy, **options.settings, engine={"max_sequences": next(sizes)})
 
     async def registry_gone() -> None:
         _end(server)
@@ -248,7 +253,7 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
             rows.append(_row(name, outcomes, moved))
             print(rows[-1], file=sys.stderr, flush=True)
         left = await asyncio.to_thread(endpoint.statistics)
-    head = ["fault", "sent", "answered", "refused (4xx)", "failed", "lost", "left"]
+    head = ["fault", "sent", "answered", "refused (4xx)", "failed or error event", "lost", "left"]
     head += ["given to another engine", "sent again by the client"]
     places = f"At the end {left.running} answers ran and {left.waiting} requests waited."
     return f"{_measure.table(head, rows)}\n\n{places}"
@@ -268,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.settings = {
             "ingresses": 2,
             "scaling": {"min_engines": 2, "max_engines": 2},
-            "adapters": {"shapes": "models:/shapes@champion"},
+            "adapters": {ADAPTER: f"models:/{ADAPTER}@champion"},
             "tracking_uri": url,
             "adapter_poll_s": 1.0,
         }
@@ -289,8 +294,8 @@ def _options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--rate", type=float, default=3.0, help="requests a second (default: %(default)s)")
-    add("--seconds", type=float, default=15.0, help="of each case (default: %(default)s)")
+    add("--rate", type=float, default=5.0, help="requests a second (default: %(default)s)")
+    add("--seconds", type=float, default=30.0, help="of each case (default: %(default)s)")
     add("--tokens", type=int, default=48, help="of each answer, at most (default: %(default)s)")
     add("--cases", nargs="+", help="only these rows of the table")
     add("--out", type=Path, help="Markdown page to write into")

@@ -65,13 +65,14 @@ async def load(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp
             found = _endpoint.tally(outcomes)
             served = len(done) / seconds
             counts = [found["answered"], found["refused"], found["failed"] + found["lost"]]
-            cells = [name, f"{rate:g}", f"{served:.1f}", *map(str, counts)]
-            rows.append([*cells, *tail(first), *tail(between, digits=1)])
-            drawn.setdefault(name, []).append((rate, served, median(first or [float("nan")])))
+            sent = len(outcomes) / options.seconds
+            cells = [name, f"{sent:.1f}", f"{served:.1f}", *map(str, counts)]
+            rows.append([*cells, *tail(first)[:2], *tail(between, digits=1)[:2]])
+            drawn.setdefault(name, []).append((sent, served, median(first or [float("nan")])))
             print(rows[-1], file=sys.stderr, flush=True)
     picture = _picture(options, "load", lambda axes: _draw_load(axes, drawn), 2)
     head = ["setting", "offered requests/s", "answered requests/s", "answered", "refused (429)", "failed"]
-    head += [f"{what} {which}" for what in ("TTFT ms", "TPOT ms") for which in ("p50", "p95", "p99")]
+    head += [f"{what} {which}" for what in ("TTFT ms", "TPOT ms") for which in ("p50", "p95")]
     return f"{_measure.table(head, rows)}\n{picture}"
 
 
@@ -123,9 +124,12 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
                 through, bare, hops = [], [], {path: [] for path in hops}
     parts: dict[str, list[float]] = {"endpoint": [1000 * outcome.seconds for outcome in through]}
     parts["bare engine, of a request that is ready"] = [1000 * seconds for seconds in bare]
+    parts["**overhead: endpoint − bare engine**"] = _differences(
+        parts["endpoint"], parts["bare engine, of a request that is ready"]
+    )
     engine = [sum(outcome.stages.get(stage, 0.0) for stage in ENGINE_STAGES) for outcome in through]
     parts["the endpoint's engine"] = engine
-    parts["**overhead: endpoint − its engine**"] = _differences(parts["endpoint"], engine)
+    parts["**overhead: endpoint − its own engine**"] = _differences(parts["endpoint"], engine)
     for stage, says in (
         ("media", "base64 and PNG to pixels"),
         ("prepare", "template, tokenizer, image processor"),
