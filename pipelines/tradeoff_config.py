@@ -19,7 +19,7 @@ class AdapterSection(Section):
     other_seeds: tuple[str, ...] = Field(
         (),
         description="folders of adapters that the same fine-tune gave under other seeds; answers of all are "
-        "pooled, times are the first one's",
+        "pooled; times and the grid are the first one's",
     )
     skip: SkipConfig | None = Field(
         None,
@@ -53,7 +53,7 @@ class TradeoffConfig(JobConfig):
     max_new_tokens: int = Field(96, ge=1, description="tokens of an answer, at most")
     methods: tuple[str, ...] = Field(tuple(BASELINES), description="of skipvision.baselines")
     fractions: tuple[float, ...] = Field(
-        (0.25, 0.5), description="shares of the full prefill FLOPs, without the vision tower, to spend"
+        (0.25, 0.3, 0.5), description="shares of the full prefill FLOPs, without the vision tower, to spend"
     )
     grid: GridSection = GridSection()
     latency_rounds: int = Field(
