@@ -70,8 +70,8 @@ def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) ->
                 counts = {"retained": retained, "skipped": skipped}
                 found.append((GRID, shapes[SKIP_VISION].model_copy(update=counts)))
         paths = (adapter.path, *adapter.other_seeds)
-        # The grid draws the curves; what is compared is what has to be sure.
-        yield from (Point(label, paths[: 1 if method == GRID else None], method, skip) for method, skip in found)
+        for method, skip in found:  # the grid draws curves; one seed is enough for these
+            yield Point(label, paths[:1] if method == GRID else paths, method, skip)
 
 
 def _counted(skip: sv.SkipConfig, tokens: int) -> sv.SkipConfig:
