@@ -33,7 +33,7 @@ lint: install ## style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: install ## every picture and measured table of docs/ anew (two hours on a quiet machine)
+docs: install ## every picture of docs/ anew, and the measured tables (three hours on a quiet machine)
 	./docs/regenerate.sh
 
 format: install ## bring the code into the house's style

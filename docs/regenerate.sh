@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every picture and measured table of docs/ anew, but for those of a GPU: two hours on two cores, on which
-# nothing else should run. What was measured before is kept where a job can continue. Prose that quotes
-# numbers is left to a person: git diff shows what has changed.
+# Every picture of docs/ anew, and the tables beside them and of docs/benchmarks/, but for those of a GPU: three
+# hours on two cores, on which nothing else should run. What was measured before is kept where a job can
+# continue. Prose that quotes numbers is left to a person: git diff shows what has changed.
 set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
