@@ -32,6 +32,10 @@ OPTIONS = {"A": "cat", "B": "dog", "C": "red bird", "D": "none of these"}
         ("It is a Red Bird", "C"),
         ("A or B", None),
         ("cat or dog", None),
+        ("The answer is a dog.", "B"),
+        ("The answer is A dog.", "A"),  # as VLMEvalKit: the only letter among the last four words
+        ("The answer is A dog that runs about in the garden", "B"),
+        ("So the answer is: (C)! It flies, it is small, and it is red", "C"),
         ("E", None),
         ("I cannot tell", None),
         ("a dog, " + "which I say at great length " * 10, None),
