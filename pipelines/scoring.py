@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipelines.benchmarks import Said
+from pipelines.categories import categories
 from pipelines.items import Item
 from pipelines.judge import Judge, UnreadableReply
 from pipelines.option_answers import all_rotations_right
@@ -28,7 +29,7 @@ class Scored:
 
     Attributes:
         items: one for each item, in the dataset's order.
-        totals: what the benchmark publishes beside the mean score.
+        totals: what the benchmark publishes beside the mean score; sums only where the dataset is whole.
     """
 
     items: list[Item]
@@ -75,7 +76,8 @@ def score_answers(
         Said(question.row, question.group, answer.text, score)
         for question, answer, score in zip(questions, given, scores, strict=True)
     ]
-    totals = dataset.benchmark.totals(said)
+    whole = dataset.benchmark.rows in (None, len(said))
+    totals = dataset.benchmark.totals(said) if whole else {}
     return Scored(list(_items(dataset, system, questions, given, scores)), totals)
 
 
@@ -126,6 +128,6 @@ def by_category(items: Sequence[Item]) -> dict[str, list[Item]]:
     """Items by slice; one whose category lists several, as MM-Vet's and POPE's do, is in each."""
     slices: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        for category in filter(None, map(str.strip, item.category.split(","))):
+        for category in categories(item.category):
             slices[category].append(item)
     return {category: slices[category] for category in sorted(slices)}
