@@ -27,6 +27,8 @@ def mathvista(row: Mapping[str, str], answer: str, judge: Judge | None) -> float
     The judge extracts where an answer is more than what was asked for. Without a judge the last number in the
     answer counts, or the option it names.
     """
+    if not answer.strip():  # there is nothing to extract
+        return 0.0
     if row["question_type"] == "multi_choice":
         letter = _option(row, answer, judge)
         return float(letter is not None and letter == _gold_option(row))

@@ -110,6 +110,8 @@ def test_mathvista_is_extracted(endpoint, tmp_path):
     answers = {"1": Answered("Fourteen, as 7 + 7 shows")}
     (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
     assert item.score == 1
+    (item,) = score_answers(dataset, {"1": Answered("")}, "full", judge(endpoint, tmp_path / "memory")).items
+    assert (item.score, item.error, len(endpoint.asked)) == (0, None, 1)
 
 
 @pytest.mark.parametrize(
