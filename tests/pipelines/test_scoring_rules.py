@@ -14,6 +14,7 @@ from PIL import Image
 from pipelines import short_answers
 from pipelines.benchmarks import BENCHMARKS
 from pipelines.gate import slice_of
+from pipelines.mathvista import mathvista
 from pipelines.open_answers import open_answer
 from pipelines.option_answers import chosen_option
 from pipelines.questions import read_dataset
@@ -287,6 +288,10 @@ def test_a_gold_answer_that_nothing_can_match_is_an_error(name, right, change, e
     assert error in bad.error
     with pytest.raises(DataError, match="none of 1 rows can be scored"):
         read_dataset(name, str(table(tmp_path / "table.tsv", rows[1:])))
+
+
+def test_an_answer_that_names_no_choice_is_not_a_gold_answer_that_names_none():
+    assert mathvista({**MULTI, "choices": "['y', 'z']"}, "neither of them", None) == 0
 
 
 @pytest.mark.parametrize(
