@@ -6,7 +6,6 @@ Names of datasets are VLMEvalKit's, and so are the files.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipelines import mathvista, short_answers
+from pipelines.categories import categories
 from pipelines.evaluate import normalised
+from pipelines.instructions import OPTION_QUESTION, SHORT_QUESTION, WHOLE_QUESTION, YES_OR_NO_QUESTION
 from pipelines.judge import Judge
+from pipelines.literals import literal
+from pipelines.open_answers import open_answer
 from pipelines.option_answers import chosen_option
 from pipelines.short_answers import yes_or_no
 from pipelines.tsv_records import options
@@ -23,10 +26,6 @@ from skipvision.errors import ConfigError
 
 Row = Mapping[str, str]
 _HOST = "https://opencompass.openxlab.space/utils"
-OPTION = "Answer with the option's letter from the given choices directly."
-"""LLaVA-1.5's instruction for multiple choice (arXiv 2310.03744, its table of response formats)."""
-SHORT = "Answer the question using a single word or phrase."
-"""LLaVA-1.5's instruction for short answers."""
 
 
 class Said(NamedTuple):
@@ -46,13 +45,15 @@ class Rule:
         points: from the row, the answer and the judge, if there is one: 0 … 1.
         columns: that a row must have, beside ``index`` and ``question``.
         needs_judge: it cannot do without.
-        instruction: what is asked behind the question.
+        asks: the column that is asked, where a dataset has no instruction of its own.
+        problem: why no answer to a row can be right; None if one can.
     """
 
     points: Callable[[Row, str, Judge | None], float]
     columns: tuple[str, ...] = ("answer",)
     needs_judge: bool = False
-    instruction: str = SHORT
+    asks: str = SHORT_QUESTION
+    problem: Callable[[Row], str | None] = lambda row: None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Benchmark:
         split: value of the column ``split`` that counts, where there is that column; None = all.
         circular: rows are rotations of questions, and count only together.
         totals: what is published beside the mean of the points.
+        rows: how many there must be for the totals, where they are sums over all of the dataset; None = any.
     """
 
     pattern: str
@@ -78,6 +80,7 @@ class Benchmark:
     split: str | None = None
     circular: bool = False
     totals: Callable[[Sequence[Said]], dict[str, float]] = lambda said: {}
+    rows: int | None = None
 
 
 # -------------------------------------------------------------------------------------------- rules
@@ -86,28 +89,46 @@ class Benchmark:
 def golds(row: Row) -> list[str]:
     """The answers of a row; VLMEvalKit writes several as a Python list."""
     text = row["answer"]
-    if text.startswith("["):
-        try:
-            return [str(value) for value in ast.literal_eval(text)] or [text]
-        except (ValueError, SyntaxError):
-            pass
-    return [text]
+    try:
+        listed = literal(text)
+    except ValueError:
+        return [text]
+    return [str(value) for value in listed] if isinstance(listed, list) and listed else [text]
 
 
 def _option(row: Row, answer: str, judge: Judge | None) -> float:
     choices = options(row)
     if not choices:
-        # MMMU's open questions: VLMEvalKit makes them a choice between the gold answer and any other.
-        said = normalised(answer)
-        return float(any(normalised(gold) in said for gold in golds(row)))
+        return open_answer(answer, golds(row))
     letter = chosen_option(answer, choices)
     if letter is None and judge is not None:
         letter = judge.choose(row["question"], choices, answer)
-    return float(letter == row["answer"].strip())
+    return float(letter == _gold_letter(row))
+
+
+def _gold_letter(row: Row) -> str:
+    return row["answer"].strip().upper()
+
+
+def _no_option(row: Row) -> str | None:
+    choices = options(row)
+    if not choices or _gold_letter(row) in choices:
+        return None
+    return f"the gold answer {row['answer']!r} is not the letter of an option: {', '.join(choices)}"
 
 
 def _yes_or_no(row: Row, answer: str, judge: Judge | None) -> float:
-    return float(yes_or_no(answer) == row["answer"].strip().capitalize())
+    return float(yes_or_no(answer) == _gold_word(row))
+
+
+def _gold_word(row: Row) -> str:
+    return row["answer"].strip().capitalize()
+
+
+def _neither(row: Row) -> str | None:
+    if _gold_word(row) in ("Yes", "No"):
+        return None
+    return f"the gold answer {row['answer']!r} is neither yes nor no"
 
 
 def _ocr(row: Row, answer: str, judge: Judge | None) -> float:
@@ -133,16 +154,16 @@ def _same(answer: str, right: Sequence[str]) -> float:
 _FORMULAS = "Handwritten Mathematical Expression Recognition"
 
 RULES = {
-    "option": Rule(_option, instruction=OPTION),
-    "yes_or_no": Rule(_yes_or_no, instruction="Please answer yes or no."),
+    "option": Rule(_option, asks=OPTION_QUESTION, problem=_no_option),
+    "yes_or_no": Rule(_yes_or_no, asks=YES_OR_NO_QUESTION, problem=_neither),
     "vqa": Rule(_of_golds(short_answers.vqa_accuracy)),
     "anls": Rule(_of_golds(short_answers.anls)),
     "relaxed": Rule(_of_golds(short_answers.relaxed_accuracy)),
     "exact": Rule(_of_golds(short_answers.exact)),
-    "contains": Rule(_ocr, instruction=""),
-    "mathvista": Rule(mathvista.mathvista, mathvista.COLUMNS, instruction=""),
-    "judged": Rule(_judged, needs_judge=True, instruction=""),
-    "same_text": Rule(_of_golds(_same), instruction=""),
+    "contains": Rule(_ocr, asks=WHOLE_QUESTION),
+    "mathvista": Rule(mathvista.mathvista, mathvista.COLUMNS, asks=WHOLE_QUESTION, problem=mathvista.problem),
+    "judged": Rule(_judged, needs_judge=True, asks=WHOLE_QUESTION),
+    "same_text": Rule(_of_golds(_same), asks=WHOLE_QUESTION),
 }
 """By the names that a dataset of one's own can be given one with."""
 
@@ -189,11 +210,24 @@ def _mme(said: Sequence[Said]) -> dict[str, float]:
 
 
 def _pope(said: Sequence[Said]) -> dict[str, float]:
-    """Precision, recall and F1 of "yes", and how often it is said. What is neither yes nor no counts as no.
+    """Precision, recall and F1 of "yes", and how often it is said; F1 also by category.
 
-    Source: POPE (arXiv 2305.10355), "Metrics".
+    An answer of several categories counts in each, and as often in all of them together. What is neither yes
+    nor no counts as no. Source: POPE (arXiv 2305.10355), "Metrics"; one table for its three categories is
+    VLMEvalKit's (vlmeval/dataset/utils/yorn.py).
     """
-    true = [one.row["answer"].strip().lower() == "yes" for one in said]
+    by_category: dict[str, list[Said]] = defaultdict(list)
+    for one in said:
+        for category in categories(one.row.get("category", "")) or [""]:
+            by_category[category].append(one)
+    totals = _of_yes([one for some in by_category.values() for one in some])
+    for category in sorted(filter(None, by_category)):
+        totals[f"f1/{category}"] = _of_yes(by_category[category])["f1"]
+    return totals
+
+
+def _of_yes(said: Sequence[Said]) -> dict[str, float]:
+    true = [_gold_word(one.row) == "Yes" for one in said]
     yes = [yes_or_no(one.answer) == "Yes" for one in said]
     hits = sum(gold and given for gold, given in zip(true, yes, strict=True))
     precision = hits / sum(yes) if any(yes) else 0.0
@@ -225,10 +259,10 @@ BENCHMARKS = (
     ),
     _of("MMStar", "option", "VLMEval", "MMStar, arXiv 2403.20330"),
     _of("MMMU_(DEV_VAL|TEST)", "option", "VLMEval", "MMMU, arXiv 2311.16502", split="validation"),
-    _of("MME", "yes_or_no", "VLMEval", "MME, arXiv 2306.13394", totals=_mme),
+    _of("MME", "yes_or_no", "VLMEval", "MME, arXiv 2306.13394", totals=_mme, rows=2374),
     _of("POPE", "yes_or_no", "VLMEval", "POPE, arXiv 2305.10355", totals=_pope),
     _of("TextVQA_VAL", "vqa", "VLMEval", "TextVQA, arXiv 1904.08920"),
-    _of("OCRBench", "contains", "VLMEval", "OCRBench, arXiv 2305.07895", totals=_ocrbench),
+    _of("OCRBench", "contains", "VLMEval", "OCRBench, arXiv 2305.07895", totals=_ocrbench, rows=1000),
     _of("GQA_TestDev_Balanced", "exact", "VLMEval", "GQA, arXiv 1902.09506"),
     _of("ScienceQA_(VAL|TEST)", "option", "benchmarks/ScienceQA", "ScienceQA, arXiv 2209.09513"),
     _of("AI2D_TEST(_NO_MASK)?", "option", "VLMEval", "AI2D, arXiv 1603.07396"),

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pipelines.categories import categories
 from pipelines.evaluate import OVERALL
 from pipelines.items import Item
 from pipelines.statistics import Paired, exact_loss_bound, paired
@@ -101,7 +102,7 @@ def slice_of(items: Sequence[Item], name: str) -> list[Item]:
 def _slices(item: Item) -> Iterator[str]:
     """What an item counts for; an item of several categories has them joined by commas."""
     yield item.dataset
-    for category in filter(None, item.category.split(",")):
+    for category in categories(item.category):
         yield category
         yield f"{item.dataset}/{category}"
 

@@ -13,10 +13,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,7 +25,13 @@ from pipelines.option_answers import chosen_option
 from skipvision.errors import ConfigError, SkipVisionError
 
 _PAUSES = (1.0, 4.0, 15.0)
+_LONGEST_PAUSE = 120.0
 _WORTH_ANOTHER_TRY = frozenset({408, 409, 429, 500, 502, 503, 504})
+_READINGS = 3
+_WARMER = 0.5
+_NONE_OF_THEM = {"Z": "none of them"}
+
+Read = TypeVar("Read")
 
 _GRADE = """\
 Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. \
@@ -63,7 +70,11 @@ Final answer:"""
 
 
 class JudgeError(SkipVisionError):
-    """The judge cannot be reached, or does not do what it is asked."""
+    """The judge cannot be reached; the same job, run again, goes on."""
+
+
+class UnreadableReply(SkipVisionError):
+    """The judge was asked several times and never gave a reply of the form that was asked for."""
 
 
 class JudgeConfig(BaseModel):
@@ -79,6 +90,11 @@ class JudgeConfig(BaseModel):
     model: str = Field(description="its name there; scores of different judges cannot be compared")
     api_key_env: str | None = Field(
         "OPENAI_API_KEY", description="environment variable that holds the API key; null = none is sent"
+    )
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        description="of its replies; null = none is sent, for models that refuse the setting",
     )
     parallel: int = Field(8, ge=1, description="questions asked at once")
     timeout: float = Field(60.0, gt=0, description="seconds an answer may take")
@@ -108,43 +124,64 @@ class Judge:
         Source: MM-Vet (arXiv 2308.02490), "LLM-based evaluation", with its prompt less the two long examples.
 
         Raises:
-            JudgeError: it cannot be reached, or replies with no number from 0 to 1.
+            JudgeError: it cannot be reached.
+            UnreadableReply: no reply has a number from 0 to 1.
         """
+
+        def score(reply: str) -> float | None:
+            found = re.search(r"\d+(?:\.\d+)?", reply)
+            return float(found[0]) if found and float(found[0]) <= 1 else None
+
         gold = gold.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-        reply = self.ask(_GRADE.format(question=_line(question), gold=_line(gold), answer=_line(answer)))
-        found = re.search(r"\d+(?:\.\d+)?", reply)
-        if found is None or not 0 <= float(found[0]) <= 1:
-            raise JudgeError(
-                f"the judge {self._config.model} was asked for a score from 0 to 1 and said {reply!r}"
-            )
-        return float(found[0])
+        prompt = _GRADE.format(question=_line(question), gold=_line(gold), answer=_line(answer))
+        return self._ask(prompt, score, "a score from 0 to 1")
 
     def choose(self, question: str, options: Mapping[str, str], answer: str) -> str | None:
-        """The option that an answer means; None for none. Raises `JudgeError` if it cannot be reached.
+        """The option that an answer means; None for none.
 
         Source: MMBench (arXiv 2307.06281), "ChatGPT-involved choice extraction", its second step.
+
+        Raises:
+            JudgeError: it cannot be reached.
+            UnreadableReply: no reply names an option, or that it is none of them.
         """
+        possible = {**_NONE_OF_THEM, **options}
         listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
-        return chosen_option(
-            self.ask(_CHOOSE.format(question=question, options=listed, answer=answer)), options
-        )
+        prompt = _CHOOSE.format(question=question, options=listed, answer=answer)
+        chosen = self._ask(prompt, lambda reply: chosen_option(reply, possible), "the letter of an option")
+        return chosen if chosen in options else None
 
     def extract(self, question: str, answer: str) -> str:
-        """The final answer in a long one; raises `JudgeError` if the judge cannot be reached.
+        """The final answer in a long one.
 
         Source: MathVista (arXiv 2310.02255), "Evaluation protocols", answer extraction.
-        """
-        return self.ask(_EXTRACT.format(question=question, answer=answer))
 
-    def ask(self, prompt: str) -> str:
-        """What the judge says to a prompt, now or when it was asked before."""
+        Raises:
+            JudgeError: it cannot be reached.
+            UnreadableReply: all replies are empty.
+        """
+        prompt = _EXTRACT.format(question=question, answer=answer)
+        return self._ask(prompt, lambda reply: reply or None, "the final answer in another one")
+
+    def _ask(self, prompt: str, read: Callable[[str], Read | None], wanted: str) -> Read:
+        """What ``read`` makes of the reply to a prompt, now or when it was asked before.
+
+        A reply that it makes None of is not remembered: the judge is asked again, each time warmer, as
+        VLMEvalKit does.
+        """
         name = hashlib.blake2b(f"{self._config.model}\n{prompt}".encode(), digest_size=16).hexdigest()
-        if name not in self._known:
-            reply = self._fetch(prompt)
-            with self._lock, self._memory.open("a", encoding="utf-8") as file:
-                self._known[name] = reply
-                file.write(json.dumps({"prompt": name, "reply": reply}) + "\n")
-        return self._known[name]
+        if name in self._known and (known := read(self._known[name])) is not None:
+            return known
+        for reading in range(_READINGS):
+            reply = self._fetch(prompt, reading * _WARMER)
+            if (found := read(reply)) is not None:
+                with self._lock, self._memory.open("a", encoding="utf-8") as file:
+                    self._known[name] = reply
+                    file.write(json.dumps({"prompt": name, "reply": reply}) + "\n")
+                return found
+        raise UnreadableReply(
+            f"the judge {self._config.model} was asked {_READINGS} times for {wanted} and said {reply!r}"
+        )
 
     def _remembered(self) -> dict[str, str]:
         if not self._memory.exists():
@@ -158,12 +195,18 @@ class Judge:
             known[entry["prompt"]] = entry["reply"]
         return known
 
-    def _fetch(self, prompt: str) -> str:
+    def _fetch(self, prompt: str, warmer: float) -> str:
         url = f"{self._config.base_url.rstrip('/')}/chat/completions"
-        messages = [{"role": "user", "content": prompt}]
-        body = json.dumps({"model": self._config.model, "messages": messages, "temperature": 0}).encode()
+        asked: dict[str, Any] = {
+            "model": self._config.model,
+            "messages": [{"role": "user", "content": prompt}],
+        }
+        if self._config.temperature is not None:
+            asked["temperature"] = self._config.temperature + warmer
+        body = json.dumps(asked).encode()
         request = urllib.request.Request(url, body, self._headers)  # noqa: S310 — http or https by the config
         for pause in (*_PAUSES, None):
+            wanted = 0.0
             try:
                 with urllib.request.urlopen(request, timeout=self._config.timeout) as response:  # noqa: S310
                     return _content(json.load(response))
@@ -171,10 +214,11 @@ class Judge:
                 problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
                 if error.code not in _WORTH_ANOTHER_TRY:
                     break
+                wanted = _retry_after(error.headers.get("Retry-After"))
             except (OSError, HTTPException, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
             if pause is not None:
-                time.sleep(pause)
+                time.sleep(max(pause, min(wanted, _LONGEST_PAUSE)))
         raise JudgeError(
             f"the judge {self._config.model} at {url} does not answer: {problem}\n"
             "What it has said so far is kept; run the same job again to continue"
@@ -186,6 +230,20 @@ def _content(reply: Any) -> str:
         return str(reply["choices"][0]["message"]["content"] or "").strip()
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"no chat completion: {str(reply)[:300]}") from None
+
+
+def _retry_after(header: str | None) -> float:
+    """Seconds that an endpoint asks to wait, which it may give as a date; 0 if it does not say."""
+    if header is None:
+        return 0.0
+    try:
+        return float(header)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+        return 0.0
 
 
 def _line(text: str) -> str:

@@ -6,11 +6,11 @@ Source: MathVista (arXiv 2310.02255), "Evaluation protocols", and the evaluation
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping
 
 from pipelines.judge import Judge
+from pipelines.literals import literal
 from pipelines.option_answers import chosen_option
 from pipelines.short_answers import edit_distance
 from skipvision.errors import DataError
@@ -27,14 +27,29 @@ def mathvista(row: Mapping[str, str], answer: str, judge: Judge | None) -> float
     The judge extracts where an answer is more than what was asked for. Without a judge the last number in the
     answer counts, or the option it names.
     """
+    if not answer.strip():  # there is nothing to extract
+        return 0.0
     if row["question_type"] == "multi_choice":
-        return float(_option(row, answer, judge) == _gold_option(row))
+        letter = _option(row, answer, judge)
+        return float(letter is not None and letter == _gold_option(row))
     gold, said = _value(row, row["answer"]), _value(row, answer)
     if judge is not None and said != gold and (said is None or row["answer_type"] == "text"):
         said = _value(row, judge.extract(row["question"], answer))
     elif said is None:
         said = _value(row, _last_number(answer))
     return float(said is not None and said == gold)
+
+
+def problem(row: Mapping[str, str]) -> str | None:
+    """Why no answer to a row can be right; None if one can."""
+    gold = row["answer"]
+    if row["question_type"] == "multi_choice":
+        try:
+            known = _gold_option(row) in _choices(row)
+        except DataError as error:
+            return str(error)
+        return None if known else f"the gold answer {gold!r} is none of the choices {row['choices']}"
+    return f"the gold answer {gold!r} is no {row['answer_type']}" if _value(row, gold) is None else None
 
 
 def _option(row: Mapping[str, str], answer: str, judge: Judge | None) -> str | None:
@@ -50,18 +65,19 @@ def _option(row: Mapping[str, str], answer: str, judge: Judge | None) -> str | N
 
 
 def _gold_option(row: Mapping[str, str]) -> str | None:
-    choices = _choices(row)
     if row.get("answer_option"):
-        return row["answer_option"]
-    return next((letter for letter, text in choices.items() if text == row["answer"]), None)
+        return row["answer_option"].strip().upper()
+    return next((letter for letter, text in _choices(row).items() if text == row["answer"]), None)
 
 
 def _choices(row: Mapping[str, str]) -> dict[str, str]:
     try:
-        listed = ast.literal_eval(row.get("choices", ""))
-        return {chr(ord("A") + number): str(text) for number, text in enumerate(listed)}
-    except (ValueError, SyntaxError, TypeError):
+        listed = literal(row.get("choices", ""))
+        if not isinstance(listed, list | tuple):
+            raise ValueError
+    except ValueError:
         raise DataError(f"column `choices` is no list of options: {row.get('choices')!r}") from None
+    return {chr(ord("A") + number): str(text) for number, text in enumerate(listed)}
 
 
 def _value(row: Mapping[str, str], text: str) -> object:
@@ -73,8 +89,8 @@ def _value(row: Mapping[str, str], text: str) -> object:
             case "float":
                 return round(float(text.replace(",", "")), int(float(row.get("precision") or 2)))
             case "list":
-                return ast.literal_eval(text)
-    except (ValueError, SyntaxError, OverflowError):
+                return literal(text)
+    except (ValueError, OverflowError):
         return None
     return text.strip().lower()
 

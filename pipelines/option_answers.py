@@ -7,25 +7,26 @@ from collections.abc import Mapping, Sequence
 
 _AROUND_LETTERS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _LAST_WORDS = 4
-_SPELT_OUT = re.compile(r"answer is \W*([A-Z])\b", re.IGNORECASE)
+_SPELT_OUT = re.compile(r"(?i:answer is)\W*([A-Z])\b(?!\s+\w)")
 
 
 def chosen_option(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that an answer means; None if that cannot be told.
 
     In this order: the only letter of an option that stands alone among the last four words; the letter behind
-    "answer is"; the only option whose text occurs in the answer, if the answer is not more than twice as long
-    as all options together.
+    "answer is", if it is a capital and no word follows it (as one follows an article); the only option whose
+    text occurs in the answer, if the answer is not more than twice as long as all options together.
 
     Source: MMBench (arXiv 2307.06281), "ChatGPT-involved choice extraction", its first step, as VLMEvalKit
     takes it before a judge is asked (github.com/open-compass/VLMEvalKit, vlmeval/utils/matching_util.py).
+    "answer is" is this project's own.
     """
     words = answer.translate(_AROUND_LETTERS).split()
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and words.index(letters[0]) >= len(words) - _LAST_WORDS:
         return letters[0]
-    if (spelt := _SPELT_OUT.search(answer)) and spelt[1].upper() in options:
-        return spelt[1].upper()
+    if (spelt := _SPELT_OUT.search(answer)) and spelt[1] in options:
+        return spelt[1]
     if len(answer) > 2 * sum(map(len, options.values())):
         return None
     said = answer.lower()

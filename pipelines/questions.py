@@ -13,10 +13,11 @@ from pipelines.benchmarks import Benchmark, Row, find_benchmark
 from pipelines.caption_prompts import PromptTemplate, ask
 from pipelines.conversations import BadRow, listed_images, parse_image
 from pipelines.images import MAX_PIXELS
+from pipelines.instructions import WHOLE_QUESTION
 from pipelines.paths import input_path
 from pipelines.records import Record
 from pipelines.rows import ImageSource, Message
-from pipelines.tsv_records import IMAGE_DIGEST, WHOLE_QUESTION, tsv_records
+from pipelines.tsv_records import IMAGE_DIGEST, tsv_records
 from skipvision.errors import ConfigError, DataError
 
 ROOT_VARIABLE = "LMUData"
@@ -38,7 +39,7 @@ class Question:
         row: its columns.
         messages: what is asked, with a placeholder for each image.
         images: in the order of their placeholders.
-        problem: why it cannot be asked.
+        problem: why it cannot be asked, or no answer to it can be right.
     """
 
     index: str
@@ -100,7 +101,8 @@ def read_dataset(
 
     Raises:
         ConfigError: the name or the rule is unknown, or the file is not there.
-        DataError: the file lacks a column, answers, or unique indices.
+        DataError: the file is no table, lacks a column, answers, or unique indices, or no row of it can be
+            scored.
     """
     benchmark = find_benchmark(name, rule)
     file = find_file(name, benchmark, path)
@@ -109,10 +111,9 @@ def read_dataset(
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     _check_columns(file, benchmark, records)
-    instruction = benchmark.rule.instruction if instruction is None else instruction
-    template = f"{{{WHOLE_QUESTION}}}" + ("\n" + instruction.replace("{", "{{").replace("}", "}}")) * bool(
-        instruction
-    )
+    template = f"{{{benchmark.rule.asks}}}" if instruction is None else f"{{{WHOLE_QUESTION}}}"
+    if instruction:
+        template += "\n" + instruction.replace("{", "{{").replace("}", "}}")
     asked = [record for record in records if _counts(record, benchmark)]
     questions = [_question(record, benchmark, PromptTemplate(template), max_pixels) for record in asked]
     if limit is not None:
@@ -159,6 +160,11 @@ def _check_questions(file: str, benchmark: Benchmark, questions: Sequence[Questi
         raise DataError(
             f"{file}: {len(without)} of {len(questions)} rows have no answer, the first of them {without[0]}"
         )
+    if all(question.problem for question in questions):
+        raise DataError(
+            f"{file}: none of {len(questions)} rows can be scored, the first of them, {questions[0].index}, "
+            f"because of: {questions[0].problem}"
+        )
     seen: set[str] = set()
     for question in questions:
         if question.index in seen:
@@ -170,10 +176,10 @@ def _question(record: Record, benchmark: Benchmark, template: PromptTemplate, ma
     row = _columns(record)
     index = str(row.get("index") or record.fallback_key)
     category = next((row[column] for column in benchmark.category if row.get(column)), "")
-    group = row.get(IMAGE_DIGEST) or index
     item = index
     if benchmark.circular:
-        item = group = row.get("g_index") or (str(int(index) % _ROTATIONS) if index.isdigit() else index)
+        item = row.get("g_index") or (str(int(index) % _ROTATIONS) if index.isdigit() else index)
+    group = row.get(IMAGE_DIGEST) or item
     try:
         if record.problem:
             raise BadRow("broken record", record.problem)
@@ -185,7 +191,8 @@ def _question(record: Record, benchmark: Benchmark, template: PromptTemplate, ma
         messages = ask(row, len(images), template, None)
     except BadRow as error:
         return Question(index, item, category, group, row, problem=f"{error.kind}: {error}")
-    return Question(index, item, category, group, row, messages, images)
+    problem = benchmark.rule.problem(row) if row.get("answer") else None
+    return Question(index, item, category, group, row, messages, images, problem)
 
 
 def _columns(record: Record) -> dict[str, Any]:

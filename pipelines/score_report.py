@@ -89,7 +89,7 @@ def _errors(scored: Systems) -> Iterator[str]:
         for dataset, one in datasets.items():
             failed = [item for item in one.items if item.error]
             if failed:
-                yield f"{label} on {dataset}: {len(failed)} items without an answer count as wrong."
+                yield f"{label} on {dataset}: {len(failed)} items have an error and count as wrong."
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -8,15 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipelines.benchmarks import Said
+from pipelines.categories import categories
 from pipelines.items import Item
-from pipelines.judge import Judge
+from pipelines.judge import Judge, UnreadableReply
 from pipelines.option_answers import all_rotations_right
 from pipelines.questions import Dataset, Question
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a system said to a question, or why it said nothing."""
+    """What a system said to a question, or why that has no points."""
 
     text: str = ""
     error: str | None = None
@@ -28,7 +29,7 @@ class Scored:
 
     Attributes:
         items: one for each item, in the dataset's order.
-        totals: what the benchmark publishes beside the mean score.
+        totals: what the benchmark publishes beside the mean score; sums only where the dataset is whole.
     """
 
     items: list[Item]
@@ -48,28 +49,35 @@ def score_answers(
         dataset: what was asked.
         answers: by the questions' indices.
         system: who answered.
-        judge: reads what no rule can.
+        judge: reads what no rule can; an answer that it does not make out has an error.
         parallel: questions the judge is asked at once.
 
     Raises:
-        JudgeError: the judge does not answer.
+        JudgeError: the judge cannot be reached.
     """
     questions = dataset.questions
     given = [_answer_to(question, answers) for question in questions]
 
-    def points(question: Question, answer: Answered) -> float:
-        return 0.0 if answer.error else dataset.benchmark.rule.points(question.row, answer.text, judge)
+    def judged(question: Question, answer: Answered) -> tuple[Answered, float]:
+        if answer.error:
+            return answer, 0.0
+        try:
+            return answer, dataset.benchmark.rule.points(question.row, answer.text, judge)
+        except UnreadableReply as error:
+            return Answered(answer.text, f"judge: {error}"), 0.0
 
     if judge is None:
-        scores = [points(question, answer) for question, answer in zip(questions, given, strict=True)]
+        pairs = [judged(question, answer) for question, answer in zip(questions, given, strict=True)]
     else:
         with ThreadPoolExecutor(parallel) as pool:
-            scores = list(pool.map(points, questions, given))
+            pairs = list(pool.map(judged, questions, given))
+    given, scores = [answer for answer, _ in pairs], [score for _, score in pairs]
     said = [
         Said(question.row, question.group, answer.text, score)
         for question, answer, score in zip(questions, given, scores, strict=True)
     ]
-    totals = dataset.benchmark.totals(said)
+    whole = dataset.benchmark.rows in (None, len(said))
+    totals = dataset.benchmark.totals(said) if whole else {}
     return Scored(list(_items(dataset, system, questions, given, scores)), totals)
 
 
@@ -120,6 +128,6 @@ def by_category(items: Sequence[Item]) -> dict[str, list[Item]]:
     """Items by slice; one whose category lists several, as MM-Vet's and POPE's do, is in each."""
     slices: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        for category in filter(None, map(str.strip, item.category.split(","))):
+        for category in categories(item.category):
             slices[category].append(item)
     return {category: slices[category] for category in sorted(slices)}

@@ -51,16 +51,16 @@ def normalised_for_vqa(answer: str) -> str:
     """An answer as VQA compares it.
 
     Lower case, without articles and periods (but decimal points), number words as digits, contractions with
-    their apostrophes, other punctuation as blanks; it is left out where a blank is beside it, or a number
-    in the answer has a comma.
+    their apostrophes, other punctuation as blanks; it is left out where, in the answer as it was given, a
+    blank is beside it or a number has a comma.
 
     Source: VQA (arXiv 1505.00468), evaluation code as described at https://visualqa.org/evaluation.html.
     """
     text = " ".join(answer.split())
+    given, comma_in_number = text, _COMMA_IN_NUMBER.search(text) is not None
     for mark in _PUNCTUATION:
-        beside_blank = f"{mark} " in text or f" {mark}" in text
-        drop = beside_blank or _COMMA_IN_NUMBER.search(text) is not None
-        text = text.replace(mark, "" if drop else " ")
+        beside_blank = f"{mark} " in given or f" {mark}" in given
+        text = text.replace(mark, "" if beside_blank or comma_in_number else " ")
     text = _PERIOD_AT_NO_DECIMAL.sub("", text)
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)

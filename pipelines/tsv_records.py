@@ -12,7 +12,6 @@ Images stay in the file; a row refers to their place in it.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import re
 import string
@@ -24,12 +23,11 @@ from typing import IO, Any, NamedTuple
 import fsspec
 
 from pipelines.images import TsvImage
+from pipelines.instructions import instructed
+from pipelines.literals import literal
 from pipelines.records import Record
 from pipelines.rows import IMAGE_PLACEHOLDER
 from skipvision.errors import DataError
-
-WHOLE_QUESTION = "whole_question"
-"""A column that every row with a ``question`` gets: hint, question and options as one text."""
 
 IMAGE_DIGEST = "image_digest"
 """A column that every row gets: equal where the images are."""
@@ -37,6 +35,10 @@ IMAGE_DIGEST = "image_digest"
 _LONGEST_INDEX = 64
 _BOM = b"\xef\xbb\xbf"
 _LISTED = re.compile(rb"[^\[\]\"', ]+")
+_UNCLOSED = (
+    "{file}: the quote that begins a cell in line {opened} {what}. A quote that belongs to the text is "
+    "written twice, and the whole cell in quotes"
+)
 _NUMBERED_IMAGE = re.compile(r"<image (\d+)>")
 
 
@@ -50,7 +52,7 @@ def tsv_records(file: str, name: str, images: Sequence[str], max_pixels: int) ->
         max_pixels: of an image; one with more is an error when it is opened.
 
     Raises:
-        DataError: the file is empty, or has two columns of one name.
+        DataError: the file is empty, has two columns of one name, or a quote in it is not closed.
     """
     with fsspec.open(file, "rb") as stream:
         rows = list(_rows(file, stream, images))
@@ -84,7 +86,7 @@ class _Row:
 
 
 def _rows(file: str, stream: IO[bytes], images: Sequence[str]) -> Iterator[_Row]:
-    lines = _lines(stream)
+    lines = _lines(file, stream)
     header = next(lines, None)
     if header is None:
         raise DataError(f"{file} is empty")
@@ -155,7 +157,8 @@ def _value(file: str, row: _Row, held: Mapping[str, _Row], max_pixels: int) -> d
         ]
         value[IMAGE_DIGEST] = holder.digest
     if "question" in value:
-        value[WHOLE_QUESTION], images = _numbered(_whole_question(value), images)
+        whole, images = _numbered(_whole_question(value), images)
+        value |= instructed(whole, bool(options(value)))
     if row.image_column or images:
         value[row.image_column or "image"] = images
     return value
@@ -166,10 +169,10 @@ def _listed(text: str) -> list[str]:
     if not text.startswith("["):
         return [text] if text else []
     try:
-        values = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise ValueError(f"column `image_path` is no path and no list of paths: {text!r}") from None
-    return [str(value) for value in values]
+        values = literal(text)
+    except ValueError as error:
+        raise ValueError(f"column `image_path` is no path and no list of paths, but {error}") from None
+    return [str(value) for value in values] if isinstance(values, list) else [text]
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -217,23 +220,20 @@ class _Cell(NamedTuple):
         return (self.raw.replace(b'""', b'"') if self.quoted else self.raw).decode()
 
 
-def _lines(stream: IO[bytes]) -> Iterator[list[_Cell]]:
+def _lines(file: str, stream: IO[bytes]) -> Iterator[list[_Cell]]:
     """The rows of a table, header first; a quoted cell may hold tabs and line ends. Empty lines are none."""
-    lines = iter(stream)
+    lines = enumerate(stream, start=1)
     start = 0
-    for line in lines:
+    for number, line in lines:
         if start == 0 and line.startswith(_BOM):
             start, line = len(_BOM), line.removeprefix(_BOM)
         cells: list[_Cell] = []
         at = 0
         while at <= len(line):
-            quoted = line[at : at + 1] == b'"'
-            if quoted:
-                while (end := _closing_quote(line, at + 1)) < 0 and (more := next(lines, b"")):
-                    line += more
-                end = len(line) if end < 0 else end
+            if line[at : at + 1] == b'"':
+                number, line, end = _closed(file, lines, number, line, at + 1)
                 cells.append(_Cell(start + at + 1, line[at + 1 : end], quoted=True))
-                at = line.find(b"\t", end)
+                at = end + 1 if line[end + 1 : end + 2] == b"\t" else -1
             else:
                 end = line.find(b"\t", at)
                 content = line[at:] if end < 0 else line[at:end]
@@ -245,6 +245,30 @@ def _lines(stream: IO[bytes]) -> Iterator[list[_Cell]]:
         start += len(line)
         if line.strip():
             yield cells
+
+
+def _closed(
+    file: str, lines: Iterator[tuple[int, bytes]], number: int, line: bytes, at: int
+) -> tuple[int, bytes, int]:
+    """Read on until the cell whose text begins at ``at`` is closed.
+
+    Returns:
+        The number of the last line read, all lines as one, and the place of the closing quote.
+
+    Raises:
+        DataError: no quote closes the cell, or text follows the one that does.
+    """
+    opened, held, before = number, [line], 0
+    while (end := _closing_quote(held[-1], at)) < 0:
+        before, at = before + len(held[-1]), 0
+        number, more = next(lines, (number, b""))
+        if not more:
+            raise DataError(_UNCLOSED.format(file=file, opened=opened, what="is never closed"))
+        held.append(more)
+    if held[-1][end + 1 : end + 2] not in (b"\t", b"\r", b"\n", b""):
+        what = f"is closed in line {number}, where text follows"
+        raise DataError(_UNCLOSED.format(file=file, opened=opened, what=what))
+    return number, b"".join(held), before + end
 
 
 def _closing_quote(line: bytes, at: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import judge as judging
-from pipelines.judge import Judge, JudgeConfig, JudgeError
+from pipelines.judge import Judge, JudgeConfig, JudgeError, UnreadableReply
 from pipelines.questions import read_dataset
 from pipelines.scoring import Answered, score_answers
 from skipvision.errors import ConfigError
@@ -21,10 +21,15 @@ Reply = Callable[[str], tuple[int, object]]
 
 
 class Endpoint:
-    """Answers prompts by ``reply``, which tests replace; ``asked`` holds (path, key, prompt)."""
+    """Answers prompts by ``reply``, which tests replace; ``asked`` holds (path, key, prompt).
+
+    ``temperatures`` are those that were sent, and ``headers`` are sent back.
+    """
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None, str]] = []
+        self.temperatures: list[float | None] = []
+        self.headers: dict[str, str] = {}
         self.reply: Reply = lambda prompt: (200, "0.5")
         endpoint = self
 
@@ -33,9 +38,12 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = body["messages"][0]["content"]
                 endpoint.asked.append((self.path, self.headers["Authorization"], prompt))
+                endpoint.temperatures.append(body.get("temperature"))
                 status, text = endpoint.reply(prompt)
                 content = {"choices": [{"message": {"content": text}}]} if isinstance(text, str) else text
                 self.send_response(status)
+                for name, value in endpoint.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(json.dumps(content).encode())
 
@@ -83,7 +91,8 @@ def test_mmvet_is_graded_and_nothing_is_asked_twice(endpoint, tmp_path):
 
 @pytest.mark.parametrize(("reply", "points"), [("B", 1), ("Z", 0), ("A.", 0)])
 def test_an_option_that_no_rule_finds_is_asked_for(endpoint, reply, points, tmp_path):
-    dataset = read_dataset("MMStar", str(table(tmp_path / "t.tsv", [{"index": 1, "image": png(), **CHOICE}])))
+    row = {"index": 1, "image": png(), **CHOICE, "B": "z"}  # the judge's Z is not this text
+    dataset = read_dataset("MMStar", str(table(tmp_path / "t.tsv", [row])))
     endpoint.reply = lambda prompt: (200, reply)
     answers = {"1": Answered("It barks")}
     (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
@@ -101,6 +110,8 @@ def test_mathvista_is_extracted(endpoint, tmp_path):
     answers = {"1": Answered("Fourteen, as 7 + 7 shows")}
     (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
     assert item.score == 1
+    (item,) = score_answers(dataset, {"1": Answered("")}, "full", judge(endpoint, tmp_path / "memory")).items
+    assert (item.score, item.error, len(endpoint.asked)) == (0, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +121,6 @@ def test_mathvista_is_extracted(endpoint, tmp_path):
         ([(500, "x")] * 3, "HTTP 500", 3),
         ([(401, {"error": "no"})], "HTTP 401.*no.*\n.*run the same job again", 1),
         ([(200, {"error": "odd"})] * 3, "no chat completion", 3),
-        ([(200, "fine")], "score from 0 to 1 and said 'fine'", 1),
-        ([(200, "7")], "said '7'", 1),
     ],
 )
 def test_what_the_judge_does_wrong_is_said(endpoint, replies, error, asked, tmp_path):
@@ -124,6 +133,53 @@ def test_what_the_judge_does_wrong_is_said(endpoint, replies, error, asked, tmp_
         with pytest.raises(JudgeError, match=error):
             asks.grade("q", "g", "a")
     assert len(endpoint.asked) == asked
+
+
+@pytest.mark.parametrize("unreadable", ["fine", "7", ""])
+def test_a_reply_that_cannot_be_read_is_not_kept(endpoint, unreadable, tmp_path):
+    asks = judge(endpoint, tmp_path / "memory")
+    replies = iter([unreadable, "0.5", *[unreadable] * 3, "1.0"])
+    endpoint.reply = lambda prompt: (200, next(replies))
+    assert asks.grade("q", "g", "a") == 0.5
+    with pytest.raises(UnreadableReply, match=f"3 times for a score from 0 to 1 and said '{unreadable}'"):
+        asks.grade("q", "g", "b")
+    assert endpoint.temperatures == [0.0, 0.5, 0.0, 0.5, 1.0]
+    again = judge(endpoint, tmp_path / "memory")
+    assert (again.grade("q", "g", "a"), again.grade("q", "g", "b")) == (0.5, 1.0)
+    assert len(endpoint.asked) == 6
+
+
+def test_an_item_that_the_judge_cannot_read_has_an_error(endpoint, tmp_path):
+    row = {"question": "What is x?", "answer": "5", "category": "math"}
+    file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(2)])
+    endpoint.reply = lambda prompt: (200, "fine" if "x = 1 |" in prompt.splitlines()[-1] else "0.5")
+    answers = {str(n): Answered(f"x = {n}") for n in range(2)}
+    dataset = read_dataset("MMVet", str(file))
+    first, second = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory"), 2).items
+    assert (first.score, first.error) == (0.5, None)
+    assert (second.score, second.prediction) == (0, "x = 1")
+    assert second.error.startswith("judge: the judge j was asked 3 times")
+
+
+def test_no_temperature_is_sent_to_models_that_refuse_it(endpoint, tmp_path):
+    settings = {"base_url": endpoint.url, "model": "j", "api_key_env": None, "temperature": None}
+    assert Judge(JudgeConfig.model_validate(settings), tmp_path / "memory").grade("q", "g", "a") == 0.5
+    assert endpoint.temperatures == [None]
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "waited"),
+    [("7", 7.0), ("1e9", judging._LONGEST_PAUSE), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("soon", 0.0)],
+)
+def test_an_endpoint_that_says_when_to_come_again_is_obeyed(
+    endpoint, asked_for, waited, tmp_path, monkeypatch
+):
+    pauses: list[float] = []
+    monkeypatch.setattr(judging.time, "sleep", pauses.append)
+    endpoint.headers = {"Retry-After": asked_for}
+    endpoint.reply = lambda prompt: (429, "x") if not pauses else (200, "0.5")
+    assert judge(endpoint, tmp_path / "memory").grade("q", "g", "a") == 0.5
+    assert pauses == [waited]
 
 
 def test_a_key_that_is_not_there_is_said_first(tmp_path, monkeypatch):

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pipelines.caption_config import InputSection
 from pipelines.caption_manifest import Manifest, write_manifest
 from pipelines.images import ImageError
+from pipelines.instructions import WHOLE_QUESTION
 from pipelines.questions import read_dataset
 from pipelines.scoring import score_answers
 from pipelines.shapes_files import ShapesConfig, write_shapes
-from pipelines.tsv_records import WHOLE_QUESTION, tsv_records
+from pipelines.tsv_records import tsv_records
 from skipvision.errors import ConfigError, DataError
 from tests.pipelines.test_scoring_rules import CHOICE, png, table
 
@@ -94,8 +95,9 @@ def test_broken_rows_say_what_is_wrong_and_count_as_wrong(line, problem, tmp_pat
     path = tmp_path / "table.tsv"
     path.write_bytes(b"index\timage\tquestion\n" + line)
     assert problem in records(path)[0].problem
-    path.write_bytes(b"index\timage\tquestion\tanswer\n" + line.replace(b"\n", b"\tx\n"))
-    (item,) = score_answers(read_dataset("mine", str(path), rule="exact"), {}, "full").items
+    good = b"good\t%b\tx\ty\n" % png().encode()
+    path.write_bytes(b"index\timage\tquestion\tanswer\n" + line.replace(b"\n", b"\tx\n") + good)
+    item, _ = score_answers(read_dataset("mine", str(path), rule="exact"), {}, "full").items
     assert item.score == 0
     assert item.error.startswith("broken record")
 
@@ -125,6 +127,11 @@ def test_corrupt_images_are_found_when_they_are_opened(tmp_path):
         (
             b"index\timage\tquestion\tanswer\n1\t%b\tx\ty\n1\t1\tx\ty\n" % png().encode(),
             "several rows with index '1'",
+        ),
+        (b'index\timage\tquestion\tanswer\n1\tx\t"?\ty\n2\t1\t?\ty\n', "in line 2 is never closed"),
+        (
+            b'index\timage\tquestion\tanswer\n1\tx\t"a\nb"\ty\n2\tx\t"?\ty\n3\tx\t"?"\ty\n',
+            "in line 4 is closed in line 5, where text follows",
         ),
     ],
 )

@@ -101,7 +101,7 @@ def test_what_cannot_be_asked_is_counted(finished):
     items = read_items(Path(finished["items"]["full"]))
     assert [item.index for item in items if item.error] == ["4"]
     assert finished["errors"]["skip"] == {"POPE": 1}
-    assert "skip on POPE: 1 items without an answer count as wrong." in Path(finished["table"]).read_text()
+    assert "skip on POPE: 1 items have an error and count as wrong." in Path(finished["table"]).read_text()
 
 
 def test_each_system_has_its_run_in_mlflow(finished):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from PIL import Image
 
 from pipelines import short_answers
 from pipelines.benchmarks import BENCHMARKS
+from pipelines.gate import slice_of
+from pipelines.mathvista import mathvista
+from pipelines.open_answers import open_answer
 from pipelines.option_answers import chosen_option
 from pipelines.questions import read_dataset
 from pipelines.scoring import Answered, by_category, mean_score, score_answers
 from pipelines.short_answers import anls, edit_distance, normalised_for_vqa, vqa_accuracy, yes_or_no
+from skipvision.errors import DataError
 
 OPTIONS = {"A": "cat", "B": "dog", "C": "red bird", "D": "none of these"}
 
@@ -32,6 +37,10 @@ OPTIONS = {"A": "cat", "B": "dog", "C": "red bird", "D": "none of these"}
         ("It is a Red Bird", "C"),
         ("A or B", None),
         ("cat or dog", None),
+        ("The answer is a dog.", "B"),
+        ("The answer is A dog.", "A"),  # as VLMEvalKit: the only letter among the last four words
+        ("The answer is A dog that runs about in the garden", "B"),
+        ("So the answer is: (C)! It flies, it is small, and it is red", "C"),
         ("E", None),
         ("I cannot tell", None),
         ("a dog, " + "which I say at great length " * 10, None),
@@ -63,6 +72,9 @@ def test_yes_or_no(answer, word):
         ("dont", "don't"),
         ("it's 5 o'clock", "it's 5 o'clock"),
         ("a\n b\tc", "b c"),
+        ("a-b;-c", "b c"),  # a mark is beside a blank only where it was so before other marks became blanks
+        ("a/-b-c", "b c"),
+        ("10,000?yes", "10000yes"),
     ],
 )
 def test_answers_as_vqa_compares_them(answer, normal):
@@ -113,6 +125,28 @@ def test_vqa_accuracy(answer, points):
 )
 def test_short_answers(rule, answer, golds, points):
     assert getattr(short_answers, rule)(answer, golds) == pytest.approx(points)
+
+
+@pytest.mark.parametrize(
+    ("answer", "golds", "points"),
+    [
+        ("15", ["5"], 0.0),
+        ("I say 0.25", ["5"], 0.0),
+        ("1,000", ["1000"], 1.0),
+        ("0.334", ["1/3", "0.33"], 1.0),  # two digits
+        ("3.43", ["24/7", "3.429"], 1.0),
+        ("x = 4\ny = 24/7", ["24/7"], 1.0),
+        ("6 = x\ny = 24/7", ["6"], 0.0),  # what is behind the last line's "=" counts
+        ("So it is 6e3", ["6000"], 1.0),
+        ("The answer is: the Boston Tea Party.", ["boston tea party"], 1.0),
+        ("The tea is cold, so it could be Boston", ["tea"], 0.0),
+        ("Boston", ["b"], 0.0),
+        ("vitamin B or C", ["b"], 1.0),
+        ("", ["b"], 0.0),
+    ],
+)
+def test_open_answers(answer, golds, points):
+    assert open_answer(answer, golds) == points
 
 
 def test_edit_distance():
@@ -186,11 +220,14 @@ def test_points_of_each_benchmark(name, tmp_path):
         ({"answer_type": "float", "answer": "1.45", "precision": "2.0"}, "$1,000.45", 0),
         ({"answer_type": "list", "answer": "[2007, 2008]"}, "[2007,2008]", 1),
         ({"answer_type": "text", "answer": "Bruno"}, "bruno", 1),
+        ({"answer_type": "list", "answer": "[1, 2]"}, "{[]: 1}", 0),
+        ({"answer_type": "list", "answer": "[1, 2]"}, "[" * 300, 0),
+        ({"answer_type": "list", "answer": "[1, 2]"}, "-" * 5000 + "1", 0),
         (
             {
                 "question_type": "multi_choice",
                 "choices": "['3/11', '8/11']",
-                "answer_option": "B",
+                "answer_option": "b",
                 "answer": "8/11",
             },
             "The correct answer is (B) 8/11.",
@@ -215,20 +252,75 @@ def test_mathvista(change, answer, points, tmp_path):
     assert score_answers(dataset, {"1": Answered(answer)}, "full").items[0].score == points
 
 
+MULTI = {**VISTA, "question_type": "multi_choice", "answer_type": "text", "answer": "x"}
+FREE = {**VISTA, "question_type": "free_form", "answer_type": "integer", "answer": "3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "change", "error"),
+    [
+        ("MathVista_MINI", FREE, {**MULTI, "choices": "oops"}, "`choices` is no list of options: 'oops'"),
+        ("MathVista_MINI", FREE, {**MULTI, "choices": "'xyz'"}, "`choices` is no list of options"),
+        ("MathVista_MINI", FREE, {**MULTI, "choices": "[]"}, "gold answer 'x' is none of the choices []"),
+        (
+            "MathVista_MINI",
+            FREE,
+            {**MULTI, "choices": "['y', 'z']"},
+            "gold answer 'x' is none of the choices",
+        ),
+        ("MathVista_MINI", FREE, {"answer": "three"}, "gold answer 'three' is no integer"),
+        ("MMStar", CHOICE, {"answer": "dog"}, "gold answer 'dog' is not the letter of an option: A, B"),
+        (
+            "POPE",
+            {**PLAIN, "answer": "No", "category": "random"},
+            {"answer": "1"},
+            "'1' is neither yes nor no",
+        ),
+    ],
+)
+def test_a_gold_answer_that_nothing_can_match_is_an_error(name, right, change, error, tmp_path):
+    rows = [{"index": n, "image": png(n), **right, **given} for n, given in enumerate([{}, change])]
+    dataset = read_dataset(name, str(table(tmp_path / "table.tsv", rows)))
+    said = {str(n): Answered(str(change.get("answer", "A"))) for n in range(2)}
+    good, bad = score_answers(dataset, said, "full").items
+    assert good.error is None
+    assert bad.score == 0
+    assert error in bad.error
+    with pytest.raises(DataError, match="none of 1 rows can be scored"):
+        read_dataset(name, str(table(tmp_path / "table.tsv", rows[1:])))
+
+
+def test_an_answer_that_names_no_choice_is_not_a_gold_answer_that_names_none():
+    assert mathvista({**MULTI, "choices": "['y', 'z']"}, "neither of them", None) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answer"),
+    [("MMStar", {**CHOICE, "answer": "b "}, "B"), ("POPE", {**PLAIN, "answer": "YES"}, "yes")],
+)
+def test_the_case_of_a_gold_answer_does_not_count(name, row, answer, tmp_path):
+    file = table(tmp_path / "table.tsv", [{"index": 1, "image": png(), "category": "", **row}])
+    assert score_answers(read_dataset(name, str(file)), {"1": Answered(answer)}, "full").items[0].score == 1
+
+
 def test_a_circular_question_is_right_if_all_its_rotations_are(tmp_path):
     rows = [
         {"index": 7, "image": png(), **CHOICE},
-        {"index": 8, "image": png(1), **CHOICE},
+        {"index": 8, "image": 7, **CHOICE, "question": "And what is this?"},
+        {"index": 9, "image": png(1), **CHOICE},
         {"index": 1000007, "image": 7, **CHOICE, "A": "dog", "B": "cat", "answer": "A"},
-        {"index": 1000008, "image": 8, **CHOICE, "A": "dog", "B": "cat", "answer": "A"},
+        {"index": 1000008, "image": 7, **CHOICE, "A": "dog", "B": "cat", "answer": "A"},
     ]
     dataset = read_dataset("MMBench_DEV_EN", str(table(tmp_path / "table.tsv", rows)))
     said = {"7": "B", "8": "B", "1000007": "A", "1000008": "B"}
     items = score_answers(dataset, {k: Answered(v) for k, v in said.items()}, "full").items
-    assert [(item.index, item.group, item.score, item.prediction) for item in items] == [
-        ("7", "7", 1.0, "B | A"),
-        ("8", "8", 0.0, "B | B"),
+    assert [(item.index, item.score, item.prediction) for item in items] == [
+        ("7", 1.0, "B | A"),
+        ("8", 0.0, "B | B"),
+        ("9", 0.0, ""),
     ]
+    first, second, third = (item.group for item in items)
+    assert first == second != third  # questions about one image are one group
     assert len(read_dataset("MMBench_DEV_EN", dataset.file, limit=1).questions) == 2
 
 
@@ -243,7 +335,10 @@ def test_what_mme_publishes(tmp_path):
     ]
     dataset = read_dataset("MME", str(table(tmp_path / "table.tsv", rows)))
     said = {"1": "yes", "2": "no", "3": "yes", "4": "yes", "5": "no"}
-    scored = score_answers(dataset, {k: Answered(v) for k, v in said.items()}, "full")
+    answers = {k: Answered(v) for k, v in said.items()}
+    assert score_answers(dataset, answers, "full").totals == {}  # sums over five rows of 2,374 say nothing
+    whole = replace(dataset, benchmark=replace(dataset.benchmark, rows=5))
+    scored = score_answers(whole, answers, "full")
     assert scored.totals == {
         "perception": 75 + 50,
         "cognition": 0,
@@ -262,7 +357,7 @@ def test_what_pope_publishes(tmp_path):
             "image": png(n),
             **PLAIN,
             "answer": truth,
-            "category": "random,popular" if n else "random",
+            "category": "random, popular" if n else "random",
         }
         for n, truth in enumerate(truths)
     ]
@@ -270,15 +365,18 @@ def test_what_pope_publishes(tmp_path):
     said = dict(zip("01234", ["yes", "yes", "no", "yes", "maybe"], strict=True))
     scored = score_answers(dataset, {k: Answered(v) for k, v in said.items()}, "full")
     assert scored.totals == {
-        "f1": pytest.approx(2 / 3),
-        "precision": pytest.approx(2 / 3),
-        "recall": pytest.approx(2 / 3),
-        "yes_ratio": 3 / 5,
+        "f1": pytest.approx(3 / 5),  # over nine rows: five random ones, four popular ones
+        "precision": pytest.approx(3 / 5),
+        "recall": pytest.approx(3 / 5),
+        "yes_ratio": 5 / 9,
+        "f1/popular": pytest.approx(1 / 2),
+        "f1/random": pytest.approx(2 / 3),
     }
     assert {name: len(items) for name, items in by_category(scored.items).items()} == {
         "popular": 4,
         "random": 5,
     }
+    assert len(slice_of(scored.items, "popular")) == len(slice_of(scored.items, "POPE/popular")) == 4
 
 
 def test_mmmu_counts_its_validation_questions_and_takes_open_ones(tmp_path):
@@ -289,3 +387,39 @@ def test_mmmu_counts_its_validation_questions_and_takes_open_ones(tmp_path):
     dataset = read_dataset("MMMU_DEV_VAL", str(table(tmp_path / "table.tsv", rows)))
     assert [question.index for question in dataset.questions] == ["b"]
     assert score_answers(dataset, {"b": Answered("It is 12 m long")}, "full").items[0].score == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "asked"),
+    [
+        (
+            "MMStar",
+            CHOICE,
+            "What is it?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly.",
+        ),
+        (
+            "MMMU_DEV_VAL",
+            {**CHOICE, "A": "", "B": ""},
+            "What is it?\nAnswer the question using a single word or phrase.",
+        ),
+        (
+            "GQA_TestDev_Balanced",
+            {**PLAIN, "answer": "x"},
+            "What is it?\nAnswer the question using a single word or phrase.",
+        ),
+        ("POPE", {**PLAIN, "answer": "Yes"}, "What is it?\nPlease answer yes or no."),
+        (
+            "MME",
+            {"question": "Is it red? Please answer yes or no.", "answer": "Yes"},
+            "Is it red? Please answer yes or no.",
+        ),
+        ("OCRBench", {**PLAIN, "answer": "x"}, "What is it?"),
+    ],
+)
+def test_the_instruction_behind_a_question(name, row, asked, tmp_path):
+    file = str(table(tmp_path / "table.tsv", [{"index": 1, "image": png(), **row}]))
+    (question,) = read_dataset(name, file).questions
+    assert question.messages[0].text == f"<image>{asked}"
+    (question,) = read_dataset(name, file, instruction="Be {brief}.").questions
+    assert question.messages[0].text.endswith("\nBe {brief}.")
+    assert "Answer" not in question.messages[0].text
