@@ -18,6 +18,7 @@ from pipelines.loading import arithmetic, load_base, load_processor
 from serve.adapters import ServedAdapters
 from serve.config import ModelSection
 from serve.engine_stream import ask, stream
+from serve.errors import DeadlineError
 from serve.grammar import Grammars
 from serve.journeys import engine_stages
 from serve.tracing import Tracer
@@ -38,11 +39,13 @@ class Work:
 
     Attributes:
         request: prepared.
+        until: Unix time at which its time is over.
         schema: JSON schema that the answers follow.
         traceparent: span that the engine's are part of.
     """
 
     request: Request
+    until: float
     schema: dict[str, Any] | None = None
     traceparent: str | None = None
 
@@ -94,12 +97,19 @@ class EngineReplica:
 
         A refusal is an item and not raised: Ray would wrap it, and it is no failure of the replica.
         """
-        request = work.request
+        request, written = work.request, False
         try:
+            left = work.until - time.time()
+            if left <= 0:
+                raise DeadlineError
+            request = replace(request, deadline=left)
             if work.schema is not None:
                 request = replace(request, adjust=self._grammars.adjuster(work.schema))
             async for chunk in stream(self._engine, self._named(request)):
                 done = chunk.completion
+                written = written or bool(chunk.token_ids)
+                if chunk.finish_reason == "deadline" and not written:
+                    raise DeadlineError
                 if done is None:
                     yield chunk
                 else:

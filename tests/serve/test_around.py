@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import time
 
@@ -107,7 +108,22 @@ def test_keys(guarded):
         assert caught.value.code == "invalid_api_key"
         with pytest.raises(openai.AuthenticationError):
             client.chat.completions.create(model="small", messages=asking())
-    assert httpx.get(f"{url}/models").status_code == 401
+    root, known = url.removesuffix("/v1"), {"authorization": f"Bearer {bob}"}
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+        assert httpx.get(root + path).status_code == 401, path
+        assert httpx.get(root + path, headers=known).status_code == (404 if path == "/nowhere" else 200), path
+    for path in ("/", "/page/page.css", "/healthz"):
+        assert httpx.get(root + path).status_code == 200, path
+    wrong = httpx.post(f"{url}/chat/completions", content=b"{no", headers={"authorization": "Bearer no"})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_key_is_asked_for_before_anything_of_the_body_is_read(guarded):
+    where = httpx.URL(guarded.url)
+    with socket.create_connection((where.host, where.port), timeout=10) as connection:
+        head = f"POST {where.path}/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
 def test_too_many_requests_are_told_to_come_back(guarded):
@@ -129,8 +145,18 @@ def test_too_many_requests_are_told_to_come_back(guarded):
     threads = [threading.Thread(target=ask, args=(number % 2 == 1,)) for number in range(16)]
     for thread in threads:
         thread.start()
+    health, full = [], []
+    while not full and any(thread.is_alive() for thread in threads):
+        health.append(httpx.get(url.replace("/v1", "/healthz"), timeout=30))
+        headers = {"authorization": f"Bearer {bob}"}
+        card = httpx.get(f"{url}/models/small", headers=headers, timeout=30)
+        full += [card] if card.status_code != 200 else []
     for thread in threads:
         thread.join()
+    # Full is not down.
+    assert {each.status_code for each in health} == {200}
+    assert "saturated" in {each.json()["models"]["small"]["status"] for each in health}
+    assert {(each.status_code, each.json()["error"]["code"]) for each in full} == {(429, "overloaded")}
     assert outcomes.count("answered") >= 2
     refused = [outcome for outcome in outcomes if outcome != "answered"]
     assert refused == [(429, "overloaded", "1")] * len(refused)

@@ -112,6 +112,10 @@ def test_an_idle_model_has_no_engine_and_gets_one_when_it_is_asked(endpoint, url
     until(0)
     health = httpx.get(url.replace("/v1", "/healthz")).json()
     assert health["models"]["tiny"] == {"status": "idle"}
+    card = httpx.get(f"{url}/models/tiny").json()
+    assert card["source"] == str(endpoint.model)
+    time.sleep(3)
+    assert engines() == 0  # which looking has not changed
     with openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as client:
         assert client.chat.completions.create(model="tiny", messages=asking(), max_tokens=3).choices
     until(0)
