@@ -128,7 +128,7 @@ def test_a_key_is_asked_for_before_anything_of_the_body_is_read(guarded):
 
 def test_too_many_requests_are_told_to_come_back(guarded):
     url, bob = guarded.url, guarded.bob
-    outcomes = []
+    outcomes, cards, health = [], [], []
 
     def ask(stream):
         with openai.OpenAI(base_url=url, api_key=bob, max_retries=0, timeout=60) as client:
@@ -142,20 +142,22 @@ def test_too_many_requests_are_told_to_come_back(guarded):
             except openai.RateLimitError as error:
                 outcomes.append((error.status_code, error.code, error.response.headers["retry-after"]))
 
+    def look():
+        time.sleep(0.2)
+        headers = {"authorization": f"Bearer {bob}"}
+        cards.append(httpx.get(f"{url}/models/small", headers=headers, timeout=60))
+        health.append(httpx.get(url.replace("/v1", "/healthz"), timeout=60))
+
     threads = [threading.Thread(target=ask, args=(number % 2 == 1,)) for number in range(16)]
+    threads += [threading.Thread(target=look) for _ in range(8)]
     for thread in threads:
         thread.start()
-    health, full = [], []
-    while not full and any(thread.is_alive() for thread in threads):
-        health.append(httpx.get(url.replace("/v1", "/healthz"), timeout=30))
-        headers = {"authorization": f"Bearer {bob}"}
-        card = httpx.get(f"{url}/models/small", headers=headers, timeout=30)
-        full += [card] if card.status_code != 200 else []
     for thread in threads:
         thread.join()
     # Full is not down.
     assert {each.status_code for each in health} == {200}
     assert "saturated" in {each.json()["models"]["small"]["status"] for each in health}
+    full = [each for each in cards if each.status_code != 200]
     assert {(each.status_code, each.json()["error"]["code"]) for each in full} == {(429, "overloaded")}
     assert outcomes.count("answered") >= 2
     refused = [outcome for outcome in outcomes if outcome != "answered"]
