@@ -218,37 +218,46 @@ class Tracker:
             )
 
 
-def fetch_model(uri: str, name: str, folder: Path) -> str:
-    """Put the files of a registered model into ``folder``; returns ``models:/NAME/VERSION``.
-
-    ``name`` is that or ``models:/NAME@ALIAS``. Files that are there already are not fetched again.
-    """
+def exact_model(uri: str, name: str) -> str:
+    """``models:/NAME/VERSION`` of a registered model that is given so, or as ``models:/NAME@ALIAS``."""
     wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
     if wanted is None:
         raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
     model, alias, version = wanted.groups()
 
-    def fetch() -> str:
+    def look_up() -> str:
         client = connect(uri)
         found = (
             client.get_model_version_by_alias(model, alias)
             if alias
             else client.get_model_version(model, version)
         )
-        exact = f"models:/{model}/{found.version}"
-        note = folder / ".registered"
-        if not note.exists() or note.read_text() != exact:
-            from mlflow.artifacts import download_artifacts
+        return f"models:/{model}/{found.version}"
 
-            source = client.get_model_version_download_uri(model, found.version)
-            shutil.rmtree(folder, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
-                copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
-                (copy / note.name).write_text(exact)
-                copy.rename(folder)
-        return exact
+    return insist(look_up, f"looking for {name} at {uri}", pauses=())
 
-    return insist(fetch, f"fetching {name} from {uri}", pauses=())
+
+def fetch_model(uri: str, name: str, folder: Path) -> str:
+    """Put the files of a registered model into ``folder``; returns `exact_model` of its name.
+
+    Files that are there already are not fetched again.
+    """
+    exact = exact_model(uri, name)
+    note = folder / ".registered"
+
+    def fetch() -> None:
+        from mlflow.artifacts import download_artifacts
+
+        source = connect(uri).get_model_version_download_uri(*exact.removeprefix("models:/").split("/"))
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
+            copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
+            (copy / note.name).write_text(exact)
+            copy.rename(folder)
+
+    if not note.exists() or note.read_text() != exact:
+        insist(fetch, f"fetching {name} from {uri}", pauses=())
+    return exact
 
 
 def rejected_rows(counts: Mapping[str, int]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, cast
@@ -26,14 +27,16 @@ from pipelines.config import field_name
 from pipelines.loading import load_processor
 from serve.answers import Answer, event
 from serve.config import ServeConfig
+from serve.errors import DeadlineError
 from serve.exposition import exposition
 from serve.grammar import ANY_OBJECT
+from serve.guard import Guard
 from serve.journeys import Journey, Journeys
 from serve.keys import KeyRing
 from serve.media import MediaFetcher
 from serve.middleware import Around
 from serve.page import page_routes
-from serve.problems import Problem, overloaded, reported
+from serve.problems import Problem, problem_of, reported
 from serve.replica import Served, Work
 from serve.schemas import ChatRequest, ImagePart, TextPart
 from serve.tracing import Tracer
@@ -52,9 +55,9 @@ _UNSUPPORTED = (
 """Fields that would change the answer, if they were not refused."""
 
 GRACE_SECONDS = 10.0
-"""Beyond a request's own deadline, which the engine keeps: then no engine answers."""
+"""Beyond a request's time, at whose end the engine hands over what it has: then no engine answers."""
 
-_HEALTH_SECONDS = 5.0
+_HEALTH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Ingress:
         self._positions = [getattr(text, "max_position_embeddings", None) or 2**31 for text in texts]
         self._began = int(time.time())
         self._media = MediaFetcher(config.media)
-        self._keys = KeyRing(config.keys_file)
-        self._journeys = Journeys(Tracer(config.traces, f"{config.name}-ingress"))
+        tracer = Tracer(config.traces, f"{config.name}-ingress")
+        self._journeys = Journeys(tracer, config.limits.request_seconds)
 
     async def close(self) -> None:
         """Leave nothing behind."""
@@ -99,12 +102,9 @@ class Ingress:
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """Write an answer to messages with images."""
-        async with contextlib.AsyncExitStack() as while_answering:
-            await while_answering.enter_async_context(self._admitted(http))
+        with contextlib.ExitStack() as while_answering:
             target = self._target(body.model)
-            journey = while_answering.enter_context(
-                self._journeys.begin(body.model, http.headers.get("traceparent"))
-            )
+            journey = while_answering.enter_context(self._journey(body.model, http, "chat"))
             work = await self._work(body, target, journey)
             answer = self._answer(body, target)
             if not body.stream:
@@ -114,49 +114,45 @@ class Ingress:
             chunks = self._chunks(work, target, journey)
             # What is wrong with a request shows before its first token, when a status can still say it.
             first = await anext(chunks)
+            journey.spoke()
             told = self._told(answer, first, chunks, body, journey, while_answering.pop_all())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 
     async def overlay(self, body: ChatRequest, http: Request) -> dict[str, Any]:
         """What becomes of the patches of each of the messages' images."""
-        async with self._admitted(http):
-            target = self._target(body.model)
-            with self._journeys.begin(body.model, http.headers.get("traceparent"), "overlay") as journey:
-                request = await self._request(body, target, journey)
-                if not request.images:
-                    raise Problem(400, "no image: an overlay is of the images in messages", param="messages")
-                # One token of an answer: the limits are those of requests that have one.
-                bare = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
-                plan = await self._asked("plan", Work(bare), target, journey)
-            overlays = patches_of(
-                plan,
-                request.inputs or {},
-                [image.size for image in request.images],
-                self._processors[target.number],
-                self._models[target.number],
-            )
-            data = [{"object": "overlay", **overlay.as_json()} for overlay in overlays]
-            return {"object": "list", "model": body.model, "data": data}
+        target = self._target(body.model)
+        with self._journey(body.model, http, "overlay") as journey:
+            request = await self._request(body, target, journey)
+            if not request.images:
+                raise Problem(400, "no image: an overlay is of the images in messages", param="messages")
+            # One token of an answer: the limits are those of requests that have one.
+            bare = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
+            plan = await self._asked("plan", target, journey, Work(bare, _unix(journey.until)))
+        overlays = patches_of(
+            plan,
+            request.inputs or {},
+            [image.size for image in request.images],
+            self._processors[target.number],
+            self._models[target.number],
+        )
+        data = [{"object": "overlay", **overlay.as_json()} for overlay in overlays]
+        return {"object": "list", "model": body.model, "data": data}
 
-    async def models(self, http: Request) -> dict[str, Any]:
+    async def models(self) -> dict[str, Any]:
         """Models and adapters that requests can name."""
-        async with self._admitted(http):
-            return {"object": "list", "data": [self._card(name) for name in self._targets]}
+        return {"object": "list", "data": [self._card(name) for name in self._targets]}
 
     async def model(self, name: str, http: Request) -> dict[str, Any]:
-        """One of them, with the SkipConfig that it runs under."""
-        async with self._admitted(http):
-            target = self._target(name)
-            served: Served = await self._engines[target.number].served.remote()
-            adapter = target.adapter
-            return {
-                **self._card(name),
-                "source": self._config.models[target.number].path
-                if adapter is None
-                else served.adapters[adapter],
-                "skip": self._skip(target) or served.skip[adapter or BASE],
-            }
+        """One of them, with the SkipConfig that it runs under; where no engine runs, as the settings say."""
+        target = self._target(name)
+        section, adapter = self._config.models[target.number], target.adapter
+        source, skip = section.path if adapter is None else section.adapters[adapter], self._skip(target)
+        if not await self._idle(target.number):
+            with self._journey(name, http, "model") as journey:
+                served: Served = await self._asked("served", target, journey)
+            source, skip = served.adapters.get(adapter or BASE, source), skip or served.skip[adapter or BASE]
+        return {**self._card(name), "source": source, "skip": skip}
 
     async def health(self) -> JSONResponse:
         """Whether every model has an engine that answers; one that starts on demand may have none."""
@@ -167,12 +163,8 @@ class Ingress:
 
     # ------------------------------------------------------------------------------- from HTTP to work
 
-    @contextlib.asynccontextmanager
-    async def _admitted(self, http: Request) -> AsyncIterator[None]:
-        """Let in those with a key, if keys are asked for, and not too many at once of each."""
-        kind, _, key = http.headers.get("authorization", "").partition(" ")
-        async with self._keys.admitted(key.strip() if kind.lower() == "bearer" else None):
-            yield
+    def _journey(self, model: str, http: Request, name: str) -> AbstractContextManager[Journey]:
+        return self._journeys.begin(model, http.scope["arrived"], http.headers.get("traceparent"), name)
 
     def _target(self, name: str) -> Target:
         target = self._targets.get(name)
@@ -194,7 +186,7 @@ class Ingress:
         room = self._positions[target.number] - prompt
         sampling = _sampling(body, self._config.limits.max_new_tokens, room)
         bare = replace(request, prompt="", images=(), sampling=sampling)
-        return Work(bare, schema, journey.span.traceparent)
+        return Work(bare, _unix(journey.until), schema, journey.span.traceparent)
 
     async def _request(self, body: ChatRequest, target: Target, journey: Journey) -> EngineRequest:
         """What is asked about: images fetched, templates filled in."""
@@ -204,17 +196,13 @@ class Ingress:
             raise Problem(
                 400, f"{len(urls)} images; at most {limits.images} in one request", param="messages"
             )
-        with journey.stage("media"):
-            images = await asyncio.gather(*(self._media.fetch(url) for url in urls))
-        request = EngineRequest(
-            messages,
-            images,
-            skip=body.skip or self._skip(target),
-            adapter=target.adapter,
-            deadline=limits.request_seconds,
-        )
-        with journey.stage("prepare"):
-            return await asyncio.to_thread(prepare, self._processors[target.number], request)
+        async with _in_time(journey.until):
+            with journey.stage("media"):
+                images = await asyncio.gather(*(self._media.fetch(url) for url in urls))
+            skip = body.skip or self._skip(target)
+            request = EngineRequest(messages, images, skip=skip, adapter=target.adapter)
+            with journey.stage("prepare"):
+                return await asyncio.to_thread(prepare, self._processors[target.number], request)
 
     def _skip(self, target: Target) -> sv.SkipConfig | None:
         """The SkipConfig that the settings give the base model."""
@@ -234,26 +222,22 @@ class Ingress:
 
     async def _completion(self, work: Work, target: Target, journey: Journey) -> Completion:
         """The whole answer."""
-        found: Completion = await self._asked("answer", work, target, journey)
+        found: Completion = await self._asked("answer", target, journey, work)
         if found.error is not None:
             raise found.error
         return found
 
-    async def _asked(self, method: str, work: Work, target: Target, journey: Journey) -> Any:
-        """What an engine says of a request; another one is asked if it dies over it."""
+    async def _asked(self, method: str, target: Target, journey: Journey, *given: Work) -> Any:
+        """What an engine says, of a request if one is given; another one is asked if it dies over it."""
         ask = getattr(self._engines[target.number], method).remote
         for last in (*[False] * (_TRIES - 1), True):
             try:
-                async with self._in_time():
-                    found = await ask(work)
+                async with _in_time(journey.until + GRACE_SECONDS):
+                    found = await ask(*given)
                 break
-            except BackPressureError as error:
-                raise self._overloaded() from error
-            except DeploymentUnavailableError as error:
-                raise _no_engine() from error
-            except RayActorError as error:
+            except RayActorError:
                 if last:
-                    raise _no_engine() from error
+                    raise
                 journey.retried()
         if isinstance(found, SkipVisionError):
             raise found
@@ -265,20 +249,16 @@ class Ingress:
         for last in (*[False] * (_TRIES - 1), True):
             items = engine.stream.remote(work)
             try:
-                async with self._in_time():
+                async with _in_time(journey.until + GRACE_SECONDS):
                     async for item in items:
                         if isinstance(item, SkipVisionError):
                             raise item
                         sent = True
                         yield item
                 return
-            except BackPressureError as error:
-                raise self._overloaded() from error
-            except DeploymentUnavailableError as error:
-                raise _no_engine() from error
-            except RayActorError as error:
+            except RayActorError:
                 if sent or last:
-                    raise _no_engine() from error
+                    raise
                 journey.retried()
             finally:
                 with contextlib.suppress(BackPressureError):  # which it raises once more
@@ -291,11 +271,11 @@ class Ingress:
         chunks: AsyncIterator[Chunk],
         body: ChatRequest,
         journey: Journey,
-        held: contextlib.AsyncExitStack,
+        held: contextlib.ExitStack,
     ) -> AsyncIterator[str]:
         """The answer as server-sent events; an error in the middle is an event, too."""
         options = body.stream_options
-        async with held:
+        with held:
             for opening in answer.opening(body.n):
                 yield event(opening)
             try:
@@ -316,20 +296,6 @@ class Ingress:
                 yield event(problem.body())
             yield event("[DONE]")
 
-    @contextlib.asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
-        """The engine ends requests at their deadline by itself; this is for when there is none to do it."""
-        try:
-            async with asyncio.timeout(self._config.limits.request_seconds + GRACE_SECONDS):
-                yield
-        except TimeoutError as error:
-            raise Problem(504, "no engine answered in time", "server_error", code="timeout") from error
-
-    def _overloaded(self) -> Problem:
-        return overloaded(
-            "all engines have as many requests as they take: try again", self._config.limits.retry_after_s
-        )
-
     # ------------------------------------------------------------------------------------------- others
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -345,16 +311,26 @@ class Ingress:
         }
 
     async def _health(self, number: int) -> dict[str, Any]:
-        scaling = self._config.models[number].scaling
         handle = self._engines[number]
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
-                if scaling.min_engines == 0 and not await asyncio.to_thread(_running, handle.deployment_name):
+                if await self._idle(number):
                     return {"status": "idle"}
                 now = await handle.statistics.remote()
+        except (BackPressureError, TimeoutError) as error:
+            # Engines that run have no room for this question either; Ray Serve ends those that hang.
+            if await asyncio.to_thread(_running, handle.deployment_name):
+                return {"status": "saturated"}
+            return {"status": "down", "reason": type(error).__name__}
         except Exception as error:
             return {"status": "down", "reason": type(error).__name__}
         return {"status": "ok", "running": now.running, "waiting": now.waiting}
+
+    async def _idle(self, number: int) -> bool:
+        """A model that starts on demand has no engine now; to ask it anything would start one."""
+        if self._config.models[number].scaling.min_engines:
+            return False
+        return not await asyncio.to_thread(_running, self._engines[number].deployment_name)
 
 
 # ------------------------------------------------------------------------------------ what is asked for
@@ -436,8 +412,22 @@ def _running(deployment: str) -> int:
     return sum(number for state, number in states.items() if state == "RUNNING")
 
 
-def _no_engine() -> Problem:
-    return Problem(503, "no engine lives to answer this: try again", "server_error", code="engine_died")
+@contextlib.asynccontextmanager
+async def _in_time(until: float) -> AsyncIterator[None]:
+    """Raise `DeadlineError` at that time (`time.monotonic`)."""
+    try:
+        async with asyncio.timeout_at(until):
+            yield
+    except TimeoutError as error:
+        raise DeadlineError from error
+    except (BackPressureError, DeploymentUnavailableError) as error:
+        # Ray Serve puts handlers of its own for these before ours, which answer in plain text.
+        raise problem_of(error) from error
+
+
+def _unix(when: float) -> float:
+    """A time of this process's clock as others read it."""
+    return when - time.monotonic() + time.time()
 
 
 # ------------------------------------------------------------------------------------------- routes
@@ -469,9 +459,9 @@ def http_app(config: ServeConfig) -> FastAPI:
         return await _here().overlay(body, http)
 
     @app.get("/v1/models")
-    async def models(http: Request) -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         """Models and adapters that requests can name."""
-        return await _here().models(http)
+        return await _here().models()
 
     @app.get("/v1/models/{name}")
     async def model(name: str, http: Request) -> dict[str, Any]:
@@ -503,13 +493,20 @@ def http_app(config: ServeConfig) -> FastAPI:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-    for kind in (Problem, SkipVisionError, Exception):
+    for kind in (Problem, SkipVisionError, RayActorError, Exception):
         app.add_exception_handler(kind, failed)
+    limits = config.limits
+    app.add_middleware(
+        Guard,
+        keys=KeyRing(config.keys_file),
+        most=limits.open_requests,
+        retry_after=limits.retry_after_s,
+    )
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Around, max_body=int(config.limits.body_mib * 2**20))
+    app.add_middleware(Around, max_body=int(limits.body_mib * 2**20))
     return app
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ray import cloudpickle
 from ray import serve as ray_serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from pipelines.paths import input_path, model_path
@@ -24,6 +24,10 @@ from skipvision.errors import ConfigError
 
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
 """One JSON object a line, with the request's id; `serve.middleware` writes the access log."""
+
+
+_SPARE = 100
+"""Requests at an ingress beyond those that it takes on."""
 
 
 def build(arguments: dict[str, Any]) -> ray_serve.Application:
@@ -50,7 +54,10 @@ def application(config: ServeConfig) -> ray_serve.Application:
     ingress = ray_serve.deployment(
         name="ingress",
         num_replicas=config.ingresses,
-        max_ongoing_requests=1000,
+        # Those that `serve.guard` refuses, and those that need no engine, need a place, too.
+        max_ongoing_requests=config.limits.open_requests + _SPARE,
+        max_queued_requests=_SPARE,
+        backpressure_config=_full(config),
         # Longer than any request takes: who is told to go answers first what it has.
         graceful_shutdown_timeout_s=config.limits.request_seconds + GRACE_SECONDS,
         ray_actor_options={"num_cpus": 0.25},
@@ -84,6 +91,7 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
         max_ongoing_requests=limits.queued_requests,
         # At an ingress, for as long as it takes to find an engine with room.
         max_queued_requests=limits.queued_requests,
+        backpressure_config=_full(config),
         autoscaling_config=autoscaling,
         health_check_period_s=10,
         health_check_timeout_s=30,
@@ -93,6 +101,11 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
     )(EngineReplica)
     tracer = config.traces, f"{config.name}-engine"
     return deployment.bind(section, config.tracking_uri, config.adapter_poll_s, tracer)
+
+
+def _full(config: ServeConfig) -> BackpressureConfig:
+    """What Ray says when there is no room; at an ingress, where `serve.guard` did not say it before."""
+    return BackpressureConfig(status_code=429, retry_after_s=config.limits.retry_after_s)
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:

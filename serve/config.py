@@ -77,8 +77,13 @@ class LimitSection(Section):
     queued_requests: int = Field(
         64, ge=1, description="requests for each engine, running and waiting, before others get 429 (count)"
     )
+    open_requests: int = Field(
+        256,
+        ge=1,
+        description="requests at each ingress, from upload to answer, before others get 429 (count)",
+    )
     request_seconds: float = Field(
-        120.0, gt=0, description="time for an answer; what is there then is the end (s)"
+        120.0, gt=0, description="time for an answer, from arrival; what is there then is the end (s)"
     )
     max_new_tokens: int = Field(1024, ge=1, description="most tokens of an answer (tokens)")
     images: int = Field(16, ge=0, description="most images of a request (count)")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any
 
 from ray import serve as ray_serve
 
 from pipelines.cluster import ray_session
 from pipelines.paths import in_ray_job
+from serve.api import GRACE_SECONDS
 from serve.app import application
 from serve.config import ServeConfig
 from skipvision.errors import SkipVisionError
@@ -24,7 +26,7 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
 
     On a cluster that is there already (a Ray job, or ``$RAY_ADDRESS``) the application stays when this
     process ends; ``serve shutdown`` ends it. A Ray that was started here lives as long as this process: until
-    Ctrl-C.
+    Ctrl-C or SIGTERM, after which the requests in hand are answered.
 
     Raises:
         ConfigError: settings that cannot be honoured.
@@ -42,13 +44,24 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
         print(f"{', '.join(config.served())} at {url}/v1", flush=True)
         if not joined:
             _wait_for_interrupt()
+            drain(config)
             ray_serve.shutdown()
     return {"url": url, "models": list(config.served())}
 
 
+def drain(config: ServeConfig) -> None:
+    """Take no more requests, and return when those in hand are answered, or their time is over."""
+    # ray_serve.shutdown() alone ends the proxies at once; ray_serve.delete() waits a minute at most.
+    ray_serve.delete(config.name, _blocking=False)
+    end = time.monotonic() + config.limits.request_seconds + GRACE_SECONDS
+    while config.name in ray_serve.status().applications and time.monotonic() < end:
+        time.sleep(0.5)
+
+
 def _wait_for_interrupt() -> None:
+    """Until Ctrl-C, or SIGTERM, which `pipelines.stopping` makes the same."""
     print("Ctrl-C ends it", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        print("stopping …", flush=True)
+        print("answering the requests in hand …", flush=True)

@@ -4,7 +4,8 @@
     ├── InputError
     │   └── MediaError           an image of a request that cannot be had or used; `code` says why
     ├── AuthenticationError      no API key, or none that is known
-    └── OverloadedError          more requests at once than are allowed; later they may be
+    ├── OverloadedError          more requests at once than are allowed; later they may be
+    └── DeadlineError            nothing was written when the time for the answer was over
 
 Messages go to clients: they name what the client sent, never what lies behind the server.
 """
@@ -58,3 +59,12 @@ class OverloadedError(SkipVisionError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeadlineError(SkipVisionError):
+    """Nothing was written when the time for the answer was over."""
+
+    code: ClassVar = "timeout"
+
+    def __init__(self, message: str = "there was no answer in the time for one: try again") -> None:
+        super().__init__(message)

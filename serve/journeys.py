@@ -32,10 +32,11 @@ class Journeys:
 
     Args:
         tracer: of its spans.
+        seconds: that each request may take.
     """
 
-    def __init__(self, tracer: Tracer) -> None:
-        self.tracer = tracer
+    def __init__(self, tracer: Tracer, seconds: float) -> None:
+        self.tracer, self.seconds = tracer, seconds
         self.stages = metrics.Histogram(
             "skipvision_stage_seconds", "seconds of each stage of a request", _SECONDS, ("model", "stage")
         )
@@ -43,7 +44,10 @@ class Journeys:
             "skipvision_first_token_seconds", "from arrival to the first token", _SECONDS, ("model",)
         )
         self.output_token = metrics.Histogram(
-            "skipvision_output_token_seconds", "between tokens of one request", _TOKEN_SECONDS, ("model",)
+            "skipvision_output_token_seconds",
+            "from token to token, the mean of each answer",
+            _TOKEN_SECONDS,
+            ("model",),
         )
         self.retries = metrics.Counter(
             "skipvision_retries", "requests given to another engine, because theirs had died", ("model",)
@@ -53,9 +57,18 @@ class Journeys:
         )
 
     @contextmanager
-    def begin(self, model: str, traceparent: str | None, name: str = "chat") -> Iterator[Journey]:
-        """A request's, while it is answered; ``traceparent`` is the client's."""
-        journey = Journey(self, model, self.tracer.start(name, traceparent, model=model))
+    def begin(
+        self, model: str, arrived: float, traceparent: str | None, name: str = "chat"
+    ) -> Iterator[Journey]:
+        """A request's, while it is answered.
+
+        Args:
+            model: that it names.
+            arrived: when it came (`time.monotonic`).
+            traceparent: the client's.
+            name: of its span.
+        """
+        journey = Journey(self, model, self.tracer.start(name, traceparent, model=model), arrived)
         error: str | None = None
         try:
             yield journey
@@ -74,23 +87,24 @@ class Journey:
 
     Attributes:
         span: of all of it.
+        until: when its time is over (`time.monotonic`).
         error: why it ended before its time, where no exception says it.
     """
 
     error: str | None = None
 
-    def __init__(self, journeys: Journeys, model: str, span: Span) -> None:
-        self.span = span
+    def __init__(self, journeys: Journeys, model: str, span: Span, arrived: float) -> None:
+        self.span, self.until = span, arrived + journeys.seconds
         self._journeys, self._tags = journeys, {"model": model}
-        self._begin = time.perf_counter()
-        self._sent = 0.0
+        self._arrived = arrived
+        self._first: float | None = None
         self._stages: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """One of the ingress, while it lasts."""
         span = self._journeys.tracer.start(name, self.span.traceparent)
-        begin, error = time.perf_counter(), None
+        begin, error = time.monotonic(), None
         try:
             yield
         except Exception as caught:
@@ -98,22 +112,26 @@ class Journey:
             raise
         finally:
             span.end(error)
-            self._observe(name, time.perf_counter() - begin)
-            self._sent = time.perf_counter() - self._begin
+            self._observe(name, time.monotonic() - begin)
+
+    def spoke(self) -> None:
+        """Its first token is here."""
+        self._first = time.monotonic()
 
     def arrived(self, completion: Completion) -> None:
         """The engine has ended it."""
-        timing = completion.timing
+        timing, now = completion.timing, time.monotonic()
         for name, begin, end in engine_stages(timing):
             self._observe(name, end - begin)
-        passed = time.perf_counter() - self._begin
-        self._observe("rest", max(passed - sum(self._stages.values()), 0.0))
+        self._observe("rest", max(now - self._arrived - sum(self._stages.values()), 0.0))
         tags, of = self._tags, self._journeys
         saved = completion.usage.visual_total - completion.usage.visual_cached
         if saved > 0:  # Ray's counters take nothing else
             of.saved.inc(saved, tags=tags)
         if timing.first_token is not None:
-            of.first_token.observe(self._sent + timing.first_token, tags=tags)
+            # An answer in one piece is here right after its last token.
+            first = self._first or now - (timing.total - timing.first_token)
+            of.first_token.observe(first - self._arrived, tags=tags)
             later = max((len(choice.token_ids) for choice in completion.choices), default=0) - 1
             if later > 0:
                 of.output_token.observe((timing.total - timing.first_token) / later, tags=tags)

@@ -18,7 +18,7 @@ class Around:
 
     Refuses bodies that are too large while they arrive, writes one line to the log when the answer is over,
     and counts. Request ids are Ray Serve's (``X-Request-ID``, the client's own if it sends one): they stand
-    in the answer and in every line of the log.
+    in the answer and in every line of the log. ``scope["arrived"]`` is when it came (`time.monotonic`).
 
     Args:
         app: what answers.
@@ -41,7 +41,8 @@ class Around:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status, read, over = time.perf_counter(), 0, _announced(scope), False
+        begin, status, read, over = time.monotonic(), 0, _announced(scope), False
+        scope["arrived"] = begin
 
         async def sending(message: Any) -> None:
             nonlocal status
@@ -73,7 +74,7 @@ class Around:
                     413, f"the body is larger than {self._max_body} bytes: send fewer or smaller images"
                 )
                 await reported(problem).response()(scope, receive, sending)
-            seconds = time.perf_counter() - begin
+            seconds = time.monotonic() - begin
             route = getattr(scope.get("route"), "path", "none")
             tags = {"route": route, "status": str(status or 499)}
             self._requests.inc(tags=tags)

@@ -10,9 +10,11 @@ from functools import cache
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.util import metrics
 
-from serve.errors import AuthenticationError, OverloadedError
+from serve.errors import AuthenticationError, DeadlineError, OverloadedError
 from skipvision.errors import (
     ConfigError,
     GenerationError,
@@ -68,6 +70,14 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(401, str(error), "authentication_error", code=error.code, headers=headers)
     if isinstance(error, OverloadedError):
         return overloaded(str(error), math.ceil(error.retry_after))
+    if isinstance(error, DeadlineError):
+        return Problem(504, str(error), "server_error", code=error.code)
+    if isinstance(error, BackPressureError):
+        message = "all engines have as many requests as they take: try again"
+        return overloaded(message, math.ceil(error.retry_after_s or 1))
+    if isinstance(error, (RayActorError, DeploymentUnavailableError)):
+        message = "no engine lives to answer this: try again"
+        return Problem(503, message, "server_error", code="engine_died")
     code = getattr(error, "code", None)
     if isinstance(error, InputError):
         return Problem(400, str(error), code=code or "invalid_input")
@@ -94,7 +104,7 @@ def reported(error: BaseException) -> Problem:
     """What the client is told. It is counted, and what is not our own goes to the log whole."""
     problem = problem_of(error)
     _errors().inc(tags={"kind": problem.kind})
-    if problem.status >= 500 and not isinstance(error, Problem):
+    if problem.status == 500 and not isinstance(error, Problem):
         logger.error("request failed", exc_info=error)
     return problem
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +15,16 @@ from ray.util import metrics
 
 from pipelines.engine_thread import EngineThread
 from pipelines.loading import arithmetic, load_base, load_processor
-from pipelines.tracking import fetch_model
+from serve.adapters import ServedAdapters
 from serve.config import ModelSection
 from serve.engine_stream import ask, stream
+from serve.errors import DeadlineError
 from serve.grammar import Grammars
 from serve.journeys import engine_stages
 from serve.tracing import Tracer
-from skipvision import SkipConfig, load_adapter, read_adapter
+from skipvision import SkipConfig
 from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
-from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.errors import SkipVisionError
 from skipvision.plan import TokenPlan
 
 logger = logging.getLogger("ray.serve")
@@ -42,28 +39,15 @@ class Work:
 
     Attributes:
         request: prepared.
+        until: Unix time at which its time is over.
         schema: JSON schema that the answers follow.
         traceparent: span that the engine's are part of.
     """
 
     request: Request
+    until: float
     schema: dict[str, Any] | None = None
     traceparent: str | None = None
-
-
-@dataclass(frozen=True)
-class Version:
-    """An adapter as it is served now.
-
-    Attributes:
-        name: the engine's, which knows several versions while one takes over from another.
-        source: folder, or registered model with its version.
-        folder: on this machine.
-    """
-
-    name: str
-    source: str
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -97,15 +81,13 @@ class EngineReplica:
         traces: tuple[str | None, str],
     ) -> None:
         self._tracer = Tracer(*traces)
-        self._section, self._registry = section, registry
-        self._versions: dict[str, Version] = {}
-        self._retired: set[str] = set()
-        self._folders = tempfile.TemporaryDirectory(prefix="skipvision-adapters-")
+        self._section = section
+        self._adapters = ServedAdapters(section.adapters, registry)
         self._engine = EngineThread(self._make)
         self._engine.wait_until_ready()
         self._gauges = _Gauges(section.served_name)
         self._planning = asyncio.Lock()
-        tasks = [self._watch_adapters(poll_seconds)] if self._from_registry() else []
+        tasks = [self._watch_adapters(poll_seconds)] if self._adapters.registered else []
         self._tasks = [asyncio.get_event_loop().create_task(task) for task in (*tasks, self._report())]
 
     # ------------------------------------------------------------------------ what the ingress calls
@@ -115,12 +97,19 @@ class EngineReplica:
 
         A refusal is an item and not raised: Ray would wrap it, and it is no failure of the replica.
         """
-        request = work.request
+        request, written = work.request, False
         try:
+            left = work.until - time.time()
+            if left <= 0:
+                raise DeadlineError
+            request = replace(request, deadline=left)
             if work.schema is not None:
                 request = replace(request, adjust=self._grammars.adjuster(work.schema))
             async for chunk in stream(self._engine, self._named(request)):
                 done = chunk.completion
+                written = written or bool(chunk.token_ids)
+                if chunk.finish_reason == "deadline" and not written:
+                    raise DeadlineError
                 if done is None:
                     yield chunk
                 else:
@@ -142,9 +131,9 @@ class EngineReplica:
 
     async def plan(self, work: Work) -> TokenPlan | SkipVisionError:
         """What would become of the tokens of a request's prompt; or why that cannot be said."""
-        request = self._named(work.request)
         # One after the other: answers that are being written wait for one of them at a time.
         async with self._planning:
+            request = self._named(work.request)
             try:
                 return await ask(self._engine, lambda engine: engine.plan(request))
             except SkipVisionError as error:
@@ -153,7 +142,7 @@ class EngineReplica:
     def _named(self, request: Request) -> Request:
         """The request with the engine's name for its adapter."""
         name = request.adapter
-        return replace(request, adapter=BASE if name is None else self._versions[name].name)
+        return replace(request, adapter=BASE if name is None else self._adapters.versions[name].name)
 
     def _trace(self, done: Completion, parent: str | None) -> None:
         """The engine's stages of a request that has just ended, as spans."""
@@ -163,8 +152,10 @@ class EngineReplica:
 
     async def served(self) -> Served:
         """What can be asked for."""
-        skip = await ask(self._engine, lambda engine: dict(engine.configs))
-        versions = self._versions.items()
+        return await ask(self._engine, self._served)
+
+    def _served(self, engine: Engine) -> Served:
+        skip, versions = engine.configs, self._adapters.versions.items()
         return Served(
             {name: version.source for name, version in versions},
             {BASE: skip[BASE], **{name: skip[version.name] for name, version in versions}},
@@ -200,61 +191,20 @@ class EngineReplica:
         device = torch.device("cuda" if section.scaling.gpus_per_engine else "cpu")
         dtype = arithmetic(section.dtype, device)
         model = load_base(section.path, dtype, section.attention, device)
-        found = {name: self._fetch(name, source) for name, source in section.adapters.items()}
-        skip = section.skip
-        for version in list(found.values())[:1]:
-            model = load_adapter(model, version.folder, name=version.name).to(device, dtype)
-            skip = skip or read_adapter(version.folder)["skip"]
+        model, trained = self._adapters.begin(model)
+        skip = section.skip or trained or SkipConfig.full()
         processor: Any = load_processor(section.path)
-        engine = Engine(model, processor, skip or SkipConfig.full(), **section.engine.model_dump())
-        for version in list(found.values())[1:]:
-            engine.add_adapter(version.name, version.folder)
-        self._versions = found
+        engine = Engine(model.to(device, dtype), processor, skip, **section.engine.model_dump())
+        self._adapters.complete(engine)
         self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
         return engine
 
-    # ------------------------------------------------------------------------------------- adapters
-
-    def _from_registry(self) -> dict[str, str]:
-        return {
-            name: source for name, source in self._section.adapters.items() if source.startswith("models:/")
-        }
-
-    def _fetch(self, name: str, source: str) -> Version:
-        """An adapter's folder on this machine, of the version that is to be served now."""
-        folder = Path(source)
-        if source.startswith("models:/"):
-            folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._folders.name)) / "adapter"
-            source = fetch_model(self._registry or "", source, folder)
-        return Version(f"{name}@{source.rsplit('/', 1)[-1]}".replace(".", "_"), source, folder)
+    # ------------------------------------------------------------------------------------- meanwhile
 
     async def _watch_adapters(self, seconds: float) -> None:
-        """Serve the version that an alias names, also when it moves; the old one while it has requests."""
         while True:
             await asyncio.sleep(seconds)
-            for name, source in self._from_registry().items():
-                try:
-                    await self._renew(name, source)
-                except Exception:
-                    # What is served goes on being served; the next look may do better.
-                    logger.warning("adapter %s (%s) could not be renewed", name, source, exc_info=True)
-            await self._forget_retired()
-
-    async def _renew(self, name: str, source: str) -> None:
-        new, old = await asyncio.to_thread(self._fetch, name, source), self._versions[name]
-        if new.source == old.source:
-            return
-        await ask(self._engine, lambda engine: engine.add_adapter(new.name, new.folder))
-        self._versions[name] = new
-        self._retired.add(old.name)
-        logger.info("adapter %s: %s in place of %s", name, new.source, old.source)
-
-    async def _forget_retired(self) -> None:
-        """What has no requests any more goes; the engine keeps the first adapter, which it was made with."""
-        for old in list(self._retired):
-            with suppress(ConfigError):
-                await ask(self._engine, partial(Engine.remove_adapter, name=old))
-                self._retired.remove(old)
+            await asyncio.to_thread(self._adapters.look, self._engine)
 
     async def _report(self) -> None:
         while True:

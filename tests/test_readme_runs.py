@@ -202,7 +202,7 @@ def test_the_endpoint_answers_what_the_docs_ask(home, way):
             wait_for("http://127.0.0.1:8000/healthz", serving)
             said = run([sys.executable, "-c", f"{client}\nprint(answer.usage.visual_tokens)"], home).stdout
         finally:
-            serving.send_signal(signal.SIGINT)
+            serving.send_signal(signal.SIGINT if way == "serve run" else signal.SIGTERM)
             serving.communicate(timeout=60)
     assert "'retained': 64, 'skipped': 64, 'cached': 66" in said
     assert serving.returncode == 0

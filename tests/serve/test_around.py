@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import time
 
@@ -107,12 +108,27 @@ def test_keys(guarded):
         assert caught.value.code == "invalid_api_key"
         with pytest.raises(openai.AuthenticationError):
             client.chat.completions.create(model="small", messages=asking())
-    assert httpx.get(f"{url}/models").status_code == 401
+    root, known = url.removesuffix("/v1"), {"authorization": f"Bearer {bob}"}
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+        assert httpx.get(root + path).status_code == 401, path
+        assert httpx.get(root + path, headers=known).status_code == (404 if path == "/nowhere" else 200), path
+    for path in ("/", "/page/page.css", "/healthz"):
+        assert httpx.get(root + path).status_code == 200, path
+    wrong = httpx.post(f"{url}/chat/completions", content=b"{no", headers={"authorization": "Bearer no"})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_key_is_asked_for_before_anything_of_the_body_is_read(guarded):
+    where = httpx.URL(guarded.url)
+    with socket.create_connection((where.host, where.port), timeout=10) as connection:
+        head = f"POST {where.path}/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
 def test_too_many_requests_are_told_to_come_back(guarded):
     url, bob = guarded.url, guarded.bob
-    outcomes = []
+    outcomes, cards, health = [], [], []
 
     def ask(stream):
         with openai.OpenAI(base_url=url, api_key=bob, max_retries=0, timeout=60) as client:
@@ -126,11 +142,23 @@ def test_too_many_requests_are_told_to_come_back(guarded):
             except openai.RateLimitError as error:
                 outcomes.append((error.status_code, error.code, error.response.headers["retry-after"]))
 
+    def look():
+        time.sleep(0.2)
+        headers = {"authorization": f"Bearer {bob}"}
+        cards.append(httpx.get(f"{url}/models/small", headers=headers, timeout=60))
+        health.append(httpx.get(url.replace("/v1", "/healthz"), timeout=60))
+
     threads = [threading.Thread(target=ask, args=(number % 2 == 1,)) for number in range(16)]
+    threads += [threading.Thread(target=look) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    # Full is not down.
+    assert {each.status_code for each in health} == {200}
+    assert "saturated" in {each.json()["models"]["small"]["status"] for each in health}
+    full = [each for each in cards if each.status_code != 200]
+    assert {(each.status_code, each.json()["error"]["code"]) for each in full} == {(429, "overloaded")}
     assert outcomes.count("answered") >= 2
     refused = [outcome for outcome in outcomes if outcome != "answered"]
     assert refused == [(429, "overloaded", "1")] * len(refused)

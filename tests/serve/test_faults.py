@@ -1,6 +1,7 @@
 """Engines that come, go and die while requests are answered; minutes, on applications of their own."""
 
 import asyncio
+import threading
 import time
 
 import httpx2 as httpx
@@ -10,7 +11,9 @@ import pytest
 from ray import serve as ray_serve
 
 from serve.app import build
-from tests.serve.conftest import asking
+from serve.config import serve_config
+from serve.deploy import drain
+from tests.serve.conftest import LONG, asking
 
 pytestmark = [
     pytest.mark.slow,
@@ -112,6 +115,33 @@ def test_an_idle_model_has_no_engine_and_gets_one_when_it_is_asked(endpoint, url
     until(0)
     health = httpx.get(url.replace("/v1", "/healthz")).json()
     assert health["models"]["tiny"] == {"status": "idle"}
+    card = httpx.get(f"{url}/models/tiny").json()
+    assert card["source"] == str(endpoint.model)
+    time.sleep(3)
+    assert engines() == 0  # which looking has not changed
     with openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as client:
         assert client.chat.completions.create(model="tiny", messages=asking(), max_tokens=3).choices
     until(0)
+
+
+def test_ending_it_answers_the_requests_in_hand(endpoint):
+    deploy(endpoint)
+    outcomes = []
+
+    def ask(stream):
+        options = {"model": "tiny", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+        with openai.OpenAI(base_url=f"{endpoint.url}/faulty/v1", api_key="x", max_retries=0) as client:
+            found = client.chat.completions.create(stream=stream, **options)
+            last = [*found][-1] if stream else found
+            outcomes.append(last.choices[0].finish_reason)
+
+    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    drain(serve_config({"name": APPLICATION, "model": str(endpoint.model)}))
+    for thread in threads:
+        thread.join(1)
+    assert len(outcomes) == 2
+    assert set(outcomes) <= {"stop", "length"}
+    assert httpx.get(f"{endpoint.url}/faulty/healthz").status_code == 404
