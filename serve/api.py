@@ -227,7 +227,7 @@ class Ingress:
             int(time.time()),
             body.model,
             lambda token: str(tokenizer.decode([token])),
-            body.logprobs,
+            bool(body.logprobs),
         )
 
     # ------------------------------------------------------------------------------ from work to words
@@ -296,7 +296,7 @@ class Ingress:
         """The answer as server-sent events; an error in the middle is an event, too."""
         options = body.stream_options
         async with held:
-            for opening in answer.opening(body.n):
+            for opening in answer.opening(body.n or 1):
                 yield event(opening)
             try:
                 async for chunk in _again(first, chunks):
@@ -412,14 +412,14 @@ def _sampling(body: ChatRequest, most: int, room: int) -> Sampling:
         )
     return Sampling(
         max_new_tokens=asked if asked is not None else max(min(most, room), 1),
-        temperature=body.temperature,
-        top_p=body.top_p,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k,
         repetition_penalty=body.repetition_penalty,
         seed=None if body.seed is None else body.seed % 2**63,
         stop=() if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        n=body.n,
+        n=body.n or 1,
     )
 
 

@@ -56,7 +56,7 @@ class Message(_Strict):
     annotations: list[Any] | None = Field(None, description=IGNORED)
     audio: None = Field(None, description=NOT_SUPPORTED)
     function_call: None = Field(None, description=NOT_SUPPORTED)
-    tool_calls: None = Field(None, description=NOT_SUPPORTED)
+    tool_calls: list[Any] | None = Field(None, max_length=0, description=NOT_SUPPORTED)
 
 
 class JsonSchema(_Strict):
@@ -89,18 +89,18 @@ class ChatRequest(_Strict):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description="most tokens of an answer (older name)")
     max_completion_tokens: int | None = Field(None, ge=1, description="most tokens of an answer")
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=128)
+    temperature: float | None = Field(None, ge=0, le=2, description="1 if not given")
+    top_p: float | None = Field(None, ge=0, le=1, description="1 if not given")
+    n: int | None = Field(None, ge=1, le=128, description="answers; 1 if not given")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = Field(None, max_length=4)
-    logprobs: bool = False
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    frequency_penalty: float = Field(0.0, description="only 0 is supported")
-    presence_penalty: float = Field(0.0, description="only 0 is supported")
+    frequency_penalty: float | None = Field(None, description="only 0 is supported")
+    presence_penalty: float | None = Field(None, description="only 0 is supported")
     logit_bias: dict[str, float] | None = Field(None, description=NOT_SUPPORTED)
     tools: list[Any] | None = Field(None, description=NOT_SUPPORTED)
     functions: list[Any] | None = Field(None, description=NOT_SUPPORTED)
@@ -113,10 +113,12 @@ class ChatRequest(_Strict):
     parallel_tool_calls: bool | None = Field(None, description=IGNORED)
     prediction: dict[str, Any] | None = Field(None, description=IGNORED)
     prompt_cache_key: str | None = Field(None, description=IGNORED)
+    reasoning_effort: str | None = Field(None, description=IGNORED)
     safety_identifier: str | None = Field(None, description=IGNORED)
     service_tier: str | None = Field(None, description=IGNORED)
     store: bool | None = Field(None, description=IGNORED)
     user: str | None = Field(None, description=IGNORED)
+    verbosity: str | None = Field(None, description=IGNORED)
     skip: SkipConfig | Literal["full"] | None = Field(
         None,
         description="SkipConfig of this request, in place of the deployment's; 'full' skips nothing",

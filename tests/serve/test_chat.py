@@ -136,6 +136,33 @@ def test_seeds_stops_and_logprobs(client, engine):
     assert all(bytes(token.bytes).decode() == token.token for token in found)
 
 
+NULLABLE = ("temperature", "top_p", "n", "stream", "logprobs", "frequency_penalty", "presence_penalty")
+HARMLESS = {"role": "assistant", "content": "well", "tool_calls": []}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": "a string longer than four characters"},
+        {"temperature": 2, "top_p": 0},
+        {"messages": [*asking(), HARMLESS, *asking(), {**HARMLESS, "tool_calls": None}]},
+        {"extra_body": {**dict.fromkeys(NULLABLE), "seed": 3}},
+        {"reasoning_effort": "low", "verbosity": "low"},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_what_openai_allows_is_allowed(client, options):
+    options = {"model": "red", "messages": asking(), "max_completion_tokens": 2, **options}
+    answer = client.chat.completions.create(**options)
+    assert answer.usage.completion_tokens
+    assert len(answer.choices) == 1
+
+
+def test_top_p_of_nothing_is_the_likeliest_token(client, engine):
+    found = ask(client, temperature=2, top_p=0).choices[0].message.content
+    assert found == expected(engine, adapter="red").text
+
+
 def test_skip_by_request(client, engine):
     found = ask(client, extra_body={"skip": {"retained": 2, "skipped": 2}})
     assert found.usage.visual_tokens == {"total": 16, "retained": 2, "skipped": 2, "cached": 4}
@@ -195,6 +222,7 @@ def test_models(client, endpoint):
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
         ({"presence_penalty": 1}, "presence_penalty", "not supported"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
         ({"extra_body": {"best_of": 3}}, "best_of", "Unknown parameter: 'best_of'."),
         (
