@@ -42,12 +42,12 @@ class Work:
 
     Attributes:
         request: prepared.
-        schema: JSON schema that the answers follow.
+        schema: JSON schema that the answers follow, as JSON.
         traceparent: span that the engine's are part of.
     """
 
     request: Request
-    schema: dict[str, Any] | None = None
+    schema: str | None = None
     traceparent: str | None = None
 
 
@@ -118,7 +118,8 @@ class EngineReplica:
         request = work.request
         try:
             if work.schema is not None:
-                request = replace(request, adjust=self._grammars.adjuster(work.schema))
+                adjuster = await asyncio.to_thread(self._grammars.adjuster, work.schema)
+                request = replace(request, adjust=adjuster)
             async for chunk in stream(self._engine, self._named(request)):
                 done = chunk.completion
                 if done is None:
