@@ -27,7 +27,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -197,7 +197,9 @@ def _validate(model: type[M], tree: dict[str, Any], options: Mapping[str, str]) 
         return model.model_validate(tree, extra="forbid")
     except ValidationError as error:
         typed = {
-            field_name(problem, tree) for problem in _details(error) if problem["type"] in _TEXT_EXPECTED
+            field_name(problem, tree)
+            for problem in details(error.errors())
+            if problem["type"] in _TEXT_EXPECTED
         }
         typed = {name for name in typed & options.keys() if _get(tree, name) is not None}
         if not typed:
@@ -214,7 +216,7 @@ def _problems(model: type[BaseModel], tree: Mapping[str, Any], error: Validation
     """One line for each field that is wrong; the alternatives of a union are joined by "or"."""
     fields = {field.name: field for field in _fields(model)}
     lines: dict[str, list[str]] = {}
-    for problem in _details(error):
+    for problem in details(error.errors()):
         name = field_name(problem, tree)
         if problem["type"] == "missing":
             found = [(one, "is required") for one in _required(name, fields)]
@@ -233,12 +235,12 @@ def _problems(model: type[BaseModel], tree: Mapping[str, Any], error: Validation
     return [f"  {subject}: {' or '.join(complaints)}" for subject, complaints in lines.items()]
 
 
-def _details(error: ValidationError) -> Iterator[ErrorDetails]:
+def details(problems: Iterable[ErrorDetails]) -> Iterator[ErrorDetails]:
     """Every problem in its place, also those that a section has raised as a `ConfigError` of its own."""
-    for problem in error.errors():
+    for problem in problems:
         inner = getattr(problem.get("ctx", {}).get("error"), "__cause__", None)
         if isinstance(inner, ValidationError):
-            for detail in _details(inner):
+            for detail in details(inner.errors()):
                 yield {**detail, "loc": (*problem["loc"], *detail["loc"])}
         else:
             yield problem

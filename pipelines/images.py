@@ -188,6 +188,22 @@ def decode(
     file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> Image.Image:
     """The image as upright RGB; raises `ImageError` if that cannot be done, whatever the bytes are."""
+    with _opened(file, name, max_pixels, formats) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def size_of(
+    file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
+    """Width and height (pixels) as its header says, before anything is unpacked; raises as `decode`."""
+    with _opened(file, name, max_pixels, formats) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """An image whose header is read; whatever goes wrong inside is an `ImageError`."""
     try:
         with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
@@ -199,8 +215,7 @@ def decode(
                     f"image {name} has {image.width} × {image.height} pixels: one side is more than "
                     f"{MAX_ASPECT} times the other; scaled by the shorter one it would not fit into memory"
                 )
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError:

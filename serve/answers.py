@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from serve.logprobs import Logprobs
+from serve.vocabulary import Vocabulary
 from skipvision.engine import Choice, Chunk, Completion, TokenLogprob, Usage
 
 _FINISH = {"stop": "stop", "length": "length", "deadline": "length", "cancelled": "stop"}
 """OpenAI's names of why an answer ended."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     """Writes one request's responses.
 
@@ -21,15 +23,16 @@ class Answer:
         id: of the completion.
         created: Unix time.
         model: name that the client used.
-        decode: one token's text.
+        vocabulary: of the model.
         logprobs: the client wants them.
     """
 
     id: str
     created: int
     model: str
-    decode: Callable[[int], str]
+    vocabulary: Vocabulary
     logprobs: bool
+    _tokens: dict[int, Logprobs] = field(default_factory=dict, init=False)
 
     def completion(self, completion: Completion) -> dict[str, Any]:
         """The whole answer."""
@@ -47,11 +50,12 @@ class Answer:
 
     def chunk(self, chunk: Chunk) -> dict[str, Any] | None:
         """What a step added; None if there is nothing to say yet."""
-        if not chunk.text and chunk.finish_reason is None and not (self.logprobs and chunk.logprobs):
+        told = self._logprobs(chunk.index, chunk.logprobs or (), chunk.text, chunk.finish_reason)
+        if not chunk.text and chunk.finish_reason is None and not (told and told["content"]):
             return None
         reason = None if chunk.finish_reason is None else _FINISH.get(chunk.finish_reason)
         delta = {"content": chunk.text} if chunk.text else {}
-        return self._delta(chunk.index, delta, reason, chunk.logprobs)
+        return self._delta(chunk.index, delta, reason, told)
 
     def ending(self, found: Usage) -> dict[str, Any]:
         """The chunk behind the last, with the usage."""
@@ -65,7 +69,9 @@ class Answer:
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
             "finish_reason": _FINISH.get(choice.finish_reason, "stop"),
-            "logprobs": self._logprobs(choice.logprobs),
+            "logprobs": self._logprobs(
+                choice.index, choice.logprobs or (), choice.text, choice.finish_reason
+            ),
         }
 
     def _delta(
@@ -73,32 +79,23 @@ class Answer:
         index: int,
         delta: dict[str, Any],
         reason: str | None,
-        logprobs: Sequence[TokenLogprob] | None,
+        logprobs: dict[str, Any] | None,
     ) -> dict[str, Any]:
         choice = {
             "index": index,
             "delta": delta,
             "finish_reason": reason,
-            "logprobs": self._logprobs(logprobs),
+            "logprobs": logprobs,
         }
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def _logprobs(self, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if not self.logprobs or found is None:
+    def _logprobs(
+        self, index: int, tokens: Sequence[TokenLogprob], text: str, reason: str | None
+    ) -> dict[str, Any] | None:
+        if not self.logprobs:
             return None
-        content = [
-            {
-                **self._token(token.token_id, token.logprob),
-                "top_logprobs": [self._token(*other) for other in token.top],
-            }
-            for token in found
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.decode(token)
-        # JSON has no −∞; OpenAI writes −9999 for what is all but impossible.
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        choice = self._tokens.setdefault(index, Logprobs(self.vocabulary))
+        return {"content": choice.push(tokens, text, reason), "refusal": None}
 
 
 def usage(found: Usage) -> dict[str, Any]:

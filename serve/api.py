@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import math
+import reprlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, cast
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -23,23 +28,25 @@ from starlette.middleware.cors import CORSMiddleware
 from transformers import AutoConfig
 
 import skipvision as sv
-from pipelines.config import field_name
+from pipelines.config import details, field_name
 from pipelines.loading import load_processor
+from serve import responses
 from serve.answers import Answer, event
 from serve.config import ServeConfig
-from serve.errors import DeadlineError
+from serve.errors import DeadlineError, MediaError
 from serve.exposition import exposition
 from serve.grammar import ANY_OBJECT
 from serve.guard import Guard
 from serve.journeys import Journey, Journeys
 from serve.keys import KeyRing
-from serve.media import MediaFetcher
+from serve.media import EncodedImage, MediaFetcher
 from serve.middleware import Around
 from serve.page import page_routes
 from serve.problems import Problem, problem_of, reported
 from serve.replica import Served, Work
 from serve.schemas import ChatRequest, ImagePart, TextPart
 from serve.tracing import Tracer
+from serve.vocabulary import Vocabulary
 from skipvision.analysis import patches_of
 from skipvision.engine import BASE, Chunk, Completion, Sampling, prepare
 from skipvision.engine import Request as EngineRequest
@@ -85,17 +92,20 @@ class Ingress:
         self._config, self._engines = config, engines
         self._targets = {name: Target(*where) for name, where in config.served().items()}
         self._processors: list[Any] = [load_processor(model.path) for model in config.models]
+        self._vocabularies = [Vocabulary(processor) for processor in self._processors]
         self._models = [AutoConfig.from_pretrained(model.path) for model in config.models]
         texts = [model.get_text_config() for model in self._models]
         self._positions = [getattr(text, "max_position_embeddings", None) or 2**31 for text in texts]
         self._began = int(time.time())
         self._media = MediaFetcher(config.media)
         tracer = Tracer(config.traces, f"{config.name}-ingress")
+        self._threads = ThreadPoolExecutor(config.limits.prepare_threads, thread_name_prefix="prepare")
         self._journeys = Journeys(tracer, config.limits.request_seconds)
 
     async def close(self) -> None:
         """Leave nothing behind."""
         await self._media.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._journeys.tracer.close()
 
     # ----------------------------------------------------------------------------------------- routes
@@ -126,13 +136,14 @@ class Ingress:
             request = await self._request(body, target, journey)
             if not request.images:
                 raise Problem(400, "no image: an overlay is of the images in messages", param="messages")
+            sizes = [image.size for image in request.images]
             # One token of an answer: the limits are those of requests that have one.
-            bare = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
-            plan = await self._asked("plan", target, journey, Work(bare, _unix(journey.until)))
+            request = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
+            plan = await self._asked("plan", target, journey, Work(request, _unix(journey.until)))
         overlays = patches_of(
             plan,
             request.inputs or {},
-            [image.size for image in request.images],
+            sizes,
             self._processors[target.number],
             self._models[target.number],
         )
@@ -185,37 +196,62 @@ class Ingress:
         prompt = 0 if request.inputs is None else request.inputs["input_ids"].shape[1]
         room = self._positions[target.number] - prompt
         sampling = _sampling(body, self._config.limits.max_new_tokens, room)
+        rows = self._config.models[target.number].engine.max_sequences
+        if sampling.n > rows:
+            raise Problem(400, f"n={sampling.n}: at most {rows} here", param="n", code="invalid_value")
         bare = replace(request, prompt="", images=(), sampling=sampling)
         return Work(bare, _unix(journey.until), schema, journey.span.traceparent)
 
     async def _request(self, body: ChatRequest, target: Target, journey: Journey) -> EngineRequest:
         """What is asked about: images fetched, templates filled in."""
         limits = self._config.limits
-        messages, urls = _conversation(body)
+        messages, urls = _conversation(body, self._vocabularies[target.number])
         if len(urls) > limits.images:
             raise Problem(
                 400, f"{len(urls)} images; at most {limits.images} in one request", param="messages"
             )
         async with _in_time(journey.until):
             with journey.stage("media"):
-                images = await asyncio.gather(*(self._media.fetch(url) for url in urls))
-            skip = body.skip or self._skip(target)
-            request = EngineRequest(messages, images, skip=skip, adapter=target.adapter)
+                pictures = await self._pictures(urls)
+            request = EngineRequest(messages, skip=body.skip or self._skip(target), adapter=target.adapter)
             with journey.stage("prepare"):
-                return await asyncio.to_thread(prepare, self._processors[target.number], request)
+                # In these threads only: what is decoded at once has to fit into memory.
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._threads, _prepared, self._processors[target.number], request, pictures
+                )
+
+    async def _pictures(self, urls: Mapping[str, str]) -> dict[str, EncodedImage]:
+        """The images of a request by the fields that name them, none decoded yet."""
+
+        async def fetch(param: str, url: str) -> EncodedImage:
+            with _blamed_on(param):
+                return await self._media.fetch(url)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {param: group.create_task(fetch(param, url)) for param, url in urls.items()}
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+        pictures = {param: task.result() for param, task in tasks.items()}
+        pixels, most = sum(math.prod(each.size) for each in pictures.values()), self._config.limits.pixels
+        if pixels > most:
+            message = (
+                f"images of {pixels:,} pixels; at most {most:,} in one request: send fewer or smaller ones"
+            )
+            raise Problem(400, message, param="messages", code="media_too_large")
+        return pictures
 
     def _skip(self, target: Target) -> sv.SkipConfig | None:
         """The SkipConfig that the settings give the base model."""
         return self._config.models[target.number].skip if target.adapter is None else None
 
     def _answer(self, body: ChatRequest, target: Target) -> Answer:
-        tokenizer = self._processors[target.number].tokenizer
         return Answer(
             f"chatcmpl-{uuid.uuid4().hex}",
             int(time.time()),
             body.model,
-            lambda token: str(tokenizer.decode([token])),
-            body.logprobs,
+            self._vocabularies[target.number],
+            bool(body.logprobs),
         )
 
     # ------------------------------------------------------------------------------ from work to words
@@ -276,7 +312,7 @@ class Ingress:
         """The answer as server-sent events; an error in the middle is an event, too."""
         options = body.stream_options
         with held:
-            for opening in answer.opening(body.n):
+            for opening in answer.opening(body.n or 1):
                 yield event(opening)
             try:
                 async for chunk in _again(first, chunks):
@@ -336,23 +372,41 @@ class Ingress:
 # ------------------------------------------------------------------------------------ what is asked for
 
 
-def _conversation(body: ChatRequest) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages for the processor's template, and the URLs of their images in order."""
+def _conversation(body: ChatRequest, vocabulary: Vocabulary) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Messages for the processor's template, and the URLs of their images in order, by field."""
     messages: list[dict[str, Any]] = []
-    urls: list[str] = []
-    for message in body.messages:
+    urls: dict[str, str] = {}
+    for turn, message in enumerate(body.messages):
         content = message.content
         parts: list[TextPart | ImagePart]
         parts = [TextPart(type="text", text=content or "")] if not isinstance(content, list) else content
         said: list[dict[str, Any]] = []
-        for part in parts:
+        for place, part in enumerate(parts):
             if isinstance(part, ImagePart):
-                urls.append(part.image_url.url)
+                urls[f"messages.{turn}.content.{place}.image_url.url"] = part.image_url.url
                 said.append({"type": "image"})
             else:
-                said.append({"type": "text", "text": part.text})
+                said.append({"type": "text", "text": vocabulary.harmless(part.text)})
         messages.append({"role": "system" if message.role == "developer" else message.role, "content": said})
     return messages, urls
+
+
+def _prepared(processor: Any, request: EngineRequest, pictures: Mapping[str, EncodedImage]) -> EngineRequest:
+    """With the images, and ready for an engine."""
+    images = []
+    for param, picture in pictures.items():
+        with _blamed_on(param):
+            images.append(picture.open())
+    return prepare(processor, replace(request, images=images))
+
+
+@contextlib.contextmanager
+def _blamed_on(param: str) -> Iterator[None]:
+    """Say of an image which field named it."""
+    try:
+        yield
+    except MediaError as error:
+        raise Problem(400, str(error), param=param, code=error.code) from error
 
 
 def _refuse_unsupported(body: ChatRequest) -> None:
@@ -361,22 +415,26 @@ def _refuse_unsupported(body: ChatRequest) -> None:
         value = getattr(body, name)
         if value:
             raise Problem(
-                400, f"{name}={_short(value)} is not supported: leave it out", param=name, code="unsupported"
+                400,
+                f"{name}={reprlib.repr(value)} is not supported: leave it out",
+                param=name,
+                code="unsupported",
             )
     if body.top_logprobs is not None and not body.logprobs:
         raise Problem(400, "top_logprobs without logprobs=true", param="top_logprobs", code="invalid_value")
 
 
-def _schema(body: ChatRequest) -> dict[str, Any] | None:
-    """The JSON schema that the answer shall follow."""
+def _schema(body: ChatRequest) -> str | None:
+    """The JSON schema that the answer shall follow, as JSON."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
         return ANY_OBJECT
     if wanted.json_schema is None:
-        raise Problem(400, "response_format of type json_schema without json_schema", param="response_format")
-    return wanted.json_schema.schema_
+        message = "response_format of type json_schema without json_schema"
+        raise Problem(400, message, param="response_format", code="invalid_value")
+    return json.dumps(wanted.json_schema.schema_)
 
 
 def _sampling(body: ChatRequest, most: int, room: int) -> Sampling:
@@ -386,16 +444,21 @@ def _sampling(body: ChatRequest, most: int, room: int) -> Sampling:
         raise Problem(
             400, f"max_completion_tokens={asked}: at most {most} here", param="max_completion_tokens"
         )
+    if (asked or 1) > room:
+        message = (
+            f"{asked or 1} tokens of answer, but the messages leave {max(room, 0)} of this model's positions"
+        )
+        raise Problem(400, f"{message}: shorten them", param="messages", code="context_length_exceeded")
     return Sampling(
-        max_new_tokens=asked if asked is not None else max(min(most, room), 1),
-        temperature=body.temperature,
-        top_p=body.top_p,
+        max_new_tokens=asked if asked is not None else min(most, room),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k,
         repetition_penalty=body.repetition_penalty,
         seed=None if body.seed is None else body.seed % 2**63,
         stop=() if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        n=body.n,
+        n=body.n or 1,
     )
 
 
@@ -433,6 +496,17 @@ def _unix(when: float) -> float:
 # ------------------------------------------------------------------------------------------- routes
 
 
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The page, without FastAPI's own answer to a wrong request: ours has the status 400."""
+        schema = super().openapi()
+        for operation in (each for path in schema["paths"].values() for each in path.values()):
+            operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
+
+
 def http_app(config: ServeConfig) -> FastAPI:
     """The routes, over the `Ingress` of the replica that they run in; all errors as OpenAI's."""
 
@@ -441,39 +515,43 @@ def http_app(config: ServeConfig) -> FastAPI:
         yield
         await _here().close()
 
-    app = FastAPI(
+    app = _App(
         lifespan=lifespan,
         title="Skip-Vision",
         version=version("skipvision"),
         description="Vision-language models that stop paying for redundant visual tokens; OpenAI's protocol.",
+        # Its pages load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
     )
+    keyed = [Depends(HTTPBearer(auto_error=False, description="an API key, where keys are asked for"))]
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, dependencies=keyed, responses=responses.CHAT)
     async def chat(body: ChatRequest, http: Request) -> Response:
         """Write an answer to messages with images."""
         return await _here().chat(body, http)
 
-    @app.post("/v1/overlay")
+    @app.post("/v1/overlay", dependencies=keyed, responses=responses.ASKED)
     async def overlay(body: ChatRequest, http: Request) -> dict[str, Any]:
         """Which patches of the messages' images are retained, skipped, merged or dropped; answers nothing."""
         return await _here().overlay(body, http)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=keyed, responses=responses.KEYED)
     async def models() -> dict[str, Any]:
         """Models and adapters that requests can name."""
         return await _here().models()
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}", dependencies=keyed, responses=responses.NAMED)
     async def model(name: str, http: Request) -> dict[str, Any]:
         """One of them, with the SkipConfig that it runs under."""
         return await _here().model(name, http)
 
-    @app.get("/healthz", response_model=None)
+    @app.get("/healthz", response_model=None, responses=responses.HEALTH)
     async def healthz() -> Response:
         """Whether every model has an engine that answers."""
         return await _here().health()
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics of engines and HTTP replicas, of all nodes."""
         return Response(await exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -516,15 +594,17 @@ def _here() -> Ingress:
 
 def _wrong_fields(found: Sequence[Any], body: Any) -> Problem:
     """What pydantic says of a body, as OpenAI says it."""
-    named = [(field_name(each, {"body": body}).removeprefix("body").lstrip("."), each) for each in found]
+    tree = {"body": body}
+    named = [(field_name(each, tree).removeprefix("body").lstrip("."), each) for each in details(found)]
     unknown = [name for name, each in named if each["type"] == "extra_forbidden"]
     if unknown:
         names = ", ".join(map(repr, unknown))
         return Problem(400, f"Unknown parameter: {names}.", param=unknown[0], code="unknown_parameter")
-    lines = [f"{name or 'the body'}: {each['msg']} (got {_short(each.get('input'))})" for name, each in named]
+    # The members of a union may all say the same.
+    lines = dict.fromkeys(_complaint(name, each) for name, each in named)
     return Problem(400, "; ".join(lines), param=named[0][0] or None, code="invalid_value")
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+def _complaint(name: str, problem: Any) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name or 'the body'}: {message} (got {reprlib.repr(problem.get('input'))})"

@@ -87,6 +87,15 @@ class LimitSection(Section):
     )
     max_new_tokens: int = Field(1024, ge=1, description="most tokens of an answer (tokens)")
     images: int = Field(16, ge=0, description="most images of a request (count)")
+    pixels: int = Field(
+        50_000_000, ge=1, description="most pixels of all images of a request together (pixels)"
+    )
+    prepare_threads: int = Field(
+        2,
+        ge=1,
+        description="requests whose images are decoded and scaled at once in each ingress; each may take "
+        "the memory of its pixels several times over (threads)",
+    )
     body_mib: float = Field(32.0, gt=0, description="largest body of a request (MiB)")
     retry_after_s: int = Field(1, ge=1, description="Retry-After of a 429 (s)")
 

@@ -2,7 +2,8 @@
 
     SkipVisionError
     ├── InputError
-    │   └── MediaError           an image of a request that cannot be had or used; `code` says why
+    │   ├── MediaError           an image of a request that cannot be had or used; `code` says why
+    │   └── SchemaError          a JSON schema that no answer can be written to
     ├── AuthenticationError      no API key, or none that is known
     ├── OverloadedError          more requests at once than are allowed; later they may be
     └── DeadlineError            nothing was written when the time for the answer was over
@@ -39,6 +40,13 @@ class MediaError(InputError):
 
     def __reduce__(self) -> tuple[type[MediaError], tuple[str, MediaCode]]:
         return type(self), (str(self), self.code)
+
+
+class SchemaError(InputError):
+    """A JSON schema that no answer can be written to."""
+
+    code: ClassVar = "invalid_json_schema"
+    param: ClassVar = "response_format"
 
 
 class AuthenticationError(SkipVisionError):

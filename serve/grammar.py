@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -11,11 +10,11 @@ import llguidance
 import llguidance.hf
 import torch
 
-from skipvision.errors import GenerationError, InputError
+from serve.errors import SchemaError
 
 Adjust = Callable[[list[int], torch.Tensor], torch.Tensor]
 
-ANY_OBJECT = {"type": "object"}
+ANY_OBJECT = '{"type": "object"}'
 """The schema of response_format json_object."""
 
 
@@ -32,37 +31,58 @@ class Grammars:
         self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=ending or None)
         self._compiled = lru_cache(maxsize=64)(self._compile)
 
-    def adjuster(self, schema: dict[str, Any]) -> Callable[[], Adjust]:
+    def adjuster(self, schema: str) -> Callable[[], Adjust]:
         """What makes, for each answer, the function that leaves only logits of tokens that may come next.
 
-        Raises:
-            InputError: the schema cannot be followed.
-        """
-        grammar = self._compiled(json.dumps(schema, sort_keys=True))
-        return lambda: self._adjust(grammar)
+        It may take a second; any thread can do it.
 
-    def _compile(self, schema: str) -> str:
-        grammar = str(llguidance.LLMatcher.grammar_from_json_schema(schema))
+        Args:
+            schema: as JSON.
+
+        Raises:
+            SchemaError: it cannot be followed.
+        """
+        matcher = self._compiled(schema)
+        return lambda: _adjust(matcher.deep_copy())
+
+    def _compile(self, schema: str) -> llguidance.LLMatcher:
+        # Blanks that are free would be written without end.
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(
+            schema, overrides={"whitespace_flexible": False}
+        )
         wrong = llguidance.LLMatcher.validate_grammar(grammar, self._tokens)
         if wrong:
-            raise InputError(f"response_format: this JSON schema cannot be followed: {wrong}")
-        return grammar
+            raise _refused(wrong)
+        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise _refused("it is too complex")
+        return matcher
 
-    def _adjust(self, grammar: str) -> Adjust:
-        matcher = llguidance.LLMatcher(self._tokens, grammar)
-        places = torch.arange(32, dtype=torch.int32)
-        read = 0
 
-        def adjust(written: list[int], logits: torch.Tensor) -> torch.Tensor:
-            nonlocal read
-            for token in written[read:]:
-                matcher.consume_token(token)
-            read = len(written)
-            if matcher.is_error():
-                raise GenerationError(f"the answer left its JSON schema: {matcher.get_error()}")
-            bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.int32)
-            allowed = ((bits[:, None] >> places) & 1).bool().flatten()[: len(logits)]
-            missing = torch.zeros(max(len(logits) - len(allowed), 0), dtype=torch.bool)
-            return logits.masked_fill(~torch.cat([allowed, missing]).to(logits.device), -torch.inf)
+def _adjust(matcher: llguidance.LLMatcher) -> Adjust:
+    places = torch.arange(32, dtype=torch.int32)
+    read = 0
 
-        return adjust
+    def adjust(written: list[int], logits: torch.Tensor) -> torch.Tensor:
+        nonlocal read
+        for token in written[read:]:
+            matcher.consume_token(token)
+        read = len(written)
+        mask = None if matcher.is_error() else matcher.compute_bitmask()
+        if mask is None or matcher.is_error():
+            raise _refused("it became too complex while the answer was written")
+        bits = torch.frombuffer(bytearray(mask), dtype=torch.int32)
+        allowed = ((bits[:, None] >> places) & 1).bool().flatten()[: len(logits)]
+        missing = torch.zeros(max(len(logits) - len(allowed), 0), dtype=torch.bool)
+        return logits.masked_fill(~torch.cat([allowed, missing]).to(logits.device), -torch.inf)
+
+    return adjust
+
+
+def _refused(reason: str) -> SchemaError:
+    """The library's own words are shortened: they may quote the whole grammar."""
+    line = reason.partition("\n")[0]
+    short = line if len(line) <= 200 else f"{line[:199]}…"
+    return SchemaError(f"response_format: this JSON schema cannot be followed: {short}")

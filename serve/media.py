@@ -20,10 +20,9 @@ import io
 import socket
 import ssl
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Literal, NoReturn, Self
+from typing import Literal, NoReturn, Self, TypeVar
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -31,9 +30,11 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from yarl import URL
 
-from pipelines.images import ImageError, OversizedImageError, decode
+from pipelines.images import ImageError, OversizedImageError, decode, size_of
 from serve.addresses import IPAddress, host_allowed, is_public, normal_host, normal_pattern
 from serve.errors import MediaError
+
+T = TypeVar("T")
 
 MAX_URL_LENGTH = 8192
 """Characters of an http(s) URL; longer ones are refused."""
@@ -69,12 +70,32 @@ class MediaConfig(BaseModel):
     max_connections_per_host: int = Field(
         8, ge=1, description="… of them from the same host and port (count)"
     )
-    decode_threads: int = Field(2, ge=1, description="images decoded at the same time (threads)")
 
     @field_validator("allowed_hosts")
     @classmethod
     def _normal(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(normal_pattern(pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it was sent, judged by its header only.
+
+    Attributes:
+        data: the file.
+        name: for messages.
+        size: width and height (pixels), before it is turned upright.
+        config: under which it may be decoded.
+    """
+
+    data: bytes = field(repr=False)
+    name: str
+    size: tuple[int, int]
+    config: MediaConfig
+
+    def open(self) -> Image.Image:
+        """Upright RGB; raises `MediaError`. Takes time and memory: for a thread that is there for it."""
+        return _judged(decode, self.data, self.name, self.config)
 
 
 class MediaFetcher:
@@ -100,19 +121,17 @@ class MediaFetcher:
         self._address_allowed = address_allowed
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
-        self._decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
 
-    async def fetch(self, url: str) -> Image.Image:
-        """The image behind a data URL or an http(s) URL as upright RGB; raises `MediaError`."""
+    async def fetch(self, url: str) -> EncodedImage:
+        """The image behind a data URL or an http(s) URL; raises `MediaError`."""
         if url[:5].lower() == "data:":
-            return await self._in_thread(partial(_from_data_url, url, self.config))
+            return await asyncio.to_thread(_from_data_url, url, self.config)
         checked = self._checked(url)
         data = await self._download(checked)
-        return await self._in_thread(partial(_decoded, data, f"at {_place(checked)}", self.config))
+        return await asyncio.to_thread(_encoded, data, f"at {_place(checked)}", self.config)
 
     async def close(self) -> None:
-        """Drop all connections and threads; nothing can be fetched afterwards."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        """Drop all connections; nothing can be fetched from hosts afterwards."""
         if self._session is not None:
             await self._session.close()
 
@@ -220,9 +239,6 @@ class MediaFetcher:
             )
         return self._session
 
-    async def _in_thread(self, work: Callable[[], Image.Image]) -> Image.Image:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
-
 
 class _AddressNotAllowed(OSError):
     """Raised in place of connecting; an OSError, so that other addresses of the same name are tried."""
@@ -288,10 +304,10 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:79]}…")
 
 
-# ------------------------------------------------------------------------- in a thread: bytes to images
+# ------------------------------------------------------------------- in a thread: URLs and bytes to images
 
 
-def _from_data_url(url: str, config: MediaConfig) -> Image.Image:
+def _from_data_url(url: str, config: MediaConfig) -> EncodedImage:
     image = "in the data URL"
     head, comma, text = url.partition(",")
     kind, *parameters = head[len("data:") :].lower().split(";")
@@ -309,12 +325,16 @@ def _from_data_url(url: str, config: MediaConfig) -> Image.Image:
         data = base64.b64decode(text, validate=True)
     except ValueError as error:
         raise MediaError(f"image {image}: not valid base64: {error}", "media_url_invalid") from None
-    return _decoded(data, image, config)
+    return _encoded(data, image, config)
 
 
-def _decoded(data: bytes, name: str, config: MediaConfig) -> Image.Image:
+def _encoded(data: bytes, name: str, config: MediaConfig) -> EncodedImage:
+    return EncodedImage(data, name, _judged(size_of, data, name, config), config)
+
+
+def _judged(read: Callable[..., T], data: bytes, name: str, config: MediaConfig) -> T:
     try:
-        return decode(io.BytesIO(data), name, config.max_pixels, config.formats)
+        return read(io.BytesIO(data), name, config.max_pixels, config.formats)
     except OversizedImageError as error:
         raise MediaError(str(error), "media_too_large") from None
     except ImageError as error:

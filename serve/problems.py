@@ -67,7 +67,7 @@ def problem_of(error: BaseException) -> Problem:
         return error
     if isinstance(error, AuthenticationError):
         headers = {"WWW-Authenticate": "Bearer"}
-        return Problem(401, str(error), "authentication_error", code=error.code, headers=headers)
+        return Problem(401, str(error), code=error.code, headers=headers)
     if isinstance(error, OverloadedError):
         return overloaded(str(error), math.ceil(error.retry_after))
     if isinstance(error, DeadlineError):
@@ -80,7 +80,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(503, message, "server_error", code="engine_died")
     code = getattr(error, "code", None)
     if isinstance(error, InputError):
-        return Problem(400, str(error), code=code or "invalid_input")
+        param = getattr(error, "param", None)
+        return Problem(400, str(error), param=param, code=code or "invalid_input")
     if isinstance(error, ConfigError):
         return Problem(400, str(error), code="invalid_value")
     if isinstance(error, UnsupportedModelError):

@@ -40,13 +40,13 @@ class Work:
     Attributes:
         request: prepared.
         until: Unix time at which its time is over.
-        schema: JSON schema that the answers follow.
+        schema: JSON schema that the answers follow, as JSON.
         traceparent: span that the engine's are part of.
     """
 
     request: Request
     until: float
-    schema: dict[str, Any] | None = None
+    schema: str | None = None
     traceparent: str | None = None
 
 
@@ -104,7 +104,8 @@ class EngineReplica:
                 raise DeadlineError
             request = replace(request, deadline=left)
             if work.schema is not None:
-                request = replace(request, adjust=self._grammars.adjuster(work.schema))
+                adjuster = await asyncio.to_thread(self._grammars.adjuster, work.schema)
+                request = replace(request, adjust=adjuster)
             async for chunk in stream(self._engine, self._named(request)):
                 done = chunk.completion
                 written = written or bool(chunk.token_ids)

@@ -7,14 +7,21 @@ are refused, and so are fields that nobody knows.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from skipvision import SkipConfig
 
 IGNORED = "accepted and ignored"
 NOT_SUPPORTED = "not supported"
+
+MAX_SCHEMA_DEPTH = 64
+"""Objects and lists inside one another in a JSON schema."""
+
+MAX_SCHEMA_BYTES = 2**16
+"""Of a JSON schema, written without blanks."""
 
 
 class _Strict(BaseModel):
@@ -44,19 +51,30 @@ class ImagePart(_Strict):
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
+# Told apart before they are read: what is wrong is said of the one that was meant, not of both.
+_StringOrList = Discriminator(lambda value: "list" if isinstance(value, list) else "string")
+Content = Annotated[Annotated[str, Tag("string")] | Annotated[list[Part], Tag("list")], _StringOrList]
+Stop = Annotated[
+    Annotated[str, Tag("string")] | Annotated[list[str], Field(max_length=4), Tag("list")], _StringOrList
+]
+Skip = Annotated[
+    Annotated[SkipConfig, Tag("config")] | Annotated[Literal["full"], Tag("word")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "config"),
+]
+
 
 class Message(_Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: Content | None = None
     name: str | None = Field(None, description=IGNORED)
     # What an answer of OpenAI's clients holds, and is sent back with the next turn.
     refusal: str | None = Field(None, description=IGNORED)
     annotations: list[Any] | None = Field(None, description=IGNORED)
     audio: None = Field(None, description=NOT_SUPPORTED)
     function_call: None = Field(None, description=NOT_SUPPORTED)
-    tool_calls: None = Field(None, description=NOT_SUPPORTED)
+    tool_calls: list[Any] | None = Field(None, max_length=0, description=NOT_SUPPORTED)
 
 
 class JsonSchema(_Strict):
@@ -66,6 +84,16 @@ class JsonSchema(_Strict):
     description: str | None = Field(None, description=IGNORED)
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def _bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if _deeper(value, MAX_SCHEMA_DEPTH):
+            raise ValueError(f"a schema may be {MAX_SCHEMA_DEPTH} levels deep at most")
+        size = len(json.dumps(value, separators=(",", ":")))
+        if size > MAX_SCHEMA_BYTES:
+            raise ValueError(f"a schema of {size:,} bytes; {MAX_SCHEMA_BYTES:,} are allowed")
+        return value
 
 
 class ResponseFormat(_Strict):
@@ -89,18 +117,18 @@ class ChatRequest(_Strict):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description="most tokens of an answer (older name)")
     max_completion_tokens: int | None = Field(None, ge=1, description="most tokens of an answer")
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=128)
+    temperature: float | None = Field(None, ge=0, le=2, description="1 if not given")
+    top_p: float | None = Field(None, ge=0, le=1, description="1 if not given")
+    n: int | None = Field(None, ge=1, le=128, description="answers; 1 if not given")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = Field(None, max_length=4)
-    logprobs: bool = False
+    stop: Stop | None = None
+    logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    frequency_penalty: float = Field(0.0, description="only 0 is supported")
-    presence_penalty: float = Field(0.0, description="only 0 is supported")
+    frequency_penalty: float | None = Field(None, description="only 0 is supported")
+    presence_penalty: float | None = Field(None, description="only 0 is supported")
     logit_bias: dict[str, float] | None = Field(None, description=NOT_SUPPORTED)
     tools: list[Any] | None = Field(None, description=NOT_SUPPORTED)
     functions: list[Any] | None = Field(None, description=NOT_SUPPORTED)
@@ -113,11 +141,13 @@ class ChatRequest(_Strict):
     parallel_tool_calls: bool | None = Field(None, description=IGNORED)
     prediction: dict[str, Any] | None = Field(None, description=IGNORED)
     prompt_cache_key: str | None = Field(None, description=IGNORED)
+    reasoning_effort: str | None = Field(None, description=IGNORED)
     safety_identifier: str | None = Field(None, description=IGNORED)
     service_tier: str | None = Field(None, description=IGNORED)
     store: bool | None = Field(None, description=IGNORED)
     user: str | None = Field(None, description=IGNORED)
-    skip: SkipConfig | Literal["full"] | None = Field(
+    verbosity: str | None = Field(None, description=IGNORED)
+    skip: Skip | None = Field(
         None,
         description="SkipConfig of this request, in place of the deployment's; 'full' skips nothing",
     )
@@ -125,3 +155,12 @@ class ChatRequest(_Strict):
         1.0, ge=0.1, le=10, description="not OpenAI's; divides logits of seen tokens"
     )
     top_k: int = Field(0, ge=0, description="not OpenAI's; 0 = all tokens")
+
+
+def _deeper(tree: Any, levels: int) -> bool:
+    """Whether lists and objects are more than so many levels deep."""
+    inside = [tree]
+    for _ in range(levels + 1):
+        branches = [each for each in inside if isinstance(each, (dict, list))]
+        inside = [leaf for each in branches for leaf in (each.values() if isinstance(each, dict) else each)]
+    return bool(branches)

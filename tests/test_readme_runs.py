@@ -192,8 +192,6 @@ def test_the_endpoint_answers_what_the_docs_ask(home, way):
         (home / "out/adapter").rename(home / "runs/demo/adapter")
     (client,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
     line = command(way)
-    if way == "serve run":
-        client = client.replace('"demo"', '"adapter"')
     environment = {**os.environ, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
     with subprocess.Popen(
         line, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

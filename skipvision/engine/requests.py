@@ -26,7 +26,9 @@ class Sampling(BaseModel):
 
     max_new_tokens: int = Field(64, ge=1, description="most tokens of an answer")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token each time")
-    top_p: float = Field(1.0, gt=0, le=1, description="likeliest tokens that have this probability together")
+    top_p: float = Field(
+        1.0, ge=0, le=1, description="likeliest tokens that have this probability together; one at least"
+    )
     top_k: int = Field(0, ge=0, description="tokens that are drawn from; 0 = all")
     repetition_penalty: float = Field(
         1.0, gt=0, description="divides the logits of tokens in prompt and answer so far; 1 = none"

@@ -110,7 +110,8 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
                 "path": str(tiny_model),
                 "name": "tiny",
                 "dtype": "float32",
-                "adapters": {name: str(folder) for name, folder in adapters.items()},
+                "adapters": {name: str(folder) for name, folder in adapters.items()}
+                | {"org/blue": str(adapters["blue"])},
                 "engine": {"max_sequences": 4, "kv_budget_bytes": 2**23},
                 "scaling": {"cpus_per_engine": 0.5},
             }

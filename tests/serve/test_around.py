@@ -5,11 +5,13 @@ import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx2 as httpx
 import openai
 import pytest
 
+from pipelines.config import load_config
 from serve.app import build
 from serve.config import ServeConfig, serve_config
 from serve.exposition import merged
@@ -17,6 +19,8 @@ from serve.replica import load_of
 from skipvision import ConfigError
 from skipvision.engine import Statistics
 from tests.serve.conftest import LONG, asking
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_answer_has_an_id_and_the_clients_own_is_kept(endpoint):
@@ -106,6 +110,7 @@ def test_keys(guarded):
         with pytest.raises(openai.AuthenticationError) as caught:
             client.models.list()
         assert caught.value.code == "invalid_api_key"
+        assert caught.value.type == "invalid_request_error"
         with pytest.raises(openai.AuthenticationError):
             client.chat.completions.create(model="small", messages=asking())
     root, known = url.removesuffix("/v1"), {"authorization": f"Bearer {bob}"}
@@ -186,6 +191,20 @@ def test_flat_settings_are_one_model():
     assert config.limits.images == 2
     again = ServeConfig.model_validate(json.loads(config.model_dump_json()))
     assert again.served() == config.served()
+
+
+def test_both_ways_to_start_serve_what_the_page_asks_for():
+    page = (ROOT / "docs/serving.md").read_text()
+    words = re.search(r"serve run serve\.app:build (.*)", page)[1].split()
+    options = re.search(r"jobs/deploy\.py (--config .*)", page)[1].split()
+    flat = serve_config(dict(word.split("=") for word in words))
+    job = load_config(
+        ServeConfig, [option.replace("jobs/", f"{ROOT}/jobs/") for option in options], description=""
+    )
+    assert flat.served() == job.served()
+    assert re.search(r'model="([^"]+)"', page)[1] in job.served()
+    assert f'base_url="http://{job.host}:{job.port}/v1"' in page
+    assert job.port == flat.port
 
 
 @pytest.mark.parametrize(

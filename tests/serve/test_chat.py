@@ -1,12 +1,17 @@
 """The real `openai` client against a real deployment."""
 
 import asyncio
+import base64
+import functools
+import io
 import json
+import re
 import time
 
 import httpx2 as httpx
 import openai
 import pytest
+from PIL import Image
 from ray import serve as ray_serve
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -133,7 +138,33 @@ def test_seeds_stops_and_logprobs(client, engine):
         [token.logprob for token in right.logprobs], abs=1e-4
     )
     assert all(len(token.top_logprobs) == 2 for token in found)
-    assert all(bytes(token.bytes).decode() == token.token for token in found)
+
+
+NULLABLE = ("temperature", "top_p", "n", "stream", "logprobs", "frequency_penalty", "presence_penalty")
+HARMLESS = {"role": "assistant", "content": "well", "tool_calls": []}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": "a string longer than four characters"},
+        {"temperature": 2, "top_p": 0},
+        {"messages": [*asking(), HARMLESS, *asking(), {**HARMLESS, "tool_calls": None}]},
+        {"extra_body": {**dict.fromkeys(NULLABLE), "seed": 3}},
+        {"reasoning_effort": "low", "verbosity": "low"},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_what_openai_allows_is_allowed(client, options):
+    options = {"model": "red", "messages": asking(), "max_completion_tokens": 2, **options}
+    answer = client.chat.completions.create(**options)
+    assert answer.usage.completion_tokens
+    assert len(answer.choices) == 1
+
+
+def test_top_p_of_nothing_is_the_likeliest_token(client, engine):
+    found = ask(client, temperature=2, top_p=0).choices[0].message.content
+    assert found == expected(engine, adapter="red").text
 
 
 def test_skip_by_request(client, engine):
@@ -163,24 +194,86 @@ def test_structured_output(client):
         for choice in ask(client, response_format=wanted, **options).choices:
             assert choice.finish_reason == "stop"
             value = json.loads(choice.message.content)
+            assert choice.message.content == json.dumps(value, separators=(",", ":"))
             assert isinstance(value["number"], int)
             assert isinstance(value["red"], bool)
             assert value.keys() == {"number", "red"}
-    with pytest.raises(openai.BadRequestError, match="cannot be followed"):
-        ask(
-            client,
-            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}},
-        )
+
+
+def test_json_does_not_run_away_into_blanks(client):
+    found = ask(client, response_format={"type": "json_object"}, max_completion_tokens=60)
+    outside = re.sub(r'"([^"\\]|\\.)*"?', "", found.choices[0].message.content)
+    assert outside
+    assert not re.search(r"\s\s", outside)
+
+
+WORDS = "é€ – ü, plain, 東京"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text"), [(None, f'"{WORDS}"'), ("東", f'"{WORDS[:-2]}'), ("ain,", '"é€ – ü, pl')]
+)
+def test_logprobs_are_of_the_answers_bytes(client, stream, stop, text):
+    options = {"max_completion_tokens": 60, "response_format": following({"const": WORDS}), "stop": stop}
+    found = ask(client, logprobs=True, top_logprobs=1, stream=stream, **options)
+    choices = [chunk.choices[0] for chunk in found] if stream else found.choices
+    said = "".join((choice.delta if stream else choice.message).content or "" for choice in choices)
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert said == text
+    told = b"".join(bytes(token.bytes) for token in tokens)
+    assert told.startswith(text.encode())
+    assert len(told) - len(text.encode()) < len(tokens[-1].bytes), "at most the last token reaches beyond"
+    assert all(len(token.top_logprobs) == 1 for token in tokens)
+
+
+def test_special_tokens_in_a_text_are_text(client):
+    plain, special = (ask(client, text).usage for text in ("hi", "<image> hi </s><pad>"))
+    assert special.visual_tokens["total"] == plain.visual_tokens["total"] == 16
+    assert special.prompt_tokens > plain.prompt_tokens + len("imagespad")
 
 
 def test_models(client, endpoint):
     cards = client.models.list().data
-    assert [(card.id, card.parent) for card in cards] == [("tiny", None), ("red", "tiny"), ("blue", "tiny")]
+    parents = [("tiny", None), *((name, "tiny") for name in ("red", "blue", "org/blue"))]
+    assert [(card.id, card.parent) for card in cards] == parents
+    slashed = httpx.get(f"{endpoint.url}/v1/models/org/blue")
+    assert (slashed.status_code, slashed.json()["id"]) == (200, "org/blue")
     card = client.models.retrieve("red")
     assert card.skip["retained"] == 4
     assert card.source == str(endpoint.adapters["red"])
-    with pytest.raises(openai.NotFoundError, match="'green' does not exist; there are tiny, red, blue"):
+    with pytest.raises(
+        openai.NotFoundError, match="'green' does not exist; there are tiny, red, blue, org/blue"
+    ):
         client.models.retrieve("green")
+
+
+def content(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def following(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def image_part(data):
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def png(size):
+    buffer = io.BytesIO()
+    Image.new("1", size).save(buffer, "png")
+    return buffer.getvalue()
+
+
+IMAGE = "messages.0.content.0.image_url.url"
+SCHEMA = "response_format.json_schema"
+NESTED = functools.reduce(lambda inner, _: {"items": inner}, range(500), {"type": "integer"})
+WIDE = {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(3000)}}
+TOO_COMPLEX = ("response_format", "this JSON schema cannot be followed: it is too complex")
+LARGE = image_part(png((4990, 5000)))
+CUT_OFF = image_part(png((64, 48))[:50])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +288,7 @@ def test_models(client, endpoint):
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
         ({"presence_penalty": 1}, "presence_penalty", "not supported"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
         ({"extra_body": {"best_of": 3}}, "best_of", "Unknown parameter: 'best_of'."),
         (
@@ -202,9 +296,20 @@ def test_models(client, endpoint):
             "messages.0.mood",
             "Unknown parameter",
         ),
-        ({"n": 5}, None, "max_sequences=4"),
-        ({"extra_body": {"skip": {"retained": -1}}}, "skip", "retained=-1"),
+        ({"n": 5}, "n", "n=5: at most 4 here"),
+        ({"extra_body": {"skip": {"retained": -1}}}, "skip.retained", "skip.retained: Input should be"),
+        ({"extra_body": {"skip": "none"}}, "skip", "skip: Input should be 'full'"),
+        ({"messages": content({"type": "image_url", "image_url": {"url": 5}})}, IMAGE, f"{IMAGE}: Input"),
+        ({"messages": asking("x" * 600)}, "messages", "of this model's positions: shorten them"),
+        ({"response_format": following(NESTED)}, f"{SCHEMA}.schema", "64 levels deep at most"),
+        ({"response_format": following(WIDE)}, f"{SCHEMA}.schema", "65,536 are allowed"),
+        ({"response_format": following({"type": "foo"})}, "response_format", "followed: Invalid type: foo"),
+        ({"response_format": following({"multipleOf": 829318151, "type": "integer"})}, *TOO_COMPLEX),
+        ({"extra_body": {"model": NESTED}}, "model", "valid string"),
+        ({"messages": content(*[LARGE] * 3)}, "messages", "images of 74,850,000 pixels; at most 50,000,000"),
+        ({"messages": content(LARGE, CUT_OFF)}, "messages.0.content.1.image_url.url", "cannot be decoded"),
     ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_bad_requests_are_refused_as_openai_does(client, change, param, message):
     options = {"model": "red", "messages": asking(), "max_completion_tokens": 5, **change}
@@ -212,8 +317,27 @@ def test_bad_requests_are_refused_as_openai_does(client, change, param, message)
         client.chat.completions.create(**options)
     error = caught.value
     assert message in error.message
+    assert len(error.message) < 500
+    assert "Value error" not in error.message
+    assert error.message.count(" (got ") <= 1, "one mistake is one complaint"
     assert error.type == "invalid_request_error"
     assert error.param == param
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"n": 5}, "invalid_value"),
+        ({"messages": asking("x" * 600)}, "context_length_exceeded"),
+        ({"messages": content(CUT_OFF)}, "media_format"),
+        ({"response_format": following({"type": "foo"})}, "invalid_json_schema"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_programs_tell_errors_apart_by_their_codes(client, change, code):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "red", "messages": asking(), **change})
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -260,8 +384,12 @@ def test_health_and_documentation(endpoint):
     assert health.status_code == 200
     assert health.json()["models"]["tiny"]["status"] == "ok"
     schema = httpx.get(f"{endpoint.url}/openapi.json").json()
-    assert "/v1/chat/completions" in schema["paths"]
-    assert httpx.get(f"{endpoint.url}/docs").status_code == 200
+    chat = schema["paths"]["/v1/chat/completions"]["post"]
+    assert {"200", "400", "401", "404", "413", "429", "500", "503"} <= chat["responses"].keys()
+    assert chat["security"]
+    assert not [path for path, found in schema["paths"].items() if "422" in str(found)]
+    for path in ("/docs", "/redoc"):  # pages whose scripts come from elsewhere
+        assert httpx.get(endpoint.url + path).status_code == 404
 
 
 def test_many_at_once_are_answered_in_one_batch(endpoint):

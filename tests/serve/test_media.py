@@ -26,8 +26,12 @@ from pydantic import ValidationError
 
 import serve.media
 from serve.addresses import is_public
+from serve.api import Ingress
+from serve.config import ServeConfig
 from serve.errors import MediaError
 from serve.media import MediaConfig, MediaFetcher
+from serve.problems import Problem
+from serve.schemas import ChatRequest
 from skipvision.errors import InputError
 
 RED = (255, 0, 0)
@@ -162,7 +166,7 @@ def fetched(answer, path="/image", *, names=None, **settings):
     async def run():
         site = sending(answer) if isinstance(answer, bytes) else running(answer)
         async with site as server, fetcher(server, names=names, **settings) as media:
-            return await media.fetch(f"http://images.test:{server.port}{path}")
+            return (await media.fetch(f"http://images.test:{server.port}{path}")).open()
 
     return asyncio.run(run())
 
@@ -180,7 +184,7 @@ def fetched_alone(url, **settings):
 
     async def run():
         async with MediaFetcher(MediaConfig(**settings)) as media:
-            return await media.fetch(url)
+            return (await media.fetch(url)).open()
 
     return asyncio.run(run())
 
@@ -234,19 +238,67 @@ def test_the_first_frame_of_an_animation():
     assert fetched_alone(data_url(gif, "image/gif")).getpixel((0, 0)) == RED
 
 
-def test_images_are_decoded_outside_the_event_loop(monkeypatch):
+def test_images_are_read_outside_the_event_loop(monkeypatch):
     threads = []
 
-    def decode(*arguments):
+    def size_of(*arguments):
         threads.append(threading.current_thread())
         return real(*arguments)
 
-    real = serve.media.decode
-    monkeypatch.setattr(serve.media, "decode", decode)
+    real = serve.media.size_of
+    monkeypatch.setattr(serve.media, "size_of", size_of)
     fetched(picture)
     fetched_alone(data_url(PNG))
     assert len(threads) == 2
     assert threading.main_thread() not in threads
+
+
+def test_one_bad_image_ends_the_other_downloads(tiny_model):
+    """In the ingress, which names the field that the bad one stands in."""
+    reached = asyncio.Event()
+
+    async def answer(request):
+        if request.path == "/bad":
+            await reached.wait()
+            return web.Response(status=404)
+        reached.set()
+        return await asyncio.sleep(60, web.Response(status=404))
+
+    async def run():
+        async with running(answer) as site, fetcher(site) as media:
+            ingress = Ingress(ServeConfig(model=str(tiny_model)))
+            ingress._media = media
+            urls = {name: f"http://images.test:{site.port}/{name}" for name in ("slow", "bad")}
+            with pytest.raises(Problem, match="status 404") as caught:
+                await ingress._pictures(urls)
+            assert caught.value.param == "bad"
+            assert not [task for task in asyncio.all_tasks() if "fetch" in str(task.get_coro())]
+
+    asyncio.run(run())
+
+
+def test_as_many_requests_are_prepared_at_once_as_there_are_threads(tiny_model, monkeypatch):
+    now, most = 0, 0
+
+    def open_slowly(image):
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.05)
+        now -= 1
+        return Image.new("RGB", image.size)
+
+    async def run():
+        ingress = Ingress(ServeConfig(model=str(tiny_model), limits={"prepare_threads": 1}))
+        monkeypatch.setattr(serve.media.EncodedImage, "open", open_slowly)
+        part = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
+        body = ChatRequest(model="x", messages=[{"role": "user", "content": [part, part]}])
+        target, journey = ingress._target(tiny_model.name), ingress._journeys.begin("x", time.monotonic(), None)
+        with journey as begun:
+            await asyncio.gather(*(ingress._request(body, target, begun) for _ in range(3)))
+
+    asyncio.run(run())
+    assert most == 1
 
 
 def test_redirects_are_followed_under_the_same_rules():

@@ -111,7 +111,7 @@ def test_its_counts_are_those_of_the_answer(endpoint, skip, fates):
     [
         ({"messages": [{"role": "user", "content": "no image"}]}, 400, "no image"),
         ({"model": "green"}, 404, "'green' does not exist"),
-        ({"skip": {"retained": -1}}, 400, "retained=-1"),
+        ({"skip": {"retained": -1}}, 400, "skip.retained"),
         ({"skip": "some"}, 400, "full"),
     ],
 )

@@ -4,7 +4,13 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = {"/v1/chat/completions": 1000}
 
 
@@ -36,6 +42,7 @@ def test_two_thousand_generated_requests(endpoint):
             response = send(case, len(statuses))
             statuses.append((operation.path, response.status_code))
             assert response.status_code < 500, (case.body, response.text)
+            case.validate_response(response, checks=CHECKS)
             if response.status_code >= 400:
                 assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 

@@ -1,0 +1,58 @@
+"""Tokens as bytes, for both ways in which tokenizers write words; special tokens in texts."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pipelines.base_parts import build_tokenizer
+from serve.vocabulary import Vocabulary
+
+TEXT = "small é€ a東"
+
+
+def pieces():
+    """Words as "▁word", other characters as "<0xNN>" for each byte."""
+    words = ["<unk>", "</s>", "▁small", "▁a", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.Unigram([(word, -1.0) for word in words], unk_id=0, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@functools.cache
+def letters():
+    """Bytes as letters."""
+    return build_tokenizer(0, vocabulary=320)
+
+
+@pytest.mark.parametrize("make", [pieces, letters])
+def test_the_bytes_of_all_tokens_are_those_of_the_text(make):
+    tokenizer = make()
+    vocabulary = Vocabulary(SimpleNamespace(tokenizer=tokenizer, image_token="<picture>"))
+    ids = tokenizer(TEXT).input_ids
+    assert tokenizer.decode(ids) == TEXT
+    told = b"".join(vocabulary.bytes_of(token, first=not place) for place, token in enumerate(ids))
+    assert told.decode() == TEXT
+    assert vocabulary.special(tokenizer.eos_token_id)
+    assert not any(map(vocabulary.special, ids))
+
+
+def test_special_tokens_of_a_text_become_text():
+    tokenizer = letters()
+    vocabulary = Vocabulary(SimpleNamespace(tokenizer=tokenizer, image_token="<picture>"))
+    harmless = vocabulary.harmless("a <image></s> b <picture>")
+    assert not any(map(vocabulary.special, tokenizer(harmless).input_ids))
+    assert "<picture>" not in harmless
+    assert harmless.replace("\N{WORD JOINER}", "") == "a <image></s> b <picture>"
+    assert vocabulary.harmless("a < b > c") == "a < b > c"
