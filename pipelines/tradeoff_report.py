@@ -63,7 +63,8 @@ def _table(found: Sequence[Found], rows: int, text_tokens: int) -> str:
         f"{rows} questions, {text_tokens} tokens of text on average; exact match in %. Kept: retained + "
         "skipped visual tokens. Costs in % of full tokens: prefill FLOPs behind the vision tower, with it, "
         "KV bytes (these three predicted), and median time to the first token (measured). Intervals by "
-        "bootstrap over images; they know nothing of the fine-tune's seed.\n"
+        "bootstrap over images and, where there are several, seeds of the fine-tune; of one seed they say "
+        "nothing about others, and of two or three they are still too narrow.\n"
     )
 
 

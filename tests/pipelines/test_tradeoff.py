@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
+from pipelines.compare import read_rows
 from pipelines.items import read_items
-from pipelines.tradeoff import run_tradeoff
+from pipelines.tradeoff import digests, run_tradeoff
 from pipelines.tradeoff_config import TradeoffConfig
+from pipelines.tradeoff_points import Point
 from skipvision.errors import AdapterError, ConfigError
 
 SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
@@ -120,6 +122,24 @@ def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, a
     table = Path(result["table"]).read_text()
     assert "**tuned**, 2 seeds" in table
     assert table.count("by seed") == 2
+
+
+@pytest.mark.parametrize(
+    "file", ["model/model.safetensors", "adapter/adapter_config.json", "the first image"]
+)
+def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, shapes_data, tmp_path, file):
+    for source, name in ((tiny_model, "model"), (adapter, "adapter"), (shapes_data, "data")):
+        shutil.copytree(source, tmp_path / name)
+    rows = read_rows(str(tmp_path / "data/test.json"))
+    skip = sv.SkipConfig(retained=4, skipped=0, merge="drop", select="random")
+    point = Point("tuned", (str(tmp_path / "adapter"),) * 2, "random", skip)
+    config = TradeoffConfig(**{**given, "model": {"path": str(tmp_path / "model")}})
+    before = digests([point], config, rows)
+    assert len(set(before.values())) == 2  # each seed draws its own places
+    assert digests([point], config, rows) == before
+    changed = Path(str(rows[0].images[0])) if "image" in file else tmp_path / file
+    changed.write_bytes(changed.read_bytes() + b" ")
+    assert not set(digests([point], config, rows).values()) & set(before.values())
 
 
 @pytest.mark.parametrize(
