@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import skipvision as sv
 from pipelines.cluster import ray_session
 from pipelines.compare import read_rows
@@ -48,7 +50,10 @@ class Found:
         language_flops: predicted prefill FLOPs, vision tower left out, ÷ full tokens.
         prefill_flops: the same with the tower.
         kv_bytes: predicted bytes of KV cache after prefill ÷ full tokens.
-        latency: median seconds to the first token ÷ full tokens; None if not measured.
+        latency: median, over the rounds, of time to the first token ÷ that of full tokens in the same round;
+            None if not measured.
+        latency_quartiles: first and third quartile of the same.
+        first_token_seconds: first quartile, median and third quartile of the time itself.
         accuracy: share of exact answers, by task and overall.
         gap: against full tokens, by task and overall.
         by_seed: the overall gap under each seed.
@@ -59,6 +64,8 @@ class Found:
     prefill_flops: float
     kv_bytes: float
     latency: float | None
+    latency_quartiles: tuple[float, float] | None
+    first_token_seconds: tuple[float, float, float] | None
     accuracy: dict[str, float]
     gap: dict[str, Paired]
     by_seed: list[float]
@@ -146,9 +153,11 @@ def _score_missing(files: dict[_Answered, Path], config: TradeoffConfig, rows: S
         print(f"{_named(point, seed)}: exact match {share:.3f}", flush=True)
 
 
-def _timed(todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> dict[Point, float]:
-    """Each adapter's points one after the other, with nothing of ours beside them."""
-    seconds: dict[Point, float] = {}
+def _timed(
+    todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
+) -> dict[Point, list[float]]:
+    """Seconds by round: each adapter's points one after the other, with nothing of ours beside them."""
+    seconds: dict[Point, list[float]] = {}
     for label in config.adapters if config.latency_rounds else ():
         own = [point for point in todo if point.adapter == label]
         [(_, measured)] = _in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
@@ -183,7 +192,7 @@ def _found(
     config: TradeoffConfig,
     geometry: Any,
     text: int,
-    seconds: dict[Point, float],
+    seconds: dict[Point, list[float]],
 ) -> Found:
     cost = sv.predict_cost(geometry, point.skip, text_tokens=text)
     label = config.adapters[point.adapter].reference or point.adapter
@@ -197,16 +206,25 @@ def _found(
         task: paired_by_seed([(_of(task, before), _of(task, after)) for before, after in sides])
         for task in [*sorted({item.category for item in items[point, 0]} - {""}), OVERALL]
     }
+    ratios = [own / full for own, full in zip(seconds[point], seconds[whole], strict=True)] if seconds else []
+    ratio = _quartiles(ratios) if seconds else None
     return Found(
         point,
-        language_share(cost),
-        cost.ratio_to_full.prefill_flops,
-        cost.ratio_to_full.kv_bytes,
-        seconds[point] / seconds[whole] if seconds else None,
-        {task: gap.other for task, gap in gaps.items()},
-        gaps,
-        [paired(*side).difference for side in sides],
+        language_flops=language_share(cost),
+        prefill_flops=cost.ratio_to_full.prefill_flops,
+        kv_bytes=cost.ratio_to_full.kv_bytes,
+        latency=ratio and ratio[1],
+        latency_quartiles=ratio and (ratio[0], ratio[2]),
+        first_token_seconds=_quartiles(seconds[point]) if seconds else None,
+        accuracy={task: gap.other for task, gap in gaps.items()},
+        gap=gaps,
+        by_seed=[paired(*side).difference for side in sides],
     )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    first, median, third = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return first, median, third
 
 
 def _of(task: str, items: Sequence[Item]) -> list[Item]:

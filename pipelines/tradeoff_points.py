@@ -117,10 +117,11 @@ def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[Traini
 
 def first_token_seconds(
     some: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
-) -> list[float]:
-    """Median seconds to the first token of one row at each point of one adapter.
+) -> list[list[float]]:
+    """Seconds to the first token at each point of one adapter, round by round.
 
-    The points take turns, so that what else the machine does weighs on all of them.
+    A round is one row, at all points in turn: what the row costs and what else the machine does weigh on all
+    of them, so that times of one round are to be compared with each other.
     """
     model, processor = _built(config.model, some[0].paths[0])
     chat = ChatFormat(processor)
@@ -138,7 +139,7 @@ def first_token_seconds(
                     torch.cuda.synchronize()
                 if number:  # the first time is to warm up
                     own.append(time.perf_counter() - started)
-    return [statistics.median(own) for own in seconds]
+    return seconds
 
 
 @lru_cache(maxsize=1)

@@ -48,7 +48,7 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
         "fractions": [0.1, 0.8],
         "grid": {"retained": [2, 4], "skipped": [0, 3]},
         "max_new_tokens": 2,
-        "latency_rounds": 1,
+        "latency_rounds": 3,
     }
 
 
@@ -66,7 +66,10 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     }
     assert len(numbers) == 15
     for (label, method, _), one in numbers.items():
-        assert one["latency"] > 0
+        low, high = one["latency_quartiles"]
+        assert 0 < low <= one["latency"] <= high
+        seconds = one["first_token_seconds"]
+        assert seconds == sorted(seconds)
         assert one["gap"]["overall"]["items"] == 6
         if method == "full":
             assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
@@ -77,6 +80,7 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     assert (tuned["retained"], tuned["skipped"], tuned["select"]) == (4, 4, "norm")
     table = Path(result["table"]).read_text()
     assert table.count("| as tuned | 4 + 4 |") == 1
+    assert table.count("| 100 [100, 100] |") >= 2
     for name in ("picture", "published"):
         assert Path(result[name]).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / Path(result[name]).name).exists()
