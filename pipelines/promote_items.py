@@ -122,8 +122,8 @@ def check_comparable(candidate: Mapping[str, str | None], reference: Mapping[str
     """
     if silent := [name for name in _ALWAYS if not (name in candidate and name in reference)]:
         raise WrongItemsError(
-            f"the items do not say with which {', '.join(silent)} they were made: score both systems again, in "
-            "a new job"
+            f"the items do not say with which {', '.join(silent)} they were made: score both systems "
+            "again, in a new job"
         )
     for name in sorted({*candidate, *reference} - _OWN):
         if candidate.get(name) != reference.get(name):
