@@ -6,7 +6,6 @@ looks best has also been lucky, and its score on the questions that chose it is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import suppress
 from dataclasses import replace
@@ -21,10 +20,10 @@ from pipelines.calibrate_search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate_space import candidates, parts
 from pipelines.caption_model import check_model, find_model
 from pipelines.cluster import node_resources, ray_session, worker_resources
+from pipelines.fingerprints import of_dataset, of_model
 from pipelines.paths import output_path
 from pipelines.run_folder import RunFolder
 from pipelines.tracking import Tracker, TrackingError
-from skipvision.errors import ConfigError
 
 __all__ = ["CalibrateConfig", "run_calibrate"]
 
@@ -42,7 +41,7 @@ class CalibrationFolder(RunFolder):
 
     @property
     def begun(self) -> bool:
-        return self.scores.exists() and any(self.scores.iterdir())
+        return "latency" in self.state or (self.scores.exists() and any(self.scores.iterdir()))
 
 
 def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
@@ -76,10 +75,12 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
     model = find_model(config, uri, folder.downloads, folder.state.get("adapter"))
     model_config = check_model(model)
     search, held_out = parts(config)
-    asked = [(q.index, q.row, q.messages) for part in (search, held_out) for q in part.questions]
-    fingerprint = hashlib.sha256(repr(asked).encode()).hexdigest()
-    if folder.state.get("data", fingerprint) != fingerprint:
-        raise ConfigError(f"{search.file} has changed since this job began; choose another name")
+    both = replace(search, questions=(*search.questions, *held_out.questions))
+    files = {
+        f"dataset {both.name}": of_dataset(both),
+        f"base model {model.label}": of_model(model.base),
+    }
+    folder.insist_on_same(files)
     found = candidates(config, model, model_config, search)
     # Call by call, an engine can be asked for the summaries that it has, or for none.
     model = replace(model, skip=max((one.skip for one in found), key=lambda skip: skip.summary_tokens))
@@ -96,7 +97,7 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
     folder.remember(
         config=config.model_dump(mode="json"),
         adapter=model.adapter_label,
-        data=fingerprint,
+        files=files,
         mlflow_run_id=tracker.run_id,
     )
     try:

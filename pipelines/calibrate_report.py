@@ -19,18 +19,20 @@ def markdown(evidence: Mapping[str, Any], budget: LimitsSection) -> str:
     header = ["stage", *fields, *(f"{_COSTS[name]}, %" for name in costs), "items", interval, "out because"]
     lines = [_row(header), _row(["---"] * len(header))]
     for one in evidence["history"]:
-        points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-            *(100 * one[k] + 0.0 for k in ("difference", "low", "high"))
-        )
+        points = "" if one["difference"] is None else _points(one)
         ratios = (f"{100 * one['costs'][name]:.1f}" for name in costs)
         values = (str(value) for value in one["values"].values())
         lines.append(_row([one["stage"], *values, *ratios, str(one["items"]), points, one["out"]]))
     full = evidence["history"][-1]["full"]
-    lines.append(
-        f"\nCosts and differences are against full tokens ({100 * full:.1f} % on the held-out rows).\n"
-    )
+    score = "" if full is None else f" ({100 * full:.1f} % on the held-out rows)"
+    lines.append(f"\nCosts and differences are against full tokens{score}.\n")
     lines.append(f"{_decided(evidence)}\n")
     return "\n".join(lines)
+
+
+def _points(one: Mapping[str, Any]) -> str:
+    difference, low, high = (100 * one[key] + 0.0 for key in ("difference", "low", "high"))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _decided(evidence: Mapping[str, Any]) -> str:
@@ -44,16 +46,17 @@ def _row(cells: list[str]) -> str:
 
 
 def picture(evidence: Mapping[str, Any], budget: LimitsSection, path: Path) -> None:
-    """Difference against cost, by stage, as a PNG; the held-out ones with their intervals."""
+    """Difference against cost of all that was asked, by stage, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    stages = list(dict.fromkeys(one["stage"] for one in evidence["history"]))
+    scored = [one for one in evidence["history"] if one["difference"] is not None]
+    stages = list(dict.fromkeys(one["stage"] for one in scored))
     for number, stage in enumerate(stages, start=1):
-        some = [one for one in evidence["history"] if one["stage"] == stage]
+        some = [one for one in scored if one["stage"] == stage]
         middle = [100 * one["difference"] for one in some]
         last = stage == stages[-1]
         axis.errorbar(
@@ -73,7 +76,8 @@ def picture(evidence: Mapping[str, Any], budget: LimitsSection, path: Path) -> N
     axis.axhline(0, color="#5b6b7f", linewidth=0.5)
     axis.set_xlabel(f"{_COSTS[budget.minimise]}, % of full tokens")
     axis.set_ylabel("accuracy − full tokens, points")
-    axis.legend(frameon=False)
+    if scored:
+        axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

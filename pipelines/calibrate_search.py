@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -47,9 +46,11 @@ class Calibration:
         self._search, self._held_out = search, held_out
         self._history: list[dict[str, Any]] = []
         self._items: dict[str, list[Item]] = {}
-        # Without a limit on accuracy verdicts only describe.
+        # Without a limit on accuracy verdicts only describe. Questions that cannot be asked cannot be by any
+        # config, and a rung of few questions may have many of them.
         self._budget = Budget(
             overall=config.budget.accuracy_drop or 1.0,
+            max_errors=1.0,
             confidence=config.budget.confidence,
             seed=config.search.seed,
         )
@@ -59,11 +60,13 @@ class Calibration:
         limits, search = self._config.budget, self._config.search
         timed = self._timed(candidates, "search")
         alive = [candidate for candidate in timed if self._fast(candidate)]
+        self._note_slow([candidate for candidate in timed if not self._fast(candidate)])
         if not alive:
             best = min(timed, key=lambda candidate: candidate.costs["latency"])
-            raise NothingWithinBudgetError(
-                f"no config of the space keeps time to the first token to {limits.latency} of full tokens; "
-                f"the best found, {json.dumps(varied(best, self._config))}, takes {best.costs['latency']:.2f}"
+            return self._evidence(
+                None,
+                {**varied(best, self._config), "latency": round(best.costs["latency"], 4)},
+                f"no config of the space keeps time to the first token to {limits.latency} of full tokens",
             )
         groups = list(dict.fromkeys(question.group for question in self._search.questions))
         sizes = rung_sizes(len(groups), search.rungs, search.factor)
@@ -154,17 +157,38 @@ class Calibration:
             passed.append(found)
         self._note("held out", verified, {verified[-1].candidate.name: reason} if reason else {})
         best = max(verified, key=lambda one: one.difference)
-        chosen = min(passed, key=lambda one: one.candidate.costs[limits.minimise], default=None)
+        return self._evidence(
+            min(passed, key=lambda one: one.candidate.costs[limits.minimise], default=None),
+            {**varied(best.candidate, self._config), "difference": round(best.difference, 4)},
+            f"no config of the space was shown to keep to the budget: {reason}",
+        )
+
+    def _evidence(self, chosen: Standing | None, best: dict[str, Any], otherwise: str) -> dict[str, Any]:
+        """What was found; ``otherwise`` says why nothing was, if so."""
         return {
             "chosen": None if chosen is None else chosen.candidate.skip.model_dump(),
             "costs": None if chosen is None else dict(chosen.candidate.costs),
             "verdict": None if chosen is None else asdict(chosen.verdict),
-            "best": {**varied(best.candidate, self._config), "difference": round(best.difference, 4)},
-            "reason": ""
-            if chosen is not None
-            else f"no config of the space was shown to keep to the budget: {reason}",
+            "best": best,
+            "reason": otherwise if chosen is None else "",
             "history": self._history,
         }
+
+    def _note_slow(self, slow: Sequence[Candidate]) -> None:
+        """Those that time to the first token rules out; they are not asked anything."""
+        for one in slow:
+            unknown = dict.fromkeys(("difference", "low", "worst", "high", "full"))
+            self._history.append(
+                {
+                    "stage": "latency",
+                    "name": one.name,
+                    "values": varied(one, self._config),
+                    "costs": dict(one.costs),
+                    **unknown,
+                    "items": 0,
+                    "out": "time to the first token over the limit",
+                }
+            )
 
     def _note(self, stage: str, standings: Sequence[Standing], out: Mapping[str, str]) -> None:
         for one in standings:

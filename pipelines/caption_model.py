@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 import skipvision as sv
@@ -19,7 +21,7 @@ from pipelines.paths import input_path
 from pipelines.sections import EngineSection
 from pipelines.tracking import fetch_model
 from skipvision.engine import Engine
-from skipvision.errors import ConfigError
+from skipvision.errors import AdapterError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,12 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
 
 
 def check_model(model: CaptionModel) -> PretrainedConfig:
-    """Try everything but the weights, so that a mistake is an error now and not that of every engine."""
+    """Try everything but the base model's weights, so that a mistake is an error now and not every engine's.
+
+    Raises:
+        ConfigError: there is no such base model, or it cannot be asked or run so.
+        AdapterError: the adapter's files are damaged, or made for another model.
+    """
     try:
         config = AutoConfig.from_pretrained(model.base)
         with torch.device("meta"):
@@ -109,12 +116,29 @@ def check_model(model: CaptionModel) -> PretrainedConfig:
         raise ConfigError(f"model.path = {model.label}: {error}") from error
     with sv.attach(base, model.skip):
         pass
+    if model.adapter is not None:
+        _check_adapter(base, model.adapter)
     processor: Any = load_processor(model.base)
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
             f"model.path = {model.label}: {type(processor).__name__} has no chat template for prompts"
         )
     return config
+
+
+def _check_adapter(base: nn.Module, folder: Path) -> None:
+    """Put an adapter on a model that has no weights."""
+    incomplete = "Found missing adapter keys"
+    with warnings.catch_warnings():
+        # Of its weights, which there is nothing to be copied into.
+        warnings.filterwarnings("ignore", ".*non-meta parameter in the checkpoint to a meta", UserWarning)
+        warnings.filterwarnings("error", incomplete, UserWarning)
+        try:
+            sv.load_adapter(base, folder)
+        except UserWarning as warning:
+            if not str(warning).startswith(incomplete):
+                raise
+            raise AdapterError(f"{folder} is an incomplete adapter: {warning}") from None
 
 
 def load_captioner(model: CaptionModel, settings: EngineSection, device: torch.device) -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Literal
 
@@ -21,7 +22,12 @@ FEW_CHANGES = 10
 POWER = 0.8
 """Chance to pass that the estimate of the items needed aims at, if the difference seen is the true one."""
 
-_WORDS = {"within": "within", "worse": "**worse**", "undecided": "**undecided**"}
+_WORDS = {
+    "within": "within",
+    "worse": "**worse**",
+    "undecided": "**undecided**",
+    "unanswered": "**too many without an answer**",
+}
 
 
 class Budget(BaseModel):
@@ -38,6 +44,12 @@ class Budget(BaseModel):
         gt=0.5,
         lt=1,
         description="of the two-sided interval whose lower end must stay within the budget",
+    )
+    max_errors: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="largest share of a slice's items without an answer, on either side; more is refused",
     )
     resamples: int = Field(2000, ge=100, description="bootstrap resamples behind an interval")
     seed: int = Field(0, ge=0, description="seed of the bootstrap")
@@ -65,20 +77,23 @@ class Verdict:
     Attributes:
         slice: its name.
         budget: largest drop accepted.
-        found: the paired comparison.
+        found: the paired comparison, without the items that neither side has an answer to.
         worst: the difference that must not lie below the budget: the interval's lower end, or, where few
             groups changed, the exact binomial bound if that is lower.
-        outcome: within the budget; worse, if the difference itself is not; or undecided.
+        outcome: within the budget; worse, if the difference itself is not; undecided; or unanswered, if a
+            side has more errors than it may: then all items are in the comparison, and it means little.
         needed: items, at least, for a decision, if the difference seen is the true one; None where there are
             enough, or more would not help.
+        errors: items without an answer: the reference's, the candidate's.
     """
 
     slice: str
     budget: float
     found: Paired
     worst: float
-    outcome: Literal["within", "worse", "undecided"]
+    outcome: Literal["within", "worse", "undecided", "unanswered"]
     needed: int | None
+    errors: tuple[int, int]
 
 
 def judge(reference: Sequence[Item], candidate: Sequence[Item], budget: Budget) -> list[Verdict]:
@@ -88,7 +103,7 @@ def judge(reference: Sequence[Item], candidate: Sequence[Item], budget: Budget) 
         ConfigError: the items have no such slice.
         DataError: the items cannot be paired, or the reference has errors where the candidate has none.
     """
-    _check_errors(reference, candidate)
+    _check_unfair(reference, candidate)
     return [_verdict(name, drop, reference, candidate, budget) for name, drop in budget.required.items()]
 
 
@@ -110,14 +125,24 @@ def _slices(item: Item) -> Iterator[str]:
 def table(verdicts: Sequence[Verdict], confidence: float) -> str:
     """The verdicts for people, in Markdown; scores in percent, differences in points."""
     interval = f"difference [{100 * confidence:g} % interval]"
-    numbers = ["items", "groups", "reference", "candidate", interval, "McNemar p", "worst", "budget"]
+    numbers = [
+        "items",
+        "errors",
+        "groups",
+        "reference",
+        "candidate",
+        interval,
+        "McNemar p",
+        "worst",
+        "budget",
+    ]
     lines = [f"| slice | {' | '.join(numbers)} | verdict |", f"| --- |{' ---: |' * len(numbers)} --- |"]
     for verdict in verdicts:
         found, p = verdict.found, verdict.found.p_mcnemar
         interval = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
         more = f"; about {verdict.needed} items needed" if verdict.needed else ""
         cells = [
-            *(verdict.slice, str(found.items), str(found.groups)),
+            *(verdict.slice, str(found.items), "{} / {}".format(*verdict.errors), str(found.groups)),
             *(f"{100 * found.reference:.1f}", f"{100 * found.other:.1f}", interval),
             *(
                 "" if p is None else f"{p:.2g}",
@@ -133,19 +158,28 @@ def table(verdicts: Sequence[Verdict], confidence: float) -> str:
 def _verdict(
     name: str, drop: float, reference: Sequence[Item], candidate: Sequence[Item], budget: Budget
 ) -> Verdict:
-    sides = slice_of(reference, name), slice_of(candidate, name)
-    if not any(sides):
+    before, after = slice_of(reference, name), slice_of(candidate, name)
+    if not before and not after:
         known = sorted({known for item in reference for known in _slices(item) if "/" not in known})
         raise ConfigError(f"budget.slices: the items have no slice {name!r}; there are {', '.join(known)}")
-    found = paired(*sides, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
+    failed = _unanswered(before), _unanswered(after)
+    errors = len(failed[0]), len(failed[1])
+    unanswered = max(errors) > budget.max_errors * len(before)
+    if not unanswered:  # what both failed at says nothing about either
+        neither = failed[0] & failed[1]
+        before, after = ([item for item in side if _key(item) not in neither] for side in (before, after))
+    found = paired(before, after, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
     worst = found.low
     if found.changed < FEW_CHANGES:
         worst = min(worst, -exact_loss_bound(found.lost, found.groups, budget.confidence))
+    verdict = partial(Verdict, name, drop, found, worst, errors=errors)
+    if unanswered:
+        return verdict("unanswered", None)
     if worst >= -drop:
-        return Verdict(name, drop, found, worst, "within", None)
+        return verdict("within", None)
     if found.difference <= -drop:
-        return Verdict(name, drop, found, worst, "worse", None)
-    return Verdict(name, drop, found, worst, "undecided", _items_needed(found, drop, budget.confidence))
+        return verdict("worse", None)
+    return verdict("undecided", _items_needed(found, drop, budget.confidence))
 
 
 def _items_needed(found: Paired, drop: float, confidence: float) -> int:
@@ -162,12 +196,20 @@ def _items_needed(found: Paired, drop: float, confidence: float) -> int:
     return math.ceil(max(groups) * found.items / found.groups)
 
 
-def _check_errors(reference: Sequence[Item], candidate: Sequence[Item]) -> None:
-    answered = {(item.dataset, item.index) for item in candidate if item.error is None}
-    unfair = [i for i in reference if i.error is not None and (i.dataset, i.index) in answered]
+def _check_unfair(reference: Sequence[Item], candidate: Sequence[Item]) -> None:
+    unanswered = _unanswered(candidate)
+    unfair = [item for item in reference if item.error is not None and _key(item) not in unanswered]
     if unfair:
         first = unfair[0]
         raise DataError(
             f"{len(unfair)} items of the reference {first.system!r} have an error and would count as gains "
             f"({first.dataset} {first.index}: {first.error}, for one): score the reference again"
         )
+
+
+def _unanswered(items: Sequence[Item]) -> set[tuple[str, str]]:
+    return {_key(item) for item in items if item.error is not None}
+
+
+def _key(item: Item) -> tuple[str, str]:
+    return item.dataset, item.index

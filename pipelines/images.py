@@ -60,6 +60,11 @@ class FileImage:
         with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
             return decode(file, self.path, self.max_pixels)
 
+    def read(self) -> bytes:
+        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
+            content: bytes = file.read()
+        return content
+
     def check_exists(self) -> None:
         """Raise `MissingImageError` if there is no such file; cheaper than `open`."""
         with _errors_of_storage(self):
@@ -97,6 +102,9 @@ class InlineImage:
     def open(self) -> Image.Image:
         return decode(io.BytesIO(self.data), self.name, self.max_pixels)
 
+    def read(self) -> bytes:
+        return self.data
+
     def __str__(self) -> str:
         return self.name
 
@@ -117,13 +125,16 @@ class ParquetImage:
     max_pixels: int = MAX_PIXELS
 
     def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
+
+    def read(self) -> bytes:
         with _errors_of_storage(self):
             cell = read_cell(self.path, self.row_group, self.column, self.row)
         value = cell[self.index] if isinstance(cell, list) else cell
-        data = value["bytes"] if isinstance(value, dict) else value
+        data: bytes | None = value["bytes"] if isinstance(value, dict) else value
         if data is None:
             raise MissingImageError(f"image {self} is null")
-        return decode(io.BytesIO(data), str(self), self.max_pixels)
+        return data
 
     def __str__(self) -> str:
         return f"{self.path}[row group {self.row_group}, row {self.row}].{self.column}[{self.index}]"
@@ -140,10 +151,13 @@ class TarImage:
     max_pixels: int = MAX_PIXELS
 
     def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
+
+    def read(self) -> bytes:
         with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
             file.seek(self.offset)
-            data = file.read(self.size)
-        return decode(io.BytesIO(data), str(self), self.max_pixels)
+            data: bytes = file.read(self.size)
+        return data
 
     def __str__(self) -> str:
         return f"{self.path}[{self.member}]"
@@ -160,10 +174,13 @@ class TsvImage:
     max_pixels: int = MAX_PIXELS
 
     def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
+
+    def read(self) -> bytes:
         with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
             file.seek(self.offset)
             text = file.read(self.size).decode("ascii", "replace").strip()
-        return InlineImage.from_base64(text, str(self), self.max_pixels).open()
+        return InlineImage.from_base64(text, str(self)).data
 
     def __str__(self) -> str:
         return f"{self.name} in {self.path}"

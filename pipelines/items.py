@@ -53,7 +53,9 @@ def write_items(
     """Write items as parquet; an older file is replaced at once or not at all.
 
     ``systems`` says of each label what it stands for: ``model``, ``adapter`` (a registered version as
-    ``models:/NAME/VERSION``, or a folder and the digest of its files, or None) and ``skip`` (JSON).
+    ``models:/NAME/VERSION``, or a folder and the digest of its files, or None) and ``skip`` (JSON); and how
+    it was asked: ``weights`` (fingerprint of the base model), ``sampling`` (JSON), ``judge``, and for each
+    dataset ``dataset NAME`` (its fingerprint).
     """
     columns = {name: [getattr(item, name) for item in items] for name in ITEM_SCHEMA.names}
     made_by = {_MADE_BY: json.dumps(systems or {}, sort_keys=True).encode()}

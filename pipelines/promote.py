@@ -22,7 +22,7 @@ from pipelines.promote_items import (
     FullTokens,
     NeededSystem,
     RegisteredSystem,
-    WrongItemsError,
+    check_comparable,
     items_file,
     items_of,
 )
@@ -74,10 +74,11 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
     """Judge the candidate, record what was found, and move the alias if it passed; returns the evidence.
 
     Raises:
-        RefusedError: it did not pass; the alias stays.
-        WrongItemsError: the items are not the candidate's, or not the reference's.
-        AliasMovedError: the alias moved while the candidate was judged.
+        RefusedError: it did not pass; the alias stays. This is recorded.
+        AliasMovedError: the alias moved while the candidate was judged. This is recorded.
+        WrongItemsError: the items are not the candidate's or the reference's, or not about the same.
         ConfigError: no such model version, items or slice.
+        DataError: the items cannot be read or paired, or the reference has errors of its own.
         TrackingError: MLflow cannot be reached.
     """
     storage = output_path(config.storage, "storage")
@@ -93,6 +94,8 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
             "full tokens, --reference.against full"
         )
     decision = Decision(candidate, champion, config, datetime.now(UTC).isoformat(timespec="seconds"))
+    # Before there is a run: a mistake in the settings is no decision, and must not stand in for the last one.
+    decision.verdicts = _judged(decision, registry)
     tracker = Tracker.start(
         registry.uri,
         experiment=config.tracking.experiment,
@@ -100,7 +103,6 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
         artifacts=storage / "mlflow-artifacts",
     )
     try:
-        decision.verdicts = _judged(decision, registry)
         _insist_on_all(decision)
         decision.outcome, decision.reason = "passed", "Every slice stays within its budget."
         _record(decision, registry, tracker)  # no alias moves without its evidence
@@ -130,19 +132,21 @@ def _judged(decision: Decision, registry: Registry) -> list[Verdict]:
         for side, section in (("candidate", config.candidate), ("reference", config.reference)):
             file = items_file(section, registry, place / side)
             sides[side], decision.items[side] = items_of(needed[side], file, section)
-    bases = [decision.items[side]["made_with"].get("model") for side in ("candidate", "reference")]
-    if config.reference.against == "full" and bases[0] != bases[1]:
-        raise WrongItemsError(
-            f"the candidate's items were made with the base model {bases[0]}, those with full tokens with "
-            f"{bases[1]}: score both on one"
-        )
+    check_comparable(*(decision.items[side]["made_with"] for side in ("candidate", "reference")))
     return judge(sides["reference"], sides["candidate"], config.budget)
 
 
 def _insist_on_all(decision: Decision) -> None:
+    unanswered = [v for v in decision.verdicts if v.outcome == "unanswered"]
     short = [v for v in decision.verdicts if v.outcome == "undecided"]
     worse = [v for v in decision.verdicts if v.outcome == "worse"]
     said = []
+    if unanswered:
+        share = f"{100 * decision.config.budget.max_errors:g} %"
+        counts = ", ".join(
+            "{} ({} and {} of {})".format(v.slice, *v.errors, v.found.items) for v in unanswered
+        )
+        said.append(f"reference and candidate left more than {share} without an answer on {counts}")
     if worse:
         said.append(f"worse than the budget on {', '.join(v.slice for v in worse)}")
     if short:

@@ -14,14 +14,19 @@ from pipelines.items import Item, read_items, read_systems
 from pipelines.paths import input_path
 from pipelines.promote_config import ItemsSection
 from pipelines.registry import ModelVersion, Registry
-from skipvision.errors import ConfigError, DataError
+from skipvision.errors import ConfigError
 
 ITEMS = "items.parquet"
 """Name of the artifact that scoring leaves in its MLflow run."""
 
+_OWN = {"model", "adapter", "skip"}
+"""What a file of items says of a system, and the two sides may differ in."""
+_ALWAYS = ("weights", "sampling", "judge")
+"""What it always says beside, and for each dataset its fingerprint."""
 
-class WrongItemsError(DataError):
-    """Scored items that another model made than the one they are to speak for."""
+
+class WrongItemsError(ConfigError):
+    """Scored items of another model, or to other questions, than those they are to speak for."""
 
 
 class NeededSystem(Protocol):
@@ -103,3 +108,31 @@ def items_of(needed: NeededSystem, file: Path, section: ItemsSection) -> tuple[l
         "made_with": systems[label],
     }
     return [item for item in read_items(file) if item.system == label], told
+
+
+def check_comparable(candidate: Mapping[str, str | None], reference: Mapping[str, str | None]) -> None:
+    """Refuse a pair of systems that were not asked the same, in the same way, on the same base model.
+
+    Args:
+        candidate: what its file of items says of it.
+        reference: the same.
+
+    Raises:
+        WrongItemsError: they were not, or a file of items does not say.
+    """
+    if silent := [name for name in _ALWAYS if not (name in candidate and name in reference)]:
+        raise WrongItemsError(
+            f"the items do not say with which {', '.join(silent)} they were made: score both systems "
+            "again, in a new job"
+        )
+    for name in sorted({*candidate, *reference} - _OWN):
+        if candidate.get(name) != reference.get(name):
+            ours, theirs = (
+                f"{name} {system[name]}" if system.get(name) else f"no {name}"
+                for system in (candidate, reference)
+            )
+            otherwise = ", or compare with its own full tokens, --reference.against full"
+            raise WrongItemsError(
+                f"the candidate's items were made with {ours}, the reference's with {theirs}: score both on "
+                f"the same{otherwise if name == 'weights' else ''}"
+            )

@@ -29,6 +29,9 @@ class ImageSource(Protocol):
     def open(self) -> Image.Image:
         """The decoded RGB image, upright; raises `DataError` if it is missing, corrupt or too large."""
 
+    def read(self) -> bytes:
+        """The encoded image; raises `DataError` if it is missing or cannot be read."""
+
     def __str__(self) -> str:
         """How a message or a rejects file names the image."""
 

@@ -136,6 +136,19 @@ class RunFolder:
         self.state, self.changes = {}, []
         return False
 
+    def insist_on_same(self, files: Mapping[str, str]) -> None:
+        """Raise `ConfigError` if files, by name with their fingerprints, are not those this run began with.
+
+        They are in ``run.json`` as ``files``. A run that has done nothing yet begins with what is there now.
+        """
+        known = self.state.get("files", {}) if self.begun else {}
+        for name, fingerprint in files.items():
+            if known.get(name, fingerprint) != fingerprint:
+                raise ConfigError(
+                    f"{name} has changed since this job began ({known[name][:8]} then, {fingerprint[:8]} "
+                    "now): restore it, or choose another name"
+                )
+
     @property
     def begun(self) -> bool:
         """Whether some work is done that other settings or data would mix with."""

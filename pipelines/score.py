@@ -20,6 +20,7 @@ from pipelines.caption import run_caption
 from pipelines.caption_config import CaptionConfig, InputSection, OutputSection
 from pipelines.caption_model import CaptionModel, check_model, find_model
 from pipelines.cluster import ray_session
+from pipelines.fingerprints import of_dataset, of_model
 from pipelines.items import Item, write_items
 from pipelines.judge import Judge
 from pipelines.paths import output_path
@@ -43,6 +44,7 @@ class _Job:
     uri: str
     datasets: tuple[Dataset, ...]
     models: Mapping[str, CaptionModel]
+    files: Mapping[str, str]
     judge: Judge | None
 
 
@@ -56,7 +58,8 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: settings that contradict each other, a model, a dataset's file that is not there, or an
-            earlier start.
+            earlier start, which had other settings or other contents of files.
+        AdapterError: an adapter that is damaged, or made for another model.
         DataError: a dataset lacks columns or answers, or too many questions cannot be asked.
         JudgeError: the judge does not answer.
         ResourceError: the cluster is too small.
@@ -106,16 +109,28 @@ def _prepared(config: ScoreConfig, folder: ScoreFolder) -> _Job:
     for label, system in config.systems.items():
         models[label] = find_model(system, uri, folder.path / "adapters" / label, pinned.get(label))
         check_model(models[label])
+    files = {_named(dataset): of_dataset(dataset) for dataset in datasets}
+    files |= {_base(model): of_model(model.base) for model in models.values()}
+    folder.insist_on_same(files)
     folder.remember(
         config=config.model_dump(mode="json"),
         adapters={label: model.adapter_label for label, model in models.items()},
+        files=files,
     )
     for dataset in datasets:
         asked = folder.questions(dataset.name)
         asked.parent.mkdir(exist_ok=True)
         asked.write_text("".join(f"{question.index}\n" for question in dataset.questions), encoding="utf-8")
         print(f"{dataset.name}: {len(dataset.questions):,} questions in {dataset.file}", flush=True)
-    return _Job(config, folder, uri, datasets, models, judge)
+    return _Job(config, folder, uri, datasets, models, files, judge)
+
+
+def _named(dataset: Dataset) -> str:
+    return f"dataset {dataset.name}"
+
+
+def _base(model: CaptionModel) -> str:
+    return f"base model {model.label}"
 
 
 def _start_tracking(job: _Job) -> dict[str, Tracker]:
@@ -147,6 +162,18 @@ def _start_tracking(job: _Job) -> dict[str, Tracker]:
 
 def _stands_for(model: CaptionModel) -> dict[str, str | None]:
     return {"model": model.label, "adapter": model.adapter_label, "skip": model.skip.model_dump_json()}
+
+
+def _made_with(job: _Job, label: str) -> dict[str, str | None]:
+    """What the file of a system's items says of it: what it stands for, and how it was asked."""
+    model, config = job.models[label], job.config
+    return {
+        **_stands_for(model),
+        "weights": job.files[_base(model)],
+        "sampling": config.sampling.model_dump_json(),
+        "judge": None if config.judge is None else config.judge.model,
+        **{_named(dataset): job.files[_named(dataset)] for dataset in job.datasets},
+    }
 
 
 # ------------------------------------------------------------------------------------------ answering
@@ -204,7 +231,7 @@ def _scored(job: _Job, label: str) -> dict[str, Scored]:
     for dataset in job.datasets:
         answers = _answers(_captioning(job, label, dataset))
         scored[dataset.name] = score_answers(dataset, answers, label, job.judge, parallel)
-    write_items(job.folder.items(label), _all_items(scored), {label: _stands_for(job.models[label])})
+    write_items(job.folder.items(label), _all_items(scored), {label: _made_with(job, label)})
     return scored
 
 

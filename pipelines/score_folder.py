@@ -2,7 +2,7 @@
 
 ::
 
-    <storage>/<name>/run.json               configuration, adapters, what is answered, in the end the result
+    <storage>/<name>/run.json               settings, adapters, fingerprints, what is answered, the result
                      lock                   held by the job that works on it
                      questions/DATASET.txt  indices of the rows that are asked
                      answers/SYSTEM/…       one captioning job a dataset (see pipelines/caption_folder.py)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class Paired:
             0 or 1. It takes items as independent, which the interval does not.
         reference: mean score of the reference.
         other: mean score of the other system.
-        items: how many items both answered.
+        items: how many items both answered, under all seeds together.
         groups: how many groups they form.
         lost: groups in which the other system scored less.
         changed: groups in which it scored less or more.
@@ -59,29 +59,53 @@ def paired(
     are not independent. It knows only of changes it has seen: with few of them it is too narrow.
 
     Raises:
-        DataError: there are no items, or some that only one system answered, or one twice.
+        DataError: there are no items, or some that only one system answered, or one twice, or one that is
+            about another image or in another category on the other side.
     """
-    theirs, ours = _by_key(reference), _by_key(other)
-    _check_same(theirs.keys(), ours.keys())
-    items = list(theirs.values())
-    before = np.array([item.score for item in items])
-    after = np.array([ours[key].score for key in theirs])
-    names = [(item.dataset, item.group) for item in items]
+    return paired_by_seed([(reference, other)], resamples=resamples, seed=seed, confidence=confidence)
+
+
+def paired_by_seed(
+    sides: Sequence[tuple[Sequence[Item], Sequence[Item]]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Paired:
+    """`paired` over several trainings of both systems: (reference, other) under each seed.
+
+    All seeds answer the same items. A resample draws seeds, then groups, the same under all seeds drawn: so
+    the interval knows that another seed, too, would have given another difference. Of two or three seeds it
+    still sees too little of that.
+
+    Raises:
+        DataError: as of `paired`, or the seeds were not asked the same.
+    """
+    keyed = [(_by_key(reference), _by_key(other)) for reference, other in sides]
+    first = keyed[0][0]
+    for theirs, ours in keyed:
+        _check_same(first, theirs)
+        _check_same(theirs, ours)
+    before = np.array([[theirs[key].score for key in first] for theirs, _ in keyed])
+    after = np.array([[ours[key].score for key in first] for _, ours in keyed])
+    names = [(item.dataset, item.group) for item in first.values()]
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     groups = np.array([numbers[name] for name in names])
-    totals, counts = np.bincount(groups, after - before), np.bincount(groups)
+    counts = np.bincount(groups)
+    totals = np.array([np.bincount(groups, gains) for gains in after - before])
     low, high = np.quantile(_resampled(totals, counts, resamples, seed), _tails(confidence))
+    by_group = totals.sum(axis=0)
     return Paired(
-        difference=float(totals.sum() / counts.sum()),
+        difference=float(by_group.sum() / before.size),
         low=float(low),
         high=float(high),
         p_mcnemar=_mcnemar(before, after),
         reference=float(before.mean()),
         other=float(after.mean()),
-        items=len(items),
+        items=before.size,
         groups=len(counts),
-        lost=int((totals < -_NOTHING).sum()),
-        changed=int((np.abs(totals) > _NOTHING).sum()),
+        lost=int((by_group < -_NOTHING).sum()),
+        changed=int((np.abs(by_group) > _NOTHING).sum()),
     )
 
 
@@ -115,10 +139,10 @@ def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:
     return found
 
 
-def _check_same(reference: Set[tuple[str, str]], other: Set[tuple[str, str]]) -> None:
-    only = [len(reference - other), len(other - reference)]
+def _check_same(reference: Mapping[tuple[str, str], Item], other: Mapping[tuple[str, str], Item]) -> None:
+    only = [len(reference.keys() - other.keys()), len(other.keys() - reference.keys())]
     if any(only):
-        dataset, index = min(reference ^ other)
+        dataset, index = min(reference.keys() ^ other.keys())
         raise DataError(
             f"the systems were not asked the same: {only[0]} of the reference's {len(reference)} items are "
             f"missing on the other side, and {only[1]} of the other's {len(other)} on the reference's "
@@ -126,13 +150,36 @@ def _check_same(reference: Set[tuple[str, str]], other: Set[tuple[str, str]]) ->
         )
     if not reference:
         raise DataError("there are no items to compare")
+    differing = [item for key, item in reference.items() if _about(item) != _about(other[key])]
+    if differing:
+        one = differing[0]
+        raise DataError(
+            f"{len(differing)} of {len(reference)} items are about another image or in another category on "
+            f"the other side ({one.dataset} {one.index}: {_about(one)} and "
+            f"{_about(other[one.dataset, one.index])}, for one): score both on the same tables"
+        )
+
+
+def _about(item: Item) -> tuple[str, str]:
+    return item.group, item.category
 
 
 def _resampled(totals: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Mean differences of random draws of as many groups as there are, with replacement."""
+    """Mean differences of random draws of as many seeds and groups as there are, with replacement.
+
+    Args:
+        totals: sums of differences, (seeds, groups).
+        counts: items of a group, (groups,).
+        resamples: draws.
+        seed: of the draws.
+    """
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(0, len(counts), len(counts)) for _ in range(resamples))
-    return np.array([totals[draw].sum() / counts[draw].sum() for draw in draws])
+    means = []
+    for _ in range(resamples):
+        gains = totals[rng.integers(0, len(totals), len(totals))].mean(axis=0)
+        draw = rng.integers(0, len(counts), len(counts))
+        means.append(gains[draw].sum() / counts[draw].sum())
+    return np.array(means)
 
 
 def _tails(confidence: float) -> tuple[float, float]:

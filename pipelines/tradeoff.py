@@ -1,26 +1,29 @@
 """What accuracy costs: points scored as parallel Ray tasks, then one table and two pictures.
 
-Each finished point is a pair of files that its model, rows and settings name, so a job that was killed goes
-on where it was, and one with more points scores only these.
+Each finished point is a file that is named by the contents of model, adapter, questions and images, and by
+settings. So a job that was killed goes on where it was, and one with more points scores only these.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import skipvision as sv
 from pipelines.cluster import ray_session
 from pipelines.compare import read_rows
 from pipelines.evaluate import OVERALL, pick_rows
+from pipelines.fingerprints import of_folder, of_images, of_model
 from pipelines.items import Item, read_items, write_items
 from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
-from pipelines.statistics import Paired, paired
+from pipelines.statistics import Paired, paired, paired_by_seed
 from pipelines.tradeoff_config import TradeoffConfig
 from pipelines.tradeoff_points import (
     FULL,
@@ -47,7 +50,10 @@ class Found:
         language_flops: predicted prefill FLOPs, vision tower left out, ÷ full tokens.
         prefill_flops: the same with the tower.
         kv_bytes: predicted bytes of KV cache after prefill ÷ full tokens.
-        latency: median seconds to the first token ÷ full tokens; None if not measured.
+        latency: median, over the rounds, of time to the first token ÷ that of full tokens in the same round;
+            None if not measured.
+        latency_quartiles: first and third quartile of the same.
+        first_token_seconds: first quartile, median and third quartile of the time itself.
         accuracy: share of exact answers, by task and overall.
         gap: against full tokens, by task and overall.
         by_seed: the overall gap under each seed.
@@ -58,6 +64,8 @@ class Found:
     prefill_flops: float
     kv_bytes: float
     latency: float | None
+    latency_quartiles: tuple[float, float] | None
+    first_token_seconds: tuple[float, float, float] | None
     accuracy: dict[str, float]
     gap: dict[str, Paired]
     by_seed: list[float]
@@ -75,11 +83,9 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
     rows = pick_rows(read_rows(config.test), config.rows)
     geometry, text = model_config(config.model), text_tokens(config.model, rows)
     todo = list(points(config, geometry, text))
-    asked = _asked(config, rows)
     files = {
-        (point, seed): folder / "points" / f"{point.digest(asked, seed)}.parquet"
-        for point in todo
-        for seed in range(len(point.paths))
+        answered: folder / "points" / f"{digest}.parquet"
+        for answered, digest in digests(todo, config, rows).items()
     }
     with ray_session():
         _score_missing(files, config, rows)
@@ -117,11 +123,22 @@ def _located(config: TradeoffConfig) -> TradeoffConfig:
     return config.model_copy(update={"adapters": adapters, "model": model, "test": test})
 
 
-def _asked(config: TradeoffConfig, rows: Sequence[TrainingRow]) -> str:
-    """Names model and questions."""
-    questions = [[row.key, *(message.text for message in row.messages)] for row in rows]
-    named = [config.model.model_dump(), config.max_new_tokens, questions]
-    return sha256(json.dumps(named).encode()).hexdigest()
+def digests(
+    todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
+) -> dict[_Answered, str]:
+    """Names of points under each seed by all that their answers depend on: contents of files, not paths."""
+    model = config.model.model_copy(update={"path": of_model(config.model.path)}).model_dump()
+    questions = [[row.key, row.task, *(message.text for message in row.messages)] for row in rows]
+    images = of_images(image for row in rows for image in row.images)
+    paths = {path for point in todo for path in point.paths}
+    adapters = {path: None if path is None else of_folder(Path(path)) for path in paths}
+    asked = [model, config.max_new_tokens, questions, images]
+    common = sha256(json.dumps(asked).encode()).hexdigest()
+    return {
+        (point, seed): point.digest(common, adapters[path], seed)
+        for point in todo
+        for seed, path in enumerate(point.paths)
+    }
 
 
 def _score_missing(files: dict[_Answered, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> None:
@@ -136,9 +153,11 @@ def _score_missing(files: dict[_Answered, Path], config: TradeoffConfig, rows: S
         print(f"{_named(point, seed)}: exact match {share:.3f}", flush=True)
 
 
-def _timed(todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> dict[Point, float]:
-    """Each adapter's points one after the other, with nothing of ours beside them."""
-    seconds: dict[Point, float] = {}
+def _timed(
+    todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
+) -> dict[Point, list[float]]:
+    """Seconds by round: each adapter's points one after the other, with nothing of ours beside them."""
+    seconds: dict[Point, list[float]] = {}
     for label in config.adapters if config.latency_rounds else ():
         own = [point for point in todo if point.adapter == label]
         [(_, measured)] = _in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
@@ -173,33 +192,43 @@ def _found(
     config: TradeoffConfig,
     geometry: Any,
     text: int,
-    seconds: dict[Point, float],
+    seconds: dict[Point, list[float]],
 ) -> Found:
     cost = sv.predict_cost(geometry, point.skip, text_tokens=text)
     label = config.adapters[point.adapter].reference or point.adapter
     full = {one.adapter: one for one, _ in items if one.method == FULL}
     reference, whole = full[label], full[point.adapter]
-    sides: tuple[list[Item], list[Item]] = [], []
-    by_seed = []
-    for seed in range(len(point.paths)):
-        of_reference = items[reference, min(seed, len(reference.paths) - 1)]
-        by_seed.append(paired(of_reference, items[point, seed]).difference)
-        for side, answers in zip(sides, (of_reference, items[point, seed]), strict=True):
-            side += [replace(item, index=f"{item.index} under seed {seed}") for item in answers]
+    sides = [
+        (items[reference, min(seed, len(reference.paths) - 1)], items[point, seed])
+        for seed in range(len(point.paths))
+    ]
     gaps = {
-        task: paired(*([item for item in side if task in (OVERALL, item.category)] for side in sides))
-        for task in [*sorted({item.category for item in sides[1]} - {""}), OVERALL]
+        task: paired_by_seed([(_of(task, before), _of(task, after)) for before, after in sides])
+        for task in [*sorted({item.category for item in items[point, 0]} - {""}), OVERALL]
     }
+    ratios = [own / full for own, full in zip(seconds[point], seconds[whole], strict=True)] if seconds else []
+    ratio = _quartiles(ratios) if seconds else None
     return Found(
         point,
-        language_share(cost),
-        cost.ratio_to_full.prefill_flops,
-        cost.ratio_to_full.kv_bytes,
-        seconds[point] / seconds[whole] if seconds else None,
-        {task: gap.other for task, gap in gaps.items()},
-        gaps,
-        by_seed,
+        language_flops=language_share(cost),
+        prefill_flops=cost.ratio_to_full.prefill_flops,
+        kv_bytes=cost.ratio_to_full.kv_bytes,
+        latency=ratio and ratio[1],
+        latency_quartiles=ratio and (ratio[0], ratio[2]),
+        first_token_seconds=_quartiles(seconds[point]) if seconds else None,
+        accuracy={task: gap.other for task, gap in gaps.items()},
+        gap=gaps,
+        by_seed=[paired(*side).difference for side in sides],
     )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    first, median, third = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return first, median, third
+
+
+def _of(task: str, items: Sequence[Item]) -> list[Item]:
+    return [item for item in items if task in (OVERALL, item.category)]
 
 
 def _named(point: Point, seed: int) -> str:

@@ -19,7 +19,7 @@ class AdapterSection(Section):
     other_seeds: tuple[str, ...] = Field(
         (),
         description="folders of adapters that the same fine-tune gave under other seeds; answers of all are "
-        "pooled; times and the grid are the first one's",
+        "pooled; times and the grid are the first one's; select=random draws another pattern under each",
     )
     skip: SkipConfig | None = Field(
         None,

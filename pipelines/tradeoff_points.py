@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import skipvision as sv
 from pipelines.collate import ChatFormat, encode, open_images
 from pipelines.evaluate import evaluate_exact_match
 from pipelines.finetune_config import ModelSection
+from pipelines.fingerprints import of_images
 from pipelines.items import Item
 from pipelines.learner import load_frozen
 from pipelines.loading import arithmetic, load_processor
@@ -40,12 +40,17 @@ class Point:
     method: str
     skip: sv.SkipConfig | None
 
-    def digest(self, asked: str, seed: int) -> str:
-        """Names its results under one seed, together with what names model and rows."""
-        path = self.paths[seed]
-        weights = "" if path is None else sha256(_weights(Path(path))).hexdigest()
-        skip = None if self.skip is None else self.skip.model_dump()
-        return sha256(json.dumps([asked, weights, skip]).encode()).hexdigest()[:16]
+    def under(self, seed: int) -> sv.SkipConfig | None:
+        """What is applied under one seed: each has a random pattern of its own."""
+        if self.skip is None or self.skip.select != "random":
+            return self.skip
+        return self.skip.model_copy(update={"seed": self.skip.seed + seed})
+
+    def digest(self, asked: str, adapter: str | None, seed: int) -> str:
+        """Names its results under one seed, together with digests of what is asked and of the adapter."""
+        skip = self.under(seed)
+        named = [asked, adapter, None if skip is None else skip.model_dump()]
+        return sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
 def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) -> Iterator[Point]:
@@ -100,11 +105,11 @@ def text_tokens(model: ModelSection, rows: Sequence[TrainingRow]) -> int:
 def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[TrainingRow]) -> list[Item]:
     """Every row's answer at a point under one seed, one point for exactly what was expected."""
     model, processor = _built(config.model, point.paths[seed])
-    with _applied(model, point.skip), _computing(model):
+    with _applied(model, point.under(seed)), _computing(model):
         answers = evaluate_exact_match(
             model, processor, rows, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
         )
-    groups = [str(row.images[0]) if row.images else row.key for row in rows]
+    groups = [of_images(row.images[:1]) if row.images else row.key for row in rows]
     return [
         Item("test", row.key, point.method, row.task, group, answer.answer, float(answer.correct))
         for row, group, answer in zip(rows, groups, answers, strict=True)
@@ -113,10 +118,11 @@ def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[Traini
 
 def first_token_seconds(
     some: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
-) -> list[float]:
-    """Median seconds to the first token of one row at each point of one adapter.
+) -> list[list[float]]:
+    """Seconds to the first token at each point of one adapter, round by round.
 
-    The points take turns, so that what else the machine does weighs on all of them.
+    A round is one row, at all points in turn: what the row costs and what else the machine does weigh on all
+    of them, so that times of one round are to be compared with each other.
     """
     model, processor = _built(config.model, some[0].paths[0])
     chat = ChatFormat(processor)
@@ -134,7 +140,7 @@ def first_token_seconds(
                     torch.cuda.synchronize()
                 if number:  # the first time is to warm up
                     own.append(time.perf_counter() - started)
-    return [statistics.median(own) for own in seconds]
+    return seconds
 
 
 @lru_cache(maxsize=1)
@@ -163,7 +169,3 @@ def _computing(model: Any) -> Iterator[None]:
     half = arithmetic("auto", model.device) == torch.bfloat16
     with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=half):
         yield
-
-
-def _weights(adapter: Path) -> bytes:
-    return b"".join(sha256(file.read_bytes()).digest() for file in sorted(adapter.glob("*.safetensors")))

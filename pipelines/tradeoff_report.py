@@ -62,14 +62,19 @@ def _table(found: Sequence[Found], rows: int, text_tokens: int) -> str:
     return "\n".join(lines) + (
         f"{rows} questions, {text_tokens} tokens of text on average; exact match in %. Kept: retained + "
         "skipped visual tokens. Costs in % of full tokens: prefill FLOPs behind the vision tower, with it, "
-        "KV bytes (these three predicted), and median time to the first token (measured). Intervals by "
-        "bootstrap over images; they know nothing of the fine-tune's seed.\n"
+        "KV bytes (these three predicted), and time to the first token (measured: median [quartiles] of the "
+        "ratio to full tokens in the same round). Intervals by "
+        "bootstrap over images and, where there are several, seeds of the fine-tune; of one seed they say "
+        "nothing about others, and of two or three they are still too narrow.\n"
     )
 
 
 def _cells(one: Found, tasks: Sequence[str]) -> list[str]:
     skip, gap = one.point.skip, one.gap[OVERALL]
-    latency = "" if one.latency is None else f"{100 * one.latency:.0f}"
+    latency = ""
+    if one.latency is not None and one.latency_quartiles is not None:
+        low, high = one.latency_quartiles
+        latency = f"{100 * one.latency:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
     points = (100 * value + 0.0 for value in (gap.difference, gap.low, gap.high))
     return [
         one.point.method,

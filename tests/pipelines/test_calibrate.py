@@ -104,6 +104,18 @@ def test_what_was_not_shown_is_not_chosen(settings, local_ray):
         run_calibrate(config)
 
 
+def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings, local_ray):
+    config = changed(settings, name="slow", space={"retained": [4]}, budget={"latency": 1e-6})
+    with pytest.raises(NothingWithinBudgetError, match=r"first token to 1e-06 .*\"latency\": 0\.\d+|1\.\d+"):
+        run_calibrate(config)
+    folder = Path(settings["storage"]) / "slow"
+    (one,) = json.loads((folder / "evidence.json").read_text())["history"]
+    assert (one["stage"], one["items"], one["costs"]["latency"] > 0) == ("latency", 0, True)
+    assert "| latency | 4 |" in (folder / "calibration.md").read_text()
+    assert (folder / "calibration.png").exists()
+    assert list((folder / "scores").glob("*")) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from pipelines.items import Item, write_items
 from pipelines.promote import RefusedError, run_promote
 from pipelines.promote_config import PromoteConfig
 from pipelines.promote_items import WrongItemsError
-from pipelines.registry import AliasMovedError, Registry
+from pipelines.registry import AliasMovedError, ModelVersion, Registry
 from pipelines.tracking import Tracker, TrackingConfig
 from skipvision.errors import ConfigError, DataError
 
 SKIP = sv.SkipConfig(retained=4, skipped=4)
-FULL = {"model": "base", "adapter": None, "skip": sv.SkipConfig.full().model_dump_json()}
+ASKED = {"weights": "w0", "sampling": "greedy", "judge": None, "dataset shapes": "q0"}
+FULL = {"model": "base", "adapter": None, "skip": sv.SkipConfig.full().model_dump_json(), **ASKED}
 
 
 def items(
@@ -64,7 +66,7 @@ def registry(storage: Path) -> Registry:
 
 
 def made_by(version: int) -> dict[str, str | None]:
-    return {"model": "base", "adapter": f"models:/ours/{version}", "skip": SKIP.model_dump_json()}
+    return {"model": "base", "adapter": f"models:/ours/{version}", "skip": SKIP.model_dump_json(), **ASKED}
 
 
 def promote(
@@ -107,7 +109,7 @@ def test_a_candidate_within_its_budget_becomes_champion_and_says_why(storage, re
     noted = tags(registry)
     assert noted["outcome"] == evidence["outcome"] == "promoted"
     assert noted["table"].strip() in capsys.readouterr().out
-    assert "| shapes/colour | 200 | 200 | 90.0 | 91.0 | +1.0" in noted["table"]
+    assert "| shapes/colour | 200 | 0 / 0 | 200 | 90.0 | 91.0 | +1.0" in noted["table"]
     stored = registry.artifact(evidence["mlflow_run_id"], "promotion.json", storage)
     assert noted["evidence"] == f"runs:/{evidence['mlflow_run_id']}/promotion.json"
     told = json.loads(stored.read_text())
@@ -119,48 +121,69 @@ def test_a_candidate_within_its_budget_becomes_champion_and_says_why(storage, re
 
 
 @pytest.mark.parametrize(
-    ("after", "slices", "error", "says"),
+    ("before", "after", "slices", "says"),
     [
-        (NUMBERS_LOST, {"number": 0.05}, RefusedError, "worse than the budget on number$"),
+        (GOOD, NUMBERS_LOST, {"number": 0.05}, "worse than the budget on number$"),
+        (GOOD, items("new", wrong={"number": 60, "colour": 60}), {}, "worse than the budget on overall"),
         (
-            items("new", wrong={"number": 60, "colour": 60}),
-            {},
-            RefusedError,
-            "worse than the budget on overall",
-        ),
-        (
+            GOOD,
             SAME,
             {"number": 0.011},
-            RefusedError,
             r"too few items to decide on number \(200 items, about \d+ needed",
         ),
-        (SAME, {"shape": 0.1}, ConfigError, "no slice 'shape'; there are colour, number, shapes"),
-        (SAME[:-3], {}, DataError, "3 of the reference's 400 items are missing"),
+        (
+            items("old", wrong={"number": 200}, error="corrupt"),
+            items("new", wrong={"number": 200}, error="corrupt"),
+            {},
+            r"left more than 2 % without an answer on overall \(200 and 200 of 200\)",
+        ),
     ],
 )
-def test_a_refusal_moves_nothing_and_is_recorded(storage, registry, after, slices, error, says):
-    with pytest.raises(error, match=says) as refusal:
-        promote(storage, before=GOOD, after=after, slices=slices)
+def test_a_refusal_moves_nothing_and_is_recorded(storage, registry, before, after, slices, says):
+    with pytest.raises(RefusedError, match=says) as refusal:
+        promote(storage, before=before, after=after, slices=slices)
     assert registry.holder("ours", "champion") == "1"
     assert tags(registry)["outcome"] == "refused"
     assert tags(registry)["reason"] == str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    "systems",
+    ("changes", "error", "says"),
     [
-        {"old": made_by(1), "new": made_by(3)},
-        {"old": made_by(3), "new": made_by(2)},
-        {"old": made_by(1), "new": {**made_by(2), "skip": FULL["skip"]}},
-        {},
+        ({"slices": {"shape": 0.1}}, ConfigError, "no slice 'shape'; there are colour, number, shapes"),
+        ({"reference": {"items": "nowhere.parquet"}}, ConfigError, "items = nowhere.parquet"),
+        ({"after": SAME[:-3]}, DataError, "3 of the reference's 400 items are missing"),
+        ({"old": {"adapter": "models:/ours/3"}}, WrongItemsError, "needed are items of models:/ours/1"),
+        ({"new": {"adapter": "models:/ours/3"}}, WrongItemsError, "needed are items of models:/ours/2"),
+        ({"new": {"skip": FULL["skip"]}}, WrongItemsError, "needed are items of models:/ours/2"),
+        ({"systems": {"x": {}}}, WrongItemsError, "needed are items of"),
+        ({"new": {"weights": "w1"}}, WrongItemsError, "with weights w1, the reference's with weights w0"),
+        (
+            {"new": {"dataset shapes": "q1"}},
+            WrongItemsError,
+            "with dataset shapes q1, .* shapes q0:",
+        ),
+        ({"new": {"dataset POPE": "q2"}}, WrongItemsError, "dataset POPE q2, .* with no dataset POPE"),
+        ({"old": {"judge": "strict"}}, WrongItemsError, "with no judge, the reference's with judge strict"),
+        (
+            {"systems": {"old": made_by(1), "new": {k: v for k, v in made_by(2).items() if k not in ASKED}}},
+            WrongItemsError,
+            "do not say with which weights, sampling, judge",
+        ),
     ],
-    ids=["another candidate", "another champion", "another SkipConfig", "nobody knows"],
 )
-def test_items_of_another_model_are_refused(storage, registry, systems):
-    with pytest.raises(WrongItemsError, match="needed are items of models:/ours/"):
-        promote(storage, before=GOOD, after=SAME, systems=systems or {"x": {}})
+def test_a_mistake_is_no_decision(storage, registry, changes, error, says):
+    """What the last decision noted stays."""
+    registry.note(ModelVersion("ours", "2"), {"promotion/champion/outcome": "earlier"})
+    systems = {
+        "old": {**made_by(1), **changes.get("old", {})},
+        "new": {**made_by(2), **changes.get("new", {})},
+    }
+    given = {key: value for key, value in changes.items() if key not in ("old", "new")}
+    with pytest.raises(error, match=says):
+        promote(storage, **{"before": GOOD, "after": SAME, "systems": systems, **given})
     assert registry.holder("ours", "champion") == "1"
-    assert "needed are items of" in tags(registry)["reason"]
+    assert tags(registry)["outcome"] == "earlier"
 
 
 def test_items_made_with_the_same_files_count_as_the_versions(storage, registry):
@@ -201,10 +224,8 @@ def test_the_first_champion_is_compared_with_full_tokens(storage, registry):
         "candidate": {"model": f"runs:/{made}", "items": str(storage / "items.parquet")},
     }
     reference = {"items": f"runs:/{tracker.run_id}"}
-    elsewhere = {"new": {**made_by(2), "model": "other"}}
-    with pytest.raises(
-        WrongItemsError, match="made with the base model other, those with full tokens with base"
-    ):
+    elsewhere = {"new": {**made_by(2), "weights": "w1"}}
+    with pytest.raises(WrongItemsError, match="made with weights w1, the reference's with weights w0"):
         promote(storage, **{**given, "systems": elsewhere}, reference={**reference, "against": "full"})
     with pytest.raises(ConfigError, match="no version of 'ours' has the alias 'first' yet"):
         promote(storage, **given, reference=reference)
@@ -274,6 +295,17 @@ def test_errors_of_the_reference_are_no_gains():
     with pytest.raises(DataError, match="20 items of the reference 'old' have an error"):
         verdict(broken, items("new", images=20, wrong={"number": 0}), 0.1)
     assert "within" in table([verdict(GOOD, GOOD, 0.1)], 0.95)
+
+
+def test_what_neither_answered_is_left_out_and_counted():
+    sides = [items(name, wrong={"number": 0}) for name in ("old", "new")]
+    for side, failed in zip(sides, (1, 3), strict=True):  # the candidate fails at two more, which it loses
+        side[:failed] = [replace(item, score=0.0, error="corrupt") for item in side[:failed]]
+    found = verdict(*sides, 0.1)
+    assert (found.errors, found.found.items, found.found.lost) == ((1, 3), 199, 2)
+    assert "| overall | 199 | 1 / 3 | 199 | 100.0 | 99.0 |" in table([found], 0.95)
+    assert verdict(*sides, 0.1).outcome == "within"
+    assert judge(*sides, Budget(overall=0.1, max_errors=0.01))[0].outcome == "unanswered"
 
 
 @pytest.mark.parametrize("slices", [{"number": 0.0}, {"number": 2}, {"overall": 0.1}])

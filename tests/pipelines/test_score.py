@@ -10,6 +10,7 @@ import pytest
 import skipvision as sv
 from pipelines import score
 from pipelines.items import read_items, read_systems
+from pipelines.promote_items import check_comparable
 from pipelines.questions import read_dataset
 from pipelines.score import ScoreConfig, run_score
 from pipelines.score_system import score_dataset
@@ -75,6 +76,12 @@ def finished(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
         with pytest.raises(KeyboardInterrupt):
             run_score(ScoreConfig.model_validate(settings))
         first = len(rounds)
+        file = Path(settings["datasets"][0]["path"])
+        asked = file.read_bytes()
+        file.write_bytes(asked.replace(b"Yes", b"No"))
+        with pytest.raises(ConfigError, match="dataset POPE has changed since this job began"):
+            run_score(ScoreConfig.model_validate(settings))
+        file.write_bytes(asked)
         patch.setattr(
             score, "run_caption", lambda given: (rounds.append(given.name), score_captioning(given))[1]
         )
@@ -91,10 +98,9 @@ def test_items_are_those_of_a_model_in_this_process(settings, finished, tiny_mod
                 dataset = read_dataset(given["name"], given["path"], limit=given.get("limit"))
                 expected += score_dataset(engine, dataset, skip, system=label, max_new_tokens=8).items
             assert read_items(Path(finished["items"][label])) == expected
-    assert (
-        read_systems(Path(finished["items"]["skip"]))["skip"]["skip"]
-        == sv.SkipConfig(**SKIP).model_dump_json()
-    )
+    full, skip = (read_systems(Path(finished["items"][label]))[label] for label in ("full", "skip"))
+    assert skip["skip"] == sv.SkipConfig(**SKIP).model_dump_json()
+    check_comparable(skip, full)
 
 
 def test_what_cannot_be_asked_is_counted(finished):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.items import Item
-from pipelines.statistics import exact_mcnemar, paired
+from pipelines.statistics import exact_mcnemar, paired, paired_by_seed
 from skipvision.errors import DataError
 
 
@@ -74,6 +74,18 @@ def test_the_interval_covers_the_truth_also_where_groups_are_alike():
     assert 0.9 <= np.mean(covered) <= 0.99
 
 
+def test_the_interval_knows_of_the_seeds():
+    """Everything gained under one, nothing under the other: images alone would leave no doubt."""
+    seeds = [(items([0] * 20), items([1] * 20)), (items([0] * 20), items([0] * 20))]
+    found = paired_by_seed(seeds)
+    assert (found.difference, found.low, found.high) == (0.5, 0, 1)
+    assert (found.items, found.groups, found.changed) == (40, 20, 20)
+    one, other = items([1, 0] * 20, per_group=4), items([1, 0, 0, 1] * 10, per_group=4)
+    assert paired_by_seed([(one, other)] * 2).low == pytest.approx(paired(one, other).low, abs=0.05)
+    with pytest.raises(DataError, match="not asked the same"):
+        paired_by_seed([seeds[0], (one, other)])
+
+
 def test_a_wider_confidence_is_a_wider_interval_and_a_seed_repeats_it():
     one, other = items([1, 0] * 20), items([1, 0, 0, 1] * 10)
     assert paired(one, other) == paired(one, other)
@@ -88,6 +100,11 @@ def test_a_wider_confidence_is_a_wider_interval_and_a_seed_repeats_it():
         (items([1]), items([1], dataset="b"), r"1 of the other's 1 on the reference's \(b 0, for one\)"),
         (items([1, 1]) + items([1]), items([1, 1]), "1 of 3 items of 'one' are there again"),
         ([], [], "no items"),
+        (
+            items([1, 1]),
+            items([1, 1], per_group=2),
+            r"1 of 2 items are about another .* \(data 1: \('1', ''\)",
+        ),
     ],
 )
 def test_what_cannot_be_paired_is_refused(one, other, says):

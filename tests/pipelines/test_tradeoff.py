@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
+from pipelines.compare import read_rows
 from pipelines.items import read_items
-from pipelines.tradeoff import run_tradeoff
+from pipelines.tradeoff import digests, run_tradeoff
 from pipelines.tradeoff_config import TradeoffConfig
+from pipelines.tradeoff_points import Point
 from skipvision.errors import AdapterError, ConfigError
 
 SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
@@ -46,7 +48,7 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
         "fractions": [0.1, 0.8],
         "grid": {"retained": [2, 4], "skipped": [0, 3]},
         "max_new_tokens": 2,
-        "latency_rounds": 1,
+        "latency_rounds": 3,
     }
 
 
@@ -64,7 +66,10 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     }
     assert len(numbers) == 15
     for (label, method, _), one in numbers.items():
-        assert one["latency"] > 0
+        low, high = one["latency_quartiles"]
+        assert 0 < low <= one["latency"] <= high
+        seconds = one["first_token_seconds"]
+        assert seconds == sorted(seconds)
         assert one["gap"]["overall"]["items"] == 6
         if method == "full":
             assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
@@ -75,6 +80,7 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     assert (tuned["retained"], tuned["skipped"], tuned["select"]) == (4, 4, "norm")
     table = Path(result["table"]).read_text()
     assert table.count("| as tuned | 4 + 4 |") == 1
+    assert table.count("| 100 [100, 100] |") >= 2
     for name in ("picture", "published"):
         assert Path(result[name]).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / Path(result[name]).name).exists()
@@ -120,6 +126,24 @@ def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, a
     table = Path(result["table"]).read_text()
     assert "**tuned**, 2 seeds" in table
     assert table.count("by seed") == 2
+
+
+@pytest.mark.parametrize(
+    "file", ["model/model.safetensors", "adapter/adapter_config.json", "the first image"]
+)
+def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, shapes_data, tmp_path, file):
+    for source, name in ((tiny_model, "model"), (adapter, "adapter"), (shapes_data, "data")):
+        shutil.copytree(source, tmp_path / name)
+    rows = read_rows(str(tmp_path / "data/test.json"))
+    skip = sv.SkipConfig(retained=4, skipped=0, merge="drop", select="random")
+    point = Point("tuned", (str(tmp_path / "adapter"),) * 2, "random", skip)
+    config = TradeoffConfig(**{**given, "model": {"path": str(tmp_path / "model")}})
+    before = digests([point], config, rows)
+    assert len(set(before.values())) == 2  # each seed draws its own places
+    assert digests([point], config, rows) == before
+    changed = Path(str(rows[0].images[0])) if "image" in file else tmp_path / file
+    changed.write_bytes(changed.read_bytes() + b" ")
+    assert not set(digests([point], config, rows).values()) & set(before.values())
 
 
 @pytest.mark.parametrize(
