@@ -293,7 +293,8 @@ def test_as_many_requests_are_prepared_at_once_as_there_are_threads(tiny_model, 
         monkeypatch.setattr(serve.media.EncodedImage, "open", open_slowly)
         part = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
         body = ChatRequest(model="x", messages=[{"role": "user", "content": [part, part]}])
-        target, journey = ingress._target(tiny_model.name), ingress._journeys.begin("x", time.monotonic(), None)
+        target = ingress._target(tiny_model.name)
+        journey = ingress._journeys.begin("x", time.monotonic(), None)
         with journey as begun:
             await asyncio.gather(*(ingress._request(body, target, begun) for _ in range(3)))
 
