@@ -17,9 +17,10 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.paths import input_path, model_path
 from serve import scaling
-from serve.api import GRACE_SECONDS, Ingress, http_app
+from serve.api import GRACE_SECONDS, Ingress
 from serve.config import ModelSection, ServeConfig, serve_config
 from serve.replica import EngineReplica
+from serve.routes import http_app
 from skipvision.errors import ConfigError
 
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)

@@ -8,10 +8,11 @@ import httpx2 as httpx
 import pytest
 from ray import serve as ray_serve
 
-import serve.api
-from serve.api import Ingress, http_app
+import serve.routes
+from serve.api import Ingress
 from serve.config import serve_config
 from serve.journeys import Journeys
+from serve.routes import http_app
 from serve.tracing import Tracer
 from skipvision.engine import Choice, Completion, Request, Timing, Usage
 from tests.serve.conftest import LONG, asking
@@ -28,7 +29,7 @@ def run(endpoint, monkeypatch):
             model = {"path": str(endpoint.model), "name": "tiny"}
             config = serve_config({"models": [model], "limits": {"max_new_tokens": 400, **limits}})
             here = Ingress(config, ray_serve.get_deployment_handle("engine-tiny", "skipvision"))
-            monkeypatch.setattr(serve.api, "_here", lambda: here)
+            monkeypatch.setattr(serve.routes, "_here", lambda: here)
             transport = httpx.ASGITransport(http_app(config))
             async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as client:
                 found = await function(here, client)
