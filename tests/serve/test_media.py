@@ -255,14 +255,15 @@ def test_images_are_read_outside_the_event_loop(monkeypatch):
 
 def test_one_bad_image_ends_the_other_downloads(tiny_model):
     """In the ingress, which names the field that the bad one stands in."""
-    reached = asyncio.Event()
+    reached, over = asyncio.Event(), asyncio.Event()
 
     async def answer(request):
         if request.path == "/bad":
             await reached.wait()
-            return web.Response(status=404)
-        reached.set()
-        return await asyncio.sleep(60, web.Response(status=404))
+        else:
+            reached.set()
+            await over.wait()
+        return web.Response(status=404)
 
     async def run():
         async with running(answer) as site, fetcher(site) as media:
@@ -273,6 +274,7 @@ def test_one_bad_image_ends_the_other_downloads(tiny_model):
                 await ingress._pictures(urls)
             assert caught.value.param == "bad"
             assert not [task for task in asyncio.all_tasks() if "fetch" in str(task.get_coro())]
+            over.set()
 
     asyncio.run(run())
 
