@@ -158,7 +158,7 @@ def _bare_engine() -> Iterator[Callable[[dict[str, Any]], Awaitable[float]]]:
     media = MediaFetcher(MediaConfig())
 
     async def seconds(body: dict[str, Any]) -> float:
-        image = await media.fetch(body["messages"][0]["content"][0]["image_url"]["url"])
+        image = (await media.fetch(body["messages"][0]["content"][0]["image_url"]["url"])).open()
         chat = [{"role": "user", "content": [{"type": "image"}, body["messages"][0]["content"][1]]}]
         sampling = Sampling(max_new_tokens=body["max_tokens"])
         request = prepare(processor, Request(chat, [image], sampling=sampling))
