@@ -121,7 +121,7 @@ CHAT = {
     200: {
         "model": ChatCompletion,
         "description": "the answer; with stream, its chunks as server-sent events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
     **ASKED,
 }
