@@ -25,7 +25,7 @@ from pipelines.evaluate import pick_rows
 from pipelines.finetune_config import ModelSection
 from pipelines.learner import load_frozen
 from pipelines.loading import load_processor
-from pipelines.paths import input_path, model_path, output_path
+from pipelines.paths import copy_into, input_path, model_path, output_path
 from pipelines.rows import TrainingRow
 from pipelines.sections import JobConfig
 from pipelines.tracking import Tracker, TrackingConfig, TrackingError
@@ -101,7 +101,7 @@ def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
         result = {"skip": skip.model_dump(), "variants": found}
         files = _write(result, folder)
         if config.report is not None:
-            _write(result, Path(output_path(config.report, "report")))
+            copy_into(output_path(config.report, "report"), files[1:])
         _record(tracker, found, files)
         tracker.finish("FINISHED")
     except BaseException:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -88,3 +90,10 @@ def _like(folder: Path, name: str) -> list[str]:
 
 def _matches(pattern: Path) -> bool:
     return any(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+
+
+def copy_into(folder: Path, files: Iterable[str | Path]) -> None:
+    """Copies of files in a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copy(file, folder)

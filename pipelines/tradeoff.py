@@ -21,7 +21,7 @@ from pipelines.compare import read_rows
 from pipelines.evaluate import OVERALL, pick_rows
 from pipelines.fingerprints import of_folder, of_images, of_model
 from pipelines.items import Item, read_items, write_items
-from pipelines.paths import input_path, model_path, output_path
+from pipelines.paths import copy_into, input_path, model_path, output_path
 from pipelines.rows import TrainingRow
 from pipelines.statistics import Paired, paired, paired_by_seed
 from pipelines.tradeoff_config import TradeoffConfig
@@ -94,7 +94,8 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
     found = [_found(point, items, config, geometry, text, seconds) for point in todo]
     written = write_report(found, folder, rows=len(rows), text_tokens=text)
     if config.report is not None:
-        write_report(found, output_path(config.report, "report"), rows=len(rows), text_tokens=text)
+        shown = [file for name, file in written.items() if name != "numbers"]  # which name the folders here
+        copy_into(output_path(config.report, "report"), shown)
     return {
         "points": len(found),
         "rows": len(rows),
