@@ -20,7 +20,7 @@ from pipelines.calibrate_search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate_space import candidates, parts
 from pipelines.caption_model import check_model, find_model
 from pipelines.cluster import node_resources, ray_session, worker_resources
-from pipelines.fingerprints import of_dataset, of_model
+from pipelines.fingerprints import of_files
 from pipelines.paths import output_path
 from pipelines.run_folder import RunFolder
 from pipelines.tracking import Tracker, TrackingError
@@ -76,10 +76,7 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
     model_config = check_model(model)
     search, held_out = parts(config)
     both = replace(search, questions=(*search.questions, *held_out.questions))
-    files = {
-        f"dataset {both.name}": of_dataset(both),
-        f"base model {model.label}": of_model(model.base),
-    }
+    files = of_files([both], [model])
     folder.insist_on_same(files)
     found = candidates(config, model, model_config, search)
     # Call by call, an engine can be asked for the summaries that it has, or for none.

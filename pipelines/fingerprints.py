@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers.utils.hub import cached_file
 
 from pipelines.benchmarks import RULES
+from pipelines.caption_model import CaptionModel
 from pipelines.images import ImageError
 from pipelines.questions import Dataset
 from pipelines.rows import ImageSource
@@ -70,3 +71,11 @@ def of_dataset(dataset: Dataset) -> str:
     images = dict.fromkeys(image for question in by_index for image in question.images)
     told = [dataset.name, rule, dataset.template, asked, of_images(images)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def of_files(datasets: Iterable[Dataset], models: Iterable[CaptionModel]) -> dict[str, str]:
+    """What a job's answers depend on: ``dataset NAME`` and ``base model LABEL``, each with its digest."""
+    bases = {model.label: model.base for model in models}  # several systems on one base are read once
+    return {f"dataset {dataset.name}": of_dataset(dataset) for dataset in datasets} | {
+        f"base model {label}": of_model(base) for label, base in bases.items()
+    }

@@ -154,10 +154,7 @@ class TarImage:
         return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
 
     def read(self) -> bytes:
-        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data: bytes = file.read(self.size)
-        return data
+        return _part(self)
 
     def __str__(self) -> str:
         return f"{self.path}[{self.member}]"
@@ -177,13 +174,19 @@ class TsvImage:
         return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
 
     def read(self) -> bytes:
-        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
-            file.seek(self.offset)
-            text = file.read(self.size).decode("ascii", "replace").strip()
+        text = _part(self).decode("ascii", "replace").strip()
         return InlineImage.from_base64(text, str(self)).data
 
     def __str__(self) -> str:
         return f"{self.name} in {self.path}"
+
+
+def _part(image: TarImage | TsvImage) -> bytes:
+    """The ``size`` bytes from ``offset`` on of the file that holds an image."""
+    with _errors_of_storage(image), fsspec.open(image.path, "rb") as file:
+        file.seek(image.offset)
+        part: bytes = file.read(image.size)
+    return part
 
 
 @contextmanager

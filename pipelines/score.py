@@ -20,7 +20,7 @@ from pipelines.caption import run_caption
 from pipelines.caption_config import CaptionConfig, InputSection, OutputSection
 from pipelines.caption_model import CaptionModel, check_model, find_model
 from pipelines.cluster import ray_session
-from pipelines.fingerprints import of_dataset, of_model
+from pipelines.fingerprints import of_files
 from pipelines.items import Item, write_items
 from pipelines.judge import Judge
 from pipelines.paths import output_path
@@ -109,8 +109,7 @@ def _prepared(config: ScoreConfig, folder: ScoreFolder) -> _Job:
     for label, system in config.systems.items():
         models[label] = find_model(system, uri, folder.path / "adapters" / label, pinned.get(label))
         check_model(models[label])
-    files = {_named(dataset): of_dataset(dataset) for dataset in datasets}
-    files |= {_base(model): of_model(model.base) for model in models.values()}
+    files = of_files(datasets, models.values())
     folder.insist_on_same(files)
     folder.remember(
         config=config.model_dump(mode="json"),
@@ -123,14 +122,6 @@ def _prepared(config: ScoreConfig, folder: ScoreFolder) -> _Job:
         asked.write_text("".join(f"{question.index}\n" for question in dataset.questions), encoding="utf-8")
         print(f"{dataset.name}: {len(dataset.questions):,} questions in {dataset.file}", flush=True)
     return _Job(config, folder, uri, datasets, models, files, judge)
-
-
-def _named(dataset: Dataset) -> str:
-    return f"dataset {dataset.name}"
-
-
-def _base(model: CaptionModel) -> str:
-    return f"base model {model.label}"
 
 
 def _start_tracking(job: _Job) -> dict[str, Tracker]:
@@ -169,10 +160,10 @@ def _made_with(job: _Job, label: str) -> dict[str, str | None]:
     model, config = job.models[label], job.config
     return {
         **_stands_for(model),
-        "weights": job.files[_base(model)],
+        "weights": job.files[f"base model {model.label}"],
         "sampling": config.sampling.model_dump_json(),
         "judge": None if config.judge is None else config.judge.model,
-        **{_named(dataset): job.files[_named(dataset)] for dataset in job.datasets},
+        **{name: digest for name, digest in job.files.items() if name.startswith("dataset ")},
     }
 
 
