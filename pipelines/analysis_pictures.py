@@ -73,7 +73,7 @@ def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], p
         _dress(axis, name, len(places), "error / ‖h‖")
         axis.set_xticks([*axis.get_xticks()[:-1], len(places) - 1])
         axis.set_xticklabels([f"{int(tick)}" for tick in axis.get_xticks()[:-1]] + ["output"])
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     _save(figure, path)
 
 
