@@ -27,6 +27,9 @@ _COSTS = {
     "kv_bytes": "KV bytes, %",
 }
 
+_COLOURS = ("blue", "cyan", "green", "red", "purple", "brown", "pink", "olive")
+"""Of the baselines; orange is Skip-Vision's, and grey the grid's."""
+
 
 def write_report(found: Sequence[Found], folder: Path, *, rows: int, text_tokens: int) -> dict[str, str]:
     """Table, numbers and pictures into a folder, by whose name theirs begin; returns their paths."""
@@ -39,7 +42,9 @@ def write_report(found: Sequence[Found], folder: Path, *, rows: int, text_tokens
     }
     paths["table"].write_text(table(found, rows=rows, text_tokens=text_tokens))
     paths["numbers"].write_text(json.dumps([asdict(one) | _skip(one) for one in found], indent=1) + "\n")
-    _curves(found, paths["picture"])
+    figure = curves(found)
+    figure.savefig(paths["picture"], dpi=110)
+    _pyplot().close(figure)
     _published(paths["published"])
     print(f"\n{paths['table'].read_text()}", flush=True)
     return {name: str(path) for name, path in paths.items()}
@@ -50,8 +55,8 @@ def _skip(one: Found) -> dict[str, Any]:
     return {"point": {**asdict(one.point), "skip": None if skip is None else skip.model_dump()}}
 
 
-def _curves(found: Sequence[Found], path: Path) -> None:
-    """Overall accuracy against each cost, a row of panels for each adapter."""
+def curves(found: Sequence[Found]) -> Any:
+    """A figure: overall accuracy against each cost, a row of panels for each adapter."""
     plt = _pyplot()
     labels = list(dict.fromkeys(one.point.adapter for one in found))
     costs = {name: title for name, title in _COSTS.items() if getattr(found[0], name) is not None}
@@ -74,8 +79,7 @@ def _curves(found: Sequence[Found], path: Path) -> None:
     figure.legend(
         shown.values(), shown.keys(), ncols=6, loc="outside upper center", frameon=False, fontsize=8
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
@@ -95,11 +99,11 @@ def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
         line(chosen, color=str(shade), lw=1, marker=".", ms=4, label=f"N_r = {count}")
     full = next(one for one in own if one.point.method == FULL)
     compared_with = 100 * full.gap[OVERALL].reference
-    axis.axhline(compared_with, color="#5b6b7f", lw=0.8, ls=":", label="full tokens, compared with")
-    for place, (method, marker) in enumerate(zip(BASELINES, cycle("ov^<>DPX"), strict=False)):
+    axis.axhline(compared_with, color="#5b6b7f", lw=0.8, ls=":", label="reference: full tokens")
+    for method, marker, colour in zip(BASELINES, cycle("ov^<>DPX"), cycle(_COLOURS), strict=False):
         some = [one for one in own if one.point.method == method]
         if some and method != SKIP_VISION:
-            line(some, color=f"C{place}", marker=marker, ms=5, lw=0.8, alpha=0.8, label=method)
+            line(some, color=f"tab:{colour}", marker=marker, ms=5, lw=0.8, alpha=0.8, label=method)
     for method, marker in ((SKIP_VISION, "s"), (AS_TUNED, "*")):
         if some := [one for one in own if one.point.method == method]:
             line(some, color="#e07b26", marker=marker, ms=8, lw=1.5, label=method)

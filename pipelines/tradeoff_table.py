@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipelines.evaluate import OVERALL
@@ -38,47 +38,45 @@ def table(found: Sequence[Found], *, rows: int, text_tokens: int) -> str:
 
 def _points(own: Sequence[Found]) -> str:
     tasks = list(own[0].accuracy)
-    head = ["method", "kept", "FLOPs", "with tower", "KV", "latency", *tasks, "− full"]
-    several = len(own[0].by_seed) > 1
-    head += ["by seed"] if several else []
-    rivals = any(one.behind for one in own)
-    head += ["Skip-Vision − this"] if rivals else []
-    lines = []
-    for one in own:
-        cells = [one.point.method, *_costs(one), *(f"{100 * one.accuracy[task]:.1f}" for task in tasks)]
-        cells.append(_difference(one.gap[OVERALL]))
-        if several:
-            seeds = one.by_seed if len(one.by_seed) > 1 else []
-            cells.append(", ".join(_signed(value) for value in seeds))
-        if rivals:
-            cells.append(_difference(one.behind) if one.behind else "")
-        lines.append(cells)
-    return _markdown(head, lines)
+    columns = {
+        "method": [one.point.method for one in own],
+        "kept": ["all" if one.point.kept is None else "{} + {}".format(*one.point.kept) for one in own],
+        "FLOPs": [_flops(one) for one in own],
+        "with tower": [_percent(one.prefill_flops) for one in own],
+        "KV": [_percent(one.kv_bytes) for one in own],
+        "latency": [_latency(one) for one in own],
+        **{task: [_percent(one.accuracy[task]) for one in own] for task in tasks},
+        "− full": [_difference(one.gap[OVERALL]) for one in own],
+        "by seed": [", ".join(map(_signed, one.by_seed)) if len(one.by_seed) > 1 else "" for one in own],
+        "Skip-Vision − this": [_difference(one.behind) if one.behind else "" for one in own],
+    }
+    return _markdown({head: cells for head, cells in columns.items() if any(cells)})
 
 
 def _by_task(own: Sequence[Found]) -> str:
     tasks = [task for task in own[0].gap if task != OVERALL]
-    lines = [[one.point.method, _flops(one), *(_difference(one.gap[task]) for task in tasks)] for one in own]
-    return _markdown(["method", "FLOPs", *tasks], lines)
-
-
-def _costs(one: Found) -> list[str]:
-    latency = ""
-    if one.latency is not None and one.latency_quartiles is not None:
-        low, high = one.latency_quartiles
-        latency = f"{100 * one.latency:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-    kept = "all" if one.point.kept is None else "{} + {}".format(*one.point.kept)
-    return [
-        kept,
-        _flops(one),
-        *(f"{100 * share:.1f}" for share in (one.prefill_flops, one.kv_bytes)),
-        latency,
-    ]
+    return _markdown(
+        {
+            "method": [one.point.method for one in own],
+            "FLOPs": [_flops(one) for one in own],
+            **{task: [_difference(one.gap[task]) for one in own] for task in tasks},
+        }
+    )
 
 
 def _flops(one: Found) -> str:
     budget = one.point.budget
-    return f"{100 * one.language_flops:.1f}" + ("" if budget is None else f" of {100 * budget:g}")
+    return _percent(one.language_flops) + ("" if budget is None else f" of {100 * budget:g}")
+
+
+def _latency(one: Found) -> str:
+    if one.latency is None or one.latency_quartiles is None:
+        return ""
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * share for share in (one.latency, *one.latency_quartiles)))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _difference(gap: Paired) -> str:
@@ -89,6 +87,6 @@ def _signed(share: float) -> str:
     return f"{round(100 * share, 1) + 0.0:+.1f}"  # no -0.0
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+def _markdown(columns: Mapping[str, Sequence[str]]) -> str:
+    ruled = [columns, ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
