@@ -6,9 +6,10 @@ set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 pages=docs/benchmarks
-picture=data/shapes/images/test/000000.png
+pictures=data/shapes/images/test
 
 $python jobs/demo.py --fresh true --readme README.md
+cp runs/demo-against-demo-full/comparison.png docs/demo.png
 for seed in 1 2; do
   again="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --seed $seed --tracking.registered_model null"
   $python $again --name "demo-full-seed-$seed" --skip null
@@ -19,19 +20,21 @@ longer="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --tracking.reg
 $python jobs/make_shapes.py --config jobs/configs/shapes_demo.yaml --output data/shapes-16k --train 16000
 $python $longer --name long-full --skip null
 $python $longer --name long
-$python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $picture -o docs/overlay.png
+$python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $pictures/000000.png \
+  -o docs/overlay.png
 $python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs
 
 $python jobs/deploy.py --config jobs/configs/deploy_demo.yaml &
-endpoint=$!
-trap 'kill -INT $endpoint 2>/dev/null || true' EXIT
+endpoint=$!  # TERM, as a script's jobs in the background ignore INT
+trap 'kill -TERM $endpoint 2>/dev/null || true' EXIT
 until $python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/healthz")' 2>/dev/null; do
   kill -0 $endpoint
   sleep 1
 done
-$python -m tests.serve.page_picture --image $picture -o docs/page.png
-kill -INT $endpoint
+$python -m tests.serve.page_picture --image $pictures/000006.png -o docs/page.png
+kill -TERM $endpoint
 wait $endpoint || true
 
 # The tables of benchmarks, each by the command that stands above it.

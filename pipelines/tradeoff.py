@@ -1,7 +1,8 @@
 """What accuracy costs: points scored as parallel Ray tasks, then one table and two pictures.
 
 Each finished point is a file that is named by the contents of model, adapter, questions and images, and by
-settings. So a job that was killed goes on where it was, and one with more points scores only these.
+settings. So a job that was killed goes on where it was, and one with more points scores only these. The times
+of an adapter's points are one file, for only times of the same rounds can be compared.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from pipelines.fingerprints import of_folder, of_images, of_model
 from pipelines.items import Item, read_items, write_items
 from pipelines.paths import copy_into, input_path, model_path, output_path
 from pipelines.rows import TrainingRow
-from pipelines.statistics import Paired, paired, paired_by_seed
+from pipelines.statistics import Paired, paired_by_seed
 from pipelines.tradeoff_config import TradeoffConfig
 from pipelines.tradeoff_points import (
     FULL,
+    SKIP_VISION,
     Point,
     first_token_seconds,
     model_config,
@@ -57,6 +59,8 @@ class Found:
         accuracy: share of exact answers, by task and overall.
         gap: against full tokens, by task and overall.
         by_seed: the overall gap under each seed.
+        behind: Skip-Vision under the same adapter and budget against this, overall; None if there is none, or
+            it is this.
     """
 
     point: Point
@@ -69,6 +73,7 @@ class Found:
     accuracy: dict[str, float]
     gap: dict[str, Paired]
     by_seed: list[float]
+    behind: Paired | None
 
 
 def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
     }
     with ray_session():
         _score_missing(files, config, rows)
-        seconds = _timed(todo, config, rows)
+        seconds = _timed(files, folder / "times", config, rows)
     items = {answered: read_items(file) for answered, file in files.items()}
     found = [_found(point, items, config, geometry, text, seconds) for point in todo]
     written = write_report(found, folder, rows=len(rows), text_tokens=text)
@@ -143,26 +148,39 @@ def digests(
 
 
 def _score_missing(files: dict[_Answered, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> None:
+    import ray
+
     # A point may stand under two names; its answers are the same.
     missing = {file: answered for answered, file in files.items() if not file.exists()}
     print(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …", flush=True)
-    tasks = [(score, (*answered, config, rows)) for answered in missing.values()]
+    asked = ray.put(rows)  # once, and not with each task
+    tasks = [(score, (*answered, config, asked)) for answered in missing.values()]
     for number, items in _in_parallel(tasks, config.cpus_per_task):
         file, (point, seed) = list(missing.items())[number]
         write_items(file, items)
-        share = sum(item.score for item in items) / len(items)
-        print(f"{_named(point, seed)}: exact match {share:.3f}", flush=True)
+        print(f"{_named(point, seed)}: exact match {_share(items):.3f}", flush=True)
 
 
 def _timed(
-    todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
+    files: dict[_Answered, Path], folder: Path, config: TradeoffConfig, rows: Sequence[TrainingRow]
 ) -> dict[Point, list[float]]:
-    """Seconds by round: each adapter's points one after the other, with nothing of ours beside them."""
+    """Seconds by round: each adapter's points one after the other, with nothing of ours beside them.
+
+    Times that are in ``folder`` are not measured again, unless other points, rounds or CPUs are asked for.
+    """
     seconds: dict[Point, list[float]] = {}
     for label in config.adapters if config.latency_rounds else ():
-        own = [point for point in todo if point.adapter == label]
-        [(_, measured)] = _in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
-        seconds |= dict(zip(own, measured, strict=True))
+        own = [point for point, seed in files if point.adapter == label and not seed]
+        named = [config.latency_rounds, config.cpus_per_task, [files[point, 0].stem for point in own]]
+        file = folder / f"{sha256(json.dumps(named).encode()).hexdigest()[:16]}.json"
+        if not file.exists():
+            print(f"{label}: timing {len(own)} points …", flush=True)
+            [(_, measured)] = _in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{file.name}.partial")
+            partial.write_text(json.dumps(measured) + "\n")
+            partial.replace(file)
+        seconds |= dict(zip(own, json.loads(file.read_text()), strict=True))
     return seconds
 
 
@@ -199,6 +217,7 @@ def _found(
     label = config.adapters[point.adapter].reference or point.adapter
     full = {one.adapter: one for one, _ in items if one.method == FULL}
     reference, whole = full[label], full[point.adapter]
+    rival = _rival(point, items)
     sides = [
         (items[reference, min(seed, len(reference.paths) - 1)], items[point, seed])
         for seed in range(len(point.paths))
@@ -219,8 +238,22 @@ def _found(
         first_token_seconds=_quartiles(seconds[point]) if seconds else None,
         accuracy={task: gap.other for task, gap in gaps.items()},
         gap=gaps,
-        by_seed=[paired(*side).difference for side in sides],
+        by_seed=[_share(after) - _share(before) for before, after in sides],
+        behind=rival
+        and paired_by_seed([(items[point, seed], items[rival, seed]) for seed in range(len(point.paths))]),
     )
+
+
+def _rival(point: Point, items: dict[_Answered, list[Item]]) -> Point | None:
+    """Skip-Vision as it spends the same, under the same adapter."""
+    if point.budget is None or point.method == SKIP_VISION:
+        return None
+    same = (point.adapter, SKIP_VISION, point.budget)
+    return next((one for one, _ in items if (one.adapter, one.method, one.budget) == same), None)
+
+
+def _share(items: Sequence[Item]) -> float:
+    return sum(item.score for item in items) / len(items)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -233,5 +266,5 @@ def _of(task: str, items: Sequence[Item]) -> list[Item]:
 
 
 def _named(point: Point, seed: int) -> str:
-    skip, label = point.skip, point.adapter + (f" (seed {seed})" if seed else "")
-    return f"{label}, {FULL if skip is None else f'{point.method} {skip.retained} + {skip.skipped}'}"
+    label = point.adapter + (f" (seed {seed})" if seed else "")
+    return f"{label}, {point.method}" + (" {} + {}".format(*point.kept) if point.kept else "")

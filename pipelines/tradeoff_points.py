@@ -33,12 +33,23 @@ FULL, GRID, AS_TUNED, SKIP_VISION = "full", "skip-vision grid", "as tuned", "ski
 
 @dataclass(frozen=True)
 class Point:
-    """Attributes as in the table: label of the adapter, its folder by seed, method, and what is applied."""
+    """One method, of one size, under one adapter.
+
+    Attributes:
+        adapter: label of the adapter.
+        paths: its folder, by seed.
+        method: name in the table.
+        skip: what is applied; None = full tokens.
+        kept: tokens of a picture that are retained and skipped; None = all.
+        budget: share of the full prefill FLOPs that it may spend; None where no share was asked for.
+    """
 
     adapter: str
     paths: tuple[str | None, ...]
     method: str
     skip: sv.SkipConfig | None
+    kept: tuple[int, int] | None = None
+    budget: float | None = None
 
     def under(self, seed: int) -> sv.SkipConfig | None:
         """What is applied under one seed: each has a random pattern of its own."""
@@ -60,8 +71,8 @@ def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) ->
         own = None if adapter.path is None else sv.read_adapter(adapter.path)["skip"]
         shape = adapter.skip or own
         shapes: dict[str, sv.SkipConfig] = {**BASELINES, **({SKIP_VISION: shape} if shape else {})}
-        found: list[tuple[str, sv.SkipConfig | None]] = [(FULL, None)]
-        found += [(AS_TUNED, _counted(own, visual))] if own else []
+        found: list[tuple[str, sv.SkipConfig | None, float | None]] = [(FULL, None, None)]
+        found += [(AS_TUNED, _counted(own, visual), None)] if own else []
         for method in config.methods:
             for fraction in config.fractions:
                 try:
@@ -69,14 +80,15 @@ def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) ->
                 except ConfigError as error:
                     print(f"{label}, {method}: {error}", flush=True)
                     continue
-                found.append((method, skip))
+                found.append((method, skip, fraction))
         for retained in config.grid.retained:
             for skipped in config.grid.skipped:
                 counts = {"retained": retained, "skipped": skipped}
-                found.append((GRID, shapes[SKIP_VISION].model_copy(update=counts)))
+                found.append((GRID, shapes[SKIP_VISION].model_copy(update=counts), None))
         paths = (adapter.path, *adapter.other_seeds)
-        for method, skip in found:  # the grid draws curves; one seed is enough for these
-            yield Point(label, paths[:1] if method == GRID else paths, method, skip)
+        for method, skip, budget in found:
+            seeds = paths[:1] if method == GRID else paths  # it draws curves; one is enough for these
+            yield Point(label, seeds, method, skip, skip and skip.counts(visual), budget)
 
 
 def _counted(skip: sv.SkipConfig, tokens: int) -> sv.SkipConfig:

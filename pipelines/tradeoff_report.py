@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.evaluate import OVERALL
 from pipelines.geometries import PUBLISHED, llava_with
 from pipelines.tradeoff_points import AS_TUNED, FULL, GRID, SKIP_VISION
+from pipelines.tradeoff_table import table
 from skipvision import SkipConfig, predict_cost
+from skipvision.baselines import BASELINES
 
 if TYPE_CHECKING:
     from pipelines.tradeoff import Found
@@ -24,19 +27,24 @@ _COSTS = {
     "kv_bytes": "KV bytes, %",
 }
 
+_COLOURS = ("blue", "cyan", "green", "red", "purple", "brown", "pink", "olive")
+"""Of the baselines; orange is Skip-Vision's, and grey the grid's."""
+
 
 def write_report(found: Sequence[Found], folder: Path, *, rows: int, text_tokens: int) -> dict[str, str]:
-    """Table, numbers and pictures into a folder; returns their paths."""
+    """Table, numbers and pictures into a folder, by whose name theirs begin; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {
-        "table": folder / "tradeoff_table.md",
-        "numbers": folder / "tradeoff.json",
-        "picture": folder / "tradeoff.png",
+        "table": folder / f"{folder.name}_table.md",
+        "numbers": folder / f"{folder.name}.json",
+        "picture": folder / f"{folder.name}.png",
         "published": folder / "tradeoff_published.png",
     }
-    paths["table"].write_text(_table(found, rows, text_tokens))
+    paths["table"].write_text(table(found, rows=rows, text_tokens=text_tokens))
     paths["numbers"].write_text(json.dumps([asdict(one) | _skip(one) for one in found], indent=1) + "\n")
-    _curves(found, paths["picture"])
+    figure = curves(found)
+    figure.savefig(paths["picture"], dpi=110)
+    _pyplot().close(figure)
     _published(paths["published"])
     print(f"\n{paths['table'].read_text()}", flush=True)
     return {name: str(path) for name, path in paths.items()}
@@ -47,52 +55,8 @@ def _skip(one: Found) -> dict[str, Any]:
     return {"point": {**asdict(one.point), "skip": None if skip is None else skip.model_dump()}}
 
 
-def _table(found: Sequence[Found], rows: int, text_tokens: int) -> str:
-    tasks = list(found[0].accuracy)
-    lines = []
-    for label in dict.fromkeys(one.point.adapter for one in found):
-        own = [one for one in found if one.point.adapter == label]
-        head = ["method", "kept", "FLOPs", "with tower", "KV", "latency", *tasks, "− full [95 % interval]"]
-        seeds = len(own[0].by_seed)
-        title = f"**{label}**" + (f", {seeds} seeds" if seeds > 1 else "")
-        head += ["by seed"] if seeds > 1 else []
-        lines += [title, "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-        lines += [_line(_cells(one, tasks)) for one in own]
-        lines.append("")
-    return "\n".join(lines) + (
-        f"{rows} questions, {text_tokens} tokens of text on average; exact match in %. Kept: retained + "
-        "skipped visual tokens. Costs in % of full tokens: prefill FLOPs behind the vision tower, with it, "
-        "KV bytes (these three predicted), and time to the first token (measured: median [quartiles] of the "
-        "ratio to full tokens in the same round). Intervals by "
-        "bootstrap over images and, where there are several, seeds of the fine-tune; of one seed they say "
-        "nothing about others, and of two or three they are still too narrow.\n"
-    )
-
-
-def _cells(one: Found, tasks: Sequence[str]) -> list[str]:
-    skip, gap = one.point.skip, one.gap[OVERALL]
-    latency = ""
-    if one.latency is not None and one.latency_quartiles is not None:
-        low, high = one.latency_quartiles
-        latency = f"{100 * one.latency:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-    points = (100 * value + 0.0 for value in (gap.difference, gap.low, gap.high))
-    return [
-        one.point.method,
-        "all" if skip is None else f"{skip.retained} + {skip.skipped}",
-        *(f"{100 * share:.1f}" for share in (one.language_flops, one.prefill_flops, one.kv_bytes)),
-        latency,
-        *(f"{100 * one.accuracy[task]:.1f}" for task in tasks),
-        "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points),
-        *([", ".join(f"{100 * value + 0.0:+.1f}" for value in one.by_seed)] if len(one.by_seed) > 1 else []),
-    ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _curves(found: Sequence[Found], path: Path) -> None:
-    """Overall accuracy against each cost, a row of panels for each adapter."""
+def curves(found: Sequence[Found]) -> Any:
+    """A figure: overall accuracy against each cost, a row of panels for each adapter."""
     plt = _pyplot()
     labels = list(dict.fromkeys(one.point.adapter for one in found))
     costs = {name: title for name, title in _COSTS.items() if getattr(found[0], name) is not None}
@@ -106,11 +70,16 @@ def _curves(found: Sequence[Found], path: Path) -> None:
             _panel(axis, own, cost)
             axis.set_xlabel(title)
             axis.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(f"{label}: exact match, %")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, ncols=6, loc="outside upper center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        row[0].set_title(label, loc="left", fontsize=10)
+        row[0].set_ylabel("exact match, %")
+    shown = {}  # what some panels lack is in others
+    for axis in axes.flat:
+        handles, names = axis.get_legend_handles_labels()
+        shown |= dict(zip(names, handles, strict=True))
+    figure.legend(
+        shown.values(), shown.keys(), ncols=6, loc="outside upper center", frameon=False, fontsize=8
+    )
+    return figure
 
 
 def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
@@ -122,7 +91,6 @@ def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
             **style,
         )
 
-    methods = dict.fromkeys(one.point.method for one in own)
     grid = [one for one in own if one.point.method == GRID]
     retained = sorted({one.point.skip.retained for one in grid if one.point.skip})
     for place, count in enumerate(retained):
@@ -130,12 +98,12 @@ def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
         shade = 0.75 - 0.6 * place / max(len(retained) - 1, 1)
         line(chosen, color=str(shade), lw=1, marker=".", ms=4, label=f"N_r = {count}")
     full = next(one for one in own if one.point.method == FULL)
-    axis.axhline(100 * full.accuracy[OVERALL], color="#5b6b7f", lw=0.8, ls=":")
-    markers = iter("ov^<>DPX")
-    for method in methods:
-        if method not in (GRID, FULL, AS_TUNED, SKIP_VISION):
-            some = [one for one in own if one.point.method == method]
-            line(some, marker=next(markers), ms=5, lw=0.8, alpha=0.8, label=method)
+    compared_with = 100 * full.gap[OVERALL].reference
+    axis.axhline(compared_with, color="#5b6b7f", lw=0.8, ls=":", label="reference: full tokens")
+    for method, marker, colour in zip(BASELINES, cycle("ov^<>DPX"), cycle(_COLOURS), strict=False):
+        some = [one for one in own if one.point.method == method]
+        if some and method != SKIP_VISION:
+            line(some, color=f"tab:{colour}", marker=marker, ms=5, lw=0.8, alpha=0.8, label=method)
     for method, marker in ((SKIP_VISION, "s"), (AS_TUNED, "*")):
         if some := [one for one in own if one.point.method == method]:
             line(some, color="#e07b26", marker=marker, ms=8, lw=1.5, label=method)

@@ -26,6 +26,7 @@ BASELINES: dict[str, SkipConfig] = {
     "fastv": _drop(select="attention", probe_layer=1),
     "visionzip": _merge(retained=5, skipped=1, select="vision_attention"),
     "divprune": _drop(select="diversity"),
+    "norm": _drop(select="norm"),
     "tome": _merge(retained=0, skipped=1, merge="tome"),
     "skip-vision": SkipConfig(retained=100, skipped=156),
 }

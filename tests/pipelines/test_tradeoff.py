@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
 from pipelines.compare import read_rows
-from pipelines.items import read_items
-from pipelines.tradeoff import digests, run_tradeoff
+from pipelines.items import read_items, write_items
+from pipelines.statistics import Paired
+from pipelines.tradeoff import Found, digests, run_tradeoff
 from pipelines.tradeoff_config import TradeoffConfig
 from pipelines.tradeoff_points import Point
+from pipelines.tradeoff_report import curves
 from skipvision.errors import AdapterError, ConfigError
 
 SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
@@ -89,10 +93,16 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     files = sorted((Path(given["storage"]) / "tradeoff/points").iterdir())
     assert len(read_items(files[0])) == 6
     files[0].unlink()
-    again = run_tradeoff(TradeoffConfig(**{**given, "latency_rounds": 0}))
-    assert "15 points, 1 to be scored" in capsys.readouterr().out
+    capsys.readouterr()
+    again = run_tradeoff(TradeoffConfig(**given))
+    said = capsys.readouterr().out
+    assert "15 points, 1 to be scored" in said
+    assert "timing" not in said
     assert again["found"] == result["found"]
+    assert Path(again["table"]).read_text() == table, "times included"
     assert sorted((Path(given["storage"]) / "tradeoff/points").iterdir()) == files
+    run_tradeoff(TradeoffConfig(**{**given, "latency_rounds": 1}))
+    assert "tuned: timing 8 points" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -105,27 +115,92 @@ def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, a
     both = {**one, "other_seeds": [str(tmp_path / "second")]}
     settings = {
         **given,
+        "name": "seeds",
         "adapters": {"tuned": both, "beside": {**both, "reference": "tuned"}, "first": one},
         "storage": str(tmp_path),
-        "methods": [],
+        "methods": ["downscaled", "norm", "skip-vision"],
+        "fractions": [0.8],
         "grid": {"retained": [], "skipped": []},
         "latency_rounds": 0,
     }
+    run_tradeoff(TradeoffConfig(**settings))
+    # Full tokens and three methods, one of them as tuned, under two seeds: the three labels share them.
+    files = sorted((tmp_path / "seeds/points").iterdir())
+    assert len(files) == 8
+    _answered(files, {"full": [6, 6], "norm": [3, 0], "skip-vision": [6, 3]})
     result = run_tradeoff(TradeoffConfig(**settings))
-    # Full tokens and as tuned, under two seeds: the three labels share them.
-    assert len(list((tmp_path / "tradeoff/points").iterdir())) == 4
     found = {
         (each["point"]["adapter"], each["point"]["method"]): each
         for each in json.loads(Path(result["numbers"]).read_text())
     }
     pooled, single = found["tuned", "as tuned"], found["first", "as tuned"]
     assert pooled["gap"]["overall"]["items"] == 2 * single["gap"]["overall"]["items"] == 12
+    assert sorted(pooled["by_seed"]) == [-0.5, 0]
     assert pooled["by_seed"][0] == single["gap"]["overall"]["difference"]
-    assert pooled["gap"]["overall"]["difference"] == pytest.approx(sum(pooled["by_seed"]) / 2)
+    assert pooled["gap"]["overall"]["difference"] == -0.25
     assert found["beside", "as tuned"]["gap"] == pooled["gap"]
+    behind = found["tuned", "norm"]["behind"]
+    assert (behind["difference"], behind["other"], behind["items"]) == (0.5, 0.75, 12)
+    assert behind["low"] < 0.5 < behind["high"]
+    assert all(found["tuned", name]["behind"] is None for name in ("full", "as tuned", "skip-vision"))
+    assert result["table"] == str(tmp_path / "seeds/seeds_table.md")
     table = Path(result["table"]).read_text()
     assert "**tuned**, 2 seeds" in table
     assert table.count("by seed") == 2
+    assert "latency |" not in table
+    # A grid of 11 places at most has 9, and these are what is paid for.
+    assert found["tuned", "downscaled"]["point"]["skip"]["skipped"] == 11
+    assert re.search(r"\| downscaled \| 0 \+ 9 \| \d\d\.\d of 80 \|", table)
+    assert f"+50.0 [{100 * behind['low']:+.1f}, {100 * behind['high']:+.1f}] |\n" in table
+    by_task = table.split("**tuned**: − full, by task")[1].split("**")[0]
+    rows = [line for line in by_task.splitlines() if line.startswith("| norm")]
+    gaps = [gap for task, gap in found["tuned", "norm"]["gap"].items() if task != "overall"]
+    for gap in gaps:
+        low, high = (round(100 * gap[end], 1) + 0.0 for end in ("low", "high"))
+        assert f"{100 * gap['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" in rows[0]
+    assert "| full" not in by_task
+
+
+def _answered(files: list[Path], right: dict[str, list[int]]) -> None:
+    """Give each method's points, under each seed, so many right answers; 0 where nothing is said."""
+    for file in files:
+        items = read_items(file)
+        many = right[items[0].system].pop() if items[0].system in right else 0
+        write_items(file, [replace(item, score=float(at < many)) for at, item in enumerate(items)])
+
+
+def test_the_picture_says_what_each_line_is():
+    """In the second row of panels the adapter's own full tokens are not what it is compared with."""
+
+    def found(label: str, method: str, share: float, **point: Any) -> Found:
+        gap = Paired(share - 0.9, -1, 1, None, 0.9, share, 10, 10, 0, 0)
+        cost = 1.0 if method == "full" else 0.3
+        return Found(
+            Point(label, (None,), method, None, **point),
+            *(cost, cost, cost, None, None, None),
+            {"overall": share},
+            {"overall": gap},
+            [gap.difference],
+            None,
+        )
+
+    figure = curves(
+        [
+            found("a long label of the first adapter", "full", 0.9),
+            found("a long label of the first adapter", "norm", 0.5, budget=0.3),
+            found("second", "full", 0.8),
+            found("second", "as tuned", 0.7),
+        ]
+    )
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["reference: full tokens", "norm", "as tuned"]
+    panels = figure.axes
+    assert len(panels) == 2 * 2, "time was not measured"
+    for panel in panels:
+        [line] = [line for line in panel.lines if line.get_linestyle() == ":"]
+        assert line.get_ydata()[0] == pytest.approx(90)
+    titles = [panel.get_title(loc="left") for panel in panels]
+    assert titles == ["a long label of the first adapter", "", "second", ""]
 
 
 @pytest.mark.parametrize(
