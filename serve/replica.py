@@ -214,11 +214,10 @@ class EngineReplica:
 
 
 def load_of(now: Statistics) -> float:
-    """Requests that run and wait against those that can run, by rows; or by KV bytes if those are scarcer."""
-    rows = (now.running + now.waiting) / now.max_sequences
+    """Answers that run and wait against those that can run, by rows; or by KV bytes if those are scarcer."""
+    answers = now.running + now.waiting_answers
     bytes_each = now.kv_bytes_reserved / now.running if now.running else 0.0
-    memory = (now.running + now.waiting) * bytes_each / now.kv_bytes_budget
-    return max(rows, memory)
+    return max(answers / now.max_sequences, answers * bytes_each / now.kv_bytes_budget)
 
 
 class _Gauges:

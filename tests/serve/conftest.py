@@ -6,6 +6,7 @@ One that everyone may ask, with two adapters; one with keys, traces, an adapter 
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import io
 import os
@@ -187,13 +188,15 @@ def guarded(
                 "scaling": {"cpus_per_engine": 0.25},
             }
         ],
-        "keys_file": str(keys),
+        "keys_file": keys.name,
         "tracking_uri": registry,
         "adapter_poll_s": 0.5,
         "traces": collector[0],
         "cors_origins": [ORIGIN],
-        "limits": {"queued_requests": 2, "max_new_tokens": 400},
+        "limits": {"queued_requests": 2, "max_new_tokens": 400, "retry_after_s": 2},
     }
-    ray_serve.run(build(settings), name="guarded", route_prefix="/guarded")
+    with contextlib.chdir(folder):  # which replicas are not in
+        application = build(settings)
+    ray_serve.run(application, name="guarded", route_prefix="/guarded")
     yield Guarded(f"{endpoint.url}/guarded/v1", alice, bob, registry, folder, collector[1])
     ray_serve.delete("guarded")

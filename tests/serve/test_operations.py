@@ -111,8 +111,9 @@ def test_a_key_has_as_many_requests_at_once_as_its_entry_says(guarded):
         options = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
         first = alice.chat.completions.create(stream=True, **options)
         next(iter(first))
-        with pytest.raises(openai.RateLimitError, match="the API key 'alice' has 1 requests running"):
+        with pytest.raises(openai.RateLimitError, match="the API key 'alice' has 1 requests running") as told:
             alice.chat.completions.create(**options)
+        assert told.value.response.headers["retry-after"] == "2"
         assert alice.models.list().data  # which needs no engine
         first.close()
 
