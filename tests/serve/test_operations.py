@@ -3,10 +3,12 @@
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
 import openai
+import psutil
 import pytest
 import ray
 
@@ -149,3 +151,22 @@ def test_a_stream_that_nobody_reads_holds_up_nobody(guarded):
             read += piece
     assert len(read) > 300_000  # more than all buffers on the way
     assert b"data: [DONE]" in read[-100:]
+
+
+def test_an_engine_that_dies_ends_only_the_stream_that_had_begun(guarded, client):
+    options = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+    (engine,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if ":guarded:engine-small" in "".join(process.cmdline()[:1])
+    ]
+    stream = client.chat.completions.create(stream=True, **options)
+    next(stream)
+    with ThreadPoolExecutor(2) as threads:
+        whole = [threads.submit(client.chat.completions.create, **options) for _ in range(2)]
+        time.sleep(0.1)  # the stream is in its midst, and the others wait behind it
+        engine.kill()
+        with pytest.raises(openai.APIError) as told:
+            list(stream)
+        assert told.value.code == "engine_died"
+        assert {each.result().choices[0].finish_reason for each in whole} <= {"stop", "length"}
