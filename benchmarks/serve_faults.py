@@ -16,6 +16,7 @@ import base64
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -104,13 +105,25 @@ def killing(endpoint: Endpoint, title: str) -> Callable[[], Awaitable[None]]:
     return kill
 
 
+def _narrow(address: Any) -> socket.socket:
+    """A socket with small buffers at both ends: the sender's grows with the segments that it may send."""
+    one = socket.socket(*address[:3])
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    return one
+
+
 async def slow(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[str, Any]) -> Outcome:
-    """A client that reads a stream a few bytes at a time, or asks the usual way."""
+    """A client that reads a stream, larger than all buffers on its way, little by little; or asks."""
     if not body.get("stream"):
         return await _endpoint.ask(session, endpoint, body)
-    read = b""
-    async with session.post(f"{endpoint.url}/v1/chat/completions", json=body) as response:
-        while piece := await response.content.read(200):
+    read, large = b"", {**body, "n": 6, "logprobs": True, "top_logprobs": 20}
+    connector = aiohttp.TCPConnector(socket_factory=_narrow)
+    async with (
+        aiohttp.ClientSession(connector=connector, read_bufsize=1024) as narrow,
+        narrow.post(f"{endpoint.url}/v1/chat/completions", json=large) as response,
+    ):
+        while piece := await response.content.read(4096):
             read += piece
             await asyncio.sleep(0.05)
     return Outcome("answered" if read.endswith(b"data: [DONE]\n\n") else "lost", response.status)

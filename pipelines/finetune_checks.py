@@ -6,19 +6,15 @@ workers that have just loaded a model.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
 from pipelines.cluster import node_resources, worker_resources
 from pipelines.finetune_config import FinetuneConfig, ScalingSection
 from pipelines.learner import prepare
-from pipelines.loading import load_processor
+from pipelines.loading import check_known, load_processor
 from pipelines.paths import input_path, model_path, output_path
 from skipvision.errors import ConfigError
-
-_HUB_SECONDS = 10
 
 
 def absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
@@ -41,7 +37,7 @@ def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]
 
     Returns its processor, and how many ``parameters`` and ``trainable_parameters`` it has.
     """
-    _check_known(config.model.path)
+    check_known(config.model.path, "model.path")
     processor = load_processor(config.model.path)
     try:
         with torch.device("meta"):
@@ -54,29 +50,6 @@ def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]
         "parameters": sum(size for size, _ in sizes),
         "trainable_parameters": sum(size for size, trains in sizes if trains),
     }
-
-
-def _check_known(path: str) -> None:
-    """Ask the hub once for a model that is not here: transformers asks for each file, again and again."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-    if Path(path).exists() or isinstance(try_to_load_from_cache(path, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(path, timeout=_HUB_SECONDS)
-    except RepositoryNotFoundError:
-        raise ConfigError(
-            f"model.path = {path}: there is no such folder, and no such model on the hub, or it is private; "
-            "see the spelling, or log in to the hub"
-        ) from None
-    except HfHubHTTPError:  # a mirror that knows files only
-        return
-    except Exception as error:  # of whichever HTTP client the hub's library uses
-        raise ConfigError(
-            f"model.path = {path}: there is no such folder, no such model in the hub's cache, and the hub "
-            f"does not answer ({error or type(error).__name__}); give the folder of a model"
-        ) from None
 
 
 def check_workers(scaling: ScalingSection) -> dict[str, float]:

@@ -11,6 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 
 from skipvision.errors import ConfigError
 
+_HUB_SECONDS = 10
+
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products: as told, or bfloat16 where the hardware multiplies it natively."""
@@ -28,6 +30,34 @@ def _cpu_flags() -> set[str]:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def check_known(path: str, field: str) -> None:
+    """Raise `ConfigError` for a model that is neither here nor on the hub; ``field`` is the setting to name.
+
+    The hub is asked once: transformers asks for each file, again and again.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise ConfigError(f"{field} = {path}: this folder holds no model, as it has no config.json")
+    if Path(path).exists() or isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(path, timeout=_HUB_SECONDS)
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"{field} = {path}: there is no such folder, and no such model on the hub, or it is private; "
+            "see the spelling, or log in to the hub"
+        ) from None
+    except HfHubHTTPError:  # a mirror that knows files only
+        return
+    except Exception as error:  # of whichever HTTP client the hub's library uses
+        raise ConfigError(
+            f"{field} = {path}: there is no such folder, no such model in the hub's cache, and the hub "
+            f"does not answer ({error or type(error).__name__}); give the folder of a model"
+        ) from None
 
 
 def load_base(path: str, dtype: torch.dtype | None, attention: str, device: torch.device) -> nn.Module:

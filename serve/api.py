@@ -69,7 +69,9 @@ class Ingress:
     """
 
     def __init__(self, config: ServeConfig, *engines: Any) -> None:
-        self._config, self._engines = config, engines
+        self._config = config
+        # Straight to the engine's process and back, without Ray's object store in between.
+        self._engines = [engine.options(_by_reference=False) for engine in engines]
         self._targets = {name: Target(*where) for name, where in config.served().items()}
         self._processors: list[Any] = [load_processor(model.path) for model in config.models]
         self._vocabularies = [Vocabulary(processor) for processor in self._processors]

@@ -15,12 +15,16 @@ from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from pipelines.paths import input_path, model_path
+from pipelines.loading import check_known
+from pipelines.paths import input_path, model_path, output_path
+from pipelines.tracking import exact_model
 from serve import scaling
 from serve.api import GRACE_SECONDS, Ingress
 from serve.config import ModelSection, ServeConfig, serve_config
+from serve.keys import KeyRing
 from serve.replica import EngineReplica
 from serve.routes import http_app
+from skipvision import read_adapter
 from skipvision.errors import ConfigError
 
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
@@ -49,8 +53,12 @@ def build(arguments: dict[str, Any]) -> ray_serve.Application:
 
 
 def application(config: ServeConfig) -> ray_serve.Application:
-    """The same, of settings that are read already; raises `ConfigError` for a model that is not there."""
-    config = _absolute(config)
+    """The same, of settings that are read already.
+
+    Raises:
+        SkipVisionError: a model, an adapter or the keys are not there, or cannot be read.
+    """
+    config = _found(config)
     engines = [_engines(config, section) for section in config.models]
     ingress = ray_serve.deployment(
         name="ingress",
@@ -83,14 +91,15 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
             metrics_interval_s=wanted.interval_s,
             look_back_period_s=3 * wanted.interval_s,
             policy=AutoscalingPolicy(
-                policy_function=scaling.ByLoad, policy_kwargs={"target": wanted.target_load}
+                policy_function=scaling.ByLoad,
+                policy_kwargs={"target": wanted.target_load, "rows": section.engine.max_sequences},
             ),
         )
     deployment = ray_serve.deployment(
         name=f"engine-{section.served_name}",
         # The engine queues by itself, and needs to see what waits to fill its rows.
-        max_ongoing_requests=limits.queued_requests,
-        # At an ingress, for as long as it takes to find an engine with room.
+        max_ongoing_requests=section.engine.max_sequences + limits.queued_requests,
+        # At each ingress, while no engine has room.
         max_queued_requests=limits.queued_requests,
         backpressure_config=_full(config),
         autoscaling_config=autoscaling,
@@ -109,21 +118,28 @@ def _full(config: ServeConfig) -> BackpressureConfig:
     return BackpressureConfig(status_code=429, retry_after_s=config.limits.retry_after_s)
 
 
-def _absolute(config: ServeConfig) -> ServeConfig:
-    """Replicas run elsewhere: what is a path here is one there only if it is whole."""
-    models = [
-        model.model_copy(
-            update={
-                "path": model_path(model.path, "model"),
-                "adapters": {
-                    name: source if source.startswith("models:/") else input_path(source, f"adapter {name}")
-                    for name, source in model.adapters.items()
-                },
-            }
-        )
-        for model in config.models
-    ]
-    return config.model_copy(update={"models": models})
+def _found(config: ServeConfig) -> ServeConfig:
+    """With whole paths, as replicas run elsewhere; what is wrong is said now, and not by each of them."""
+    keys = config.keys_file
+    if keys is not None:
+        # The file itself: a copy of it would go on admitting those who are taken out of it.
+        keys = str(output_path(keys, "keys_file"))
+        KeyRing(keys)
+    return config.model_copy(
+        update={"models": [_found_model(model, config) for model in config.models], "keys_file": keys}
+    )
+
+
+def _found_model(model: ModelSection, config: ServeConfig) -> ModelSection:
+    path, adapters = model_path(model.path, "model"), dict(model.adapters)
+    check_known(path, "model")
+    for name, source in adapters.items():
+        if source.startswith("models:/"):
+            exact_model(config.tracking_uri or "", source)
+        else:
+            adapters[name] = input_path(source, f"adapter {name}")
+            read_adapter(adapters[name])
+    return model.model_copy(update={"path": path, "adapters": adapters})
 
 
 def _complaint(problem: ErrorDetails) -> str:

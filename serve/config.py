@@ -75,7 +75,10 @@ class LimitSection(Section):
     """What one deployment takes on."""
 
     queued_requests: int = Field(
-        64, ge=1, description="requests for each engine, running and waiting, before others get 429 (count)"
+        64,
+        ge=1,
+        description="requests that wait at each engine for its rows, and again at each ingress for an engine "
+        "with room, before others get 429 (count)",
     )
     open_requests: int = Field(
         256,
@@ -150,6 +153,10 @@ class ServeConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"names used twice: {', '.join(twice)}; clients choose by name")
+        sources = [source for model in self.models for source in model.adapters.values()]
+        registered = [source for source in sources if source.startswith("models:/")]
+        if registered and self.tracking_uri is None:
+            raise ValueError(f"{', '.join(registered)} without tracking_uri: say which MLflow has it")
         return self
 
     def served(self) -> dict[str, tuple[int, str | None]]:

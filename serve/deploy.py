@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from typing import Any
 
+import ray
 from ray import serve as ray_serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from pipelines.cluster import ray_session
 from pipelines.paths import in_ray_job
 from serve.api import GRACE_SECONDS
 from serve.app import application
 from serve.config import ServeConfig
-from skipvision.errors import SkipVisionError
+from skipvision.errors import ConfigError, SkipVisionError
+
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+_RAISED = re.compile(r"^[\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
+"""An exception, as a traceback ends with it."""
 
 
 class DeploymentError(SkipVisionError):
@@ -35,11 +42,12 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
     app = application(config)
     joined = in_ray_job() or "RAY_ADDRESS" in os.environ
     with ray_session():
-        ray_serve.start(http_options={"host": config.host, "port": config.port})
+        _start(config)
         try:
             ray_serve.run(app, name=config.name, route_prefix="/")
         except RuntimeError as error:
-            raise DeploymentError(f"{config.name!r} did not come up: {error}") from error
+            reasons = "; ".join(_reasons(config.name)) or error
+            raise DeploymentError(f"{config.name!r} did not come up: {reasons}") from error
         url = f"http://{config.host}:{config.port}"
         print(f"{', '.join(config.served())} at {url}/v1", flush=True)
         if not joined:
@@ -47,6 +55,31 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
             drain(config)
             ray_serve.shutdown()
     return {"url": url, "models": list(config.served())}
+
+
+def _start(config: ServeConfig) -> None:
+    """Serve itself, where it does not run yet; raises `ConfigError` if it runs at another address."""
+    ray_serve.start(
+        http_options={"host": config.host, "port": config.port},
+        # What makes an engine fail is said once, by `DeploymentError`; Ray's log has the tracebacks.
+        controller_options={"runtime_env": {"env_vars": {"RAY_SERVE_LOG_TO_STDERR": "0"}}},
+    )
+    # One that ran before keeps its own address, whatever is asked for.
+    there: Any = ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).get_http_config.remote())
+    if (there.host, there.port) != (config.host, config.port):
+        raise ConfigError(
+            f"host = {config.host}, port = {config.port}: Ray Serve runs on this cluster already, at "
+            f"{there.host}:{there.port}, and has one address: give that, or end it and all its applications "
+            "with `serve shutdown` first"
+        )
+
+
+def _reasons(name: str) -> list[str]:
+    """Why deployments of an application do not run; of a traceback, what it ends with."""
+    application = ray_serve.status().applications.get(name)
+    found = {} if application is None else application.deployments
+    messages = {name: each.message for name, each in found.items() if each.status in _FAILED}
+    return [f"{name}: {(_RAISED.findall(said) or [said])[-1]}" for name, said in messages.items()]
 
 
 def drain(config: ServeConfig) -> None:

@@ -19,8 +19,14 @@ async def ask(thread: EngineThread, function: Callable[[Engine], T]) -> T:
     return await asyncio.wrap_future(thread.call(function))
 
 
-async def stream(thread: EngineThread, request: Request) -> AsyncIterator[Chunk]:
+async def stream(thread: EngineThread, request: Request, *, whole: bool = False) -> AsyncIterator[Chunk]:
     """The chunks of one request. Leaving the iteration, or being cancelled, cancels the request at once.
+
+    Args:
+        thread: the engine's.
+        request: prepared.
+        whole: give only the last chunk, which completes it: every other one would wake this loop, for which
+            the engine waits.
 
     Raises:
         SkipVisionError: the engine refuses it.
@@ -29,6 +35,8 @@ async def stream(thread: EngineThread, request: Request) -> AsyncIterator[Chunk]
     chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
 
     def deliver(item: Chunk | BaseException) -> None:
+        if whole and isinstance(item, Chunk) and item.completion is None:
+            return
         # The loop may be gone when the client's connection is.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(chunks.put_nowait, item)

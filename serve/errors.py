@@ -64,7 +64,7 @@ class OverloadedError(SkipVisionError):
 
     code: ClassVar = "rate_limit_exceeded"
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

@@ -50,7 +50,7 @@ class Guard:
             self._keys.authenticate(key)
             yield
         else:
-            async with self._keys.admitted(key), self._place():
+            async with self._keys.admitted(key, self._retry_after), self._place():
                 yield
 
     @asynccontextmanager

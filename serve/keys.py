@@ -25,6 +25,7 @@ import hmac
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -115,8 +116,13 @@ class KeyRing:
         return found
 
     @asynccontextmanager
-    async def admitted(self, key: str | None) -> AsyncIterator[ApiKey | None]:
-        """While a request runs; raises `AuthenticationError`, or `OverloadedError` at the key's limit."""
+    async def admitted(self, key: str | None, retry_after: float) -> AsyncIterator[ApiKey | None]:
+        """While a request runs; raises `AuthenticationError`, or `OverloadedError` at the key's limit.
+
+        Args:
+            key: that the request came with.
+            retry_after: seconds after which those beyond the limit shall try again.
+        """
         entry = self.authenticate(key)
         if entry is None:
             yield None
@@ -124,7 +130,8 @@ class KeyRing:
         if entry.max_concurrent is not None and self._running[entry.name] >= entry.max_concurrent:
             raise OverloadedError(
                 f"the API key {entry.name!r} has {self._running[entry.name]} requests running, its limit is "
-                f"{entry.max_concurrent}; try again when one has ended"
+                f"{entry.max_concurrent}; try again when one has ended",
+                retry_after,
             )
         self._running[entry.name] += 1
         try:
@@ -159,7 +166,10 @@ def _read(path: Path) -> tuple[ApiKey, ...]:
     try:
         return _KeysFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).keys
     except OSError as error:
-        raise ConfigError(f"the keys file {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"the keys file {path} cannot be read on {socket.gethostname()}: {error.strerror}; every node "
+            "of a cluster must see it under this path"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"the keys file {path} is neither YAML nor JSON") from None
     except ValidationError as error:

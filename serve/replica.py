@@ -92,8 +92,8 @@ class EngineReplica:
 
     # ------------------------------------------------------------------------ what the ingress calls
 
-    async def stream(self, work: Work) -> AsyncIterator[Chunk | SkipVisionError]:
-        """The chunks of one request; or, as the last item, why the engine refuses it.
+    async def stream(self, work: Work, *, whole: bool = False) -> AsyncIterator[Chunk | SkipVisionError]:
+        """The chunks of one request, or only the last one; or, as the last item, why the engine refuses it.
 
         A refusal is an item and not raised: Ray would wrap it, and it is no failure of the replica.
         """
@@ -106,9 +106,9 @@ class EngineReplica:
             if work.schema is not None:
                 adjuster = await asyncio.to_thread(self._grammars.adjuster, work.schema)
                 request = replace(request, adjust=adjuster)
-            async for chunk in stream(self._engine, self._named(request)):
+            async for chunk in stream(self._engine, self._named(request), whole=whole):
                 done = chunk.completion
-                written = written or bool(chunk.token_ids)
+                written = written or bool(done.usage.completion_tokens if done else chunk.token_ids)
                 if chunk.finish_reason == "deadline" and not written:
                     raise DeadlineError
                 if done is None:
@@ -123,7 +123,7 @@ class EngineReplica:
 
     async def answer(self, work: Work) -> Completion | SkipVisionError:
         """The whole answer; or why there is none."""
-        async for item in self.stream(work):
+        async for item in self.stream(work, whole=True):
             if isinstance(item, SkipVisionError):
                 return item
             if item.completion is not None:
@@ -214,11 +214,10 @@ class EngineReplica:
 
 
 def load_of(now: Statistics) -> float:
-    """Requests that run and wait against those that can run, by rows; or by KV bytes if those are scarcer."""
-    rows = (now.running + now.waiting) / now.max_sequences
+    """Answers that run and wait against those that can run, by rows; or by KV bytes if those are scarcer."""
+    answers = now.running + now.waiting_answers
     bytes_each = now.kv_bytes_reserved / now.running if now.running else 0.0
-    memory = (now.running + now.waiting) * bytes_each / now.kv_bytes_budget
-    return max(rows, memory)
+    return max(answers / now.max_sequences, answers * bytes_each / now.kv_bytes_budget)
 
 
 class _Gauges:

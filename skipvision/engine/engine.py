@@ -301,6 +301,7 @@ class Engine:
         return Statistics(
             running=len(running.answers),
             waiting=len(self._scheduler.waiting),
+            waiting_answers=sum(len(ticket.answers) for ticket in self._scheduler.waiting),
             max_sequences=self._scheduler.most_rows,
             kv_bytes_used=running.entries * self._token_bytes,
             kv_bytes_reserved=running.reserved * self._token_bytes,

@@ -17,6 +17,7 @@ class Statistics:
     Attributes:
         running: answers being written.
         waiting: requests in the queue.
+        waiting_answers: that they ask for.
         max_sequences: answers that may be written at once.
         kv_bytes_used: keys and values of the running answers.
         kv_bytes_reserved: their rows, up to the length that they may reach.
@@ -34,6 +35,7 @@ class Statistics:
 
     running: int
     waiting: int
+    waiting_answers: int
     max_sequences: int
     kv_bytes_used: int
     kv_bytes_reserved: int

@@ -6,12 +6,14 @@ One that everyone may ask, with two adapters; one with keys, traces, an adapter 
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import io
 import os
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +58,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def eventually(check: Callable[[], object], seconds: float = 20) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -187,13 +197,15 @@ def guarded(
                 "scaling": {"cpus_per_engine": 0.25},
             }
         ],
-        "keys_file": str(keys),
+        "keys_file": keys.name,
         "tracking_uri": registry,
         "adapter_poll_s": 0.5,
         "traces": collector[0],
         "cors_origins": [ORIGIN],
-        "limits": {"queued_requests": 2, "max_new_tokens": 400},
+        "limits": {"queued_requests": 2, "max_new_tokens": 400, "retry_after_s": 2},
     }
-    ray_serve.run(build(settings), name="guarded", route_prefix="/guarded")
+    with contextlib.chdir(folder):  # which replicas are not in
+        application = build(settings)
+    ray_serve.run(application, name="guarded", route_prefix="/guarded")
     yield Guarded(f"{endpoint.url}/guarded/v1", alice, bob, registry, folder, collector[1])
     ray_serve.delete("guarded")

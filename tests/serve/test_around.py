@@ -6,16 +6,19 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import openai
 import pytest
+import ray
 
 from pipelines.config import load_config
 from serve.app import build
 from serve.config import ServeConfig, serve_config
 from serve.exposition import merged
 from serve.replica import load_of
+from serve.scaling import ByLoad
 from skipvision import ConfigError
 from skipvision.engine import Statistics
 from tests.serve.conftest import LONG, asking
@@ -148,13 +151,14 @@ def test_too_many_requests_are_told_to_come_back(guarded):
                 outcomes.append((error.status_code, error.code, error.response.headers["retry-after"]))
 
     def look():
-        time.sleep(0.2)
         headers = {"authorization": f"Bearer {bob}"}
-        cards.append(httpx.get(f"{url}/models/small", headers=headers, timeout=60))
-        health.append(httpx.get(url.replace("/v1", "/healthz"), timeout=60))
+        while len(outcomes) < 16:
+            time.sleep(0.2)
+            cards.append(httpx.get(f"{url}/models/small", headers=headers, timeout=60))
+            health.append(httpx.get(url.replace("/v1", "/healthz"), timeout=60))
 
     threads = [threading.Thread(target=ask, args=(number % 2 == 1,)) for number in range(16)]
-    threads += [threading.Thread(target=look) for _ in range(8)]
+    threads += [threading.Thread(target=look) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -166,8 +170,15 @@ def test_too_many_requests_are_told_to_come_back(guarded):
     assert {(each.status_code, each.json()["error"]["code"]) for each in full} == {(429, "overloaded")}
     assert outcomes.count("answered") >= 2
     refused = [outcome for outcome in outcomes if outcome != "answered"]
-    assert refused == [(429, "overloaded", "1")] * len(refused)
+    assert refused == [(429, "overloaded", "2")] * len(refused)
     assert refused
+
+
+def test_an_engine_has_its_rows_full_and_requests_that_wait(guarded):
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
+    details = ray.get(controller.get_serve_instance_details.remote())
+    engine = details["applications"]["guarded"]["deployments"]["engine-small"]["deployment_config"]
+    assert engine["max_ongoing_requests"] == 1 + 2
 
 
 def test_wrong_settings_are_all_named(tmp_path):
@@ -209,10 +220,30 @@ def test_both_ways_to_start_serve_what_the_page_asks_for():
 
 @pytest.mark.parametrize(
     ("running", "waiting", "reserved", "load"),
-    [(0, 0, 0, 0.0), (2, 0, 20, 0.5), (4, 4, 40, 2.0), (2, 2, 90, 1.8)],
+    [(0, 0, 0, 0.0), (2, 0, 20, 0.5), (4, 4, 40, 2.0), (4, 12, 40, 4.0), (2, 2, 90, 1.8)],
 )
 def test_load_is_by_rows_or_by_memory(running, waiting, reserved, load):
     numbers = dict.fromkeys(Statistics.__dataclass_fields__, 0)
-    numbers |= {"running": running, "waiting": waiting, "max_sequences": 4}
+    numbers |= {"running": running, "waiting": 1, "waiting_answers": waiting, "max_sequences": 4}
     numbers |= {"kv_bytes_reserved": reserved, "kv_bytes_budget": 100}
     assert load_of(Statistics(**numbers)) == pytest.approx(load)
+
+
+@pytest.mark.parametrize(
+    ("loads", "requests", "queued", "engines"),
+    [
+        ([], 0, 0, 0),
+        ([], 1, 1, 1),
+        ([0.0], 1, 0, 1),  # which its engine has not counted yet
+        ([1.0, 1.0], 8, 0, 2),
+        ([2.5, 0.5], 8, 0, 3),
+        ([1.0], 12, 8, 3),  # held at an ingress
+    ],
+)
+def test_engines_are_as_many_as_the_load_takes(loads, requests, queued, engines):
+    context = SimpleNamespace(
+        aggregated_metrics={"load": dict(enumerate(loads))} if loads else None,
+        total_num_requests=requests,
+        total_queued_requests=queued,
+    )
+    assert ByLoad(target=1.0, rows=4)(context) == (engines, {})

@@ -58,11 +58,11 @@ def test_a_request_whose_time_is_over_before_its_first_token_is_an_error(run):
     async def waits_for_an_engine(here, client):
         await asked(client, max_tokens=1, response_format=None)  # the way there is known
         here._journeys.seconds = 60
-        before = asyncio.create_task(asked(client, n=4))  # all of its rows
+        before = [asyncio.create_task(asked(client, n=4)) for _ in range(3)]  # all of its rows
         await asyncio.sleep(0.3)
         here._journeys.seconds = 0.2
         found = [await asked(client, stream=stream) for stream in (False, True)]
-        assert (await before).status_code == 200
+        assert {(await each).status_code for each in before} == {200}
         return found
 
     begin = time.monotonic()

@@ -77,7 +77,7 @@ def test_every_entry_is_compared_in_constant_time(file, monkeypatch):
 
 def test_without_a_file_everyone_is_admitted():
     async def run():
-        async with KeyRing(None).admitted(None) as entry:
+        async with KeyRing(None).admitted(None, 1) as entry:
             return entry
 
     assert asyncio.run(run()) is None
@@ -93,14 +93,14 @@ def test_a_key_has_no_more_requests_running_than_its_limit(file):
     async def run():
         async with AsyncExitStack() as stack:
             for key in (limited, limited, free, free, free):
-                await stack.enter_async_context(ring.admitted(key))
+                await stack.enter_async_context(ring.admitted(key, 7))
             with pytest.raises(
                 OverloadedError, match="'limited' has 2 requests running, its limit is 2"
             ) as caught:
-                async with ring.admitted(limited):
+                async with ring.admitted(limited, 7):
                     pass
-            assert caught.value.retry_after > 0
-        async with ring.admitted(limited) as entry:  # those before have ended
+            assert caught.value.retry_after == 7
+        async with ring.admitted(limited, 7) as entry:  # those before have ended
             return entry.name
 
     assert asyncio.run(run()) == "limited"
@@ -114,7 +114,7 @@ def test_a_request_that_fails_or_is_cancelled_gives_its_place_back(file, error):
     async def run():
         for _ in range(2):
             with pytest.raises(error):
-                async with ring.admitted(key):
+                async with ring.admitted(key, 7):
                     raise error
 
     asyncio.run(run())
@@ -159,7 +159,7 @@ ENTRY = {"name": "a", "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read: No such file"),
+        (None, "cannot be read on .*: No such file"),
         ("", "is wrong: the whole"),
         ("keys: [", "neither YAML nor JSON"),
         (b"\xff\xfe\xff", "neither YAML nor JSON"),

@@ -1,16 +1,18 @@
 """What those who run the endpoint rely on: adapters that follow their alias, traces, logs, CORS, limits."""
 
 import json
-import threading
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
 import openai
+import psutil
 import pytest
 import ray
 
-from tests.serve.conftest import LONG, ORIGIN, asking, register
+from tests.serve.conftest import LONG, ORIGIN, asking, eventually, register
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -20,13 +22,6 @@ PARENT = "b7ad6b7169203331"
 def client(guarded):
     with openai.OpenAI(base_url=guarded.url, api_key=guarded.bob, max_retries=0, timeout=60) as client:
         yield client
-
-
-def eventually(check, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, client, tmp_path):
@@ -111,8 +106,9 @@ def test_a_key_has_as_many_requests_at_once_as_its_entry_says(guarded):
         options = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
         first = alice.chat.completions.create(stream=True, **options)
         next(iter(first))
-        with pytest.raises(openai.RateLimitError, match="the API key 'alice' has 1 requests running"):
+        with pytest.raises(openai.RateLimitError, match="the API key 'alice' has 1 requests running") as told:
             alice.chat.completions.create(**options)
+        assert told.value.response.headers["retry-after"] == "2"
         assert alice.models.list().data  # which needs no engine
         first.close()
 
@@ -125,16 +121,52 @@ def test_a_key_has_as_many_requests_at_once_as_its_entry_says(guarded):
         eventually(again)
 
 
-def test_a_stream_that_nobody_reads_holds_up_nobody(guarded, client):
-    slow = client.chat.completions.create(
-        model="small", messages=asking(), max_tokens=400, response_format=LONG, stream=True
+def test_a_stream_that_nobody_reads_holds_up_nobody(guarded):
+    where = httpx.URL(guarded.url)
+    asked = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+    body = json.dumps({**asked, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    head = f"POST {where.path}/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += (
+        f"Authorization: Bearer {guarded.alice}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    done = threading.Event()
+    with socket.socket() as unread:
+        unread.settimeout(30)
+        # Both ends' buffers are small so: that of the sender grows with the segments that it may send.
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        unread.connect((where.host, where.port))
+        unread.sendall(head.encode() + body)
+        read = unread.recv(1)  # it has begun
 
-    def ask():
-        client.chat.completions.create(model="small", messages=asking(), max_tokens=2)
-        done.set()
+        def next_one():
+            """Of the same key, which may have one at a time, to an engine of one row."""
+            with openai.OpenAI(base_url=guarded.url, api_key=guarded.alice, max_retries=0) as alice:
+                try:
+                    return alice.chat.completions.create(model="small", messages=asking(), max_tokens=2)
+                except openai.RateLimitError:
+                    return None
 
-    threading.Thread(target=ask, daemon=True).start()
-    assert done.wait(20)
-    slow.close()
+        eventually(next_one)
+        while piece := unread.recv(2**16):
+            read += piece
+    assert len(read) > 300_000  # more than all buffers on the way
+    assert b"data: [DONE]" in read[-100:]
+
+
+def test_an_engine_that_dies_ends_only_the_stream_that_had_begun(guarded, client):
+    options = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+    (engine,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if ":guarded:engine-small" in "".join(process.cmdline()[:1])
+    ]
+    stream = client.chat.completions.create(stream=True, **options)
+    next(stream)
+    with ThreadPoolExecutor(2) as threads:
+        whole = [threads.submit(client.chat.completions.create, **options) for _ in range(2)]
+        time.sleep(0.1)  # the stream is in its midst, and the others wait behind it
+        engine.kill()
+        with pytest.raises(openai.APIError) as told:
+            list(stream)
+        assert told.value.code == "engine_died"
+        assert {each.result().choices[0].finish_reason for each in whole} <= {"stop", "length"}

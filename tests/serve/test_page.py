@@ -20,7 +20,7 @@ from skipvision.attach import attachment_of
 from skipvision.config import Merge, Select
 from skipvision.engine import Request, prepare
 from tests.serve.browser import CHROMIUM, DRIVER, MISSING, Page, browser
-from tests.serve.conftest import SKIP, asking, picture
+from tests.serve.conftest import SKIP, asking, eventually, picture
 
 FOLDER = Path(serve.page.__file__).parent
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in {".css", ".js"})
@@ -183,6 +183,60 @@ def test_a_question_is_answered_twice(endpoint, driver, photo):
     loaded = page.loaded()
     assert f"{endpoint.url}/v1/overlay" in loaded
     assert [url for url in loaded if not url.startswith((endpoint.url, "data:"))] == []
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("target", "event"),
+    [
+        ("#stage", "new DragEvent('drop', {dataTransfer: files, bubbles: true, cancelable: true})"),
+        ("#question", "new ClipboardEvent('paste', {clipboardData: files, bubbles: true, cancelable: true})"),
+    ],
+)
+def test_an_image_may_be_dropped_or_pasted(endpoint, driver, photo, target, event):
+    page = Page(driver, f"{endpoint.url}/")
+    page.ready()
+    content = base64.b64encode(photo.read_bytes()).decode()
+    page.driver.execute_script(
+        f"""const bytes = Uint8Array.from(atob(arguments[0]), (one) => one.charCodeAt(0));
+        const files = new DataTransfer();
+        files.items.add(new File([bytes], "photo.png", {{ type: "image/png" }}));
+        const event = {event};
+        document.querySelector(arguments[1]).dispatchEvent(event);""",
+        content,
+        target,
+    )
+    page.until(f"document.querySelector('#panels img')?.src === 'data:image/png;base64,{content}'")
+    page.find("#ask").click()
+    page.until("document.getElementById('ask').textContent === 'Ask'")
+    assert page.counts() == {"retained": 4, "skipped": 6, "merged": 6}
+
+
+@in_browser
+def test_an_answer_may_be_stopped(endpoint, driver, photo):
+    page = Page(driver, f"{endpoint.url}/")
+    page.ready()
+    page.find("#file").send_keys(str(photo))
+    page.until("document.querySelector('#panels img') !== null")
+    page.find("#most").clear()
+    page.find("#most").send_keys("400")
+    page.driver.execute_script(
+        """const stop = (_, observer) => { observer.disconnect(); document.getElementById("ask").click(); };
+        const answer = document.querySelector("#full .answer");
+        new MutationObserver(stop).observe(answer, { childList: true, characterData: true });"""
+    )
+    page.find("#ask").click()
+    page.until("document.getElementById('full').dataset.state === 'stopped'")
+    page.until("document.getElementById('ask').textContent === 'Ask'")
+    assert "Stopped." in page.find("#full").text
+    assert page.find("#full .answer").text
+    assert page.find("#skip").get_attribute("data-state") == "empty"
+    assert not page.find("#error").is_displayed()
+
+    def running():
+        return httpx.get(f"{endpoint.url}/healthz").json()["models"]["tiny"]["running"]
+
+    eventually(lambda: not running())
 
 
 @in_browser

@@ -230,6 +230,15 @@ def test_stop_texts_across_tokens(text, stops, expected):
 # ------------------------------------------------------------------------------ cancel, deadline
 
 
+def test_what_waits_is_counted_in_requests_and_in_answers(engine):
+    for count in (6, 2, 3):
+        engine.submit(request(0, sampling=Sampling(max_new_tokens=5, n=count)))
+    engine.step()
+    now = engine.statistics()
+    assert (now.running, now.waiting, now.waiting_answers) == (6, 2, 5)
+    drain(engine)
+
+
 def test_cancelling_frees_the_row_at_once(engine):
     numbers = [engine.submit(request(0, tokens=50)) for _ in range(6)]
     waiting = engine.submit(request(1, tokens=2))

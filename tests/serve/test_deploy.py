@@ -1,0 +1,106 @@
+"""Putting the endpoint on a cluster: wrong settings are named before Ray is started, others at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2 as httpx
+import pytest
+import yaml
+from ray import serve as ray_serve
+
+import serve.deploy
+from serve.config import serve_config
+from serve.deploy import DeploymentError, run_deploy
+from skipvision.errors import ConfigError, SkipVisionError
+from tests.serve.conftest import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"keys_file": "nope.yaml"}, r"the keys file /.*nope\.yaml cannot be read .*every node"),
+        ({"keys_file": "wrong.yaml"}, r"the keys file .*wrong\.yaml is wrong: keys: Field required"),
+        ({"model": "owner/nope"}, "model = owner/nope: .* the hub does not answer"),
+        ({"model": "empty"}, r"model = .*empty: this folder holds no model"),
+        ({"adapter": "nope"}, "adapter adapter = nope: there is no"),
+        ({"adapter": "empty"}, "empty is not a Skip-Vision adapter"),
+        ({"adapter": "models:/nope", "tracking_uri": "sqlite:///m.db"}, "'models:/nope' names no model"),
+    ],
+)
+def test_wrong_settings_are_named_before_ray_is_started(settings, said, tiny_model, tmp_path, monkeypatch):
+    def started():
+        raise AssertionError("Ray was asked for")
+
+    monkeypatch.setattr(serve.deploy, "ray_session", started)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "wrong.yaml").write_text("{}")
+    with pytest.raises(SkipVisionError, match=said):
+        run_deploy(serve_config({"model": str(tiny_model), **settings}))
+
+
+def test_an_adapter_from_a_registry_needs_the_registry():
+    with pytest.raises(ValueError, match="models:/nope@champion without tracking_uri"):
+        serve_config({"model": "m", "adapter": "models:/nope@champion"})
+
+
+def test_a_ray_job_reads_no_copy_of_the_keys(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    (tmp_path / "keys.yaml").write_text("keys: []")
+    with pytest.raises(ConfigError, match=r"keys_file = keys\.yaml: inside a Ray job .* throw-away copy"):
+        run_deploy(serve_config({"model": str(tiny_model), "keys_file": "keys.yaml"}))
+
+
+def test_serve_has_one_address(endpoint, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "the session's")
+    there, other = httpx.URL(endpoint.url), free_port()
+    settings = {"name": "second", "model": str(endpoint.model), "port": other}
+    with pytest.raises(ConfigError, match=rf"port = {other}: .* at 127\.0\.0\.1:{there.port}, .*shutdown"):
+        run_deploy(serve_config(settings))
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "Error:\nray::init()\n  File x\n    raise\nOSError: disk\n\na.ConfigError: no model\n",
+            "no model",
+        ),
+        ("failed to be scheduled: no GPU", "no GPU"),
+    ],
+)
+def test_what_only_replicas_find_is_said_in_a_line(message, said, monkeypatch, endpoint):
+    def failing(*_, **__):
+        raise RuntimeError("Failed to update the deployments")
+
+    deployments = {
+        "engine-a": SimpleNamespace(status="DEPLOY_FAILED", message=message),
+        "ingress": SimpleNamespace(status="HEALTHY", message=""),
+    }
+    applications = {"skipvision": SimpleNamespace(deployments=deployments)}
+    monkeypatch.setenv("RAY_ADDRESS", "the session's")
+    monkeypatch.setattr(ray_serve, "run", failing)
+    monkeypatch.setattr(ray_serve, "status", lambda: SimpleNamespace(applications=applications))
+    port = httpx.URL(endpoint.url).port
+    with pytest.raises(DeploymentError, match=rf"'skipvision' did not come up: engine-a: [^\n]*{said}$"):
+        run_deploy(serve_config({"model": str(endpoint.model), "port": port}))
+
+
+@pytest.mark.slow
+def test_a_deployment_that_fails_ends_with_one_line_that_says_why(tiny_model, tmp_path):
+    model = {"path": str(tiny_model), "attention": "flash_attention_2"}
+    file = tmp_path / "deploy.yaml"
+    file.write_text(yaml.safe_dump({"models": [model], "port": free_port()}))
+    command = [sys.executable, str(ROOT / "jobs/deploy.py"), "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: 'skipvision' did not come up: engine-tiny-llava: skipvision.errors.Config")
+    assert "FlashAttention2" in last
+    assert "Traceback" not in done.stdout + done.stderr
