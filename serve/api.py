@@ -144,7 +144,7 @@ class Ingress:
         return {"object": "list", "data": [self._card(name) for name in self._targets]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """One of them, with the SkipConfig that it runs under; as the settings say where no engine says it."""
+        """One of them, with the SkipConfig that it runs under; where no engine says it, as settings do."""
         target = self._target(name)
         section, adapter = self._config.models[target.number], target.adapter
         source, skip = section.path if adapter is None else section.adapters[adapter], self._skip(target)

@@ -47,7 +47,7 @@ def _parts(message: Message) -> list[TextPart | ImagePart]:
 
 
 def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -> None:
-    """Raise for texts that could not fit if each of their tokens were the longest: to count them takes long."""
+    """Raise for texts that no tokens could fit in, were each the longest: to count them takes long."""
     parts = [part for message in body.messages for part in _parts(message)]
     characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
     if characters > positions * vocabulary.longest:

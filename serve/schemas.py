@@ -138,7 +138,9 @@ class JsonSchema(_Strict):
             size = sum(map(len, branches))
             if size > MAX_SCHEMA_BYTES:  # each is one at least; to write all of them would take seconds
                 break
-            inside = [leaf for each in branches for leaf in (each.values() if isinstance(each, dict) else each)]
+            inside = [
+                leaf for each in branches for leaf in (each.values() if isinstance(each, dict) else each)
+            ]
         else:
             if branches:
                 raise ValueError(f"a schema may be {MAX_SCHEMA_DEPTH} levels deep at most")

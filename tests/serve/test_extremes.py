@@ -83,7 +83,11 @@ def test_what_is_beyond_all_measure_is_refused_by_its_field(endpoint):
     for change, param in REFUSED:
         response = ask(endpoint, change if isinstance(change, bytes) else {**PLAIN, **change})
         error = response.json().get("error", {})
-        if response.status_code != (404 if param == "model" else 400) or error.get("param") != param or len(response.content) > 1000:
+        if (
+            response.status_code != (404 if param == "model" else 400)
+            or error.get("param") != param
+            or len(response.content) > 1000
+        ):
             wrong.append((str(change)[:80], param, response.status_code, response.text[:300]))
     assert not wrong
     assert ask(endpoint, PLAIN).status_code == 200
