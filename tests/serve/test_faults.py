@@ -11,6 +11,7 @@ import pytest
 from ray import serve as ray_serve
 
 import serve.app
+from serve.api import GRACE_SECONDS
 from serve.app import build
 from serve.config import serve_config
 from serve.deploy import drain
@@ -27,7 +28,7 @@ pytestmark = [
 APPLICATION = "faulty"
 
 
-def deploy(endpoint, **scaling):
+def deploy(endpoint, seconds=120, **scaling):
     model = {
         "path": str(endpoint.model),
         "name": "tiny",
@@ -35,7 +36,8 @@ def deploy(endpoint, **scaling):
         "engine": {"max_sequences": scaling.pop("max_sequences", 4), "kv_budget_bytes": 2**23},
         "scaling": {"cpus_per_engine": 0.25, "interval_s": 0.5, **scaling},
     }
-    ray_serve.run(build({"name": APPLICATION, "models": [model]}), name=APPLICATION, route_prefix="/faulty")
+    settings = {"name": APPLICATION, "models": [model], "limits": {"request_seconds": seconds}}
+    ray_serve.run(build(settings), name=APPLICATION, route_prefix="/faulty")
 
 
 def engines():
@@ -139,17 +141,26 @@ def test_an_engine_that_dies_ends_only_streams_that_had_begun(endpoint, monkeypa
 
 
 def test_an_engine_that_hangs_is_down_and_one_that_is_busy_is_not(endpoint):
-    deploy(endpoint)
-    url = f"{endpoint.url}/faulty/healthz"
-    assert httpx.get(url).json()["models"]["tiny"]["status"] == "ok"
+    deploy(endpoint, seconds=2)
+    health, chat = f"{endpoint.url}/faulty/healthz", f"{endpoint.url}/faulty/v1/chat/completions"
+    body = {"model": "tiny", "messages": asking(), "max_tokens": 2}
+    assert httpx.get(health).json()["models"]["tiny"]["status"] == "ok"
+    before = httpx.get(f"{endpoint.url}/faulty/v1/models/tiny").json()
+    assert httpx.post(chat, json=body, timeout=20).status_code == 200
     (engine,) = engine_processes()
     engine.suspend()
     try:
-        hanging = httpx.get(url, timeout=20)
+        hanging = httpx.get(health, timeout=20)
+        card = httpx.get(f"{endpoint.url}/faulty/v1/models/tiny", timeout=20)
+        answers = [httpx.post(chat, json={**body, "stream": each}, timeout=20) for each in (False, True)]
     finally:
         engine.resume()
     assert (hanging.status_code, hanging.json()["models"]["tiny"]["status"]) == (503, "down")
-    assert httpx.get(url).status_code == 200
+    assert card.json() == before
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert answer.elapsed.total_seconds() < 2 + GRACE_SECONDS + 1
+    assert httpx.get(health, timeout=20).status_code == 200
     ray_serve.delete(APPLICATION)
 
 
