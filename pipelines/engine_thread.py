@@ -35,16 +35,20 @@ class EngineThread:
 
     Args:
         make: makes the engine, in the thread.
+        failed: called in the thread when the engine has failed, before those who wait hear of it.
 
     Attributes:
         stepped: when the engine last finished a step, or had nothing to do (`time.monotonic`).
     """
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(
+        self, make: Callable[[], Engine], failed: Callable[[BaseException], None] | None = None
+    ) -> None:
         self.stepped = time.monotonic()
         self._inbox: SimpleQueue[_Question | None] = SimpleQueue()
         self._listeners: dict[int, Deliver] = {}
         self._ready: Future[None] = Future()
+        self._failed = failed
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, args=(make,), name="engine", daemon=True)
@@ -138,6 +142,8 @@ class EngineThread:
                 self._work(engine)
             self._end(RuntimeError("the engine's thread was stopped"))
         except BaseException as error:  # whoever waits must hear of it, whatever it is
+            if self._failed is not None:
+                self._failed(error)
             self._end(error)
 
     def _work(self, engine: Engine) -> None:

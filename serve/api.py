@@ -27,6 +27,7 @@ from serve.answers import Answer, event
 from serve.config import ServeConfig
 from serve.errors import DeadlineError
 from serve.journeys import Journey, Journeys
+from serve.liveness import answering, running
 from serve.media import EncodedImage, MediaFetcher
 from serve.problems import Problem, problem_of, reported
 from serve.replica import Served, Work
@@ -36,15 +37,17 @@ from serve.vocabulary import Vocabulary
 from skipvision.analysis import patches_of
 from skipvision.engine import BASE, Chunk, Completion, Sampling
 from skipvision.engine import Request as EngineRequest
-from skipvision.errors import SkipVisionError
+from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.plan import TokenPlan
 
 _TRIES = 3
 """Engines that a request is given to, one after the other, if they die before a word was sent."""
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 2.0
 """Beyond a request's time, at whose end the engine hands over what it has: then no engine answers."""
 
-_HEALTH_SECONDS = 2.0
+_QUESTION_SECONDS = 2.0
+"""For what an engine says of itself."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Ingress:
         self._models = [AutoConfig.from_pretrained(model.path) for model in config.models]
         texts = [model.get_text_config() for model in self._models]
         self._positions = [getattr(text, "max_position_embeddings", None) or 2**31 for text in texts]
+        self._served: dict[int, Served] = {}
         self._began = int(time.time())
         self._media = MediaFetcher(config.media)
         tracer = Tracer(config.traces, f"{config.name}-ingress")
@@ -100,7 +104,9 @@ class Ingress:
             work = await self._work(body, target, journey)
             answer = self._answer(body, target)
             if not body.stream:
-                completion = await self._completion(work, target, journey)
+                completion: Completion = await self._asked("answer", target, journey, work, GRACE_SECONDS)
+                if completion.error is not None:
+                    raise completion.error
                 journey.arrived(completion)
                 return JSONResponse(answer.completion(completion), headers=journey.headers)
             chunks = self._chunks(work, target, journey)
@@ -121,7 +127,8 @@ class Ingress:
             sizes = [image.size for image in request.images]
             # One token of an answer: the limits are those of requests that have one.
             request = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
-            plan = await self._asked("plan", target, journey, Work(request, _unix(journey.until)))
+            work = Work(request, _unix(journey.until))
+            plan: TokenPlan = await self._asked("plan", target, journey, work)
         overlays = patches_of(
             plan,
             request.inputs or {},
@@ -136,16 +143,25 @@ class Ingress:
         """Models and adapters that requests can name."""
         return {"object": "list", "data": [self._card(name) for name in self._targets]}
 
-    async def model(self, name: str, http: Request) -> dict[str, Any]:
-        """One of them, with the SkipConfig that it runs under; where no engine runs, as the settings say."""
+    async def model(self, name: str) -> dict[str, Any]:
+        """One of them, with the SkipConfig that it runs under; where no engine says it, as settings do."""
         target = self._target(name)
         section, adapter = self._config.models[target.number], target.adapter
         source, skip = section.path if adapter is None else section.adapters[adapter], self._skip(target)
-        if not await self._idle(target.number):
-            with self._journey(name, http, "model") as journey:
-                served: Served = await self._asked("served", target, journey)
+        served = await self._offered(target.number)
+        if served is not None:
             source, skip = served.adapters.get(adapter or BASE, source), skip or served.skip[adapter or BASE]
         return {**self._card(name), "source": source, "skip": skip}
+
+    async def _offered(self, number: int) -> Served | None:
+        """What an engine offers; while none has time to say it, what one said before."""
+        if not await self._idle(number):
+            with contextlib.suppress(
+                TimeoutError, BackPressureError, DeploymentUnavailableError, RayActorError
+            ):
+                async with asyncio.timeout(_QUESTION_SECONDS):
+                    self._served[number] = await self._engines[number].served.remote()
+        return self._served.get(number)
 
     async def health(self) -> JSONResponse:
         """Whether every model has an engine that answers; one that starts on demand may have none."""
@@ -186,8 +202,9 @@ class Ingress:
 
     async def _request(self, body: ChatRequest, target: Target, journey: Journey) -> EngineRequest:
         """What is asked about: images fetched, templates filled in."""
-        limits = self._config.limits
-        messages, urls = asked.conversation(body, self._vocabularies[target.number])
+        limits, vocabulary = self._config.limits, self._vocabularies[target.number]
+        asked.refuse_too_long(body, vocabulary, self._positions[target.number])
+        messages, urls = asked.conversation(body, vocabulary)
         if len(urls) > limits.images:
             raise Problem(
                 400, f"{len(urls)} images; at most {limits.images} in one request", param="messages"
@@ -238,27 +255,22 @@ class Ingress:
 
     # ------------------------------------------------------------------------------ from work to words
 
-    async def _completion(self, work: Work, target: Target, journey: Journey) -> Completion:
-        """The whole answer."""
-        found: Completion = await self._asked("answer", target, journey, work)
-        if found.error is not None:
-            raise found.error
-        return found
-
-    async def _asked(self, method: str, target: Target, journey: Journey, *given: Work) -> Any:
-        """What an engine says, of a request if one is given; another one is asked if it dies over it."""
+    async def _asked(
+        self, method: str, target: Target, journey: Journey, work: Work, grace: float = 0.0
+    ) -> Any:
+        """What an engine says of a request; another one is asked if it dies over it."""
         ask = getattr(self._engines[target.number], method).remote
         for last in (*[False] * (_TRIES - 1), True):
             try:
-                async with _in_time(journey.until + GRACE_SECONDS):
-                    found = await ask(*given)
+                async with _in_time(journey.until + grace):
+                    found = await ask(work)
                 break
             except RayActorError:
                 if last:
                     raise
                 journey.retried()
         if isinstance(found, SkipVisionError):
-            raise found
+            raise _refusal(found, work)
         return found
 
     async def _chunks(self, work: Work, target: Target, journey: Journey) -> AsyncIterator[Chunk]:
@@ -270,7 +282,7 @@ class Ingress:
                 async with _in_time(journey.until + GRACE_SECONDS):
                     async for item in items:
                         if isinstance(item, SkipVisionError):
-                            raise item
+                            raise _refusal(item, work)
                         sent = True
                         yield item
                 return
@@ -331,14 +343,18 @@ class Ingress:
     async def _health(self, number: int) -> dict[str, Any]:
         handle = self._engines[number]
         try:
-            async with asyncio.timeout(_HEALTH_SECONDS):
+            async with asyncio.timeout(_QUESTION_SECONDS):
                 if await self._idle(number):
                     return {"status": "idle"}
                 now = await handle.statistics.remote()
         except (BackPressureError, TimeoutError) as error:
-            # Engines that run have no room for this question either; Ray Serve ends those that hang.
-            if await asyncio.to_thread(_running, handle.deployment_name):
-                return {"status": "saturated"}
+            # Those that are full have no room for this question; nor have those that hang.
+            where = ray_serve.get_replica_context().app_name, handle.deployment_name
+            found, engines = await asyncio.gather(
+                answering(*where, _QUESTION_SECONDS), asyncio.to_thread(running, *where)
+            )
+            if found:
+                return {"status": "saturated", "engines": engines, "answering": found}
             return {"status": "down", "reason": type(error).__name__}
         except Exception as error:
             return {"status": "down", "reason": type(error).__name__}
@@ -348,7 +364,8 @@ class Ingress:
         """A model that starts on demand has no engine now; to ask it anything would start one."""
         if self._config.models[number].scaling.min_engines:
             return False
-        return not await asyncio.to_thread(_running, self._engines[number].deployment_name)
+        application = ray_serve.get_replica_context().app_name
+        return not await asyncio.to_thread(running, application, self._engines[number].deployment_name)
 
 
 async def _again(first: Chunk, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
@@ -357,11 +374,11 @@ async def _again(first: Chunk, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Ch
         yield chunk
 
 
-def _running(deployment: str) -> int:
-    """Replicas that run; a call would start one where there is none."""
-    application = ray_serve.get_replica_context().app_name
-    states = ray_serve.status().applications[application].deployments[deployment].replica_states
-    return sum(number for state, number in states.items() if state == "RUNNING")
+def _refusal(error: SkipVisionError, work: Work) -> Exception:
+    """An engine's, which does not know what clients call its settings."""
+    if isinstance(error, ConfigError) and work.request.skip is not None:
+        return Problem(400, str(error), param="skip", code="invalid_value")
+    return error
 
 
 @contextlib.asynccontextmanager

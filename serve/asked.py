@@ -13,7 +13,7 @@ from serve.errors import MediaError
 from serve.grammar import ANY_OBJECT
 from serve.media import EncodedImage
 from serve.problems import Problem
-from serve.schemas import ChatRequest, ImagePart, TextPart
+from serve.schemas import ChatRequest, ImagePart, Message, TextPart
 from serve.vocabulary import Vocabulary
 from skipvision.engine import Request as EngineRequest
 from skipvision.engine import Sampling, prepare
@@ -30,11 +30,8 @@ def conversation(body: ChatRequest, vocabulary: Vocabulary) -> tuple[list[dict[s
     messages: list[dict[str, Any]] = []
     urls: dict[str, str] = {}
     for turn, message in enumerate(body.messages):
-        content = message.content
-        parts: list[TextPart | ImagePart]
-        parts = [TextPart(type="text", text=content or "")] if not isinstance(content, list) else content
         said: list[dict[str, Any]] = []
-        for place, part in enumerate(parts):
+        for place, part in enumerate(_parts(message)):
             if isinstance(part, ImagePart):
                 urls[f"messages.{turn}.content.{place}.image_url.url"] = part.image_url.url
                 said.append({"type": "image"})
@@ -42,6 +39,24 @@ def conversation(body: ChatRequest, vocabulary: Vocabulary) -> tuple[list[dict[s
                 said.append({"type": "text", "text": vocabulary.harmless(part.text)})
         messages.append({"role": "system" if message.role == "developer" else message.role, "content": said})
     return messages, urls
+
+
+def _parts(message: Message) -> list[TextPart | ImagePart]:
+    content = message.content
+    return content if isinstance(content, list) else [TextPart(type="text", text=content or "")]
+
+
+def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -> None:
+    """Raise for texts that no tokens could fit in, were each the longest: to count them takes long."""
+    parts = [part for message in body.messages for part in _parts(message)]
+    characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
+    if characters > positions * vocabulary.longest:
+        message = (
+            f"This model's maximum context length is {positions} tokens. However, your messages have "
+            f"{characters} characters, which no {positions} tokens hold. Please reduce the length of the "
+            "messages."
+        )
+        raise Problem(400, message, param="messages", code="context_length_exceeded")
 
 
 def prepared(processor: Any, request: EngineRequest, pictures: Mapping[str, EncodedImage]) -> EngineRequest:
@@ -94,9 +109,8 @@ def sampling(body: ChatRequest, most: int, room: int) -> Sampling:
     """How the answer is written; ``most`` tokens are allowed, ``room`` are left by the prompt."""
     asked = body.max_completion_tokens or body.max_tokens
     if asked is not None and asked > most:
-        raise Problem(
-            400, f"max_completion_tokens={asked}: at most {most} here", param="max_completion_tokens"
-        )
+        name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        raise Problem(400, f"{name}={asked}: at most {most} here", param=name, code="invalid_value")
     if (asked or 1) > room:
         message = (
             f"{asked or 1} tokens of answer, but the messages leave {max(room, 0)} of this model's positions"

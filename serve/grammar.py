@@ -46,11 +46,14 @@ class Grammars:
         return lambda: _adjust(matcher.deep_copy())
 
     def _compile(self, schema: str) -> llguidance.LLMatcher:
-        # Blanks that are free would be written without end.
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(
-            schema, overrides={"whitespace_flexible": False}
-        )
-        wrong = llguidance.LLMatcher.validate_grammar(grammar, self._tokens)
+        try:
+            # Blanks that are free would be written without end.
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                schema, overrides={"whitespace_flexible": False}
+            )
+            wrong = llguidance.LLMatcher.validate_grammar(grammar, self._tokens)
+        except ValueError as error:  # JSON as Python reads it, which the library does not
+            raise _refused(str(error)) from error
         if wrong:
             raise _refused(wrong)
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)

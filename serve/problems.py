@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.util import metrics
@@ -56,9 +57,11 @@ class Problem(Exception):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """The whole answer."""
-        return JSONResponse(self.body(), self.status, headers=dict(self.headers))
+        # In ASCII: what the client sent need not be UTF-8.
+        content = json.dumps(self.body())
+        return Response(content, self.status, dict(self.headers), media_type="application/json")
 
 
 def problem_of(error: BaseException) -> Problem:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +85,7 @@ class EngineReplica:
         self._tracer = Tracer(*traces)
         self._section = section
         self._adapters = ServedAdapters(section.adapters, registry)
-        self._engine = EngineThread(self._make)
+        self._engine = EngineThread(self._make, _end_process)
         self._engine.wait_until_ready()
         self._gauges = _Gauges(section.served_name)
         self._planning = asyncio.Lock()
@@ -134,9 +136,9 @@ class EngineReplica:
         """What would become of the tokens of a request's prompt; or why that cannot be said."""
         # One after the other: answers that are being written wait for one of them at a time.
         async with self._planning:
-            request = self._named(work.request)
             try:
-                return await ask(self._engine, lambda engine: engine.plan(request))
+                request = self._named(work.request)
+                return await ask(self._engine, partial(_plan, request=request, until=work.until))
             except SkipVisionError as error:
                 return error
 
@@ -174,9 +176,7 @@ class EngineReplica:
         return {"load": load_of(now)}
 
     async def check_health(self) -> None:
-        """Raise if the engine has died or hangs: Ray Serve then starts another replica."""
-        if self._engine.failure is not None:
-            raise RuntimeError(f"the engine has failed: {self._engine.failure}")
+        """Raise if the engine hangs: Ray Serve then starts another replica."""
         still = time.monotonic() - self._engine.stepped
         if still > _STUCK_SECONDS:
             raise RuntimeError(f"the engine has not finished a step for {still:.0f} s")
@@ -240,6 +240,23 @@ class _Gauges:
                     tag_keys=tuple(self._tags),
                 )
             self._gauges[name].set(float(value), tags=self._tags)
+
+
+def _plan(engine: Engine, request: Request, until: float) -> TokenPlan:
+    # It has waited for other plans, and for a step.
+    if time.time() >= until:
+        raise DeadlineError
+    return engine.plan(request)
+
+
+def _end_process(error: BaseException) -> None:
+    """An engine that has failed answers nothing more: as long as its process lived, it would be asked.
+
+    Ray tells those who wait, who ask another engine, and starts a new one.
+    """
+    logger.critical("the engine has failed: its process ends", exc_info=error)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _sendable(error: Exception | None) -> Exception | None:

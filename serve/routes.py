@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import reprlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any, cast
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
@@ -29,6 +29,11 @@ from serve.page import page_routes
 from serve.problems import Problem, reported
 from serve.schemas import ChatRequest
 from skipvision.errors import SkipVisionError
+
+_TOLD = 10
+"""Mistakes that an answer names."""
+
+_LONGEST_NAME = 100
 
 
 class _App(FastAPI):
@@ -77,9 +82,9 @@ def http_app(config: ServeConfig) -> FastAPI:
         return await _here().models()
 
     @app.get("/v1/models/{name:path}", dependencies=keyed, responses=responses.NAMED)
-    async def model(name: str, http: Request) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, Any]:
         """One of them, with the SkipConfig that it runs under."""
-        return await _here().model(name, http)
+        return await _here().model(name)
 
     @app.get("/healthz", response_model=None, responses=responses.HEALTH)
     async def healthz() -> Response:
@@ -93,13 +98,13 @@ def http_app(config: ServeConfig) -> FastAPI:
 
     app.include_router(page_routes())
 
-    async def failed(http: Request, error: Exception) -> JSONResponse:
+    async def failed(http: Request, error: Exception) -> Response:
         return reported(error).response()
 
-    async def invalid(http: Request, error: Any) -> JSONResponse:
+    async def invalid(http: Request, error: Any) -> Response:
         return reported(_wrong_fields(error.errors(), error.body)).response()
 
-    async def refused(http: Request, error: Any) -> JSONResponse:
+    async def refused(http: Request, error: Any) -> Response:
         message = f"{http.method} {http.url.path}: {error.detail}"
         problem = Problem(error.status_code, message, headers=error.headers or {})
         return reported(problem).response()
@@ -133,11 +138,18 @@ def _wrong_fields(found: Sequence[Any], body: Any) -> Problem:
     named = [(field_name(each, tree).removeprefix("body").lstrip("."), each) for each in details(found)]
     unknown = [name for name, each in named if each["type"] == "extra_forbidden"]
     if unknown:
-        names = ", ".join(map(repr, unknown))
-        return Problem(400, f"Unknown parameter: {names}.", param=unknown[0], code="unknown_parameter")
+        names = _first(map(reprlib.repr, unknown), ", ")
+        param = unknown[0][:_LONGEST_NAME]
+        return Problem(400, f"Unknown parameter: {names}.", param=param, code="unknown_parameter")
     # The members of a union may all say the same.
-    lines = dict.fromkeys(_complaint(name, each) for name, each in named)
-    return Problem(400, "; ".join(lines), param=named[0][0] or None, code="invalid_value")
+    lines = _first(dict.fromkeys(_complaint(name, each) for name, each in named), "; ")
+    return Problem(400, lines, param=named[0][0] or None, code="invalid_value")
+
+
+def _first(lines: Iterable[str], between: str) -> str:
+    told = [*lines]
+    more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+    return between.join(told[:_TOLD]) + more
 
 
 def _complaint(name: str, problem: Any) -> str:

@@ -10,7 +10,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from skipvision import SkipConfig
 
@@ -23,9 +32,40 @@ MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_BYTES = 2**16
 """Of a JSON schema, written without blanks."""
 
+MAX_MESSAGES = 2048
+"""Messages of a request, and parts of a message."""
+
+_MAX_FIELDS = 100
+"""Of an object. What is wrong with a field costs more than the field: there must not be millions."""
+
+_MAX_STOP = 1024
+"""Characters of a text that ends an answer."""
+
+_Bounded = Field(max_length=MAX_MESSAGES, fail_fast=True)
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise ValueError(f"an object of {len(value):,} fields; {_MAX_FIELDS} are allowed")
+        return value
+
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"{half!r} at {error.start} is half a character: send both surrogates") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+"""What can be written as UTF-8."""
 
 
 class ImageUrl(_Strict):
@@ -39,7 +79,7 @@ class TextPart(_Strict):
     """A piece of text."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImagePart(_Strict):
@@ -53,9 +93,13 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 # Told apart before they are read: what is wrong is said of the one that was meant, not of both.
 _StringOrList = Discriminator(lambda value: "list" if isinstance(value, list) else "string")
-Content = Annotated[Annotated[str, Tag("string")] | Annotated[list[Part], Tag("list")], _StringOrList]
+Content = Annotated[
+    Annotated[Text, Tag("string")] | Annotated[list[Part], _Bounded, Tag("list")], _StringOrList
+]
+_StopText = Annotated[Text, Field(min_length=1, max_length=_MAX_STOP)]
 Stop = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[str], Field(max_length=4), Tag("list")], _StringOrList
+    Annotated[_StopText, Tag("string")] | Annotated[list[_StopText], Field(max_length=4), Tag("list")],
+    _StringOrList,
 ]
 Skip = Annotated[
     Annotated[SkipConfig, Tag("config")] | Annotated[Literal["full"], Tag("word")],
@@ -88,11 +132,21 @@ class JsonSchema(_Strict):
     @field_validator("schema_")
     @classmethod
     def _bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if _deeper(value, MAX_SCHEMA_DEPTH):
-            raise ValueError(f"a schema may be {MAX_SCHEMA_DEPTH} levels deep at most")
-        size = len(json.dumps(value, separators=(",", ":")))
+        inside: list[Any] = [value]
+        for _ in range(MAX_SCHEMA_DEPTH + 1):
+            branches = [each for each in inside if isinstance(each, (dict, list))]
+            size = sum(map(len, branches))
+            if size > MAX_SCHEMA_BYTES:  # each is one at least; to write all of them would take seconds
+                break
+            inside = [
+                leaf for each in branches for leaf in (each.values() if isinstance(each, dict) else each)
+            ]
+        else:
+            if branches:
+                raise ValueError(f"a schema may be {MAX_SCHEMA_DEPTH} levels deep at most")
+            size = len(json.dumps(value, separators=(",", ":")))
         if size > MAX_SCHEMA_BYTES:
-            raise ValueError(f"a schema of {size:,} bytes; {MAX_SCHEMA_BYTES:,} are allowed")
+            raise ValueError(f"a schema of {size:,} bytes or more; {MAX_SCHEMA_BYTES:,} are allowed")
         return value
 
 
@@ -114,9 +168,9 @@ class ChatRequest(_Strict):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, description="most tokens of an answer (older name)")
-    max_completion_tokens: int | None = Field(None, ge=1, description="most tokens of an answer")
+    messages: Annotated[list[Message], _Bounded] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="most tokens of an answer (older name)")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="most tokens of an answer")
     temperature: float | None = Field(None, ge=0, le=2, description="1 if not given")
     top_p: float | None = Field(None, ge=0, le=1, description="1 if not given")
     n: int | None = Field(None, ge=1, le=128, description="answers; 1 if not given")
@@ -129,7 +183,7 @@ class ChatRequest(_Strict):
     response_format: ResponseFormat | None = None
     frequency_penalty: float | None = Field(None, description="only 0 is supported")
     presence_penalty: float | None = Field(None, description="only 0 is supported")
-    logit_bias: dict[str, float] | None = Field(None, description=NOT_SUPPORTED)
+    logit_bias: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
     tools: list[Any] | None = Field(None, description=NOT_SUPPORTED)
     functions: list[Any] | None = Field(None, description=NOT_SUPPORTED)
     audio: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
@@ -137,7 +191,7 @@ class ChatRequest(_Strict):
     modalities: list[Literal["text"]] | None = Field(None, description="only text is supported")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="without tools there is no choice")
     function_call: Literal["none", "auto"] | None = Field(None, description="without functions, likewise")
-    metadata: dict[str, str] | None = Field(None, description=IGNORED)
+    metadata: dict[str, Any] | None = Field(None, description=IGNORED)
     parallel_tool_calls: bool | None = Field(None, description=IGNORED)
     prediction: dict[str, Any] | None = Field(None, description=IGNORED)
     prompt_cache_key: str | None = Field(None, description=IGNORED)
@@ -154,13 +208,4 @@ class ChatRequest(_Strict):
     repetition_penalty: float = Field(
         1.0, ge=0.1, le=10, description="not OpenAI's; divides logits of seen tokens"
     )
-    top_k: int = Field(0, ge=0, description="not OpenAI's; 0 = all tokens")
-
-
-def _deeper(tree: Any, levels: int) -> bool:
-    """Whether lists and objects are more than so many levels deep."""
-    inside = [tree]
-    for _ in range(levels + 1):
-        branches = [each for each in inside if isinstance(each, (dict, list))]
-        inside = [leaf for each in branches for leaf in (each.values() if isinstance(each, dict) else each)]
-    return bool(branches)
+    top_k: int = Field(0, ge=0, lt=2**31, description="not OpenAI's; 0 = all tokens")

@@ -15,10 +15,14 @@ class Vocabulary:
 
     Args:
         processor: with a fast Hugging Face tokenizer.
+
+    Attributes:
+        longest: characters of the longest token.
     """
 
     def __init__(self, processor: Any) -> None:
         self._tokenizer = processor.tokenizer
+        self.longest = max(map(len, self._tokenizer.get_vocab()))
         self._tokens = llguidance.hf.from_tokenizer(self._tokenizer)
         added = self._tokenizer.added_tokens_decoder
         self._special = {number: token.content for number, token in added.items() if token.special}

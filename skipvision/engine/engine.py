@@ -27,7 +27,16 @@ from skipvision.engine.adapters import BASE, Adapters
 from skipvision.engine.prefill import Prefilled, Prefiller
 from skipvision.engine.prefixes import PrefixCache
 from skipvision.engine.prompts import Prompt, prepare
-from skipvision.engine.requests import Chunk, Completion, FinishReason, Request, Timing, Usage
+from skipvision.engine.requests import (
+    Chunk,
+    Completion,
+    FinishReason,
+    Request,
+    Sampling,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
 from skipvision.engine.running import Running
 from skipvision.engine.sampling import choose, penalise, report
 from skipvision.engine.scheduler import Scheduler
@@ -380,6 +389,8 @@ class Engine:
             ticket.began = ticket.began or begin
         try:
             filled = self._prefilled(group)
+        except torch.AcceleratorError:
+            raise  # nothing works any more on a device that has failed
         except Exception as error:
             if len(group) > 1:
                 # Whose fault it is shows when each is alone.
@@ -441,18 +452,22 @@ class Engine:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         adjusted, errors = self._adjusted(answers, logits)
         draws = torch.tensor([answer.draw() for answer in answers])
-        tokens = choose(adjusted, [answer.sampling for answer in answers], draws).tolist()
-        reports = report(logits, tokens, [answer.sampling.logprobs for answer in answers])
+        taken = _taken([answer.sampling for answer in answers], logits, adjusted, draws)
         chunks, now = [], time.monotonic()
         for row, answer in enumerate(answers):
             ticket = answer.ticket
             if ticket.error is not None:
                 continue  # with another of its answers
-            if row in errors:
-                chunks += self._fail(ticket, errors[row])
+            token = errors.get(row, taken[row])
+            if isinstance(token, Exception):
+                chunks += self._fail(ticket, token)
                 continue
             ticket.first_token = ticket.first_token or now
-            chunk = answer.write(tokens[row], reports[row], self._ending)
+            try:
+                chunk = answer.write(*token, self._ending)
+            except Exception as error:
+                chunks += self._fail(ticket, error)
+                continue
             if answer.finish_reason is not None:
                 self._running.remove(answer)
                 chunk = self._closing(chunk, ticket)
@@ -473,15 +488,20 @@ class Engine:
         if self._suppressed:
             changed[:, self._suppressed] = -torch.inf
         for row, answer in enumerate(answers):
-            penalty = answer.sampling.repetition_penalty
-            if penalty != 1:
-                seen = torch.tensor(sorted({*answer.ticket.prompt.ids, *answer.ids}), device=logits.device)
-                changed[row] = penalise(changed[row], seen, penalty)
-            if answer.adjust is not None and row not in errors:
-                try:
+            if row in errors:
+                continue
+            try:
+                penalty = answer.sampling.repetition_penalty
+                if penalty != 1:
+                    seen = sorted({*answer.ticket.prompt.ids, *answer.ids})
+                    there = torch.tensor(seen, device=logits.device)
+                    changed[row] = penalise(changed[row], there, penalty)
+                if answer.adjust is not None:
                     changed[row] = answer.adjust(answer.ids, changed[row])
-                except Exception as error:
-                    errors[row] = error
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                errors[row] = error
         wrong = (changed.isnan() | changed.isposinf()).any(dim=1) | changed.isneginf().all(dim=1)
         for row in wrong.nonzero().squeeze(1).tolist():
             errors.setdefault(
@@ -538,6 +558,31 @@ def _generation_settings(model: PreTrainedModel) -> tuple[frozenset[int], list[i
     ending = settings.eos_token_id
     ending = [] if ending is None else [ending] if isinstance(ending, int) else list(ending)
     return frozenset(ending), list(settings.suppress_tokens or [])
+
+
+def _taken(
+    settings: Sequence[Sampling], logits: torch.Tensor, adjusted: torch.Tensor, draws: torch.Tensor
+) -> list[tuple[int, TokenLogprob | None] | Exception]:
+    """Each row's token and what is reported of it; or what went wrong with that row.
+
+    Args:
+        settings: of each row.
+        logits: (R, V) of the model.
+        adjusted: (R, V) by each row's settings.
+        draws: (R,) uniform in [0, 1).
+    """
+    try:
+        tokens = choose(adjusted, settings, draws).tolist()
+        reports = report(logits, tokens, [setting.logprobs for setting in settings])
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        if len(settings) == 1:
+            return [error]
+        # Whose fault it is shows when each is alone.
+        alone = [slice(row, row + 1) for row in range(len(settings))]
+        return [_taken(settings[row], logits[row], adjusted[row], draws[row])[0] for row in alone]
+    return list(zip(tokens, reports, strict=True))
 
 
 def _refused(request: Request, error: Exception) -> Completion:

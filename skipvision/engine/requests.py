@@ -24,14 +24,14 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_new_tokens: int = Field(64, ge=1, description="most tokens of an answer")
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token each time")
+    max_new_tokens: int = Field(64, ge=1, lt=2**31, description="most tokens of an answer")
+    temperature: float = Field(0.0, ge=0, le=1e6, description="0 takes the likeliest token each time")
     top_p: float = Field(
         1.0, ge=0, le=1, description="likeliest tokens that have this probability together; one at least"
     )
-    top_k: int = Field(0, ge=0, description="tokens that are drawn from; 0 = all")
+    top_k: int = Field(0, ge=0, lt=2**31, description="tokens that are drawn from; 0 = all")
     repetition_penalty: float = Field(
-        1.0, gt=0, description="divides the logits of tokens in prompt and answer so far; 1 = none"
+        1.0, gt=0, le=1e6, description="divides the logits of tokens in prompt and answer so far; 1 = none"
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="the same seed draws the same tokens whatever else is running"
@@ -41,7 +41,7 @@ class Sampling(BaseModel):
     logprobs: int | None = Field(
         None, ge=0, le=100, description="likeliest tokens to report at each place, beside the one taken"
     )
-    n: int = Field(1, ge=1, description="answers to the same prompt")
+    n: int = Field(1, ge=1, le=1024, description="answers to the same prompt")
 
     def __init__(self, **values: Any) -> None:
         try:

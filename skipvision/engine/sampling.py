@@ -51,7 +51,7 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
         dim=1, descending=True, stable=True
     )
     rank = torch.arange(ordered.shape[1], device=logits.device)
-    most = column([settings[row].top_k or ordered.shape[1] for row in drawn])
+    most = column([min(settings[row].top_k or len(rank), len(rank)) for row in drawn])
     ordered = ordered.masked_fill(rank >= most, -torch.inf)
     chances = ordered.softmax(dim=1)
     before = chances.cumsum(dim=1) - chances

@@ -160,7 +160,8 @@ class Answer:
 
     def end(self, reason: FinishReason) -> Chunk:
         """Write no more."""
-        text, self.finish_reason = self._stream.finish(), reason
+        # After an error, it may be these tokens that cannot be read.
+        text, self.finish_reason = "" if reason == "error" else self._stream.finish(), reason
         return Chunk(self.ticket.number, self.index, text, (), finish_reason=reason)
 
     def choice(self) -> Choice:

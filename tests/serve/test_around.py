@@ -166,8 +166,7 @@ def test_too_many_requests_are_told_to_come_back(guarded):
     # Full is not down.
     assert {each.status_code for each in health} == {200}
     assert "saturated" in {each.json()["models"]["small"]["status"] for each in health}
-    full = [each for each in cards if each.status_code != 200]
-    assert {(each.status_code, each.json()["error"]["code"]) for each in full} == {(429, "overloaded")}
+    assert {each.status_code for each in cards} == {200}
     assert outcomes.count("answered") >= 2
     refused = [outcome for outcome in outcomes if outcome != "answered"]
     assert refused == [(429, "overloaded", "2")] * len(refused)

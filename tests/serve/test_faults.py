@@ -10,9 +10,13 @@ import psutil
 import pytest
 from ray import serve as ray_serve
 
+import serve.app
+from serve.api import GRACE_SECONDS
 from serve.app import build
 from serve.config import serve_config
 from serve.deploy import drain
+from serve.replica import EngineReplica
+from skipvision.engine.running import Running
 from tests.serve.conftest import LONG, asking
 
 pytestmark = [
@@ -24,7 +28,7 @@ pytestmark = [
 APPLICATION = "faulty"
 
 
-def deploy(endpoint, **scaling):
+def deploy(endpoint, seconds=120, **scaling):
     model = {
         "path": str(endpoint.model),
         "name": "tiny",
@@ -32,7 +36,8 @@ def deploy(endpoint, **scaling):
         "engine": {"max_sequences": scaling.pop("max_sequences", 4), "kv_budget_bytes": 2**23},
         "scaling": {"cpus_per_engine": 0.25, "interval_s": 0.5, **scaling},
     }
-    ray_serve.run(build({"name": APPLICATION, "models": [model]}), name=APPLICATION, route_prefix="/faulty")
+    settings = {"name": APPLICATION, "models": [model], "limits": {"request_seconds": seconds}}
+    ray_serve.run(build(settings), name=APPLICATION, route_prefix="/faulty")
 
 
 def engines():
@@ -94,20 +99,69 @@ def test_redeploying_and_scaling_down_fail_no_request(endpoint, url):
     assert set(outcomes) == {"answered"}
 
 
-def test_an_engine_that_dies_ends_only_streams_that_had_begun(url):
-    def kill():
-        for process in psutil.Process().children(recursive=True):
-            if process.cmdline()[:1] and f":{APPLICATION}:engine-tiny" in process.cmdline()[0]:
-                process.kill()
-                return
-        raise AssertionError("no engine")
+def engine_processes():
+    everything = psutil.Process().children(recursive=True)
+    return [each for each in everything if f":{APPLICATION}:engine-tiny" in "".join(each.cmdline()[:1])]
 
-    outcomes = under_load(url, kill)
+
+def failing(flag):
+    """Engines, of which the first to decode when there is a flag runs out of memory, and takes it away."""
+
+    class Failing(EngineReplica):
+        def __init__(self, *given):
+            decode = Running.decode
+
+            def fails(running):
+                try:
+                    flag.unlink()
+                except FileNotFoundError:
+                    return decode(running)
+                raise MemoryError
+
+            Running.decode = fails
+            super().__init__(*given)
+
+    return Failing
+
+
+@pytest.mark.parametrize("how", ["killed", "failed"])
+def test_an_engine_that_dies_ends_only_streams_that_had_begun(endpoint, monkeypatch, tmp_path, how):
+    flag = tmp_path / "flag"
+    monkeypatch.setattr(serve.app, "EngineReplica", failing(flag))
+    deploy(endpoint, min_engines=2, max_engines=2)
+    url = f"{endpoint.url}/faulty/v1"
+    outcomes = under_load(url, engine_processes()[0].kill if how == "killed" else flag.touch)
+    assert not flag.exists()
     assert outcomes.count("answered") > 10
     broken = [outcome for outcome in outcomes if outcome != "answered"]
     assert broken == [(True, "engine_died")] * len(broken)
     assert len(broken) <= 3
     until(2)
+    ray_serve.delete(APPLICATION)
+
+
+def test_an_engine_that_hangs_is_down_and_one_that_is_busy_is_not(endpoint):
+    deploy(endpoint, seconds=2)
+    health, chat = f"{endpoint.url}/faulty/healthz", f"{endpoint.url}/faulty/v1/chat/completions"
+    body = {"model": "tiny", "messages": asking(), "max_tokens": 2}
+    assert httpx.get(health).json()["models"]["tiny"]["status"] == "ok"
+    before = httpx.get(f"{endpoint.url}/faulty/v1/models/tiny").json()
+    assert httpx.post(chat, json=body, timeout=20).status_code == 200
+    (engine,) = engine_processes()
+    engine.suspend()
+    try:
+        hanging = httpx.get(health, timeout=20)
+        card = httpx.get(f"{endpoint.url}/faulty/v1/models/tiny", timeout=20)
+        answers = [httpx.post(chat, json={**body, "stream": each}, timeout=20) for each in (False, True)]
+    finally:
+        engine.resume()
+    assert (hanging.status_code, hanging.json()["models"]["tiny"]["status"]) == (503, "down")
+    assert card.json() == before
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert answer.elapsed.total_seconds() < 2 + GRACE_SECONDS + 1
+    assert httpx.get(health, timeout=20).status_code == 200
+    ray_serve.delete(APPLICATION)
 
 
 def test_an_idle_model_has_no_engine_and_gets_one_when_it_is_asked(endpoint, url):

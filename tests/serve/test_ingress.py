@@ -11,7 +11,9 @@ from ray import serve as ray_serve
 import serve.routes
 from serve.api import Ingress
 from serve.config import serve_config
+from serve.errors import DeadlineError
 from serve.journeys import Journeys
+from serve.replica import Work
 from serve.routes import http_app
 from serve.tracing import Tracer
 from skipvision.engine import Choice, Completion, Request, Timing, Usage
@@ -70,6 +72,12 @@ def test_a_request_whose_time_is_over_before_its_first_token_is_an_error(run):
     assert time.monotonic() - begin < 10
     responses += run({"request_seconds": 60}, waits_for_an_engine)
     assert [told(response) for response in responses] == [(504, "server_error", "timeout")] * 3
+
+
+def test_an_overlay_whose_time_is_over_costs_the_engine_nothing(endpoint):
+    engine = ray_serve.get_deployment_handle("engine-tiny", "skipvision")
+    late = Work(Request(), time.time() - 1)
+    assert isinstance(engine.plan.remote(late).result(timeout_s=60), DeadlineError)
 
 
 def test_a_request_whose_time_is_over_later_ends_with_what_it_has(run):

@@ -17,6 +17,7 @@ from skipvision import (
     SkipConfig,
     TokenRole,
 )
+from skipvision.engine import engine as engine_module
 from skipvision.engine.streams import TextStream
 from tests.skipvision.engine.requests_for_tests import (
     CONFIGS,
@@ -354,6 +355,69 @@ def test_logits_that_leave_no_choice_fail_alone(engine, options, error, temperat
     assert isinstance(completions["bad"].error, error)
     for row in (1, 2):
         assert ids_of(completions[row, "counts", 8, 0]) == alone(row)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: 10**400} for name in ("max_new_tokens", "temperature", "top_k", "repetition_penalty", "n")),
+        *({name: 10**400} for name in ("top_p", "seed", "logprobs")),
+        *({name: math.inf} for name in ("temperature", "top_p", "repetition_penalty")),
+        *({name: math.nan} for name in ("temperature", "top_p", "repetition_penalty")),
+    ],
+    ids=lambda wrong: f"{next(iter(wrong))}={float(min(next(iter(wrong.values())), 1e308))}",
+)
+def test_numbers_beyond_all_measure_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+LARGEST = {"top_k": 2**31 - 1, "temperature": 1e6, "repetition_penalty": 1e6, "seed": 2**63 - 1}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_numbers_that_are_taken_are_answered(engine, name):
+    sampling = Sampling(**{"max_new_tokens": 4, "temperature": 1.0, "logprobs": 100, name: LARGEST[name]})
+    assert len(ids_of(one(engine, request(0, sampling=sampling)))) == 4
+
+
+BAD = Sampling(max_new_tokens=8, repetition_penalty=3.0, logprobs=7)
+FAILING = {
+    "choose": lambda logits, settings, draws: BAD in settings,
+    "report": lambda logits, tokens, asked: BAD.logprobs in asked,
+    "penalise": lambda logits, seen, penalty: penalty == BAD.repetition_penalty,
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_what_fails_while_a_token_is_taken_fails_its_request_alone(engine, monkeypatch, name):
+    """And the others draw what they would have drawn."""
+    drawn, real = Sampling(max_new_tokens=8, temperature=1.0, seed=3), getattr(engine_module, name)
+    expected = ids_of(one(engine, request(1, sampling=drawn)))
+    monkeypatch.setattr(engine_module, name, lambda *to: 1 / 0 if FAILING[name](*to) else real(*to))
+    asked = [request(2), request(0, sampling=BAD, key="bad"), request(1, sampling=drawn, key="drawn")]
+    completions = {each.key: each for each in engine.run(asked)}
+    assert isinstance(completions["bad"].error, ZeroDivisionError)
+    assert ids_of(completions["drawn"]) == expected
+    assert ids_of(completions[2, "counts", 8, 0]) == alone(2)
+
+
+def test_tokens_that_cannot_be_read_fail_their_request_alone(engine, monkeypatch):
+    unreadable = (set(alone(0)) - set(alone(2))).pop()
+    monkeypatch.setattr(Letters, "decode", lambda self, ids, **_: 1 / 0 if unreadable in ids else "x")
+    completions = {each.key[0]: each for each in engine.run([request(2), request(0)])}
+    assert isinstance(completions[0].error, ZeroDivisionError)
+    assert completions[0].choices[0].token_ids[-1] == unreadable
+    assert ids_of(completions[2]) == alone(2)
+
+
+def test_an_engine_whose_device_has_failed_ends(engine, monkeypatch):
+    def fails(*_):
+        raise torch.AcceleratorError("illegal address")
+
+    monkeypatch.setattr(engine._prefiller, "whole", fails)
+    with pytest.raises(torch.AcceleratorError):
+        one(engine, request(0))
 
 
 def test_an_image_that_makes_logits_infinite_fails_alone():
