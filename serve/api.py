@@ -29,7 +29,7 @@ from serve.errors import DeadlineError
 from serve.journeys import Journey, Journeys
 from serve.media import EncodedImage, MediaFetcher
 from serve.problems import Problem, problem_of, reported
-from serve.replica import Served, Work
+from serve.replica import Served, State, Work
 from serve.schemas import ChatRequest
 from serve.tracing import Tracer
 from serve.vocabulary import Vocabulary
@@ -144,11 +144,21 @@ class Ingress:
         if not await self._idle(target.number):
             with self._journey(name, http, "model") as journey:
                 served: Served = await self._asked("served", target, journey)
+            if adapter in served.missing:
+                return {
+                    **self._card(name),
+                    "source": source,
+                    "skip": None,
+                    "not_loaded": served.missing[adapter],
+                }
             source, skip = served.adapters.get(adapter or BASE, source), skip or served.skip[adapter or BASE]
         return {**self._card(name), "source": source, "skip": skip}
 
     async def health(self) -> JSONResponse:
-        """Whether every model has an engine that answers; one that starts on demand may have none."""
+        """Whether every model has an engine that answers; one that starts on demand may have none.
+
+        Without an adapter that cannot be had yet an engine is well: others would not have it, either.
+        """
         found = await asyncio.gather(*(self._health(number) for number in range(len(self._engines))))
         models = {model.served_name: state for model, state in zip(self._config.models, found, strict=True)}
         well = all(state["status"] != "down" for state in found)
@@ -334,7 +344,7 @@ class Ingress:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 if await self._idle(number):
                     return {"status": "idle"}
-                now = await handle.statistics.remote()
+                found: State = await handle.state.remote()
         except (BackPressureError, TimeoutError) as error:
             # Engines that run have no room for this question either; Ray Serve ends those that hang.
             if await asyncio.to_thread(_running, handle.deployment_name):
@@ -342,7 +352,8 @@ class Ingress:
             return {"status": "down", "reason": type(error).__name__}
         except Exception as error:
             return {"status": "down", "reason": type(error).__name__}
-        return {"status": "ok", "running": now.running, "waiting": now.waiting}
+        now, missing = found.statistics, {"not_loaded": found.missing} if found.missing else {}
+        return {"status": "ok", "running": now.running, "waiting": now.waiting, **missing}
 
     async def _idle(self, number: int) -> bool:
         """A model that starts on demand has no engine now; to ask it anything would start one."""

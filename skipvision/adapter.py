@@ -105,7 +105,7 @@ def load_adapter(
         model: the base model, or a PEFT model; if Skip-Vision is attached, then as the adapter was trained.
         folder: what `save_adapter` wrote.
         config: if given, what the caller believes the adapter was trained with.
-        is_trainable: keep LoRA and summary trainable, to go on fine-tuning; else LoRA takes the model's dtype.
+        is_trainable: keep LoRA and summary trainable, to go on fine-tuning; else LoRA has the model's dtype.
         name: what PEFT is to call the adapter.
 
     Returns:
