@@ -207,9 +207,13 @@ class Ingress:
                 pictures = await self._pictures(urls)
             request = EngineRequest(messages, skip=body.skip or self._skip(target), adapter=target.adapter)
             with journey.stage("prepare"):
-                # In these threads only: what is decoded at once has to fit into memory.
+                # Images in these threads only: what is decoded at once has to fit into memory.
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._threads, asked.prepared, self._processors[target.number], request, pictures
+                    self._threads if pictures else None,
+                    asked.prepared,
+                    self._processors[target.number],
+                    request,
+                    pictures,
                 )
 
     async def _pictures(self, urls: Mapping[str, str]) -> dict[str, EncodedImage]:

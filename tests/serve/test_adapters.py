@@ -24,12 +24,21 @@ from skipvision.engine import BASE, Engine
 from tests.serve.conftest import free_port, register
 
 
-@pytest.fixture
-def registry(tmp_path, adapters):
-    uri = TrackingConfig().absolute_uri(tmp_path)
-    for name in ("red", "blue"):
-        register(adapters[name], uri, tmp_path)
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, adapters):
+    """A registry with an adapter of version 1, one of version 2, and an empty folder of version 3."""
+    folder = tmp_path_factory.mktemp("registry")
+    uri = TrackingConfig().absolute_uri(folder)
+    (folder / "broken").mkdir()
+    for source in (adapters["red"], adapters["blue"], folder / "broken"):
+        register(source, uri, folder)
     return uri
+
+
+@pytest.fixture
+def registry(filled):
+    MlflowClient(filled, filled).set_registered_model_alias("shapes", "champion", "2")
+    return filled
 
 
 @pytest.fixture
@@ -152,10 +161,9 @@ def test_what_is_wrong_for_good_ends_the_start(registry, engine, tmp_path, sourc
         served.load(engine)
 
 
-def test_a_damaged_adapter_does_not_end_what_runs(registry, adapters, engine, tmp_path, monkeypatch):
+def test_a_damaged_adapter_does_not_end_what_runs(registry, engine):
     client = MlflowClient(registry, registry)
-    (tmp_path / "broken").mkdir()
-    register(tmp_path / "broken", registry, tmp_path)
+    client.set_registered_model_alias("shapes", "champion", "3")
     served = ServedAdapters({"shapes": "models:/shapes@champion"}, registry, 1)
     served.look(engine)
     assert served.missing == {"shapes": "what its registry has cannot be loaded"}
