@@ -21,7 +21,7 @@ logger = logging.getLogger("ray.serve")
 
 _REGISTERED = "models:/"
 _AWAY = "its registry does not answer"
-_WRONG = "what its registry has cannot be loaded"
+_WRONG = "its registry has none that can be loaded"
 
 
 @dataclass(frozen=True)

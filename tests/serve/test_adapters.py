@@ -166,7 +166,7 @@ def test_a_damaged_adapter_does_not_end_what_runs(registry, engine):
     client.set_registered_model_alias("shapes", "champion", "3")
     served = ServedAdapters({"shapes": "models:/shapes@champion"}, registry, 1)
     served.look(engine)
-    assert served.missing == {"shapes": "what its registry has cannot be loaded"}
+    assert served.missing == {"shapes": "its registry has none that can be loaded"}
     assert there(engine) == [BASE]
     client.set_registered_model_alias("shapes", "champion", "1")
     served.look(engine)

@@ -155,16 +155,15 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
                 ask("team/shapes", stream)
             assert (info.value.status_code, info.value.code) == (503, "adapter_not_loaded")
             assert info.value.response.headers["retry-after"] == "1"
-        assert (
-            httpx.post(f"{url}/v1/overlay", json={"model": "team/shapes", "messages": asking()}).status_code
-            == 503
-        )
+        body = {"model": "team/shapes", "messages": asking()}
+        assert httpx.post(f"{url}/v1/overlay", json=body).status_code == 503
         away = "its registry does not answer"
         assert (state()["status"], state()["not_loaded"]) == ("ok", {"team/shapes": away})
         card = client.models.retrieve("team/shapes")
         assert (card.source, card.skip, card.not_loaded) == ("models:/shapes@champion", None, away)
+        register(endpoint.adapters["red"], registry.replace("registry", "new"), tmp_path)
         place.unlink()
-        register(endpoint.adapters["red"], registry, tmp_path)
+        (tmp_path / "new").rename(place)
         deadline = time.monotonic() + 60
         while "not_loaded" in state():
             assert time.monotonic() < deadline
