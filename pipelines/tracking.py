@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NO_SUCH_MODEL = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for names, versions and aliases that it does not know."""
+
 
 class TrackingError(SkipVisionError):
     """MLflow could not be reached, or refused what it was given."""
@@ -219,7 +222,12 @@ class Tracker:
 
 
 def exact_model(uri: str, name: str) -> str:
-    """``models:/NAME/VERSION`` of a registered model that is given so, or as ``models:/NAME@ALIAS``."""
+    """``models:/NAME/VERSION`` of a registered model that is given so, or as ``models:/NAME@ALIAS``.
+
+    Raises:
+        ConfigError: it names no model, or none that MLflow has.
+        TrackingError: MLflow does not say.
+    """
     wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
     if wanted is None:
         raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -234,7 +242,12 @@ def exact_model(uri: str, name: str) -> str:
         )
         return f"models:/{model}/{found.version}"
 
-    return insist(look_up, f"looking for {name} at {uri}", pauses=())
+    try:
+        return insist(look_up, f"looking for {name} at {uri}", pauses=())
+    except TrackingError as error:
+        if getattr(error.__cause__, "error_code", None) not in _NO_SUCH_MODEL:
+            raise
+        raise ConfigError(f"MLflow has no {name} at {uri}: {error.__cause__}") from error
 
 
 def fetch_model(uri: str, name: str, folder: Path) -> str:

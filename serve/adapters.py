@@ -9,18 +9,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-from torch import nn
+from urllib.parse import quote
 
 from pipelines.engine_thread import EngineThread
-from pipelines.tracking import exact_model, fetch_model
-from skipvision import SkipConfig, load_adapter, read_adapter
+from pipelines.tracking import TrackingError, exact_model, fetch_model
+from serve.errors import NotLoadedError
 from skipvision.engine import Engine
 from skipvision.errors import ConfigError
 
 logger = logging.getLogger("ray.serve")
 
 _REGISTERED = "models:/"
+_AWAY = "its registry does not answer"
+_WRONG = "its registry has none that can be loaded"
 
 
 @dataclass(frozen=True)
@@ -42,34 +43,50 @@ class ServedAdapters:
     Args:
         sources: folders, or ``models:/NAME@ALIAS``, by the name that clients use.
         registry: MLflow's URI.
+        poll_seconds: time between looks.
 
     Attributes:
         versions: what new requests run under, by the name that clients use.
+        missing: why the others cannot be had, as clients may read it.
     """
 
-    def __init__(self, sources: Mapping[str, str], registry: str | None) -> None:
-        self._sources, self._registry = sources, registry or ""
+    def __init__(self, sources: Mapping[str, str], registry: str | None, poll_seconds: float) -> None:
+        self._sources, self._registry, self._poll_seconds = sources, registry or "", poll_seconds
         self._retired: set[str] = set()
         self.versions: dict[str, Version] = {}
+        self.missing = dict.fromkeys(sources, _AWAY)
 
     @property
     def registered(self) -> dict[str, str]:
         """Those whose version may change."""
         return {name: source for name, source in self._sources.items() if source.startswith(_REGISTERED)}
 
-    def begin(self, model: nn.Module) -> tuple[nn.Module, SkipConfig | None]:
-        """The model with its first adapter, which an engine is made with, and that one's SkipConfig."""
-        self.versions = {name: self._version(name) for name in self._sources}
-        for version in list(self.versions.values())[:1]:
-            with self._files(version) as folder:
-                return load_adapter(model, folder, name=version.name), read_adapter(folder)["skip"]
-        return model, None
+    def version(self, name: str) -> Version:
+        """What new requests run under; raises `NotLoadedError`."""
+        version = self.versions.get(name)
+        if version is None:
+            raise NotLoadedError(
+                f"the adapter {name!r} is not loaded yet: {self.missing.get(name, _AWAY)}; try again later",
+                self._poll_seconds,
+            )
+        return version
 
-    def complete(self, engine: Engine) -> None:
-        """Add the others."""
-        for version in list(self.versions.values())[1:]:
-            with self._files(version) as folder:
-                engine.add_adapter(version.name, folder)
+    def load(self, engine: EngineThread) -> None:
+        """Load all that can be had; the others at a later `look`.
+
+        Raises:
+            SkipVisionError: an adapter that is wrong, or that the registry does not know.
+        """
+        away = False
+        for name, source in self._sources.items():
+            # A registry that did not answer may take minutes not to answer again.
+            if away and source.startswith(_REGISTERED):
+                continue
+            try:
+                self._follow(name, engine)
+            except TrackingError:
+                away = True
+                logger.warning("adapter %s (%s) is not there yet", name, source, exc_info=True)
 
     def look(self, engine: EngineThread) -> None:
         """Serve the versions that aliases name now; those of before as long as they have requests."""
@@ -78,23 +95,27 @@ class ServedAdapters:
         for name, source in self.registered.items():
             try:
                 self._follow(name, engine)
-            except Exception:
+            except Exception as error:
                 # What is served goes on being served; the next look may do better.
-                logger.warning("adapter %s (%s) could not be renewed", name, source, exc_info=True)
+                logger.warning("adapter %s (%s) could not be had", name, source, exc_info=True)
+                if name in self.missing:
+                    self.missing[name] = _AWAY if isinstance(error, TrackingError) else _WRONG
 
     def _follow(self, name: str, engine: EngineThread) -> None:
-        new, old = self._version(name), self.versions[name]
+        new, old = self._version(name), self.versions.get(name)
         if new == old:
             return
         if new.name not in engine.call(lambda engine: engine.adapters).result():
             with self._files(new) as folder:
                 engine.call(partial(Engine.add_adapter, name=new.name, folder=folder)).result()
         self.versions[name] = new
-        self._retired = (self._retired | {old.name}) - {new.name}
-        logger.info("adapter %s: %s in place of %s", name, new.source, old.source)
+        self.missing.pop(name, None)
+        if old is not None:
+            self._retired = (self._retired | {old.name}) - {new.name}
+        logger.info("adapter %s: %s in place of %s", name, new.source, old.source if old else "none")
 
     def _forget(self, engine: EngineThread) -> None:
-        """What has no requests any more goes; the engine keeps the first adapter, which it was made with."""
+        """What has no requests any more goes."""
         for old in list(self._retired):
             with suppress(ConfigError):
                 engine.call(partial(Engine.remove_adapter, name=old)).result()
@@ -105,7 +126,9 @@ class ServedAdapters:
         source = self._sources[name]
         if source.startswith(_REGISTERED):
             source = exact_model(self._registry, source)
-        return Version(f"{name}@{source.rsplit('/', 1)[-1]}".replace(".", "_"), source)
+        # PEFT keeps an adapter's weights in modules of its name, which may have no dot in it.
+        called = quote(f"{name}@{source.rsplit('/', 1)[-1]}").replace(".", "%2E")
+        return Version(called, source)
 
     @contextmanager
     def _files(self, version: Version) -> Iterator[Path]:

@@ -30,7 +30,7 @@ from serve.journeys import Journey, Journeys
 from serve.liveness import answering, running
 from serve.media import EncodedImage, MediaFetcher
 from serve.problems import Problem, problem_of, reported
-from serve.replica import Served, Work
+from serve.replica import Served, State, Work
 from serve.schemas import ChatRequest
 from serve.tracing import Tracer
 from serve.vocabulary import Vocabulary
@@ -150,6 +150,9 @@ class Ingress:
         source, skip = section.path if adapter is None else section.adapters[adapter], self._skip(target)
         served = await self._offered(target.number)
         if served is not None:
+            if adapter in served.missing:
+                why = served.missing[adapter]
+                return {**self._card(name), "source": source, "skip": None, "not_loaded": why}
             source, skip = served.adapters.get(adapter or BASE, source), skip or served.skip[adapter or BASE]
         return {**self._card(name), "source": source, "skip": skip}
 
@@ -164,7 +167,10 @@ class Ingress:
         return self._served.get(number)
 
     async def health(self) -> JSONResponse:
-        """Whether every model has an engine that answers; one that starts on demand may have none."""
+        """Whether every model has an engine that answers; one that starts on demand may have none.
+
+        Without an adapter that cannot be had yet an engine is well: others would not have it, either.
+        """
         found = await asyncio.gather(*(self._health(number) for number in range(len(self._engines))))
         models = {model.served_name: state for model, state in zip(self._config.models, found, strict=True)}
         well = all(state["status"] != "down" for state in found)
@@ -214,9 +220,13 @@ class Ingress:
                 pictures = await self._pictures(urls)
             request = EngineRequest(messages, skip=body.skip or self._skip(target), adapter=target.adapter)
             with journey.stage("prepare"):
-                # In these threads only: what is decoded at once has to fit into memory.
+                # Images in these threads only: what is decoded at once has to fit into memory.
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._threads, asked.prepared, self._processors[target.number], request, pictures
+                    self._threads if pictures else None,
+                    asked.prepared,
+                    self._processors[target.number],
+                    request,
+                    pictures,
                 )
 
     async def _pictures(self, urls: Mapping[str, str]) -> dict[str, EncodedImage]:
@@ -346,19 +356,20 @@ class Ingress:
             async with asyncio.timeout(_QUESTION_SECONDS):
                 if await self._idle(number):
                     return {"status": "idle"}
-                now = await handle.statistics.remote()
+                found: State = await handle.state.remote()
         except (BackPressureError, TimeoutError) as error:
             # Those that are full have no room for this question; nor have those that hang.
             where = ray_serve.get_replica_context().app_name, handle.deployment_name
-            found, engines = await asyncio.gather(
+            alive, engines = await asyncio.gather(
                 answering(*where, _QUESTION_SECONDS), asyncio.to_thread(running, *where)
             )
-            if found:
-                return {"status": "saturated", "engines": engines, "answering": found}
+            if alive:
+                return {"status": "saturated", "engines": engines, "answering": alive}
             return {"status": "down", "reason": type(error).__name__}
         except Exception as error:
             return {"status": "down", "reason": type(error).__name__}
-        return {"status": "ok", "running": now.running, "waiting": now.waiting}
+        now, missing = found.statistics, {"not_loaded": found.missing} if found.missing else {}
+        return {"status": "ok", "running": now.running, "waiting": now.waiting, **missing}
 
     async def _idle(self, number: int) -> bool:
         """A model that starts on demand has no engine now; to ask it anything would start one."""

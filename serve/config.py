@@ -58,7 +58,7 @@ class ModelSection(Section):
     )
     skip: SkipConfig | None = Field(
         None,
-        description="SkipConfig of the base model; none given = that of its first adapter, or all tokens",
+        description="SkipConfig of the base model; none given = all tokens. Adapters have their own",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and arithmetic")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="implementation")

@@ -6,6 +6,7 @@
     │   └── SchemaError          a JSON schema that no answer can be written to
     ├── AuthenticationError      no API key, or none that is known
     ├── OverloadedError          more requests at once than are allowed; later they may be
+    ├── NotLoadedError           an adapter that its engine does not have yet
     └── DeadlineError            nothing was written when the time for the answer was over
 
 Messages go to clients: they name what the client sent, never what lies behind the server.
@@ -65,6 +66,20 @@ class OverloadedError(SkipVisionError):
     code: ClassVar = "rate_limit_exceeded"
 
     def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotLoadedError(SkipVisionError):
+    """An adapter that its engine does not have yet.
+
+    Attributes:
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    code: ClassVar = "adapter_not_loaded"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.util import metrics
 
-from serve.errors import AuthenticationError, DeadlineError, OverloadedError
+from serve.errors import AuthenticationError, DeadlineError, NotLoadedError, OverloadedError
 from skipvision.errors import (
     ConfigError,
     GenerationError,
@@ -72,12 +72,15 @@ def problem_of(error: BaseException) -> Problem:
         headers = {"WWW-Authenticate": "Bearer"}
         return Problem(401, str(error), code=error.code, headers=headers)
     if isinstance(error, OverloadedError):
-        return overloaded(str(error), math.ceil(error.retry_after))
+        return overloaded(str(error), error.retry_after)
+    if isinstance(error, NotLoadedError):
+        headers = _again_after(error.retry_after)
+        return Problem(503, str(error), "server_error", code=error.code, headers=headers)
     if isinstance(error, DeadlineError):
         return Problem(504, str(error), "server_error", code=error.code)
     if isinstance(error, BackPressureError):
         message = "all engines have as many requests as they take: try again"
-        return overloaded(message, math.ceil(error.retry_after_s or 1))
+        return overloaded(message, error.retry_after_s or 1)
     if isinstance(error, (RayActorError, DeploymentUnavailableError)):
         message = "no engine lives to answer this: try again"
         return Problem(503, message, "server_error", code="engine_died")
@@ -98,10 +101,14 @@ def problem_of(error: BaseException) -> Problem:
     )
 
 
-def overloaded(message: str, retry_after: int) -> Problem:
+def overloaded(message: str, retry_after: float) -> Problem:
     """Too many requests."""
-    headers = {"Retry-After": str(retry_after)}
+    headers = _again_after(retry_after)
     return Problem(429, message, "rate_limit_error", code="overloaded", headers=headers)
+
+
+def _again_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(math.ceil(seconds))}
 
 
 def reported(error: BaseException) -> Problem:

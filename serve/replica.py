@@ -59,10 +59,25 @@ class Served:
     Attributes:
         adapters: where each comes from, with the version of those in a registry.
         skip: SkipConfig of each adapter, and of the base model under "__base__".
+        missing: adapters that could not be had yet, and why.
     """
 
     adapters: dict[str, str] = field(default_factory=dict)
     skip: dict[str, SkipConfig] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """How an engine is.
+
+    Attributes:
+        statistics: what it is doing, and has done.
+        missing: as `Served`.
+    """
+
+    statistics: Statistics
+    missing: dict[str, str]
 
 
 class EngineReplica:
@@ -71,7 +86,7 @@ class EngineReplica:
     Args:
         section: the model and how it is run.
         registry: MLflow's URI, for adapters from there.
-        poll_seconds: time between looks whether an alias has moved.
+        poll_seconds: time between looks whether an alias has moved, or an adapter can be had now.
         traces: arguments of `Tracer`.
     """
 
@@ -84,9 +99,10 @@ class EngineReplica:
     ) -> None:
         self._tracer = Tracer(*traces)
         self._section = section
-        self._adapters = ServedAdapters(section.adapters, registry)
+        self._adapters = ServedAdapters(section.adapters, registry, poll_seconds)
         self._engine = EngineThread(self._make, _end_process)
         self._engine.wait_until_ready()
+        self._adapters.load(self._engine)
         self._gauges = _Gauges(section.served_name)
         self._planning = asyncio.Lock()
         tasks = [self._watch_adapters(poll_seconds)] if self._adapters.registered else []
@@ -145,7 +161,7 @@ class EngineReplica:
     def _named(self, request: Request) -> Request:
         """The request with the engine's name for its adapter."""
         name = request.adapter
-        return replace(request, adapter=BASE if name is None else self._adapters.versions[name].name)
+        return replace(request, adapter=BASE if name is None else self._adapters.version(name).name)
 
     def _trace(self, done: Completion, parent: str | None) -> None:
         """The engine's stages of a request that has just ended, as spans."""
@@ -162,7 +178,12 @@ class EngineReplica:
         return Served(
             {name: version.source for name, version in versions},
             {BASE: skip[BASE], **{name: skip[version.name] for name, version in versions}},
+            dict(self._adapters.missing),
         )
+
+    async def state(self) -> State:
+        """How it is."""
+        return State(await self.statistics(), dict(self._adapters.missing))
 
     async def statistics(self) -> Statistics:
         """Of the engine."""
@@ -192,11 +213,9 @@ class EngineReplica:
         device = torch.device("cuda" if section.scaling.gpus_per_engine else "cpu")
         dtype = arithmetic(section.dtype, device)
         model = load_base(section.path, dtype, section.attention, device)
-        model, trained = self._adapters.begin(model)
-        skip = section.skip or trained or SkipConfig.full()
         processor: Any = load_processor(section.path)
-        engine = Engine(model.to(device, dtype), processor, skip, **section.engine.model_dump())
-        self._adapters.complete(engine)
+        skip = section.skip or SkipConfig.full()
+        engine = Engine(model, processor, skip, **section.engine.model_dump())
         self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
         return engine
 
@@ -204,8 +223,8 @@ class EngineReplica:
 
     async def _watch_adapters(self, seconds: float) -> None:
         while True:
-            await asyncio.sleep(seconds)
             await asyncio.to_thread(self._adapters.look, self._engine)
+            await asyncio.sleep(seconds)
 
     async def _report(self) -> None:
         while True:

@@ -102,7 +102,11 @@ KEYED: dict[int | str, dict[str, Any]] = {
 }
 """Where keys are asked for."""
 
-NAMED = {404: _error("there is no such model"), 503: _error("no engine lives"), **KEYED}
+NAMED = {
+    404: _error("there is no such model"),
+    503: _error("no engine lives; or it does not have the adapter yet, and Retry-After says when to ask"),
+    **KEYED,
+}
 """Where a model is named."""
 
 ASKED = {

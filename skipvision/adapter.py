@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -30,9 +31,15 @@ from skipvision.adapter_files import (
 )
 from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
-from skipvision.errors import AdapterError, ConfigError
+from skipvision.errors import AdapterError
 from skipvision.families import dissect
-from skipvision.summaries import SUMMARY, AdapterSummaries, summary_of_adapter, withdraw_notes
+from skipvision.summaries import (
+    SUMMARY,
+    AdapterSummaries,
+    summary_aside,
+    summary_of_adapter,
+    withdraw_notes,
+)
 from skipvision.summary import SummaryLayer
 
 
@@ -95,10 +102,10 @@ def load_adapter(
     to it, LoRA and summary layer together.
 
     Args:
-        model: the base model, without Skip-Vision attached; or a PEFT model.
+        model: the base model, or a PEFT model; if Skip-Vision is attached, then as the adapter was trained.
         folder: what `save_adapter` wrote.
         config: if given, what the caller believes the adapter was trained with.
-        is_trainable: keep LoRA and summary trainable, to go on fine-tuning.
+        is_trainable: keep LoRA and summary trainable, to go on fine-tuning; else LoRA has the model's dtype.
         name: what PEFT is to call the adapter.
 
     Returns:
@@ -108,8 +115,7 @@ def load_adapter(
     Raises:
         AdapterError: the folder is missing, damaged, made for a decoder of another width or number of
             layers or with modules of other shapes, or trained with another SkipConfig than ``config`` or
-            than the PEFT model has attached; or the name is taken.
-        ConfigError: Skip-Vision is attached to the base model already.
+            than the model has attached; or the name is taken. The model is as it was.
 
     Warns:
         UserWarning: the adapter fits, but the base model that it was trained on had another name.
@@ -123,21 +129,32 @@ def load_adapter(
     weights = None
     if skip is not None and skip.summary_tokens:
         weights = summary_weights(folder, saved["hidden_size"], skip.summary_tokens)
-    if isinstance(model, PeftModel):
+    attached = attachment_of(model)
+    if attached is not None or isinstance(model, PeftModel):
         _check_beside(model, folder, saved, name)
+    if isinstance(model, PeftModel):
         _load_lora_beside(model, folder, is_trainable, name)
     else:
-        if attachment_of(model) is not None:
-            raise ConfigError("Skip-Vision is attached to this model already: detach() it first")
         if saved["lora"]:
             model = _load_lora(model, folder, is_trainable, name)
-        if skip is not None:
+        if skip is not None and attached is None:
             attach(model, skip)
     summary = _summary(model, name)
     if summary is not None and weights is not None:
         summary.load_state_dict(weights)
         summary.requires_grad_(is_trainable)
     return model
+
+
+def unload_adapters(model: nn.Module) -> None:
+    """Take PEFT out of the model that it was put around; the base model's own summary layer stays."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, BaseTunerLayer):
+                setattr(parent, name, module.get_base_layer())
+            elif isinstance(module, AdapterSummaries):
+                setattr(parent, name, module.original_module)
+    vars(model).pop("peft_config", None)
 
 
 def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]:
@@ -238,7 +255,7 @@ def _base_name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
 
 
-def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: str) -> None:
+def _check_beside(model: nn.Module, folder: Path, saved: dict[str, Any], name: str) -> None:
     attachment = attachment_of(model)
     attached = None if attachment is None else attachment.config
     full = SkipConfig.full()
@@ -250,7 +267,7 @@ def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: s
         )
     if not saved["lora"]:
         raise AdapterError(f"{folder} has no LoRA, only a summary layer: load it on a base model of its own")
-    if name in model.peft_config:
+    if isinstance(model, PeftModel) and name in model.peft_config:
         raise AdapterError(
             f"this model has an adapter {name!r} already: give this one another name=, or delete_adapter() "
             "that one"
@@ -258,10 +275,21 @@ def _check_beside(model: PeftModel, folder: Path, saved: dict[str, Any], name: s
 
 
 def _load_lora(model: nn.Module, folder: Path, is_trainable: bool, name: str) -> PeftModel:
-    with _told(folder):
-        loaded = PeftModel.from_pretrained(model, str(folder.absolute()), name, is_trainable=is_trainable)
-    # Its summary layer is put in place here, not by PEFT.
-    withdraw_notes(loaded.peft_config)
+    with summary_aside(model, dissect(model).decoder):
+        try:
+            with _told(folder):
+                loaded = PeftModel.from_pretrained(
+                    model,
+                    str(folder.absolute()),
+                    name,
+                    is_trainable=is_trainable,
+                    autocast_adapter_dtype=is_trainable,
+                )
+        except AdapterError:
+            unload_adapters(model)
+            raise
+        # Its summary layer is put in place here, not by PEFT.
+        withdraw_notes(loaded.peft_config)
     return loaded
 
 
@@ -271,7 +299,12 @@ def _load_lora_beside(model: PeftModel, folder: Path, is_trainable: bool, name: 
         if isinstance(summaries, AdapterSummaries):
             summaries.not_read = name
         with _told(folder):
-            model.load_adapter(str(folder.absolute()), name, is_trainable=is_trainable)
+            model.load_adapter(
+                str(folder.absolute()),
+                name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=is_trainable,
+            )
     except AdapterError:
         if name in model.peft_config:
             model.delete_adapter(name)

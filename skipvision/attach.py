@@ -133,7 +133,7 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         self._detached_summary: nn.Module | None = None
         if config.summary_tokens:
-            self._add_summary()
+            self._add_summary(config.summary_tokens)
         object.__setattr__(anatomy.decoder, _ATTACHMENT, self)
         self._hook()
 
@@ -154,7 +154,7 @@ class Attachment:
         decoder = self._anatomy.decoder
         if getattr(decoder, _ATTACHMENT, None) is self:
             object.__delattr__(decoder, _ATTACHMENT)
-            if self.config.summary_tokens:
+            if SUMMARY in decoder._modules:
                 self._detached_summary = take_summary(decoder)
 
     @contextmanager
@@ -173,6 +173,20 @@ class Attachment:
             self.config = own
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def growing(self, config: SkipConfig) -> Iterator[None]:
+        """`using`; a summary layer that it needs where there is none stays, unless the block fails."""
+        new = bool(config.summary_tokens) and self.summary is None
+        if new:
+            self._add_summary(config.summary_tokens)
+        try:
+            with self.using(config):
+                yield
+        except BaseException:
+            if new:
+                take_summary(self._anatomy.decoder)
+            raise
 
     def check(self, config: SkipConfig) -> None:
         """Raise the `ConfigError` that `using` would."""
@@ -197,12 +211,12 @@ class Attachment:
 
     # ------------------------------------------------------------------------------------ set-up
 
-    def _add_summary(self) -> None:
+    def _add_summary(self, summary_tokens: int) -> None:
         decoder = self._anatomy.decoder
         embedding = next(decoder.parameters())
         dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
         summary = SummaryLayer(
-            self._anatomy.hidden_size, self.config.summary_tokens, dtype=dtype, device=embedding.device
+            self._anatomy.hidden_size, summary_tokens, dtype=dtype, device=embedding.device
         )
         place_summary(self.model, decoder, summary.train(decoder.training))
 

@@ -8,6 +8,8 @@ one in place when it merges or unloads.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -109,6 +111,19 @@ def take_summary(decoder: nn.Module) -> nn.Module:
     if isinstance(module, AdapterSummaries):
         withdraw_notes(module.configs)
     return module
+
+
+@contextmanager
+def summary_aside(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    """While PEFT goes around a model, its summary layer is away; then it is one for each adapter."""
+    summary = cast(SummaryLayer | None, decoder._modules.get(SUMMARY))
+    if summary is not None:
+        take_summary(decoder)
+    try:
+        yield
+    finally:
+        if summary is not None:
+            place_summary(model, decoder, summary)
 
 
 def withdraw_notes(configs: dict[str, Any]) -> None:

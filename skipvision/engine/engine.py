@@ -19,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from skipvision import unit_costs
-from skipvision.adapter import load_adapter
 from skipvision.adapter_files import read_adapter
 from skipvision.attach import attach, attachment_of
 from skipvision.config import SkipConfig
@@ -96,8 +95,8 @@ class Engine:
             prefill_tokens=(prefill_tokens, 1),
             prefix_cache_bytes=(prefix_cache_bytes, 0),
         )
-        self._model, self._processor = model.eval(), processor
-        self._base = _base_of(model)
+        self._processor = processor
+        self._base = _base_of(model.eval())
         attached = attachment_of(model)
         self._attachment = attached or attach(model, config or SkipConfig())
         self._detaches = attached is None
@@ -248,27 +247,20 @@ class Engine:
                     yield chunk.completion
 
     def add_adapter(self, name: str, folder: str | Path) -> None:
-        """Load a saved adapter beside those that are there; requests can ask for it from now on.
+        """Load a saved adapter, the first or another; requests can ask for it from now on.
 
         It runs under the SkipConfig that it was trained with, whatever the others run under; but their
         summaries must be of one number K, or 0.
 
         Raises:
-            AdapterError: as `load_adapter`.
+            AdapterError: as `load_adapter`; also if there is no LoRA in it.
             ConfigError: the name is taken, or its SkipConfig is not possible here.
         """
         if name in self._adapters.names:
             raise ConfigError(f"there is an adapter {name!r} already: remove_adapter() it first")
         config = read_adapter(Path(folder))["skip"] or SkipConfig.full()
-        if len(self._adapters.names) == 1:
-            raise ConfigError(
-                "this model has no PEFT adapter yet: load the first with skipvision.load_adapter and make "
-                "the engine with what it returns"
-            )
-        active = self._adapters.default
-        self._adapters.activate(active)
-        with self._attachment.using(config):
-            load_adapter(self._model, folder, name=name)
+        with self._attachment.growing(config):
+            self._adapters.add(name, Path(folder))
         self._trained[name] = config
 
     def remove_adapter(self, name: str) -> None:
@@ -279,8 +271,7 @@ class Engine:
         busy = sum(ticket.adapter == name for ticket in self._tickets.values())
         if busy:
             raise ConfigError(f"{busy} requests run under adapter {name!r}: wait for them, or cancel them")
-        self._adapters.activate(self._adapters.default)
-        self._model.delete_adapter(name)  # type: ignore[operator]
+        self._adapters.remove(name)
         del self._trained[name]
         self._prefixes.clear()
 
@@ -338,7 +329,7 @@ class Engine:
         self._tickets.clear()
         self._scheduler.waiting.clear()
         self._prefixes.clear()
-        self._adapters.activate(self._adapters.default)
+        self._adapters.clear()
         if self._detaches:
             self._attachment.detach()
 

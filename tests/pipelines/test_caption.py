@@ -439,7 +439,7 @@ def no_ray(monkeypatch):
         ({"input": {"prompt": "{colour}"}}, ConfigError, "input.prompt names column 'colour'"),
         ({"model": {"path": "/no/such/model"}}, ConfigError, "model.path = /no/such/model"),
         ({"model": {"adapter": "/no/such/adapter"}}, ConfigError, "model.adapter = /no/such/adapter"),
-        ({"model": {"adapter": "models:/nobody@knows"}}, TrackingError, "looking for models:/nobody@knows"),
+        ({"model": {"adapter": "models:/nobody@knows"}}, ConfigError, "MLflow has no models:/nobody@knows"),
         ({"model": {"adapter": "models:/nobody"}}, ConfigError, "models:/NAME@ALIAS"),
         ({"max_error_fraction": 0.01}, DataError, r"1 of 40 rows are errors \(1 × duplicate key\)"),
         ({"storage": "/proc/nowhere"}, ConfigError, "storage = /proc/nowhere: cannot write to"),

@@ -119,6 +119,7 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
             {
                 "path": str(tiny_model),
                 "name": "tiny",
+                "skip": SKIP,
                 "dtype": "float32",
                 "adapters": {name: str(folder) for name, folder in adapters.items()}
                 | {"org/blue": str(adapters["blue"])},

@@ -17,7 +17,7 @@ from serve.config import serve_config
 from serve.deploy import drain
 from serve.replica import EngineReplica
 from skipvision.engine.running import Running
-from tests.serve.conftest import LONG, asking
+from tests.serve.conftest import LONG, asking, register
 
 pytestmark = [
     pytest.mark.slow,
@@ -176,6 +176,56 @@ def test_an_idle_model_has_no_engine_and_gets_one_when_it_is_asked(endpoint, url
     with openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as client:
         assert client.chat.completions.create(model="tiny", messages=asking(), max_tokens=3).choices
     until(0)
+
+
+def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back(endpoint, tmp_path):
+    place = tmp_path / "registry"
+    place.touch()  # a file where its folder would be
+    registry = f"sqlite:///{place / 'mlflow.db'}"
+    model = {
+        "path": str(endpoint.model),
+        "name": "tiny",
+        "dtype": "float32",
+        "adapters": {"team/shapes": "models:/shapes@champion", "blue": str(endpoint.adapters["blue"])},
+        "engine": {"max_sequences": 4, "kv_budget_bytes": 2**23},
+        "scaling": {"cpus_per_engine": 0.25},
+    }
+    settings = {"name": APPLICATION, "models": [model], "tracking_uri": registry, "adapter_poll_s": 0.5}
+    ray_serve.run(build(settings), name=APPLICATION, route_prefix="/faulty")
+    url = f"{endpoint.url}/faulty"
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=120) as client:
+
+        def ask(name, stream=False):
+            found = client.chat.completions.create(model=name, messages=asking(), max_tokens=3, stream=stream)
+            return list(found) if stream else found
+
+        def state():
+            return httpx.get(f"{url}/healthz").json()["models"]["tiny"]
+
+        assert ask("tiny").usage.visual_tokens["cached"] == 16
+        assert ask("blue").choices
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError, match="'team/shapes' is not loaded yet") as info:
+                ask("team/shapes", stream)
+            assert (info.value.status_code, info.value.code) == (503, "adapter_not_loaded")
+            assert info.value.response.headers["retry-after"] == "1"
+        body = {"model": "team/shapes", "messages": asking()}
+        assert httpx.post(f"{url}/v1/overlay", json=body).status_code == 503
+        away = "its registry does not answer"
+        assert (state()["status"], state()["not_loaded"]) == ("ok", {"team/shapes": away})
+        card = client.models.retrieve("team/shapes")
+        assert (card.source, card.skip, card.not_loaded) == ("models:/shapes@champion", None, away)
+        register(endpoint.adapters["red"], registry.replace("registry", "new"), tmp_path)
+        place.unlink()
+        (tmp_path / "new").rename(place)
+        deadline = time.monotonic() + 60
+        while "not_loaded" in state():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert ask("team/shapes").usage.visual_tokens["cached"] == 6
+        assert ask("tiny").usage.visual_tokens["cached"] == 16
+        assert client.models.retrieve("team/shapes").source == "models:/shapes/1"
+    ray_serve.delete(APPLICATION)
 
 
 def test_ending_it_answers_the_requests_in_hand(endpoint):

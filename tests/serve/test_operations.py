@@ -32,6 +32,7 @@ def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, clien
         return client.chat.completions.create(model="shapes", messages=asking(), max_tokens=4, temperature=0)
 
     assert source() == "models:/shapes/1"
+    assert client.models.retrieve("small").skip["retained"] == 1.0  # the base model's default
     assert answer().usage.visual_tokens["cached"] == 6
     register(endpoint.adapters["blue"], guarded.registry, guarded.storage)
     eventually(lambda: source() == "models:/shapes/2")

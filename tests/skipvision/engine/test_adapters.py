@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from skipvision import (
     AdapterError,
@@ -18,7 +19,7 @@ from skipvision import (
 from skipvision.engine import BASE
 from skipvision.testing import tiny_llava
 from tests.skipvision.cases import train_summary
-from tests.skipvision.engine.requests_for_tests import F64, ROWS, ids_of, inputs_of, request
+from tests.skipvision.engine.requests_for_tests import F64, ROWS, drain, ids_of, inputs_of, request
 
 SKIPS = {
     "red": SkipConfig(retained=4, skipped=6),
@@ -145,11 +146,63 @@ def test_an_adapter_with_other_summaries_is_refused_and_leaves_nothing(engine, t
         assert ids_of(completion) == expected[completion.key]
 
 
-def test_a_model_without_adapters(folders):
-    with Engine(base_model()) as engine:
-        assert engine.adapters == [BASE]
-        with pytest.raises(ConfigError, match=r"load the first with skipvision.load_adapter"):
-            engine.add_adapter("red", folders / "red")
+@pytest.mark.parametrize(
+    ("names", "compiled"),
+    [
+        (("red", "blue", "green"), False),
+        pytest.param(("blue", "green", "red"), "eager", marks=pytest.mark.slow),
+    ],
+)
+def test_a_bare_models_adapters_come_and_go_while_it_answers(folders, expected, names, compiled):
+    model = base_model()
+    modules = dict(model.named_modules())
+
+    def check(engine, adapters):
+        assert sorted(engine.adapters) == sorted(adapters)
+        for completion in engine.run([asked(a, row) for row in range(len(ROWS)) for a in adapters]):
+            assert ids_of(completion) == expected[completion.key]
+
+    with Engine(model, config=SKIPS["red"], max_sequences=8, compile_decoding=compiled) as engine:
+        attached = dict(model.named_modules())
+        check(engine, [BASE])
+        for number, name in enumerate(names, start=1):
+            for row in range(3):
+                engine.submit(asked(BASE, row))
+            chunks = [chunk for _ in range(3) for chunk in engine.step()]
+            engine.add_adapter(name, folders / name)
+            chunks += drain(engine)
+            for chunk in chunks:
+                if chunk.completion is not None:
+                    assert ids_of(chunk.completion) == expected[chunk.completion.key]
+            check(engine, [BASE, *names[:number]])
+        for number, name in enumerate(names, start=1):
+            engine.remove_adapter(name)
+            check(engine, [BASE, *names[number:]])
+        assert dict(model.named_modules()) == attached
+        engine.add_adapter("green", folders / "green")
+        check(engine, [BASE, "green"])
+    assert dict(model.named_modules()) == modules
+
+
+def test_the_first_summaries_give_all_adapters_room_for_theirs(folders, expected, tmp_path):
+    """Unless their adapter is damaged; whatever the engine was made with."""
+    three = get_peft_model(base_model(), LoraConfig(r=4, target_modules="all-linear"))
+    attach(three, SkipConfig(retained=4, skipped=4, summary_tokens=3))
+    save_adapter(three, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "adapter_model.safetensors"
+    save_file({name: weight[:1] for name, weight in load_file(weights).items()}, weights)
+    with Engine(base_model(), config=SkipConfig.full()) as engine:
+        plain = [ids_of(done) for row in range(3) for done in engine.run([asked(BASE, row)])]
+        for names in ((), ("blue",), ("red", "green")):
+            for name in names:
+                engine.add_adapter(name, folders / name)
+            if "red" not in names:
+                with pytest.raises(AdapterError, match="does not fit this model, or its files are damaged"):
+                    engine.add_adapter("damaged", tmp_path / "damaged")
+            for completion in engine.run([asked(a, row) for row in (0, 2) for a in engine.adapters[1:]]):
+                assert ids_of(completion) == expected[completion.key]
+            assert plain == [ids_of(done) for row in range(3) for done in engine.run([asked(BASE, row)])]
+        assert engine.adapters == [BASE, "blue", "red", "green"]
 
 
 def test_closing_leaves_the_adapter_and_its_attachment(folders):
