@@ -33,7 +33,9 @@ from skipvision.analysis import error_bound, ffn_ratios
 from skipvision.errors import ConfigError, DataError
 
 ERRORS = {
+    "moved": "output moved by this omission",
     "measured": "error, measured",
+    "summed": "bound, omissions added up",
     "composite": "bound, later layers together",
     "local": "bound, layer by layer",
     "worst": "bound, worst case",

@@ -16,6 +16,10 @@ _ERRORS = {
     "local": ("bound from Jacobians, layer by layer", "#5b6b7f", "-."),
     "measured": ("measured", "#e07b26", "-"),
 }
+_AT_OUTPUT = {
+    "composite": ("bound from Jacobians of all later layers", "#2f6f8f", "*"),
+    "summed": ("bound: each omission's effect, added up", "#2f8f5b", "D"),
+}
 
 
 def picture_ratios(found: Mapping[str, Any], path: Path) -> None:
@@ -62,14 +66,14 @@ def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], p
             values = [place[kind] for place in places]
             if None not in values:
                 axis.plot(range(len(values)), values, style, color=colour, marker="o", label=label)
-        label, colour, style = "bound from Jacobians of all later layers", "#2f6f8f", "*"
-        axis.plot(len(places) - 1, places[-1]["composite"], style, color=colour, markersize=11, label=label)
+        for kind, (label, colour, style) in _AT_OUTPUT.items():
+            axis.plot(len(places) - 1, places[-1][kind], style, color=colour, markersize=9, label=label)
         axis.axhline(2, color="#c9d1db", linewidth=1, zorder=0)
         axis.set_yscale("log")
         _dress(axis, name, len(places), "error / ‖h‖")
         axis.set_xticks([*axis.get_xticks()[:-1], len(places) - 1])
         axis.set_xticklabels([f"{int(tick)}" for tick in axis.get_xticks()[:-1]] + ["output"])
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     _save(figure, path)
 
 

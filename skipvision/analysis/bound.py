@@ -5,13 +5,15 @@ before it and f the layer as it is when it skips,
 
     e' = f(h + e) − f(h) − u        ‖e'‖ ≤ Lip(f) ‖e‖ + ‖u‖
 
-`worst_case` takes Lip(f) from the layer's weights and the size of what it multiplies; `local` from Jacobians.
+`worst_case` takes Lip(f) from the layer's weights and the size of what it multiplies; `local` from Jacobians,
+and follows each u alone through the layers behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import fsum
 from typing import Any
 
 from torch import nn
@@ -46,12 +48,14 @@ class LayerErrors(Errors):
 
     Attributes:
         omitted: ‖u‖ / ‖h‖, the update that the layer's skipped tokens go without.
+        moved: how far it alone moves the decoder's output, through later layers as they skip; relative.
         jacobian: largest norm of the layer's Jacobian that was found.
         attention: Lipschitz constant of attention and its norm, in the largest error over tokens; or None.
         ffn: of the FFN and its norm; or None.
     """
 
     omitted: float
+    moved: float
     jacobian: float
     attention: float | None
     ffn: float | None
@@ -63,9 +67,11 @@ class OutputErrors(Errors):
 
     Attributes:
         composite: bound from the Jacobians of all layers behind each omitted update together.
+        summed: bound from what each omitted update alone does to the output; the sum of ``moved``.
     """
 
     composite: float
+    summed: float
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def error_bound(
     with run_twice(model, inputs, config, watched) as pair:
         worst = bound_worst_case(pair, parts) if worst_case else None
         local = local_bounds(pair)
-    found = []
+    found, length = [], float(pair.full.output.norm())
     for number, (full, bypass) in enumerate(zip(pair.full.hidden[1:], pair.bypass.hidden[1:], strict=True)):
         size = float(full.norm())
         found.append(
@@ -117,16 +123,17 @@ def error_bound(
                 local=local.errors[number] / size,
                 worst=None if worst is None else worst.errors[number] / size,
                 omitted=local.omitted[number] / size,
+                moved=local.moved[number] / length,
                 jacobian=local.jacobians[number],
                 attention=None if worst is None else worst.attention[number],
                 ffn=None if worst is None else worst.ffn[number],
             )
         )
-    size = float(pair.full.output.norm())
     output = OutputErrors(
-        measured=float((pair.bypass.output - pair.full.output).norm()) / size,
-        local=local.output / size,
-        worst=None if worst is None else worst.output / size,
-        composite=local.composite / size,
+        measured=float((pair.bypass.output - pair.full.output).norm()) / length,
+        local=local.output / length,
+        worst=None if worst is None else worst.output / length,
+        composite=local.composite / length,
+        summed=fsum(local.moved) / length,
     )
     return ErrorBound(tuple(found), output, pair.skipped.numel(), int(pair.skipped.sum()))

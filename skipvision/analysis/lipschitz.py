@@ -104,9 +104,16 @@ class Normed:
 
 
 class AttentionBound:
-    """Attention behind its norm, between two runs."""
+    """Attention behind its norm, between two runs.
 
-    def __init__(self, parts: Parts, norm: Normed, runs: Sequence[Run]) -> None:
+    Args:
+        parts: of the layer.
+        norm: before attention.
+        runs: both.
+        stretch: by which rotary embeddings lengthen queries and keys; 1 where they only turn them.
+    """
+
+    def __init__(self, parts: Parts, norm: Normed, runs: Sequence[Run], stretch: float = 1.0) -> None:
         attention: Any = parts.layer.attention
         width, scale = attention.head_dim, norm.scale
         states = [
@@ -129,7 +136,7 @@ class AttentionBound:
         out = _matrix(parts.projections[3], runs[0].output, queries.shape[2] * width)
         self._out = spectral_norm(out)
         self._head_out = spectral_norm(out.unflatten(1, (-1, width)).transpose(0, 1))
-        self._scaling = float(attention.scaling)
+        self._scaling = float(attention.scaling) * stretch**2
 
     def grown(self, error: torch.Tensor) -> torch.Tensor:
         """(T,) error of what attention adds, for an error of its normed input."""

@@ -1,4 +1,4 @@
-"""The error of skipping the FFN, bounded from Jacobians where the two runs are.
+"""The error of skipping the FFN, bounded where the two runs are: from Jacobians, and by what omissions do.
 
 Mean values along the straight way between two points are taken for their largest at both ends and halfway:
 so these are bounds as far as Jacobians change no more than that on the way, which is not proven.
@@ -26,6 +26,7 @@ class Local:
         composite: bound of ‖e‖ there from the Jacobians of all later layers together.
         omitted: ‖u‖ of each layer.
         jacobians: norm of each layer's Jacobian.
+        moved: how far each layer's omitted update alone moves the output.
     """
 
     errors: list[float]
@@ -33,6 +34,7 @@ class Local:
     composite: float
     omitted: list[float]
     jacobians: list[float]
+    moved: list[float]
 
 
 def local_bounds(pair: Pair) -> Local:
@@ -47,23 +49,25 @@ def local_bounds(pair: Pair) -> Local:
         error = jacobians[-1] * error + float(update.norm())
         errors.append(error)
     last = max(jacobian_norm(pair.final_norm, point) for point in _between(full[-1], bypass[-1]))
+    carried = [_carried(pair, number, update) for number, update in enumerate(updates)]
     return Local(
         errors=errors,
         output=last * error,
-        composite=fsum(_carried(pair, number, update) for number, update in enumerate(updates)),
+        composite=fsum(most for _, most in carried),
         omitted=[float(update.norm()) for update in updates],
         jacobians=jacobians,
+        moved=[moved for moved, _ in carried],
     )
 
 
-def _carried(pair: Pair, number: int, update: torch.Tensor) -> float:
-    """How far a layer's omitted update can move the output, through all later layers as they skip.
+def _carried(pair: Pair, number: int, update: torch.Tensor) -> tuple[float, float]:
+    """How far a layer's omitted update moves the output, through all later layers as they skip; and could.
 
     With G these layers and H the full run, the two outputs differ by the sum over layers of
     G(H − u) − G(H), no more and no less. Only skipped tokens have a u, so only their error enters.
     """
     if not bool(update.any()):
-        return 0.0
+        return 0.0, 0.0
     start, skipped = pair.full.hidden[number + 1], pair.skipped[:, None].to(update.dtype)
 
     def to_output(error: torch.Tensor) -> torch.Tensor:
@@ -73,7 +77,9 @@ def _carried(pair: Pair, number: int, update: torch.Tensor) -> float:
         return pair.final_norm(hidden)
 
     points = _between(torch.zeros_like(update), -update)
-    return max(jacobian_norm(to_output, point) for point in points) * float(update.norm())
+    with torch.no_grad():
+        moved = float((to_output(points[-1]) - to_output(points[0])).norm())
+    return moved, max(jacobian_norm(to_output, point) for point in points) * float(update.norm())
 
 
 def _between(one: torch.Tensor, other: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -39,6 +39,8 @@ def worst_case(pair: Pair, parts: Sequence[Parts]) -> WorstCase:
         UnsupportedModelError: a layer is more than the sum of its halves, or has a norm that is not known.
     """
     runs = pair.full, pair.bypass
+    rotary = getattr(pair.anatomy.decoder, "rotary_emb", None)
+    stretch = float(getattr(rotary, "attention_scaling", 1.0))  # YaRN's and LongRoPE's are not 1
     error = torch.zeros_like(pair.full.hidden[0][0, :, 0], dtype=torch.double)
     errors, attention, ffn = [], [], []
     for number, part in enumerate(parts):
@@ -47,7 +49,7 @@ def worst_case(pair: Pair, parts: Sequence[Parts]) -> WorstCase:
         update = [run.seen[part.layer.mlp] for run in runs]
         _check_sum(pair, number, middle, update)
         norms = Normed(part.norms[0], *before), Normed(part.norms[1], *middle)
-        attend = AttentionBound(part, norms[0], runs)
+        attend = AttentionBound(part, norms[0], runs, stretch)
         feed = ffn_constant(part, norms[1], runs)
         error = error + attend.grown(norms[0].grown(error))
         omitted = update[0][0].double().norm(dim=-1)

@@ -66,7 +66,7 @@ def test_base_and_tuned_are_measured_drawn_and_recorded(config, adapter, storage
         assert [prompt["tokens"] - prompt["skipped"] > 4 for prompt in variant["bounds"]] == [True]
         *layers, output = medians(variant)
         assert len(layers) == 2
-        assert 0 < output["measured"] <= output["composite"]
+        assert 0 < output["measured"] <= output["summed"] <= output["composite"]
         assert result["variants"][name]["output"] == output
         assert run.data.metrics[f"{name}/error/measured"] == pytest.approx(output["measured"])
         curve = client.get_metric_history(run.info.run_id, f"{name}/ffn_ratio/visual")

@@ -34,6 +34,8 @@ def holds(found):
         assert place.measured <= place.local * (1 + 1e-3), found
         assert place.measured <= place.worst * (1 + 1e-9), found
     assert found.output.measured <= found.output.composite * (1 + 1e-3), found
+    assert found.output.measured <= found.output.summed * (1 + 1e-9), found
+    assert found.output.summed <= found.output.composite * (1 + 1e-3), found
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -65,6 +67,17 @@ def test_layers_with_layer_norm_and_without_a_gate():
     holds(error_bound(model, prompt(tiny_model("llava", dtype=torch.float64)), CONFIG))
 
 
+def test_rotary_embeddings_that_stretch_what_they_turn_count():
+    constants = []
+    for stretch in (1.0, 10.0):
+        model = tiny_model("llava", dtype=torch.float64)
+        dissect(model).decoder.rotary_emb.attention_scaling = stretch  # as YaRN's
+        found = error_bound(model, prompt(model), CONFIG)
+        holds(found)
+        constants.append(found.layers[-1].attention)
+    assert constants[1] > 10 * constants[0]
+
+
 def test_behind_the_first_layer_that_skips_it_is_exact():
     model = tiny_model("llava", dtype=torch.float64)
     found = error_bound(model, prompt(model), CONFIG)
@@ -78,7 +91,7 @@ def test_behind_the_first_layer_that_skips_it_is_exact():
 def test_nothing_skipped_makes_no_error():
     model = tiny_model("llava", dtype=torch.float64)
     found = error_bound(model, prompt(model), sv.SkipConfig(retained=1.0))
-    assert found.output.composite == pytest.approx(0, abs=1e-12)
+    assert found.output.composite == found.output.summed == pytest.approx(0, abs=1e-12)
     for place in (*found.layers, found.output):
         assert (place.measured, place.local, place.worst) == pytest.approx((0, 0, 0), abs=1e-12)
 
@@ -202,9 +215,13 @@ def test_attention_carries_no_error_further_than_is_said_and_sometimes_half_as_f
         parts = SimpleNamespace(
             layer=SimpleNamespace(attention=attention), projections=(query, key, value, out)
         )
-        bound = AttentionBound(parts, UNSCALED, runs)
+        stretch = 1.0 + trial % 2 / 2
+        bound = AttentionBound(parts, UNSCALED, runs, stretch)
         with torch.no_grad():
-            given = [out((0.7 * query(x) @ key(x).mT).softmax(dim=-1) @ value(x)) for x in (one, other)]
+            given = [
+                out((0.7 * stretch**2 * query(x) @ key(x).mT).softmax(dim=-1) @ value(x))
+                for x in (one, other)
+            ]
         moved = (given[0] - given[1]).norm(dim=-1)
         said = bound.grown((one - other).norm(dim=-1))
         assert bool((moved <= said).all())
