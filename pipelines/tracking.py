@@ -286,6 +286,7 @@ def fetch_model(uri: str, name: str, folder: Path) -> str:
             *exact.removeprefix("models:/").split("/")
         )
         shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
             copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
             (copy / note.name).write_text(exact)
