@@ -123,9 +123,7 @@ def test_what_was_not_shown_is_not_chosen(settings, local_ray):
 
 def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings, local_ray):
     config = changed(settings, name="slow", space={"retained": [4]}, budget={"latency": 1e-6})
-    with pytest.raises(
-        NothingWithinBudgetError, match=r"first token to 1e-06 .*\"latency\": \d+\.\d+"
-    ):
+    with pytest.raises(NothingWithinBudgetError, match=r"first token to 1e-06 .*\"latency\": \d+\.\d+"):
         run_calibrate(config)
     folder = Path(settings["storage"]) / "slow"
     (one,) = json.loads((folder / "evidence.json").read_text())["history"]
