@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class _Job:
     datasets: tuple[Dataset, ...]
     models: Mapping[str, CaptionModel]
     files: Mapping[str, str]
-    judge: Judge | None
+    judge: Judge | None = None
 
 
 def run_score(config: ScoreConfig) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
         if result := _finished(config, folder):
             print(f"job {config.name!r} is finished already: {folder.table}", flush=True)
             return {**result, "already_finished": True}
-        _begin(job)
+        job = _begin(job)
         trackers = _start_tracking(job)
         try:
             _answer_missing(job)
@@ -106,13 +106,12 @@ def _finished(config: ScoreConfig, folder: ScoreFolder) -> dict[str, Any] | None
 
 def _found(config: ScoreConfig, folder: ScoreFolder) -> _Job:
     """Read everything and insist that it is what an earlier start has read."""
-    judge = None if config.judge is None else Judge(config.judge, folder.judge)
     datasets = tuple(
         read_dataset(one.name, one.path, rule=one.rule, instruction=one.instruction, limit=one.limit)
         for one in config.datasets
     )
     for dataset in datasets:
-        if dataset.benchmark.rule.needs_judge and judge is None:
+        if dataset.benchmark.rule.needs_judge and config.judge is None:
             raise ConfigError(
                 f"dataset {dataset.name} is scored by a judge: set judge.model and judge.base_url"
             )
@@ -128,12 +127,13 @@ def _found(config: ScoreConfig, folder: ScoreFolder) -> _Job:
             check_model(models[label])
     files = of_files(datasets, models.values())
     folder.insist_on_same(files)
-    return _Job(config, folder, uri, datasets, models, files, judge)
+    return _Job(config, folder, uri, datasets, models, files)
 
 
-def _begin(job: _Job) -> None:
+def _begin(job: _Job) -> _Job:
     """Check and write down what is asked, so that what is wrong is said before Ray is started."""
     config, folder = job.config, job.folder
+    judge = None if config.judge is None else Judge(config.judge, folder.judge)
     for dataset in job.datasets:
         for line in dataset.facts():
             print(line, flush=True)
@@ -151,6 +151,7 @@ def _begin(job: _Job) -> None:
         asked.parent.mkdir(exist_ok=True)
         lines = (f"{one.index}\n" for one in dataset.questions if one.problem is None)
         asked.write_text("".join(lines), encoding="utf-8")
+    return replace(job, judge=judge)
 
 
 def _start_tracking(job: _Job) -> dict[str, Tracker]:

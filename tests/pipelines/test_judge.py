@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipelines import judge as judging
+from pipelines import score
 from pipelines.judge import Judge, JudgeConfig, JudgeError, UnreadableReply
 from pipelines.questions import read_dataset
+from pipelines.score import ScoreConfig, run_score
 from pipelines.scoring import Answered, score_answers
 from skipvision.errors import ConfigError, DataError
 from tests.pipelines.test_scoring_rules import CHOICE, VISTA, png, table
@@ -205,22 +207,37 @@ def test_an_item_that_the_endpoint_refuses_has_an_error(endpoint, status, tmp_pa
     assert len(endpoint.asked) == 4
 
 
-def test_a_judge_that_refuses_everything_stops_the_job_and_nothing_is_lost(endpoint, tmp_path):
+def test_a_judge_that_refuses_everything_stops_the_job_and_nothing_is_lost(
+    endpoint, tiny_model, tmp_path, monkeypatch
+):
+    """The job of which the questions are answered."""
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(8)])
-    dataset = read_dataset("MMVet", str(file))
     answers = {str(n): Answered(f"x = {n}") for n in range(8)}
+    monkeypatch.setattr(score, "_answer_missing", lambda job: job.folder.answers.mkdir(exist_ok=True))
+    monkeypatch.setattr(score, "_answers", lambda captioning: answers)
+    config = ScoreConfig.model_validate(
+        {
+            "name": "judged",
+            "storage": str(tmp_path),
+            "systems": {"full": {"model": {"path": str(tiny_model)}}},
+            "datasets": [{"name": "MMVet", "path": str(file)}],
+            "judge": {"base_url": endpoint.url, "model": "j", "api_key_env": "JUDGE_KEY", "parallel": 1},
+            "max_error_fraction": 0.25,
+        }
+    )
     endpoint.reply = lambda prompt: (200, "0.5") if len(endpoint.asked) <= 2 else (400, {"error": "no"})
     with pytest.raises(
         DataError, match=r"3 of 8 rows are errors \(3 × judge\); MMVet 4: .*HTTP 400.*raise it"
     ):
-        score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "m"), max_error_fraction=0.25)
+        run_score(config)
     asked = len(endpoint.asked)
     assert asked < 8
     endpoint.reply = lambda prompt: (200, "1.0")
-    again = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "m"), max_error_fraction=0.25)
-    assert [item.score for item in again.items] == [0.5, 0.5, *[1] * 6]
+    assert run_score(config)["score"] == {"full": {"MMVet": 0.875}}
     assert len(endpoint.asked) == asked + 6
+    monkeypatch.delenv("JUDGE_KEY")
+    assert run_score(config)["already_finished"]
 
 
 def test_no_temperature_is_sent_to_models_that_refuse_it(endpoint, tmp_path):
