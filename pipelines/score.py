@@ -296,7 +296,6 @@ def _sum_up(
     try:
         for label, tracker in trackers.items():
             tracker.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
-            tracker.hand_in()
             for path in (folder.items(label), folder.table, folder.picture):
                 tracker.store(path)
             tracker.finish("FINISHED")
