@@ -228,6 +228,5 @@ def _record(tracker: Tracker, found: Mapping[str, Any], files: Sequence[Path]) -
             if number < len(ratios["visual"]["mean"]):
                 values |= {f"{name}/ffn_ratio/{k}": ratios[k]["mean"][number] for k in ("visual", "text")}
             tracker.metrics(values, number)
-    tracker.close()
     for file in files:
         tracker.store(file)

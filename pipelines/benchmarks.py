@@ -20,7 +20,7 @@ from pipelines.judge import Judge
 from pipelines.literals import literal
 from pipelines.open_answers import open_answer
 from pipelines.option_answers import chosen_option
-from pipelines.short_answers import yes_or_no
+from pipelines.short_answers import yes_or_no, yes_or_no_at_first
 from pipelines.tsv_records import options
 from skipvision.errors import ConfigError
 
@@ -121,6 +121,10 @@ def _yes_or_no(row: Row, answer: str, judge: Judge | None) -> float:
     return float(yes_or_no(answer) == _gold_word(row))
 
 
+def _yes_or_no_at_first(row: Row, answer: str, judge: Judge | None) -> float:
+    return float(yes_or_no_at_first(answer) == _gold_word(row))
+
+
 def _gold_word(row: Row) -> str:
     return row["answer"].strip().capitalize()
 
@@ -156,6 +160,7 @@ _FORMULAS = "Handwritten Mathematical Expression Recognition"
 RULES = {
     "option": Rule(_option, asks=OPTION_QUESTION, problem=_no_option),
     "yes_or_no": Rule(_yes_or_no, asks=YES_OR_NO_QUESTION, problem=_neither),
+    "yes_or_no_at_first": Rule(_yes_or_no_at_first, asks=YES_OR_NO_QUESTION, problem=_neither),
     "vqa": Rule(_of_golds(short_answers.vqa_accuracy)),
     "anls": Rule(_of_golds(short_answers.anls)),
     "relaxed": Rule(_of_golds(short_answers.relaxed_accuracy)),
@@ -259,7 +264,7 @@ BENCHMARKS = (
     ),
     _of("MMStar", "option", "VLMEval", "MMStar, arXiv 2403.20330"),
     _of("MMMU_(DEV_VAL|TEST)", "option", "VLMEval", "MMMU, arXiv 2311.16502", split="validation"),
-    _of("MME", "yes_or_no", "VLMEval", "MME, arXiv 2306.13394", totals=_mme, rows=2374),
+    _of("MME", "yes_or_no_at_first", "VLMEval", "MME, arXiv 2306.13394", totals=_mme, rows=2374),
     _of("POPE", "yes_or_no", "VLMEval", "POPE, arXiv 2305.10355", totals=_pope),
     _of("TextVQA_VAL", "vqa", "VLMEval", "TextVQA, arXiv 1904.08920"),
     _of("OCRBench", "contains", "VLMEval", "OCRBench, arXiv 2305.07895", totals=_ocrbench, rows=1000),

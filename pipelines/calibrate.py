@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +18,11 @@ from pipelines.calibrate_report import markdown, picture
 from pipelines.calibrate_scoring import scorers
 from pipelines.calibrate_search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate_space import candidates, parts
-from pipelines.caption_model import check_model, find_model
+from pipelines.caption_model import CaptionModel, check_model, find_model, insist_on_same_adapter
 from pipelines.cluster import node_resources, ray_session, worker_resources
 from pipelines.fingerprints import of_files
 from pipelines.paths import output_path
+from pipelines.questions import Dataset
 from pipelines.run_folder import RunFolder
 from pipelines.tracking import Tracker, TrackingError
 
@@ -52,14 +53,17 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
         ConfigError: settings that contradict each other, the model, the data or an earlier start.
         DataError: rows that cannot be asked.
         ResourceError: the cluster is too small.
-        TrackingError: MLflow cannot be reached.
+        TrackingError: MLflow cannot be reached, or does not take the results.
     """
     folder = CalibrationFolder(output_path(config.storage, "storage"), config.name)
     with folder.claimed():
         if not folder.resumes(config.model_dump(mode="json")):
             folder.state = {}
-        if "result" not in folder.state:
-            _search(config, folder)
+        found = _found(config, folder)
+        if "result" in folder.state:
+            print(f"job {config.name!r} is finished already: {folder.path}", flush=True)
+        else:
+            _search(config, folder, found)
         result: dict[str, Any] = folder.state["result"]
         print(Path(result["table"]).read_text(), flush=True)
     if result["chosen"] is None:
@@ -70,18 +74,40 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
     return result
 
 
-def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
+@dataclass(frozen=True)
+class _Found:
+    """What a search is about."""
+
+    uri: str
+    model: CaptionModel
+    whole: Dataset
+    search: Dataset
+    held_out: Dataset
+    files: dict[str, str]
+
+
+def _found(config: CalibrateConfig, folder: CalibrationFolder) -> _Found:
+    """Read model and questions and insist that they are what an earlier start has read."""
     uri = config.tracking.absolute_uri(folder.storage)
-    model = find_model(config, uri, folder.downloads, folder.state.get("adapter"))
-    model_config = check_model(model)
+    known = folder.state.get("adapter")
+    if "result" in folder.state:
+        insist_on_same_adapter(config.model, uri, known)
+    model = find_model(config, uri, folder.downloads, known)
     search, held_out = parts(config)
-    both = replace(search, questions=(*search.questions, *held_out.questions))
-    files = of_files([both], [model])
+    whole = replace(search, questions=(*search.questions, *held_out.questions))
+    files = of_files([whole], [model])
     folder.insist_on_same(files)
-    found = candidates(config, model, model_config, search)
+    return _Found(uri, model, whole, search, held_out, files)
+
+
+def _search(config: CalibrateConfig, folder: CalibrationFolder, about: _Found) -> None:
+    uri, model, search, held_out = about.uri, about.model, about.search, about.held_out
+    for line in about.whole.facts():
+        print(line, flush=True)
+    found = candidates(config, model, check_model(model), search)
     # Call by call, an engine can be asked for the summaries that it has, or for none.
     model = replace(model, skip=max((one.skip for one in found), key=lambda skip: skip.summary_tokens))
-    known = folder.state.get("mlflow_run_id")
+    known = folder.tracked(config.tracking, "mlflow_run_id")
     tracker = Tracker.start(
         uri,
         experiment=config.tracking.experiment,
@@ -91,10 +117,11 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
     )
     if known is None:
         tracker.parameters(config.model_dump(mode="json"))
-    folder.remember(
+    folder.remember_tracked(
+        config.tracking,
         config=config.model_dump(mode="json"),
         adapter=model.adapter_label,
-        files=files,
+        files=about.files,
         mlflow_run_id=tracker.run_id,
     )
     try:
@@ -111,11 +138,11 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder) -> None:
                 resources=resources,
             ) as have_done:
                 evidence = Calibration(config, folder, have_done, search, held_out).run(found)
+        _hand_in(evidence, folder, tracker)
     except BaseException:
         with suppress(TrackingError):
             tracker.finish("FAILED")
         raise
-    _hand_in(evidence, folder, tracker)
 
 
 def _hand_in(evidence: dict[str, Any], folder: CalibrationFolder, tracker: Tracker) -> None:
@@ -131,10 +158,15 @@ def _hand_in(evidence: dict[str, Any], folder: CalibrationFolder, tracker: Track
         found = evidence["verdict"]["found"]
         numbers = {key: found[key] for key in ("difference", "low", "high")}
         tracker.metrics({**numbers, **evidence["costs"]}, 0)
-    for file in files.values():
-        tracker.store(file)
-    tracker.close()
-    tracker.finish("FINISHED")
+    try:
+        for file in files.values():
+            tracker.store(file)
+        tracker.finish("FINISHED")
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}\nThe evidence is complete in {folder.path}. Run the same job again to record it; "
+            "nothing is asked twice"
+        ) from error
     folder.remember(
         result={
             **{key: evidence[key] for key in ("chosen", "costs", "best", "reason")},

@@ -8,7 +8,7 @@ the same configuration again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -24,9 +24,10 @@ from pipelines.caption_resources import engine_resources
 from pipelines.caption_rows import Caption
 from pipelines.caption_stages import Assignment, Written, captions
 from pipelines.cluster import node_resources, ray_session
+from pipelines.error_limit import ErrorLimit, listed
 from pipelines.paths import input_path, output_path
 from pipelines.tracking import Tracker, TrackingError
-from skipvision.errors import DataError, SkipVisionError
+from skipvision.errors import SkipVisionError
 
 __all__ = ["CaptionConfig", "run_caption"]
 
@@ -105,20 +106,16 @@ def _list_inputs(absolute: CaptionConfig, config: CaptionConfig, folder: Caption
 def _described(facts: ManifestFacts) -> Iterator[str]:
     yield f"{facts.rows:,} rows"
     if facts.problems:
-        yield "already known to be error rows: " + _listed(facts.problems)
+        yield "already known to be error rows: " + listed(facts.problems)
     if facts.passed_over:
         passed = {suffix or "no suffix": count for suffix, count in facts.passed_over.items()}
-        yield "passed over, as they are no images by their names: " + _listed(passed)
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+        yield "passed over, as they are no images by their names: " + listed(passed)
 
 
 def _start_tracking(
     config: CaptionConfig, folder: CaptionFolder, uri: str, model: CaptionModel, manifest: Manifest
 ) -> Tracker:
-    known = folder.state.get("mlflow_run_id")
+    known = folder.tracked(config.tracking, "mlflow_run_id")
     tracker = Tracker.start(
         uri,
         experiment=config.tracking.experiment,
@@ -131,7 +128,7 @@ def _start_tracking(
         facts = {"rows": manifest.rows, "shards": manifest.shards, "adapter_version": model.adapter_label}
         tracker.parameters({**resolved, "job": facts})
         tracker.text(yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
-        folder.remember(mlflow_run_id=tracker.run_id)
+        folder.remember_tracked(config.tracking, mlflow_run_id=tracker.run_id)
     return tracker
 
 
@@ -148,7 +145,7 @@ def _caption_missing(
     done = Tally()
     for table in shards.tables(range(manifest.shards)):
         done.add(table)
-    limit = _ErrorLimit(work.config.max_error_fraction, manifest.rows)
+    limit = ErrorLimit(work.config.max_error_fraction, manifest.rows)
     # Rows that were errors when they were listed may be in these shards or in those: not counted twice.
     limit.check(done.errors)
     limit.check(Counter(folder.state["listed"]["problems"]))
@@ -177,24 +174,6 @@ def _caption_missing(
         )
     progress.say()
     return progress
-
-
-class _ErrorLimit:
-    def __init__(self, fraction: float, rows: int) -> None:
-        self.fraction, self.rows = fraction, rows
-
-    def check(self, errors: Counter[str]) -> None:
-        """Raise `DataError` if these are more than allowed, whatever becomes of the other rows."""
-        failed = errors.total()
-        if self.rows and failed == self.rows:
-            raise DataError(
-                f"all {failed} rows are errors ({_listed(errors)}): mend the inputs or the settings"
-            )
-        if failed > self.fraction * self.rows:
-            raise DataError(
-                f"{failed} of {self.rows} rows are errors ({_listed(errors)}), more than "
-                f"max_error_fraction = {self.fraction:g}; mend the inputs, or raise it and run the job again"
-            )
 
 
 def _alive(stream: Iterator[Written]) -> Iterator[Written]:
@@ -253,7 +232,7 @@ def _sum_up(
     folder.remember(result=result)
     _say(f"{result['captioned']:,} captions and {tally.failed:,} error rows in {folder.captions}")
     if tally.failed:
-        _say("error rows: " + _listed(tally.errors))
+        _say("error rows: " + listed(tally.errors))
     return {**result, "already_finished": False}
 
 

@@ -42,7 +42,7 @@ class CaptionFolder(RunFolder):
     """Job ``name`` under ``storage``, new or continued."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
-        {"scaling", "storage", "engine", "max_error_fraction", "samples"}
+        {"scaling", "storage", "engine", "max_error_fraction", "samples", "tracking"}
     )
 
     def __init__(self, storage: Path, name: str) -> None:

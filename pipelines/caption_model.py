@@ -19,7 +19,7 @@ from pipelines.caption_config import ModelSection
 from pipelines.loading import arithmetic, load_base, load_processor
 from pipelines.paths import input_path
 from pipelines.sections import EngineSection
-from pipelines.tracking import fetch_model
+from pipelines.tracking import exact_model, fetch_model
 from skipvision.engine import Engine
 from skipvision.errors import AdapterError, ConfigError
 
@@ -82,11 +82,7 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
     elif given.adapter is not None:
         folder = Path(input_path(given.adapter, "model.adapter"))
         label = f"{given.adapter}@{adapter_digest(folder)}"
-    if pinned is not None and label != pinned:
-        raise ConfigError(
-            f"model.adapter = {given.adapter} has changed since this job began ({pinned} then, {label} now): "
-            "restore it, or choose another name"
-        )
+    _insist_on_same(given, label, pinned)
     skip: Any = config.skip
     if skip is None and folder is not None:
         skip = sv.read_adapter(folder)["skip"]
@@ -99,6 +95,20 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
         dtype=given.dtype,
         attention=given.attention,
     )
+
+
+def insist_on_same_adapter(given: ModelSection, registry: str, pinned: str | None) -> None:
+    """For a job that is finished: raise `ConfigError` if its adapter's alias means another version now."""
+    if given.adapter is not None and given.adapter.startswith("models:/"):
+        _insist_on_same(given, exact_model(registry, given.adapter), pinned)
+
+
+def _insist_on_same(given: ModelSection, now: str | None, pinned: str | None) -> None:
+    if pinned is not None and now != pinned:
+        raise ConfigError(
+            f"model.adapter = {given.adapter} has changed since this job began ({pinned} then, {now} now): "
+            "restore it, or choose another name"
+        )
 
 
 def check_model(model: CaptionModel) -> PretrainedConfig:

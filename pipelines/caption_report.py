@@ -74,7 +74,6 @@ def record(
         **engines,
     }
     tracker.metrics({name: float(value) for name, value in values.items()}, manifest.rows)
-    tracker.close()
     if config.samples:
         tracker.text(sample_page(manifest, shards, config), "sample.html")
 

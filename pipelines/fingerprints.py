@@ -17,6 +17,7 @@ from pipelines.caption_model import CaptionModel
 from pipelines.images import ImageError
 from pipelines.questions import Dataset
 from pipelines.rows import ImageSource
+from skipvision.errors import ConfigError
 
 _LOADED = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 """Suffixes of a model's and an adapter's files that loading reads; the others are prose."""
@@ -74,8 +75,16 @@ def of_dataset(dataset: Dataset) -> str:
 
 
 def of_files(datasets: Iterable[Dataset], models: Iterable[CaptionModel]) -> dict[str, str]:
-    """What a job's answers depend on: ``dataset NAME`` and ``base model LABEL``, each with its digest."""
+    """What a job's answers depend on: ``dataset NAME`` and ``base model LABEL``, each with its digest.
+
+    Raises:
+        ConfigError: there is no such base model.
+    """
+    files = {f"dataset {dataset.name}": of_dataset(dataset) for dataset in datasets}
     bases = {model.label: model.base for model in models}  # several systems on one base are read once
-    return {f"dataset {dataset.name}": of_dataset(dataset) for dataset in datasets} | {
-        f"base model {label}": of_model(base) for label, base in bases.items()
-    }
+    for label, base in bases.items():
+        try:
+            files[f"base model {label}"] = of_model(base)
+        except OSError as error:
+            raise ConfigError(f"model.path = {label}: {error}") from error
+    return files

@@ -14,11 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pipelines.categories import categories
 from pipelines.evaluate import OVERALL
 from pipelines.items import Item
-from pipelines.statistics import Paired, exact_loss_bound, paired
+from pipelines.statistics import FEW_CHANGES, Paired, paired, widened
 from skipvision.errors import ConfigError, DataError
 
-FEW_CHANGES = 10
-"""Below so many groups with another score, a bootstrap has too little to draw from."""
 POWER = 0.8
 """Chance to pass that the estimate of the items needed aims at, if the difference seen is the true one."""
 
@@ -169,9 +167,7 @@ def _verdict(
         neither = failed[0] & failed[1]
         before, after = ([item for item in side if _key(item) not in neither] for side in (before, after))
     found = paired(before, after, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
-    worst = found.low
-    if found.changed < FEW_CHANGES:
-        worst = min(worst, -exact_loss_bound(found.lost, found.groups, budget.confidence))
+    worst = widened(found, budget.confidence).low
     verdict = partial(Verdict, name, drop, found, worst, errors=errors)
     if unanswered:
         return verdict("unanswered", None)

@@ -27,9 +27,17 @@ from skipvision.errors import ConfigError, SkipVisionError
 _PAUSES = (1.0, 4.0, 15.0)
 _LONGEST_PAUSE = 120.0
 _WORTH_ANOTHER_TRY = frozenset({408, 409, 429, 500, 502, 503, 504})
+_REFUSED = frozenset({400, 413, 422})
+"""What an endpoint says of one prompt: too long, or against its rules."""
 _READINGS = 3
 _WARMER = 0.5
 _NONE_OF_THEM = {"Z": "none of them"}
+
+_SCORE = re.compile(
+    r"(?i)[\s*_`|]*(?:(?:correctness|(?:correctness )?score)[\s*_`]*:)?[\s*_`]*"
+    r"(0(?:\.\d+)?|1(?:\.0+)?|\.\d+)[\s*_`|]*\.?[\s*_`|]*"
+)
+"""A reply that is nothing but a number from 0 to 1, its label, and marks of Markdown."""
 
 Read = TypeVar("Read")
 
@@ -73,8 +81,16 @@ class JudgeError(SkipVisionError):
     """The judge cannot be reached; the same job, run again, goes on."""
 
 
-class UnreadableReply(SkipVisionError):
+class NoVerdictError(SkipVisionError):
+    """The judge says nothing about one answer; others it may judge."""
+
+
+class UnreadableReply(NoVerdictError):
     """The judge was asked several times and never gave a reply of the form that was asked for."""
+
+
+class RefusedPrompt(NoVerdictError):
+    """The judge's endpoint does not take the prompt."""
 
 
 class JudgeConfig(BaseModel):
@@ -125,12 +141,13 @@ class Judge:
 
         Raises:
             JudgeError: it cannot be reached.
-            UnreadableReply: no reply has a number from 0 to 1.
+            RefusedPrompt: it does not take the prompt.
+            UnreadableReply: no reply is a number from 0 to 1 alone.
         """
 
         def score(reply: str) -> float | None:
-            found = re.search(r"\d+(?:\.\d+)?", reply)
-            return float(found[0]) if found and float(found[0]) <= 1 else None
+            found = _SCORE.fullmatch(reply)
+            return None if found is None else float(found[1])
 
         gold = gold.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         prompt = _GRADE.format(question=_line(question), gold=_line(gold), answer=_line(answer))
@@ -143,6 +160,7 @@ class Judge:
 
         Raises:
             JudgeError: it cannot be reached.
+            RefusedPrompt: it does not take the prompt.
             UnreadableReply: no reply names an option, or that it is none of them.
         """
         possible = {**_NONE_OF_THEM, **options}
@@ -158,6 +176,7 @@ class Judge:
 
         Raises:
             JudgeError: it cannot be reached.
+            RefusedPrompt: it does not take the prompt.
             UnreadableReply: all replies are empty.
         """
         prompt = _EXTRACT.format(question=question, answer=answer)
@@ -212,6 +231,10 @@ class Judge:
                     return _content(json.load(response))
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+                if error.code in _REFUSED:
+                    raise RefusedPrompt(
+                        f"the judge {self._config.model} at {url} does not take the prompt: {problem}"
+                    ) from None
                 if error.code not in _WORTH_ANOTHER_TRY:
                     break
                 wanted = _retry_after(error.headers.get("Retry-After"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from pipelines.promote_items import (
     items_of,
 )
 from pipelines.registry import ModelVersion, Registry
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, TrackingError
 from skipvision.errors import ConfigError, SkipVisionError
 
 __all__ = ["PromoteConfig", "run_promote"]
@@ -77,9 +78,9 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
         RefusedError: it did not pass; the alias stays. This is recorded.
         AliasMovedError: the alias moved while the candidate was judged. This is recorded.
         WrongItemsError: the items are not the candidate's or the reference's, or not about the same.
-        ConfigError: no such model version, items or slice.
+        ConfigError: no such model version, items or slice, or no registry.
         DataError: the items cannot be read or paired, or the reference has errors of its own.
-        TrackingError: MLflow cannot be reached.
+        TrackingError: MLflow cannot be reached, or does not take the decision.
     """
     storage = output_path(config.storage, "storage")
     registry = Registry(config.tracking.absolute_uri(storage))
@@ -112,9 +113,8 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
         decision.outcome, decision.reason = "refused", str(error)
         raise
     finally:
-        _record(decision, registry, tracker)
-        tracker.finish("FINISHED")
         print(decision.markdown(), flush=True)
+        _conclude(decision, registry, tracker)
     return {**decision.evidence(), "mlflow_uri": registry.uri, "mlflow_run_id": tracker.run_id}
 
 
@@ -161,6 +161,18 @@ def _insist_on_all(decision: Decision) -> None:
 # --------------------------------------------------------------------------------------------- recording
 
 
+def _conclude(decision: Decision, registry: Registry, tracker: Tracker) -> None:
+    """Record the decision as it is in the end; the run fails if MLflow does not take it."""
+    try:
+        _record(decision, registry, tracker)
+        tracker.finish("FINISHED")
+    except TrackingError as error:
+        with suppress(TrackingError):
+            tracker.finish("FAILED")
+        alias = "has moved" if decision.outcome == "promoted" else "stays; run the job again"
+        raise TrackingError(f"{error}\nThe alias {decision.config.alias!r} {alias}") from error
+
+
 def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
     """Into the run: table, evidence, numbers; onto the model version: outcome, reason and where these are."""
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +191,7 @@ def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
             "worst": verdict.worst,
         }
         tracker.metrics({f"{name}/{verdict.slice}": value for name, value in numbers.items()}, 0)
-    tracker.close()
+    tracker.hand_in()
     gate = f"promotion/{decision.config.alias}"
     registry.note(
         decision.candidate,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from skipvision.errors import ConfigError, DataError
 
 ROOT_VARIABLE = "LMUData"
 """Environment variable: the folder in which VLMEvalKit keeps its tables; ``~/LMUData`` without it."""
+
+_NAMED = 5
+"""Unusable rows that are named, at most."""
 
 _ROTATIONS = 1_000_000
 """VLMEvalKit numbers the rotations of question 7 as 1000007, 2000007 and so on."""
@@ -54,13 +58,44 @@ class Question:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A table that was read. ``template`` is what is asked, in terms of its columns."""
+    """A table that was read.
+
+    Attributes:
+        name: the dataset's.
+        file: the table.
+        benchmark: how it is scored.
+        template: what is asked, in terms of its columns.
+        questions: its rows.
+        left_out: how many rows of the table are none of its questions, by reason.
+    """
 
     name: str
     file: str
     benchmark: Benchmark
     template: str
     questions: tuple[Question, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def unusable(self) -> list[Question]:
+        """Those that cannot be asked, or that no answer can be right to."""
+        return [question for question in self.questions if question.problem is not None]
+
+    def facts(self) -> Iterator[str]:
+        """What was read, for people: a line for the questions, one for each kind of row that is none."""
+        yield f"{self.name}: {len(self.questions):,} questions in {self.file}"
+        if self.left_out:
+            yield f"{self.name}: {described(self.left_out)}"
+        if bad := self.unusable:
+            some = "; ".join(f"row {one.index}: {one.problem}" for one in bad[:_NAMED])
+            more = "; …" if len(bad) > _NAMED else ""
+            yield f"{self.name}: {len(bad)} rows are not asked and count as wrong: {some}{more}"
+
+
+def described(left_out: Mapping[str, int]) -> str:
+    """Rows that are no questions, for people."""
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    return f"{sum(left_out.values()):,} rows are left out ({counts})"
 
 
 def find_file(name: str, benchmark: Benchmark, path: str | None) -> str:
@@ -89,7 +124,7 @@ def read_dataset(
     limit: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
-    """The questions of a dataset; images are not opened. Rows without an image are not asked.
+    """The questions of a dataset; images are not opened. Rows without an image are left out and counted.
 
     Args:
         name: VLMEvalKit's, as ``MMBench_DEV_EN``; or any, if there is a rule.
@@ -114,13 +149,15 @@ def read_dataset(
     template = f"{{{benchmark.rule.asks}}}" if instruction is None else f"{{{WHOLE_QUESTION}}}"
     if instruction:
         template += "\n" + instruction.replace("{", "{{").replace("}", "}}")
-    asked = [record for record in records if _counts(record, benchmark)]
+    reasons = [_left_out(record, benchmark) for record in records]
+    asked = [record for record, reason in zip(records, reasons, strict=True) if reason is None]
     questions = [_question(record, benchmark, PromptTemplate(template), max_pixels) for record in asked]
     if limit is not None:
         kept = set(list(dict.fromkeys(question.item for question in questions))[:limit])
         questions = [question for question in questions if question.item in kept]
     _check_questions(file, benchmark, questions)
-    return Dataset(name, file, benchmark, template, tuple(questions))
+    left_out = Counter(reason for reason in reasons if reason is not None)
+    return Dataset(name, file, benchmark, template, tuple(questions), dict(left_out))
 
 
 def _check_columns(file: str, benchmark: Benchmark, records: Sequence[Record]) -> None:
@@ -142,11 +179,12 @@ def _check_columns(file: str, benchmark: Benchmark, records: Sequence[Record]) -
         )
 
 
-def _counts(record: Record, benchmark: Benchmark) -> bool:
+def _left_out(record: Record, benchmark: Benchmark) -> str | None:
+    """Why a row is none of the questions; None if it is one."""
     row = _columns(record)
     if benchmark.split is not None and "split" in row and row["split"] != benchmark.split:
-        return False
-    return bool(record.problem or row.get("image"))
+        return f"not of split {benchmark.split!r}"
+    return None if record.problem or row.get("image") else "without an image"
 
 
 def _check_questions(file: str, benchmark: Benchmark, questions: Sequence[Question]) -> None:
@@ -192,6 +230,7 @@ def _question(record: Record, benchmark: Benchmark, template: PromptTemplate, ma
     except BadRow as error:
         return Question(index, item, category, group, row, problem=f"{error.kind}: {error}")
     problem = benchmark.rule.problem(row) if row.get("answer") else None
+    problem = problem and f"no usable answer: {problem}"
     return Question(index, item, category, group, row, messages, images, problem)
 
 

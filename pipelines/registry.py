@@ -40,8 +40,9 @@ class Registry:
     """
 
     def __init__(self, uri: str) -> None:
+        """Raises `ConfigError` if ``uri`` is a sqlite file that is not there."""
         self.uri = uri
-        self._client = connect(uri)
+        self._client = connect(uri, existing=True)
 
     def find(self, name: str) -> ModelVersion:
         """The version that ``models:/NAME/VERSION``, ``models:/NAME@ALIAS`` or ``runs:/RUN_ID`` means.

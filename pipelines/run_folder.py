@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipelines.paths import input_path
-from pipelines.tracking import flatten
+from pipelines.tracking import TrackingConfig, flatten
 from skipvision.errors import ConfigError
 
 MAY_DIFFER = frozenset(
@@ -55,6 +55,9 @@ class RunFolder:
 
     may_differ: ClassVar[frozenset[str]] = MAY_DIFFER
     """Settings that do not change what a run computes, by dotted names; a section's is for all of it."""
+
+    advice: ClassVar[str] = ""
+    """What else to say to whom other settings are refused."""
 
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
@@ -132,6 +135,7 @@ class RunFolder:
                 f"run {self.name!r} exists in {self.storage} with other settings:\n"
                 + "\n".join(differing.values())
                 + f"\nSet them back to resume it{also}, choose another name, or delete its folder"
+                + self.advice
             )
         self.state, self.changes = {}, []
         return False
@@ -148,6 +152,15 @@ class RunFolder:
                     f"{name} has changed since this job began ({known[name][:8]} then, {fingerprint[:8]} "
                     "now): restore it, or choose another name"
                 )
+
+    def tracked(self, tracking: TrackingConfig, name: str) -> Any:
+        """What `remember_tracked` was given under ``name``; None if the settings name another MLflow now."""
+        here = self.state.get("tracked_in", tracking.model_dump()) == tracking.model_dump()
+        return self.state.get(name) if here else None
+
+    def remember_tracked(self, tracking: TrackingConfig, **runs: Any) -> None:
+        """Write values to ``run.json`` that hold in this MLflow and experiment, as the ids of runs do."""
+        self.remember(tracked_in=tracking.model_dump(), **runs)
 
     @property
     def begun(self) -> bool:

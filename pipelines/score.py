@@ -8,9 +8,10 @@ continues in the same way where a job was killed.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pyarrow.parquet as pq
 
 from pipelines.caption import run_caption
 from pipelines.caption_config import CaptionConfig, InputSection, OutputSection
-from pipelines.caption_model import CaptionModel, check_model, find_model
+from pipelines.caption_model import CaptionModel, check_model, find_model, insist_on_same_adapter
 from pipelines.cluster import ray_session
+from pipelines.error_limit import ErrorLimit
 from pipelines.fingerprints import of_files
 from pipelines.items import Item, write_items
 from pipelines.judge import Judge
@@ -45,34 +47,38 @@ class _Job:
     datasets: tuple[Dataset, ...]
     models: Mapping[str, CaptionModel]
     files: Mapping[str, str]
-    judge: Judge | None
+    judge: Judge | None = None
 
 
 def run_score(config: ScoreConfig) -> dict[str, Any]:
     """Score, go on, or only report the job ``config.name``; returns its result.
 
+    A finished job whose `ScoreFolder.reported` settings differ now is compared and recorded anew.
+
     The result holds ``items`` (a file for each system), ``score`` (mean points by system and dataset,
     fractions), ``totals`` (what benchmarks publish beside), ``difference`` (by system and dataset, to the
-    reference, with its interval), ``errors`` (items without an answer), ``table``, ``picture``, ``seconds``
-    (of this start), ``mlflow_uri``, ``mlflow_run_ids`` and ``already_finished``.
+    reference, with its interval), ``errors`` (items without an answer), ``left_out`` (rows that are no items,
+    by dataset and reason), ``table``, ``picture``, ``seconds`` (of this start), ``mlflow_uri``,
+    ``mlflow_run_ids`` and ``already_finished``.
 
     Raises:
         ConfigError: settings that contradict each other, a model, a dataset's file that is not there, or an
             earlier start, which had other settings or other contents of files.
         AdapterError: an adapter that is damaged, or made for another model.
-        DataError: a dataset lacks columns or answers, or too many questions cannot be asked.
+        DataError: a dataset lacks columns or answers, or too many rows cannot be asked, scored or judged.
         JudgeError: the judge does not answer.
         ResourceError: the cluster is too small.
-        TrackingError: MLflow cannot be reached.
+        TrackingError: MLflow cannot be reached, or does not take the results.
     """
     started = time.monotonic()
     folder = ScoreFolder(output_path(config.storage, "storage"), config.name)
     with folder.claimed():
         folder.resumes(config.model_dump(mode="json"))
-        if result := folder.state.get("result"):
+        job = _found(config, folder)
+        if result := _finished(config, folder):
             print(f"job {config.name!r} is finished already: {folder.table}", flush=True)
             return {**result, "already_finished": True}
-        job = _prepared(config, folder)
+        job = _begin(job)
         trackers = _start_tracking(job)
         try:
             _answer_missing(job)
@@ -91,15 +97,21 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------- before answering
 
 
-def _prepared(config: ScoreConfig, folder: ScoreFolder) -> _Job:
-    """Read and check everything, so that what is wrong is said before Ray is started."""
-    judge = None if config.judge is None else Judge(config.judge, folder.judge)
+def _finished(config: ScoreConfig, folder: ScoreFolder) -> dict[str, Any] | None:
+    """The result, if there is one and the report would not come out otherwise now."""
+    before, now = folder.state.get("config", {}), config.model_dump(mode="json")
+    result: dict[str, Any] | None = folder.state.get("result")
+    return result if all(before.get(name) == now[name] for name in folder.reported) else None
+
+
+def _found(config: ScoreConfig, folder: ScoreFolder) -> _Job:
+    """Read everything and insist that it is what an earlier start has read."""
     datasets = tuple(
         read_dataset(one.name, one.path, rule=one.rule, instruction=one.instruction, limit=one.limit)
         for one in config.datasets
     )
     for dataset in datasets:
-        if dataset.benchmark.rule.needs_judge and judge is None:
+        if dataset.benchmark.rule.needs_judge and config.judge is None:
             raise ConfigError(
                 f"dataset {dataset.name} is scored by a judge: set judge.model and judge.base_url"
             )
@@ -107,26 +119,44 @@ def _prepared(config: ScoreConfig, folder: ScoreFolder) -> _Job:
     pinned = folder.state.get("adapters", {})
     models = {}
     for label, system in config.systems.items():
-        models[label] = find_model(system, uri, folder.path / "adapters" / label, pinned.get(label))
-        check_model(models[label])
+        known = pinned.get(label)
+        if folder.state.get("result"):
+            insist_on_same_adapter(system.model, uri, known)
+        models[label] = find_model(system, uri, folder.path / "adapters" / label, known)
+        if not folder.state.get("result"):
+            check_model(models[label])
     files = of_files(datasets, models.values())
     folder.insist_on_same(files)
+    return _Job(config, folder, uri, datasets, models, files)
+
+
+def _begin(job: _Job) -> _Job:
+    """Check and write down what is asked, so that what is wrong is said before Ray is started."""
+    config, folder = job.config, job.folder
+    judge = None if config.judge is None else Judge(config.judge, folder.judge)
+    for dataset in job.datasets:
+        for line in dataset.facts():
+            print(line, flush=True)
+        limit = ErrorLimit(config.max_error_fraction, len(dataset.questions))
+        problems = [f"{one.problem} (row {one.index})" for one in dataset.unusable]
+        limit.check(Counter(problem.partition(":")[0] for problem in problems), *problems[:1])
     folder.remember(
         config=config.model_dump(mode="json"),
-        adapters={label: model.adapter_label for label, model in models.items()},
-        files=files,
+        adapters={label: model.adapter_label for label, model in job.models.items()},
+        files=job.files,
+        result=None,
     )
-    for dataset in datasets:
+    for dataset in job.datasets:
         asked = folder.questions(dataset.name)
         asked.parent.mkdir(exist_ok=True)
-        asked.write_text("".join(f"{question.index}\n" for question in dataset.questions), encoding="utf-8")
-        print(f"{dataset.name}: {len(dataset.questions):,} questions in {dataset.file}", flush=True)
-    return _Job(config, folder, uri, datasets, models, files, judge)
+        lines = (f"{one.index}\n" for one in dataset.questions if one.problem is None)
+        asked.write_text("".join(lines), encoding="utf-8")
+    return replace(job, judge=judge)
 
 
 def _start_tracking(job: _Job) -> dict[str, Tracker]:
     """One run in MLflow for each system."""
-    known = dict(job.folder.state.get("mlflow_run_ids", {}))
+    known = dict(job.folder.tracked(job.config.tracking, "mlflow_run_ids") or {})
     trackers = {}
     for label, model in job.models.items():
         trackers[label] = tracker = Tracker.start(
@@ -147,7 +177,7 @@ def _start_tracking(job: _Job) -> dict[str, Tracker]:
             }
         )
         known[label] = tracker.run_id
-        job.folder.remember(mlflow_run_ids=known)
+        job.folder.remember_tracked(job.config.tracking, mlflow_run_ids=known)
     return trackers
 
 
@@ -217,11 +247,14 @@ def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
 
 def _scored(job: _Job, label: str) -> dict[str, Scored]:
     """A system's items by dataset; also written to its file."""
-    parallel = job.config.judge.parallel if job.config.judge else 1
+    config = job.config
+    parallel = config.judge.parallel if config.judge else 1
     scored = {}
     for dataset in job.datasets:
         answers = _answers(_captioning(job, label, dataset))
-        scored[dataset.name] = score_answers(dataset, answers, label, job.judge, parallel)
+        scored[dataset.name] = score_answers(
+            dataset, answers, label, job.judge, parallel, config.max_error_fraction
+        )
     write_items(job.folder.items(label), _all_items(scored), {label: _made_with(job, label)})
     return scored
 
@@ -256,15 +289,21 @@ def _sum_up(
         for label, datasets in scored.items()
         if label != config.reference
     }
-    folder.table.write_text(markdown(config, scored, comparisons), encoding="utf-8")
+    left_out = {dataset.name: dict(dataset.left_out) for dataset in job.datasets}
+    folder.table.write_text(markdown(config, scored, comparisons, left_out), encoding="utf-8")
     picture(config, scored, comparisons, folder.picture)
     print(f"\n{folder.table.read_text(encoding='utf-8')}", flush=True)
-    for label, tracker in trackers.items():
-        tracker.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
-        tracker.close()
-        for path in (folder.items(label), folder.table, folder.picture):
-            tracker.store(path)
-        tracker.finish("FINISHED")
+    try:
+        for label, tracker in trackers.items():
+            tracker.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
+            for path in (folder.items(label), folder.table, folder.picture):
+                tracker.store(path)
+            tracker.finish("FINISHED")
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}\nThe items are complete in {folder.items(config.reference).parents[1]}. Run the same "
+            "job again to record them; nothing is asked twice"
+        ) from error
     return {
         "run": config.name,
         "items": {label: str(folder.items(label)) for label in scored},
@@ -284,6 +323,7 @@ def _sum_up(
             label: {name: sum(item.error is not None for item in one.items) for name, one in datasets.items()}
             for label, datasets in scored.items()
         },
+        "left_out": left_out,
         "table": str(folder.table),
         "picture": str(folder.picture),
         "mlflow_uri": job.uri,

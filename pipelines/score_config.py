@@ -38,8 +38,8 @@ class DatasetSection(Section):
     )
     rule: str | None = Field(
         None,
-        description="for a dataset of your own: option | yes_or_no | vqa | anls | relaxed | exact | "
-        "contains | mathvista | judged | same_text; null = the benchmark's",
+        description="for a dataset of your own: option | yes_or_no | yes_or_no_at_first | vqa | anls | "
+        "relaxed | exact | contains | mathvista | judged | same_text; null = the benchmark's",
     )
     instruction: str | None = Field(
         None, description="asked behind each question; null = the rule's, empty = nothing"
@@ -62,7 +62,8 @@ class ScoreConfig(JobConfig):
         0.05,
         ge=0,
         le=1,
-        description="the job stops as soon as more than this share of a dataset's questions cannot be asked",
+        description="the job stops as soon as more than this share of a dataset's rows cannot be asked or "
+        "scored, or the judge refuses or cannot be understood about so many",
     )
     judge: JudgeConfig | None = Field(
         None,

@@ -23,12 +23,16 @@ from pipelines.run_folder import RunFolder
 class ScoreFolder(RunFolder):
     """Job ``name`` under ``storage``, new or continued."""
 
+    reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence", "tracking")
+    """Settings of the report alone: with others it is made anew, from the same answers."""
+
     may_differ: ClassVar[frozenset[str]] = frozenset(
         {
-            *("scaling", "storage", "engine", "max_error_fraction"),
-            *("judge.parallel", "judge.timeout", "judge.api_key_env"),
+            *("scaling", "storage", "engine", "max_error_fraction", *reported),
+            *("judge.parallel", "judge.timeout", "judge.api_key_env", "judge.base_url"),
         }
     )
+    advice: ClassVar[str] = "; a further system or dataset needs a job of another name"
 
     def __init__(self, storage: Path, name: str) -> None:
         super().__init__(storage, name)

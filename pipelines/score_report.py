@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.items import Item
+from pipelines.questions import described
 from pipelines.score_config import ScoreConfig
 from pipelines.scoring import Scored, by_category, mean_score
-from pipelines.statistics import Paired, paired
+from pipelines.statistics import FEW_CHANGES, Paired, paired, widened
 
 Systems = Mapping[str, Mapping[str, Scored]]
 
@@ -30,21 +30,28 @@ def compare(
     reference: Sequence[Item], other: Sequence[Item], *, resamples: int, confidence: float
 ) -> Comparison:
     """The comparison of two systems that answered the same items."""
+
+    def compared(before: Sequence[Item], after: Sequence[Item]) -> Paired:
+        return widened(paired(before, after, resamples=resamples, confidence=confidence), confidence)
+
     theirs, ours = by_category(reference), by_category(other)
-    return Comparison(
-        paired(reference, other, resamples=resamples, confidence=confidence),
-        {
-            category: paired(theirs[category], ours[category], resamples=resamples, confidence=confidence)
-            for category in theirs
-        },
-    )
+    slices = {category: compared(theirs[category], ours[category]) for category in theirs}
+    return Comparison(compared(reference, other), slices)
 
 
 # --------------------------------------------------------------------------------------------- table
 
 
-def markdown(config: ScoreConfig, scored: Systems, comparisons: Comparisons) -> str:
-    """A row for each dataset, below it one for each slice and each total; a column for each system."""
+def markdown(
+    config: ScoreConfig,
+    scored: Systems,
+    comparisons: Comparisons,
+    left_out: Mapping[str, Mapping[str, int]],
+) -> str:
+    """A row for each dataset, below it one for each slice and each total; a column for each system.
+
+    ``left_out`` counts, by dataset and reason, the rows that are no items.
+    """
     others = list(comparisons)
     interval = f"[{100 * config.confidence:g} % interval] p"
     head = [
@@ -56,8 +63,13 @@ def markdown(config: ScoreConfig, scored: Systems, comparisons: Comparisons) -> 
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     for dataset in (one.name for one in config.datasets):
         lines += _dataset_lines(dataset, config.reference, scored, comparisons)
+    intervals = (
+        f"Intervals by bootstrap over images, with all items about each; where fewer than {FEW_CHANGES} "
+        "changed, at least the exact binomial bounds. p by exact McNemar, scores 0 or 1."
+    )
     notes = [
-        "Intervals by bootstrap over images, with all items about each; p by exact McNemar, scores 0 or 1.",
+        intervals,
+        *(f"{dataset}: {described(counts)}." for dataset, counts in left_out.items() if counts),
         *_errors(scored),
     ]
     return "\n".join([*lines, "", *notes, ""])
@@ -152,4 +164,4 @@ def metrics(scored: Mapping[str, Scored], compared: Mapping[str, Comparison]) ->
             values[f"difference_high/{name}"] = pair.high
             if pair.p_mcnemar is not None:
                 values[f"p_mcnemar/{name}"] = pair.p_mcnemar
-    return {re.sub(r"[^\w\-. /]", "_", name): float(value) for name, value in values.items()}
+    return values

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipelines.benchmarks import Said
 from pipelines.categories import categories
+from pipelines.error_limit import ErrorLimit
 from pipelines.items import Item
-from pipelines.judge import Judge, UnreadableReply
+from pipelines.judge import Judge, NoVerdictError
 from pipelines.option_answers import all_rotations_right
 from pipelines.questions import Dataset, Question
 
@@ -42,6 +43,7 @@ def score_answers(
     system: str,
     judge: Judge | None = None,
     parallel: int = 1,
+    max_error_fraction: float | None = None,
 ) -> Scored:
     """Give every question of a dataset its points; one without an answer has none.
 
@@ -49,21 +51,30 @@ def score_answers(
         dataset: what was asked.
         answers: by the questions' indices.
         system: who answered.
-        judge: reads what no rule can; an answer that it does not make out has an error.
+        judge: reads what no rule can; an answer that it refuses or does not make out has an error.
         parallel: questions the judge is asked at once.
+        max_error_fraction: share of the questions that may have an error; None = all.
 
     Raises:
+        DataError: more of them have one; the judge is asked no more then.
         JudgeError: the judge cannot be reached.
     """
     questions = dataset.questions
     given = [_answer_to(question, answers) for question in questions]
+    errors = Counter(answer.error.partition(":")[0] for answer in given if answer.error)
+    limit = None if max_error_fraction is None else ErrorLimit(max_error_fraction, len(questions))
+    if limit is not None:
+        limit.check(errors)
 
     def judged(question: Question, answer: Answered) -> tuple[Answered, float]:
         if answer.error:
             return answer, 0.0
         try:
             return answer, dataset.benchmark.rule.points(question.row, answer.text, judge)
-        except UnreadableReply as error:
+        except NoVerdictError as error:
+            errors["judge"] += 1
+            if limit is not None:
+                limit.check(errors, f"{dataset.name} {question.index}: {error}")
             return Answered(answer.text, f"judge: {error}"), 0.0
 
     if judge is None:

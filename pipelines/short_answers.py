@@ -12,13 +12,27 @@ from collections.abc import Sequence
 def yes_or_no(answer: str) -> str | None:
     """``Yes`` or ``No``, whichever of the two words stands in an answer; None for both and for neither.
 
-    Source: MME (arXiv 2306.13394), "Instruction design": answers are to be "yes" or "no"; whatever is neither
-    is wrong. VLMEvalKit reads POPE in the same way (vlmeval/dataset/utils/yorn.py).
+    VLMEvalKit reads POPE's in this way (vlmeval/dataset/utils/yorn.py).
     """
     words = set(re.findall(r"[a-z]+", answer.lower()))
     if ("yes" in words) == ("no" in words):
         return None
     return "Yes" if "yes" in words else "No"
+
+
+_BEGINNING = 4
+
+
+def yes_or_no_at_first(answer: str) -> str | None:
+    """``Yes`` or ``No``, as the first four characters of an answer have it; None if they have neither.
+
+    Letters alone decide, not words: ``Not at all`` is a no, and so is ``None``.
+
+    Source: MME (arXiv 2306.13394), its evaluation tool (BradyFU/Awesome-Multimodal-Large-Language-Models,
+    eval_tool/calculation.py).
+    """
+    beginning = answer.strip().lower()[:_BEGINNING]
+    return "Yes" if "yes" in beginning else "No" if "no" in beginning else None
 
 
 # --------------------------------------------------------------------------------------- VQA accuracy

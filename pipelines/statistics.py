@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipelines.items import Item
 from skipvision.errors import DataError
+
+FEW_CHANGES = 10
+"""Below so many groups with another score, a bootstrap has too little to draw from."""
 
 _NOTHING = 1e-9
 """Sums of fractions differ by less, if they are the same."""
@@ -56,7 +59,8 @@ def paired(
     """Compare two systems item by item, paired by dataset and index.
 
     The interval is the percentile bootstrap's, and it draws groups, not items: questions about one picture
-    are not independent. It knows only of changes it has seen: with few of them it is too narrow.
+    are not independent. It knows only of changes it has seen: with few of them it is too narrow, see
+    `widened`.
 
     Raises:
         DataError: there are no items, or some that only one system answered, or one twice, or one that is
@@ -127,6 +131,21 @@ def exact_loss_bound(lost: int, groups: int, confidence: float) -> float:
         seen = sum(math.comb(groups, k) * share**k * (1 - share) ** (groups - k) for k in range(lost + 1))
         low, high = (share, high) if seen > tail else (low, share)
     return high
+
+
+def widened(found: Paired, confidence: float) -> Paired:
+    """A comparison whose interval does not claim more than its groups can show.
+
+    Where fewer than `FEW_CHANGES` groups changed, its ends are at least the exact bounds of the shares of
+    groups that lose and that gain; each such group is taken as lost or gained whole.
+    """
+    if found.changed >= FEW_CHANGES:
+        return found
+    loss, gain = (
+        exact_loss_bound(changed, found.groups, confidence)
+        for changed in (found.lost, found.changed - found.lost)
+    )
+    return replace(found, low=min(found.low, -loss), high=max(found.high, gain))
 
 
 def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:

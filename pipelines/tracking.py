@@ -88,6 +88,7 @@ class Tracker:
         self._waiting: deque[Metric] = deque(maxlen=200_000)
         self._next_flush = self._away_until = 0.0
         self._monitor: SystemMetricsMonitor | None = None
+        self._refused = ""
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -155,8 +156,17 @@ class Tracker:
 
         return self._insist(f"registering {folder} as {name}", register)
 
+    def hand_in(self) -> None:
+        """Hand in all metrics that wait."""
+        if missing := self.close():
+            raise TrackingError(
+                f"MLflow at {self.uri} did not take {missing} values of run {self.run_id}: {self._refused}"
+            )
+
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the run."""
+        """End the run; it is not FINISHED while metrics wait."""
+        if status == "FINISHED":
+            self.hand_in()
         self._insist("ending the run", lambda: self._client.set_terminated(self.run_id, status))
 
     def _log(self, path: Path) -> None:
@@ -171,11 +181,16 @@ class Tracker:
     # ------------------------------------------------------------------------------------ lenient
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record the values of one step; they leave in batches, later if MLflow is away."""
+        """Record the values of one step; they leave in batches, later if MLflow is away.
+
+        What MLflow refuses in a name becomes an underscore.
+        """
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._waiting.extend(Metric(name, float(value), now, step) for name, value in values.items())
+        self._waiting.extend(
+            Metric(name, float(value), now, step) for name, value in _acceptable(values).items()
+        )
         if time.monotonic() >= self._next_flush:
             self.flush()
 
@@ -196,6 +211,7 @@ class Tracker:
         """Hand in what waits; returns how many values MLflow never got. The run itself stays open."""
         if self._monitor is not None:
             self._monitor.finish()
+            self._monitor = None
         self._away_until = 0.0
         self.flush()
         return len(self._waiting)
@@ -214,11 +230,29 @@ class Tracker:
         # Whatever a tracking server and the network can do wrong must not end a training run.
         except Exception as error:
             self._next_flush = self._away_until = time.monotonic() + self._retry_seconds
+            self._refused = _short(error)
             warnings.warn(
                 f"MLflow at {self.uri} does not take metrics ({_short(error)}); the run goes on, and "
                 f"{len(self._waiting)} values wait for the next try",
                 stacklevel=3,
             )
+
+
+_LONGEST_NAME = 240
+"""MLflow takes 250 characters."""
+
+
+def _acceptable(values: Mapping[str, float]) -> dict[str, float]:
+    """The values under names that MLflow takes; two names that become the same one stay two."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        parts = re.sub(r"[^\w\-. /]", "_", name).split("/")
+        path = "/".join("_" if part in ("", ".", "..") else part for part in parts)[:_LONGEST_NAME]
+        path = f"{path}_" if path.endswith("/") else path
+        while path in found:
+            path += "_"
+        found[path] = value
+    return found
 
 
 def exact_model(uri: str, name: str) -> str:
@@ -234,7 +268,7 @@ def exact_model(uri: str, name: str) -> str:
     model, alias, version = wanted.groups()
 
     def look_up() -> str:
-        client = connect(uri)
+        client = connect(uri, existing=True)
         found = (
             client.get_model_version_by_alias(model, alias)
             if alias
@@ -261,8 +295,11 @@ def fetch_model(uri: str, name: str, folder: Path) -> str:
     def fetch() -> None:
         from mlflow.artifacts import download_artifacts
 
-        source = connect(uri).get_model_version_download_uri(*exact.removeprefix("models:/").split("/"))
+        source = connect(uri, existing=True).get_model_version_download_uri(
+            *exact.removeprefix("models:/").split("/")
+        )
         shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
             copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
             (copy / note.name).write_text(exact)
@@ -290,13 +327,23 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
     return flat
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of the tracking server and registry at ``uri``."""
+def connect(uri: str, *, existing: bool = False) -> MlflowClient:
+    """A client of the tracking server and registry at ``uri``.
+
+    Raises:
+        ConfigError: with ``existing``, ``uri`` is a sqlite file that is not there; without, it is made.
+    """
     _quieten()
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        file = Path(uri.removeprefix("sqlite:///"))
+        if existing and not file.exists():
+            raise ConfigError(
+                f"there is no {file}, in which MLflow's models were to be looked up: mend storage or "
+                "tracking.uri"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

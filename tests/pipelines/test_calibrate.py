@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.benchmarks import find_benchmark
 from pipelines.calibrate import run_calibrate
 from pipelines.calibrate_config import CalibrateConfig
-from pipelines.calibrate_search import NothingWithinBudgetError
+from pipelines.calibrate_scoring import Task
+from pipelines.calibrate_search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate_space import combinations, parts
-from pipelines.items import read_items
+from pipelines.halving import Candidate
+from pipelines.items import Item, read_items
+from pipelines.questions import Dataset, Question
+from pipelines.run_folder import RunFolder
+from pipelines.scoring import Answered, score_answers
 from pipelines.shapes_files import ShapesConfig, write_shapes
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, TrackingError
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, DataError
+from tests.pipelines.test_tracking import no_metrics
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -73,8 +81,17 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     (folder / "run.json").write_text(json.dumps(state))
     written = {file: file.stat().st_mtime_ns for file in (folder / "scores").iterdir()}
     next(iter(written)).unlink()
-    again = run_calibrate(changed(settings, scaling={"workers": 1, "cpus_per_worker": 1}))
+    fewer = changed(settings, scaling={"workers": 1, "cpus_per_worker": 1})
+    with (
+        no_metrics(result["mlflow_uri"]),
+        pytest.warns(UserWarning, match="does not take metrics"),
+        pytest.raises(TrackingError, match=r"did not take .*\n.*Run the same job again to record it"),
+    ):
+        run_calibrate(fewer)
+    assert tracked.get_run(result["mlflow_run_id"]).info.status == "FAILED"
+    again = run_calibrate(fewer)
     assert again == result
+    assert tracked.get_run(result["mlflow_run_id"]).info.status == "FINISHED"
     times = [file.stat().st_mtime_ns != before for file, before in written.items()]
     assert times == [True] + [False] * (len(times) - 1)
     with pytest.raises(ConfigError, match=r"exists in .* with other settings"):
@@ -106,7 +123,7 @@ def test_what_was_not_shown_is_not_chosen(settings, local_ray):
 
 def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings, local_ray):
     config = changed(settings, name="slow", space={"retained": [4]}, budget={"latency": 1e-6})
-    with pytest.raises(NothingWithinBudgetError, match=r"first token to 1e-06 .*\"latency\": 0\.\d+|1\.\d+"):
+    with pytest.raises(NothingWithinBudgetError, match=r"first token to 1e-06 .*\"latency\": \d+\.\d+"):
         run_calibrate(config)
     folder = Path(settings["storage"]) / "slow"
     (one,) = json.loads((folder / "evidence.json").read_text())["history"]
@@ -129,6 +146,32 @@ def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings, local_ray):
 def test_what_cannot_be_searched_is_said_before_ray_is_started(settings, changes, error, says):
     with pytest.raises(error, match=says):
         run_calibrate(changed(settings, name="wrong", **changes))
+
+
+def test_what_loses_against_full_tokens_is_not_chosen(settings, tmp_path):
+    """A scorer in the process: the cheap config is wrong about every fifth image, the dear one about none."""
+    config = changed(settings, budget={"accuracy_drop": 0.05}, search={"rungs": 1, "finalists": 1})
+    dear, cheap = (
+        Candidate(str(n), SkipConfig(retained=n), {"prefill_flops": n / 16, "kv_bytes": n / 16})
+        for n in (12, 4)
+    )
+    rule = find_benchmark("Shapes", None)
+    questions = [Question(str(n), str(n), "", str(n), {"answer": "x"}) for n in range(400)]
+    search, held_out = (Dataset("Shapes", "", rule, "", tuple(questions[half::2])) for half in (0, 1))
+
+    def have_done(tasks: Sequence[Task]) -> Iterator[tuple[Task, list[Item]]]:
+        for task in tasks:
+            every = 5 if task.skip == cheap.skip else 10**6
+            wrong = {q.index for n, q in enumerate(task.dataset.questions) if n % every == every - 1}
+            said = {q.index: Answered("y" if q.index in wrong else "x") for q in task.dataset.questions}
+            yield task, score_answers(task.dataset, said, task.system).items
+
+    folder = RunFolder(tmp_path, "search")
+    found = Calibration(config, folder, have_done, search, held_out).run([dear, cheap])
+    assert found["chosen"] == dear.skip.model_dump()
+    first = {one["name"]: one for one in found["history"] if one["stage"] == "rung 1"}
+    assert first[cheap.name]["difference"] == pytest.approx(-0.2)
+    assert first[cheap.name]["out"] == "drop certainly over the budget"
 
 
 def test_one_image_cannot_be_split(settings, questions):

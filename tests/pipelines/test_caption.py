@@ -304,7 +304,11 @@ def test_a_killed_engine_and_an_absent_mlflow_cost_no_caption(straight, settings
     assert not list(CaptionFolder(Path(config.storage), config.name).attempts.folder.iterdir())
 
     monkeypatch.setattr("pipelines.caption.ray_session", fail)  # nothing may be captioned again
-    assert_same_captions(straight, run_caption(config))
+    result = run_caption(changed(settings, name="engine-killed", tracking={"experiment": "elsewhere"}))
+    assert_same_captions(straight, result)
+    client = Tracker(result["mlflow_uri"], result["mlflow_run_id"])._client
+    recorded = client.get_run(result["mlflow_run_id"]).info.experiment_id
+    assert client.get_experiment(recorded).name == "elsewhere"
 
 
 @pytest.mark.slow

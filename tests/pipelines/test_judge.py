@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from pipelines import judge as judging
+from pipelines import score
 from pipelines.judge import Judge, JudgeConfig, JudgeError, UnreadableReply
 from pipelines.questions import read_dataset
+from pipelines.score import ScoreConfig, run_score
 from pipelines.scoring import Answered, score_answers
-from skipvision.errors import ConfigError
+from skipvision.errors import ConfigError, DataError
 from tests.pipelines.test_scoring_rules import CHOICE, VISTA, png, table
 
 Reply = Callable[[str], tuple[int, object]]
@@ -135,6 +137,34 @@ def test_what_the_judge_does_wrong_is_said(endpoint, replies, error, asked, tmp_
     assert len(endpoint.asked) == asked
 
 
+@pytest.mark.parametrize(
+    ("reply", "points"),
+    [
+        ("0.5", 0.5),
+        ("1", 1),
+        (" **Score:** 0.3", 0.3),
+        ("correctness score: 1.00", 1),
+        ("Correctness: .7.", 0.7),
+        ("| `0.0` |", 0),
+        ("1 of the 2 elements is there: 0.5", None),
+        ("-1", None),
+        ("1/2", None),
+        ("1.5", None),
+        ("score: 0.5 or 0.6", None),
+        ("10", None),
+    ],
+)
+def test_a_score_is_a_number_alone(endpoint, reply, points, tmp_path):
+    endpoint.reply = lambda prompt: (200, reply)
+    asks = judge(endpoint, tmp_path / "memory")
+    if points is None:
+        with pytest.raises(UnreadableReply):
+            asks.grade("q", "g", "a")
+    else:
+        assert asks.grade("q", "g", "a") == points
+    assert len(endpoint.asked) == (3 if points is None else 1)
+
+
 @pytest.mark.parametrize("unreadable", ["fine", "7", ""])
 def test_a_reply_that_cannot_be_read_is_not_kept(endpoint, unreadable, tmp_path):
     asks = judge(endpoint, tmp_path / "memory")
@@ -159,6 +189,55 @@ def test_an_item_that_the_judge_cannot_read_has_an_error(endpoint, tmp_path):
     assert (first.score, first.error) == (0.5, None)
     assert (second.score, second.prediction) == (0, "x = 1")
     assert second.error.startswith("judge: the judge j was asked 3 times")
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_an_item_that_the_endpoint_refuses_has_an_error(endpoint, status, tmp_path):
+    row = {"question": "What is x?", "answer": "5", "category": "math"}
+    file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(4)])
+    dataset = read_dataset("MMVet", str(file))
+    answers = {str(n): Answered(f"x = {n}") for n in range(4)}
+    endpoint.reply = lambda prompt: (
+        (status, {"error": "too long"}) if "x = 1 |" in prompt.splitlines()[-1] else (200, "0.5")
+    )
+    asks = judge(endpoint, tmp_path / "memory")
+    items = score_answers(dataset, answers, "full", asks, max_error_fraction=0.25).items
+    assert [item.score for item in items] == [0.5, 0, 0.5, 0.5]
+    assert f"does not take the prompt: HTTP {status}: " in items[1].error
+    assert len(endpoint.asked) == 4
+
+
+def test_a_judge_that_refuses_everything_stops_the_job_and_nothing_is_lost(
+    endpoint, tiny_model, tmp_path, monkeypatch
+):
+    """The job of which the questions are answered."""
+    row = {"question": "What is x?", "answer": "5", "category": "math"}
+    file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(8)])
+    answers = {str(n): Answered(f"x = {n}") for n in range(8)}
+    monkeypatch.setattr(score, "_answer_missing", lambda job: job.folder.answers.mkdir(exist_ok=True))
+    monkeypatch.setattr(score, "_answers", lambda captioning: answers)
+    config = ScoreConfig.model_validate(
+        {
+            "name": "judged",
+            "storage": str(tmp_path),
+            "systems": {"full": {"model": {"path": str(tiny_model)}}},
+            "datasets": [{"name": "MMVet", "path": str(file)}],
+            "judge": {"base_url": endpoint.url, "model": "j", "api_key_env": "JUDGE_KEY", "parallel": 1},
+            "max_error_fraction": 0.25,
+        }
+    )
+    endpoint.reply = lambda prompt: (200, "0.5") if len(endpoint.asked) <= 2 else (400, {"error": "no"})
+    with pytest.raises(
+        DataError, match=r"3 of 8 rows are errors \(3 × judge\); MMVet 4: .*HTTP 400.*raise it"
+    ):
+        run_score(config)
+    asked = len(endpoint.asked)
+    assert asked < 8
+    endpoint.reply = lambda prompt: (200, "1.0")
+    assert run_score(config)["score"] == {"full": {"MMVet": 0.875}}
+    assert len(endpoint.asked) == asked + 6
+    monkeypatch.delenv("JUDGE_KEY")
+    assert run_score(config)["already_finished"]
 
 
 def test_no_temperature_is_sent_to_models_that_refuse_it(endpoint, tmp_path):

@@ -21,8 +21,9 @@ from pipelines.promote import RefusedError, run_promote
 from pipelines.promote_config import PromoteConfig
 from pipelines.promote_items import WrongItemsError
 from pipelines.registry import AliasMovedError, ModelVersion, Registry
-from pipelines.tracking import Tracker, TrackingConfig
+from pipelines.tracking import Tracker, TrackingConfig, TrackingError
 from skipvision.errors import ConfigError, DataError
+from tests.pipelines.test_tracking import no_metrics
 
 SKIP = sv.SkipConfig(retained=4, skipped=4)
 ASKED = {"weights": "w0", "sampling": "greedy", "judge": None, "dataset shapes": "q0"}
@@ -145,6 +146,27 @@ def test_a_refusal_moves_nothing_and_is_recorded(storage, registry, before, afte
     assert registry.holder("ours", "champion") == "1"
     assert tags(registry)["outcome"] == "refused"
     assert tags(registry)["reason"] == str(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore:MLflow at .* does not take metrics")
+def test_no_alias_moves_without_its_numbers(storage, registry):
+    with no_metrics(registry.uri):
+        with pytest.raises(TrackingError, match=r"did not take \d+ values.*\n.*'champion' stays"):
+            promote(storage, before=GOOD, after=SAME)
+        (run,) = registry._client.search_runs(
+            [registry._client.get_experiment_by_name("gate").experiment_id], max_results=1
+        )
+    assert (registry.holder("ours", "champion"), run.info.status) == ("1", "FAILED")
+    promote(storage, before=GOOD, after=SAME)
+    assert registry.holder("ours", "champion") == "2"
+
+
+def test_a_folder_that_is_not_there_is_not_made(storage, tmp_path):
+    items = str(storage / "items.parquet")
+    given = {"candidate": {"model": "models:/ours/2", "items": items}, "reference": {"items": items}}
+    with pytest.raises(ConfigError, match=r"there is no .*typo/mlflow\.db"):
+        run_promote(PromoteConfig.model_validate({**given, "storage": str(tmp_path / "typo")}))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,23 @@ def test_unusable_tables_are_refused(content, error, tmp_path):
         read_dataset("mine", str(tmp_path / "table.tsv"), rule="exact")
 
 
+def test_rows_that_are_no_questions_are_counted_and_unusable_ones_named(tmp_path):
+    row = {**CHOICE, "split": "validation"}
+    rows = [
+        {"index": 1, "image": png(), **row},
+        {"index": 2, "image": "", **row},
+        {"index": 3, "image": "", **row},
+        {"index": 4, "image": png(), **row, "split": "dev"},
+        {"index": 5, "image": png(), **row, "answer": "E"},
+    ]
+    dataset = read_dataset("MMMU_DEV_VAL", str(table(tmp_path / "table.tsv", rows)))
+    assert dataset.left_out == {"without an image": 2, "not of split 'validation'": 1}
+    asked, left_out, unusable = dataset.facts()
+    assert asked == f"MMMU_DEV_VAL: 2 questions in {dataset.file}"
+    assert "3 rows are left out (2 without an image, 1 not of split 'validation')" in left_out
+    assert "1 rows are not asked and count as wrong: row 5: no usable answer: " in unusable
+
+
 def test_a_missing_table_says_where_it_is_had(tmp_path, monkeypatch):
     monkeypatch.setenv("LMUData", str(tmp_path))
     with pytest.raises(ConfigError, match=r"opencompass.*/VLMEval/MMStar\.tsv and put it there, set LMUData"):

@@ -5,18 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import skipvision as sv
 from pipelines import score
-from pipelines.items import read_items, read_systems
+from pipelines.items import Item, read_items, read_systems
 from pipelines.promote_items import check_comparable
 from pipelines.questions import read_dataset
 from pipelines.score import ScoreConfig, run_score
+from pipelines.score_report import compare, markdown, metrics
 from pipelines.score_system import score_dataset
+from pipelines.scoring import Scored
+from pipelines.tracking import Tracker, TrackingError
 from skipvision.errors import ConfigError, DataError
 from skipvision_lmms.answering import load_engine
 from tests.pipelines.test_scoring_rules import CHOICE, png, table
+from tests.pipelines.test_tracking import no_metrics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -37,9 +42,11 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
             "answer": "Yes",
             "category": "random",
         }
-        for n in range(6)
+        for n in range(8)
     ]
     rows[4]["image"] = corrupt
+    rows[5]["answer"] = "maybe"
+    rows[6]["image"] = ""
     table(folder / "star.tsv", [{"index": 1, "image": png(), **CHOICE}])
     return {
         "name": "scores",
@@ -49,7 +56,7 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
             "skip": {"model": {"path": str(tiny_model), "dtype": "float32"}, "skip": SKIP},
         },
         "datasets": [
-            {"name": "POPE", "path": str(table(folder / "pope.tsv", rows)), "limit": 5},
+            {"name": "POPE", "path": str(table(folder / "pope.tsv", rows)), "limit": 6},
         ],
         "sampling": {"max_new_tokens": 8},
         "engine": {"max_sequences": 4, "kv_budget_bytes": 2**22},
@@ -105,9 +112,14 @@ def test_items_are_those_of_a_model_in_this_process(settings, finished, tiny_mod
 
 def test_what_cannot_be_asked_is_counted(finished):
     items = read_items(Path(finished["items"]["full"]))
-    assert [item.index for item in items if item.error] == ["4"]
-    assert finished["errors"]["skip"] == {"POPE": 1}
-    assert "skip on POPE: 1 items have an error and count as wrong." in Path(finished["table"]).read_text()
+    assert [item.index for item in items if item.error] == ["4", "5"]
+    assert finished["errors"]["skip"] == {"POPE": 2}
+    assert finished["left_out"] == {"POPE": {"without an image": 1}}
+    told = Path(finished["table"]).read_text()
+    assert "skip on POPE: 2 items have an error and count as wrong." in told
+    assert "POPE: 1 rows are left out (1 without an image)." in told
+    answers = Path(finished["table"]).parent / "answers" / "full" / "scores.full.POPE" / "captions"
+    assert pq.read_table(answers)["key"].to_pylist() == ["0", "1", "2", "3", "4"]
 
 
 def test_each_system_has_its_run_in_mlflow(finished):
@@ -129,14 +141,55 @@ def test_each_system_has_its_run_in_mlflow(finished):
 
 def test_a_finished_job_says_so_and_other_settings_are_refused(settings, finished):
     again = run_score(ScoreConfig.model_validate({**settings, "max_error_fraction": 0.9}))
-    assert again == {**finished, "already_finished": True}
+    assert {**again, "seconds": 0} == {**finished, "seconds": 0, "already_finished": True}
     with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens: was 8, now 9"):
         run_score(ScoreConfig.model_validate({**settings, "sampling": {"max_new_tokens": 9}}))
+
+
+@pytest.mark.filterwarnings("ignore:MLflow at .* does not take metrics")
+def test_settings_of_the_report_alone_make_it_anew(settings, finished, monkeypatch):
+    """In another experiment, which at first does not take its numbers; nothing is asked again."""
+    monkeypatch.setattr(score, "ray_session", lambda: 1 / 0)
+    other = {**settings, "confidence": 0.8, "resamples": 500, "tracking": {"experiment": "elsewhere"}}
+    with (
+        no_metrics(finished["mlflow_uri"]),
+        pytest.raises(TrackingError, match=r"did not take .*\n.*Run the same job again to record"),
+    ):
+        run_score(ScoreConfig.model_validate(other))
+    result = run_score(ScoreConfig.model_validate(other))
+    assert not result["already_finished"]
+    assert run_score(ScoreConfig.model_validate(other))["already_finished"]
+    assert "[80 % interval]" in Path(result["table"]).read_text()
+    assert result["score"] == finished["score"]
+    runs = Tracker(result["mlflow_uri"], "")._client
+    for label, run_id in result["mlflow_run_ids"].items():
+        assert run_id != finished["mlflow_run_ids"][label]
+        assert runs.get_experiment(runs.get_run(run_id).info.experiment_id).name == "elsewhere"
+        assert runs.get_run(run_id).info.status == "FINISHED"
+    with pytest.raises(ConfigError, match="a further system or dataset needs a job of another name"):
+        run_score(ScoreConfig.model_validate({**other, "datasets": [*settings["datasets"], {"name": "MME"}]}))
+
+
+def test_one_item_proves_nothing():
+    """Neither in the table nor in MLflow."""
+    item = Item("d", "1", "full", "", "1", "", 1.0)
+    compared = {"skip": {"d": compare([item], [item], resamples=100, confidence=0.95)}}
+    scored = {label: {"d": Scored([item], {})} for label in ("full", "skip")}
+    config = ScoreConfig.model_validate(
+        {
+            "name": "n",
+            "systems": {label: {"model": {"path": "x"}} for label in scored},
+            "datasets": [{"name": "d", "rule": "exact"}],
+        }
+    )
+    assert "| +0.0 [-97.5, +97.5] 1 |" in markdown(config, scored, compared, {})
+    assert metrics(scored["skip"], compared["skip"])["difference_low/d"] == pytest.approx(-0.975)
 
 
 @pytest.mark.parametrize(
     ("change", "error"),
     [
+        ({"max_error_fraction": 0.1}, r"1 of 6 rows are errors \(1 × no usable answer\); .*\(row 5\)"),
         ({"datasets": [{"name": "MMVet", "path": "star.tsv"}]}, "MMVet is scored by a judge"),
         ({"datasets": [{"name": "MMStarr", "path": "star.tsv"}]}, "'MMStarr' is not known"),
         ({"datasets": [{"name": "MMStar", "path": "none.tsv"}]}, "Get it from https"),

@@ -19,7 +19,14 @@ from pipelines.open_answers import open_answer
 from pipelines.option_answers import chosen_option
 from pipelines.questions import read_dataset
 from pipelines.scoring import Answered, by_category, mean_score, score_answers
-from pipelines.short_answers import anls, edit_distance, normalised_for_vqa, vqa_accuracy, yes_or_no
+from pipelines.short_answers import (
+    anls,
+    edit_distance,
+    normalised_for_vqa,
+    vqa_accuracy,
+    yes_or_no,
+    yes_or_no_at_first,
+)
 from skipvision.errors import DataError
 
 OPTIONS = {"A": "cat", "B": "dog", "C": "red bird", "D": "none of these"}
@@ -57,6 +64,21 @@ def test_the_option_that_is_meant(answer, letter):
 )
 def test_yes_or_no(answer, word):
     assert yes_or_no(answer) == word
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        ("Yes, there is no dog.", "Yes"),
+        ("Yes. No doubt about it.", "Yes"),
+        (" NO", "No"),
+        ("**Yes**", None),  # the fourth character is its e
+        ("Not yes", "No"),
+        ("It is, yes", None),
+    ],
+)
+def test_yes_or_no_as_mme_reads_it(answer, word):
+    assert yes_or_no_at_first(answer) == word
 
 
 @pytest.mark.parametrize(
@@ -181,8 +203,8 @@ CASES = {
     "MMMU_DEV_VAL": ({**CHOICE, "split": "validation"}, [("B", 1), ("cat", 0)]),
     "ScienceQA_TEST": (CHOICE, [("b", 0), ("B.", 1)]),
     "AI2D_TEST": (CHOICE, [("B: dog", 1), ("A", 0)]),
-    "MME": ({**PLAIN, "answer": "Yes", "category": "color"}, [("yes", 1), ("no", 0), ("perhaps", 0)]),
-    "POPE": ({**PLAIN, "answer": "No", "category": "random,popular"}, [("No.", 1), ("Yes.", 0)]),
+    "MME": ({**PLAIN, "answer": "Yes", "category": "color"}, [("Yes, no dog", 1), ("no", 0), ("perhaps", 0)]),
+    "POPE": ({**PLAIN, "answer": "No", "category": "random,popular"}, [("No.", 1), ("Yes, no.", 0)]),
     "TextVQA_VAL": ({**PLAIN, "answer": str(PEOPLE)}, [("red", 1), ("green", 0.6)]),
     "OCRBench": ({**PLAIN, "answer": "['STOP', 'halt']"}, [("It says stop", 1), ("go", 0)]),
     "GQA_TestDev_Balanced": ({**PLAIN, "answer": "left"}, [("Left", 1), ("to the left", 0)]),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.items import Item
-from pipelines.statistics import exact_mcnemar, paired, paired_by_seed
+from pipelines.statistics import exact_mcnemar, paired, paired_by_seed, widened
 from skipvision.errors import DataError
 
 
@@ -84,6 +84,25 @@ def test_the_interval_knows_of_the_seeds():
     assert paired_by_seed([(one, other)] * 2).low == pytest.approx(paired(one, other).low, abs=0.05)
     with pytest.raises(DataError, match="not asked the same"):
         paired_by_seed([seeds[0], (one, other)])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "low", "high"),
+    [
+        ([1], [1], -0.975, 0.975),  # 1 − 0.025
+        ([1] * 40, [1] * 40, -(1 - 0.025 ** (1 / 40)), 1 - 0.025 ** (1 / 40)),
+        ([1] * 4, [0] * 4, -1, 1 - 0.025 ** (1 / 4)),
+        ([0] * 4, [1] * 4, -(1 - 0.025 ** (1 / 4)), 1),
+    ],
+)
+def test_few_changes_leave_the_exact_bounds_possible(before, after, low, high):
+    found = widened(paired(items(before), items(after)), 0.95)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_many_changes_leave_the_interval_as_it_is():
+    one, other = items([1, 0] * 20), items([0, 1] * 20)
+    assert widened(paired(one, other), 0.95) == paired(one, other)
 
 
 def test_a_wider_confidence_is_a_wider_interval_and_a_seed_repeats_it():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from pipelines.tracking import Tracker, TrackingConfig, TrackingError, flatten
+from pipelines.registry import Registry
+from pipelines.tracking import Tracker, TrackingConfig, TrackingError, fetch_model, flatten
+from skipvision.errors import ConfigError
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -33,6 +38,21 @@ def client(uri: str):
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def no_metrics(uri: str) -> Iterator[None]:
+    """A sqlite store that takes everything but metrics."""
+    file = uri.removeprefix("sqlite:///")
+    for statement in (
+        "CREATE TRIGGER full BEFORE INSERT ON metrics BEGIN SELECT RAISE(ABORT, 'no metrics'); END",
+        "DROP TRIGGER full",
+    ):
+        with sqlite3.connect(file) as database:
+            database.execute(statement)
+        database.close()
+        if statement.startswith("CREATE"):
+            yield
 
 
 def test_only_tracking_imports_mlflow_and_only_inside_functions():
@@ -144,6 +164,31 @@ def test_what_a_server_never_got_is_counted(monkeypatch):
         tracker.metrics({"loss": 1.0, "lr": 1.0}, 1)
     with pytest.warns(UserWarning, match="does not take metrics"):
         assert tracker.close() == 2
+    with (
+        pytest.warns(UserWarning, match="does not take metrics"),
+        pytest.raises(TrackingError, match="did not take 2 values of run run: ConnectionError: nobody"),
+    ):
+        tracker.finish("FINISHED")
+
+
+def test_metrics_of_any_name_arrive(uri, storage):
+    tracker = begin(uri, storage)
+    names = ["a/http://x", "a/b/", "a/./b", "..", "/a", "a:b", "a?b", "ä b", "", "x" * 300, "x" * 299 + "/y"]
+    tracker.metrics({name: number for number, name in enumerate(names)}, 0)
+    tracker.finish("FINISHED")
+    found = client(uri).get_run(tracker.run_id).data.metrics
+    assert sorted(found.values()) == list(range(len(names)))
+    assert found["a/http_/_/x"] == 0
+    assert {found["a_b"], found["a_b_"]} == {5, 6}
+
+
+def test_who_only_reads_makes_no_registry(tmp_path):
+    uri = TrackingConfig().absolute_uri(tmp_path / "typo")
+    with pytest.raises(ConfigError, match=r"there is no .*typo/mlflow\.db.* mend storage or tracking\.uri"):
+        Registry(uri)
+    with pytest.raises(TrackingError, match=r"there is no .*typo/mlflow\.db"):
+        fetch_model(uri, "models:/ours@champion", tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_registration_that_fails_is_tried_again_and_then_reported(monkeypatch, tmp_path):
