@@ -17,7 +17,7 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.loading import check_known
 from pipelines.paths import input_path, model_path, output_path
-from pipelines.tracking import exact_model
+from pipelines.tracking import TrackingError, exact_model
 from serve import scaling
 from serve.api import GRACE_SECONDS, Ingress
 from serve.config import ModelSection, ServeConfig, serve_config
@@ -135,11 +135,19 @@ def _found_model(model: ModelSection, config: ServeConfig) -> ModelSection:
     check_known(path, "model")
     for name, source in adapters.items():
         if source.startswith("models:/"):
-            exact_model(config.tracking_uri or "", source)
+            _look_up(config.tracking_uri or "", source)
         else:
             adapters[name] = input_path(source, f"adapter {name}")
             read_adapter(adapters[name])
     return model.model_copy(update={"path": path, "adapters": adapters})
+
+
+def _look_up(registry: str, source: str) -> None:
+    """Raise `ConfigError` for what the registry does not have; engines wait for one that is away."""
+    try:
+        exact_model(registry, source)
+    except TrackingError as error:
+        warnings.warn(f"{error}; requests for it are 503 until engines can load it", stacklevel=2)
 
 
 def _complaint(problem: ErrorDetails) -> str:

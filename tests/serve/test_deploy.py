@@ -11,6 +11,7 @@ import yaml
 from ray import serve as ray_serve
 
 import serve.deploy
+from serve.app import application
 from serve.config import serve_config
 from serve.deploy import DeploymentError, run_deploy
 from skipvision.errors import ConfigError, SkipVisionError
@@ -42,6 +43,12 @@ def test_wrong_settings_are_named_before_ray_is_started(settings, said, tiny_mod
     (tmp_path / "wrong.yaml").write_text("{}")
     with pytest.raises(SkipVisionError, match=said):
         run_deploy(serve_config({"model": str(tiny_model), **settings}))
+
+
+def test_a_registry_that_is_away_is_waited_for(tiny_model, tmp_path):
+    settings = {"adapter": "models:/shapes@champion", "tracking_uri": f"sqlite:///{tmp_path}/away.db"}
+    with pytest.warns(UserWarning, match=r"models:/shapes@champion at .*away\.db.* 503 until engines"):
+        application(serve_config({"model": str(tiny_model), **settings}))
 
 
 def test_an_adapter_from_a_registry_needs_the_registry():
