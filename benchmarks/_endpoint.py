@@ -34,7 +34,7 @@ PROMPT = "Describe the image."
 SKIP = {"retained": 64, "skipped": 64}
 FULL = {"retained": 1.0, "skipped": 0.0, "summary_tokens": 0}
 
-DIRECT = "RAY_SERVE_DIRECT_INGRESS"
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 _TRIES = 3
 """As often as the openai client asks, unless told otherwise."""
 
@@ -43,21 +43,20 @@ _TRIES = 3
 
 
 @contextmanager
-def local_endpoint(*, direct: bool = False, **settings: Any) -> Iterator[Endpoint]:
+def local_endpoint(*, haproxy: bool = False, **settings: Any) -> Iterator[Endpoint]:
     """An application on a Ray of this process, which ends with the block.
 
     Args:
-        direct: clients ask the ingress itself, and Ray Serve runs with its settings for throughput.
+        haproxy: in front is HAProxy, which comes with Ray, in place of Ray's own proxy; and Ray Serve runs
+            with its settings for throughput.
         settings: of `serve.app.build`, beside the model's own.
     """
     # Beside the benchmark, not below it; and counters that can be read at once.
     os.environ |= {"RAY_worker_niceness": "0", "RAY_metrics_report_interval_ms": "500"}
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    port = free_port()
-    if direct:
-        first, last = f"{DIRECT}_MIN_HTTP_PORT", f"{DIRECT}_MAX_HTTP_PORT"
-        os.environ |= {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", first: str(port), last: str(port + 1)}
+    if haproxy:
+        os.environ |= HAPROXY
     ray.init(
         address="local",
         num_cpus=8,  # Ray's count of what may run; it limits nothing
@@ -68,7 +67,8 @@ def local_endpoint(*, direct: bool = False, **settings: Any) -> Iterator[Endpoin
         logging_level=logging.ERROR,
     )
     try:
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": free_port() if direct else port})
+        port = free_port()
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         endpoint = Endpoint(f"http://127.0.0.1:{port}")
         endpoint.deploy(**settings)
         yield endpoint

@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = "python -m benchmarks.serve_load " + " ".join(arguments or sys.argv[1:])
     for part in options.parts:
         begin = os.getloadavg()[0]
-        with _endpoint.local_endpoint(direct=options.direct, **PARTS[part][1]) as endpoint:
+        with _endpoint.local_endpoint(haproxy=options.haproxy, **PARTS[part][1]) as endpoint:
             found = asyncio.run(_run(options, part, endpoint))
         what = f"{part}: answers of {options.tokens} tokens at most"
         text = f"`{command.strip()}`\n\n{_endpoint.machine(begin)}; {what}.\n\n{found}"
@@ -356,7 +356,7 @@ def _options() -> argparse.ArgumentParser:
     add("--timeline-seconds", type=float, default=120.0, help="scaling: of load (default: %(default)s)")
     add("--soak", type=float, default=600.0, help="soak: seconds (default: %(default)s)")
     add("--clients", type=int, default=24, help="soak: clients at once (default: %(default)s)")
-    add("--direct", action="store_true", help="clients ask the ingress itself, without a proxy before it")
+    add("--haproxy", action="store_true", help="HAProxy in front, and Ray Serve's settings for throughput")
     add("--out", type=Path, help="Markdown page to write into; pictures go beside it")
     add("--part", help="name of the page's part, if it is not the part's own")
     return parser
