@@ -340,8 +340,8 @@ def connect(uri: str, *, existing: bool = False) -> MlflowClient:
         file = Path(uri.removeprefix("sqlite:///"))
         if existing and not file.exists():
             raise ConfigError(
-                f"there is no {file}, in which MLflow's models were to be looked up: mend storage or "
-                "tracking.uri"
+                f"there is no {file}, in which MLflow's models were to be looked up: mend the address of "
+                "MLflow, or the storage that it lies in"
             )
         file.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -377,10 +377,15 @@ def _unless_exists(create: Callable[[], object]) -> None:
 
 
 def insist(call: Callable[[], T], doing: str, pauses: tuple[float, ...]) -> T:
-    """What ``call`` returns, tried again after each pause (seconds); `TrackingError` if it always fails."""
+    """What ``call`` returns, tried again after each pause (seconds); `TrackingError` if it always fails.
+
+    Settings that are wrong (`ConfigError`) are no failure of MLflow's.
+    """
     for pause in (*pauses, None):
         try:
             return call()
+        except ConfigError:
+            raise
         # The stores behind the client raise their own errors as well as MLflow's.
         except Exception as error:
             if pause is None:

@@ -15,7 +15,7 @@ from pipelines.engine_thread import EngineThread
 from pipelines.tracking import TrackingError, exact_model, fetch_model
 from serve.errors import NotLoadedError
 from skipvision.engine import Engine
-from skipvision.errors import ConfigError
+from skipvision.errors import SkipVisionError
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,10 +72,10 @@ class ServedAdapters:
         return version
 
     def load(self, engine: EngineThread) -> None:
-        """Load all that can be had; the others at a later `look`.
+        """Load all that can be had; those of a registry that cannot, at a later `look`.
 
         Raises:
-            SkipVisionError: an adapter that is wrong, or that the registry does not know.
+            SkipVisionError: an adapter in a folder that is wrong.
         """
         away = False
         for name, source in self._sources.items():
@@ -84,22 +84,30 @@ class ServedAdapters:
                 continue
             try:
                 self._follow(name, engine)
-            except TrackingError:
-                away = True
-                logger.warning("adapter %s (%s) is not there yet", name, source, exc_info=True)
+            except SkipVisionError as error:
+                if not source.startswith(_REGISTERED):
+                    raise
+                away = self._missed(name, error)
 
     def look(self, engine: EngineThread) -> None:
         """Serve the versions that aliases name now; those of before as long as they have requests."""
         # Those since the last look: a request may be on its way to what has been retired just now.
         self._forget(engine)
-        for name, source in self.registered.items():
+        for name in self.registered:
             try:
                 self._follow(name, engine)
             except Exception as error:
                 # What is served goes on being served; the next look may do better.
-                logger.warning("adapter %s (%s) could not be had", name, source, exc_info=True)
-                if name in self.missing:
-                    self.missing[name] = _AWAY if isinstance(error, TrackingError) else _WRONG
+                if self._missed(name, error):
+                    return
+
+    def _missed(self, name: str, error: Exception) -> bool:
+        """Whether the registry does not answer, and may take a minute not to answer again."""
+        away = isinstance(error, TrackingError)
+        logger.warning("adapter %s (%s) could not be had", name, self._sources[name], exc_info=error)
+        if name in self.missing:
+            self.missing = {**self.missing, name: _AWAY if away else _WRONG}
+        return away
 
     def _follow(self, name: str, engine: EngineThread) -> None:
         new, old = self._version(name), self.versions.get(name)
@@ -108,8 +116,9 @@ class ServedAdapters:
         if new.name not in engine.call(lambda engine: engine.adapters).result():
             with self._files(new) as folder:
                 engine.call(partial(Engine.add_adapter, name=new.name, folder=folder)).result()
-        self.versions[name] = new
-        self.missing.pop(name, None)
+        # New ones: others read them meanwhile.
+        self.versions = {**self.versions, name: new}
+        self.missing = {one: why for one, why in self.missing.items() if one != name}
         if old is not None:
             self._retired = (self._retired | {old.name}) - {new.name}
         logger.info("adapter %s: %s in place of %s", name, new.source, old.source if old else "none")
@@ -117,7 +126,7 @@ class ServedAdapters:
     def _forget(self, engine: EngineThread) -> None:
         """What has no requests any more goes."""
         for old in list(self._retired):
-            with suppress(ConfigError):
+            with suppress(SkipVisionError):
                 engine.call(partial(Engine.remove_adapter, name=old)).result()
                 self._retired.remove(old)
 

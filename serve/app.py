@@ -6,6 +6,7 @@ serve run serve.app:build model=models/shapes-llava adapter=runs/demo/adapter
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,6 +31,9 @@ from skipvision.errors import ConfigError
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
 """One JSON object a line, with the request's id; `serve.middleware` writes the access log."""
 
+
+_MESSAGES = {"env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}}
+"""Between ingress and engine go the pixels of many images; Ray's limit is 4 MiB."""
 
 _SPARE = 100
 """Requests at an ingress beyond those that it takes on."""
@@ -69,7 +73,7 @@ def application(config: ServeConfig) -> ray_serve.Application:
         backpressure_config=_full(config),
         # Longer than any request takes: who is told to go answers first what it has.
         graceful_shutdown_timeout_s=config.limits.request_seconds + GRACE_SECONDS,
-        ray_actor_options={"num_cpus": 0.25},
+        ray_actor_options={"num_cpus": 0.25, "runtime_env": _MESSAGES},
         logging_config=_LOGS,
     )(ray_serve.ingress(lambda: http_app(config))(Ingress))
     return ingress.bind(config, *engines)
@@ -106,7 +110,11 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
         health_check_period_s=10,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=limits.request_seconds + GRACE_SECONDS,
-        ray_actor_options={"num_cpus": wanted.cpus_per_engine, "num_gpus": wanted.gpus_per_engine},
+        ray_actor_options={
+            "num_cpus": wanted.cpus_per_engine,
+            "num_gpus": wanted.gpus_per_engine,
+            "runtime_env": _MESSAGES,
+        },
         logging_config=_LOGS,
     )(EngineReplica)
     tracer = config.traces, f"{config.name}-engine"
@@ -125,29 +133,42 @@ def _found(config: ServeConfig) -> ServeConfig:
         # The file itself: a copy of it would go on admitting those who are taken out of it.
         keys = str(output_path(keys, "keys_file"))
         KeyRing(keys)
-    return config.model_copy(
-        update={"models": [_found_model(model, config) for model in config.models], "keys_file": keys}
-    )
+    models = [_found_model(model) for model in config.models]
+    sources = {source for model in models for source in model.adapters.values() if _is_registered(source)}
+    registry = config.tracking_uri
+    if registry is not None:
+        registry = _absolute_registry(registry)
+        _look_up(registry, sources)
+    return config.model_copy(update={"models": models, "keys_file": keys, "tracking_uri": registry})
 
 
-def _found_model(model: ModelSection, config: ServeConfig) -> ModelSection:
+def _is_registered(source: str) -> bool:
+    return source.startswith("models:/")
+
+
+def _absolute_registry(uri: str) -> str:
+    file = uri.removeprefix("sqlite:///")
+    return uri if file == uri else f"sqlite:///{output_path(file, 'tracking_uri')}"
+
+
+def _look_up(registry: str, sources: Iterable[str]) -> None:
+    """Raise `ConfigError` for what the registry does not have; engines wait for one that is away."""
+    for source in sorted(sources):
+        try:
+            exact_model(registry, source)
+        except TrackingError as error:
+            warnings.warn(f"{error}; requests for it are 503 until engines can load it", stacklevel=2)
+            return  # what did not answer once may take a minute not to answer again
+
+
+def _found_model(model: ModelSection) -> ModelSection:
     path, adapters = model_path(model.path, "model"), dict(model.adapters)
     check_known(path, "model")
     for name, source in adapters.items():
-        if source.startswith("models:/"):
-            _look_up(config.tracking_uri or "", source)
-        else:
+        if not _is_registered(source):
             adapters[name] = input_path(source, f"adapter {name}")
             read_adapter(adapters[name])
     return model.model_copy(update={"path": path, "adapters": adapters})
-
-
-def _look_up(registry: str, source: str) -> None:
-    """Raise `ConfigError` for what the registry does not have; engines wait for one that is away."""
-    try:
-        exact_model(registry, source)
-    except TrackingError as error:
-        warnings.warn(f"{error}; requests for it are 503 until engines can load it", stacklevel=2)
 
 
 def _complaint(problem: ErrorDetails) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pipelines.tracking import TrackingConfig
 from serve.adapters import ServedAdapters
 from serve.errors import NotLoadedError
 from serve.problems import problem_of
-from skipvision import AdapterError, ConfigError, SkipConfig
+from skipvision import AdapterError, SkipConfig
 from skipvision.engine import BASE, Engine
 from tests.serve.conftest import free_port, register
 
@@ -147,18 +146,24 @@ def test_clients_may_call_an_adapter_what_they_like(registry, engine):
 
 
 @pytest.mark.parametrize(
-    ("source", "error", "message"),
+    "source",
     [
-        ("models:/shapes@nobody", ConfigError, "MLflow has no models:/shapes@nobody at sqlite:"),
-        ("models:/others@champion", ConfigError, "MLflow has no models:/others@champion at sqlite:"),
-        ("models:/shapes/7", ConfigError, "MLflow has no models:/shapes/7 at sqlite:"),
-        ("{tmp_path}/none", AdapterError, "is not a Skip-Vision adapter"),
+        "models:/shapes@nobody",
+        "models:/others@champion",
+        "models:/shapes/7",
+        "models:/shapes/3",  # damaged
     ],
 )
-def test_what_is_wrong_for_good_ends_the_start(registry, engine, tmp_path, source, error, message):
-    served = ServedAdapters({"shapes": source.format(tmp_path=tmp_path)}, registry, 1)
-    with pytest.raises(error, match=re.escape(message)):
-        served.load(engine)
+def test_what_a_registry_cannot_give_costs_nothing_else(registry, adapters, engine, source):
+    served = ServedAdapters({"shapes": source, "plain": str(adapters["blue"])}, registry, 1)
+    served.load(engine)
+    assert served.missing == {"shapes": "its registry has none that can be loaded"}
+    assert served.version("plain").name in there(engine)
+
+
+def test_a_folder_without_an_adapter_ends_the_start(engine, tmp_path):
+    with pytest.raises(AdapterError, match="is not a Skip-Vision adapter"):
+        ServedAdapters({"shapes": str(tmp_path / "none")}, None, 1).load(engine)
 
 
 def test_a_damaged_adapter_does_not_end_what_runs(registry, engine):

@@ -30,6 +30,10 @@ ROOT = Path(__file__).parents[2]
         ({"adapter": "nope"}, "adapter adapter = nope: there is no"),
         ({"adapter": "empty"}, "empty is not a Skip-Vision adapter"),
         ({"adapter": "models:/nope", "tracking_uri": "sqlite:///m.db"}, "'models:/nope' names no model"),
+        (
+            {"adapter": "models:/m@a", "tracking_uri": "sqlite:///typo.db"},
+            r"there is no /.*/typo\.db, in which",
+        ),
     ],
 )
 def test_wrong_settings_are_named_before_ray_is_started(settings, said, tiny_model, tmp_path, monkeypatch):
@@ -45,9 +49,12 @@ def test_wrong_settings_are_named_before_ray_is_started(settings, said, tiny_mod
         run_deploy(serve_config({"model": str(tiny_model), **settings}))
 
 
-def test_a_registry_that_is_away_is_waited_for(tiny_model, tmp_path):
-    settings = {"adapter": "models:/shapes@champion", "tracking_uri": f"sqlite:///{tmp_path}/away.db"}
-    with pytest.warns(UserWarning, match=r"models:/shapes@champion at .*away\.db.* 503 until engines"):
+def test_a_registry_that_is_away_is_waited_for(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "away.db").write_bytes(b"nothing that answers")
+    settings = {"adapter": "models:/shapes@champion", "tracking_uri": "sqlite:///away.db"}
+    said = rf"models:/shapes@champion at sqlite:///{tmp_path}/away\.db.* 503 until engines"
+    with pytest.warns(UserWarning, match=said):
         application(serve_config({"model": str(tiny_model), **settings}))
 
 

@@ -179,9 +179,9 @@ def test_an_idle_model_has_no_engine_and_gets_one_when_it_is_asked(endpoint, url
 
 
 def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back(endpoint, tmp_path):
-    place = tmp_path / "registry"
-    place.touch()  # a file where its folder would be
-    registry = f"sqlite:///{place / 'mlflow.db'}"
+    place = tmp_path / "registry.db"
+    place.write_bytes(b"nothing that answers")
+    registry = f"sqlite:///{place}"
     model = {
         "path": str(endpoint.model),
         "name": "tiny",
@@ -216,8 +216,7 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
         card = client.models.retrieve("team/shapes")
         assert (card.source, card.skip, card.not_loaded) == ("models:/shapes@champion", None, away)
         register(endpoint.adapters["red"], registry.replace("registry", "new"), tmp_path)
-        place.unlink()
-        (tmp_path / "new").rename(place)
+        (tmp_path / "new.db").rename(place)
         deadline = time.monotonic() + 60
         while "not_loaded" in state():
             assert time.monotonic() < deadline

@@ -8,6 +8,7 @@ import httpx2 as httpx
 import pytest
 from ray import serve as ray_serve
 
+import serve.api
 import serve.routes
 from serve.api import Ingress
 from serve.config import serve_config
@@ -93,6 +94,21 @@ def test_a_request_whose_time_is_over_later_ends_with_what_it_has(run):
         raise AssertionError("no answer was cut off")
 
     assert run({}, ask)
+
+
+def test_requests_of_many_megabytes_reach_an_engine(run, monkeypatch):
+    """As those do that have many images, in one piece, streamed, or asked about."""
+    monkeypatch.setattr(serve.api, "Work", lambda *given: Work(*given[:2], traceparent="0" * 6_000_000))
+
+    async def ask(here, client):
+        short = {"max_tokens": 2, "response_format": None}
+        overlay = client.post("/v1/overlay", json={**BODY, **short})
+        return [await asked(client, **short), await asked(client, stream=True, **short), await overlay]
+
+    answer, stream, overlay = run({}, ask)
+    assert [each.status_code for each in (answer, stream, overlay)] == [200, 200, 200]
+    assert stream.text.endswith("data: [DONE]\n\n")
+    assert "error" not in stream.text
 
 
 def test_an_ingress_takes_so_many_requests_and_answers_what_needs_no_engine(run):
