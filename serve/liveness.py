@@ -37,4 +37,5 @@ async def _still(replica: dict[str, Any], seconds: float) -> float | None:
 
 def _engine_still(actor: Any) -> float:
     """In the replica's process, whose own methods Ray Serve calls only while there is room for a request."""
-    return float(ray_serve.get_replica_context().servable_object.still())
+    replica: Any = ray_serve.get_replica_context().servable_object
+    return float(replica.still())

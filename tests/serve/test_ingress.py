@@ -148,7 +148,6 @@ def test_what_nobody_foresaw_is_an_error_counted_and_logged_as_one(run, monkeypa
         counted[self.info["name"]] = tags
 
     monkeypatch.setattr(metrics.Counter, "inc", count)
-    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     with caplog.at_level(logging.INFO, "ray.serve"):
         assert told(response := run({}, ask)) == (500, "server_error", "internal_error")
     assert "client" not in response.text
