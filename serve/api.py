@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from serve.answers import Answer, event
 from serve.config import ServeConfig
 from serve.errors import DeadlineError
 from serve.journeys import Journey, Journeys
-from serve.liveness import answering, running
+from serve.liveness import running, still
 from serve.media import EncodedImage, MediaFetcher
 from serve.problems import Problem, problem_of, reported
 from serve.replica import Served, State, Work
@@ -48,6 +48,9 @@ GRACE_SECONDS = 2.0
 
 _QUESTION_SECONDS = 2.0
 """For what an engine says of itself."""
+
+_SLOW_SECONDS = 5.0
+"""A step that takes longer is told of: the engine may hang."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,16 @@ class Ingress:
             work = await self._work(body, target, journey)
             answer = self._answer(body, target)
             if not body.stream:
-                completion: Completion = await self._asked("answer", target, journey, work, GRACE_SECONDS)
+                with _blamed_on_skip(body):
+                    completion: Completion = await self._asked("answer", target, journey, work, GRACE_SECONDS)
                 if completion.error is not None:
                     raise completion.error
                 journey.arrived(completion)
                 return JSONResponse(answer.completion(completion), headers=journey.headers)
             chunks = self._chunks(work, target, journey)
             # What is wrong with a request shows before its first token, when a status can still say it.
-            first = await anext(chunks)
+            with _blamed_on_skip(body):
+                first = await anext(chunks)
             journey.spoke()
             told = self._told(answer, first, chunks, body, journey, while_answering.pop_all())
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -128,7 +133,8 @@ class Ingress:
             # One token of an answer: the limits are those of requests that have one.
             request = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))
             work = Work(request, _unix(journey.until))
-            plan: TokenPlan = await self._asked("plan", target, journey, work)
+            with _blamed_on_skip(body):
+                plan: TokenPlan = await self._asked("plan", target, journey, work)
         overlays = patches_of(
             plan,
             request.inputs or {},
@@ -280,7 +286,7 @@ class Ingress:
                     raise
                 journey.retried()
         if isinstance(found, SkipVisionError):
-            raise _refusal(found, work)
+            raise found
         return found
 
     async def _chunks(self, work: Work, target: Target, journey: Journey) -> AsyncIterator[Chunk]:
@@ -289,12 +295,11 @@ class Ingress:
         for last in (*[False] * (_TRIES - 1), True):
             items = engine.stream.remote(work)
             try:
-                async with _in_time(journey.until + GRACE_SECONDS):
-                    async for item in items:
-                        if isinstance(item, SkipVisionError):
-                            raise _refusal(item, work)
-                        sent = True
-                        yield item
+                while (item := await _next(items, journey.until + GRACE_SECONDS)) is not None:
+                    if isinstance(item, SkipVisionError):
+                        raise item
+                    sent = True
+                    yield item
                 return
             except RayActorError:
                 if sent or last:
@@ -360,12 +365,15 @@ class Ingress:
         except (BackPressureError, TimeoutError) as error:
             # Those that are full have no room for this question; nor have those that hang.
             where = ray_serve.get_replica_context().app_name, handle.deployment_name
-            alive, engines = await asyncio.gather(
-                answering(*where, _QUESTION_SECONDS), asyncio.to_thread(running, *where)
+            seconds, engines = await asyncio.gather(
+                still(*where, _QUESTION_SECONDS), asyncio.to_thread(running, *where)
             )
-            if alive:
-                return {"status": "saturated", "engines": engines, "answering": alive}
-            return {"status": "down", "reason": type(error).__name__}
+            if not seconds:
+                return {"status": "down", "reason": type(error).__name__}
+            told = {"engines": engines, "answering": len(seconds)}
+            if min(seconds) > _SLOW_SECONDS:
+                return {"status": "slow", **told, "seconds": round(min(seconds), 1)}
+            return {"status": "saturated", **told}
         except Exception as error:
             return {"status": "down", "reason": type(error).__name__}
         now, missing = found.statistics, {"not_loaded": found.missing} if found.missing else {}
@@ -385,11 +393,25 @@ async def _again(first: Chunk, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Ch
         yield chunk
 
 
-def _refusal(error: SkipVisionError, work: Work) -> Exception:
-    """An engine's, which does not know what clients call its settings."""
-    if isinstance(error, ConfigError) and work.request.skip is not None:
-        return Problem(400, str(error), param="skip", code="invalid_value")
-    return error
+async def _next(items: Any, until: float) -> Chunk | SkipVisionError | None:
+    """The next of them, or None behind the last.
+
+    Of each by itself: the first is waited for in another task than the others, and a timeout ends its own.
+    """
+    async with _in_time(until):
+        item: Chunk | SkipVisionError | None = await anext(items, None)
+    return item
+
+
+@contextlib.contextmanager
+def _blamed_on_skip(body: ChatRequest) -> Iterator[None]:
+    """An engine that refuses a SkipConfig does not know where it is from: the request's own is its `skip`."""
+    try:
+        yield
+    except ConfigError as error:
+        if body.skip is None:
+            raise
+        raise Problem(400, str(error), param="skip", code="invalid_value") from error
 
 
 @contextlib.asynccontextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from serve.errors import MediaError
@@ -36,9 +38,22 @@ def conversation(body: ChatRequest, vocabulary: Vocabulary) -> tuple[list[dict[s
                 urls[f"messages.{turn}.content.{place}.image_url.url"] = part.image_url.url
                 said.append({"type": "image"})
             else:
-                said.append({"type": "text", "text": vocabulary.harmless(part.text)})
-        messages.append({"role": "system" if message.role == "developer" else message.role, "content": said})
+                said.append({"type": "text", "text": part.text})
+        role = "system" if message.role == "developer" else message.role
+        messages.append({"role": role, "content": _harmless(said, vocabulary)})
     return messages, urls
+
+
+def _harmless(said: Iterable[dict[str, Any]], vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Without special tokens. Texts side by side become one, as in the prompt: each may hold half a token."""
+    parts: list[dict[str, Any]] = []
+    for kind, run in groupby(said, itemgetter("type")):
+        if kind == "text":
+            text = vocabulary.harmless("".join(part["text"] for part in run))
+            parts.append({"type": "text", "text": text})
+        else:
+            parts += run
+    return parts
 
 
 def _parts(message: Message) -> list[TextPart | ImagePart]:

@@ -63,8 +63,6 @@ class OverloadedError(SkipVisionError):
         retry_after: seconds after which trying again makes sense.
     """
 
-    code: ClassVar = "rate_limit_exceeded"
-
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after

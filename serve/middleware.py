@@ -1,4 +1,4 @@
-"""Around every request: its size, its line in the log, its counts."""
+"""Around every request: its size, what nobody foresaw, its line in the log, its counts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ logger = logging.getLogger("ray.serve")
 class Around:
     """ASGI middleware.
 
-    Refuses bodies that are too large while they arrive, writes one line to the log when the answer is over,
-    and counts. Request ids are Ray Serve's (``X-Request-ID``, the client's own if it sends one): they stand
-    in the answer and in every line of the log. ``scope["arrived"]`` is when it came (`time.monotonic`).
+    Refuses bodies that are too large while they arrive, answers errors that nothing else has answered,
+    writes one line to the log when the answer is over, and counts. Request ids are Ray Serve's
+    (``X-Request-ID``, the client's own if it sends one): they stand in the answer and in every line of the
+    log. ``scope["arrived"]`` is when it came (`time.monotonic`).
 
     Args:
         app: what answers.
@@ -67,6 +68,11 @@ class Around:
             else:
                 read = 0
                 await self._app(scope, receiving, sending)
+        except Exception as error:
+            if status:
+                raise  # what was sent is no answer, and cannot be taken back
+            if not over:
+                await reported(error).response()(scope, receive, sending)
         finally:
             if over and not status:
                 over = False

@@ -174,11 +174,13 @@ class EngineReplica:
         return await ask(self._engine, self._served)
 
     def _served(self, engine: Engine) -> Served:
-        skip, versions = engine.configs, self._adapters.versions.items()
+        # Copies: another thread changes them.
+        versions, missing = dict(self._adapters.versions), dict(self._adapters.missing)
+        skip = engine.configs
         return Served(
-            {name: version.source for name, version in versions},
-            {BASE: skip[BASE], **{name: skip[version.name] for name, version in versions}},
-            dict(self._adapters.missing),
+            {name: version.source for name, version in versions.items()},
+            {BASE: skip[BASE], **{name: skip[version.name] for name, version in versions.items()}},
+            missing,
         )
 
     async def state(self) -> State:
@@ -189,6 +191,10 @@ class EngineReplica:
         """Of the engine."""
         return await ask(self._engine, Engine.statistics)
 
+    def still(self) -> float:
+        """Seconds since the engine finished a step, or had nothing to do."""
+        return time.monotonic() - self._engine.stepped
+
     # --------------------------------------------------------------------------- what Ray Serve calls
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -198,9 +204,8 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Raise if the engine hangs: Ray Serve then starts another replica."""
-        still = time.monotonic() - self._engine.stepped
-        if still > _STUCK_SECONDS:
-            raise RuntimeError(f"the engine has not finished a step for {still:.0f} s")
+        if self.still() > _STUCK_SECONDS:
+            raise RuntimeError(f"the engine has not finished a step for {self.still():.0f} s")
 
     def __del__(self) -> None:
         """Called before the process ends."""

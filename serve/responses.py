@@ -102,6 +102,9 @@ KEYED: dict[int | str, dict[str, Any]] = {
 }
 """Where keys are asked for."""
 
+METRICS = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **KEYED}
+"""Of the page for Prometheus."""
+
 NAMED = {
     404: _error("there is no such model"),
     503: _error("no engine lives; or it does not have the adapter yet, and Retry-After says when to ask"),

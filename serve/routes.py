@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
@@ -91,7 +91,7 @@ def http_app(config: ServeConfig) -> FastAPI:
         """Whether every model has an engine that answers."""
         return await _here().health()
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=Response, dependencies=keyed, responses=responses.METRICS)
     async def metrics() -> Response:
         """Prometheus metrics of engines and HTTP replicas, of all nodes."""
         return Response(await exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -111,7 +111,7 @@ def http_app(config: ServeConfig) -> FastAPI:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-    for kind in (Problem, SkipVisionError, RayActorError, Exception):
+    for kind in (Problem, SkipVisionError, RayActorError):
         app.add_exception_handler(kind, failed)
     limits = config.limits
     app.add_middleware(

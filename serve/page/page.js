@@ -74,10 +74,11 @@ async function listModels() {
   }
 }
 
-async function showModel() {
+/** Show what the model runs under; with `typed` but for what has been typed. */
+async function showModel(typed = false) {
   const name = at("model").value;
   const card = await api.model(name);
-  if (name === at("model").value) settings.show(card);
+  if (name === at("model").value) settings.show(card, typed);
 }
 
 at("model").addEventListener("change", () => showModel().catch(complain));
@@ -100,7 +101,8 @@ at("skipping").addEventListener("invalid", () => (at("skipping").open = true), t
 
 // --------------------------------------------------------------------------------------- the question
 
-function body(skipText) {
+/** A request's body as JSON text, but for its SkipConfig and last brace. */
+function question() {
   const part = { type: "image_url", image_url: { url: image } };
   const request = {
     model: at("model").value,
@@ -110,19 +112,25 @@ function body(skipText) {
     stream: true,
     stream_options: { include_usage: true },
   };
-  return `${JSON.stringify(request).slice(0, -1)},"skip":${skipText}}`;
+  return JSON.stringify(request).slice(0, -1);
 }
 
 async function ask() {
   if (!image) throw new Error("There is no image yet: choose one, drop it, or paste it.");
-  const whole = body('"full"');
-  const reduced = body(settings.asJson());
+  const request = question();
+  const name = at("model").value;
+  let chosen = settings.asJson();
   const { signal } = running;
   view.clear(image);
   full.clear();
   skip.clear();
   skip.root.dataset.state = "waiting";
-  await full.write(api.chat(whole, signal));
+  await full.write(api.chat(`${request},"skip":"full"}`, signal));
+  if (settings.assumed && name === at("model").value) {
+    await showModel(true); // an engine has answered, which knows
+    chosen = settings.asJson();
+  }
+  const reduced = `${request},"skip":${chosen}}`;
   await skip.write(api.chat(reduced, signal));
   const [overlay] = await api.overlay(reduced, signal);
   if (!signal.aborted) view.show(overlay);

@@ -1,6 +1,7 @@
 """Engines that come, go and die while requests are answered; minutes, on applications of their own."""
 
 import asyncio
+import json
 import threading
 import time
 
@@ -17,7 +18,7 @@ from serve.config import serve_config
 from serve.deploy import drain
 from serve.replica import EngineReplica
 from skipvision.engine.running import Running
-from tests.serve.conftest import LONG, asking, register
+from tests.serve.conftest import LONG, asking, eventually, register
 
 pytestmark = [
     pytest.mark.slow,
@@ -148,8 +149,13 @@ def test_an_engine_that_hangs_is_down_and_one_that_is_busy_is_not(endpoint):
     before = httpx.get(f"{endpoint.url}/faulty/v1/models/tiny").json()
     assert httpx.post(chat, json=body, timeout=20).status_code == 200
     (engine,) = engine_processes()
-    engine.suspend()
+    long = {**body, "stream": True, "max_tokens": 400, "response_format": LONG}
     try:
+        with httpx.stream("POST", chat, json=long, timeout=20) as begun:
+            events = filter(None, begun.iter_lines())
+            next(events)
+            engine.suspend()
+            *_, error, end = events
         hanging = httpx.get(health, timeout=20)
         card = httpx.get(f"{endpoint.url}/faulty/v1/models/tiny", timeout=20)
         answers = [httpx.post(chat, json={**body, "stream": each}, timeout=20) for each in (False, True)]
@@ -157,10 +163,53 @@ def test_an_engine_that_hangs_is_down_and_one_that_is_busy_is_not(endpoint):
         engine.resume()
     assert (hanging.status_code, hanging.json()["models"]["tiny"]["status"]) == (503, "down")
     assert card.json() == before
+    assert (json.loads(error.removeprefix("data: "))["error"]["code"], end) == ("timeout", "data: [DONE]")
     for answer in answers:
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
         assert answer.elapsed.total_seconds() < 2 + GRACE_SECONDS + 1
     assert httpx.get(health, timeout=20).status_code == 200
+    ray_serve.delete(APPLICATION)
+
+
+def hanging(flag):
+    """Engines whose steps do not end while there is a flag."""
+
+    class Hanging(EngineReplica):
+        def __init__(self, *given):
+            decode = Running.decode
+
+            def waits(running):
+                while flag.exists():
+                    time.sleep(0.1)
+                return decode(running)
+
+            Running.decode = waits
+            super().__init__(*given)
+
+    return Hanging
+
+
+def test_an_engine_whose_step_takes_long_is_slow_and_not_full(endpoint, monkeypatch, tmp_path):
+    flag, seen = tmp_path / "flag", []
+    monkeypatch.setattr(serve.app, "EngineReplica", hanging(flag))
+    deploy(endpoint, seconds=2)
+    chat = f"{endpoint.url}/faulty/v1/chat/completions"
+    body = {"model": "tiny", "messages": asking(), "max_tokens": 2}
+
+    def state():
+        found = httpx.get(f"{endpoint.url}/faulty/healthz", timeout=20)
+        assert found.status_code == 200
+        seen.append(found.json()["models"]["tiny"])
+        return seen[-1]["status"]
+
+    assert httpx.post(chat, json=body, timeout=20).status_code == 200
+    flag.touch()
+    assert httpx.post(chat, json=body, timeout=20).status_code == 504
+    eventually(lambda: state() == "slow")
+    assert seen[-1] == {"status": "slow", "engines": 1, "answering": 1, "seconds": seen[-1]["seconds"]}
+    assert 5 < seen[-1]["seconds"] < 30
+    flag.unlink()
+    eventually(lambda: state() == "ok")
     ray_serve.delete(APPLICATION)
 
 

@@ -1,12 +1,15 @@
 """An ingress of this process, with limits of its own, before the engines of the deployment."""
 
 import asyncio
+import json
+import logging
 import time
 from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
 from ray import serve as ray_serve
+from ray.util import metrics
 
 import serve.api
 import serve.routes
@@ -17,7 +20,7 @@ from serve.journeys import Journeys
 from serve.replica import Work
 from serve.routes import http_app
 from serve.tracing import Tracer
-from skipvision.engine import Choice, Completion, Request, Timing, Usage
+from skipvision.engine import Choice, Chunk, Completion, Request, Timing, Usage
 from tests.serve.conftest import LONG, asking
 
 BODY = {"model": "tiny", "messages": asking(), "max_tokens": 400, "response_format": LONG}
@@ -27,9 +30,9 @@ BODY = {"model": "tiny", "messages": asking(), "max_tokens": 400, "response_form
 def run(endpoint, monkeypatch):
     """Runs a function of the ingress and its client."""
 
-    def run(limits, function):
+    def run(limits, function, **settings):
         async def running():
-            model = {"path": str(endpoint.model), "name": "tiny"}
+            model = {"path": str(endpoint.model), "name": "tiny", **settings}
             config = serve_config({"models": [model], "limits": {"max_new_tokens": 400, **limits}})
             here = Ingress(config, ray_serve.get_deployment_handle("engine-tiny", "skipvision"))
             monkeypatch.setattr(serve.routes, "_here", lambda: here)
@@ -73,6 +76,86 @@ def test_a_request_whose_time_is_over_before_its_first_token_is_an_error(run):
     assert time.monotonic() - begin < 10
     responses += run({"request_seconds": 60}, waits_for_an_engine)
     assert [told(response) for response in responses] == [(504, "server_error", "timeout")] * 3
+
+
+class Hanging:
+    """In place of the engines' handle, and of what they write: one token, and nothing more."""
+
+    def __init__(self):
+        self.stream, self.begun, self.cancelled = SimpleNamespace(remote=lambda work: self), False, False
+
+    def options(self, **_):
+        return self
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if self.begun:
+            await asyncio.sleep(60)
+        self.begun = True
+        return Chunk(0, 0, "a", (1,))
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_a_stream_whose_engine_hangs_ends_with_an_error(run, monkeypatch):
+    monkeypatch.setattr(serve.api, "GRACE_SECONDS", 0)
+    engine = Hanging()
+
+    async def ask(here, client):
+        here._engines = [engine]
+        return await asked(client, stream=True)
+
+    begin = time.monotonic()
+    response = run({"request_seconds": 2}, ask)
+    assert time.monotonic() - begin < 30
+    _, first, error, end = response.text.removesuffix("\n\n").split("\n\n")
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["delta"] == {"content": "a"}
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"
+    assert (response.status_code, end, engine.cancelled) == (200, "data: [DONE]", True)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_skipconfig_that_the_engine_refuses_is_the_field_of_who_gave_it(run, asks):
+    skip = {"retained": 4, "skipped": 6, "probe_layer": 99}
+
+    async def ask(here, client):
+        more = {"skip": skip} if asks else {}
+        found = [await asked(client, stream=stream, **more) for stream in (False, True)]
+        body = {"model": "tiny", "messages": asking(), **more}
+        return [*found, await client.post("/v1/overlay", json=body)]
+
+    for response in run({}, ask, **({} if asks else {"skip": skip})):
+        assert told(response) == (400, "invalid_request_error", "invalid_value")
+        error = response.json()["error"]
+        assert "probe_layer=99" in error["message"]
+        assert error["param"] == ("skip" if asks else None)
+
+
+def test_what_nobody_foresaw_is_an_error_counted_and_logged_as_one(run, monkeypatch, caplog):
+    counted = {}
+
+    async def broken():
+        raise LookupError("what no client shall read")
+
+    async def ask(here, client):
+        here.models = broken
+        return await client.get("/v1/models")
+
+    def count(self, value=1.0, tags=None):
+        counted[self.info["name"]] = tags
+
+    monkeypatch.setattr(metrics.Counter, "inc", count)
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        assert told(response := run({}, ask)) == (500, "server_error", "internal_error")
+    assert "client" not in response.text
+    assert counted["skipvision_http_requests"] == {"route": "/v1/models", "status": "500"}
+    assert counted["skipvision_errors"] == {"kind": "internal_error"}
+    (line,) = [record for record in caplog.records if record.message == "answered"]
+    assert line.status == 500
+    assert len([record for record in caplog.records if record.exc_info]) == 1
 
 
 def test_an_overlay_whose_time_is_over_costs_the_engine_nothing(endpoint):

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import serve.page
 from serve.problems import problem_of
-from skipvision import UnsupportedModelError, load_adapter
+from skipvision import SkipConfig, UnsupportedModelError, load_adapter
 from skipvision.analysis import patches_of
 from skipvision.attach import attachment_of
 from skipvision.config import Merge, Select
@@ -63,6 +63,11 @@ def test_the_page_offers_what_a_skipconfig_takes():
     for name, values in (("select", Select), ("merge", Merge)):
         offered = re.search(rf'<select id="{name}">(.*?)</select>', page, re.DOTALL)
         assert tuple(re.findall("<option>(.*?)<", offered[1])) == get_args(values)
+
+
+def test_its_defaults_are_a_skipconfigs():
+    text = re.search(r"const DEFAULTS = '(.*)';", (FOLDER / "settings.js").read_text())[1]
+    assert SkipConfig(**json.loads(text)["skip"]).model_dump_json() == SkipConfig().model_dump_json()
 
 
 # --------------------------------------------------------------------------------------- the overlay
@@ -254,6 +259,45 @@ def test_settings_of_the_page_are_the_requests(endpoint, driver, photo):
     page.find("#retained").send_keys("1")
     page.ask(photo, "what is it?")
     assert page.counts() == {"retained": 1, "merged": 15}
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("reason", "said", "typed", "counts"),
+    [
+        ({}, "No engine has said yet what red runs under", None, {"retained": 4, "skipped": 6, "merged": 6}),
+        (
+            {"not_loaded": "its registry does not answer"},
+            "red is not loaded yet: its registry does not answer.",
+            "2",
+            {"retained": 2, "skipped": 6, "merged": 8},
+        ),
+    ],
+)
+def test_a_model_that_nothing_is_known_of_can_be_asked(endpoint, driver, photo, reason, said, typed, counts):
+    card = {"id": "red", "object": "model", "skip": None, **reason}
+    first_card = f"""const real = window.fetch;
+        let first = Response.json({json.dumps(card)});
+        window.fetch = async (path, ...more) => {{
+          if (path !== "v1/models/red" || !first) return real(path, ...more);
+          const card = first;
+          first = null;
+          return card;
+        }};"""
+    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": first_card})
+    page = Page(driver, f"{endpoint.url}/")
+    driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    page.ready()
+    assert said in page.find("#assumed").text
+    assert page.find("#retained").get_attribute("value") == "100"
+    if typed:
+        page.find("#skipping summary").click()
+        page.find("#retained").clear()
+        page.find("#retained").send_keys(typed)
+    page.ask(photo, "what is it?")
+    assert not page.find("#error").is_displayed()
+    assert not page.find("#assumed").is_displayed()
+    assert page.counts() == counts
 
 
 @in_browser

@@ -7,7 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipelines.base_parts import build_tokenizer
+from pipelines.base_parts import build_processor, build_tokenizer
+from serve.asked import conversation
+from serve.schemas import ChatRequest
 from serve.vocabulary import Vocabulary
 
 TEXT = "small é€ a東"
@@ -56,3 +58,23 @@ def test_special_tokens_of_a_text_become_text():
     assert "<picture>" not in harmless
     assert harmless.replace("\N{WORD JOINER}", "") == "a <image></s> b <picture>"
     assert vocabulary.harmless("a < b > c") == "a < b > c"
+
+
+@pytest.mark.parametrize("texts", [["</", "s>"], ["<", "im", "age", "> ", "<pad>"]])
+def test_texts_side_by_side_make_no_special_token(texts):
+    processor = build_processor(letters())
+    vocabulary = Vocabulary(processor)
+
+    def special(texts):
+        content = [{"type": "text", "text": text} for text in texts]
+        content.append({"type": "image_url", "image_url": {"url": "x"}})
+        body = ChatRequest(model="x", messages=[{"role": "user", "content": [*content, *content]}])
+        messages, urls = conversation(body, vocabulary)
+        assert list(urls) == [
+            f"messages.0.content.{place}.image_url.url" for place in (len(texts), 2 * len(texts) + 1)
+        ]
+        prompt = processor.apply_chat_template(messages, tokenize=False)
+        assert prompt.replace("\N{WORD JOINER}", "").count("".join(texts)) == 2
+        return list(filter(vocabulary.special, processor.tokenizer(prompt).input_ids))
+
+    assert special(texts) == special(["a", "b"])
