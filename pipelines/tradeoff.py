@@ -24,7 +24,7 @@ from pipelines.fingerprints import of_folder, of_images, of_model
 from pipelines.items import Item, read_items, write_items
 from pipelines.paths import copy_into, input_path, model_path, output_path
 from pipelines.rows import TrainingRow
-from pipelines.statistics import Paired, paired_by_seed
+from pipelines.statistics import Paired, paired_by_seed, widened
 from pipelines.tradeoff_config import TradeoffConfig
 from pipelines.tradeoff_points import (
     FULL,
@@ -226,6 +226,8 @@ def _found(
         task: paired_by_seed([(_of(task, before), _of(task, after)) for before, after in sides])
         for task in [*sorted({item.category for item in items[point, 0]} - {""}), OVERALL]
     }
+    if point != reference:  # which cannot differ from itself
+        gaps = {task: widened(gap) for task, gap in gaps.items()}
     ratios = [own / full for own, full in zip(seconds[point], seconds[whole], strict=True)] if seconds else []
     ratio = _quartiles(ratios) if seconds else None
     return Found(
@@ -240,7 +242,9 @@ def _found(
         gap=gaps,
         by_seed=[_share(after) - _share(before) for before, after in sides],
         behind=rival
-        and paired_by_seed([(items[point, seed], items[rival, seed]) for seed in range(len(point.paths))]),
+        and widened(
+            paired_by_seed([(items[point, seed], items[rival, seed]) for seed in range(len(point.paths))])
+        ),
     )
 
 
