@@ -155,8 +155,12 @@ def _hand_in(evidence: dict[str, Any], folder: CalibrationFolder, tracker: Track
     if evidence["chosen"] is not None:
         files["skip.yaml"] = folder.skip
         folder.skip.write_text(sv.SkipConfig(**evidence["chosen"]).to_yaml())
-        found = evidence["verdict"]["found"]
-        numbers = {key: found[key] for key in ("difference", "low", "high")}
+        verdict = evidence["verdict"]
+        numbers = {
+            "difference": verdict["found"]["difference"],
+            "low": verdict["worst"],
+            "high": verdict["best"],
+        }
         tracker.metrics({**numbers, **evidence["costs"]}, 0)
     try:
         for file in files.values():
