@@ -241,6 +241,7 @@ def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, sh
         ({"test": "nowhere.json"}, ConfigError, "test = nowhere.json"),
         ({"adapters": {"a": {"path": "models"}}}, AdapterError, "models is not a Skip-Vision adapter"),
         ({"model": {"path": "models/nothing"}}, ConfigError, "model.path = models/nothing"),
+        ({"report": f"{__file__}/here"}, ConfigError, "report = .*here: Not a directory"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_asked(given, changes, error, says):
