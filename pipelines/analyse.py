@@ -25,7 +25,7 @@ from pipelines.evaluate import pick_rows
 from pipelines.finetune_config import ModelSection
 from pipelines.learner import load_frozen
 from pipelines.loading import load_processor
-from pipelines.paths import copy_into, input_path, model_path, output_path
+from pipelines.paths import copy_into, input_path, model_path, output_folder, output_path
 from pipelines.rows import TrainingRow
 from pipelines.sections import JobConfig
 from pipelines.tracking import Tracker, TrackingConfig, TrackingError
@@ -85,6 +85,7 @@ def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
     if not rows:
         raise DataError(f"data = {config.data}: no row has an image")
     folder = storage / config.name
+    report = None if config.report is None else output_folder(config.report, "report")
     tracker = Tracker.start(
         config.tracking.absolute_uri(storage),
         experiment=config.tracking.experiment,
@@ -102,8 +103,6 @@ def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
         }
         result = {"skip": skip.model_dump(), "variants": found}
         files = _write(result, folder)
-        if config.report is not None:
-            copy_into(output_path(config.report, "report"), files[1:])
         _record(tracker, found, files)
         tracker.finish("FINISHED")
     except BaseException:
@@ -111,6 +110,8 @@ def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
             tracker.close()
             tracker.finish("FAILED")
         raise
+    if report is not None:
+        copy_into(report, files[1:])
     return {
         "mlflow_uri": tracker.uri,
         "mlflow_run_id": tracker.run_id,

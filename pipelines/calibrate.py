@@ -7,6 +7,7 @@ looks best has also been lucky, and its score on the questions that chose it is 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipelines.calibrate_space import candidates, parts
 from pipelines.caption_model import CaptionModel, check_model, find_model, insist_on_same_adapter
 from pipelines.cluster import node_resources, ray_session, worker_resources
 from pipelines.fingerprints import of_files
+from pipelines.halving import Candidate
 from pipelines.paths import output_path
 from pipelines.questions import Dataset
 from pipelines.run_folder import RunFolder
@@ -42,11 +44,13 @@ class CalibrationFolder(RunFolder):
 
     @property
     def begun(self) -> bool:
-        return "latency" in self.state or (self.scores.exists() and any(self.scores.iterdir()))
+        return bool({"latency", "evidence"} & self.state.keys()) or (
+            self.scores.exists() and any(self.scores.iterdir())
+        )
 
 
 def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
-    """Search, or go on, or only report the job ``config.name``; returns its evidence.
+    """Search, or go on, or only record or report the job ``config.name``; returns its evidence.
 
     Raises:
         NothingWithinBudgetError: the budget is too tight for the space, or the data too few to tell.
@@ -60,10 +64,10 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
         if not folder.resumes(config.model_dump(mode="json")):
             folder.state = {}
         found = _found(config, folder)
-        if "result" in folder.state:
-            print(f"job {config.name!r} is finished already: {folder.path}", flush=True)
+        if folder.state.get("result") and folder.tracks(config.tracking):
+            print(f"job {folder.finished_already(config.tracking, folder.path)}", flush=True)
         else:
-            _search(config, folder, found)
+            _complete(config, folder, found)
         result: dict[str, Any] = folder.state["result"]
         print(Path(result["table"]).read_text(), flush=True)
     if result["chosen"] is None:
@@ -90,7 +94,7 @@ def _found(config: CalibrateConfig, folder: CalibrationFolder) -> _Found:
     """Read model and questions and insist that they are what an earlier start has read."""
     uri = config.tracking.absolute_uri(folder.storage)
     known = folder.state.get("adapter")
-    if "result" in folder.state:
+    if folder.state.get("result"):
         insist_on_same_adapter(config.model, uri, known)
     model = find_model(config, uri, folder.downloads, known)
     search, held_out = parts(config)
@@ -100,16 +104,33 @@ def _found(config: CalibrateConfig, folder: CalibrationFolder) -> _Found:
     return _Found(uri, model, whole, search, held_out, files)
 
 
-def _search(config: CalibrateConfig, folder: CalibrationFolder, about: _Found) -> None:
-    uri, model, search, held_out = about.uri, about.model, about.search, about.held_out
+def _complete(config: CalibrateConfig, folder: CalibrationFolder, about: _Found) -> None:
+    """Search, unless that is done, and hand in what was found."""
+    evidence = folder.state.get("evidence")
+    space = [] if evidence else _space(config, about)
+    tracker = _start_tracking(config, folder, about)
+    try:
+        if evidence is None:
+            evidence = _search(config, folder, about, space)
+            folder.remember(evidence=evidence)
+        _hand_in(evidence, folder, tracker)
+    except BaseException:
+        with suppress(TrackingError):
+            tracker.finish("FAILED")
+        raise
+
+
+def _space(config: CalibrateConfig, about: _Found) -> list[Candidate]:
+    """What is searched; whatever is wrong with it or the model is said before a run is begun."""
     for line in about.whole.facts():
         print(line, flush=True)
-    found = candidates(config, model, check_model(model), search)
-    # Call by call, an engine can be asked for the summaries that it has, or for none.
-    model = replace(model, skip=max((one.skip for one in found), key=lambda skip: skip.summary_tokens))
+    return candidates(config, about.model, check_model(about.model), about.search)
+
+
+def _start_tracking(config: CalibrateConfig, folder: CalibrationFolder, about: _Found) -> Tracker:
     known = folder.tracked(config.tracking, "mlflow_run_id")
     tracker = Tracker.start(
-        uri,
+        about.uri,
         experiment=config.tracking.experiment,
         run_name=config.name,
         artifacts=folder.storage / "mlflow-artifacts",
@@ -120,29 +141,28 @@ def _search(config: CalibrateConfig, folder: CalibrationFolder, about: _Found) -
     folder.remember_tracked(
         config.tracking,
         config=config.model_dump(mode="json"),
-        adapter=model.adapter_label,
+        adapter=about.model.adapter_label,
         files=about.files,
         mlflow_run_id=tracker.run_id,
+        result=None,
     )
-    try:
-        with ray_session():
-            scaling = config.scaling
-            resources = worker_resources(
-                node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
-            )
-            with scorers(
-                model,
-                config.engine,
-                config.data.max_new_tokens,
-                workers=scaling.workers,
-                resources=resources,
-            ) as have_done:
-                evidence = Calibration(config, folder, have_done, search, held_out).run(found)
-        _hand_in(evidence, folder, tracker)
-    except BaseException:
-        with suppress(TrackingError):
-            tracker.finish("FAILED")
-        raise
+    return tracker
+
+
+def _search(
+    config: CalibrateConfig, folder: CalibrationFolder, about: _Found, space: Sequence[Candidate]
+) -> dict[str, Any]:
+    """The evidence, out of processes that are started for it."""
+    # Call by call, an engine can be asked for the summaries that it has, or for none.
+    skip = max((one.skip for one in space), key=lambda skip: skip.summary_tokens)
+    scaling, tokens = config.scaling, config.data.max_new_tokens
+    with ray_session():
+        resources = worker_resources(
+            node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
+        )
+        model = replace(about.model, skip=skip)
+        with scorers(model, config.engine, tokens, workers=scaling.workers, resources=resources) as have_done:
+            return Calibration(config, folder, have_done, about.search, about.held_out).run(space)
 
 
 def _hand_in(evidence: dict[str, Any], folder: CalibrationFolder, tracker: Tracker) -> None:
@@ -155,8 +175,12 @@ def _hand_in(evidence: dict[str, Any], folder: CalibrationFolder, tracker: Track
     if evidence["chosen"] is not None:
         files["skip.yaml"] = folder.skip
         folder.skip.write_text(sv.SkipConfig(**evidence["chosen"]).to_yaml())
-        found = evidence["verdict"]["found"]
-        numbers = {key: found[key] for key in ("difference", "low", "high")}
+        verdict = evidence["verdict"]
+        numbers = {
+            "difference": verdict["found"]["difference"],
+            "low": verdict["worst"],
+            "high": verdict["best"],
+        }
         tracker.metrics({**numbers, **evidence["costs"]}, 0)
     try:
         for file in files.values():

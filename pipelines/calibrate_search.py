@@ -177,7 +177,7 @@ class Calibration:
     def _note_slow(self, slow: Sequence[Candidate]) -> None:
         """Those that time to the first token rules out; they are not asked anything."""
         for one in slow:
-            unknown = dict.fromkeys(("difference", "low", "worst", "high", "full"))
+            unknown = dict.fromkeys(("difference", "low", "high", "full"))
             self._history.append(
                 {
                     "stage": "latency",
@@ -200,9 +200,8 @@ class Calibration:
                     "values": varied(one.candidate, self._config),
                     "costs": dict(one.candidate.costs),
                     "difference": found.difference,
-                    "low": found.low,
-                    "worst": one.verdict.worst,
-                    "high": found.high,
+                    "low": one.verdict.worst,
+                    "high": one.verdict.best,
                     "full": found.reference,
                     "items": found.items,
                     "out": out.get(one.candidate.name, ""),

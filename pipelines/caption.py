@@ -50,7 +50,7 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
     with folder.claimed():
         continued = folder.resumes(config.model_dump(mode="json"))
         if result := folder.state.get("result"):
-            print(f"job {config.name!r} is finished already: {folder.captions}", flush=True)
+            print(f"job {folder.finished_already(config.tracking, folder.captions)}", flush=True)
             return {**result, "already_finished": True}
         absolute = _absolute(config)
         uri = config.tracking.absolute_uri(folder.storage)

@@ -32,7 +32,7 @@ from pipelines.loading import arithmetic, load_processor
 from pipelines.paths import input_path, model_path, output_path
 from pipelines.rows import TrainingRow
 from pipelines.run_folder import comparable
-from pipelines.statistics import Paired, paired
+from pipelines.statistics import Paired, paired, widened
 from pipelines.tracking import Tracker
 from skipvision.errors import ConfigError, DataError
 from skipvision.kv_cache import cache_bytes
@@ -123,7 +123,7 @@ def differences(rows: Sequence[TrainingRow], answers: dict[str, list[Answer]]) -
     found = {}
     for task in [*sorted({row.task for row in rows} - {""}), OVERALL]:
         sides = ([item for item in side if task in (OVERALL, item.category)] for side in (full, skip))
-        found[task] = paired(*sides)
+        found[task] = widened(paired(*sides))
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluate import OVERALL
+from pipelines.statistics import FEW_CHANGES
 from skipvision.errors import ConfigError
 
 _COLUMNS = {
@@ -43,7 +44,8 @@ def _accuracy_table(result: Mapping[str, Any]) -> str:
         lines.append(_row([task, *cells, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(p + 0.0 for p in points))]))
     lines.append(
         f"\n{result['rows']} questions about {result['images']} test images; "
-        "intervals by bootstrap over images.\n"
+        f"intervals by bootstrap over images; where fewer than {FEW_CHANGES} changed, at least the exact "
+        "binomial bounds.\n"
     )
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     with folder.claimed():
         resumed = folder.resumes(config.model_dump(mode="json"), with_changes=config.resume_with_changes)
         if result := folder.state.get("result"):
-            print(f"run {config.name!r} is finished already: {folder.adapter}", flush=True)
+            print(f"run {folder.finished_already(config.tracking, folder.adapter)}", flush=True)
             return {**result, "already_finished": True}
         uri = config.tracking.absolute_uri(folder.storage)
         if "trained" not in folder.state:

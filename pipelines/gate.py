@@ -78,6 +78,7 @@ class Verdict:
         found: the paired comparison, without the items that neither side has an answer to.
         worst: the difference that must not lie below the budget: the interval's lower end, or, where few
             groups changed, the exact binomial bound if that is lower.
+        best: likewise the interval's upper end, or the exact bound if that is higher.
         outcome: within the budget; worse, if the difference itself is not; undecided; or unanswered, if a
             side has more errors than it may: then all items are in the comparison, and it means little.
         needed: items, at least, for a decision, if the difference seen is the true one; None where there are
@@ -89,6 +90,7 @@ class Verdict:
     budget: float
     found: Paired
     worst: float
+    best: float
     outcome: Literal["within", "worse", "undecided", "unanswered"]
     needed: int | None
     errors: tuple[int, int]
@@ -167,11 +169,11 @@ def _verdict(
         neither = failed[0] & failed[1]
         before, after = ([item for item in side if _key(item) not in neither] for side in (before, after))
     found = paired(before, after, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
-    worst = widened(found, budget.confidence).low
-    verdict = partial(Verdict, name, drop, found, worst, errors=errors)
+    wide = widened(found, budget.confidence)
+    verdict = partial(Verdict, name, drop, found, wide.low, wide.high, errors=errors)
     if unanswered:
         return verdict("unanswered", None)
-    if worst >= -drop:
+    if wide.low >= -drop:
         return verdict("within", None)
     if found.difference <= -drop:
         return verdict("worse", None)

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 from pipelines.gate import Budget, Verdict
 from pipelines.items import Item
-from pipelines.statistics import paired
+from pipelines.statistics import paired, widened
 from skipvision.config import SkipConfig
 
 _DEVIATIONS = 2.0
@@ -62,7 +62,7 @@ def cheapest_within(
     out = {
         one.candidate.name: "drop certainly over the budget"
         for one in standings
-        if one.verdict.found.high < -one.verdict.budget
+        if one.verdict.best < -one.verdict.budget
     }
     ranked = sorted(
         (one for one in standings if one.candidate.name not in out),
@@ -80,7 +80,7 @@ def most_accurate(
     out: dict[str, str] = {}
     for one in ranked[1:]:
         against_best = paired(ranked[0].items, one.items, seed=budget.seed, confidence=budget.confidence)
-        if against_best.high < 0:
+        if widened(against_best, budget.confidence).high < 0:
             out[one.candidate.name] = "certainly less accurate than another"
     rest = [one for one in ranked if one.candidate.name not in out]
     out |= {one.candidate.name: "others look better" for one in rest[keep:]}

@@ -46,6 +46,16 @@ def output_path(path: str | Path, field: str) -> Path:
     return path.absolute()
 
 
+def output_folder(path: str | Path, field: str) -> Path:
+    """`output_path` of a folder, which is made if it is not there; `ConfigError` if it cannot be one."""
+    folder = output_path(path, field)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{field} = {path}: {error.strerror}; give a folder") from None
+    return folder
+
+
 def input_path(path: str, field: str) -> str:
     """The absolute path of an existing file or folder, or a pattern with ``*`` that matches; URLs pass.
 
@@ -93,7 +103,8 @@ def _matches(pattern: Path) -> bool:
 
 
 def copy_into(folder: Path, files: Iterable[str | Path]) -> None:
-    """Copies of files in a folder, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        shutil.copy(file, folder)
+    """Copies of files in a folder; those that lie there stay as they are."""
+    for file in map(Path, files):
+        copy = folder / file.name
+        if not (copy.exists() and copy.samefile(file)):
+            shutil.copy(file, copy)

@@ -107,7 +107,7 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
         _insist_on_all(decision)
         decision.outcome, decision.reason = "passed", "Every slice stays within its budget."
         _record(decision, registry, tracker)  # no alias moves without its evidence
-        registry.move(config.alias, candidate, expected=before)
+        _move(decision, registry)
         decision.outcome = "promoted"
     except SkipVisionError as error:
         decision.outcome, decision.reason = "refused", str(error)
@@ -158,6 +158,24 @@ def _insist_on_all(decision: Decision) -> None:
         )
 
 
+def _move(decision: Decision, registry: Registry) -> None:
+    before = decision.champion and decision.champion.version
+    try:
+        registry.move(decision.config.alias, decision.candidate, expected=before)
+    except TrackingError:
+        if not _has_alias(decision, registry):  # otherwise only the answer was lost
+            raise
+
+
+def _has_alias(decision: Decision, registry: Registry) -> bool | None:
+    """Whether the candidate has the alias now; None if MLflow does not say."""
+    try:
+        holder = registry.holder(decision.candidate.name, decision.config.alias)
+    except TrackingError:
+        return None
+    return holder == decision.candidate.version
+
+
 # --------------------------------------------------------------------------------------------- recording
 
 
@@ -169,7 +187,12 @@ def _conclude(decision: Decision, registry: Registry, tracker: Tracker) -> None:
     except TrackingError as error:
         with suppress(TrackingError):
             tracker.finish("FAILED")
-        alias = "has moved" if decision.outcome == "promoted" else "stays; run the job again"
+        moved = decision.outcome == "promoted" or _has_alias(decision, registry)
+        alias = {
+            True: "has moved",
+            False: "stays; run the job again",
+            None: "may have moved; see where it is before you run the job again",
+        }[moved]
         raise TrackingError(f"{error}\nThe alias {decision.config.alias!r} {alias}") from error
 
 
@@ -182,15 +205,16 @@ def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
         ):
             (Path(folder) / name).write_text(text)
             tracker.store(Path(folder) / name)
+    numbers = {}
     for verdict in decision.verdicts:
         found = verdict.found
-        numbers = {
-            "difference": found.difference,
-            "low": found.low,
-            "high": found.high,
-            "worst": verdict.worst,
+        numbers |= {
+            f"difference/{verdict.slice}": found.difference,
+            f"low/{verdict.slice}": found.low,
+            f"high/{verdict.slice}": found.high,
+            f"worst/{verdict.slice}": verdict.worst,
         }
-        tracker.metrics({f"{name}/{verdict.slice}": value for name, value in numbers.items()}, 0)
+    tracker.metrics(numbers, 0)  # all at once: MLflow may have one name for two slices
     tracker.hand_in()
     gate = f"promotion/{decision.config.alias}"
     registry.note(

@@ -181,10 +181,12 @@ def _check_columns(file: str, benchmark: Benchmark, records: Sequence[Record]) -
 
 def _left_out(record: Record, benchmark: Benchmark) -> str | None:
     """Why a row is none of the questions; None if it is one."""
+    if record.problem:  # its columns say nothing
+        return None
     row = _columns(record)
     if benchmark.split is not None and "split" in row and row["split"] != benchmark.split:
         return f"not of split {benchmark.split!r}"
-    return None if record.problem or row.get("image") else "without an image"
+    return None if row.get("image") else "without an image"
 
 
 def _check_questions(file: str, benchmark: Benchmark, questions: Sequence[Question]) -> None:

@@ -153,10 +153,19 @@ class RunFolder:
                     "now): restore it, or choose another name"
                 )
 
+    def tracks(self, tracking: TrackingConfig) -> bool:
+        """Whether these are the settings under which the run is in MLflow."""
+        known = self.state.get("tracked_in") or self.state.get("config", {}).get("tracking")
+        return known in (None, tracking.model_dump())
+
     def tracked(self, tracking: TrackingConfig, name: str) -> Any:
         """What `remember_tracked` was given under ``name``; None if the settings name another MLflow now."""
-        here = self.state.get("tracked_in", tracking.model_dump()) == tracking.model_dump()
-        return self.state.get(name) if here else None
+        return self.state.get(name) if self.tracks(tracking) else None
+
+    def finished_already(self, tracking: TrackingConfig, result: Path) -> str:
+        """What to say of a run that has its result, and of which nothing is recorded again."""
+        elsewhere = "" if self.tracks(tracking) else "; it was recorded with other `tracking`, and not again"
+        return f"{self.name!r} is finished already: {result}{elsewhere}"
 
     def remember_tracked(self, tracking: TrackingConfig, **runs: Any) -> None:
         """Write values to ``run.json`` that hold in this MLflow and experiment, as the ids of runs do."""

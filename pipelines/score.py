@@ -76,7 +76,7 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
         folder.resumes(config.model_dump(mode="json"))
         job = _found(config, folder)
         if result := _finished(config, folder):
-            print(f"job {config.name!r} is finished already: {folder.table}", flush=True)
+            print(f"job {folder.finished_already(config.tracking, folder.table)}", flush=True)
             return {**result, "already_finished": True}
         job = _begin(job)
         trackers = _start_tracking(job)

@@ -133,7 +133,7 @@ def exact_loss_bound(lost: int, groups: int, confidence: float) -> float:
     return high
 
 
-def widened(found: Paired, confidence: float) -> Paired:
+def widened(found: Paired, confidence: float = 0.95) -> Paired:
     """A comparison whose interval does not claim more than its groups can show.
 
     Where fewer than `FEW_CHANGES` groups changed, its ends are at least the exact bounds of the shares of

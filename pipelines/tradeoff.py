@@ -22,9 +22,9 @@ from pipelines.compare import read_rows
 from pipelines.evaluate import OVERALL, pick_rows
 from pipelines.fingerprints import of_folder, of_images, of_model
 from pipelines.items import Item, read_items, write_items
-from pipelines.paths import copy_into, input_path, model_path, output_path
+from pipelines.paths import copy_into, input_path, model_path, output_folder, output_path
 from pipelines.rows import TrainingRow
-from pipelines.statistics import Paired, paired_by_seed
+from pipelines.statistics import Paired, paired_by_seed, widened
 from pipelines.tradeoff_config import TradeoffConfig
 from pipelines.tradeoff_points import (
     FULL,
@@ -88,6 +88,7 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
     rows = pick_rows(read_rows(config.test), config.rows)
     geometry, text = model_config(config.model), text_tokens(config.model, rows)
     todo = list(points(config, geometry, text))
+    report = None if config.report is None else output_folder(config.report, "report")
     files = {
         answered: folder / "points" / f"{digest}.parquet"
         for answered, digest in digests(todo, config, rows).items()
@@ -98,9 +99,9 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
     items = {answered: read_items(file) for answered, file in files.items()}
     found = [_found(point, items, config, geometry, text, seconds) for point in todo]
     written = write_report(found, folder, rows=len(rows), text_tokens=text)
-    if config.report is not None:
+    if report is not None:
         shown = [file for name, file in written.items() if name != "numbers"]  # which name the folders here
-        copy_into(output_path(config.report, "report"), shown)
+        copy_into(report, shown)
     return {
         "points": len(found),
         "rows": len(rows),
@@ -226,6 +227,8 @@ def _found(
         task: paired_by_seed([(_of(task, before), _of(task, after)) for before, after in sides])
         for task in [*sorted({item.category for item in items[point, 0]} - {""}), OVERALL]
     }
+    if point != reference:  # which cannot differ from itself
+        gaps = {task: widened(gap) for task, gap in gaps.items()}
     ratios = [own / full for own, full in zip(seconds[point], seconds[whole], strict=True)] if seconds else []
     ratio = _quartiles(ratios) if seconds else None
     return Found(
@@ -240,7 +243,9 @@ def _found(
         gap=gaps,
         by_seed=[_share(after) - _share(before) for before, after in sides],
         behind=rival
-        and paired_by_seed([(items[point, seed], items[rival, seed]) for seed in range(len(point.paths))]),
+        and widened(
+            paired_by_seed([(items[point, seed], items[rival, seed]) for seed in range(len(point.paths))])
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipelines.evaluate import OVERALL
-from pipelines.statistics import Paired
+from pipelines.statistics import FEW_CHANGES, Paired
 from pipelines.tradeoff_points import FULL, GRID
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def table(found: Sequence[Found], *, rows: int, text_tokens: int) -> str:
         "adapter that this one is compared with. Skip-Vision − this: what Skip-Vision gains against the row, "
         "under the same adapter, where both may spend the same. In brackets intervals of 95 %, each for "
         "itself, by bootstrap over images and, where there are several, seeds of the fine-tune; of one seed "
-        "they say nothing about others, and of two or three they are still too narrow.\n"
+        "they say nothing about others, and of two or three they are still too narrow. Where fewer than "
+        f"{FEW_CHANGES} images changed, all seeds of an image together, they are at least the exact binomial "
+        "bounds.\n"
     )
 
 

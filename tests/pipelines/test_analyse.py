@@ -76,7 +76,9 @@ def test_base_and_tuned_are_measured_drawn_and_recorded(config, adapter, storage
 
 
 def test_without_the_bound_from_spectral_norms(config, storage):
-    run_analyse(AnalyseConfig(**{**config, "name": "other"}, skip={"retained": 4}, worst_case=False))
+    """And reported into the job's own folder, where the report lies already."""
+    own = {"name": "other", "report": str(storage / "other")}
+    run_analyse(AnalyseConfig(**{**config, **own}, skip={"retained": 4}, worst_case=False))
     found = json.loads((storage / "other" / "analysis.json").read_text())
     assert list(found["variants"]) == ["base"]
     assert {place["worst"] for place in medians(found["variants"]["base"])} == {None}
@@ -90,6 +92,7 @@ def test_without_the_bound_from_spectral_norms(config, storage):
         ({"data": "none.json", "skip": {}}, sv.ConfigError, "data = none.json"),
         ({"model": {"path": "/none/here"}, "skip": {}}, sv.ConfigError, "model.path"),
         ({"name": "../up"}, ValueError, "pattern"),
+        ({"report": __file__, "skip": {}}, sv.ConfigError, r"report = .*\.py: File exists; give a folder"),
     ],
 )
 def test_what_is_refused(config, changes, error, says):

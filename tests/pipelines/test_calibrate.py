@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines import calibrate
 from pipelines.benchmarks import find_benchmark
 from pipelines.calibrate import run_calibrate
 from pipelines.calibrate_config import CalibrateConfig
-from pipelines.calibrate_scoring import Task
+from pipelines.calibrate_scoring import Scorer, Task
 from pipelines.calibrate_search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate_space import combinations, parts
 from pipelines.halving import Candidate
@@ -57,7 +59,7 @@ def changed(settings: dict[str, Any], **sections: Any) -> CalibrateConfig:
     return CalibrateConfig.model_validate({**settings, **sections})
 
 
-def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_ray, capsys):
+def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_ray, capsys, monkeypatch):
     result = run_calibrate(changed(settings))
     folder = Path(settings["storage"]) / "job"
     chosen = SkipConfig.from_yaml((folder / "skip.yaml").read_text())
@@ -75,9 +77,9 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     assert not seen["held-out"] & (seen["rung-0"] | seen["rung-1"])
     assert len(seen["rung-0"] | seen["rung-1"] | seen["held-out"]) == 4
 
-    # As a killed job leaves it: some files of scores, no result. Only what is missing is asked.
+    # As a killed job leaves it: some files of scores, no evidence. Only what is missing is asked.
     state = json.loads((folder / "run.json").read_text())
-    del state["result"]
+    del state["result"], state["evidence"]
     (folder / "run.json").write_text(json.dumps(state))
     written = {file: file.stat().st_mtime_ns for file in (folder / "scores").iterdir()}
     next(iter(written)).unlink()
@@ -89,9 +91,15 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     ):
         run_calibrate(fewer)
     assert tracked.get_run(result["mlflow_run_id"]).info.status == "FAILED"
+    monkeypatch.setattr(calibrate, "ray_session", lambda: 1 / 0)  # what is left is to hand it in
     again = run_calibrate(fewer)
     assert again == result
     assert tracked.get_run(result["mlflow_run_id"]).info.status == "FINISHED"
+    elsewhere = run_calibrate(changed(settings, tracking={"experiment": "elsewhere"}))
+    run = tracked.get_run(elsewhere["mlflow_run_id"])
+    assert tracked.get_experiment(run.info.experiment_id).name == "elsewhere"
+    assert run.data.metrics == tracked.get_run(result["mlflow_run_id"]).data.metrics
+    assert {**elsewhere, "mlflow_run_id": result["mlflow_run_id"]} == result
     times = [file.stat().st_mtime_ns != before for file, before in written.items()]
     assert times == [True] + [False] * (len(times) - 1)
     with pytest.raises(ConfigError, match=r"exists in .* with other settings"):
@@ -103,7 +111,20 @@ def _groups(folder: Path, part: str) -> set[str]:
     return {item.group for file in files for item in read_items(file)}
 
 
-def test_what_was_not_shown_is_not_chosen(settings, local_ray):
+@pytest.fixture
+def in_process(monkeypatch):
+    """A scorer in this process: other ones take half a minute to start, and the first test has them."""
+
+    @contextmanager
+    def scorers(*arguments: Any, workers: int, resources: Any) -> Iterator[Any]:
+        scorer = Scorer(*arguments)
+        yield lambda tasks: ((task, scorer.do(0, task)[1]) for task in tasks)
+
+    monkeypatch.setattr(calibrate, "scorers", scorers)
+
+
+@pytest.mark.usefixtures("local_ray", "in_process")
+def test_what_was_not_shown_is_not_chosen(settings):
     """Twelve questions about two images cannot show a drop of five points or less."""
     config = changed(
         settings,
@@ -121,7 +142,8 @@ def test_what_was_not_shown_is_not_chosen(settings, local_ray):
         run_calibrate(config)
 
 
-def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings, local_ray):
+@pytest.mark.usefixtures("local_ray", "in_process")
+def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings):
     config = changed(settings, name="slow", space={"retained": [4]}, budget={"latency": 1e-6})
     with pytest.raises(NothingWithinBudgetError, match=r"first token to 1e-06 .*\"latency\": \d+\.\d+"):
         run_calibrate(config)

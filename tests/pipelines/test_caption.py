@@ -244,7 +244,11 @@ def test_savings_are_counted_and_predicted_alike(straight):
 def test_a_finished_job_says_so(straight, settings, capsys):
     again = run_caption(CaptionConfig.model_validate(settings))
     assert again == {**straight, "already_finished": True}
-    assert "'straight' is finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "'straight' is finished already" in said
+    assert "recorded" not in said
+    run_caption(changed(settings, tracking={"experiment": "elsewhere"}))
+    assert "; it was recorded with other `tracking`, and not again\n" in capsys.readouterr().out
 
 
 def test_the_same_name_with_other_settings_is_refused(straight, settings):

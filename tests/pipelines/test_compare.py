@@ -154,3 +154,6 @@ def test_differences_are_paired_and_drawn_by_image():
     assert found["overall"].low == pytest.approx(-0.25 - spread, abs=0.03)
     assert found["overall"].high == pytest.approx(-0.25 + spread, abs=0.03)
     assert found["a"].difference == found["b"].difference == pytest.approx(-0.25)
+    alike = differences(rows, {"full": full, "skip": full})["overall"]
+    assert alike.difference == 0
+    assert -alike.low == alike.high == pytest.approx(1 - 0.025 ** (1 / 40)), "nothing seen is not nothing"

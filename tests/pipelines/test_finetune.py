@@ -215,7 +215,9 @@ def test_a_finished_run_says_so(straight, settings, capsys):
     )
     assert run_finetune(said) == again
     assert time.monotonic() - started < 2
-    assert "'straight' is finished already" in capsys.readouterr().out
+    first, other = capsys.readouterr().out.splitlines()
+    assert first.startswith("run 'straight' is finished already")
+    assert other == f"{first}; it was recorded with other `tracking`, and not again"
 
 
 def test_the_same_name_with_other_settings_is_refused(straight, settings):

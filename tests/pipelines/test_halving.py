@@ -19,9 +19,11 @@ from skipvision.config import SkipConfig
 BUDGET = Budget(overall=0.05)
 
 
-def standing(name: str, cost: float, *, lost: int, gained: int = 0, items: int = 200) -> Standing:
+def standing(
+    name: str, cost: float, *, lost: int, gained: int = 0, items: int = 200, wrong: int = 50
+) -> Standing:
     """A system that loses some of the first items and gains some of the last, which were wrong."""
-    before = [float(number < items - 50) for number in range(items)]
+    before = [float(number < items - wrong) for number in range(items)]
     after = [score and float(number >= lost) for number, score in enumerate(before)]
     after[items - gained :] = [1.0] * gained
     sides = [
@@ -55,6 +57,14 @@ def test_without_a_limit_on_accuracy_the_most_accurate_stay():
     assert names(kept) == ["b", "n"]
     assert out == {"f": "certainly less accurate than another"}
     assert names(most_accurate([far, near, best], 1, BUDGET)[0]) == ["b"]
+
+
+def test_three_images_make_nothing_certain():
+    """A bootstrap over three that are all lost has no width."""
+    best, lost = (standing(name, 0.5, lost=count, items=3, wrong=0) for name, count in (("b", 0), ("l", 3)))
+    assert lost.verdict.found.high == -1
+    assert names(cheapest_within([best, lost], "flops", 2)[0]) == ["b", "l"]
+    assert names(most_accurate([best, lost], 2, BUDGET)[0]) == ["b", "l"]
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,40 @@ def test_no_alias_moves_without_its_numbers(storage, registry):
     assert registry.holder("ours", "champion") == "2"
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_an_alias_that_moved_although_mlflow_said_nothing_has_moved(storage, registry, monkeypatch, away):
+    """The answer to moving it is lost; and MLflow is away from then on, or is not."""
+    ask, lost = Registry._ask, []
+
+    def ask_and_lose(self: Registry, doing: str, call: Any) -> Any:
+        if lost and away:
+            raise TrackingError(f"no answer to {doing}")
+        answer = ask(self, doing, call)
+        if doing.startswith("moving"):
+            lost.append(doing)
+            raise TrackingError(f"no answer to {doing}")
+        return answer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "_ask", ask_and_lose)
+        if away:
+            with pytest.raises(TrackingError, match=r"no answer to noting .*\n.*'champion' may have moved"):
+                promote(storage, before=GOOD, after=SAME)
+        else:
+            assert promote(storage, before=GOOD, after=SAME)["outcome"] == "promoted"
+    assert registry.holder("ours", "champion") == "2"
+    assert away or tags(registry)["outcome"] == "promoted"
+
+
+def test_slices_that_mlflow_calls_the_same_stay_apart(storage, registry):
+    wrong = {"is it?": 20, "is it!": 10}
+    sides = {"before": items("old", wrong=wrong), "after": items("new", wrong={**wrong, "is it!": 9})}
+    evidence = promote(storage, **sides, slices=dict.fromkeys(wrong, 0.1))
+    run = registry._client.get_run(evidence["mlflow_run_id"])
+    assert run.data.metrics["difference/is it_"] == pytest.approx(0.0)
+    assert run.data.metrics["difference/is it__"] == pytest.approx(1 / 200)
+
+
 def test_a_folder_that_is_not_there_is_not_made(storage, tmp_path):
     items = str(storage / "items.parquet")
     given = {"candidate": {"model": "models:/ours/2", "items": items}, "reference": {"items": items}}

@@ -150,12 +150,15 @@ def test_rows_that_are_no_questions_are_counted_and_unusable_ones_named(tmp_path
         {"index": 4, "image": png(), **row, "split": "dev"},
         {"index": 5, "image": png(), **row, "answer": "E"},
     ]
-    dataset = read_dataset("MMMU_DEV_VAL", str(table(tmp_path / "table.tsv", rows)))
+    path = table(tmp_path / "table.tsv", rows)
+    path.write_bytes(path.read_bytes() + b"6\tcut off before its split\n")
+    dataset = read_dataset("MMMU_DEV_VAL", str(path))
     assert dataset.left_out == {"without an image": 2, "not of split 'validation'": 1}
     asked, left_out, unusable = dataset.facts()
-    assert asked == f"MMMU_DEV_VAL: 2 questions in {dataset.file}"
+    assert asked == f"MMMU_DEV_VAL: 3 questions in {dataset.file}"
     assert "3 rows are left out (2 without an image, 1 not of split 'validation')" in left_out
-    assert "1 rows are not asked and count as wrong: row 5: no usable answer: " in unusable
+    assert "2 rows are not asked and count as wrong: row 5: no usable answer: " in unusable
+    assert "; row 6: broken record: " in unusable
 
 
 def test_a_missing_table_says_where_it_is_had(tmp_path, monkeypatch):

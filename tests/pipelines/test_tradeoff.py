@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
+from pipelines import tradeoff
 from pipelines.compare import read_rows
 from pipelines.items import read_items, write_items
 from pipelines.statistics import Paired
@@ -50,9 +51,10 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
         "test": str(shapes_data / "test.json"),
         "methods": ["random", "visionzip"],
         "fractions": [0.1, 0.8],
-        "grid": {"retained": [2, 4], "skipped": [0, 3]},
+        "grid": {"retained": [2], "skipped": [0, 3]},
         "max_new_tokens": 2,
-        "latency_rounds": 3,
+        "latency_rounds": 2,
+        "cpus_per_task": 2,
     }
 
 
@@ -60,24 +62,28 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
 def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     result = run_tradeoff(TradeoffConfig(**given, report=str(tmp_path)))
     said = capsys.readouterr().out
-    # Of each adapter: full tokens, a grid of four, methods at one share of two; and one as it was tuned.
-    assert result["points"] == 2 * (1 + 4 + 2) + 1
+    # Of each adapter: full tokens, a grid of two, methods at one share of two; and one as it was tuned.
+    assert result["points"] == 2 * (1 + 2 + 2) + 1
     assert said.count("10.0% cannot be had with this model") == 4
-    assert "15 points, 15 to be scored on 6 rows each" in said
+    assert "11 points, 11 to be scored on 6 rows each" in said
     numbers = {
         (one["point"]["adapter"], one["point"]["method"], json.dumps(one["point"]["skip"])): one
         for one in json.loads(Path(result["numbers"]).read_text())
     }
-    assert len(numbers) == 15
+    assert len(numbers) == 11
     for (label, method, _), one in numbers.items():
         low, high = one["latency_quartiles"]
         assert 0 < low <= one["latency"] <= high
         seconds = one["first_token_seconds"]
         assert seconds == sorted(seconds)
-        assert one["gap"]["overall"]["items"] == 6
+        gap = one["gap"]["overall"]
+        assert gap["items"] == 6
+        if (label, method) == ("untuned", "full"):
+            assert gap["low"] == gap["difference"] == gap["high"] == 0, "nothing differs from itself"
+        else:
+            assert gap["low"] < gap["difference"] < gap["high"], "of one image nothing is certain"
         if method == "full":
             assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
-            assert label == "tuned" or one["gap"]["overall"]["difference"] == 0
         elif "grid" not in method and method != "as tuned":
             assert 0.5 < one["language_flops"] <= 0.8
     tuned = next(one for (_, method, _), one in numbers.items() if method == "as tuned")["point"]["skip"]
@@ -96,13 +102,35 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     capsys.readouterr()
     again = run_tradeoff(TradeoffConfig(**given))
     said = capsys.readouterr().out
-    assert "15 points, 1 to be scored" in said
+    assert "11 points, 1 to be scored" in said
     assert "timing" not in said
     assert again["found"] == result["found"]
     assert Path(again["table"]).read_text() == table, "times included"
     assert sorted((Path(given["storage"]) / "tradeoff/points").iterdir()) == files
-    run_tradeoff(TradeoffConfig(**{**given, "latency_rounds": 1}))
-    assert "tuned: timing 8 points" in capsys.readouterr().out
+
+
+def test_other_points_rounds_or_cpus_are_timed_anew(given, tmp_path, monkeypatch):
+    timed = []
+
+    def measured(tasks: Any, cpus: float) -> Any:
+        [(_, (own, config, _))] = tasks
+        timed.append((len(own), config.latency_rounds, cpus))
+        yield 0, [[0.5] * config.latency_rounds for _ in own]
+
+    monkeypatch.setattr(tradeoff, "_in_parallel", measured)
+    files = {(Point("a", (None,), name, None), 0): tmp_path / name for name in ("full", "norm")}
+    fewer = dict([next(iter(files.items()))])
+    for some, changes in [
+        (files, {}),
+        (files, {"latency_rounds": 1}),
+        (files, {"cpus_per_task": 4}),
+        (fewer, {}),
+    ]:
+        config = TradeoffConfig(**{**given, "adapters": {"a": {}}, **changes})
+        for _ in range(2):
+            seconds = tradeoff._timed(some, tmp_path / "times", config, ())
+            assert list(seconds.values()) == [[0.5] * config.latency_rounds] * len(some)
+    assert timed == [(2, 2, 2), (2, 1, 2), (2, 2, 4), (1, 2, 2)]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -141,7 +169,7 @@ def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, a
     assert found["beside", "as tuned"]["gap"] == pooled["gap"]
     behind = found["tuned", "norm"]["behind"]
     assert (behind["difference"], behind["other"], behind["items"]) == (0.5, 0.75, 12)
-    assert behind["low"] < 0.5 < behind["high"]
+    assert behind["low"] < 0 < 0.5 < behind["high"], "one image says little"
     assert all(found["tuned", name]["behind"] is None for name in ("full", "as tuned", "skip-vision"))
     assert result["table"] == str(tmp_path / "seeds/seeds_table.md")
     table = Path(result["table"]).read_text()
@@ -237,6 +265,7 @@ def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, sh
         ({"test": "nowhere.json"}, ConfigError, "test = nowhere.json"),
         ({"adapters": {"a": {"path": "models"}}}, AdapterError, "models is not a Skip-Vision adapter"),
         ({"model": {"path": "models/nothing"}}, ConfigError, "model.path = models/nothing"),
+        ({"report": f"{__file__}/here"}, ConfigError, "report = .*here: Not a directory"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_asked(given, changes, error, says):
