@@ -174,8 +174,8 @@ class EngineReplica:
         return await ask(self._engine, self._served)
 
     def _served(self, engine: Engine) -> Served:
-        # Copies: another thread changes them.
-        versions, missing = dict(self._adapters.versions), dict(self._adapters.missing)
+        # Copies, for another thread changes them: at first what is missing, for it may be loaded just now.
+        missing, versions = dict(self._adapters.missing), dict(self._adapters.versions)
         skip = engine.configs
         return Served(
             {name: version.source for name, version in versions.items()},
