@@ -122,6 +122,10 @@ def test_keys(guarded):
         assert httpx.get(root + path, headers=known).status_code == (404 if path == "/nowhere" else 200), path
     for path in ("/", "/page/page.css", "/healthz"):
         assert httpx.get(root + path).status_code == 200, path
+    for path, operations in httpx.get(f"{root}/openapi.json", headers=known).json()["paths"].items():
+        for operation in operations.values():
+            told = "security" in operation, "401" in operation["responses"]
+            assert told == ((False, False) if path in ("/", "/healthz") else (True, True)), path
     wrong = httpx.post(f"{url}/chat/completions", content=b"{no", headers={"authorization": "Bearer no"})
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
 
