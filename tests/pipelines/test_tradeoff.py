@@ -54,7 +54,7 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
         "grid": {"retained": [2], "skipped": [0, 3]},
         "max_new_tokens": 2,
         "latency_rounds": 2,
-        "cpus_per_task": 2,
+        "cpus_per_task": 1.5,  # two processes of one thread
     }
 
 
@@ -130,7 +130,7 @@ def test_other_points_rounds_or_cpus_are_timed_anew(given, tmp_path, monkeypatch
         for _ in range(2):
             seconds = tradeoff._timed(some, tmp_path / "times", config, ())
             assert list(seconds.values()) == [[0.5] * config.latency_rounds] * len(some)
-    assert timed == [(2, 2, 2), (2, 1, 2), (2, 2, 4), (1, 2, 2)]
+    assert timed == [(2, 2, 1.5), (2, 1, 1.5), (2, 2, 4), (1, 2, 1.5)]
 
 
 @pytest.mark.usefixtures("local_ray")
