@@ -240,7 +240,9 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
         "scaling": {"cpus_per_engine": 0.25},
     }
     settings = {"name": APPLICATION, "models": [model], "tracking_uri": registry, "adapter_poll_s": 0.5}
-    ray_serve.run(build(settings), name=APPLICATION, route_prefix="/faulty")
+    with pytest.warns(UserWarning, match=r"registry\.db: .* 503 until engines can load it"):
+        application = build(settings)
+    ray_serve.run(application, name=APPLICATION, route_prefix="/faulty")
     url = f"{endpoint.url}/faulty"
     with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=120) as client:
 
