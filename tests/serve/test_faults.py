@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 
@@ -267,7 +268,7 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
         card = client.models.retrieve("team/shapes")
         assert (card.source, card.skip, card.not_loaded) == ("models:/shapes@champion", None, away)
         register(endpoint.adapters["red"], registry.replace("registry", "new"), tmp_path)
-        (tmp_path / "new.db").rename(place)
+        shutil.copyfile(tmp_path / "new.db", place)  # into the same file: MLflow has it open
         deadline = time.monotonic() + 60
         while "not_loaded" in state():
             assert time.monotonic() < deadline
