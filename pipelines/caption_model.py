@@ -19,7 +19,7 @@ from pipelines.caption_config import ModelSection
 from pipelines.loading import arithmetic, load_base, load_processor
 from pipelines.paths import input_path
 from pipelines.sections import EngineSection
-from pipelines.tracking import exact_model, fetch_model
+from pipelines.tracking import exact_model, fetch_model, is_registered
 from skipvision.engine import Engine
 from skipvision.errors import AdapterError, ConfigError
 
@@ -76,7 +76,7 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
         base = input_path(given.path, "model.path")
     folder: Path | None = None
     label: str | None = None
-    if given.adapter is not None and given.adapter.startswith("models:/"):
+    if given.adapter is not None and is_registered(given.adapter):
         label = fetch_model(registry, pinned or given.adapter, downloads)
         folder = downloads
     elif given.adapter is not None:
@@ -99,7 +99,7 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
 
 def insist_on_same_adapter(given: ModelSection, registry: str, pinned: str | None) -> None:
     """For a job that is finished: raise `ConfigError` if its adapter's alias means another version now."""
-    if given.adapter is not None and given.adapter.startswith("models:/"):
+    if given.adapter is not None and is_registered(given.adapter):
         _insist_on_same(given, exact_model(registry, given.adapter), pinned)
 
 

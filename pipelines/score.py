@@ -31,7 +31,7 @@ from pipelines.score_config import ScoreConfig
 from pipelines.score_folder import ScoreFolder
 from pipelines.score_report import Comparison, compare, markdown, metrics, picture
 from pipelines.scoring import Answered, Scored, mean_score, score_answers
-from pipelines.tracking import Tracker, TrackingConfig, TrackingError
+from pipelines.tracking import Tracker, TrackingConfig, TrackingError, is_registered
 from skipvision.errors import ConfigError
 
 __all__ = ["ScoreConfig", "run_score"]
@@ -220,7 +220,7 @@ def _answer_missing(job: _Job) -> None:
 def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
     config, model = job.config, job.models[label]
     section = config.systems[label].model
-    if section.adapter is not None and section.adapter.startswith("models:/"):
+    if section.adapter is not None and is_registered(section.adapter):
         section = section.model_copy(update={"adapter": model.adapter_label})  # an alias may move meanwhile
     return CaptionConfig(
         name=f"{config.name}.{label}.{dataset.name}",

@@ -54,9 +54,8 @@ class TrackingConfig(BaseModel):
         """The URI to use; a sqlite file's relative path is taken from ``storage``, never from the cwd."""
         if self.uri is None:
             return f"sqlite:///{storage / 'mlflow.db'}"
-        file = self.uri.removeprefix("sqlite:///")
-        relative = file != self.uri and not Path(file).is_absolute()
-        return f"sqlite:///{storage / file}" if relative else self.uri
+        file = sqlite_file(self.uri)
+        return self.uri if file is None else f"sqlite:///{storage / file}"
 
 
 class TrainingTrackingConfig(TrackingConfig):
@@ -255,6 +254,16 @@ def _acceptable(values: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite store, relative where the URI is; None for other stores."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def is_registered(source: str) -> bool:
+    """Whether an adapter is given as a model in MLflow's registry, and not as a folder."""
+    return source.startswith("models:/")
+
+
 def exact_model(uri: str, name: str) -> str:
     """``models:/NAME/VERSION`` of a registered model that is given so, or as ``models:/NAME@ALIAS``.
 
@@ -336,8 +345,8 @@ def connect(uri: str, *, existing: bool = False) -> MlflowClient:
     _quieten()
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        file = Path(uri.removeprefix("sqlite:///"))
+    file = sqlite_file(uri)
+    if file is not None:
         if existing and not file.exists():
             raise ConfigError(
                 f"there is no {file}, in which MLflow's models were to be looked up: mend the address of "

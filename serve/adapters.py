@@ -12,14 +12,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pipelines.engine_thread import EngineThread
-from pipelines.tracking import TrackingError, exact_model, fetch_model
+from pipelines.tracking import TrackingError, exact_model, fetch_model, is_registered
 from serve.errors import NotLoadedError
 from skipvision.engine import Engine
 from skipvision.errors import SkipVisionError
 
 logger = logging.getLogger("ray.serve")
 
-_REGISTERED = "models:/"
 _AWAY = "its registry does not answer"
 _WRONG = "its registry has none that can be loaded"
 
@@ -59,7 +58,7 @@ class ServedAdapters:
     @property
     def registered(self) -> dict[str, str]:
         """Those whose version may change."""
-        return {name: source for name, source in self._sources.items() if source.startswith(_REGISTERED)}
+        return {name: source for name, source in self._sources.items() if is_registered(source)}
 
     def version(self, name: str) -> Version:
         """What new requests run under; raises `NotLoadedError`."""
@@ -80,12 +79,12 @@ class ServedAdapters:
         away = False
         for name, source in self._sources.items():
             # A registry that did not answer may take minutes not to answer again.
-            if away and source.startswith(_REGISTERED):
+            if away and is_registered(source):
                 continue
             try:
                 self._follow(name, engine)
             except SkipVisionError as error:
-                if not source.startswith(_REGISTERED):
+                if not is_registered(source):
                     raise
                 away = self._missed(name, error)
 
@@ -133,7 +132,7 @@ class ServedAdapters:
     def _version(self, name: str) -> Version:
         """The version that is to be served now; its files stay where they are."""
         source = self._sources[name]
-        if source.startswith(_REGISTERED):
+        if is_registered(source):
             source = exact_model(self._registry, source)
         # PEFT keeps an adapter's weights in modules of its name, which may have no dot in it.
         called = quote(f"{name}@{source.rsplit('/', 1)[-1]}").replace(".", "%2E")
@@ -142,7 +141,7 @@ class ServedAdapters:
     @contextmanager
     def _files(self, version: Version) -> Iterator[Path]:
         """An adapter's folder, while it is loaded; a registry's is a copy that goes right afterwards."""
-        if not version.source.startswith(_REGISTERED):
+        if not is_registered(version.source):
             yield Path(version.source)
             return
         with tempfile.TemporaryDirectory(prefix="skipvision-adapter-") as place:

@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.loading import check_known
 from pipelines.paths import input_path, model_path, output_path
-from pipelines.tracking import TrackingError, exact_model
+from pipelines.tracking import TrackingError, exact_model, is_registered, sqlite_file
 from serve import scaling
 from serve.api import GRACE_SECONDS, Ingress
 from serve.config import ModelSection, ServeConfig, serve_config
@@ -134,7 +134,7 @@ def _found(config: ServeConfig) -> ServeConfig:
         keys = str(output_path(keys, "keys_file"))
         KeyRing(keys)
     models = [_found_model(model) for model in config.models]
-    sources = {source for model in models for source in model.adapters.values() if _is_registered(source)}
+    sources = {source for model in models for source in model.adapters.values() if is_registered(source)}
     registry = config.tracking_uri
     if registry is not None:
         registry = _absolute_registry(registry)
@@ -142,13 +142,9 @@ def _found(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"models": models, "keys_file": keys, "tracking_uri": registry})
 
 
-def _is_registered(source: str) -> bool:
-    return source.startswith("models:/")
-
-
 def _absolute_registry(uri: str) -> str:
-    file = uri.removeprefix("sqlite:///")
-    return uri if file == uri else f"sqlite:///{output_path(file, 'tracking_uri')}"
+    file = sqlite_file(uri)
+    return uri if file is None else f"sqlite:///{output_path(file, 'tracking_uri')}"
 
 
 def _look_up(registry: str, sources: Iterable[str]) -> None:
@@ -165,7 +161,7 @@ def _found_model(model: ModelSection) -> ModelSection:
     path, adapters = model_path(model.path, "model"), dict(model.adapters)
     check_known(path, "model")
     for name, source in adapters.items():
-        if not _is_registered(source):
+        if not is_registered(source):
             adapters[name] = input_path(source, f"adapter {name}")
             read_adapter(adapters[name])
     return model.model_copy(update={"path": path, "adapters": adapters})

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipelines.sections import EngineSection, Section
+from pipelines.tracking import is_registered
 from serve.media import MediaConfig
 from skipvision import SkipConfig
 
@@ -154,7 +155,7 @@ class ServeConfig(Section):
         if twice:
             raise ValueError(f"names used twice: {', '.join(twice)}; clients choose by name")
         sources = [source for model in self.models for source in model.adapters.values()]
-        registered = [source for source in sources if source.startswith("models:/")]
+        registered = [source for source in sources if is_registered(source)]
         if registered and self.tracking_uri is None:
             raise ValueError(f"{', '.join(registered)} without tracking_uri: say which MLflow has it")
         return self
