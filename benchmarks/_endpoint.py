@@ -27,6 +27,7 @@ from ray import serve as ray_serve
 from benchmarks import _measure
 from pipelines.shapes import render, sample_scene
 from serve.app import build
+from serve.deploy import start
 
 ROOT = Path(__file__).parents[1]
 MODEL = "shapes-llava"
@@ -68,7 +69,7 @@ def local_endpoint(*, haproxy: bool = False, **settings: Any) -> Iterator[Endpoi
     )
     try:
         port = free_port()
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+        start("127.0.0.1", port)
         endpoint = Endpoint(f"http://127.0.0.1:{port}")
         endpoint.deploy(**settings)
         yield endpoint

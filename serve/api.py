@@ -29,7 +29,8 @@ from serve.errors import DeadlineError
 from serve.journeys import Journey, Journeys
 from serve.liveness import running, still
 from serve.media import EncodedImage, MediaFetcher
-from serve.problems import Problem, problem_of, reported
+from serve.problem import Problem
+from serve.problems import problem_of, reported
 from serve.replica import Served, State, Work
 from serve.schemas import ChatRequest
 from serve.tracing import Tracer

@@ -14,7 +14,7 @@ from typing import Any
 from serve.errors import MediaError
 from serve.grammar import ANY_OBJECT
 from serve.media import EncodedImage
-from serve.problems import Problem
+from serve.problem import Problem
 from serve.schemas import ChatRequest, ImagePart, Message, TextPart
 from serve.vocabulary import Vocabulary
 from skipvision.engine import Request as EngineRequest

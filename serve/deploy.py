@@ -42,7 +42,7 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
     app = application(config)
     joined = in_ray_job() or "RAY_ADDRESS" in os.environ
     with ray_session():
-        _start(config)
+        start(config.host, config.port)
         try:
             ray_serve.run(app, name=config.name, route_prefix="/")
         except RuntimeError as error:
@@ -57,18 +57,27 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
     return {"url": url, "models": list(config.served())}
 
 
-def _start(config: ServeConfig) -> None:
-    """Serve itself, where it does not run yet; raises `ConfigError` if it runs at another address."""
-    ray_serve.start(
-        http_options={"host": config.host, "port": config.port},
+def start(host: str, port: int) -> None:
+    """Start Ray Serve, with `serve.front` in its proxies, where it does not run yet.
+
+    Raises:
+        ConfigError: it runs at another address.
+    """
+    environment = {
         # What makes an engine fail is said once, by `DeploymentError`; Ray's log has the tracebacks.
-        controller_options={"runtime_env": {"env_vars": {"RAY_SERVE_LOG_TO_STDERR": "0"}}},
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        # The controller starts the proxies, in its own environment.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
+    }
+    ray_serve.start(
+        http_options={"host": host, "port": port},
+        controller_options={"runtime_env": {"env_vars": environment}},
     )
     # One that ran before keeps its own address, whatever is asked for.
     there: Any = ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).get_http_config.remote())
-    if (there.host, there.port) != (config.host, config.port):
+    if (there.host, there.port) != (host, port):
         raise ConfigError(
-            f"host = {config.host}, port = {config.port}: Ray Serve runs on this cluster already, at "
+            f"host = {host}, port = {port}: Ray Serve runs on this cluster already, at "
             f"{there.host}:{there.port}, and has one address: give that, or end it and all its applications "
             "with `serve shutdown` first"
         )

@@ -8,7 +8,8 @@ from typing import Any
 
 from ray.util import metrics
 
-from serve.problems import Problem, reported
+from serve.problem import Problem
+from serve.problems import reported
 
 logger = logging.getLogger("ray.serve")
 

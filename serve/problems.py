@@ -1,21 +1,16 @@
-"""Errors as OpenAI's clients read them: status, and ``{"error": {message, type, param, code}}``."""
+"""What each error is to a client: its `Problem`."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
-from fastapi.responses import Response
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.util import metrics
 
 from serve.errors import AuthenticationError, DeadlineError, NotLoadedError, OverloadedError
+from serve.problem import Problem, again_after, overloaded
 from skipvision.errors import (
     ConfigError,
     GenerationError,
@@ -25,43 +20,6 @@ from skipvision.errors import (
 )
 
 logger = logging.getLogger("ray.serve")
-
-
-@dataclass
-class Problem(Exception):
-    """An answer that is an error.
-
-    Attributes:
-        status: HTTP status.
-        message: what was wrong, with what value, and what to do.
-        type: OpenAI's kind of error.
-        param: field of the request that is wrong.
-        code: for programs to tell errors apart.
-        headers: of the response.
-    """
-
-    status: int
-    message: str
-    type: str = "invalid_request_error"
-    param: str | None = None
-    code: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """The most exact name that it has."""
-        return self.code or self.type
-
-    def body(self) -> dict[str, Any]:
-        """The error object."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return {"error": error}
-
-    def response(self) -> Response:
-        """The whole answer."""
-        # In ASCII: what the client sent need not be UTF-8.
-        content = json.dumps(self.body())
-        return Response(content, self.status, dict(self.headers), media_type="application/json")
 
 
 def problem_of(error: BaseException) -> Problem:
@@ -74,7 +32,7 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, OverloadedError):
         return overloaded(str(error), error.retry_after)
     if isinstance(error, NotLoadedError):
-        headers = _again_after(error.retry_after)
+        headers = again_after(error.retry_after)
         return Problem(503, str(error), "server_error", code=error.code, headers=headers)
     if isinstance(error, DeadlineError):
         return Problem(504, str(error), "server_error", code=error.code)
@@ -99,16 +57,6 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(
         500, "the server failed on this request; its log says why", "server_error", code="internal_error"
     )
-
-
-def overloaded(message: str, retry_after: float) -> Problem:
-    """Too many requests."""
-    headers = _again_after(retry_after)
-    return Problem(429, message, "rate_limit_error", code="overloaded", headers=headers)
-
-
-def _again_after(seconds: float) -> dict[str, str]:
-    return {"Retry-After": str(math.ceil(seconds))}
 
 
 def reported(error: BaseException) -> Problem:

@@ -26,7 +26,8 @@ from serve.guard import Guard
 from serve.keys import KeyRing
 from serve.middleware import Around
 from serve.page import page_routes
-from serve.problems import Problem, reported
+from serve.problem import Problem
+from serve.problems import reported
 from serve.schemas import ChatRequest
 from skipvision.errors import SkipVisionError
 

@@ -111,9 +111,10 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
     from ray import serve as ray_serve
 
     from serve.app import build
+    from serve.deploy import start
 
     port = free_port()
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    start("127.0.0.1", port)
     settings = {
         "models": [
             {

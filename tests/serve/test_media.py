@@ -30,7 +30,7 @@ from serve.api import Ingress
 from serve.config import ServeConfig
 from serve.errors import MediaError
 from serve.media import MediaConfig, MediaFetcher
-from serve.problems import Problem
+from serve.problem import Problem
 from serve.schemas import ChatRequest
 from skipvision.errors import InputError
 
