@@ -27,6 +27,7 @@ from ray import serve as ray_serve
 from benchmarks import _measure
 from pipelines.shapes import render, sample_scene
 from serve.app import build
+from serve.config import Proxy
 from serve.deploy import start
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +35,6 @@ MODEL = "shapes-llava"
 PROMPT = "Describe the image."
 SKIP = {"retained": 64, "skipped": 64}
 FULL = {"retained": 1.0, "skipped": 0.0, "summary_tokens": 0}
-
-HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 _TRIES = 3
 """As often as the openai client asks, unless told otherwise."""
 
@@ -44,20 +43,17 @@ _TRIES = 3
 
 
 @contextmanager
-def local_endpoint(*, haproxy: bool = False, **settings: Any) -> Iterator[Endpoint]:
+def local_endpoint(*, proxy: Proxy = "ray", **settings: Any) -> Iterator[Endpoint]:
     """An application on a Ray of this process, which ends with the block.
 
     Args:
-        haproxy: in front is HAProxy, which comes with Ray, in place of Ray's own proxy; and Ray Serve runs
-            with its settings for throughput.
+        proxy: as `ServeConfig.proxy`.
         settings: of `serve.app.build`, beside the model's own.
     """
     # Beside the benchmark, not below it; and counters that can be read at once.
     os.environ |= {"RAY_worker_niceness": "0", "RAY_metrics_report_interval_ms": "500"}
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if haproxy:
-        os.environ |= HAPROXY
     ray.init(
         address="local",
         num_cpus=8,  # Ray's count of what may run; it limits nothing
@@ -69,7 +65,7 @@ def local_endpoint(*, haproxy: bool = False, **settings: Any) -> Iterator[Endpoi
     )
     try:
         port = free_port()
-        start("127.0.0.1", port)
+        start("127.0.0.1", port, proxy)
         endpoint = Endpoint(f"http://127.0.0.1:{port}")
         endpoint.deploy(**settings)
         yield endpoint

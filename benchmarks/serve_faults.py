@@ -88,7 +88,8 @@ class Load:
 
 def _whole(endpoint: Endpoint) -> bool:
     try:
-        return endpoint.engines() == 2 and len(endpoint.processes(":ingress")) == 2
+        alive = [len(endpoint.processes(title)) for title in (":ingress", "::ProxyActor")]
+        return endpoint.engines() == 2 and alive == [2, 1]
     except Exception:  # the controller is the one that has been killed
         return False
 
@@ -250,6 +251,7 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
             "nothing": lambda: load.during(None),
             "engine replica killed": lambda: load.during(killing(endpoint, f":engine-{MODEL}")),
             "ingress replica killed": lambda: load.during(killing(endpoint, ":ingress")),
+            "HTTP proxy killed": lambda: load.during(killing(endpoint, "::ProxyActor")),
             "Serve controller killed": lambda: load.during(killing(endpoint, "::ServeController")),
             "redeployed with other settings": lambda: load.during(redeployed),
             "half of the clients read slowly": lambda: load.during(None, slow),
@@ -259,17 +261,22 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
         }
         rows = []
         for name in options.cases or cases:
-            moved = await endpoint.counted(session, "retries")
+            moved = await _moved(endpoint, session)
             outcomes = await cases[name]()
-            moved = await endpoint.counted(session, "retries") - moved
+            moved = await _moved(endpoint, session) - moved
             await load.settled()
             rows.append(_row(name, outcomes, moved))
             print(rows[-1], file=sys.stderr, flush=True)
         left = await asyncio.to_thread(endpoint.statistics)
     head = ["fault", "sent", "answered", "refused (4xx)", "failed or error event", "lost", "left"]
-    head += ["given to another engine", "sent again by the client"]
+    head += ["given to another replica", "sent again by the client"]
     places = f"At the end {left.running} answers ran and {left.waiting} requests waited."
     return f"{_measure.table(head, rows)}\n\n{places}"
+
+
+async def _moved(endpoint: Endpoint, session: aiohttp.ClientSession) -> float:
+    """Requests that an ingress has given to another engine, or the proxy to another ingress."""
+    return sum([await endpoint.counted(session, name) for name in ("retries", "front_retries")])
 
 
 def _row(name: str, outcomes: Sequence[Outcome], moved: float) -> list[str]:
@@ -290,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "tracking_uri": url,
             "adapter_poll_s": 1.0,
         }
-        with _endpoint.local_endpoint(**options.settings) as endpoint:
+        with _endpoint.local_endpoint(proxy=options.proxy, **options.settings) as endpoint:
             text = asyncio.run(measured(options, endpoint, server))
     command = "python -m benchmarks.serve_faults " + " ".join(arguments or sys.argv[1:])
     what = (
@@ -310,6 +317,7 @@ def _options() -> argparse.ArgumentParser:
     add("--rate", type=float, default=5.0, help="requests a second (default: %(default)s)")
     add("--seconds", type=float, default=30.0, help="of each case (default: %(default)s)")
     add("--tokens", type=int, default=48, help="of each answer, at most (default: %(default)s)")
+    add("--proxy", choices=["ray", "haproxy"], default="ray", help="in front (default: %(default)s)")
     add("--cases", nargs="+", help="only these rows of the table")
     add("--out", type=Path, help="Markdown page to write into")
     add("--part", default="faults", help="name of the page's part (default: %(default)s)")

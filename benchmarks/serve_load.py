@@ -109,30 +109,32 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
     asked = _endpoint.bodies(2, max_tokens=options.tokens, skip=SKIP)
     through: list[Outcome] = []
     bare: list[float] = []
+    ready: list[float] = []
     hops: dict[str, list[float]] = {"/v1/models": [], "/healthz": []}
     with _bare_engine() as alone:
         for number in range(options.requests + 5):
             body = next(asked)
             through.append(await _endpoint.ask(session, endpoint, body, 1))
-            bare.append(await alone(body))
+            for into, seconds in zip((bare, ready), await alone(body), strict=True):
+                into.append(1000 * seconds)
             for path, taken in hops.items():
                 begin = time.perf_counter()
                 async with session.get(endpoint.url + path) as response:
                     await response.read()
                 taken.append(1000 * (time.perf_counter() - begin))
             if number == 4:  # everything has been used by now
-                through, bare, hops = [], [], {path: [] for path in hops}
+                through, bare, ready, hops = [], [], [], {path: [] for path in hops}
     parts: dict[str, list[float]] = {"endpoint": [1000 * outcome.seconds for outcome in through]}
-    parts["bare engine, of a request that is ready"] = [1000 * seconds for seconds in bare]
-    parts["**overhead: endpoint − bare engine**"] = _differences(
-        parts["endpoint"], parts["bare engine, of a request that is ready"]
-    )
+    parts["bare engine, from an image's file to the answer"] = bare
+    parts["**overhead: endpoint − bare engine**"] = _differences(parts["endpoint"], bare)
+    parts["bare engine, of a request that is prepared"] = ready
+    parts["overhead over that"] = _differences(parts["endpoint"], ready)
     engine = [sum(outcome.stages.get(stage, 0.0) for stage in ENGINE_STAGES) for outcome in through]
     parts["the endpoint's engine"] = engine
-    parts["**overhead: endpoint − its own engine**"] = _differences(parts["endpoint"], engine)
+    parts["overhead around it: endpoint − its own engine"] = _differences(parts["endpoint"], engine)
     for stage, says in (
-        ("media", "base64 and PNG to pixels"),
-        ("prepare", "template, tokenizer, image processor"),
+        ("media", "base64 to an image's file"),
+        ("prepare", "file to pixels, template, tokenizer, image processor"),
         ("rest", "ingress to engine and back"),
     ):
         parts[f"… {stage}: {says}"] = [outcome.stages[stage] for outcome in through]
@@ -149,24 +151,26 @@ def _differences(whole: Sequence[float], part: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _bare_engine() -> Iterator[Callable[[dict[str, Any]], Awaitable[float]]]:
-    """An engine in this process; gives the seconds that it takes for a request, once that is prepared."""
+def _bare_engine() -> Iterator[Callable[[dict[str, Any]], Awaitable[tuple[float, float]]]]:
+    """An engine in this process; gives the seconds of a request, with and without those of preparing it."""
     torch.set_num_threads(1)
     path = _endpoint.ROOT / "models" / MODEL
     processor: Any = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     media = MediaFetcher(MediaConfig())
 
-    async def seconds(body: dict[str, Any]) -> float:
-        image = (await media.fetch(body["messages"][0]["content"][0]["image_url"]["url"])).open()
+    async def seconds(body: dict[str, Any]) -> tuple[float, float]:
+        file = await media.fetch(body["messages"][0]["content"][0]["image_url"]["url"])
         chat = [{"role": "user", "content": [{"type": "image"}, body["messages"][0]["content"][1]]}]
         sampling = Sampling(max_new_tokens=body["max_tokens"])
-        request = prepare(processor, Request(chat, [image], sampling=sampling))
         begin = time.perf_counter()
+        request = prepare(processor, Request(chat, [file.open()], sampling=sampling))
+        ready = time.perf_counter()
         (completion,) = engine.run([request])
         if completion.error is not None:
             raise completion.error
-        return time.perf_counter() - begin
+        end = time.perf_counter()
+        return end - begin, end - ready
 
     with Engine(model, processor, SkipConfig(**SKIP)) as engine:
         yield seconds
@@ -333,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = "python -m benchmarks.serve_load " + " ".join(arguments or sys.argv[1:])
     for part in options.parts:
         begin = os.getloadavg()[0]
-        with _endpoint.local_endpoint(haproxy=options.haproxy, **PARTS[part][1]) as endpoint:
+        with _endpoint.local_endpoint(proxy=options.proxy, **PARTS[part][1]) as endpoint:
             found = asyncio.run(_run(options, part, endpoint))
         what = f"{part}: answers of {options.tokens} tokens at most"
         text = f"`{command.strip()}`\n\n{_endpoint.machine(begin)}; {what}.\n\n{found}"
@@ -356,7 +360,7 @@ def _options() -> argparse.ArgumentParser:
     add("--timeline-seconds", type=float, default=120.0, help="scaling: of load (default: %(default)s)")
     add("--soak", type=float, default=600.0, help="soak: seconds (default: %(default)s)")
     add("--clients", type=int, default=24, help="soak: clients at once (default: %(default)s)")
-    add("--haproxy", action="store_true", help="HAProxy in front, and Ray Serve's settings for throughput")
+    add("--proxy", choices=["ray", "haproxy"], default="ray", help="in front (default: %(default)s)")
     add("--out", type=Path, help="Markdown page to write into; pictures go beside it")
     add("--part", help="name of the page's part, if it is not the part's own")
     return parser

@@ -12,6 +12,8 @@ from pipelines.tracking import is_registered
 from serve.media import MediaConfig
 from skipvision import SkipConfig
 
+Proxy = Literal["ray", "haproxy"]
+
 
 class ServingEngineSection(EngineSection):
     """Of each engine; people ask about an image more than once."""
@@ -110,6 +112,11 @@ class ServeConfig(Section):
     name: str = Field("skipvision", description="of the application on the cluster")
     host: str = Field("127.0.0.1", description="address that is listened on; 0.0.0.0 = all (jobs/deploy.py)")
     port: int = Field(8000, ge=1, le=65535, description="port that is listened on (jobs/deploy.py)")
+    proxy: Proxy = Field(
+        "ray",
+        description="what listens there: Ray's own, which makes good what a dying ingress leaves behind, or "
+        "HAProxy, which comes with Ray and takes half the time (jobs/deploy.py)",
+    )
     model: str | None = Field(None, description="folder or Hugging Face id of the one model that is served")
     adapter: str | None = Field(
         None, description="its adapter: folder, or models:/name@alias; served as 'adapter'"

@@ -16,8 +16,17 @@ from pipelines.cluster import ray_session
 from pipelines.paths import in_ray_job
 from serve.api import GRACE_SECONDS
 from serve.app import application
-from serve.config import ServeConfig
+from serve.config import Proxy, ServeConfig
 from skipvision.errors import ConfigError, SkipVisionError
+
+_FRONT = {
+    # What makes an engine fail is said once, by `DeploymentError`; Ray's log has the tracebacks.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
+}
+_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+_ENVIRONMENT: dict[Proxy, dict[str, str]] = {"ray": _FRONT, "haproxy": _FRONT | _HAPROXY}
+"""Of the controller, which starts proxies and replicas in its own."""
 
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _RAISED = re.compile(r"^[\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
@@ -42,7 +51,7 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
     app = application(config)
     joined = in_ray_job() or "RAY_ADDRESS" in os.environ
     with ray_session():
-        start(config.host, config.port)
+        start(config.host, config.port, config.proxy)
         try:
             ray_serve.run(app, name=config.name, route_prefix="/")
         except RuntimeError as error:
@@ -57,21 +66,20 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
     return {"url": url, "models": list(config.served())}
 
 
-def start(host: str, port: int) -> None:
-    """Start Ray Serve, with `serve.front` in its proxies, where it does not run yet.
+def start(host: str, port: int, proxy: Proxy = "ray") -> None:
+    """Start Ray Serve where it does not run yet.
+
+    Args:
+        host: address that its proxies listen on.
+        port: likewise.
+        proxy: as `ServeConfig.proxy`.
 
     Raises:
         ConfigError: it runs at another address.
     """
-    environment = {
-        # What makes an engine fail is said once, by `DeploymentError`; Ray's log has the tracebacks.
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        # The controller starts the proxies, in its own environment.
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
-    }
     ray_serve.start(
         http_options={"host": host, "port": port},
-        controller_options={"runtime_env": {"env_vars": environment}},
+        controller_options={"runtime_env": {"env_vars": _ENVIRONMENT[proxy]}},
     )
     # One that ran before keeps its own address, whatever is asked for.
     there: Any = ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).get_http_config.remote())

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2 as httpx
+import openai
+import psutil
 import pytest
 import yaml
 from ray import serve as ray_serve
@@ -15,7 +17,7 @@ from serve.app import application
 from serve.config import serve_config
 from serve.deploy import DeploymentError, run_deploy
 from skipvision.errors import ConfigError, SkipVisionError
-from tests.serve.conftest import free_port
+from tests.serve.conftest import asking, eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,3 +120,32 @@ def test_a_deployment_that_fails_ends_with_one_line_that_says_why(tiny_model, tm
     assert last.startswith("error: 'skipvision' did not come up: engine-tiny-llava: skipvision.errors.Config")
     assert "FlashAttention2" in last
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_haproxy_is_in_front_where_that_is_asked_for(tiny_model, tmp_path):
+    port = free_port()
+    settings = ["--model", str(tiny_model), "--port", str(port), "--proxy", "haproxy"]
+    command = [sys.executable, str(ROOT / "jobs/deploy.py"), *settings, "--ingresses", "2"]
+    url = f"http://127.0.0.1:{port}"
+    options = {"model": "tiny-llava", "messages": asking(), "max_tokens": 8, "temperature": 0}
+    with (tmp_path / "log").open("wb") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        eventually(lambda: "Ctrl-C" in (tmp_path / "log").read_text() or job.poll() is not None, 120)
+        children = psutil.Process(job.pid).children(recursive=True)
+        listening = [
+            each.name() for each in children for one in each.net_connections() if one.laddr.port == port
+        ]
+        assert set(listening) == {"haproxy"}
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=2) as client:
+            whole = client.chat.completions.create(**options).choices[0].message.content
+            pieces = list(client.chat.completions.create(**options, stream=True))
+            assert "".join(each.choices[0].delta.content or "" for each in pieces) == whole
+            next(each for each in children if ":ingress" in each.cmdline()[0]).kill()
+            assert client.chat.completions.create(**options).choices[0].message.content == whole
+        lost = httpx.get(f"{url}/v1/nope")
+        assert (lost.status_code, lost.json()["error"]["type"]) == (404, "invalid_request_error")
+    finally:
+        job.terminate()
+        assert job.wait(60) == 0
