@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import signal
@@ -33,8 +34,12 @@ from PIL import Image
 
 from benchmarks import _endpoint, _measure
 from benchmarks._endpoint import MODEL, PROMPT, SKIP, Endpoint, Outcome
+from serve.config import Proxy
 
 ADAPTER = "shapes"
+LISTENS: dict[Proxy, str] = {"ray": "::ProxyActor", "haproxy": "haproxy"}
+"""Titles of the processes that clients are connected to."""
+
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -43,6 +48,7 @@ class Load:
     """Requests that come all the time.
 
     Attributes:
+        proxy: in front.
         rate: requests a second.
         seconds: of each case.
         tokens: of each answer at most.
@@ -50,6 +56,7 @@ class Load:
 
     endpoint: Endpoint
     session: aiohttp.ClientSession
+    proxy: Proxy
     rate: float
     seconds: float
     tokens: int
@@ -78,17 +85,21 @@ class Load:
         return outcomes
 
     async def settled(self) -> None:
-        """Return when all engines and ingresses run again."""
+        """Return when all engines and ingresses run again, and can be reached."""
         for _ in range(240):
             await asyncio.sleep(0.5)
-            if await asyncio.to_thread(_whole, self.endpoint):
-                return
+            if not await asyncio.to_thread(_whole, self.endpoint, self.proxy):
+                continue
+            with contextlib.suppress(aiohttp.ClientError):
+                async with self.session.get(f"{self.endpoint.url}/healthz") as response:
+                    if response.status == 200:
+                        return
         raise SystemExit("the endpoint did not recover within two minutes")
 
 
-def _whole(endpoint: Endpoint) -> bool:
+def _whole(endpoint: Endpoint, proxy: Proxy) -> bool:
     try:
-        alive = [len(endpoint.processes(title)) for title in (":ingress", "::ProxyActor")]
+        alive = [len(endpoint.processes(title)) for title in (":ingress", LISTENS[proxy])]
         return endpoint.engines() == 2 and alive == [2, 1]
     except Exception:  # the controller is the one that has been killed
         return False
@@ -98,10 +109,12 @@ def _whole(endpoint: Endpoint) -> bool:
 
 
 def killing(endpoint: Endpoint, title: str) -> Callable[[], Awaitable[None]]:
-    """SIGKILL to one process of the endpoint."""
+    """SIGKILL to one process of the endpoint, once there is one again."""
 
     async def kill() -> None:
-        endpoint.processes(title)[0].send_signal(signal.SIGKILL)
+        while not (there := endpoint.processes(title)):
+            await asyncio.sleep(0.2)
+        there[0].send_signal(signal.SIGKILL)
 
     return kill
 
@@ -245,13 +258,13 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
         _end(server)
 
     async with _endpoint.session() as session:
-        load = Load(endpoint, session, options.rate, options.seconds, options.tokens)
+        load = Load(endpoint, session, options.proxy, options.rate, options.seconds, options.tokens)
         await load.during(None)  # everything has been used once
         cases: dict[str, Callable[[], Awaitable[list[Outcome]]]] = {
             "nothing": lambda: load.during(None),
             "engine replica killed": lambda: load.during(killing(endpoint, f":engine-{MODEL}")),
             "ingress replica killed": lambda: load.during(killing(endpoint, ":ingress")),
-            "HTTP proxy killed": lambda: load.during(killing(endpoint, "::ProxyActor")),
+            "HTTP proxy killed": lambda: load.during(killing(endpoint, LISTENS[options.proxy])),
             "Serve controller killed": lambda: load.during(killing(endpoint, "::ServeController")),
             "redeployed with other settings": lambda: load.during(redeployed),
             "half of the clients read slowly": lambda: load.during(None, slow),
@@ -263,8 +276,8 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
         for name in options.cases or cases:
             moved = await _moved(endpoint, session)
             outcomes = await cases[name]()
-            moved = await _moved(endpoint, session) - moved
             await load.settled()
+            moved = await _moved(endpoint, session) - moved
             rows.append(_row(name, outcomes, moved))
             print(rows[-1], file=sys.stderr, flush=True)
         left = await asyncio.to_thread(endpoint.statistics)

@@ -45,14 +45,13 @@ def conversation(body: ChatRequest, vocabulary: Vocabulary) -> tuple[list[dict[s
 
 
 def _harmless(said: Iterable[dict[str, Any]], vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Without special tokens. Texts side by side become one, as in the prompt: each may hold half a token."""
+    """Without special tokens, texts side by side as one."""
     parts: list[dict[str, Any]] = []
     for kind, run in groupby(said, itemgetter("type")):
-        if kind == "text":
-            text = vocabulary.harmless("".join(part["text"] for part in run))
-            parts.append({"type": "text", "text": text})
-        else:
-            parts += run
+        parts += [{"type": kind, "text": "".join(part["text"] for part in run)}] if kind == "text" else run
+    texts = [part for part in parts if part["type"] == "text"]
+    for part, text in zip(texts, vocabulary.harmless([part["text"] for part in texts]), strict=True):
+        part["text"] = text
     return parts
 
 

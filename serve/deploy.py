@@ -23,8 +23,15 @@ _FRONT = {
     # What makes an engine fail is said once, by `DeploymentError`; Ray's log has the tracebacks.
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
+    # Ray asks every 10 s whether a proxy lives; nobody can ask anything while none does.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
-_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+_HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # HAProxy knows at once that a replica is to go; Ray's 30 s are for load balancers that do not.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+}
 _ENVIRONMENT: dict[Proxy, dict[str, str]] = {"ray": _FRONT, "haproxy": _FRONT | _HAPROXY}
 """Of the controller, which starts proxies and replicas in its own."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import llguidance.hf
@@ -49,6 +50,12 @@ class Vocabulary:
             return found[1:]
         return found
 
-    def harmless(self, text: str) -> str:
-        """The same to a reader, but special tokens in it are ordinary text to tokenizer and processor."""
-        return self._reserved.sub(lambda found: found[0][:1] + _JOINER + found[0][1:], text)
+    def harmless(self, texts: Sequence[str]) -> list[str]:
+        """The same to a reader, but special tokens in them are ordinary text to tokenizer and processor.
+
+        Nor do they make one together: templates may put side by side what stood around an image.
+        """
+        found = [self._reserved.sub(lambda one: one[0][:1] + _JOINER + one[0][1:], text) for text in texts]
+        if self._reserved.search("".join(found)):
+            found[1:] = [_JOINER + text for text in found[1:]]
+        return found

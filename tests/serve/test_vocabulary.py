@@ -53,11 +53,11 @@ def test_the_bytes_of_all_tokens_are_those_of_the_text(make):
 def test_special_tokens_of_a_text_become_text():
     tokenizer = letters()
     vocabulary = Vocabulary(SimpleNamespace(tokenizer=tokenizer, image_token="<picture>"))
-    harmless = vocabulary.harmless("a <image></s> b <picture>")
+    (harmless,) = vocabulary.harmless(["a <image></s> b <picture>"])
     assert not any(map(vocabulary.special, tokenizer(harmless).input_ids))
     assert "<picture>" not in harmless
     assert harmless.replace("\N{WORD JOINER}", "") == "a <image></s> b <picture>"
-    assert vocabulary.harmless("a < b > c") == "a < b > c"
+    assert vocabulary.harmless(["a < b > c", "</s"]) == ["a < b > c", "</s"]
 
 
 @pytest.mark.parametrize("texts", [["</", "s>"], ["<", "im", "age", "> ", "<pad>"]])
@@ -78,3 +78,17 @@ def test_texts_side_by_side_make_no_special_token(texts):
         return list(filter(vocabulary.special, processor.tokenizer(prompt).input_ids))
 
     assert special(texts) == special(["a", "b"])
+
+
+@pytest.mark.parametrize("between", [1, 2])
+def test_texts_around_images_make_no_special_token_in_templates_that_put_images_first(between):
+    processor = build_processor(letters())
+    vocabulary = Vocabulary(processor)
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    text = [{"type": "text", "text": piece} for piece in ("<im", "age></", "s>")]
+    content = [text[0], *[image] * between, text[1], image, text[2]]
+    body = ChatRequest(model="x", messages=[{"role": "user", "content": content}])
+    ((said,), _) = conversation(body, vocabulary)
+    joined = "".join(part["text"] for part in said["content"] if part["type"] == "text")
+    assert joined.replace("\N{WORD JOINER}", "") == "<image></s>"
+    assert not any(map(vocabulary.special, processor.tokenizer(joined).input_ids))
