@@ -48,7 +48,10 @@ def _harmless(said: Iterable[dict[str, Any]], vocabulary: Vocabulary) -> list[di
     """Without special tokens, texts side by side as one."""
     parts: list[dict[str, Any]] = []
     for kind, run in groupby(said, itemgetter("type")):
-        parts += [{"type": kind, "text": "".join(part["text"] for part in run)}] if kind == "text" else run
+        if kind == "text":
+            parts.append({"type": "text", "text": "".join(part["text"] for part in run)})
+        else:
+            parts += run
     texts = [part for part in parts if part["type"] == "text"]
     for part, text in zip(texts, vocabulary.harmless([part["text"] for part in texts]), strict=True):
         part["text"] = text
