@@ -4,6 +4,6 @@
                          └─► EngineReplica (`replica`: one engine, in a thread of its own) …, scaled apart
 
 Read in this order: `config`, `schemas`, `replica`, `engine_stream`, `api`, `answers`, `app`; `media`,
-`addresses` and `keys` are what stands between the internet and the rest; `page` is a
-client of it in the browser.
+`addresses`, `keys`, and `front` inside Ray's proxies, are what stands between the internet and the rest;
+`page` is a client of it in the browser.
 """

@@ -30,8 +30,8 @@ from serve.journeys import Journey, Journeys
 from serve.liveness import running, still
 from serve.media import EncodedImage, MediaFetcher
 from serve.problem import Problem
-from serve.problems import problem_of, reported
 from serve.replica import Served, State, Work
+from serve.reporting import problem_of, reported
 from serve.schemas import ChatRequest
 from serve.tracing import Tracer
 from serve.vocabulary import Vocabulary

@@ -115,7 +115,7 @@ class ServeConfig(Section):
     proxy: Proxy = Field(
         "ray",
         description="what listens there: Ray's own, which makes good what a dying ingress leaves behind, or "
-        "HAProxy, which comes with Ray and takes half the time (jobs/deploy.py)",
+        "HAProxy, which comes with Ray and takes less time (jobs/deploy.py)",
     )
     model: str | None = Field(None, description="folder or Hugging Face id of the one model that is served")
     adapter: str | None = Field(

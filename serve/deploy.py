@@ -19,7 +19,7 @@ from serve.app import application
 from serve.config import Proxy, ServeConfig
 from skipvision.errors import ConfigError, SkipVisionError
 
-_FRONT = {
+_ALWAYS = {
     # What makes an engine fail is said once, by `DeploymentError`; Ray's log has the tracebacks.
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
@@ -32,8 +32,8 @@ _HAPROXY = {
     # HAProxy knows at once that a replica is to go; Ray's 30 s are for load balancers that do not.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
-_ENVIRONMENT: dict[Proxy, dict[str, str]] = {"ray": _FRONT, "haproxy": _FRONT | _HAPROXY}
-"""Of the controller, which starts proxies and replicas in its own."""
+_ENVIRONMENT: dict[Proxy, dict[str, str]] = {"ray": _ALWAYS, "haproxy": _ALWAYS | _HAPROXY}
+"""Of the controller, which starts proxies and replicas in its own; what is set already is left."""
 
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _RAISED = re.compile(r"^[\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
@@ -84,9 +84,12 @@ def start(host: str, port: int, proxy: Proxy = "ray") -> None:
     Raises:
         ConfigError: it runs at another address.
     """
+    if _runs():
+        print("Ray Serve runs on this cluster already, and keeps the proxy that it has", flush=True)
+    environment = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT[proxy].items()}
     ray_serve.start(
         http_options={"host": host, "port": port},
-        controller_options={"runtime_env": {"env_vars": _ENVIRONMENT[proxy]}},
+        controller_options={"runtime_env": {"env_vars": environment}},
     )
     # One that ran before keeps its own address, whatever is asked for.
     there: Any = ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).get_http_config.remote())
@@ -96,6 +99,14 @@ def start(host: str, port: int, proxy: Proxy = "ray") -> None:
             f"{there.host}:{there.port}, and has one address: give that, or end it and all its applications "
             "with `serve shutdown` first"
         )
+
+
+def _runs() -> bool:
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _reasons(name: str) -> list[str]:

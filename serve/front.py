@@ -6,17 +6,21 @@ stream. Its own errors are plain text. A proxy that is started with
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front:middlewares
 
 in its environment gives such a request to another ingress as long as nothing of the answer was sent, ends a
-stream that had begun with an error event, and says all else as OpenAI does. Only paths with ``/v1/`` are
-touched: other applications of the cluster have their own ways. Proxies import this module: it stays light.
+stream that had begun with an error event, and says all else as OpenAI does. Only the paths of an application
+at ``/`` are touched: others on the cluster have their own ways. Behind HAProxy it stands in each ingress, where
+there is nobody else to ask. Proxies import this module: it stays light.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import re
+import time
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from ray.util import metrics
 from starlette.datastructures import Headers
@@ -24,22 +28,31 @@ from starlette.middleware import Middleware
 
 from serve.problem import Problem, again_after, overloaded
 
-TRIES = 3
-"""Ingresses that a request is given to, one after the other, if they die before a word was sent."""
+logger = logging.getLogger("ray.serve")
 
-KEPT_BYTES = 2**28
-"""Of bodies that a proxy keeps, to give them to another ingress; requests beyond are given to one only."""
+AGE = b"x-skipvision-age"
+"""Header of a request that is given to another ingress: seconds since it came."""
 
-_ASKING = ("/v1/chat/completions", "/v1/overlay")
+_KEPT_BYTES = 2**28
+
+_OURS = re.compile(r"/(healthz|metrics|openapi\.json|page/.*|v1/.*)?")
+_REPEATABLE = re.compile(r"/v1/(chat/completions|overlay)")
 """What is posted there changes nothing, and may be done twice."""
 
 _ID = re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
 """Request ids of clients that are kept; they stand in every line of the log."""
 
+_CONTROLS = (
+    *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled"),
+    *(b"serve-multiplexed-model-id", b"x-session-id", AGE),
+)
+"""Headers that Ray's proxy and our ingress obey, and that clients shall not set."""
+
 
 def middlewares() -> list[Middleware]:
-    """What Ray puts around its proxy."""
-    return [Middleware(Front)]
+    """What Ray puts around its proxy, or, behind HAProxy, around each ingress."""
+    alone = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    return [Middleware(Front, tries=1 if alone else 2)]
 
 
 class Front:
@@ -47,10 +60,13 @@ class Front:
 
     Args:
         app: Ray's proxy.
+        tries: ingresses that a request is given to at most. Not many: it may be what they die of.
+        kept_bytes: of bodies that are kept, to give them to another ingress; requests beyond are given to one
+            only.
     """
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, tries: int, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._app, self._tries, self._room = app, tries, _Room(kept_bytes)
         self._moved = metrics.Counter(
             "skipvision_front_retries", "requests given to another ingress, because theirs had died"
         )
@@ -58,30 +74,56 @@ class Front:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or "/v1/" not in scope["path"]:
+        if scope["type"] != "http" or not _OURS.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
-        headers = [each for each in scope["headers"] if each[0] != b"x-request-id" or _ID.fullmatch(each[1])]
-        body = _Body(receive)
+        headers = [each for each in scope["headers"] if _passes(*each)]
+        body, begin, missing = _Body(receive, self._room), time.monotonic(), _lost
         answer = _Answer(send, body.forget)
+        if self._tries == 1 or not _repeatable(scope):
+            body.forget()
         try:
-            for further in reversed(range(TRIES)):
+            for last in (*[False] * (self._tries - 1), True):
                 one = {**scope, "headers": headers}
                 await self._app(one, body.reader(), answer.send)
-                headers = one["headers"]  # with the id that Ray gave it
-                if answer.begun or body.gone or not (further and body.whole and _repeatable(scope)):
+                headers = one["headers"]  # with the id that Ray has given it
+                if last or answer.begun or body.gone or not body.whole or _ending():
                     break
                 self._moved.inc()
+                headers = [*headers, (AGE, f"{time.monotonic() - begin:.3f}".encode())]
                 await asyncio.sleep(0)  # the reader before is being cancelled
+        except Exception:
+            logger.exception("Ray's proxy failed on a request")
+            missing = _failed
         finally:
             body.forget()
-        problem = None if body.gone else await answer.close(Headers(raw=headers).get("x-request-id"))
-        if problem is not None:
-            self._errors.inc(tags={"kind": problem.kind})
+        if not body.gone:
+            said = await answer.close(missing, Headers(raw=headers).get("x-request-id"))
+            if said is not None:
+                self._errors.inc(tags={"kind": said.kind})
+
+
+def _passes(name: bytes, value: bytes) -> bool:
+    if name == b"x-request-id":
+        return _ID.fullmatch(value) is not None
+    return name.lower().replace(b"_", b"-") not in _CONTROLS
 
 
 def _repeatable(scope: Any) -> bool:
-    return scope["method"] in ("GET", "HEAD") or scope["path"].endswith(_ASKING)
+    return scope["method"] in ("GET", "HEAD", "OPTIONS") or _REPEATABLE.fullmatch(scope["path"]) is not None
+
+
+def _ending() -> bool:
+    """The proxy itself is: it cancels its requests, and Ray does not hand that on."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class _Room:
+    """Bytes that are left for bodies."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
 
 
 class _Body:
@@ -92,10 +134,8 @@ class _Body:
         whole: nothing of it has been forgotten.
     """
 
-    _kept: ClassVar[int] = 0
-
-    def __init__(self, receive: Any) -> None:
-        self._receive = receive
+    def __init__(self, receive: Any, room: _Room) -> None:
+        self._receive, self._room = receive, room
         self._messages: list[Any] = []
         self.gone, self.whole = False, True
 
@@ -117,7 +157,7 @@ class _Body:
 
     def forget(self) -> None:
         """It will not be read again."""
-        _Body._kept -= sum(len(message.get("body", b"")) for message in self._messages)
+        self._room.left += sum(len(message.get("body", b"")) for message in self._messages)
         self._messages, self.whole = [], False
 
     def _keep(self, message: Any) -> None:
@@ -125,8 +165,8 @@ class _Body:
             self.gone = True
         elif self.whole:
             self._messages.append(message)
-            _Body._kept += len(message.get("body", b""))
-            if _Body._kept > KEPT_BYTES:
+            self._room.left -= len(message.get("body", b""))
+            if self._room.left < 0:
                 self.forget()
 
 
@@ -154,11 +194,8 @@ class _Answer:
             self.begun = True
             self._begins()
             headers = Headers(raw=message["headers"])
-            kind = headers.get("content-type", "")
-            self._stream = kind.startswith("text/event-stream")
-            # Applications say how long their texts are; Ray does not.
-            if message["status"] >= 400 and kind.startswith("text/plain") and "content-length" not in headers:
-                self._problem = _said_by_ray(message["status"], headers)
+            self._stream = headers.get("content-type", "").startswith("text/event-stream")
+            self._problem = _said_by_ray(message["status"], headers)
         if self._problem is not None:
             return
         if message["type"] == "http.response.body":
@@ -166,40 +203,55 @@ class _Answer:
             self._tail = (self._tail + message.get("body", b""))[-2:]
         await self._send(message)
 
-    async def close(self, request_id: str | None) -> Problem | None:
-        """Say what is still missing; returns what was said."""
-        lost = Problem(
-            503,
-            "the server lost this request with the process that had it: try again",
-            "server_error",
-            code="ingress_died",
-            headers=again_after(1),
-        )
+    async def close(self, missing: Callable[[], Problem], request_id: str | None) -> Problem | None:
+        """Say what is still to be said.
+
+        Args:
+            missing: what has become of the request if nobody has said it.
+            request_id: of the answer.
+
+        Returns:
+            The error that was sent, if one was.
+        """
         if not self.begun or self._problem is not None:
-            problem = self._problem or lost
-            response = problem.response()
+            said = self._problem or missing()
+            response = said.response()
             if request_id is not None:
                 response.headers["x-request-id"] = request_id
             await response({"type": "http"}, None, self._send)  # type: ignore[arg-type]
-            return problem
+            return said
         if not self._stream or self._over:
             return None
-        begun = b"" if self._tail == b"\n\n" else b"\n\n"
-        events = f"data: {json.dumps(lost.body())}\n\ndata: [DONE]\n\n".encode()
+        said, begun = missing(), b"" if self._tail == b"\n\n" else b"\n\n"
+        events = f"data: {json.dumps(said.body())}\n\ndata: [DONE]\n\n".encode()
         await self._send({"type": "http.response.body", "body": begun + events, "more_body": False})
-        return lost
+        return said
 
 
-def _said_by_ray(status: int, headers: Headers) -> Problem:
+def _lost() -> Problem:
+    message = "the server lost this request with the process that had it: try again"
+    return Problem(503, message, "server_error", code="ingress_died", headers=again_after(1))
+
+
+def _failed() -> Problem:
+    message = "the server failed on this request; its log says why"
+    return Problem(500, message, "server_error", code="internal_error")
+
+
+def _said_by_ray(status: int, headers: Headers) -> Problem | None:
     """An error of the proxy: no application there, none that has room, or none that lives."""
+    # Applications say how long their texts are; Ray does not.
+    if not headers.get("content-type", "").startswith("text/plain") or "content-length" in headers:
+        return None
+    after = headers.get("retry-after", "")
+    seconds = int(after) if after.isdigit() else 1
     if status == 404:
         return Problem(404, "there is no application at this path", code="not_found")
     if status == 408:
         return Problem(504, "there was no answer in the time for one", "server_error", code="timeout")
-    seconds = float(headers.get("retry-after", "1"))
     if status == 429:
         return overloaded("all places are taken: try again", seconds)
-    again = again_after(seconds)
-    return Problem(
-        503, "nobody is there to answer: try again", "server_error", code="unavailable", headers=again
-    )
+    if status == 503:
+        message = "nobody is there to answer: try again"
+        return Problem(503, message, "server_error", code="unavailable", headers=again_after(seconds))
+    return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from serve.errors import AuthenticationError, OverloadedError
 from serve.keys import KeyRing
-from serve.problems import reported
+from serve.reporting import reported
 
 _OPEN = ("/", "/healthz")
 """What needs no key, nor do the page's files: the page, and the question whether all is well."""

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 from ray.util import metrics
 
-from serve.problems import problem_of
+from serve.reporting import problem_of
 from serve.tracing import Span, Tracer
 from skipvision.engine import Completion, Timing
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from typing import Any
 
 from ray.util import metrics
 
+from serve.front import AGE
 from serve.problem import Problem
-from serve.problems import reported
+from serve.reporting import reported
 
 logger = logging.getLogger("ray.serve")
+
+_AGE = re.compile(rb"\d{1,9}\.\d{3}")
 
 
 class Around:
@@ -19,8 +23,9 @@ class Around:
 
     Refuses bodies that are too large while they arrive, answers errors that nothing else has answered,
     writes one line to the log when the answer is over, and counts. Request ids are Ray Serve's
-    (``X-Request-ID``, the client's own if it sends one): they stand in the answer and in every line of the
-    log. ``scope["arrived"]`` is when it came (`time.monotonic`).
+    (``X-Request-ID``, the client's own if it sends one that `serve.front` lets through): they stand in the
+    answer and in every line of the log. ``scope["arrived"]`` is when it came (`time.monotonic`), to another
+    ingress before this one if that has died.
 
     Args:
         app: what answers.
@@ -44,7 +49,7 @@ class Around:
             await self._app(scope, receive, send)
             return
         begin, status, read, over = time.monotonic(), 0, _announced(scope), False
-        scope["arrived"] = begin
+        scope["arrived"] = begin - _age(scope)
 
         async def sending(message: Any) -> None:
             nonlocal status
@@ -88,6 +93,12 @@ class Around:
             self._seconds.observe(seconds, tags=tags)
             line = {"method": scope["method"], "status": status or 499, "seconds": round(seconds, 4)}
             logger.info("answered", extra={**line, "path": route, "bytes_read": read})
+
+
+def _age(scope: Any) -> float:
+    """Seconds that another ingress had it; no more than a client can do to itself."""
+    age = dict(scope["headers"]).get(AGE, b"0")
+    return float(age) if _AGE.fullmatch(age) else 0.0
 
 
 def _announced(scope: Any) -> int:

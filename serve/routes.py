@@ -27,7 +27,7 @@ from serve.keys import KeyRing
 from serve.middleware import Around
 from serve.page import page_routes
 from serve.problem import Problem
-from serve.problems import reported
+from serve.reporting import reported
 from serve.schemas import ChatRequest
 from skipvision.errors import SkipVisionError
 

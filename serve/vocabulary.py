@@ -56,6 +56,7 @@ class Vocabulary:
         Nor do they make one together: templates may put side by side what stood around an image.
         """
         found = [self._reserved.sub(lambda one: one[0][:1] + _JOINER + one[0][1:], text) for text in texts]
-        if self._reserved.search("".join(found)):
+        # Templates may trim them.
+        if any(self._reserved.search("".join(map(how, found))) for how in (str, str.strip)):
             found[1:] = [_JOINER + text for text in found[1:]]
         return found

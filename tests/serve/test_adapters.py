@@ -17,7 +17,7 @@ from pipelines.loading import load_base, load_processor
 from pipelines.tracking import TrackingConfig
 from serve.adapters import ServedAdapters
 from serve.errors import NotLoadedError
-from serve.problems import problem_of
+from serve.reporting import problem_of
 from skipvision import AdapterError, SkipConfig
 from skipvision.engine import BASE, Engine
 from tests.serve.conftest import free_port, register

@@ -9,8 +9,12 @@ import httpx2 as httpx
 import openai
 import psutil
 import pytest
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from ray.serve._private.http_util import (
+    RequestIdMiddleware,
+    convert_object_to_asgi_messages,
+    validate_http_proxy_callback_return,
+)
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from serve import front
 from serve.front import Front
@@ -20,8 +24,17 @@ CHAT = "/v1/chat/completions"
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
 
-def ask(app, path=CHAT, method="POST", body=(b"ab", b"cd"), headers=()):
-    """The status, headers and body that a client gets of an application that `Front` is around."""
+def asked(path=CHAT, method="POST", headers=(), kind="http"):
+    return {"type": kind, "method": method, "path": path, "headers": [*headers], "root_path": ""}
+
+
+def around(app, tries=2, **options):
+    """`Front` as it stands around Ray's proxy, which gives requests their ids."""
+    return Front(RequestIdMiddleware(app), tries, **options)
+
+
+def ask(app, body=(b"ab", b"cd"), **asked_for):
+    """The status, headers and body that a client gets; None if there is no answer."""
     said, pieces = [], [*body]
 
     async def receive():
@@ -32,8 +45,7 @@ def ask(app, path=CHAT, method="POST", body=(b"ab", b"cd"), headers=()):
     async def send(message):
         said.append(message)
 
-    scope = {"type": "http", "method": method, "path": path, "headers": [*headers]}
-    asyncio.run(Front(app)(scope, receive, send))
+    asyncio.run(app(asked(**asked_for), receive, send))
     if not said:
         return None
     heads = {name.decode(): value.decode() for name, value in said[0]["headers"]}
@@ -41,92 +53,123 @@ def ask(app, path=CHAT, method="POST", body=(b"ab", b"cd"), headers=()):
 
 
 class Dying:
-    """An application whose first replicas die when they have read so many pieces, and sent so many."""
+    """A proxy whose first ingresses die when they have read so many pieces, and sent so many messages."""
 
     def __init__(self, deaths, reads=2, sends=()):
         self.deaths, self.reads, self.sends = deaths, reads, sends
-        self.seen = []
+        self.scopes = []
 
     async def __call__(self, scope, receive, send):
-        heads = scope["headers"] = [*scope["headers"]]
-        if b"x-request-id" not in dict(heads):
-            heads.append((b"x-request-id", b"made"))
-        self.seen.append((dict(heads)[b"x-request-id"], []))
-        dies = len(self.seen) <= self.deaths
-        for _ in range(self.reads if dies else 2):
-            self.seen[-1][1].append((await receive())["body"])
+        self.scopes.append({**scope, "headers": dict(scope["headers"])})
+        scope["root_path"] += "/prefix"  # as Ray's does
+        dies = len(self.scopes) <= self.deaths
+        read = [(await receive())["body"] for _ in range(self.reads if dies else 2)]
         if not dies:
-            await PlainTextResponse(b"".join(self.seen[-1][1]))(scope, receive, send)
-            return
-        for message in self.sends:
+            await PlainTextResponse(b"".join(read))(scope, receive, send)
+        for message in self.sends if dies else ():
             await send(message)
+
+    def heads(self, name):
+        return [scope["headers"].get(name) for scope in self.scopes]
 
 
 @pytest.mark.parametrize("reads", [0, 1, 2])
-@pytest.mark.parametrize("deaths", [0, 1, front.TRIES - 1])
+@pytest.mark.parametrize("deaths", [0, 1, 2])
 def test_an_ingress_that_says_nothing_gives_its_request_to_the_next(deaths, reads):
     app = Dying(deaths, reads)
-    status, _, body = ask(app)
-    assert (status, body, len(app.seen)) == (200, "abcd", deaths + 1)
-    assert {number for number, _ in app.seen} == {b"made"}
+    status, headers, body = ask(around(app, 3))
+    assert (status, body, len(app.scopes)) == (200, "abcd", deaths + 1)
+    assert {*app.heads(b"x-request-id")} == {headers["x-request-id"].encode()}
+    assert {scope["root_path"] for scope in app.scopes} == {""}
+    assert [age is not None for age in app.heads(front.AGE)] == [False] + [True] * deaths
 
 
 def test_in_the_end_the_client_is_told():
-    app = Dying(front.TRIES)
-    status, headers, body = ask(app)
-    assert (status, json.loads(body)["error"]["code"], len(app.seen)) == (503, "ingress_died", front.TRIES)
-    assert (headers["x-request-id"], headers["retry-after"]) == ("made", "1")
+    app = Dying(2)
+    status, headers, body = ask(around(app))
+    assert (status, json.loads(body)["error"]["code"], len(app.scopes)) == (503, "ingress_died", 2)
+    assert headers["retry-after"] == "1"
+    assert headers["x-request-id"].encode() == app.heads(b"x-request-id")[0]
 
 
 @pytest.mark.parametrize(
     ("path", "method", "tries"),
     [
-        ("/other/v1/overlay", "POST", front.TRIES),
-        ("/v1/models", "GET", front.TRIES),
+        ("/v1/overlay", "POST", 2),
+        ("/v1/models", "GET", 2),
+        ("/healthz", "HEAD", 2),
+        (CHAT, "OPTIONS", 2),
         ("/v1/files", "POST", 1),
-        ("/mine", "POST", 1),
+        ("/", "POST", 1),
+        ("/mine", "GET", 1),
+        ("/mine/v1/chat/completions", "POST", 1),
     ],
 )
 def test_only_what_may_be_done_twice_is(path, method, tries):
     app = Dying(9)
-    found = ask(app, path, method)
-    assert len(app.seen) == tries
-    assert (found is None) == (path == "/mine")  # another application's
+    found = ask(around(app), path=path, method=method)
+    assert len(app.scopes) == tries
+    assert (found is None) == path.startswith("/mine")  # another application's
 
 
-def test_a_body_beyond_what_is_kept_goes_to_one_ingress_only(monkeypatch):
-    monkeypatch.setattr(front, "KEPT_BYTES", 3)
+def test_bodies_beyond_what_is_kept_go_to_one_ingress_only():
     app = Dying(1)
-    assert ask(app)[0] == 503
-    assert front._Body._kept == 0
-    assert ask(Dying(1), body=(b"a", b"b"))[0] == 200
-    assert front._Body._kept == 0
+    small = around(app, kept_bytes=3)
+    assert ask(small)[0] == 503
+    assert len(app.scopes) == 1
+    app.scopes.clear()
+    assert ask(small, body=(b"a", b"bc"))[0] == 200  # the room that the other one had
 
 
-def test_a_client_that_has_gone_is_not_asked_for_again():
+def test_bodies_share_the_room():
+    both = []
+
+    async def app(scope, receive, send):
+        await receive()
+        both.append(scope)
+        while len(both) < 2:
+            await asyncio.sleep(0)
+
+    async def two():
+        async def receive():
+            return {"type": "http.request", "body": b"ab", "more_body": False}
+
+        async def send(message):
+            pass
+
+        shared = around(app, kept_bytes=3)
+        await asyncio.gather(*(shared(asked(), receive, send) for _ in range(2)))
+
+    asyncio.run(two())
+    assert len(both) == 3  # one of them is asked again
+
+
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_client_that_has_gone_is_not_asked_for_again(when):
+    messages = [{"type": "http.request", "body": b"a", "more_body": True}] * when
+    messages.append({"type": "http.disconnect"})
     calls = []
 
     async def app(scope, receive, send):
-        calls.append((await receive())["type"])
+        calls.append([await receive() for _ in range(when + 1)])
 
-    async def gone():
-        return {"type": "http.disconnect"}
+    async def receive():
+        return messages.pop(0)
 
     async def send(message):
         raise AssertionError(message)
 
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-    asyncio.run(Front(app)(scope, gone, send))
-    assert calls == ["http.disconnect"]
+    asyncio.run(around(app)(asked(), receive, send))
+    assert [read[-1]["type"] for read in calls] == ["http.disconnect"]
 
 
 @pytest.mark.parametrize(("sent", "between"), [(b"data: 1\n\n", ""), (b"data: 1", "\n\n"), (None, "")])
 def test_a_stream_that_breaks_off_ends_with_an_error_event(sent, between):
     pieces = [] if sent is None else [{"type": "http.response.body", "body": sent, "more_body": True}]
     app = Dying(1, sends=[START, *pieces])
-    status, _, body = ask(app)
+    status, _, body = ask(around(app))
     begun = (sent or b"").decode() + between
-    assert (status, body[: len(begun)], len(app.seen)) == (200, begun, 1)
+    assert (status, body[: len(begun)], len(app.scopes)) == (200, begun, 1)
     error, end, rest = body[len(begun) :].split("\n\n")
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "ingress_died"
     assert (end, rest) == ("data: [DONE]", "")
@@ -134,49 +177,81 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(sent, between):
 
 def test_a_stream_that_has_ended_is_left_alone():
     end = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
-    assert ask(Dying(1, sends=[START, end]))[2] == "data: [DONE]\n\n"
+    assert ask(around(Dying(1, sends=[START, end])))[2] == "data: [DONE]\n\n"
+
+
+def test_json_that_breaks_off_is_not_made_whole():
+    start = {**START, "headers": [(b"content-type", b"application/json")]}
+    piece = {"type": "http.response.body", "body": b'{"a"', "more_body": True}
+    assert ask(around(Dying(1, sends=[start, piece])))[2] == '{"a"'
 
 
 @pytest.mark.parametrize(
     ("status", "headers", "said"),
     [
-        (404, {}, (404, "not_found", None)),
-        (408, {}, (504, "timeout", None)),
-        (429, {"retry-after": "7"}, (429, "overloaded", "7")),
-        (503, {}, (503, "unavailable", "1")),
+        (404, [], (404, "not_found", None)),
+        (408, [], (504, "timeout", None)),
+        (429, [(b"retry-after", b"7")], (429, "overloaded", "7")),
+        (503, [(b"retry-after", b"Mon, 23 Nov 2026 20:54:13 GMT")], (503, "unavailable", "1")),
     ],
 )
 def test_errors_of_rays_proxy_are_said_as_openais(status, headers, said):
-    fields = {"content-type": "text/plain; charset=utf-8", **headers}
-    raw = [(name.encode(), value.encode()) for name, value in fields.items()]
-    start = {"type": "http.response.start", "status": status, "headers": raw}
-    app = Dying(1, sends=[start, {"type": "http.response.body", "body": b"Path not found"}])
-    found, heads, body = ask(app)
+    app = Dying(1, sends=convert_object_to_asgi_messages("Path not found", status, headers))
+    found, heads, body = ask(around(app))
     assert (found, json.loads(body)["error"]["code"], heads.get("retry-after")) == said
-    assert len(app.seen) == 1
+    assert heads["x-request-id"]
+    assert len(app.scopes) == 1
 
 
-def test_texts_of_applications_are_their_own():
-    async def app(scope, receive, send):
-        await PlainTextResponse("mine", 404)(scope, receive, send)
+@pytest.mark.parametrize(
+    "answer", [PlainTextResponse("mine", 404), PlainTextResponse("mine", 503), JSONResponse("mine", 404)]
+)
+def test_answers_of_applications_are_their_own(answer):
+    assert "mine" in ask(around(answer))[2]
+    assert ask(around(Dying(1, sends=convert_object_to_asgi_messages("mine", 400))))[::2] == (400, "mine")
 
-    assert ask(app)[::2] == (404, "mine")
 
-
-@pytest.mark.parametrize("given", [b"x" * 129, b"a b", b'a"', b"", "é".encode()])
-def test_request_ids_that_would_spoil_a_log_are_replaced(given):
+@pytest.mark.parametrize("given", [b"x" * 129, b"a b", b'a"', b"", "é".encode(), b"\xff"])
+@pytest.mark.parametrize("path", [CHAT, "/healthz", "/"])
+def test_request_ids_that_would_spoil_a_log_are_replaced(given, path):
     app = Dying(0)
-    ask(app, headers=[(b"x-request-id", given)])
-    assert app.seen[0][0] == b"made"
-    ask(app, headers=[(b"x-request-id", b"mine-1")])
-    assert app.seen[1][0] == b"mine-1"
+    for each in (given, b"mine-1"):
+        ask(around(app), headers=[(b"x-request-id", each)], path=path)
+    made, mine = app.heads(b"x-request-id")
+    assert (len(made), mine) == (36, b"mine-1")
 
 
-def test_ray_takes_it():
-    from ray.serve._private.http_util import validate_http_proxy_callback_return
+@pytest.mark.parametrize("name", [*front._CONTROLS, b"serve_multiplexed_model_id"])
+def test_headers_that_ray_obeys_are_not_for_clients(name):
+    app = Dying(0)
+    ask(around(app), headers=[(name, b"\xff"), (b"accept", b"*/*")])
+    assert app.heads(name) == [None]
+    assert app.heads(b"accept") == [b"*/*"]
 
+
+def test_an_error_in_rays_proxy_is_said_as_openais():
+    async def app(scope, receive, send):
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid")
+
+    status, _, body = ask(around(app))
+    assert (status, json.loads(body)["error"]["code"]) == (500, "internal_error")
+
+
+def test_websockets_pass():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["type"])
+
+    ask(Front(app, 2), kind="websocket")
+    assert seen == ["websocket"]
+
+
+@pytest.mark.parametrize(("haproxy", "tries"), [("0", 2), ("1", 1)])
+def test_ray_takes_it(monkeypatch, haproxy, tries):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", haproxy)
     (one,) = validate_http_proxy_callback_return(front.middlewares())
-    assert isinstance(one, Middleware)
+    assert (one.cls, one.kwargs) == (Front, {"tries": tries})
 
 
 def ingresses():
@@ -186,7 +261,7 @@ def ingresses():
 
 def test_an_ingress_that_is_killed_loses_no_request(endpoint):
     """An answer in one piece is the next ingress's; a stream that had begun ends with an event."""
-    answers, events = [], []
+    answers = []
     options = {"model": "tiny", "messages": asking(), "max_tokens": 400, "response_format": LONG}
 
     def whole():
@@ -195,7 +270,7 @@ def test_an_ingress_that_is_killed_loses_no_request(endpoint):
 
     with httpx.stream("POST", f"{endpoint.url}{CHAT}", json={**options, "stream": True}, timeout=60) as begun:
         lines = filter(None, begun.iter_lines())
-        events.append(next(lines))
+        next(lines)
         waiting = threading.Thread(target=whole)
         waiting.start()
         time.sleep(0.3)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import serve.page
-from serve.problems import problem_of
+from serve.reporting import problem_of
 from skipvision import SkipConfig, UnsupportedModelError, load_adapter
 from skipvision.analysis import patches_of
 from skipvision.attach import attachment_of
