@@ -7,8 +7,8 @@ stream. Its own errors are plain text. A proxy that is started with
 
 in its environment gives such a request to another ingress as long as nothing of the answer was sent, ends a
 stream that had begun with an error event, and says all else as OpenAI does. Only the paths of an application
-at ``/`` are touched: others on the cluster have their own ways. Behind HAProxy it stands in each ingress, where
-there is nobody else to ask. Proxies import this module: it stays light.
+at ``/`` are touched: others on the cluster have their own ways. Behind HAProxy it stands in each ingress,
+where there is nobody else to ask. Proxies import this module: it stays light.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What stands around requests: ids, sizes, keys, back-pressure, metrics; and settings that are wrong."""
 
+import asyncio
 import json
 import re
 import socket
@@ -17,6 +18,8 @@ from pipelines.config import load_config
 from serve.app import build
 from serve.config import ServeConfig, serve_config
 from serve.exposition import merged
+from serve.front import AGE
+from serve.middleware import Around
 from serve.replica import load_of
 from serve.scaling import ByLoad
 from skipvision import ConfigError
@@ -31,6 +34,28 @@ def test_every_answer_has_an_id_and_the_clients_own_is_kept(endpoint):
     assert given.headers["x-request-id"] == "mine-1"
     made = httpx.get(f"{endpoint.url}/nowhere")
     assert len(made.headers["x-request-id"]) >= 32
+    long = httpx.get(f"{endpoint.url}/healthz", headers={"x-request-id": "mine" * 50})
+    assert len(long.headers["x-request-id"]) == 36
+
+
+@pytest.mark.parametrize(("age", "seconds"), [(None, 0), (b"5.250", 5.25), (b"-5.000", 0), (b"nan", 0)])
+def test_the_time_that_another_ingress_had_counts(age, seconds):
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["arrived"])
+
+    headers = [] if age is None else [(AGE, age)]
+    begin = time.monotonic()
+    asyncio.run(Around(app, 9)({"type": "http", "method": "GET", "headers": headers}, None, None))
+    assert begin <= seen[0] + seconds <= time.monotonic()
+
+
+@pytest.mark.parametrize("name", ["x-request-timeout-seconds", "x-session-id"])
+def test_headers_that_ray_reads_do_it_no_harm(endpoint, name):
+    with socket.create_connection(("127.0.0.1", httpx.URL(endpoint.url).port), 10) as raw:
+        raw.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\n{name}: ".encode() + b"\xff\r\n\r\n")
+        assert raw.recv(15) == b"HTTP/1.1 200 OK"
 
 
 @pytest.mark.parametrize("announced", [True, False])
