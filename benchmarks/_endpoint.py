@@ -51,8 +51,7 @@ def local_endpoint(*, proxy: Proxy = "ray", **settings: Any) -> Iterator[Endpoin
         settings: of `serve.app.build`, beside the model's own.
     """
     # Beside the benchmark, not below it.
-    os.environ["RAY_worker_niceness"] = "0"
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ray.init(
         address="local",

@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Break everything in turn and print the table; with --out, write too."""
     options = _options().parse_args(arguments)
     load = os.getloadavg()[0]
-    os.environ["RAY_metrics_report_interval_ms"] = "500"  # for counters that can be read at once
+    os.environ |= {"RAY_metrics_report_interval_ms": "500"}  # for counters that can be read at once
     with tempfile.TemporaryDirectory() as folder, registry(Path(folder)) as (url, server):
         options.settings = {
             "ingresses": 2,

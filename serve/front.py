@@ -35,7 +35,7 @@ AGE = b"x-skipvision-age"
 
 _KEPT_BYTES = 2**28
 
-_OURS = re.compile(r"/(healthz|metrics|openapi\.json|page/.*|v1/.*)?")
+_OURS = re.compile(r"/(healthz|metrics|openapi\.json|page/.*|v1/.*)?", re.DOTALL)
 _REPEATABLE = re.compile(r"/v1/(chat/completions|overlay)")
 """What is posted there changes nothing, and may be done twice."""
 
