@@ -99,6 +99,7 @@ KEYED: dict[int | str, dict[str, Any]] = {
     401: _error("no API key, or an unknown one"),
     429: _error("too many requests at once; Retry-After says when"),
     500: _error("the server failed"),
+    503: _error("nobody lives to answer; Retry-After says when to ask"),
 }
 """Where keys are asked for."""
 
@@ -106,9 +107,9 @@ METRICS = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **K
 """Of the page for Prometheus."""
 
 NAMED = {
-    404: _error("there is no such model"),
-    503: _error("no engine lives; or it does not have the adapter yet, and Retry-After says when to ask"),
     **KEYED,
+    404: _error("there is no such model"),
+    503: _error("nobody lives to answer, or no engine has the adapter yet; Retry-After says when to ask"),
 }
 """Where a model is named."""
 
