@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -225,7 +225,7 @@ class Ingress:
         async with _in_time(journey.until):
             with journey.stage("media"):
                 pictures = await self._pictures(urls)
-            request = EngineRequest(messages, skip=body.skip or self._skip(target), adapter=target.adapter)
+            request = EngineRequest(messages, skip=self._skip_of(body, target), adapter=target.adapter)
             with journey.stage("prepare"):
                 # Images in these threads only: what is decoded at once has to fit into memory.
                 return await asyncio.get_running_loop().run_in_executor(
@@ -256,6 +256,15 @@ class Ingress:
             )
             raise Problem(400, message, param="messages", code="media_too_large")
         return pictures
+
+    def _skip_of(self, body: ChatRequest, target: Target) -> sv.SkipConfig | Literal["full"] | None:
+        """That of a request. The base model's summaries are as settings say, unless the request says it."""
+        own, asked_for = self._skip(target), body.skip
+        if not isinstance(asked_for, sv.SkipConfig):
+            return asked_for or own
+        if target.adapter is not None or "summary_tokens" in asked_for.model_fields_set:
+            return asked_for
+        return asked_for.model_copy(update={"summary_tokens": own.summary_tokens if own else 0})
 
     def _skip(self, target: Target) -> sv.SkipConfig | None:
         """The SkipConfig that the settings give the base model."""

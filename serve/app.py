@@ -71,6 +71,9 @@ def application(config: ServeConfig) -> ray_serve.Application:
         max_ongoing_requests=config.limits.open_requests + _SPARE,
         max_queued_requests=_SPARE,
         backpressure_config=_full(config),
+        # Three times without an answer, and another one takes its place.
+        health_check_period_s=5,
+        health_check_timeout_s=10,
         # Longer than any request takes: who is told to go answers first what it has.
         graceful_shutdown_timeout_s=config.limits.request_seconds + GRACE_SECONDS,
         ray_actor_options={"num_cpus": 0.25, "runtime_env": _MESSAGES},

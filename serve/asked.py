@@ -105,6 +105,9 @@ def refuse_unsupported(body: ChatRequest) -> None:
                 param=name,
                 code="unsupported",
             )
+    if body.stream_options is not None and not body.stream:
+        message = "stream_options without stream=true: leave it out"
+        raise Problem(400, message, param="stream_options", code="invalid_value")
     if body.top_logprobs is not None and not body.logprobs:
         raise Problem(400, "top_logprobs without logprobs=true", param="top_logprobs", code="invalid_value")
 

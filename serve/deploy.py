@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -59,6 +60,8 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
     joined = in_ray_job() or "RAY_ADDRESS" in os.environ
     with ray_session():
         start(config.host, config.port, config.proxy)
+        # Of every start it says that it connects to a Serve that exists; all else is said here.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             ray_serve.run(app, name=config.name, route_prefix="/")
         except RuntimeError as error:

@@ -93,8 +93,9 @@ class Front:
                 headers = [*headers, (AGE, f"{time.monotonic() - begin:.3f}".encode())]
                 await asyncio.sleep(0)  # the reader before is being cancelled
         except Exception:
-            logger.exception("Ray's proxy failed on a request")
             missing = _failed
+            if not body.gone:  # Ray may trip over one that leaves
+                logger.exception("failed on a request")
         finally:
             body.forget()
         if not body.gone:
@@ -239,19 +240,17 @@ def _failed() -> Problem:
 
 
 def _said_by_ray(status: int, headers: Headers) -> Problem | None:
-    """An error of the proxy: no application there, none that has room, or none that lives."""
+    """An error of the proxy: no room, no application, or none that lives."""
     # Applications say how long their texts are; Ray does not.
     if not headers.get("content-type", "").startswith("text/plain") or "content-length" in headers:
         return None
     after = headers.get("retry-after", "")
     seconds = int(after) if after.isdigit() else 1
-    if status == 404:
-        return Problem(404, "there is no application at this path", code="not_found")
     if status == 408:
         return Problem(504, "there was no answer in the time for one", "server_error", code="timeout")
     if status == 429:
         return overloaded("all places are taken: try again", seconds)
-    if status == 503:
+    if status in (404, 503):  # 404: there is no application, because it starts or ends
         message = "nobody is there to answer: try again"
         return Problem(503, message, "server_error", code="unavailable", headers=again_after(seconds))
     return None

@@ -36,6 +36,9 @@ _TOLD = 10
 
 _LONGEST_NAME = 100
 
+_CODES = {400: "invalid_value", 404: "not_found", 405: "method_not_allowed"}
+"""Of what FastAPI refuses by itself."""
+
 
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
@@ -107,7 +110,9 @@ def http_app(config: ServeConfig) -> FastAPI:
 
     async def refused(http: Request, error: Any) -> Response:
         message = f"{http.method} {http.url.path}: {error.detail}"
-        problem = Problem(error.status_code, message, headers=error.headers or {})
+        problem = Problem(
+            error.status_code, message, code=_CODES.get(error.status_code), headers=error.headers or {}
+        )
         return reported(problem).response()
 
     app.add_exception_handler(RequestValidationError, invalid)
@@ -135,6 +140,8 @@ def _here() -> Ingress:
 
 def _wrong_fields(found: Sequence[Any], body: Any) -> Problem:
     """What pydantic says of a body, as OpenAI says it."""
+    if body is None or isinstance(body, (bytes, str)) or found[0]["type"] == "json_invalid":
+        return Problem(400, _no_json(found[0], body), code="invalid_value")
     tree = {"body": body}
     named = [(field_name(each, tree).removeprefix("body").lstrip("."), each) for each in details(found)]
     unknown = [name for name, each in named if each["type"] == "extra_forbidden"]
@@ -145,6 +152,14 @@ def _wrong_fields(found: Sequence[Any], body: Any) -> Problem:
     # The members of a union may all say the same.
     lines = _first(dict.fromkeys(_complaint(name, each) for name, each in named), "; ")
     return Problem(400, lines, param=named[0][0] or None, code="invalid_value")
+
+
+def _no_json(problem: Any, body: Any) -> str:
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][-1]}"
+    if body:
+        return "the body is not read as JSON: send Content-Type: application/json, and an object"
+    return "there is no body: send JSON"
 
 
 def _first(lines: Iterable[str], between: str) -> str:

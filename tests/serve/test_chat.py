@@ -295,6 +295,7 @@ CUT_OFF = image_part(png((64, 48))[:50])
         ({"presence_penalty": 1}, "presence_penalty", "not supported"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "without stream=true"),
         ({"extra_body": {"best_of": 3}}, "best_of", "Unknown parameter: 'best_of'."),
         (
             {"messages": [{"role": "user", "content": "x", "mood": "y"}]},
@@ -369,21 +370,33 @@ def test_unknown_models_routes_and_bodies(client, endpoint):
     with pytest.raises(openai.NotFoundError) as caught:
         ask(client, model="green")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    for method, path, status in (
-        ("GET", "/v2", 404),
-        ("GET", "/v1/chat/completions", 405),
-        ("POST", "/healthz", 405),
+    for method, path, status, code in (
+        ("GET", "/v2", 404, "not_found"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("POST", "/healthz", 405, "method_not_allowed"),
     ):
         response = httpx.request(method, endpoint.url + path)
         assert response.status_code == status
-        assert response.json()["error"]["type"] == "invalid_request_error"
-    response = httpx.post(
-        f"{endpoint.url}/v1/chat/completions",
-        content=b"{not json",
-        headers={"content-type": "application/json"},
-    )
-    assert response.status_code == 400
-    assert "JSON" in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", code)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (b"{not json", "application/json", "the body is not JSON: .* at character 1"),
+        (b"", "application/json", "there is no body: send JSON"),
+        (b"{}", "text/plain", "send Content-Type: application/json"),
+        (b"[]", "application/json", "the body: Input should be a valid dictionary"),
+        (b'{"model": "\xff"}', "application/json", "error parsing the body"),
+    ],
+)
+def test_bodies_that_are_no_json_are_said_to_be_none(endpoint, body, kind, message):
+    url, headers = f"{endpoint.url}/v1/chat/completions", {"content-type": kind}
+    response = httpx.post(url, content=body, headers=headers)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "invalid_value")
+    assert re.search(message, error["message"])
 
 
 def test_health_and_documentation(endpoint):

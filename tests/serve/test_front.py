@@ -189,7 +189,7 @@ def test_json_that_breaks_off_is_not_made_whole():
 @pytest.mark.parametrize(
     ("status", "headers", "said"),
     [
-        (404, [], (404, "not_found", None)),
+        (404, [], (503, "unavailable", "1")),
         (408, [], (504, "timeout", None)),
         (429, [(b"retry-after", b"7")], (429, "overloaded", "7")),
         (503, [(b"retry-after", b"Mon, 23 Nov 2026 20:54:13 GMT")], (503, "unavailable", "1")),
