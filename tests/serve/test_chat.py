@@ -381,6 +381,15 @@ def test_unknown_models_routes_and_bodies(client, endpoint):
         assert (error["type"], error["code"]) == ("invalid_request_error", code)
 
 
+@pytest.mark.parametrize("model", ["tiny", "red"])
+def test_a_skip_that_says_nothing_of_summaries_has_those_of_its_model(client, model):
+    skip = {"retained": 3, "skipped": 6}
+    usage = client.chat.completions.create(
+        model=model, messages=asking(), max_tokens=2, extra_body={"skip": skip}
+    ).usage
+    assert usage.visual_tokens["cached"] == 3 + 2
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "message"),
     [

@@ -48,12 +48,10 @@ def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, clien
     assert answer().usage.visual_tokens["cached"] == 6
 
 
-def test_a_skip_that_says_nothing_of_summaries_has_those_of_its_model(guarded, client):
-    skip = {"skip": {"retained": 4, "skipped": 6}}
-    with openai.OpenAI(base_url=guarded.url, api_key=guarded.bob, max_retries=0) as plain:
-        for asked, model, cached in ((plain, "small", 4), (client, "tiny", 6), (client, "red", 6)):
-            options = {"model": model, "messages": asking(), "max_tokens": 2, "extra_body": skip}
-            assert asked.chat.completions.create(**options).usage.visual_tokens["cached"] == cached
+def test_a_skip_that_says_nothing_of_summaries_has_none_where_the_model_has_none(client):
+    options = {"messages": asking(), "max_tokens": 2, "extra_body": {"skip": {"retained": 4, "skipped": 6}}}
+    answer = client.chat.completions.create(model="small", **options)
+    assert answer.usage.visual_tokens["cached"] == 4
 
 
 def test_a_request_is_one_trace_under_the_clients_span(guarded, client):
