@@ -81,14 +81,16 @@ def test_texts_side_by_side_make_no_special_token(texts):
 
 
 @pytest.mark.parametrize("between", [1, 2])
-def test_texts_around_images_make_no_special_token_in_templates_that_put_images_first(between):
+@pytest.mark.parametrize("blank", ["", " "])
+def test_texts_around_images_make_no_special_token_in_templates_that_put_images_first(between, blank):
+    """Nor in those that trim each text."""
     processor = build_processor(letters())
     vocabulary = Vocabulary(processor)
     image = {"type": "image_url", "image_url": {"url": "x"}}
-    text = [{"type": "text", "text": piece} for piece in ("<im", "age></", "s>")]
+    text = [{"type": "text", "text": blank + piece + blank} for piece in ("<im", "age></", "s>")]
     content = [text[0], *[image] * between, text[1], image, text[2]]
     body = ChatRequest(model="x", messages=[{"role": "user", "content": content}])
     ((said,), _) = conversation(body, vocabulary)
-    joined = "".join(part["text"] for part in said["content"] if part["type"] == "text")
-    assert joined.replace("\N{WORD JOINER}", "") == "<image></s>"
+    joined = "".join(part["text"].strip() for part in said["content"] if part["type"] == "text")
+    assert joined.replace("\N{WORD JOINER}", "").replace(" ", "") == "<image></s>"
     assert not any(map(vocabulary.special, processor.tokenizer(joined).input_ids))
