@@ -147,14 +147,13 @@ def test_bodies_share_the_room():
 @pytest.mark.parametrize("when", [0, 1, 2])
 def test_a_client_that_has_gone_is_not_asked_for_again(when):
     messages = [{"type": "http.request", "body": b"a", "more_body": True}] * when
-    messages.append({"type": "http.disconnect"})
     calls = []
 
     async def app(scope, receive, send):
         calls.append([await receive() for _ in range(when + 1)])
 
     async def receive():
-        return messages.pop(0)
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
 
     async def send(message):
         raise AssertionError(message)
