@@ -162,6 +162,29 @@ def test_a_client_that_has_gone_is_not_asked_for_again(when):
     assert [read[-1]["type"] for read in calls] == ["http.disconnect"]
 
 
+def test_a_proxy_that_ends_asks_nobody_else():
+    calls = []
+
+    async def app(scope, receive, send):
+        calls.append(scope)
+        try:
+            await asyncio.sleep(9)
+        except asyncio.CancelledError:  # as Ray's does
+            return
+
+    async def send(message):
+        pass
+
+    async def cancelled():
+        task = asyncio.create_task(around(app)(asked(), None, send))
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    asyncio.run(cancelled())
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(("sent", "between"), [(b"data: 1\n\n", ""), (b"data: 1", "\n\n"), (None, "")])
 def test_a_stream_that_breaks_off_ends_with_an_error_event(sent, between):
     pieces = [] if sent is None else [{"type": "http.response.body", "body": sent, "more_body": True}]
