@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,8 +112,3 @@ def usage(found: Usage) -> dict[str, Any]:
         "kv_bytes": found.kv_bytes,
         "prefix_hit": found.prefix_hit,
     }
-
-
-def event(data: dict[str, Any] | str) -> str:
-    """One server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"

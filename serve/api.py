@@ -23,9 +23,10 @@ from transformers import AutoConfig
 import skipvision as sv
 from pipelines.loading import load_processor
 from serve import asked
-from serve.answers import Answer, event
+from serve.answers import Answer
 from serve.config import ServeConfig
 from serve.errors import DeadlineError
+from serve.events import event
 from serve.journeys import Journey, Journeys
 from serve.liveness import running, still
 from serve.media import EncodedImage, MediaFetcher

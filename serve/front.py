@@ -14,7 +14,6 @@ where there is nobody else to ask. Proxies import this module: it stays light.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -26,7 +25,8 @@ from ray.util import metrics
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 
-from serve.problem import Problem, again_after, overloaded
+from serve.events import event
+from serve.problem import Problem, again_after, errors, internal_error, overloaded
 
 logger = logging.getLogger("ray.serve")
 
@@ -70,7 +70,6 @@ class Front:
         self._moved = metrics.Counter(
             "skipvision_front_retries", "requests given to another ingress, because theirs had died"
         )
-        self._errors = metrics.Counter("skipvision_errors", "answers that are errors, by kind", ("kind",))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
@@ -93,7 +92,7 @@ class Front:
                 headers = [*headers, (AGE, f"{time.monotonic() - begin:.3f}".encode())]
                 await asyncio.sleep(0)  # the reader before is being cancelled
         except Exception:
-            missing = _failed
+            missing = internal_error
             if not body.gone:  # Ray may trip over one that leaves
                 logger.exception("failed on a request")
         finally:
@@ -101,7 +100,7 @@ class Front:
         if not body.gone:
             said = await answer.close(missing, Headers(raw=headers).get("x-request-id"))
             if said is not None:
-                self._errors.inc(tags={"kind": said.kind})
+                errors().inc(tags={"kind": said.kind})
 
 
 def _passes(name: bytes, value: bytes) -> bool:
@@ -223,20 +222,15 @@ class _Answer:
             return said
         if not self._stream or self._over:
             return None
-        said, begun = missing(), b"" if self._tail == b"\n\n" else b"\n\n"
-        events = f"data: {json.dumps(said.body())}\n\ndata: [DONE]\n\n".encode()
-        await self._send({"type": "http.response.body", "body": begun + events, "more_body": False})
+        said, begun = missing(), "" if self._tail == b"\n\n" else "\n\n"
+        events = begun + event(said.body()) + event("[DONE]")
+        await self._send({"type": "http.response.body", "body": events.encode(), "more_body": False})
         return said
 
 
 def _lost() -> Problem:
     message = "the server lost this request with the process that had it: try again"
     return Problem(503, message, "server_error", code="ingress_died", headers=again_after(1))
-
-
-def _failed() -> Problem:
-    message = "the server failed on this request; its log says why"
-    return Problem(500, message, "server_error", code="internal_error")
 
 
 def _said_by_ray(status: int, headers: Headers) -> Problem | None:

@@ -6,8 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+from ray.util import metrics
 from starlette.responses import Response
 
 
@@ -48,6 +50,12 @@ class Problem(Exception):
         return Response(content, self.status, dict(self.headers), media_type="application/json")
 
 
+def internal_error() -> Problem:
+    """What says nothing of itself to a client."""
+    message = "the server failed on this request; its log says why"
+    return Problem(500, message, "server_error", code="internal_error")
+
+
 def overloaded(message: str, retry_after: float) -> Problem:
     """Too many requests."""
     headers = again_after(retry_after)
@@ -57,3 +65,9 @@ def overloaded(message: str, retry_after: float) -> Problem:
 def again_after(seconds: float) -> dict[str, str]:
     """The header that says when to try again."""
     return {"Retry-After": str(math.ceil(seconds))}
+
+
+@cache
+def errors() -> metrics.Counter:
+    """Those that were sent, by kind."""
+    return metrics.Counter("skipvision_errors", "answers that are errors, by kind", ("kind",))

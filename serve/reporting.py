@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.util import metrics
 
 from serve.errors import AuthenticationError, DeadlineError, NotLoadedError, OverloadedError
-from serve.problem import Problem, again_after, overloaded
+from serve.problem import Problem, again_after, errors, internal_error, overloaded
 from skipvision.errors import (
     ConfigError,
     GenerationError,
@@ -54,20 +52,13 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, GenerationError):
         return Problem(500, str(error), "server_error", code="generation_failed")
-    return Problem(
-        500, "the server failed on this request; its log says why", "server_error", code="internal_error"
-    )
+    return internal_error()
 
 
 def reported(error: BaseException) -> Problem:
     """What the client is told. It is counted, and what is not our own goes to the log whole."""
     problem = problem_of(error)
-    _errors().inc(tags={"kind": problem.kind})
+    errors().inc(tags={"kind": problem.kind})
     if problem.status == 500 and not isinstance(error, Problem):
         logger.error("request failed", exc_info=error)
     return problem
-
-
-@cache
-def _errors() -> metrics.Counter:
-    return metrics.Counter("skipvision_errors", "answers that are errors, by kind", ("kind",))
