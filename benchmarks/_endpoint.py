@@ -25,7 +25,7 @@ import ray
 from ray import serve as ray_serve
 
 from benchmarks import _measure
-from pipelines.shapes import render, sample_scene
+from pipelines.shapes.scenes import render, sample_scene
 from serve.app import build
 from serve.config import Proxy
 from serve.deploy import start

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import skipvision as sv
-from skipvision.families import dissect
+from skipvision.anatomy.families import dissect
 
 FULL = "full"
 """Name of the setting without Skip-Vision: no hook is on the model."""

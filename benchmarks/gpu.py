@@ -32,7 +32,7 @@ from torch._dynamo.utils import counters
 import skipvision as sv
 from benchmarks import _measure
 from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample, Spread
-from skipvision.families import dissect
+from skipvision.anatomy.families import dissect
 from skipvision.kv_cache import cache_bytes
 
 _CLIP_L = {"tower_hidden": 1024, "tower_intermediate": 4096, "tower_layers": 24, "tower_heads": 16}

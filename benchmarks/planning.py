@@ -22,7 +22,7 @@ import skipvision as sv
 from benchmarks import _measure
 from benchmarks._measure import Clock, Geometry, Spread
 from benchmarks.gpu import GEOMETRIES
-from skipvision.images import Images
+from skipvision.anatomy.images import Images
 from skipvision.layout import lay_out
 from skipvision.merge import assign, merge_tokens
 from skipvision.select import CRITERIA, VisualTokens, top

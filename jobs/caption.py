@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.caption import run_caption
-from pipelines.caption_config import CaptionConfig
-from pipelines.config import load_config, run_job
+from pipelines.caption.config import CaptionConfig
+from pipelines.caption.job import run_caption
+from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.config import load_config, run_job
+from pipelines.shared.config import load_config, run_job
 from serve.config import ServeConfig
 from serve.deploy import run_deploy
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.config import load_config, run_job
-from pipelines.finetune import run_finetune
-from pipelines.finetune_config import FinetuneConfig
+from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.job import run_finetune
+from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:

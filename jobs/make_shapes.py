@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.config import load_config, run_job
-from pipelines.shapes_files import ShapesConfig, write_shapes
+from pipelines.shapes.files import ShapesConfig, write_shapes
+from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:

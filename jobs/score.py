@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.config import load_config, run_job
-from pipelines.score import run_score
-from pipelines.score_config import ScoreConfig
+from pipelines.score.config import ScoreConfig
+from pipelines.score.job import run_score
+from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.config import load_config, run_job
-from pipelines.tradeoff import run_tradeoff
-from pipelines.tradeoff_config import TradeoffConfig
+from pipelines.shared.config import load_config, run_job
+from pipelines.tradeoff.config import TradeoffConfig
+from pipelines.tradeoff.job import run_tradeoff
 
 
 def main(argv: list[str]) -> dict[str, object]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.base_config import BaseModelConfig
-from pipelines.base_model import train_base_model
-from pipelines.config import load_config, run_job
+from pipelines.shapes.base_config import BaseModelConfig
+from pipelines.shapes.base_model import train_base_model
+from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.cluster import ROOT
-from pipelines.local_ray import LocalRay, local_ray
-from pipelines.paths import HOME, output_path
+from pipelines.cluster.local import LocalRay, local_ray
+from pipelines.cluster.session import ROOT
+from pipelines.shared.paths import HOME, output_path
 
 _CONFIGS = "jobs/configs"
 _RUNS = ("demo-full", "demo")

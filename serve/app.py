@@ -16,20 +16,20 @@ from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from pipelines.loading import check_known
-from pipelines.paths import input_path, model_path, output_path
-from pipelines.tracking import TrackingError, exact_model, is_registered, sqlite_file
-from serve import scaling
-from serve.api import GRACE_SECONDS, Ingress
+from pipelines.engines.loading import check_known
+from pipelines.shared.paths import input_path, model_path, output_path
+from pipelines.tracking.run import TrackingError, exact_model, is_registered, sqlite_file
 from serve.config import ModelSection, ServeConfig, serve_config
+from serve.ingress.ingress import GRACE_SECONDS, Ingress
+from serve.ingress.routes import http_app
 from serve.keys import KeyRing
-from serve.replica import EngineReplica
-from serve.routes import http_app
+from serve.replica import autoscaling as scaling
+from serve.replica.replica import EngineReplica
 from skipvision import read_adapter
 from skipvision.errors import ConfigError
 
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
-"""One JSON object a line, with the request's id; `serve.middleware` writes the access log."""
+"""One JSON object a line, with the request's id; `serve.ingress.middleware` writes the access log."""
 
 
 _MESSAGES = {"env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}}
@@ -67,7 +67,7 @@ def application(config: ServeConfig) -> ray_serve.Application:
     ingress = ray_serve.deployment(
         name="ingress",
         num_replicas=config.ingresses,
-        # Those that `serve.guard` refuses, and those that need no engine, need a place, too.
+        # Those that `serve.ingress.guard` refuses, and those that need no engine, need a place, too.
         max_ongoing_requests=config.limits.open_requests + _SPARE,
         max_queued_requests=_SPARE,
         backpressure_config=_full(config),
@@ -125,7 +125,7 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
 
 
 def _full(config: ServeConfig) -> BackpressureConfig:
-    """What Ray says when there is no room; at an ingress, where `serve.guard` did not say it before."""
+    """Ray's response when a queue is full, where `serve.ingress.guard` did not answer before."""
     return BackpressureConfig(status_code=429, retry_after_s=config.limits.retry_after_s)
 
 

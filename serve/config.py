@@ -7,9 +7,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipelines.sections import EngineSection, Section
-from pipelines.tracking import is_registered
-from serve.media import MediaConfig
+from pipelines.shared.sections import EngineSection, Section
+from pipelines.tracking.run import is_registered
+from serve.media.fetch import MediaConfig
 from skipvision import SkipConfig
 
 Proxy = Literal["ray", "haproxy"]

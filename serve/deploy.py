@@ -13,11 +13,11 @@ import ray
 from ray import serve as ray_serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-from pipelines.cluster import ray_session
-from pipelines.paths import in_ray_job
-from serve.api import GRACE_SECONDS
+from pipelines.cluster.session import ray_session
+from pipelines.shared.paths import in_ray_job
 from serve.app import application
 from serve.config import Proxy, ServeConfig
+from serve.ingress.ingress import GRACE_SECONDS
 from skipvision.errors import ConfigError, SkipVisionError
 
 _ALWAYS = {
@@ -130,7 +130,7 @@ def drain(config: ServeConfig) -> None:
 
 
 def _wait_for_interrupt() -> None:
-    """Until Ctrl-C, or SIGTERM, which `pipelines.stopping` makes the same."""
+    """Until Ctrl-C, or SIGTERM, which `pipelines.shared.stopping` makes the same."""
     print("Ctrl-C ends it", flush=True)
     try:
         threading.Event().wait()

@@ -25,8 +25,8 @@ from ray.util import metrics
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 
-from serve.events import event
 from serve.problem import Problem, again_after, errors, internal_error, overloaded
+from serve.sse import event
 
 logger = logging.getLogger("ray.serve")
 

@@ -17,11 +17,12 @@ Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Mod
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
 """
 
-from skipvision.adapter import load_adapter, save_adapter
-from skipvision.adapter_files import read_adapter
+from skipvision.adapters.files import read_adapter
+from skipvision.adapters.save_load import load_adapter, save_adapter
 from skipvision.attach import DECODED_KEYWORD, Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
-from skipvision.cost import Cost, predict_cost
+from skipvision.cost.flops import measure_flops
+from skipvision.cost.predict import Cost, predict_cost
 from skipvision.engine import Completion, Engine, Request, Sampling
 from skipvision.errors import (
     AdapterError,
@@ -33,7 +34,6 @@ from skipvision.errors import (
     SkipVisionError,
     UnsupportedModelError,
 )
-from skipvision.flops import measure_flops
 from skipvision.plan import TokenPlan, TokenRole
 
 __all__ = [

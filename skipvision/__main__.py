@@ -13,7 +13,7 @@ import transformers
 
 from skipvision.analysis import overlay_command
 from skipvision.errors import SkipVisionError
-from skipvision.survey import EVERY, count, lines, markdown, survey
+from skipvision.testing.survey import EVERY, count, lines, markdown, survey
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,11 +23,9 @@ from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from skipvision import masks, positions
-from skipvision.attention import check_readable
-from skipvision.config import SkipConfig
-from skipvision.errors import ConfigError, InputError, UnsupportedModelError
-from skipvision.families import (
+from skipvision.anatomy import masks, positions
+from skipvision.anatomy.attention import check_readable
+from skipvision.anatomy.families import (
     Anatomy,
     base_view,
     brings_images,
@@ -36,7 +34,11 @@ from skipvision.families import (
     encode,
     skips_videos,
 )
-from skipvision.images import Images
+from skipvision.anatomy.images import Images
+from skipvision.anatomy.probe import ffn_ratio, prompt_attention
+from skipvision.anatomy.tower import hook_tower, received
+from skipvision.config import SkipConfig
+from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 from skipvision.kv_cache import (
     CacheState,
     Entries,
@@ -48,12 +50,10 @@ from skipvision.kv_cache import (
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
-from skipvision.probe import ffn_ratio, prompt_attention
 from skipvision.select import VisualTokens, by_view
 from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, hook_layer, was_put_down
 from skipvision.summaries import SUMMARY, place_summary, summary_in_use, take_summary
 from skipvision.summary import SummaryLayer
-from skipvision.tower import hook_tower, received
 
 _ARRIVAL = "skip_vision_arrival"
 DECODED_KEYWORD = "skip_vision_decoded"

@@ -13,7 +13,7 @@ from functools import partial
 from transformers import PretrainedConfig
 
 from skipvision.config import SkipConfig
-from skipvision.cost import Cost, predict_cost
+from skipvision.cost.predict import Cost, predict_cost
 from skipvision.errors import ConfigError
 
 _drop = partial(SkipConfig, retained=1, skipped=0, merge="drop", summary_tokens=0)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from skipvision.anatomy.images import Images
 from skipvision.config import SkipConfig
-from skipvision.images import Images
 from skipvision.plan import TokenPlan, TokenRole
 
 _GONE = torch.iinfo(torch.long).max

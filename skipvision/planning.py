@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from skipvision.anatomy.images import Images
 from skipvision.config import SkipConfig
-from skipvision.images import Images
 from skipvision.layout import lay_out
 from skipvision.merge import assign
 from skipvision.plan import TokenPlan

@@ -25,7 +25,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from pipelines.base_model import build_processor, build_tokenizer
+    from pipelines.shapes.base_model import build_processor, build_tokenizer
 
     tokenizer = build_tokenizer(0, vocabulary=320)
     processor = build_processor(tokenizer)
@@ -72,7 +72,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with shapes as image files and LLaVA JSON: 40 training rows, 12 validation rows."""
-    from pipelines.shapes_files import ShapesConfig, write_shapes
+    from pipelines.shapes.files import ShapesConfig, write_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
     write_shapes(ShapesConfig(output=folder, train=40, validation=2, test=1))

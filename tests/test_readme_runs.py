@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.comparison_report import check_marked
-from pipelines.local_ray import local_ray
+from pipelines.cluster.local import local_ray
+from pipelines.compare.report import check_marked
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -22,9 +22,9 @@ from skipvision.analysis.lipschitz import Parts
 from skipvision.analysis.local import local_bounds
 from skipvision.analysis.runs import run_twice
 from skipvision.analysis.worst_case import worst_case as bound_worst_case
+from skipvision.anatomy.families import dissect
 from skipvision.config import SkipConfig
 from skipvision.errors import InputError
-from skipvision.families import dissect
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which pixels of an image each of its visual tokens was made from, by the family's way of cutting it.
 
-How a family cuts an image is one word in `skipvision.families`:
+How a family cuts an image is one word in `skipvision.anatomy.families`:
 
     square           one resize (and centre crop) to the tower's size: one view
     grid             resized to whole patches, as many as the image asks for: one view
@@ -23,8 +23,8 @@ from transformers import PretrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+from skipvision.anatomy.families import FAMILIES, Geometry, family_of
 from skipvision.errors import InputError, UnsupportedModelError
-from skipvision.families import FAMILIES, Geometry, family_of
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels of the original image."""

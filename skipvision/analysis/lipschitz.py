@@ -17,8 +17,8 @@ from torch import nn
 
 from skipvision.analysis.runs import Run
 from skipvision.analysis.spectral import spectral_norm
+from skipvision.anatomy.families import Layer
 from skipvision.errors import UnsupportedModelError
-from skipvision.families import Layer
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from skipvision.adapter import load_adapter
+from skipvision.adapters.save_load import load_adapter
 from skipvision.analysis.overlay import Overlay, patches_of
 from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from skipvision.anatomy.families import Layer, dissect
+from skipvision.anatomy.probe import hidden_of, silenced
 from skipvision.attach import attachment_of
 from skipvision.config import SkipConfig
 from skipvision.errors import InputError
-from skipvision.families import Layer, dissect
-from skipvision.probe import hidden_of, silenced
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """What `Spread.quantiles` holds of each layer."""

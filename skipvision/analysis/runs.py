@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipvision.analysis.ratios import full_tokens
+from skipvision.anatomy.families import Anatomy, dissect
+from skipvision.anatomy.probe import hidden_of
 from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.errors import InputError, UnsupportedModelError
-from skipvision.families import Anatomy, dissect
 from skipvision.plan import TokenRole
-from skipvision.probe import hidden_of
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 

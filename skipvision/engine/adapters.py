@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from skipvision.adapter import load_adapter, unload_adapters
+from skipvision.adapters.save_load import load_adapter, unload_adapters
 from skipvision.errors import ConfigError
 
 BASE = "__base__"

@@ -18,10 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from skipvision import unit_costs
-from skipvision.adapter_files import read_adapter
+from skipvision.adapters.files import read_adapter
+from skipvision.anatomy.families import dissect
+from skipvision.anatomy.masks import Sight
 from skipvision.attach import attach, attachment_of
 from skipvision.config import SkipConfig
+from skipvision.cost import units as unit_costs
 from skipvision.engine.adapters import BASE, Adapters
 from skipvision.engine.prefill import Prefilled, Prefiller
 from skipvision.engine.prefixes import PrefixCache
@@ -49,8 +51,6 @@ from skipvision.errors import (
     SkipVisionError,
     UnsupportedModelError,
 )
-from skipvision.families import dissect
-from skipvision.masks import Sight
 from skipvision.plan import TokenPlan
 
 

@@ -14,13 +14,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from skipvision.anatomy.masks import places
+from skipvision.anatomy.positions import ends
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
 from skipvision.engine.prompts import Prompt, collate
 from skipvision.kv_cache import CacheState, prunable_layers
-from skipvision.masks import places
 from skipvision.plan import TokenRole
-from skipvision.positions import ends
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 

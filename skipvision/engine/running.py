@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import _dynamo as dynamo
 
+from skipvision.anatomy.masks import Sight
 from skipvision.engine.adapters import Adapters
 from skipvision.engine.prefill import Prefilled
 from skipvision.engine.scheduler import Scheduler
 from skipvision.engine.sequences import Answer
 from skipvision.engine.slots import Slots
-from skipvision.masks import Sight
 
 _COMPILED_SHAPES = 64
 """Numbers of rows times lengths that may be compiled; behind them the step runs as it is."""

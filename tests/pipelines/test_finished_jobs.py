@@ -13,15 +13,16 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
-from pipelines import calibrate, score
-from pipelines.calibrate import CalibrateConfig, run_calibrate
-from pipelines.fingerprints import of_files
-from pipelines.questions import read_dataset
-from pipelines.registry import Registry
-from pipelines.score import ScoreConfig, run_score
-from pipelines.tracking import Tracker, TrackingConfig
+from pipelines.calibrate import job as calibrate
+from pipelines.calibrate.job import CalibrateConfig, run_calibrate
+from pipelines.score import job as score
+from pipelines.score.dataset import read_dataset
+from pipelines.score.fingerprints import of_files
+from pipelines.score.job import ScoreConfig, run_score
+from pipelines.tracking.registry import Registry
+from pipelines.tracking.run import Tracker, TrackingConfig
 from skipvision.errors import ConfigError
-from tests.pipelines.test_scoring_rules import PLAIN, png, table
+from tests.pipelines.score.rules.test_rules import PLAIN, png, table
 
 JOBS: dict[str, tuple[Any, Any, Any]] = {
     "score": (score, run_score, ScoreConfig),

@@ -137,7 +137,7 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
 
 def register(adapter: Path, registry: str, storage: Path) -> None:
     """Make a folder the newest version of the registered model "shapes", and "champion" its alias."""
-    from pipelines.tracking import Tracker
+    from pipelines.tracking.run import Tracker
 
     tracker = Tracker.start(registry, experiment="tests", run_name="run", artifacts=storage / "artifacts")
     tracker.register(adapter, "shapes", "champion")
@@ -178,7 +178,7 @@ def guarded(
 ) -> Iterator[Guarded]:
     from ray import serve as ray_serve
 
-    from pipelines.tracking import TrackingConfig
+    from pipelines.tracking.run import TrackingConfig
     from serve.app import build
     from serve.keys import add_key
 

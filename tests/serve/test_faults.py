@@ -13,11 +13,11 @@ import pytest
 from ray import serve as ray_serve
 
 import serve.app
-from serve.api import GRACE_SECONDS
 from serve.app import build
 from serve.config import serve_config
 from serve.deploy import drain
-from serve.replica import EngineReplica
+from serve.ingress.ingress import GRACE_SECONDS
+from serve.replica.replica import EngineReplica
 from skipvision.engine.running import Running
 from tests.serve.conftest import LONG, asking, eventually, register
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from skipvision import SkipConfig
-from skipvision.testing import IMAGE_TOKEN
+from skipvision.testing.llava import IMAGE_TOKEN
 
 CONFIGS = {
     "counts": SkipConfig(retained=5, skipped=4),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from skipvision import SkipConfig, TokenRole
-from skipvision.testing import IMAGE_TOKEN
+from skipvision.testing.llava import IMAGE_TOKEN
 
 # ------------------------------------------------------------------------------------- one image
 

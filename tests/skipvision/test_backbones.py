@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from skipvision import SkipConfig, UnsupportedModelError, attach
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import ROWS, close, train_summary
 

@@ -5,7 +5,7 @@ import torch
 
 from skipvision import ConfigError, SkipConfig, attach, predict_cost
 from skipvision.baselines import BASELINES, at_cost, language_share, of_size
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 
 SIDE, WORDS = 8, 12
 

@@ -9,7 +9,7 @@ from torch import _dynamo as dynamo
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from skipvision import attach
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
 from tests.skipvision.test_training import checkpointing, gradients, lora_model
 

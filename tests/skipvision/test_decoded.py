@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skipvision as sv
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from skipvision import AdapterError, ConfigError, attach, attachment_of, load_adapter, save_adapter
-from skipvision.testing import IMAGE_TOKEN, tiny_inputs, tiny_llava
+from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, close, labels_for, train_summary
 from tests.skipvision.test_training import checkpointing, lora_model
 

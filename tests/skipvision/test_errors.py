@@ -17,8 +17,8 @@ from skipvision import (
     attachment_of,
     predict_cost,
 )
-from skipvision.testing import IMAGE_TOKEN, tiny_inputs, tiny_llava
-from skipvision.tiny_families import tiny_model
+from skipvision.testing.families import tiny_model
+from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS
 
 # ---------------------------------------------------------------------------------------- models

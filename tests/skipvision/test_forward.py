@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skipvision import SkipConfig, TokenRole, attach
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import CONFIGS, ROWS, close, train_summary
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from skipvision import InputError, SkipConfig, TokenRole, attach
 from skipvision.kv_cache import CacheState, cache_bytes
-from skipvision.testing import IMAGE_TOKEN, tiny_inputs, tiny_llava
+from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import CONFIGS, ROWS, close, train_summary
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skipvision import SkipConfig, attach, attachment_of
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS, labels_for
 
 SKIPS_NOTHING = {

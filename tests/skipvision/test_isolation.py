@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from skipvision import SkipConfig, attach, attachment_of
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
 
 F64 = torch.float64

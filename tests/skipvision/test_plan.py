@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from skipvision import ConfigError, InputError, SkipConfig, TokenPlan, TokenRole
-from skipvision.images import Images
+from skipvision.anatomy.images import Images
 from skipvision.planning import make_plan
 from skipvision.select import VisualTokens
 from tests.skipvision import naive

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from skipvision import attach
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import always_new, close, same_every_time, train_summary
 from tests.skipvision.test_plan import configs

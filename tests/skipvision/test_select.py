@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from skipvision import SkipConfig
-from skipvision.attention import Attended
-from skipvision.probe import ffn_ratio
+from skipvision.anatomy.attention import Attended
+from skipvision.anatomy.probe import ffn_ratio
 from skipvision.select import CRITERIA, VisualTokens, top
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import ROWS, close
 

@@ -6,7 +6,7 @@ import torch
 from skipvision import SkipConfig, TokenRole, attach
 from skipvision.merge import merge_tokens
 from skipvision.summary import SummaryLayer
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import close, train_summary
 from tests.skipvision.test_plan import Batch

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from skipvision import attach
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
 from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
 

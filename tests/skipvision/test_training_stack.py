@@ -18,7 +18,7 @@ from skipvision import (
     load_adapter,
     save_adapter,
 )
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
 
 F64 = torch.float64

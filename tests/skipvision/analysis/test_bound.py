@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import skipvision as sv
 from skipvision.analysis import error_bound
 from skipvision.analysis.lipschitz import AttentionBound, Normed, ffn_constant
-from skipvision.families import dissect
-from skipvision.tiny_configs import tiny_config
-from skipvision.tiny_families import tiny_batch, tiny_model
+from skipvision.anatomy.families import dissect
+from skipvision.testing.configs import tiny_config
+from skipvision.testing.families import tiny_batch, tiny_model
 
 CONFIG = sv.SkipConfig(retained=0.25)
 FAMILIES = ["llava", "vipllava", "qwen2_vl", "internvl", "idefics3"]

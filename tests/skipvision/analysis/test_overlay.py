@@ -20,8 +20,8 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 import skipvision as sv
 from skipvision.__main__ import main
 from skipvision.analysis import patches_of
-from skipvision.families import dissect
-from skipvision.tiny_families import tiny_model
+from skipvision.anatomy.families import dissect
+from skipvision.testing.families import tiny_model
 
 SIDE = 32
 SQUARE = {"height": SIDE, "width": SIDE}

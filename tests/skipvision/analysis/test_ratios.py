@@ -7,8 +7,8 @@ import torch
 
 import skipvision as sv
 from skipvision.analysis import ffn_ratios
-from skipvision.families import dissect
-from skipvision.tiny_families import tiny_batch, tiny_model
+from skipvision.anatomy.families import dissect
+from skipvision.testing.families import tiny_batch, tiny_model
 
 ROWS = [[4, "image", 3], [2, "image", 1, "image"], [6]]
 

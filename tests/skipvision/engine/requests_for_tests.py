@@ -5,7 +5,7 @@ import functools
 import torch
 
 from skipvision import Request, Sampling, SkipConfig, attach
-from skipvision.testing import tiny_inputs, tiny_llava
+from skipvision.testing.llava import tiny_inputs, tiny_llava
 
 F64 = torch.float64
 

@@ -17,7 +17,7 @@ from skipvision import (
     save_adapter,
 )
 from skipvision.engine import BASE
-from skipvision.testing import tiny_llava
+from skipvision.testing.llava import tiny_llava
 from tests.skipvision.cases import train_summary
 from tests.skipvision.engine.requests_for_tests import F64, ROWS, drain, ids_of, inputs_of, request
 

@@ -9,7 +9,7 @@ from torch._dynamo import register_backend
 from torch._dynamo.testing import CompileCounter
 
 from skipvision import Engine, Request, Sampling, SkipConfig, UnsupportedModelError, attach
-from skipvision.tiny_families import tiny_batch, tiny_model
+from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.engine.requests_for_tests import (
     CONFIGS,
     F64,
@@ -103,7 +103,7 @@ def test_families(family):
 
 @pytest.mark.slow
 def test_all_families():
-    from skipvision.tiny_families import FAMILIES as ALL
+    from skipvision.testing.families import FAMILIES as ALL
 
     checked = 0
     for family in set(ALL) - set(FAMILIES):

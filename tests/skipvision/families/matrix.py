@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from skipvision import SkipConfig
-from skipvision.tiny_families import tiny_model
+from skipvision.testing.families import tiny_model
 from tests.skipvision.family_table import SUPPORTED as FAMILIES
 
 PRIORITY = {"gemma3", "internvl", "llama4", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm"}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from skipvision import SkipConfig, TokenPlan, TokenRole
-from skipvision.families import dissect
+from skipvision.anatomy.families import dissect
 
 Run = Callable[[], Any]
 

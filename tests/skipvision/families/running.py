@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipvision.families import dissect
-from skipvision.tiny_families import tiny_batch
+from skipvision.anatomy.families import dissect
+from skipvision.testing.families import tiny_batch
 
 Batch = dict[str, torch.Tensor]
 

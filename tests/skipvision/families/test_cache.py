@@ -3,7 +3,7 @@
 import torch
 
 from skipvision import attach
-from skipvision.tiny_families import tiny_batch
+from skipvision.testing.families import tiny_batch
 from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinations, model_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from skipvision import SkipConfig, attach
-from skipvision.tiny_families import tiny_batch
+from skipvision.testing.families import tiny_batch
 from tests.skipvision.cases import train_summary
 from tests.skipvision.families import reference
 from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, TOLERANCE, combinations, model_of

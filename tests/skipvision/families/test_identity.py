@@ -3,7 +3,7 @@
 import torch
 
 from skipvision import SkipConfig, attach
-from skipvision.tiny_families import tiny_batch
+from skipvision.testing.families import tiny_batch
 from tests.skipvision.families.matrix import ROWS, combinations, model_of
 from tests.skipvision.families.running import labels_of
 

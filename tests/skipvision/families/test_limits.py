@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from skipvision.anatomy.families import dissect
 from skipvision.errors import UnsupportedModelError
-from skipvision.families import dissect
-from skipvision.tiny_families import tiny_batch, tiny_model
+from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.families import test_decoding
 from tests.skipvision.families.matrix import (
     COUNTED,

@@ -3,8 +3,8 @@
 import torch
 
 from skipvision import attach
-from skipvision.families import dissect
-from skipvision.tiny_families import tiny_batch
+from skipvision.anatomy.families import dissect
+from skipvision.testing.families import tiny_batch
 from tests.skipvision.families import reference
 from tests.skipvision.families.matrix import MERGING, ROWS, combinations, model_of
 from tests.skipvision.families.running import say

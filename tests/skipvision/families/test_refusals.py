@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skipvision import InputError, SkipConfig, attach
-from skipvision.tiny_families import tiny_batch, tiny_model
+from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.families.matrix import model_of
 
 CONFIG = SkipConfig(retained=0.3, skipped=0.3, select="norm")

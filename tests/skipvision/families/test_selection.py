@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from skipvision import SkipConfig, TokenRole, attach
-from skipvision.families import dissect
-from skipvision.tiny_families import tiny_batch
+from skipvision.anatomy.families import dissect
+from skipvision.testing.families import tiny_batch
 from tests.skipvision.families import reference
 from tests.skipvision.families.matrix import ROWS, combinations, model_of
 

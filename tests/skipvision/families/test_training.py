@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from skipvision import attach
-from skipvision.families import dissect
-from skipvision.tiny_families import tiny_batch, tiny_model
+from skipvision.anatomy.families import dissect
+from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.cases import train_summary
 from tests.skipvision.families.matrix import FAMILIES, MERGING, ROWS, combinations
 from tests.skipvision.families.running import labels_of

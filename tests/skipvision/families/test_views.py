@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from skipvision import ConfigError, SkipConfig, attach
-from skipvision.families import FAMILIES as DECLARED
-from skipvision.tiny_families import tiny_batch
+from skipvision.anatomy.families import FAMILIES as DECLARED
+from skipvision.testing.families import tiny_batch
 from tests.skipvision.families import reference
 from tests.skipvision.families.matrix import FAMILIES, combinations, model_of
 

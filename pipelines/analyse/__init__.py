@@ -1,0 +1,1 @@
+"""The analysis job: FFN ratios, and the error of skipping with its bounds."""

@@ -1,0 +1,132 @@
+"""Processes that score: each holds an engine, and asks it questions under any SkipConfig."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from pipelines.data.collate import content_parts
+from pipelines.engines.model import CaptionModel, load_captioner
+from pipelines.evaluation.items import Item
+from pipelines.score.dataset import Dataset, Question
+from pipelines.score.in_process import score_dataset
+from pipelines.shared.sections import EngineSection
+from skipvision.config import SkipConfig
+from skipvision.engine import Request, Sampling
+from skipvision.errors import DataError, SkipVisionError
+
+FULL = "full"
+"""The system with full tokens."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is asked to do.
+
+    Attributes:
+        kind: give points to the answers, or measure the time to the first token.
+        system: the label of the items.
+        skip: how visual tokens are skipped.
+        dataset: the questions.
+    """
+
+    kind: Literal["score", "latency"]
+    system: str
+    skip: SkipConfig | Literal["full"]
+    dataset: Dataset
+
+
+class Scorer:
+    """One process' engine."""
+
+    def __init__(self, model: CaptionModel, engine: EngineSection, max_new_tokens: int) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._engine = load_captioner(model, engine, device)
+        self._max_new_tokens = max_new_tokens
+
+    def do(self, number: int, task: Task) -> tuple[int, list[Item] | float]:
+        """The number again, with items for a score; for latency, with the ratio to full tokens."""
+        return number, self._score(task) if task.kind == "score" else self._latency(task)
+
+    def _score(self, task: Task) -> list[Item]:
+        items = score_dataset(
+            self._engine, task.dataset, task.skip, system=task.system, max_new_tokens=self._max_new_tokens
+        ).items
+        if all(item.error is not None for item in items):
+            raise DataError(
+                f"none of {len(items)} questions could be asked with {task.skip}: {items[0].error}, for one"
+            )
+        return items
+
+    def _latency(self, task: Task) -> float:
+        """Median seconds to the first token of a prepared request, over those with full tokens.
+
+        Both take turns on the same questions, so that what else the machine does weighs on both.
+        """
+        questions = task.dataset.questions
+        seconds: dict[SkipConfig | Literal["full"], list[float]] = {"full": [], task.skip: []}
+        for number, question in enumerate([questions[0], *questions]):  # the first time is to warm up
+            for skip, taken in seconds.items():
+                request = self._engine.prepare(_one_token(question, skip))
+                started = time.perf_counter()
+                for completion in self._engine.run([request]):
+                    if completion.error is not None:
+                        raise completion.error
+                if number:
+                    taken.append(time.perf_counter() - started)
+        return statistics.median(seconds[task.skip]) / statistics.median(seconds["full"])
+
+
+def _one_token(question: Question, skip: SkipConfig | Literal["full"]) -> Request:
+    chat = [{"role": m.role, "content": content_parts(m.text)} for m in question.messages]
+    images = [image.open() for image in question.images]
+    return Request(chat, images, sampling=Sampling(max_new_tokens=1), skip=skip)
+
+
+@contextmanager
+def scorers(
+    model: CaptionModel,
+    engine: EngineSection,
+    max_new_tokens: int,
+    *,
+    workers: int,
+    resources: Mapping[str, float],
+) -> Iterator[Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]]]:
+    """A function that has tasks done side by side and yields them with their results as they end.
+
+    A process that dies is started again, and its task with it.
+    """
+    import ray
+    from ray.util import ActorPool
+
+    remote = ray.remote(Scorer).options(
+        num_cpus=resources["CPU"],
+        num_gpus=resources["GPU"],
+        max_restarts=2,
+        max_task_retries=2,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources["CPU"])))}},
+    )
+    actors = [remote.remote(model, engine, max_new_tokens) for _ in range(workers)]
+    pool = ActorPool(actors)
+
+    def have_done(tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        try:
+            done = pool.map_unordered(lambda actor, one: actor.do.remote(*one), list(enumerate(tasks)))
+            for number, result in done:
+                yield tasks[number], result
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, SkipVisionError):  # not Ray's words around it
+                raise error.cause from None
+            raise
+
+    try:
+        yield have_done
+    finally:
+        for actor in actors:
+            ray.kill(actor)

@@ -1,0 +1,125 @@
+"""The folder of one captioning job, and the files of captions in it.
+
+::
+
+    <storage>/<name>/run.json            configuration, what was listed, MLflow run, result once there is one
+                     lock                held by the job that works on it
+                     manifest.parquet    every row of the inputs; its row groups are the shards
+                     adapter/            the adapter, if it came out of MLflow
+                     attempts/           blocks of rows that engines are working on
+                     captions/000000.parquet …    the result: one file a shard, there only if complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.caption.attempts import Attempts
+from pipelines.caption.rows import CAPTION_SCHEMA, Caption, caption_table
+from pipelines.shared.folder import RunFolder
+
+_COUNTED = (
+    "prompt_tokens",
+    "output_tokens",
+    "visual_tokens",
+    "visual_tokens_retained",
+    "visual_tokens_skipped",
+    "visual_tokens_cached",
+)
+
+
+class CaptionFolder(RunFolder):
+    """Job ``name`` under ``storage``, new or continued."""
+
+    may_differ: ClassVar[frozenset[str]] = frozenset(
+        {"scaling", "storage", "engine", "max_error_fraction", "samples", "tracking"}
+    )
+
+    def __init__(self, storage: Path, name: str) -> None:
+        super().__init__(storage, name)
+        self.manifest = self.path / "manifest.parquet"
+        self.captions = self.path / "captions"
+        self.attempts = Attempts(self.path / "attempts")
+
+    @property
+    def begun(self) -> bool:
+        return self.captions.exists() and any(self.captions.iterdir())
+
+
+@dataclass
+class Tally:
+    """Sums over captions: rows, errors by kind, tokens by column."""
+
+    rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def failed(self) -> int:
+        """Rows with an error."""
+        return self.errors.total()
+
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of one file."""
+        self.rows += table.num_rows
+        for entry in pc.value_counts(table["error_kind"].drop_null()).to_pylist():
+            self.errors[entry["values"]] += entry["counts"]
+        for name in _COUNTED:
+            self.tokens[name] += pc.sum(table[name]).as_py() or 0
+
+
+class CaptionShards:
+    """The files of captions."""
+
+    def __init__(self, folder: Path, kind: Literal["parquet", "jsonl"]) -> None:
+        self.folder, self.kind = folder, kind
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, shard: int) -> Path:
+        """Where a shard's captions are, or will be."""
+        return self.folder / f"{shard:06d}.{self.kind}"
+
+    def clean(self) -> None:
+        """Remove what a killed job left half written."""
+        for partial in self.folder.glob(".*.partial"):
+            partial.unlink()
+
+    def missing(self, shards: int) -> list[int]:
+        """Shards that are still to be captioned."""
+        return [shard for shard in range(shards) if not self.path(shard).exists()]
+
+    def write(self, shard: int, captions: Sequence[Caption]) -> None:
+        """Put a shard's captions into their file, which appears whole or not at all."""
+        path = self.path(shard)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            if self.kind == "parquet":
+                pq.write_table(caption_table(captions), file, compression="zstd")
+            else:
+                lines = (json.dumps(asdict(caption), ensure_ascii=False) for caption in captions)
+                file.write("".join(f"{line}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    def read(self, shard: int) -> pa.Table:
+        """The captions of a file."""
+        path = self.path(shard)
+        if self.kind == "parquet":
+            return pq.read_table(path, schema=CAPTION_SCHEMA)
+        with path.open(encoding="utf-8") as lines:
+            return pa.Table.from_pylist([json.loads(line) for line in lines], CAPTION_SCHEMA)
+
+    def tables(self, shards: Sequence[int]) -> Iterator[pa.Table]:
+        """Those of several shards that are there."""
+        return (self.read(shard) for shard in shards if self.path(shard).exists())

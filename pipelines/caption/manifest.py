@@ -1,0 +1,249 @@
+"""The manifest: every row of the inputs, listed once, cut into shards.
+
+One parquet file whose row groups are the shards. It is written once, at a job's first start, and from then
+on says what the job is about, whatever becomes of the inputs' listing. Keys in it are unique: a row whose
+key an earlier one has gets ``key#2`` and so on, and a problem that says so.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipelines.caption.config import InputSection
+from pipelines.caption.rows import MANIFEST_SCHEMA, CaptionRow, Problem, manifest_rows, manifest_table
+from pipelines.data.conversations import BadRow, listed_images, parse_image
+from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, ask
+from pipelines.data.records import Record, absolute
+from pipelines.data.sources import Wanted, read_inputs
+from skipvision.errors import ConfigError, DataError
+
+_LOOKED_AT = 256
+"""First rows, in some of which every column that is asked for must be."""
+_SAID_EVERY = 100_000
+
+
+@dataclass(frozen=True)
+class ManifestFacts:
+    """What was listed: rows, those with a problem already by its kind, files passed over by their suffix."""
+
+    rows: int
+    problems: Mapping[str, int]
+    passed_over: Mapping[str, int]
+
+
+class Manifest:
+    """A manifest that is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        metadata = pq.read_metadata(path)
+        self.rows: int = metadata.num_rows
+        self.shard_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+    @property
+    def shards(self) -> int:
+        return len(self.shard_rows)
+
+    def shard(self, number: int, max_pixels: int) -> list[CaptionRow]:
+        """The rows of one shard."""
+        with pq.ParquetFile(self.path) as file:
+            return manifest_rows(file.read_row_group(number), max_pixels)
+
+
+def write_manifest(
+    settings: InputSection, path: Path, shard_rows: int, say: Callable[[str], None] = print
+) -> ManifestFacts:
+    """List all inputs; the file appears at ``path`` only when it is complete.
+
+    Needs the memory of one shard, and eight bytes a row.
+
+    Raises:
+        ConfigError: the prompt, the key or the images are to come from a column that no row has.
+        DataError: a file cannot be read at all, or there is no row.
+    """
+    listing = _Listing(settings)
+    partial = path.with_name(f".{path.name}.partial")
+    hashes = array("q")
+    problems: Counter[str] = Counter()
+
+    def counted(rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
+        for number, row in enumerate(rows, start=1):
+            hashes.append(hash(row.key))
+            if row.problem:
+                problems[row.problem.kind] += 1
+            if number % _SAID_EVERY == 0:
+                say(f"{number:,} rows listed")
+            yield row
+
+    rows = listing.rows()
+    if settings.keys is not None:
+        keys = frozenset(Path(settings.keys).read_text(encoding="utf-8").splitlines())
+        rows = (row for row in rows if row.key in keys)
+    _write(partial, counted(islice(rows, settings.limit)), shard_rows)
+    if not hashes:
+        raise DataError(f"input.source = {settings.source}: there is nothing to caption{listing.hint()}")
+    repeated = _Repeated(np.frombuffer(hashes, np.int64))
+    if repeated.hashes.size:
+        again = path.with_name(f".{path.name}.partial-again")
+        manifest = Manifest(partial)
+        rows = chain.from_iterable(manifest.shard(i, settings.max_pixels) for i in range(manifest.shards))
+        renamed = repeated.renamed(rows)
+        _write(again, renamed, shard_rows)
+        if repeated.without_problem:
+            problems["duplicate key"] = repeated.without_problem
+        partial.unlink()
+        partial = again
+    partial.replace(path)
+    return ManifestFacts(len(hashes), dict(problems.most_common()), dict(listing.passed_over))
+
+
+def _write(path: Path, rows: Iterable[CaptionRow], shard_rows: int) -> None:
+    rows = iter(rows)
+    with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
+        while shard := list(islice(rows, shard_rows)):
+            writer.write_table(manifest_table(shard), row_group_size=shard_rows)
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+class _Listing:
+    """Inputs as rows of the manifest."""
+
+    def __init__(self, settings: InputSection) -> None:
+        self.settings = settings
+        self.template = None if settings.prompt is None else PromptTemplate(settings.prompt)
+        self.images = ("image", "images") if settings.image is None else (settings.image,)
+        columns = {settings.key or "id", *self.images}
+        columns |= set(CONVERSATION_COLUMNS if self.template is None else self.template.columns)
+        wanted = Wanted(frozenset(columns), self.images, settings.max_pixels)
+        self.records, self.passed_over = read_inputs(settings.source, wanted)
+
+    def rows(self) -> Iterator[CaptionRow]:
+        first = list(islice(self.records, _LOOKED_AT))
+        self._check_columns([record.value for record in first if isinstance(record.value, dict)])
+        return (_writable(self._row(record)) for record in chain(first, self.records))
+
+    def hint(self) -> str:
+        passed = ", ".join(f"{count} × {suffix or 'no suffix'}" for suffix, count in self.passed_over.items())
+        return f" (files passed over: {passed}; a pattern with * takes what it matches)" if passed else ""
+
+    def _check_columns(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A column that none of the first rows has is a mistake in the settings, not in each row."""
+        if not rows:
+            return
+        present = set().union(*rows)
+        asked = {"input.image": [self.settings.image] if self.settings.image else []}
+        asked["input.key"] = [self.settings.key] if self.settings.key else []
+        asked["input.prompt"] = list(self.template.columns) if self.template else []
+        for field, columns in asked.items():
+            missing = [column for column in columns if column not in present]
+            if missing:
+                raise ConfigError(
+                    f"{field} names column {missing[0]!r}, which no row of {self.settings.source} has; known "
+                    f"of them is: {', '.join(sorted(map(str, present))) or 'nothing'}"
+                )
+        if self.template is None and not present & set(CONVERSATION_COLUMNS):
+            raise ConfigError(
+                f"input.prompt is null, but rows of {self.settings.source} have neither `conversations` nor "
+                "`messages`: give a prompt"
+            )
+
+    def _row(self, record: Record) -> CaptionRow:
+        key, source = record.fallback_key, ": ".join(filter(None, [record.file, record.place]))
+        try:
+            if record.problem or not isinstance(record.value, dict):
+                what = f"the row is of type {type(record.value).__name__}, expected an object"
+                raise BadRow("broken record", record.problem or what)
+            key = self._key(record.value, key)
+            images = self._images(record, key)
+            messages = ask(record.value, len(images), self.template, self.settings.system)
+            return CaptionRow(key, source, messages, images)
+        except BadRow as problem:
+            return CaptionRow(key, source, problem=Problem(problem.kind, problem.reason))
+
+    def _key(self, value: Mapping[str, Any], fallback: str) -> str:
+        given = value.get(self.settings.key or "id")
+        if isinstance(given, str | int | float) and given != "":
+            return str(given)
+        if self.settings.key is not None:
+            what = f"the key `{self.settings.key}` is {given!r}, expected text or a number"
+            raise BadRow("broken record", what)
+        return fallback
+
+    def _images(self, record: Record, key: str) -> tuple[Any, ...]:
+        value: Any = record.value
+        if self.settings.image is not None:
+            value = {"image": value.get(self.settings.image)}
+        root = self.settings.image_root
+        root = posixpath.dirname(record.file) if root is None else absolute(root)
+        found = tuple(
+            parse_image(image, f"#{number} of row {key}", root, self.settings.max_pixels)
+            for number, image in enumerate(listed_images(value), start=1)
+        )
+        if not found:
+            raise BadRow("missing image", "the row has no image")
+        return found
+
+
+def _writable(row: CaptionRow) -> CaptionRow:
+    """The row; names of files and texts in JSON may hold halves of characters, which no file can."""
+    texts = [row.key, row.source, *(m.text for m in row.messages), *map(str, row.images)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        key, source = (text.encode(errors="backslashreplace").decode() for text in texts[:2])
+        return CaptionRow(key, source, problem=Problem("broken record", "a text in it is not valid Unicode"))
+    return row
+
+
+# -------------------------------------------------------------------------------------------- keys
+
+
+class _Repeated:
+    """Keys that occur more than once, found by their hashes, so that not all keys need be in memory."""
+
+    def __init__(self, hashes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        self.all = np.sort(hashes)
+        self.hashes = np.unique(self.all[1:][self.all[1:] == self.all[:-1]])
+        self.without_problem = 0
+        self._first: dict[str, str] = {}
+        self._numbers: Counter[str] = Counter()
+
+    def renamed(self, rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
+        """The rows; those whose key was used before under a new one, with the problem."""
+        for row in rows:
+            if not _within(hash(row.key), self.hashes):
+                yield row
+            elif row.key not in self._first:
+                self._first[row.key] = row.source
+                yield row
+            else:
+                if row.problem is None:
+                    self.without_problem += 1
+                    reason = f"the key {row.key!r} is that of an earlier row ({self._first[row.key]})"
+                    row = replace(row, problem=Problem("duplicate key", reason), messages=(), images=())
+                yield replace(row, key=self._free(row.key))
+
+    def _free(self, key: str) -> str:
+        """``key#2`` and so on: the next that is no row's own key."""
+        while True:
+            self._numbers[key] += 1
+            name = f"{key}#{self._numbers[key] + 1}"
+            if not _within(hash(name), self.all):
+                return name
+
+
+def _within(value: int, ordered: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
+    at = int(np.searchsorted(ordered, value))
+    return at < ordered.size and int(ordered[at]) == value

@@ -1,0 +1,103 @@
+"""How far a captioning job is, for people and for MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from pipelines.caption.folder import Tally
+from pipelines.finetune.progress import duration
+from pipelines.tracking.run import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.caption.stages import Written
+    from skipvision.engine import Statistics
+
+_SAY_SECONDS = 5.0
+
+
+class CaptionProgress:
+    """Rows and errors so far, how fast they come, and how the engines are doing.
+
+    ``before`` is what earlier starts of the job left, ``seconds_before`` how long they took.
+    """
+
+    def __init__(self, rows: int, before: Tally, tracker: Tracker, seconds_before: float) -> None:
+        self.rows, self.tracker = rows, tracker
+        self.tally = Tally(before.rows, Counter(before.errors))
+        self._before, self._seconds_before = before.rows, seconds_before
+        self._started = self._said = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        self._last = self._started
+        self._engines: dict[str, Statistics] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Spent on captioning up to the newest row, all starts of the job together."""
+        return self._seconds_before + self._last - self._started
+
+    @property
+    def rate(self) -> float:
+        """Rows a second of this start, from its first rows to its newest."""
+        if self._first is None or self._last == self._first[0]:
+            return self._since_start()
+        return (self.tally.rows - self._first[1]) / (self._last - self._first[0])
+
+    def add(self, written: Written) -> None:
+        """Some rows are there."""
+        self._last = time.monotonic()
+        self.tally.rows += len(written.captions)
+        self.tally.errors.update(c.error_kind for c in written.captions.values() if c.error_kind)
+        self._engines[written.engine] = written.statistics
+        if self._first is None:  # there is no rate yet
+            self._first, self._said = (self._last, self.tally.rows), self._last
+        elif self._last - self._said >= _SAY_SECONDS:
+            self.say()
+
+    def say(self) -> None:
+        """One line for people, and the same as metrics."""
+        self._said = time.monotonic()
+        rate = self.rate
+        left = duration((self.rows - self.tally.rows) / rate) if rate else "unknown time"
+        errors = f"  {self.tally.failed:,} errors" if self.tally.failed else ""
+        print(
+            f"row {self.tally.rows:,}/{self.rows:,}{errors}  {rate:.1f} rows/s  {left} left",
+            flush=True,
+        )
+        values = {
+            "rows": float(self.tally.rows),
+            "error_rows": float(self.tally.failed),
+            "rows_per_second": rate,
+        }
+        self.tracker.metrics({**values, **self.engines()}, self.tally.rows)
+
+    def engines(self) -> dict[str, float]:
+        """What the engines say of themselves, summed up or averaged."""
+        all_of = list(self._engines.values())
+        if not all_of:
+            return {}
+        count = len(all_of)
+        return {
+            "engine/running": float(sum(s.running for s in all_of)),
+            "engine/waiting": float(sum(s.waiting for s in all_of)),
+            "engine/kv_bytes_used": float(sum(s.kv_bytes_used for s in all_of)),
+            "engine/prefill_tokens_per_second": _ratio(
+                sum(s.prefill_tokens for s in all_of), sum(s.prefill_seconds for s in all_of) / count
+            ),
+            "engine/decode_tokens_per_second": _ratio(
+                sum(s.decode_tokens for s in all_of), sum(s.decode_seconds for s in all_of) / count
+            ),
+            # How full their places were: max_sequences is the most there can be.
+            "engine/mean_running": _ratio(
+                sum(s.decode_tokens for s in all_of), sum(s.decode_steps for s in all_of)
+            ),
+            "engine/prefix_hits": float(sum(s.prefix_hits for s in all_of)),
+        }
+
+    def _since_start(self) -> float:
+        return _ratio(self.tally.rows - self._before, self._last - self._started)
+
+
+def _ratio(amount: float, of: float) -> float:
+    return amount / of if of > 0 else 0.0

@@ -1,0 +1,48 @@
+"""What of the cluster each engine gets, beside the readers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pipelines.caption.config import ScalingSection
+from pipelines.cluster.session import fitting_workers
+from skipvision.errors import ResourceError
+
+
+def engine_resources(nodes: Sequence[Mapping[str, float]], scaling: ScalingSection) -> dict[str, float]:
+    """CPUs and GPUs of each engine; refused now if not all of them fit, as Ray would wait for ever.
+
+    Without settings an engine gets a GPU and one CPU if the cluster has GPUs, otherwise the largest share of
+    CPUs, in halves, with which all engines and readers fit.
+    """
+    gpus = scaling.gpus_per_worker
+    if gpus is None:
+        gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes))
+    most = max((node.get("CPU", 0) for node in nodes), default=0)
+    shares = [half / 2 for half in range(max(math.floor(2 * most), 1), 0, -1)]
+    if scaling.cpus_per_worker is not None:
+        shares = [scaling.cpus_per_worker]
+    elif gpus:
+        shares = [1.0]
+    for share in shares:
+        demand = {"CPU": share, "GPU": float(gpus)}
+        if _fit(nodes, demand, scaling):
+            return demand
+    has = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+    raise ResourceError(
+        f"{scaling.workers} engines with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each and "
+        f"{scaling.readers} readers with {scaling.cpus_per_reader:g} CPU each were asked for, more than the "
+        f"cluster holds (its nodes: {has or 'none'}). Lower scaling.workers, scaling.cpus_per_worker, "
+        "scaling.gpus_per_worker or scaling.readers, or add nodes"
+    )
+
+
+def _fit(nodes: Sequence[Mapping[str, float]], demand: Mapping[str, float], scaling: ScalingSection) -> bool:
+    """Engines go where they can, readers to the CPUs that are left."""
+    left, engines = [], scaling.workers
+    for node in nodes:
+        here = min(engines, fitting_workers([node], demand))
+        engines -= here
+        left.append({"CPU": node.get("CPU", 0) - here * demand["CPU"]})
+    return engines == 0 and fitting_workers(left, {"CPU": scaling.cpus_per_reader}) >= scaling.readers

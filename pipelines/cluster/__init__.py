@@ -1,0 +1,1 @@
+"""Ray itself: joining or starting a cluster, and what its nodes offer."""

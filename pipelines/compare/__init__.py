@@ -1,0 +1,1 @@
+"""The comparison job: two runs on the same test rows."""

@@ -1,0 +1,136 @@
+"""A comparison for people: a Markdown table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.evaluation.exact_match import OVERALL
+from pipelines.evaluation.paired import FEW_CHANGES
+from skipvision.errors import ConfigError
+
+_COLUMNS = {
+    "full untuned": "full, before",
+    "skip untuned": "skip, before",
+    "full": "full, tuned",
+    "skip": "skip, tuned",
+}
+_BEGIN, _END = "<!-- demo table -->", "<!-- /demo table -->"
+_COSTS = {
+    "seconds_per_step": ("training step (median)", "{:.3f} s", 1.0),
+    "training_seconds": ("training, all steps", "{:.0f} s", 1.0),
+    "train_flops": ("training FLOPs per row, measured", "{:.2f} G", 1e-9),
+    "train_flops_predicted": ("training FLOPs per row, predicted", "{:.2f} G", 1e-9),
+    "prefill_flops": ("prefill FLOPs per row, measured", "{:.2f} G", 1e-9),
+    "prefill_flops_predicted": ("prefill FLOPs per row, predicted", "{:.2f} G", 1e-9),
+    "kv_bytes_per_image": ("KV cache per image", "{:.1f} KiB", 1 / 1024),
+}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Both tables: what the answers are worth, and what they cost."""
+    return f"{_accuracy_table(result)}\n{_cost_table(result)}"
+
+
+def _accuracy_table(result: Mapping[str, Any]) -> str:
+    shares = result["exact_match"]
+    columns = [name for name in _COLUMNS if name in shares]
+    header = ["exact match, %", *(_COLUMNS[name] for name in columns), "skip − full, tuned [95 % interval]"]
+    lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+    for task, gap in result["difference"].items():
+        points = [100 * gap[key] for key in ("difference", "low", "high")]
+        cells = [f"{100 * shares[name][task]:.1f}" for name in columns]
+        lines.append(_row([task, *cells, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(p + 0.0 for p in points))]))
+    lines.append(
+        f"\n{result['rows']} questions about {result['images']} test images; "
+        f"intervals by bootstrap over images; where fewer than {FEW_CHANGES} changed, at least the exact "
+        "binomial bounds.\n"
+    )
+    return "\n".join(lines)
+
+
+def _cost_table(result: Mapping[str, Any]) -> str:
+    full, skip = result["costs"]["full"], result["costs"]["skip"]
+    lines = [_row(["cost", "full", "skip", "skip ÷ full"]), _row(["---", "---:", "---:", "---:"])]
+    for key, (label, form, scale) in _COSTS.items():
+        amounts = [form.format(side[key] * scale) for side in (full, skip)]
+        lines.append(_row([label, *amounts, f"{result['ratios'][key]:.3f}"]))
+    ratios = result["ratios"]
+    followed = ratios["seconds_per_step"] / ratios["train_flops"]
+    lines.append(_row(["step time ratio ÷ training FLOPs ratio", "", "", f"{followed:.2f}"]))
+    chosen = result["skip_config"]
+    lines.append(
+        f"\nSkip-Vision: retained {chosen['retained']}, skipped {chosen['skipped']}, "
+        f"select {chosen['select']}, merge {chosen['merge']}, summary tokens {chosen['summary_tokens']}.\n"
+    )
+    return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def check_marked(file: Path) -> None:
+    """Refuse a file without the two marks that the demo's table stands between."""
+    _around(file)
+
+
+def renew_marked(file: Path, table: str) -> None:
+    """Put the table between the marks, in place of what stands there."""
+    before, after = _around(file)
+    file.write_text(f"{before}{_BEGIN}\n{table}{_END}{after}")
+
+
+def _around(file: Path) -> tuple[str, str]:
+    """What stands before and behind the marks."""
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"readme = {file}: {error.strerror}") from None
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ConfigError(f"readme = {file}: it has no line {_BEGIN} with a line {_END} behind it")
+    return before, after
+
+
+def picture(result: Mapping[str, Any], path: Path) -> None:
+    """Exact match per task as bars, and the cost ratios beside them, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    shares = result["exact_match"]
+    columns = [name for name in _COLUMNS if name in shares]
+    tasks = [*(task for task in result["difference"] if task != OVERALL), OVERALL]
+    colours = {"full untuned": "#c9d1db", "skip untuned": "#f3c9a5", "full": "#5b6b7f", "skip": "#e07b26"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[3, 1.3], layout="constrained")
+    width = 0.8 / len(columns)
+    for number, name in enumerate(columns):
+        at = [i + (number - (len(columns) - 1) / 2) * width for i in range(len(tasks))]
+        left.bar(
+            at, [100 * shares[name][task] for task in tasks], width, label=_COLUMNS[name], color=colours[name]
+        )
+    left.set_xticks(range(len(tasks)), tasks)
+    left.set_ylabel("exact match, %")
+    left.set_ylim(0, 100)
+    left.legend(ncols=len(columns), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    labels = {
+        "train_flops": "training FLOPs",
+        "seconds_per_step": "step time",
+        "prefill_flops": "prefill FLOPs",
+        "kv_bytes_per_image": "KV bytes per image",
+    }
+    values = [100 * result["ratios"][key] for key in labels]
+    bars = right.barh(list(labels.values()), values, color=colours["skip"])
+    right.bar_label(bars, fmt="%.0f %%", padding=3)
+    right.axvline(100, color=colours["full"])
+    right.set_xlim(0, 115)
+    right.invert_yaxis()
+    right.set_title("Skip-Vision, % of full tokens", fontsize=10)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Rows and images of every format that users have."""

@@ -1,0 +1,261 @@
+"""Images by reference: where their bytes are, opened when they are needed, and decoded in one way.
+
+Decoding means: the first frame, upright by its EXIF orientation, transparency laid on white, RGB.
+Sixteen-bit greyscale is scaled to eight. Only the formats in `FORMATS` are tried, so that no file
+reaches a decoder that runs other programs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, ClassVar
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipelines.data.parquet_cells import read_cell
+from pipelines.data.rows import RejectKind
+from skipvision.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000
+"""Width × height above which an image is refused before its pixels are unpacked."""
+
+
+MAX_ASPECT = 100
+"""Longer side ÷ shorter side above which an image is not decoded: 200 bytes may become gigabytes."""
+
+
+class ImageError(DataError):
+    """An image that cannot be used; the class says what it is counted as."""
+
+    kind: ClassVar[RejectKind] = "unreadable image"
+
+
+class MissingImageError(ImageError):
+    """There is nothing where the image should be."""
+
+    kind = "missing image"
+
+
+class OversizedImageError(ImageError):
+    """The image has more pixels than allowed: a mistake, or a decompression bomb."""
+
+    kind = "oversized image"
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """An image file: an absolute local path or any fsspec URL."""
+
+    path: str
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
+            return decode(file, self.path, self.max_pixels)
+
+    def read(self) -> bytes:
+        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
+            content: bytes = file.read()
+        return content
+
+    def check_exists(self) -> None:
+        """Raise `MissingImageError` if there is no such file; cheaper than `open`."""
+        with _errors_of_storage(self):
+            fs, path = fsspec.core.url_to_fs(self.path)
+            if not fs.exists(path):
+                raise FileNotFoundError
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True, slots=True)
+class InlineImage:
+    """An image whose encoded bytes stood in the row itself, as a data URL for example.
+
+    ``name`` says which it is (``"#1 of row a"``), as there is no path that could.
+    """
+
+    data: bytes = field(repr=False)
+    name: str
+    max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def from_base64(cls, text: str, name: str, max_pixels: int = MAX_PIXELS) -> InlineImage:
+        """From base64, with or without ``data:image/…;base64,`` before it."""
+        if text.startswith("data:"):
+            head, comma, text = text.partition(",")
+            if not comma or not head.endswith(";base64"):
+                raise ImageError(f"image {name} is a data URL that is not base64: {head[:60]!r}")
+        try:
+            return cls(base64.b64decode(text, validate=True), name, max_pixels)
+        except ValueError as error:
+            raise ImageError(f"image {name} is not valid base64: {error}") from None
+
+    def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.data), self.name, self.max_pixels)
+
+    def read(self) -> bytes:
+        return self.data
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetImage:
+    """Image ``index`` in one cell of a parquet file, which holds one image or a list of them.
+
+    Shuffled reading is fast if row groups are small (`read_cell`): 100 rows, as Hugging Face datasets
+    writes them, are a good size.
+    """
+
+    path: str
+    row_group: int
+    row: int
+    column: str
+    index: int
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
+
+    def read(self) -> bytes:
+        with _errors_of_storage(self):
+            cell = read_cell(self.path, self.row_group, self.column, self.row)
+        value = cell[self.index] if isinstance(cell, list) else cell
+        data: bytes | None = value["bytes"] if isinstance(value, dict) else value
+        if data is None:
+            raise MissingImageError(f"image {self} is null")
+        return data
+
+    def __str__(self) -> str:
+        return f"{self.path}[row group {self.row_group}, row {self.row}].{self.column}[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True)
+class TarImage:
+    """An image file inside an uncompressed tar file: ``size`` bytes from ``offset`` on."""
+
+    path: str
+    member: str
+    offset: int
+    size: int
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
+
+    def read(self) -> bytes:
+        return _part(self)
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.member}]"
+
+
+@dataclass(frozen=True, slots=True)
+class TsvImage:
+    """An image as base64 in a table: ``size`` bytes of it from ``offset`` on; ``name`` says which it is."""
+
+    path: str
+    name: str
+    offset: int
+    size: int
+    max_pixels: int = MAX_PIXELS
+
+    def open(self) -> Image.Image:
+        return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
+
+    def read(self) -> bytes:
+        text = _part(self).decode("ascii", "replace").strip()
+        return InlineImage.from_base64(text, str(self)).data
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.path}"
+
+
+def _part(image: TarImage | TsvImage) -> bytes:
+    """The ``size`` bytes from ``offset`` on of the file that holds an image."""
+    with _errors_of_storage(image), fsspec.open(image.path, "rb") as file:
+        file.seek(image.offset)
+        part: bytes = file.read(image.size)
+    return part
+
+
+@contextmanager
+def _errors_of_storage(image: object) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise MissingImageError(f"image {image} does not exist") from None
+    except Exception as error:  # whatever the storage at the other end raises
+        raise ImageError(f"image {image} cannot be read: {type(error).__name__}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+def decode(
+    file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """The image as upright RGB; raises `ImageError` if that cannot be done, whatever the bytes are."""
+    with _opened(file, name, max_pixels, formats) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def size_of(
+    file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
+    """Width and height (pixels) as its header says, before anything is unpacked; raises as `decode`."""
+    with _opened(file, name, max_pixels, formats) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """An image whose header is read; whatever goes wrong inside is an `ImageError`."""
+    try:
+        with Image.open(file, formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                raise OversizedImageError(
+                    f"image {name} has {image.width} × {image.height} pixels, more than {max_pixels:,}"
+                )
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise OversizedImageError(
+                    f"image {name} has {image.width} × {image.height} pixels: one side is more than "
+                    f"{MAX_ASPECT} times the other; scaled by the shorter one it would not fit into memory"
+                )
+            yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        what = f"is not an image in a known format ({', '.join(formats)})" if file.seek(0, 2) else "is empty"
+        raise ImageError(f"image {name} {what}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise OversizedImageError(f"image {name} is too large: {error}") from None
+    except Exception as error:  # decoders raise what they like on corrupt bytes
+        raise ImageError(f"image {name} cannot be decoded: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB from any mode: transparency on white, sixteen bits scaled to eight."""
+    if image.mode.startswith("I"):  # Pillow would clip at 255
+        eight_bit = np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(eight_bit.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,61 @@
+"""What is asked about each row: a template with columns, or the row's own conversation."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.data.conversations import BadRow, check_placeholders, parse_messages
+from pipelines.data.rows import IMAGE_PLACEHOLDER, Message
+
+CONVERSATION_COLUMNS = ("conversations", "messages")
+
+
+class PromptTemplate:
+    """A text in which ``{column}`` stands for a row's value and ``{{`` for a brace."""
+
+    def __init__(self, text: str) -> None:
+        """Raises `ValueError` for anything else between braces."""
+        self._pieces: list[tuple[str, str | None]] = []
+        for literal, column, specification, conversion in string.Formatter().parse(text):
+            self._pieces.append((literal, column))
+            if column is not None and (not column.isidentifier() or specification or conversion):
+                raise ValueError(
+                    f"{{{column}…}} is not the name of a column; write braces that are meant as such twice"
+                )
+        self.columns = tuple(dict.fromkeys(column for _, column in self._pieces if column is not None))
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The text for one row; raises `BadRow` where a value is missing or is not a text or number."""
+        written = []
+        for literal, column in self._pieces:
+            written.append(literal)
+            if column is not None:
+                value = row.get(column)
+                if not isinstance(value, str | int | float):
+                    what = "has no value" if value is None else f"is of type {type(value).__name__}"
+                    raise BadRow("broken record", f"column `{column}` of the prompt {what}")
+                written.append(str(value).strip())
+        return "".join(written)
+
+
+def ask(
+    row: Mapping[str, Any], images: int, template: PromptTemplate | None, system: str | None
+) -> tuple[Message, ...]:
+    """The messages to answer: the filled template, or what the row itself asks; raises `BadRow`."""
+    if template is None:
+        messages = parse_messages(row)
+        last = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+        if last < 0:
+            raise BadRow("conversation", "the conversation has no message of a user to answer")
+        messages = messages[: last + 1]
+    else:
+        text = template.fill(row)
+        if IMAGE_PLACEHOLDER not in text:
+            text = IMAGE_PLACEHOLDER * images + text
+        messages = (Message("user", text),)
+    if system is not None and messages[0].role != "system":
+        messages = (Message("system", system), *messages)
+    check_placeholders(messages, images)
+    return messages

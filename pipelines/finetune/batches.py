@@ -1,0 +1,149 @@
+"""Which rows go into which step: batches of similar length, the same at every restart.
+
+A batch is a pure function of ``(lengths, batch size, seed, step)``, so a run resumes at any step and
+on any number of workers with the batches it would have had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from transformers import ProcessorMixin
+
+from pipelines.data.collate import ChatFormat, encode
+from pipelines.data.rows import TrainingRow
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_WINDOW = 64
+"""Batches within whose rows lengths are sorted: enough to cut padding, and every epoch still shuffles."""
+
+_PROGRESS_SECONDS = 5.0
+
+
+class LengthGroupedBatches:
+    """Global batches of row indices over shuffled epochs; the last batch of an epoch may be short."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.seed = batch_size, seed
+        self._epoch, self._order = -1, list[np.ndarray]()
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps that show every row once."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """The rows of one step (from 0), the longest first."""
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return [int(row) for row in self._order[position]]
+
+    def share(self, step: int, rank: int, workers: int, micro_batch_size: int | None) -> list[list[int]]:
+        """One worker's rows of a step, in forward passes of at most ``micro_batch_size`` rows.
+
+        Every n-th row of a batch sorted by length, so that all workers have about the same to do.
+        """
+        rows = self.batch(step)[rank::workers]
+        size = micro_batch_size or max(1, len(rows))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _shuffled(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = rng.permutation(len(self.lengths))
+        window = self.batch_size * _WINDOW
+        batches: list[np.ndarray] = []
+        for start in range(0, len(rows), window):
+            some = rows[start : start + window]
+            some = some[np.argsort(-self.lengths[some], kind="stable")]
+            batches += [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
+        order = rng.permutation(len(batches))
+        if epoch == 0:
+            # The longest batch leads: what does not fit into memory shows at the first step.
+            longest = max(range(len(batches)), key=lambda b: int(self.lengths[batches[b][0]]))
+            order = np.concatenate([[longest], order[order != longest]])
+        return [batches[b] for b in order]
+
+
+def row_lengths(processor: ProcessorMixin, rows: Sequence[TrainingRow]) -> list[int]:
+    """Tokens of each row, visual ones included, without decoding an image.
+
+    Image files are opened for their size only where the processor's token count depends on it. Where it
+    takes long, it says how far it is.
+    """
+    shown = time.monotonic()
+    chat = ChatFormat(processor)
+    count_visual = _visual_token_counter(processor)
+    lengths: list[int] = []
+    for start in range(0, len(rows), 1024):
+        some = rows[start : start + 1024]
+        if time.monotonic() - shown > _PROGRESS_SECONDS:
+            shown = time.monotonic()
+            print(f"{start} of {len(rows)} rows measured", flush=True)
+        texts = [chat.render(row.messages).text for row in some]
+        if count_visual is None:
+            lengths += [_encoded_length(processor, text, row) for text, row in zip(texts, some, strict=True)]
+            continue
+        # The tokenizer sees each placeholder as one token.
+        for ids, row in zip(_token_ids(processor, texts), some, strict=True):
+            lengths.append(len(ids) + sum(count_visual(row)) - len(row.images))
+    return lengths
+
+
+def _token_ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
+    bos = processor.tokenizer.bos_token
+    add_special = bos is None or not texts[0].startswith(bos)
+    ids: list[list[int]] = processor.tokenizer(list(texts), add_special_tokens=add_special)["input_ids"]
+    return ids
+
+
+def _visual_token_counter(processor: ProcessorMixin) -> Callable[[TrainingRow], list[int]] | None:
+    """What counts a row's visual tokens per image; None if the processor cannot tell without the pixels."""
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None:
+        return None
+    probes = [(64, 64), (64, 1024), (1024, 64), (1500, 1500)]
+    numbers = set(count(image_sizes=probes).num_image_tokens)
+    if len(numbers) == 1:
+        constant = numbers.pop()
+        return lambda row: [constant] * len(row.images)
+
+    def counter(row: TrainingRow) -> list[int]:
+        sizes = [image.open().size for image in row.images]
+        return list(count(image_sizes=[(h, w) for w, h in sizes]).num_image_tokens) if sizes else []
+
+    return counter
+
+
+def _encoded_length(processor: ProcessorMixin, text: str, row: TrainingRow) -> int:
+    images: list[list[Image.Image]] = [[image.open() for image in row.images]]
+    return int(encode(processor, [text], images, padding_side="right")["input_ids"].shape[1])
+
+
+def prefetched(make: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """``make(item)`` for each item in order, up to ``ahead`` of them made in advance by one thread.
+
+    One thread, because fast tokenizers must not be shared between two; it suffices to open the next
+    step's images while the model computes.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(make, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,61 @@
+"""What is checked of a fine-tuning run before anything is started for it.
+
+Everything here takes seconds and needs no Ray, so that a wrong setting is answered at once and not by
+workers that have just loaded a model.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
+
+from pipelines.cluster.session import node_resources, worker_resources
+from pipelines.engines.loading import check_known, load_processor
+from pipelines.finetune.config import FinetuneConfig, ScalingSection
+from pipelines.finetune.learner import prepare
+from pipelines.shared.paths import input_path, model_path, output_path
+from skipvision.errors import ConfigError
+
+
+def absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with every path absolute, as workers run elsewhere; `ConfigError` if one is wrong."""
+    data = config.data
+    paths: dict[str, str | None] = {"train": input_path(data.train, "data.train")}
+    if data.validation is not None:
+        paths["validation"] = input_path(data.validation, "data.validation")
+    if data.image_root is not None:
+        paths["image_root"] = input_path(data.image_root, "data.image_root")
+    model = config.model.model_copy(update={"path": model_path(config.model.path, "model.path")})
+    storage = str(output_path(config.storage, "storage"))
+    return config.model_copy(
+        update={"data": data.model_copy(update=paths), "model": model, "storage": storage}
+    )
+
+
+def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]:
+    """Try LoRA and Skip-Vision on the model without its weights.
+
+    Returns its processor, and how many ``parameters`` and ``trainable_parameters`` it has.
+    """
+    check_known(config.model.path, "model.path")
+    processor = load_processor(config.model.path)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(config.model.path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path = {config.model.path}: {error}") from error
+    model = prepare(base, config)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return processor, {
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trains in sizes if trains),
+    }
+
+
+def check_workers(scaling: ScalingSection) -> dict[str, float]:
+    """What each worker gets; `ResourceError` if the cluster, or this machine without one, has too little."""
+    if scaling.autoscaling:
+        return {"CPU": float(scaling.cpus_per_worker or 1), "GPU": float(scaling.gpus_per_worker or 0)}
+    return worker_resources(
+        node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
+    )

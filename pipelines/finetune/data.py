@@ -1,0 +1,135 @@
+"""The rows of a fine-tuning run, measured, and what became of the others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import ProcessorMixin
+
+from pipelines.data.images import ImageError
+from pipelines.data.rejects import count_rejects
+from pipelines.data.rows import Reject, TrainingRow
+from pipelines.data.training_rows import apply_bad_row_policy, read_training_rows
+from pipelines.finetune.batches import LengthGroupedBatches, row_lengths
+from pipelines.finetune.config import FinetuneConfig
+from pipelines.shared.folder import RunFolder
+from skipvision.errors import DataError
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """What a run trains and is validated on.
+
+    ``lengths`` are the tokens of each row; ``rejected`` counts rows left out of both sets by kind;
+    ``fingerprint`` tells these training rows, and how many records they were chosen from, from others; images
+    by name.
+    """
+
+    rows: Sequence[TrainingRow]
+    lengths: Sequence[int]
+    validation: Sequence[TrainingRow]
+    rejected: Mapping[str, int]
+    fingerprint: str
+
+    def steps(self, config: FinetuneConfig) -> int:
+        """Optimiser steps of the run."""
+        training = config.training
+        if training.max_steps is not None:
+            return training.max_steps
+        batches = LengthGroupedBatches(self.lengths, training.batch_size, config.seed)
+        return max(1, math.ceil(training.epochs * batches.per_epoch))
+
+
+def read_data(config: FinetuneConfig, folder: RunFolder, processor: ProcessorMixin) -> FinetuneData:
+    """All usable rows; the others are listed in ``folder.rejects``, which may be a `DataError`.
+
+    A run that has begun keeps the rows that it began with: an image that has become unreadable since is met,
+    and listed, by the step that needs it.
+    """
+    if folder.begun and folder.rows.exists():
+        return _read_again(config, folder)
+    data, source = config.data, config.data.validation
+    train = _read(config, data.train, processor)
+    validation = _read(config, source, processor) if source is not None else _Measured([], [], [], 0)
+    left_out = [*train.rejects, *validation.rejects]
+    rejected = apply_bad_row_policy(train.rows, left_out, data.on_bad_row, str(folder.rejects))
+    if source is not None and not validation.rows:
+        raise DataError(f"data.validation = {source}: it has no row that can be used; see {folder.rejects}")
+    if rejected:
+        print(f"{len(left_out)} rows are left out, listed in {folder.rejects}: {rejected}", flush=True)
+    fingerprint = _fingerprint(train.rows, train.records)
+    return FinetuneData(train.rows, train.lengths, validation.rows, rejected, fingerprint)
+
+
+def keep_choice(data: FinetuneData, folder: RunFolder) -> None:
+    """Write down which rows a run begins with, for `read_data` when it is resumed."""
+    train = {row.key: length for row, length in zip(data.rows, data.lengths, strict=True)}
+    choice = {"train": train, "validation": [row.key for row in data.validation]}
+    folder.rows.write_text(json.dumps(choice))
+
+
+class _Measured(NamedTuple):
+    """Usable rows with their lengths, the others, and how many records both were made from."""
+
+    rows: list[TrainingRow]
+    lengths: list[int]
+    rejects: list[Reject]
+    records: int
+
+
+def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin) -> _Measured:
+    """Rows that fit into ``max_length`` with their lengths, and the others: a cut answer teaches nonsense."""
+    data = config.data
+    read = read_training_rows(source, image_root=data.image_root, check_images=data.check_images)
+    try:
+        lengths = row_lengths(processor, read.rows)
+    except ImageError:  # images were not decoded, but the processor must know their sizes
+        read = read_training_rows(source, image_root=data.image_root)
+        lengths = row_lengths(processor, read.rows)
+    measured = _Measured([], [], list(read.rejects), len(read.rows) + len(read.rejects))
+    for row, length in zip(read.rows, lengths, strict=True):
+        if length <= data.max_length:
+            measured.rows.append(row)
+            measured.lengths.append(length)
+        else:
+            reason = f"{length} tokens, more than data.max_length = {data.max_length}"
+            measured.rejects.append(Reject(source, row.key, "too long", reason))
+    return measured
+
+
+def _read_again(config: FinetuneConfig, folder: RunFolder) -> FinetuneData:
+    """The rows that the run began with, whatever has become of their images."""
+    choice = json.loads(folder.rows.read_text())
+
+    def chosen(source: str, keys: Iterable[str]) -> tuple[list[TrainingRow], int]:
+        read = read_training_rows(source, image_root=config.data.image_root, check_images="none")
+        rows = {row.key: row for row in read.rows}
+        try:
+            return [rows[key] for key in keys], len(read.rows) + len(read.rejects)
+        except KeyError as key:
+            raise DataError(
+                f"{source} has changed since run {folder.name!r} began: row {key} is gone; restore it, or "
+                "choose another name"
+            ) from None
+
+    rows, records = chosen(config.data.train, choice["train"])
+    validation: list[TrainingRow] = []
+    if config.data.validation is not None:
+        validation, _ = chosen(config.data.validation, choice["validation"])
+    lengths = list(choice["train"].values())
+    return FinetuneData(rows, lengths, validation, count_rejects(folder.rejects), _fingerprint(rows, records))
+
+
+def _fingerprint(rows: Iterable[TrainingRow], records: int) -> str:
+    digest = hashlib.sha256(str(records).encode())
+    for row in rows:
+        # Not the images' folders: a Ray job finds them in another copy of the project each time.
+        images = [posixpath.basename(str(image)) for image in row.images]
+        digest.update(repr((row.key, images, row.messages)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,221 @@
+"""What one worker knows about learning: the model it tunes, one optimiser step, one validation pass.
+
+Nothing here knows of Ray; with ``torch.distributed`` running, all workers act as one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+
+import skipvision as sv
+from pipelines.data.collate import IGNORED, Batch
+from pipelines.engines.loading import arithmetic, load_base
+from pipelines.finetune.config import FinetuneConfig, ModelSection, TrainingSection
+from skipvision.errors import ConfigError
+
+
+def load_frozen(config: ModelSection, compute: torch.dtype, device: torch.device) -> nn.Module:
+    """The base model on a device, in its stored dtype, or as ``config.dtype`` says."""
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    model = load_base(config.path, dtype, config.attention, device)
+    if dtype is None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
+        model = model.to(compute)
+    return model
+
+
+def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
+    """LoRA and, if configured, Skip-Vision on the base model; all else is frozen."""
+    torch.manual_seed(config.seed)
+    lora = peft.LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            # PEFT still asks transformers by an old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = peft.get_peft_model(base, lora)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"lora.target_modules = {config.lora.target_modules}: {error}") from error
+    if config.skip is not None:
+        sv.attach(model, config.skip)
+    if config.training.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # Only the re-entrant kind needs gradients at the embeddings; the vision tower's would make it
+        # keep everything for, and take part in, a backward pass that ends nowhere.
+        model.disable_input_require_grads()
+    model.train()
+    return model
+
+
+def learning_rate(training: TrainingSection, step: int, steps: int) -> float:
+    """The learning rate of a step (from 0): a linear rise, then half a cosine. Needs no state."""
+    warm = int(steps * training.warmup)
+    if step < warm:
+        return training.learning_rate * (step + 1) / (warm + 1)
+    progress = (step - warm) / max(1, steps - warm)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    floor = training.final_learning_rate
+    return training.learning_rate * (floor + (1 - floor) * cosine)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimiser step over all workers: mean loss per learnt token, norm before clipping, what went in."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    learnt_tokens: int
+    tokens: int
+    images: int
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    """The summed loss over a batch's learnt tokens, and how many they are.
+
+    With Skip-Vision attached, answers are learnt from what will still be in the KV cache when they are
+    given: otherwise they learn to look at skipped tokens that decoding will not have.
+    """
+    # Position t speaks of token t + 1; the LM head runs where something is learnt and nowhere else.
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+    learnt = targets != IGNORED
+    given: dict[str, Any] = {}
+    if sv.attachment_of(model) is not None:
+        given[sv.DECODED_KEYWORD] = (batch.labels != IGNORED).cumsum(dim=1) > 0
+    logits = model(**batch.inputs, **given, logits_to_keep=learnt, use_cache=False).logits
+    return F.cross_entropy(logits.float(), targets[learnt], reduction="sum"), int(learnt.sum())
+
+
+class Learner:
+    """The trainable parameters of a model, and how they learn."""
+
+    def __init__(self, model: nn.Module, config: FinetuneConfig, device: torch.device) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.compute = arithmetic(config.training.precision, device)
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if _workers() > 1:
+            for parameter in self.trainable.values():
+                distributed.broadcast(parameter.data, src=0)
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=0.0, weight_decay=config.training.weight_decay, fused=True
+        )
+
+    def step(self, micro_batches: Sequence[Batch], step: int, steps: int) -> StepStats:
+        """Learn from this worker's share of a global batch (which may be nothing).
+
+        Randomness is drawn anew from (seed, step, worker), so that a resumed run repeats it.
+        """
+        seed = np.random.SeedSequence([self.config.seed, step, _rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+        totals = torch.zeros(4, dtype=torch.float64)
+        for batch in micro_batches:
+            loss, learnt = self.loss(batch)
+            loss.backward()
+            totals += torch.tensor([loss.item(), learnt, batch.tokens, batch.images], dtype=torch.float64)
+        loss_sum, answer_tokens, tokens, images = self._share(totals)
+        training = self.config.training
+        parameters = list(self.trainable.values())
+        norm = float(nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
+        if not math.isfinite(norm):
+            raise sv.SkipVisionError(
+                f"the gradient at step {step + 1} is {norm}: lower training.learning_rate, or set "
+                "training.precision to float32, and run the job again with --resume_with_changes true: it "
+                "goes on from the last checkpoint. If that only comes here again, begin anew under another "
+                "name"
+            )
+        rate = learning_rate(training, step, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if answer_tokens:  # without any, momentum and weight decay would still move the weights
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        mean = loss_sum / max(answer_tokens, 1)
+        return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images))
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """The summed loss over a batch's learnt tokens, and how many they are."""
+        with self.autocast():
+            return summed_loss(self.model, batch.to(self.device))
+
+    @torch.no_grad()
+    def validation_loss(self, batches: Iterable[Batch]) -> float:
+        """Mean loss per token over all workers' batches; NaN without any."""
+        self.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            loss, learnt = self.loss(batch)
+            totals += torch.tensor([loss.item(), learnt], dtype=torch.float64)
+        self.model.train()
+        totals = self._summed(totals)
+        return float(totals[0] / totals[1])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, where it is used."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the step: trainable weights and optimiser.
+
+        Learning rate, order of rows and randomness all follow from the step.
+        """
+        return {
+            "weights": {n: p.detach() for n, p in self.trainable.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _share(self, totals: torch.Tensor) -> list[float]:
+        """Give every worker the gradients of the mean loss over the whole batch; returns summed ``totals``.
+
+        One sum over all workers instead of DistributedDataParallel, because a batch is weighted by its
+        learnt tokens and not by worker, because a worker may have no rows or the summary layer no image,
+        and because the trainable part is small enough to send in one piece.
+        """
+        parameters = list(self.trainable.values())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        totals = self._summed(totals)
+        flat = torch.cat([grad.flatten().float() for grad in grads])
+        if _workers() > 1:
+            distributed.all_reduce(flat)
+        flat /= max(float(totals[1]), 1.0)
+        pieces = flat.split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+        values: list[float] = totals.tolist()
+        return values
+
+    def _summed(self, totals: torch.Tensor) -> torch.Tensor:
+        if _workers() > 1:
+            totals = totals.to(self.device)
+            distributed.all_reduce(totals)
+        return totals.cpu()
+
+
+def _workers() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _rank() -> int:
+    return distributed.get_rank() if _workers() > 1 else 0

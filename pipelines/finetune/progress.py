@@ -1,0 +1,61 @@
+"""How fast a run goes, for people and for its result."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.finetune.learner import StepStats
+
+
+@dataclass
+class Progress:
+    """How fast it goes. Evaluation and checkpoints are not step time; a restart goes on counting."""
+
+    steps: int
+    step_seconds: list[float] = field(default_factory=list)
+    last_loss: float = float("nan")
+    _mark: float = 0.0
+    _session: float = 0.0
+    _first: int = -1
+
+    def start(self, done: int) -> None:
+        """The next step begins, with ``done`` steps behind it."""
+        self._mark = time.monotonic()
+        if self._first < 0:
+            self._session, self._first = self._mark, done
+
+    def finish(self, stats: StepStats) -> float:
+        """The seconds a step took, waiting for its images included."""
+        seconds = time.monotonic() - self._mark
+        self.step_seconds.append(round(seconds, 4))
+        if stats.learnt_tokens:
+            self.last_loss = stats.loss
+        return seconds
+
+    def line(self, done: int, stats: StepStats) -> str:
+        """One line for people; behind the last step nothing is left to be said of time."""
+        rate = stats.images / max(self.step_seconds[-1], 1e-4)
+        line = f"step {done}/{self.steps}  loss {self.last_loss:.4f}  {rate:.1f} images/s"
+        if done == self.steps:
+            return line
+        left = (time.monotonic() - self._session) / (done - self._first) * (self.steps - done)
+        return f"{line}  {duration(max(left, 1.0))} left"
+
+    def summary(self) -> dict[str, Any]:
+        """What the run's result says about time and loss."""
+        return {
+            "steps": self.steps,
+            "loss": self.last_loss,
+            "training_seconds": round(sum(self.step_seconds), 2),
+            "seconds_per_step": round(statistics.median(self.step_seconds), 4) if self.step_seconds else None,
+        }
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,291 @@
+"""What runs in each Ray Train worker: steps, checkpoints, evaluation, and the adapter at the end."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import transformers
+from torch import distributed
+
+import skipvision as sv
+from pipelines.cluster.cpus import usable_cpus
+from pipelines.data.collate import Batch, Collator
+from pipelines.data.rejects import LateRejects, count_rejects
+from pipelines.data.rows import TrainingRow
+from pipelines.engines.loading import arithmetic, load_processor
+from pipelines.evaluation.exact_match import OVERALL, accuracy_by_task, evaluate_exact_match, pick_rows
+from pipelines.finetune.batches import LengthGroupedBatches, prefetched
+from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.learner import Learner, StepStats, load_frozen, prepare
+from pipelines.finetune.progress import Progress
+from pipelines.tracking.run import Tracker, rejected_rows
+from skipvision.errors import DataError, SkipVisionError
+
+_EMPTY_STEPS = 3
+"""Steps in a row without a usable row after which a run ends."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What all workers of a run are given. Paths are absolute."""
+
+    config: FinetuneConfig
+    rows: Sequence[TrainingRow]
+    lengths: Sequence[int]
+    validation: Sequence[TrainingRow]
+    steps: int
+    adapter: Path
+    rejects: Path
+    tracking_uri: str
+    run_id: str
+
+
+def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
+    """The run from its last checkpoint to its end; returns what there is to say about it."""
+    context = ray.train.get_context()
+    torch.set_num_threads(_threads())
+    transformers.utils.logging.disable_progress_bar()
+    _quieten()
+    with ExitStack() as stack:
+        tracker = None
+        if context.get_world_rank() == 0:
+            tracker = Tracker(work.tracking_uri, work.run_id)
+            stack.callback(tracker.close)
+            if work.config.tracking.system_metrics_seconds:
+                tracker.watch_system(work.config.tracking.system_metrics_seconds)
+        worker = Worker(work, context.get_world_rank(), context.get_world_size(), tracker)
+        result = worker.run()
+        if tracker is not None:
+            result["unrecorded_values"] = tracker.close()
+        return result
+
+
+class Worker:
+    """One of ``workers`` processes that train together; ``rank`` 0 also reports and saves."""
+
+    def __init__(self, work: Assignment, rank: int, workers: int, tracker: Tracker | None) -> None:
+        self.work, self.config = work, work.config
+        self.rank, self.workers, self.tracker = rank, workers, tracker
+        device = ray.train.torch.get_device()
+        compute = arithmetic(self.config.training.precision, device)
+        self.processor = load_processor(self.config.model.path)
+        model = prepare(load_frozen(self.config.model, compute, device), self.config)
+        self.learner = Learner(model, self.config, device)
+        # The prefetching thread's own tokenizer: fast tokenizers must not be shared between threads.
+        self.collator = Collator(load_processor(self.config.model.path))
+        self.progress = Progress(work.steps)
+        data, stop = self.config.data, self.config.data.on_bad_row == "stop"
+        self.leave_out = LateRejects(work.rejects, data.train, stop=stop)
+        self.leave_out_of_validation = LateRejects(work.rejects, data.validation or "", stop=stop)
+        self._empty_steps = 0
+
+    def run(self) -> dict[str, Any]:
+        done = self._restore()
+        training, every = self.config.training, self.config.evaluation.every
+        steps = self.work.steps
+        self._say(f"resuming behind step {done} of {steps}" if done else f"training begins: {steps} steps")
+        self.progress.start(done)
+        for batches in self._batches(done):
+            stats = self.learner.step(batches, done, self.work.steps)
+            done += 1
+            self._record(done, stats)
+            if done % training.checkpoint_every == 0 or done == self.work.steps:
+                self._checkpoint(done)
+            if every and done % every == 0 and done < self.work.steps:
+                self._evaluate(done)
+            self.progress.start(done)
+        if self.rank == 0:
+            # Before the evaluation, which opens images that may have become unreadable.
+            sv.save_adapter(self.learner.model, self.work.adapter)
+        return {**self.progress.summary(), **self._evaluate(done)}
+
+    # ------------------------------------------------------------------------------------- steps
+
+    def _batches(self, first: int) -> Iterator[list[Batch]]:
+        """This worker's share of every step from ``first`` on."""
+        training = self.config.training
+        order = LengthGroupedBatches(self.work.lengths, training.batch_size, self.config.seed)
+
+        def share(step: int) -> list[Batch]:
+            groups = order.share(step, self.rank, self.workers, training.micro_batch_size)
+            rows = ([self.work.rows[i] for i in group] for group in groups)
+            return list(_batches_of(self.collator, rows, self.leave_out))
+
+        return prefetched(share, range(first, self.work.steps), training.prefetch)
+
+    def _record(self, done: int, stats: StepStats) -> None:
+        self._check_not_empty(done, stats)
+        seconds = self.progress.finish(stats)
+        if self.tracker is not None and stats.learnt_tokens:
+            values = {
+                "loss": stats.loss,
+                "learning_rate": stats.learning_rate,
+                "grad_norm": stats.grad_norm,
+                "step_seconds": seconds,
+                "images_per_second": stats.images / seconds,
+                "tokens_per_second": stats.tokens / seconds,
+                "peak_memory_bytes": float(_peak_memory(self.learner.device)),
+            }
+            self.tracker.metrics(values, done)
+        if done % self.config.training.log_every == 0 or done == self.work.steps:
+            self._say(self.progress.line(done, stats))
+
+    def _check_not_empty(self, done: int, stats: StepStats) -> None:
+        """One step without a usable row may be chance; several are a storage that has gone away."""
+        self._empty_steps = 0 if stats.learnt_tokens else self._empty_steps + 1
+        if self._empty_steps >= min(_EMPTY_STEPS, self.work.steps):
+            raise DataError(
+                f"no row of the last {self._empty_steps} steps (to step {done}) could be used; the reasons "
+                f"are in {self.work.rejects}. See that the images are there, then run the same job again: it "
+                "goes on from the last checkpoint"
+            )
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    def _restore(self) -> int:
+        """The steps that are done, with weights and optimiser as they were then."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location=self.learner.device)
+        self.learner.load_state(state)
+        self.progress.step_seconds = state["step_seconds"]
+        self.progress.last_loss = state["loss"]
+        return int(state["step"])
+
+    def _checkpoint(self, done: int) -> None:
+        """Ray copies the folder to the storage and only then counts it as a checkpoint."""
+        if self.rank:
+            ray.train.report({"step": done})
+            return
+        if self.tracker is not None:
+            self.tracker.metrics(rejected_rows(count_rejects(self.work.rejects)), done)
+            self.tracker.flush()  # a run that resumes from here will not repeat these steps
+        with tempfile.TemporaryDirectory() as folder:
+            extra = {
+                "step": done,
+                "step_seconds": self.progress.step_seconds,
+                "loss": self.progress.last_loss,
+            }
+            torch.save({**self.learner.state(), **extra}, Path(folder) / "state.pt")
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(
+                {"step": done, "loss": self.progress.last_loss},
+                checkpoint=checkpoint,
+                checkpoint_dir_name=f"checkpoint_{done:08d}",
+            )
+
+    # -------------------------------------------------------------------------------- evaluation
+
+    def _evaluate(self, done: int) -> dict[str, Any]:
+        """Validation loss and exact match after ``done`` steps, each worker taking its share of the rows."""
+        settings, rows = self.config.evaluation, self.work.validation
+        if not rows:
+            return {}
+        started = time.monotonic()
+        asked = pick_rows(rows, settings.answer_rows)
+        self._say(f"validation after step {done}: {len(asked)} questions are asked …")
+        ours = pick_rows(rows, settings.loss_rows)[self.rank :: self.workers]
+        groups = [ours[i : i + settings.batch_size] for i in range(0, len(ours), settings.batch_size)]
+        collate = Collator(self.processor)
+        results: dict[str, Any] = {}
+        if settings.loss_rows:
+            batches = _batches_of(collate, groups, self.leave_out_of_validation)
+            results["validation_loss"] = self.learner.validation_loss(batches)
+        with self.learner.autocast():
+            answers = evaluate_exact_match(
+                self.learner.model,
+                self.processor,
+                asked[self.rank :: self.workers],
+                batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                on_unreadable=self.leave_out_of_validation,
+            )
+        everyone: list[Any] = [answers]
+        if self.workers > 1:
+            everyone = [None] * self.workers
+            distributed.all_gather_object(everyone, answers)
+        results["exact_match"] = accuracy_by_task(answer for part in everyone for answer in part)
+        self._report_evaluation(done, results, time.monotonic() - started)
+        return results
+
+    def _report_evaluation(self, done: int, results: dict[str, Any], seconds: float) -> None:
+        values = {f"validation/exact_match/{task}": share for task, share in results["exact_match"].items()}
+        if "validation_loss" in results:
+            values["validation/loss"] = results["validation_loss"]
+        if self.tracker is not None:
+            self.tracker.metrics(values, done)
+        self._say(f"validation after step {done}: {_shown(results)}, {seconds:.0f} s")
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+class Failures(ray.train.UserCallback):
+    """What to do when workers fail; runs in Ray Train's controller.
+
+    A crash is said in the job's output, and Ray Train restarts the workers. An error of our own would only
+    come again, so it ends the run.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        del run_context
+        for error in worker_exceptions.values():
+            if isinstance(error, SkipVisionError):
+                raise ray.train.ControllerError(error)  # which Ray Train does not retry
+        for rank, error in worker_exceptions.items():
+            last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            print(f"worker {rank} failed: {last}", flush=True)
+
+
+def _shown(results: Mapping[str, Any]) -> str:
+    """Validation's results for people."""
+    parts = [f"loss {results['validation_loss']:.4f}"] if "validation_loss" in results else []
+    if shares := results["exact_match"]:
+        tasks = [f"{task} {share:.3f}" for task, share in shares.items() if task != OVERALL]
+        parts.append(f"exact match {shares[OVERALL]:.3f}" + (f" ({', '.join(tasks)})" if tasks else ""))
+    return ", ".join(parts) or "nothing could be asked"
+
+
+def _batches_of(
+    collate: Collator, groups: Iterable[Sequence[TrainingRow]], leave_out: LateRejects
+) -> Iterator[Batch]:
+    """A batch of each group's readable rows, where there are any."""
+    batches = (collate.readable(rows, leave_out) for rows in groups)
+    return (batch for batch in batches if batch is not None)
+
+
+def _quieten() -> None:
+    """Let Ray Train say only what the job's reader does not know yet."""
+    logging.getLogger().setLevel(logging.WARNING)  # it makes that INFO, and announces every report
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            # Errors of ours are said by the job, once; their tracebacks are in Ray's log files.
+            handler.addFilter(lambda _: not isinstance(sys.exc_info()[1], SkipVisionError))
+
+
+def _threads() -> int:
+    """As many torch threads as the worker was given CPUs, which may be more than there are."""
+    given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    return max(1, min(int(given), usable_cpus()))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes at most in use so far: of GPU memory, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

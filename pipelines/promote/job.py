@@ -1,0 +1,229 @@
+"""The gate: an MLflow alias moves to a model version only if that is not worse than its budget allows.
+
+What was found is recorded before the alias moves, and also if it does not: as an MLflow run with table and
+evidence, and as tags of the model version.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.evaluation.gate import Verdict, judge, table
+from pipelines.evaluation.items import Item
+from pipelines.promote.config import PromoteConfig
+from pipelines.promote.items import (
+    FullTokens,
+    NeededSystem,
+    RegisteredSystem,
+    check_comparable,
+    items_file,
+    items_of,
+)
+from pipelines.shared.paths import output_path
+from pipelines.tracking.registry import ModelVersion, Registry
+from pipelines.tracking.run import Tracker, TrackingError
+from skipvision.errors import ConfigError, SkipVisionError
+
+__all__ = ["PromoteConfig", "run_promote"]
+
+
+class RefusedError(SkipVisionError):
+    """The alias stays where it is."""
+
+
+@dataclass
+class Decision:
+    """What was decided, and from what; all of it goes to MLflow."""
+
+    candidate: ModelVersion
+    champion: ModelVersion | None
+    config: PromoteConfig
+    at: str
+    items: dict[str, dict[str, Any]] = field(default_factory=dict)
+    verdicts: Sequence[Verdict] = ()
+    outcome: Literal["promoted", "passed", "refused"] = "refused"
+    reason: str = ""
+
+    def markdown(self) -> str:
+        """For people."""
+        judged = f"{table(self.verdicts, self.config.budget.confidence)}\n" if self.verdicts else ""
+        return f"{judged}{self.candidate} as {self.config.alias!r}: {self.outcome}. {self.reason}\n"
+
+    def evidence(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        return {
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "at": self.at,
+            "candidate": str(self.candidate),
+            "alias": self.config.alias,
+            "champion": self.champion and str(self.champion),
+            "items": self.items,
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "config": self.config.model_dump(mode="json"),
+        }
+
+
+def run_promote(config: PromoteConfig) -> dict[str, Any]:
+    """Judge the candidate, record what was found, and move the alias if it passed; returns the evidence.
+
+    Raises:
+        RefusedError: it did not pass; the alias stays. This is recorded.
+        AliasMovedError: the alias moved while the candidate was judged. This is recorded.
+        WrongItemsError: the items are not the candidate's or the reference's, or not about the same.
+        ConfigError: no such model version, items or slice, or no registry.
+        DataError: the items cannot be read or paired, or the reference has errors of its own.
+        TrackingError: MLflow cannot be reached, or does not take the decision.
+    """
+    storage = output_path(config.storage, "storage")
+    registry = Registry(config.tracking.absolute_uri(storage))
+    candidate = registry.find(config.candidate.model)
+    before = registry.holder(candidate.name, config.alias)
+    champion = None if before is None else ModelVersion(candidate.name, before)
+    if champion == candidate:
+        raise ConfigError(f"{candidate} has the alias {config.alias!r} already: there is nothing to decide")
+    if champion is None and config.reference.against == "champion":
+        raise ConfigError(
+            f"no version of {candidate.name!r} has the alias {config.alias!r} yet: compare the first with "
+            "full tokens, --reference.against full"
+        )
+    decision = Decision(candidate, champion, config, datetime.now(UTC).isoformat(timespec="seconds"))
+    # Before there is a run: a mistake in the settings is no decision, and must not stand in for the last one.
+    decision.verdicts = _judged(decision, registry)
+    tracker = Tracker.start(
+        registry.uri,
+        experiment=config.tracking.experiment,
+        run_name=f"{candidate.name}/{candidate.version} as {config.alias}",
+        artifacts=storage / "mlflow-artifacts",
+    )
+    try:
+        _insist_on_all(decision)
+        decision.outcome, decision.reason = "passed", "Every slice stays within its budget."
+        _record(decision, registry, tracker)  # no alias moves without its evidence
+        _move(decision, registry)
+        decision.outcome = "promoted"
+    except SkipVisionError as error:
+        decision.outcome, decision.reason = "refused", str(error)
+        raise
+    finally:
+        print(decision.markdown(), flush=True)
+        _conclude(decision, registry, tracker)
+    return {**decision.evidence(), "mlflow_uri": registry.uri, "mlflow_run_id": tracker.run_id}
+
+
+def _judged(decision: Decision, registry: Registry) -> list[Verdict]:
+    config, champion = decision.config, decision.champion
+    sides: dict[str, list[Item]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        needed: dict[str, NeededSystem] = {
+            "candidate": RegisteredSystem(decision.candidate, registry, place / "candidate-model"),
+            "reference": FullTokens(),
+        }
+        if champion is not None and config.reference.against == "champion":
+            needed["reference"] = RegisteredSystem(champion, registry, place / "champion-model")
+        for side, section in (("candidate", config.candidate), ("reference", config.reference)):
+            file = items_file(section, registry, place / side)
+            sides[side], decision.items[side] = items_of(needed[side], file, section)
+    check_comparable(*(decision.items[side]["made_with"] for side in ("candidate", "reference")))
+    return judge(sides["reference"], sides["candidate"], config.budget)
+
+
+def _insist_on_all(decision: Decision) -> None:
+    unanswered = [v for v in decision.verdicts if v.outcome == "unanswered"]
+    short = [v for v in decision.verdicts if v.outcome == "undecided"]
+    worse = [v for v in decision.verdicts if v.outcome == "worse"]
+    said = []
+    if unanswered:
+        share = f"{100 * decision.config.budget.max_errors:g} %"
+        counts = ", ".join(
+            "{} ({} and {} of {})".format(v.slice, *v.errors, v.found.items) for v in unanswered
+        )
+        said.append(f"reference and candidate left more than {share} without an answer on {counts}")
+    if worse:
+        said.append(f"worse than the budget on {', '.join(v.slice for v in worse)}")
+    if short:
+        needs = ", ".join(f"{v.slice} ({v.found.items} items, about {v.needed} needed)" for v in short)
+        said.append(f"too few items to decide on {needs}")
+    if said:
+        raise RefusedError(
+            f"{decision.candidate} does not become {decision.config.alias!r}: {'; '.join(said)}"
+        )
+
+
+def _move(decision: Decision, registry: Registry) -> None:
+    before = decision.champion and decision.champion.version
+    try:
+        registry.move(decision.config.alias, decision.candidate, expected=before)
+    except TrackingError:
+        if not _has_alias(decision, registry):  # otherwise only the answer was lost
+            raise
+
+
+def _has_alias(decision: Decision, registry: Registry) -> bool | None:
+    """Whether the candidate has the alias now; None if MLflow does not say."""
+    try:
+        holder = registry.holder(decision.candidate.name, decision.config.alias)
+    except TrackingError:
+        return None
+    return holder == decision.candidate.version
+
+
+# --------------------------------------------------------------------------------------------- recording
+
+
+def _conclude(decision: Decision, registry: Registry, tracker: Tracker) -> None:
+    """Record the decision as it is in the end; the run fails if MLflow does not take it."""
+    try:
+        _record(decision, registry, tracker)
+        tracker.finish("FINISHED")
+    except TrackingError as error:
+        with suppress(TrackingError):
+            tracker.finish("FAILED")
+        moved = decision.outcome == "promoted" or _has_alias(decision, registry)
+        alias = {
+            True: "has moved",
+            False: "stays; run the job again",
+            None: "may have moved; see where it is before you run the job again",
+        }[moved]
+        raise TrackingError(f"{error}\nThe alias {decision.config.alias!r} {alias}") from error
+
+
+def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
+    """Into the run: table, evidence, numbers; onto the model version: outcome, reason and where these are."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (
+            ("promotion.md", decision.markdown()),
+            ("promotion.json", json.dumps(decision.evidence(), indent=2)),
+        ):
+            (Path(folder) / name).write_text(text)
+            tracker.store(Path(folder) / name)
+    numbers = {}
+    for verdict in decision.verdicts:
+        found = verdict.found
+        numbers |= {
+            f"difference/{verdict.slice}": found.difference,
+            f"low/{verdict.slice}": found.low,
+            f"high/{verdict.slice}": found.high,
+            f"worst/{verdict.slice}": verdict.worst,
+        }
+    tracker.metrics(numbers, 0)  # all at once: MLflow may have one name for two slices
+    tracker.hand_in()
+    gate = f"promotion/{decision.config.alias}"
+    registry.note(
+        decision.candidate,
+        {
+            f"{gate}/outcome": decision.outcome,
+            f"{gate}/at": decision.at,
+            f"{gate}/reason": decision.reason,
+            f"{gate}/table": decision.markdown(),
+            f"{gate}/evidence": f"runs:/{tracker.run_id}/promotion.json",
+        },
+    )

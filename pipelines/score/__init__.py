@@ -1,0 +1,1 @@
+"""The scoring job: benchmarks, their published rules, and paired comparisons."""

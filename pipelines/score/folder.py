@@ -1,0 +1,54 @@
+"""The folder of one scoring job.
+
+::
+
+    <storage>/<name>/run.json               settings, adapters, fingerprints, what is answered, the result
+                     lock                   held by the job that works on it
+                     questions/DATASET.txt  indices of the rows that are asked
+                     answers/SYSTEM/…       one captioning job a dataset (see pipelines/caption/folder.py)
+                     adapters/SYSTEM/       an adapter that came out of MLflow
+                     judge.jsonl            what the judge said
+                     items/SYSTEM/items.parquet    the result
+                     comparison.md, comparison.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pipelines.shared.folder import RunFolder
+
+
+class ScoreFolder(RunFolder):
+    """Job ``name`` under ``storage``, new or continued."""
+
+    reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence", "tracking")
+    """Settings of the report alone: with others it is made anew, from the same answers."""
+
+    may_differ: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("scaling", "storage", "engine", "max_error_fraction", *reported),
+            *("judge.parallel", "judge.timeout", "judge.api_key_env", "judge.base_url"),
+        }
+    )
+    advice: ClassVar[str] = "; a further system or dataset needs a job of another name"
+
+    def __init__(self, storage: Path, name: str) -> None:
+        super().__init__(storage, name)
+        self.answers = self.path / "answers"
+        self.judge = self.path / "judge.jsonl"
+        self.table = self.path / "comparison.md"
+        self.picture = self.path / "comparison.png"
+
+    @property
+    def begun(self) -> bool:
+        return self.answers.exists()
+
+    def questions(self, dataset: str) -> Path:
+        """The file of indices that are asked."""
+        return self.path / "questions" / f"{dataset}.txt"
+
+    def items(self, system: str) -> Path:
+        """The file of a system's scored items."""
+        return self.path / "items" / system / "items.parquet"

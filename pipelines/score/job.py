@@ -1,0 +1,331 @@
+"""Scoring systems on benchmarks under Ray Data, compared with a reference item by item, tracked in MLflow.
+
+`run_score` is the whole story of a job: claim its folder, read the datasets, caption each one's questions
+with each system, score the answers, compare, record. Answering is captioning (`pipelines.caption.job`), and
+continues in the same way where a job was killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipelines.caption.config import CaptionConfig, InputSection, OutputSection
+from pipelines.caption.job import run_caption
+from pipelines.cluster.session import ray_session
+from pipelines.engines.model import CaptionModel, check_model, find_model, insist_on_same_adapter
+from pipelines.evaluation.items import Item, write_items
+from pipelines.score.config import ScoreConfig
+from pipelines.score.dataset import Dataset, read_dataset
+from pipelines.score.fingerprints import of_files
+from pipelines.score.folder import ScoreFolder
+from pipelines.score.points import Answered, Scored, mean_score, score_answers
+from pipelines.score.report import Comparison, compare, markdown, metrics, picture
+from pipelines.score.rules.judge import Judge
+from pipelines.shared.error_limit import ErrorLimit
+from pipelines.shared.paths import output_path
+from pipelines.tracking.run import Tracker, TrackingConfig, TrackingError, is_registered
+from skipvision.errors import ConfigError
+
+__all__ = ["ScoreConfig", "run_score"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all steps of one start need."""
+
+    config: ScoreConfig
+    folder: ScoreFolder
+    uri: str
+    datasets: tuple[Dataset, ...]
+    models: Mapping[str, CaptionModel]
+    files: Mapping[str, str]
+    judge: Judge | None = None
+
+
+def run_score(config: ScoreConfig) -> dict[str, Any]:
+    """Score, go on, or only report the job ``config.name``; returns its result.
+
+    A finished job whose `ScoreFolder.reported` settings differ now is compared and recorded anew.
+
+    The result holds ``items`` (a file for each system), ``score`` (mean points by system and dataset,
+    fractions), ``totals`` (what benchmarks publish beside), ``difference`` (by system and dataset, to the
+    reference, with its interval), ``errors`` (items without an answer), ``left_out`` (rows that are no items,
+    by dataset and reason), ``table``, ``picture``, ``seconds`` (of this start), ``mlflow_uri``,
+    ``mlflow_run_ids`` and ``already_finished``.
+
+    Raises:
+        ConfigError: settings that contradict each other, a model, a dataset's file that is not there, or an
+            earlier start, which had other settings or other contents of files.
+        AdapterError: an adapter that is damaged, or made for another model.
+        DataError: a dataset lacks columns or answers, or too many rows cannot be asked, scored or judged.
+        JudgeError: the judge does not answer.
+        ResourceError: the cluster is too small.
+        TrackingError: MLflow cannot be reached, or does not take the results.
+    """
+    started = time.monotonic()
+    folder = ScoreFolder(output_path(config.storage, "storage"), config.name)
+    with folder.claimed():
+        folder.resumes(config.model_dump(mode="json"))
+        job = _found(config, folder)
+        if result := _finished(config, folder):
+            print(f"job {folder.finished_already(config.tracking, folder.table)}", flush=True)
+            return {**result, "already_finished": True}
+        job = _begin(job)
+        trackers = _start_tracking(job)
+        try:
+            _answer_missing(job)
+            scored = {label: _scored(job, label) for label in config.systems}
+            result = _sum_up(job, scored, trackers)
+        except BaseException:
+            for tracker in trackers.values():
+                with suppress(TrackingError):
+                    tracker.finish("FAILED")
+            raise
+        result["seconds"] = round(time.monotonic() - started, 2)
+        folder.remember(result=result)
+        return {**result, "already_finished": False}
+
+
+# ----------------------------------------------------------------------------------- before answering
+
+
+def _finished(config: ScoreConfig, folder: ScoreFolder) -> dict[str, Any] | None:
+    """The result, if there is one and the report would not come out otherwise now."""
+    before, now = folder.state.get("config", {}), config.model_dump(mode="json")
+    result: dict[str, Any] | None = folder.state.get("result")
+    return result if all(before.get(name) == now[name] for name in folder.reported) else None
+
+
+def _found(config: ScoreConfig, folder: ScoreFolder) -> _Job:
+    """Read everything and insist that it is what an earlier start has read."""
+    datasets = tuple(
+        read_dataset(one.name, one.path, rule=one.rule, instruction=one.instruction, limit=one.limit)
+        for one in config.datasets
+    )
+    for dataset in datasets:
+        if dataset.benchmark.rule.needs_judge and config.judge is None:
+            raise ConfigError(
+                f"dataset {dataset.name} is scored by a judge: set judge.model and judge.base_url"
+            )
+    uri = config.tracking.absolute_uri(folder.storage)
+    pinned = folder.state.get("adapters", {})
+    models = {}
+    for label, system in config.systems.items():
+        known = pinned.get(label)
+        if folder.state.get("result"):
+            insist_on_same_adapter(system.model, uri, known)
+        models[label] = find_model(system, uri, folder.path / "adapters" / label, known)
+        if not folder.state.get("result"):
+            check_model(models[label])
+    files = of_files(datasets, models.values())
+    folder.insist_on_same(files)
+    return _Job(config, folder, uri, datasets, models, files)
+
+
+def _begin(job: _Job) -> _Job:
+    """Check and write down what is asked, so that what is wrong is said before Ray is started."""
+    config, folder = job.config, job.folder
+    judge = None if config.judge is None else Judge(config.judge, folder.judge)
+    for dataset in job.datasets:
+        for line in dataset.facts():
+            print(line, flush=True)
+        limit = ErrorLimit(config.max_error_fraction, len(dataset.questions))
+        problems = [f"{one.problem} (row {one.index})" for one in dataset.unusable]
+        limit.check(Counter(problem.partition(":")[0] for problem in problems), *problems[:1])
+    folder.remember(
+        config=config.model_dump(mode="json"),
+        adapters={label: model.adapter_label for label, model in job.models.items()},
+        files=job.files,
+        result=None,
+    )
+    for dataset in job.datasets:
+        asked = folder.questions(dataset.name)
+        asked.parent.mkdir(exist_ok=True)
+        lines = (f"{one.index}\n" for one in dataset.questions if one.problem is None)
+        asked.write_text("".join(lines), encoding="utf-8")
+    return replace(job, judge=judge)
+
+
+def _start_tracking(job: _Job) -> dict[str, Tracker]:
+    """One run in MLflow for each system."""
+    known = dict(job.folder.tracked(job.config.tracking, "mlflow_run_ids") or {})
+    trackers = {}
+    for label, model in job.models.items():
+        trackers[label] = tracker = Tracker.start(
+            job.uri,
+            experiment=job.config.tracking.experiment,
+            run_name=f"{job.config.name}.{label}",
+            artifacts=job.folder.storage / "mlflow-artifacts",
+            run_id=known.get(label),
+        )
+        if label in known:
+            continue
+        tracker.parameters(
+            {
+                "system": {"label": label, "reference": job.config.reference, **_stands_for(model)},
+                "sampling": job.config.sampling.model_dump(mode="json"),
+                "datasets": ", ".join(dataset.name for dataset in job.datasets),
+                "judge": job.config.judge and job.config.judge.model,
+            }
+        )
+        known[label] = tracker.run_id
+        job.folder.remember_tracked(job.config.tracking, mlflow_run_ids=known)
+    return trackers
+
+
+def _stands_for(model: CaptionModel) -> dict[str, str | None]:
+    return {"model": model.label, "adapter": model.adapter_label, "skip": model.skip.model_dump_json()}
+
+
+def _made_with(job: _Job, label: str) -> dict[str, str | None]:
+    """What the file of a system's items says of it: what it stands for, and how it was asked."""
+    model, config = job.models[label], job.config
+    return {
+        **_stands_for(model),
+        "weights": job.files[f"base model {model.label}"],
+        "sampling": config.sampling.model_dump_json(),
+        "judge": None if config.judge is None else config.judge.model,
+        **{name: digest for name, digest in job.files.items() if name.startswith("dataset ")},
+    }
+
+
+# ------------------------------------------------------------------------------------------ answering
+
+
+def _answer_missing(job: _Job) -> None:
+    """Caption the questions of every dataset with every system, as far as that is not done."""
+    done = list(job.folder.state.get("answered", []))
+    missing = [
+        (label, dataset)
+        for label in job.config.systems
+        for dataset in job.datasets
+        if [label, dataset.name] not in done
+    ]
+    with ray_session() if missing else nullcontext():
+        for number, (label, dataset) in enumerate(missing, start=1):
+            print(f"{number}/{len(missing)} {label} answers {dataset.name}", flush=True)
+            run_caption(_captioning(job, label, dataset))
+            done.append([label, dataset.name])
+            job.folder.remember(answered=done)
+
+
+def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
+    config, model = job.config, job.models[label]
+    section = config.systems[label].model
+    if section.adapter is not None and is_registered(section.adapter):
+        section = section.model_copy(update={"adapter": model.adapter_label})  # an alias may move meanwhile
+    return CaptionConfig(
+        name=f"{config.name}.{label}.{dataset.name}",
+        storage=str(job.folder.answers / label),
+        model=section,
+        skip=model.skip,
+        input=InputSection(
+            source=dataset.file,
+            prompt=dataset.template,
+            key="index",
+            keys=str(job.folder.questions(dataset.name)),
+        ),
+        sampling=config.sampling,
+        engine=config.engine,
+        output=OutputSection(shard_rows=config.shard_rows),
+        max_error_fraction=config.max_error_fraction,
+        tracking=TrackingConfig(uri=job.uri, experiment=config.tracking.experiment),
+        scaling=config.scaling,
+    )
+
+
+# -------------------------------------------------------------------------------------------- scoring
+
+
+def _scored(job: _Job, label: str) -> dict[str, Scored]:
+    """A system's items by dataset; also written to its file."""
+    config = job.config
+    parallel = config.judge.parallel if config.judge else 1
+    scored = {}
+    for dataset in job.datasets:
+        answers = _answers(_captioning(job, label, dataset))
+        scored[dataset.name] = score_answers(
+            dataset, answers, label, job.judge, parallel, config.max_error_fraction
+        )
+    write_items(job.folder.items(label), _all_items(scored), {label: _made_with(job, label)})
+    return scored
+
+
+def _answers(captioning: CaptionConfig) -> dict[str, Answered]:
+    captions = pq.read_table(Path(captioning.storage) / captioning.name / "captions").to_pylist()
+    return {
+        row["key"]: Answered(error=f"{row['error_kind']}: {row['error']}")
+        if row["error_kind"]
+        else Answered(row["text"] or "")
+        for row in captions
+    }
+
+
+def _all_items(scored: Mapping[str, Scored]) -> list[Item]:
+    return [item for one in scored.values() for item in one.items]
+
+
+def _sum_up(
+    job: _Job, scored: Mapping[str, Mapping[str, Scored]], trackers: Mapping[str, Tracker]
+) -> dict[str, Any]:
+    """Compare with the reference; table, picture and result, here and in MLflow."""
+    config, folder = job.config, job.folder
+    reference = scored[config.reference]
+    comparisons: dict[str, dict[str, Comparison]] = {
+        label: {
+            name: compare(
+                reference[name].items, one.items, resamples=config.resamples, confidence=config.confidence
+            )
+            for name, one in datasets.items()
+        }
+        for label, datasets in scored.items()
+        if label != config.reference
+    }
+    left_out = {dataset.name: dict(dataset.left_out) for dataset in job.datasets}
+    folder.table.write_text(markdown(config, scored, comparisons, left_out), encoding="utf-8")
+    picture(config, scored, comparisons, folder.picture)
+    print(f"\n{folder.table.read_text(encoding='utf-8')}", flush=True)
+    try:
+        for label, tracker in trackers.items():
+            tracker.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
+            for path in (folder.items(label), folder.table, folder.picture):
+                tracker.store(path)
+            tracker.finish("FINISHED")
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}\nThe items are complete in {folder.items(config.reference).parents[1]}. Run the same "
+            "job again to record them; nothing is asked twice"
+        ) from error
+    return {
+        "run": config.name,
+        "items": {label: str(folder.items(label)) for label in scored},
+        "score": {
+            label: {name: round(mean_score(one.items), 6) for name, one in datasets.items()}
+            for label, datasets in scored.items()
+        },
+        "totals": {
+            label: {name: one.totals for name, one in datasets.items() if one.totals}
+            for label, datasets in scored.items()
+        },
+        "difference": {
+            label: {name: asdict(comparison.overall) for name, comparison in datasets.items()}
+            for label, datasets in comparisons.items()
+        },
+        "errors": {
+            label: {name: sum(item.error is not None for item in one.items) for name, one in datasets.items()}
+            for label, datasets in scored.items()
+        },
+        "left_out": left_out,
+        "table": str(folder.table),
+        "picture": str(folder.picture),
+        "mlflow_uri": job.uri,
+        "mlflow_run_ids": {label: tracker.run_id for label, tracker in trackers.items()},
+    }

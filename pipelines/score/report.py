@@ -1,0 +1,167 @@
+"""What a scoring job says in the end: a table, a picture, numbers for MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.evaluation.items import Item
+from pipelines.evaluation.paired import FEW_CHANGES, Paired, paired, widened
+from pipelines.score.config import ScoreConfig
+from pipelines.score.dataset import described
+from pipelines.score.points import Scored, by_category, mean_score
+
+Systems = Mapping[str, Mapping[str, Scored]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system against the reference on one dataset: on all its items, and on each slice."""
+
+    overall: Paired
+    slices: Mapping[str, Paired]
+
+
+Comparisons = Mapping[str, Mapping[str, Comparison]]
+
+
+def compare(
+    reference: Sequence[Item], other: Sequence[Item], *, resamples: int, confidence: float
+) -> Comparison:
+    """The comparison of two systems that answered the same items."""
+
+    def compared(before: Sequence[Item], after: Sequence[Item]) -> Paired:
+        return widened(paired(before, after, resamples=resamples, confidence=confidence), confidence)
+
+    theirs, ours = by_category(reference), by_category(other)
+    slices = {category: compared(theirs[category], ours[category]) for category in theirs}
+    return Comparison(compared(reference, other), slices)
+
+
+# --------------------------------------------------------------------------------------------- table
+
+
+def markdown(
+    config: ScoreConfig,
+    scored: Systems,
+    comparisons: Comparisons,
+    left_out: Mapping[str, Mapping[str, int]],
+) -> str:
+    """A row for each dataset, below it one for each slice and each total; a column for each system.
+
+    ``left_out`` counts, by dataset and reason, the rows that are no items.
+    """
+    others = list(comparisons)
+    interval = f"[{100 * config.confidence:g} % interval] p"
+    head = [
+        "mean score, %",
+        "items",
+        config.reference,
+        *(title for label in others for title in (label, f"{label} − {config.reference} {interval}")),
+    ]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    for dataset in (one.name for one in config.datasets):
+        lines += _dataset_lines(dataset, config.reference, scored, comparisons)
+    intervals = (
+        f"Intervals by bootstrap over images, with all items about each; where fewer than {FEW_CHANGES} "
+        "changed, at least the exact binomial bounds. p by exact McNemar, scores 0 or 1."
+    )
+    notes = [
+        intervals,
+        *(f"{dataset}: {described(counts)}." for dataset, counts in left_out.items() if counts),
+        *_errors(scored),
+    ]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def _dataset_lines(dataset: str, reference: str, scored: Systems, comparisons: Comparisons) -> Iterator[str]:
+    items = scored[reference][dataset].items
+    found = [comparisons[label][dataset] for label in comparisons]
+    yield _scores_line(f"**{dataset}**", items, [one.overall for one in found])
+    for category, some in by_category(items).items():
+        yield _scores_line(f"&emsp;{category}", some, [one.slices[category] for one in found])
+    for total in scored[reference][dataset].totals:
+        values = [scored[label][dataset].totals[total] for label in (reference, *comparisons)]
+        first, *rest = (f"{value:.4g}" for value in values)
+        yield _line([f"&emsp;*{total}*", "", first, *(cell for value in rest for cell in (value, ""))])
+
+
+def _scores_line(title: str, items: Sequence[Item], compared: Sequence[Paired]) -> str:
+    cells = [title, str(len(items)), f"{100 * mean_score(items):.1f}"]
+    for one in compared:
+        p = "" if one.p_mcnemar is None else f" {one.p_mcnemar:.2g}"
+        cells.append(f"{100 * one.other:.1f}")
+        cells.append(f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]{p}")
+    return _line(cells)
+
+
+def _errors(scored: Systems) -> Iterator[str]:
+    for label, datasets in scored.items():
+        for dataset, one in datasets.items():
+            failed = [item for item in one.items if item.error]
+            if failed:
+                yield f"{label} on {dataset}: {len(failed)} items have an error and count as wrong."
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+# ------------------------------------------------------------------------------------------- picture
+
+
+def picture(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path: Path) -> None:
+    """Each system's score by dataset; the others' with the interval of their difference."""
+    from matplotlib.figure import Figure
+
+    names = [one.name for one in config.datasets]
+    labels = [config.reference, *comparisons]
+    width = 0.8 / len(labels)
+    figure = Figure(figsize=(max(5.0, 1.0 + 0.5 * len(names) * len(labels)), 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, label in enumerate(labels):
+        places = [place + number * width for place in range(len(names))]
+        heights = [100 * mean_score(scored[label][name].items) for name in names]
+        bars = axes.bar(places, heights, width, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, label_type="center")
+        if label in comparisons:
+            found = [comparisons[label][name].overall for name in names]
+            below = [100 * (one.difference - one.low) for one in found]
+            above = [100 * (one.high - one.difference) for one in found]
+            axes.errorbar(places, heights, yerr=[below, above], fmt="none", ecolor="black", capsize=3)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names, rotation=20, ha="right")
+    axes.set_ylabel("mean score, %")
+    axes.set_title(f"{config.name}; black: interval of the difference to {config.reference}", fontsize=9)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+# -------------------------------------------------------------------------------------------- MLflow
+
+
+def metrics(scored: Mapping[str, Scored], compared: Mapping[str, Comparison]) -> dict[str, float]:
+    """A system's numbers by name; scores and differences are fractions.
+
+    ``accuracy/<dataset>`` and ``accuracy/<dataset>/<slice>`` are mean scores; ``difference/…`` with
+    ``difference_low/…``, ``difference_high/…`` and ``p_mcnemar/…`` are against the reference;
+    ``total/<dataset>/…`` is what the benchmark publishes, ``items/<dataset>`` and ``errors/<dataset>`` count.
+    """
+    values: dict[str, float] = {}
+    for dataset, one in scored.items():
+        values[f"items/{dataset}"] = len(one.items)
+        values[f"errors/{dataset}"] = sum(item.error is not None for item in one.items)
+        values[f"accuracy/{dataset}"] = mean_score(one.items)
+        for category, items in by_category(one.items).items():
+            values[f"accuracy/{dataset}/{category}"] = mean_score(items)
+        for total, value in one.totals.items():
+            values[f"total/{dataset}/{total}"] = value
+    for dataset, comparison in compared.items():
+        for place, pair in {"": comparison.overall, **comparison.slices}.items():
+            name = f"{dataset}/{place}".rstrip("/")
+            values[f"difference/{name}"] = pair.difference
+            values[f"difference_low/{name}"] = pair.low
+            values[f"difference_high/{name}"] = pair.high
+            if pair.p_mcnemar is not None:
+                values[f"p_mcnemar/{name}"] = pair.p_mcnemar
+    return values

@@ -1,0 +1,1 @@
+"""The shapes data set and the small base model trained on it."""

@@ -1,0 +1,163 @@
+"""Scenes as training examples of the base model: labelled patches, and packed questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+from pipelines.data.collate import IGNORED
+from pipelines.shapes.base_config import BaseModelConfig
+from pipelines.shapes.base_parts import PATCH_SIZE, PATCHES_PER_SIDE
+from pipelines.shapes.scenes import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TASKS,
+    Scene,
+    Split,
+    ask,
+    digit_centres,
+    render,
+    sample_scene,
+)
+
+PATCH_LABELS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "size": len(SIZES) + 1, "digit": 11}
+"""Stage 1's per-patch classification targets and their class counts; class 0 is "none"."""
+
+
+def patch_labels(scene: Scene) -> np.ndarray:
+    """(256, 4) class of every patch in the order of `PATCH_LABELS`."""
+    labels = np.zeros((PATCHES_PER_SIDE, PATCHES_PER_SIDE, len(PATCH_LABELS)), dtype=np.int64)
+    middle = (np.arange(PATCHES_PER_SIDE) + 0.5) * PATCH_SIZE
+    for thing in scene.things:
+        dx, dy = middle[None, :] - thing.centre[0], middle[:, None] - thing.centre[1]
+        inside = np.hypot(dx, dy) < thing.radius + PATCH_SIZE / 3
+        labels[inside, 0] = SHAPES.index(thing.shape) + 1
+        labels[inside, 1] = list(COLOURS).index(thing.colour) + 1
+        labels[inside, 2] = list(SIZES).index(thing.size) + 1
+    for digit, x, y in digit_centres(scene):
+        labels[int(y // PATCH_SIZE), int(x // PATCH_SIZE), 3] = int(digit) + 1
+    return labels.reshape(-1, len(PATCH_LABELS))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One question of a packed row: its token ids and which of them are the answer."""
+
+    ids: list[int]
+    answer_start: int
+
+
+class SceneRows(Dataset):
+    """Scenes ``start … stop`` of a split as training examples of one stage."""
+
+    def __init__(
+        self,
+        config: BaseModelConfig,
+        processor: LlavaProcessor,
+        split: Split,
+        start: int,
+        stop: int,
+        *,
+        packed: bool,
+        easy_until: int = 0,
+    ) -> None:
+        self.config, self.processor, self.split = config, processor, split
+        self.indices = range(start, stop)
+        self.packed, self.easy_until = packed, easy_until
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, object]:
+        index = self.indices[position]
+        objects = (1, 2) if index < self.easy_until else (1, 4)
+        scene, rng = sample_scene(self.config.seed, self.split, index, objects=objects)
+        image = render(scene)
+        row: dict[str, object] = {
+            "pixel_values": normalised(self.processor, image),
+            "patch_labels": torch.from_numpy(patch_labels(scene)),
+        }
+        if not self.packed:
+            return row
+        tasks = ["caption", *(TASKS[1 + i % (len(TASKS) - 1)] for i in range(self.config.questions - 1))]
+        row["branches"] = [
+            encode_branch(self.processor.tokenizer, question.prompt, question.answer)
+            for question in (ask(scene, task, rng) for task in tasks)
+        ]
+        return row
+
+
+def normalised(processor: LlavaProcessor, image: Image.Image) -> torch.Tensor:
+    """(3, 224, 224): what the image processor makes of an image that has the right size already."""
+    images = processor.image_processor
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return ((pixels - torch.tensor(images.image_mean)) / torch.tensor(images.image_std)).permute(2, 0, 1)
+
+
+def encode_branch(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> Branch:
+    """The chat template's tokens behind the image for one question and its answer."""
+    question = tokenizer(f"\n{prompt} ASSISTANT:", add_special_tokens=False).input_ids
+    reply = tokenizer(f" {answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
+    return Branch(question + reply, len(question))
+
+
+@dataclass
+class PackedBatch:
+    """B images with their packed questions; L is the longest row, P the tokens up to the last visual one.
+
+    Attributes:
+        pixel_values: (B, 3, 224, 224).
+        patch_labels: (B, 256, 4).
+        ids: (B, L − P).
+        targets: (B, L − P), IGNORED where nothing is asked.
+        branch: (B, L) number of the question, 0 for the image, −1 for padding.
+        positions: (B, L); every question starts right behind the image.
+    """
+
+    pixel_values: torch.Tensor
+    patch_labels: torch.Tensor
+    ids: torch.Tensor
+    targets: torch.Tensor
+    branch: torch.Tensor
+    positions: torch.Tensor
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, 1, L, L) bool: causal, own question and the image only."""
+        length = self.branch.shape[1]
+        query, key = self.branch[:, :, None], self.branch[:, None, :]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+def collate_packed(rows: list[dict[str, object]], prefix: int, pad: int) -> PackedBatch:
+    """Lay each image's questions one after another behind ``prefix`` shared tokens."""
+    lengths = [sum(len(branch.ids) for branch in row["branches"]) for row in rows]  # type: ignore[attr-defined]
+    longest = -(-(prefix + max(lengths)) // 32) * 32 - prefix
+    count = len(rows)
+    ids = torch.full((count, longest), pad)
+    targets = torch.full((count, longest), IGNORED)
+    branch_of = torch.full((count, prefix + longest), -1)
+    positions = torch.zeros(count, prefix + longest, dtype=torch.long)
+    branch_of[:, :prefix] = 0
+    positions[:, :prefix] = torch.arange(prefix)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, branch in enumerate(row["branches"], start=1):  # type: ignore[arg-type]
+            end = at + len(branch.ids)
+            ids[r, at:end] = torch.tensor(branch.ids)
+            # Position i predicts token i + 1 of its own question.
+            answer = torch.tensor(branch.ids[branch.answer_start :])
+            targets[r, at + branch.answer_start - 1 : end - 1] = answer
+            branch_of[r, prefix + at : prefix + end] = number
+            positions[r, prefix + at : prefix + end] = torch.arange(prefix, prefix + len(branch.ids))
+            at = end
+    pixels = torch.stack([row["pixel_values"] for row in rows])  # type: ignore[misc]
+    labels = torch.stack([row["patch_labels"] for row in rows])  # type: ignore[misc]
+    return PackedBatch(pixels, labels, ids, targets, branch_of, positions)

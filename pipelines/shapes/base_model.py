@@ -1,0 +1,46 @@
+"""The small base model, trained from scratch on shapes: `models/shapes-llava/`.
+
+Two stages make it affordable on two cores:
+
+1. *vision*: the CLIP tower alone learns, from a linear head on every patch, which object (shape,
+   colour, size) or digit the patch belongs to.
+2. *language*: tower, projector and decoder together answer questions, and the patch loss goes on
+   beside it; the patch head is thrown away at the end. Questions about one image
+   share its visual tokens: they are packed behind the image in one row and a mask keeps each from
+   seeing the others, so one pass over 256 visual tokens pays for a dozen independent questions.
+
+Everything is drawn from the train split; the validation split is watched, the test split is only
+ever read by the evaluation at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipelines.shapes.base_card import write_card
+from pipelines.shapes.base_config import BaseModelConfig
+from pipelines.shapes.base_examples import PATCH_LABELS
+from pipelines.shapes.base_parts import build_model, build_processor, build_tokenizer
+from pipelines.shapes.base_training import train_language, train_vision
+from pipelines.shared.paths import output_path
+
+
+def train_base_model(config: BaseModelConfig) -> dict[str, object]:
+    """Train (or resume) both stages; write model, processor and card; returns what the card says."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    work, output = output_path(config.work_dir, "work_dir"), output_path(config.output, "output")
+    work.mkdir(parents=True, exist_ok=True)
+    config = config.model_copy(update={"work_dir": work, "output": output})
+    tokenizer = build_tokenizer(config.seed)
+    processor = build_processor(tokenizer)
+    model = build_model(tokenizer)
+    head = nn.Linear(model.config.vision_config.hidden_size, sum(PATCH_LABELS.values()))
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
+    train_vision(config, model, head, processor)
+    train_language(config, model, head, processor)
+    model.eval().save_pretrained(output)
+    processor.save_pretrained(output)
+    return write_card(config, model, processor)

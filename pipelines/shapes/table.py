@@ -1,0 +1,34 @@
+"""Shapes as a table of questions in VLMEvalKit's format."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.rows import IMAGE_PLACEHOLDER
+
+_COLUMNS = ("index", "image", "image_path", "question", "answer", "category")
+
+
+def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows of one question each, as they stand in the LLaVA JSON of ``folder``; indices count from 0.
+
+    An image stands in the first row about it; later ones have that row's index in its place.
+    """
+    first: dict[str, int] = {}
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(_COLUMNS)
+        for index, row in enumerate(rows):
+            holder = first.setdefault(row["image"], index)
+            image = (
+                base64.b64encode((folder / row["image"]).read_bytes()).decode() if holder == index else holder
+            )
+            question, answer = (turn["value"] for turn in row["conversations"])
+            text = question.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+            table.writerow((index, image, row["image"], text, answer, row["task"]))
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""What several jobs share: configuration, paths, job folders, files and signals."""

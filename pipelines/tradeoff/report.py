@@ -1,0 +1,160 @@
+"""A trade-off for people: a Markdown table, the curves, and the paper's points beside predicted ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.evaluation.exact_match import OVERALL
+from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION
+from pipelines.tradeoff.published import PUBLISHED, llava_with
+from pipelines.tradeoff.table import table
+from skipvision import SkipConfig, predict_cost
+from skipvision.baselines import BASELINES
+
+if TYPE_CHECKING:
+    from pipelines.tradeoff.job import Found
+
+_TEXT = 16
+"""Tokens of text that the paper's FLOPs agree with."""
+_COSTS = {
+    "language_flops": "prefill FLOPs behind the tower, %",
+    "latency": "time to the first token, %",
+    "kv_bytes": "KV bytes, %",
+}
+
+_COLOURS = ("blue", "cyan", "green", "red", "purple", "brown", "pink", "olive")
+"""Of the baselines; orange is Skip-Vision's, and grey the grid's."""
+
+
+def write_report(found: Sequence[Found], folder: Path, *, rows: int, text_tokens: int) -> dict[str, str]:
+    """Table, numbers and pictures into a folder, by whose name theirs begin; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {
+        "table": folder / f"{folder.name}_table.md",
+        "numbers": folder / f"{folder.name}.json",
+        "picture": folder / f"{folder.name}.png",
+        "published": folder / "tradeoff_published.png",
+    }
+    paths["table"].write_text(table(found, rows=rows, text_tokens=text_tokens))
+    paths["numbers"].write_text(json.dumps([asdict(one) | _skip(one) for one in found], indent=1) + "\n")
+    figure = curves(found)
+    figure.savefig(paths["picture"], dpi=110)
+    _pyplot().close(figure)
+    _published(paths["published"])
+    print(f"\n{paths['table'].read_text()}", flush=True)
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _skip(one: Found) -> dict[str, Any]:
+    skip = one.point.skip
+    return {"point": {**asdict(one.point), "skip": None if skip is None else skip.model_dump()}}
+
+
+def curves(found: Sequence[Found]) -> Any:
+    """A figure: overall accuracy against each cost, a row of panels for each adapter."""
+    plt = _pyplot()
+    labels = list(dict.fromkeys(one.point.adapter for one in found))
+    costs = {name: title for name, title in _COSTS.items() if getattr(found[0], name) is not None}
+    size = (4.6 * len(costs), 3.4 * len(labels) + 0.8)
+    figure, axes = plt.subplots(
+        len(labels), len(costs), figsize=size, squeeze=False, sharey="row", layout="constrained"
+    )
+    for row, label in zip(axes, labels, strict=True):
+        own = [one for one in found if one.point.adapter == label]
+        for axis, (cost, title) in zip(row, costs.items(), strict=True):
+            _panel(axis, own, cost)
+            axis.set_xlabel(title)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_title(label, loc="left", fontsize=10)
+        row[0].set_ylabel("exact match, %")
+    shown = {}  # what some panels lack is in others
+    for axis in axes.flat:
+        handles, names = axis.get_legend_handles_labels()
+        shown |= dict(zip(names, handles, strict=True))
+    figure.legend(
+        shown.values(), shown.keys(), ncols=6, loc="outside upper center", frameon=False, fontsize=8
+    )
+    return figure
+
+
+def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
+    def line(some: Sequence[Found], **style: Any) -> None:
+        ordered = sorted(some, key=lambda one: getattr(one, cost))
+        axis.plot(
+            [100 * getattr(one, cost) for one in ordered],
+            [100 * one.accuracy[OVERALL] for one in ordered],
+            **style,
+        )
+
+    grid = [one for one in own if one.point.method == GRID]
+    retained = sorted({one.point.skip.retained for one in grid if one.point.skip})
+    for place, count in enumerate(retained):
+        chosen = [one for one in grid if one.point.skip and one.point.skip.retained == count]
+        shade = 0.75 - 0.6 * place / max(len(retained) - 1, 1)
+        line(chosen, color=str(shade), lw=1, marker=".", ms=4, label=f"N_r = {count}")
+    full = next(one for one in own if one.point.method == FULL)
+    compared_with = 100 * full.gap[OVERALL].reference
+    axis.axhline(compared_with, color="#5b6b7f", lw=0.8, ls=":", label="reference: full tokens")
+    for method, marker, colour in zip(BASELINES, cycle("ov^<>DPX"), cycle(_COLOURS), strict=False):
+        some = [one for one in own if one.point.method == method]
+        if some and method != SKIP_VISION:
+            line(some, color=f"tab:{colour}", marker=marker, ms=5, lw=0.8, alpha=0.8, label=method)
+    for method, marker in ((SKIP_VISION, "s"), (AS_TUNED, "*")):
+        if some := [one for one in own if one.point.method == method]:
+            line(some, color="#e07b26", marker=marker, ms=8, lw=1.5, label=method)
+
+
+def _published(path: Path) -> None:
+    """Predicted prefill FLOPs over N_r for some N_s, with the paper's points, for both decoders."""
+    plt = _pyplot()
+    decoders = list(dict.fromkeys(point.decoder for point in PUBLISHED))
+    figure, axes = plt.subplots(1, len(decoders), figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, decoder in zip(axes, decoders, strict=True):
+        for skipped in (0, 156, 320):
+            counts = [count for count in range(16, 577, 40) if count + skipped <= 576]
+            shares = [100 * _predicted(decoder, count, skipped, 576) for count in counts]
+            axis.plot(counts, shares, marker=".", label=f"predicted, 576 tokens, N_s = {skipped}")
+        for point in (point for point in PUBLISHED if point.decoder == decoder):
+            said = f"{point.retained} + {point.skipped} of {point.tokens}"
+            own = 100 * _predicted(decoder, point.retained, point.skipped, point.tokens)
+            axis.plot(point.retained, own, "o", color="#e07b26", fillstyle="none", ms=9)
+            axis.annotate(
+                said, (point.retained, own), textcoords="offset points", xytext=(8, -10), fontsize=8
+            )
+            if point.flops is not None:
+                axis.plot(point.retained, 100 * point.flops, "x", color="black", ms=8)
+        axis.plot([], [], "o", color="#e07b26", fillstyle="none", label="published settings, predicted")
+        if any(point.flops for point in PUBLISHED if point.decoder == decoder):
+            axis.plot([], [], "x", color="black", label="published settings, published FLOPs")
+        axis.set_title(decoder, fontsize=10)
+        axis.set_xlabel("retained tokens N_r")
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("prefill FLOPs, % of full tokens (tower included)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _predicted(decoder: str, retained: int, skipped: int, tokens: int) -> float:
+    cost = predict_cost(
+        llava_with(decoder),
+        SkipConfig(retained=retained, skipped=skipped),
+        text_tokens=_TEXT,
+        new_tokens=1,
+        visual_tokens=tokens,
+    )
+    return cost.ratio_to_full.prefill_flops
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    return plt

@@ -1,0 +1,149 @@
+"""What a chat completion's body asks for, in the engine's terms."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+from serve.chat.schemas import ChatRequest, ImagePart, Message, TextPart
+from serve.chat.vocabulary import Vocabulary
+from serve.errors import MediaError
+from serve.media.fetch import EncodedImage
+from serve.problem import Problem
+from serve.replica.grammar import ANY_OBJECT
+from skipvision.engine import Request as EngineRequest
+from skipvision.engine import Sampling, prepare
+
+_UNSUPPORTED = (
+    *("frequency_penalty", "presence_penalty", "logit_bias"),
+    *("tools", "functions", "audio", "web_search_options"),
+)
+"""Fields that would change the answer, if they were not refused."""
+
+
+def conversation(body: ChatRequest, vocabulary: Vocabulary) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Messages for the processor's template, and the URLs of their images in order, by field."""
+    messages: list[dict[str, Any]] = []
+    urls: dict[str, str] = {}
+    for turn, message in enumerate(body.messages):
+        said: list[dict[str, Any]] = []
+        for place, part in enumerate(_parts(message)):
+            if isinstance(part, ImagePart):
+                urls[f"messages.{turn}.content.{place}.image_url.url"] = part.image_url.url
+                said.append({"type": "image"})
+            else:
+                said.append({"type": "text", "text": part.text})
+        role = "system" if message.role == "developer" else message.role
+        messages.append({"role": role, "content": _harmless(said, vocabulary)})
+    return messages, urls
+
+
+def _harmless(said: Iterable[dict[str, Any]], vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Without special tokens, texts side by side as one."""
+    parts: list[dict[str, Any]] = []
+    for kind, run in groupby(said, itemgetter("type")):
+        if kind == "text":
+            parts.append({"type": "text", "text": "".join(part["text"] for part in run)})
+        else:
+            parts += run
+    texts = [part for part in parts if part["type"] == "text"]
+    for part, text in zip(texts, vocabulary.harmless([part["text"] for part in texts]), strict=True):
+        part["text"] = text
+    return parts
+
+
+def _parts(message: Message) -> list[TextPart | ImagePart]:
+    content = message.content
+    return content if isinstance(content, list) else [TextPart(type="text", text=content or "")]
+
+
+def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -> None:
+    """Raise for texts that no tokens could fit in, were each the longest: to count them takes long."""
+    parts = [part for message in body.messages for part in _parts(message)]
+    characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
+    if characters > positions * vocabulary.longest:
+        message = (
+            f"This model's maximum context length is {positions} tokens. However, your messages have "
+            f"{characters} characters, which no {positions} tokens hold. Please reduce the length of the "
+            "messages."
+        )
+        raise Problem(400, message, param="messages", code="context_length_exceeded")
+
+
+def prepared(processor: Any, request: EngineRequest, pictures: Mapping[str, EncodedImage]) -> EngineRequest:
+    """With the images, and ready for an engine."""
+    images = []
+    for param, picture in pictures.items():
+        with blamed_on(param):
+            images.append(picture.open())
+    return prepare(processor, replace(request, images=images))
+
+
+@contextlib.contextmanager
+def blamed_on(param: str) -> Iterator[None]:
+    """Say of an image which field named it."""
+    try:
+        yield
+    except MediaError as error:
+        raise Problem(400, str(error), param=param, code=error.code) from error
+
+
+def refuse_unsupported(body: ChatRequest) -> None:
+    """Raise for what cannot be done."""
+    for name in _UNSUPPORTED:
+        value = getattr(body, name)
+        if value:
+            raise Problem(
+                400,
+                f"{name}={reprlib.repr(value)} is not supported: leave it out",
+                param=name,
+                code="unsupported",
+            )
+    if body.stream_options is not None and not body.stream:
+        message = "stream_options without stream=true: leave it out"
+        raise Problem(400, message, param="stream_options", code="invalid_value")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Problem(400, "top_logprobs without logprobs=true", param="top_logprobs", code="invalid_value")
+
+
+def schema(body: ChatRequest) -> str | None:
+    """The JSON schema that the answer shall follow, as JSON."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return ANY_OBJECT
+    if wanted.json_schema is None:
+        message = "response_format of type json_schema without json_schema"
+        raise Problem(400, message, param="response_format", code="invalid_value")
+    return json.dumps(wanted.json_schema.schema_)
+
+
+def sampling(body: ChatRequest, most: int, room: int) -> Sampling:
+    """How the answer is written; ``most`` tokens are allowed, ``room`` are left by the prompt."""
+    asked = body.max_completion_tokens or body.max_tokens
+    if asked is not None and asked > most:
+        name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        raise Problem(400, f"{name}={asked}: at most {most} here", param=name, code="invalid_value")
+    if (asked or 1) > room:
+        message = (
+            f"{asked or 1} tokens of answer, but the messages leave {max(room, 0)} of this model's positions"
+        )
+        raise Problem(400, f"{message}: shorten them", param="messages", code="context_length_exceeded")
+    return Sampling(
+        max_new_tokens=asked if asked is not None else min(most, room),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k,
+        repetition_penalty=body.repetition_penalty,
+        seed=None if body.seed is None else body.seed % 2**63,
+        stop=() if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        n=body.n or 1,
+    )

@@ -1,0 +1,114 @@
+"""What the engine wrote, as chat completions and their chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.chat.logprobs import Logprobs
+from serve.chat.vocabulary import Vocabulary
+from skipvision.engine import Choice, Chunk, Completion, TokenLogprob, Usage
+
+_FINISH = {"stop": "stop", "length": "length", "deadline": "length", "cancelled": "stop"}
+"""OpenAI's names of why an answer ended."""
+
+
+@dataclass
+class Answer:
+    """Writes one request's responses.
+
+    Attributes:
+        id: of the completion.
+        created: Unix time.
+        model: name that the client used.
+        vocabulary: of the model.
+        logprobs: the client wants them.
+    """
+
+    id: str
+    created: int
+    model: str
+    vocabulary: Vocabulary
+    logprobs: bool
+    _tokens: dict[int, Logprobs] = field(default_factory=dict, init=False)
+
+    def completion(self, completion: Completion) -> dict[str, Any]:
+        """The whole answer."""
+        return {
+            **self._head("chat.completion"),
+            "choices": [self._choice(choice) for choice in completion.choices],
+            "usage": usage(completion.usage),
+        }
+
+    def opening(self, choices: int) -> list[dict[str, Any]]:
+        """The first chunk of each choice, which says who speaks."""
+        return [
+            self._delta(index, {"role": "assistant", "content": ""}, None, None) for index in range(choices)
+        ]
+
+    def chunk(self, chunk: Chunk) -> dict[str, Any] | None:
+        """What a step added; None if there is nothing to say yet."""
+        told = self._logprobs(chunk.index, chunk.logprobs or (), chunk.text, chunk.finish_reason)
+        if not chunk.text and chunk.finish_reason is None and not (told and told["content"]):
+            return None
+        reason = None if chunk.finish_reason is None else _FINISH.get(chunk.finish_reason)
+        delta = {"content": chunk.text} if chunk.text else {}
+        return self._delta(chunk.index, delta, reason, told)
+
+    def ending(self, found: Usage) -> dict[str, Any]:
+        """The chunk behind the last, with the usage."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(found)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "finish_reason": _FINISH.get(choice.finish_reason, "stop"),
+            "logprobs": self._logprobs(
+                choice.index, choice.logprobs or (), choice.text, choice.finish_reason
+            ),
+        }
+
+    def _delta(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        reason: str | None,
+        logprobs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "finish_reason": reason,
+            "logprobs": logprobs,
+        }
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _logprobs(
+        self, index: int, tokens: Sequence[TokenLogprob], text: str, reason: str | None
+    ) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        choice = self._tokens.setdefault(index, Logprobs(self.vocabulary))
+        return {"content": choice.push(tokens, text, reason), "refusal": None}
+
+
+def usage(found: Usage) -> dict[str, Any]:
+    """OpenAI's usage, and what became of the visual tokens."""
+    return {
+        "prompt_tokens": found.prompt_tokens,
+        "completion_tokens": found.completion_tokens,
+        "total_tokens": found.prompt_tokens + found.completion_tokens,
+        "visual_tokens": {
+            "total": found.visual_total,
+            "retained": found.visual_retained,
+            "skipped": found.visual_skipped,
+            "cached": found.visual_cached,
+        },
+        "kv_bytes": found.kv_bytes,
+        "prefix_hit": found.prefix_hit,
+    }

@@ -1,0 +1,1 @@
+"""Images of requests, from data URLs and allowed hosts."""

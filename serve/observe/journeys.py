@@ -1,0 +1,162 @@
+"""What becomes of requests, stage by stage, as metrics and as spans.
+
+    ingress   media    images fetched and decoded
+              prepare  template, tokenizer, image processor
+    engine    queue    until its prefill begins
+              prefill  until the first token
+              decode   until the last
+    between   rest     HTTP, Ray, waiting for an engine with room
+
+The first two and the last are the framework's time, the others the engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.util import metrics
+
+from serve.observe.tracing import Span, Tracer
+from serve.reporting import problem_of
+from skipvision.engine import Completion, Timing
+
+_SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+_TOKEN_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+
+
+class Journeys:
+    """Those of one ingress replica.
+
+    Args:
+        tracer: of its spans.
+        seconds: that each request may take.
+    """
+
+    def __init__(self, tracer: Tracer, seconds: float) -> None:
+        self.tracer, self.seconds = tracer, seconds
+        self.stages = metrics.Histogram(
+            "skipvision_stage_seconds", "seconds of each stage of a request", _SECONDS, ("model", "stage")
+        )
+        self.first_token = metrics.Histogram(
+            "skipvision_first_token_seconds", "from arrival to the first token", _SECONDS, ("model",)
+        )
+        self.output_token = metrics.Histogram(
+            "skipvision_output_token_seconds",
+            "from token to token, the mean of each answer",
+            _TOKEN_SECONDS,
+            ("model",),
+        )
+        self.retries = metrics.Counter(
+            "skipvision_retries", "requests given to another engine, because theirs had died", ("model",)
+        )
+        self.saved = metrics.Counter(
+            "skipvision_visual_tokens_saved", "visual tokens that left nothing in the KV cache", ("model",)
+        )
+
+    @contextmanager
+    def begin(
+        self, model: str, arrived: float, traceparent: str | None, name: str = "chat"
+    ) -> Iterator[Journey]:
+        """A request's, while it is answered.
+
+        Args:
+            model: that it names.
+            arrived: when it came (`time.monotonic`).
+            traceparent: the client's.
+            name: of its span.
+        """
+        journey = Journey(self, model, self.tracer.start(name, traceparent, model=model), arrived)
+        error: str | None = None
+        try:
+            yield journey
+        except (asyncio.CancelledError, GeneratorExit):
+            error = "cancelled"
+            raise
+        except Exception as caught:
+            error = problem_of(caught).kind
+            raise
+        finally:
+            journey.span.end(journey.error or error)
+
+
+class Journey:
+    """One request.
+
+    Attributes:
+        span: of all of it.
+        until: when its time is over (`time.monotonic`).
+        error: why it ended before its time, where no exception says it.
+    """
+
+    error: str | None = None
+
+    def __init__(self, journeys: Journeys, model: str, span: Span, arrived: float) -> None:
+        self.span, self.until = span, arrived + journeys.seconds
+        self._journeys, self._tags = journeys, {"model": model}
+        self._arrived = arrived
+        self._first: float | None = None
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One of the ingress, while it lasts."""
+        span = self._journeys.tracer.start(name, self.span.traceparent)
+        begin, error = time.monotonic(), None
+        try:
+            yield
+        except Exception as caught:
+            error = problem_of(caught).kind
+            raise
+        finally:
+            span.end(error)
+            self._observe(name, time.monotonic() - begin)
+
+    def spoke(self) -> None:
+        """Its first token is here."""
+        self._first = time.monotonic()
+
+    def arrived(self, completion: Completion) -> None:
+        """The engine has ended it."""
+        timing, now = completion.timing, time.monotonic()
+        for name, begin, end in engine_stages(timing):
+            self._observe(name, end - begin)
+        self._observe("rest", max(now - self._arrived - sum(self._stages.values()), 0.0))
+        tags, of = self._tags, self._journeys
+        saved = completion.usage.visual_total - completion.usage.visual_cached
+        if saved > 0:  # Ray's counters take nothing else
+            of.saved.inc(saved, tags=tags)
+        if timing.first_token is not None:
+            # An answer in one piece is here right after its last token.
+            first = self._first or now - (timing.total - timing.first_token)
+            of.first_token.observe(first - self._arrived, tags=tags)
+            later = max((len(choice.token_ids) for choice in completion.choices), default=0) - 1
+            if later > 0:
+                of.output_token.observe((timing.total - timing.first_token) / later, tags=tags)
+
+    def retried(self) -> None:
+        """It goes to another engine."""
+        self._journeys.retries.inc(tags=self._tags)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Its stages for the client (ms)."""
+        stages = (f"{name};dur={1000 * seconds:.2f}" for name, seconds in self._stages.items())
+        return {"Server-Timing": ", ".join(stages)}
+
+    def _observe(self, stage: str, seconds: float) -> None:
+        self._stages[stage] = seconds
+        self._journeys.stages.observe(seconds, tags={**self._tags, "stage": stage})
+
+
+def engine_stages(timing: Timing) -> list[tuple[str, float, float]]:
+    """Those that a request has reached: name, begin and end (seconds since submission)."""
+    first = timing.total if timing.first_token is None else timing.first_token
+    stages = [
+        ("queue", 0.0, timing.queued),
+        ("prefill", timing.queued, first),
+        ("decode", first, timing.total),
+    ]
+    return [stage for stage in stages if stage[1] < stage[2]]

@@ -1,0 +1,1 @@
+"""An adapter's files: LoRA weights, summary layer and SkipConfig, saved and loaded together."""

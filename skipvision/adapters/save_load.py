@@ -1,0 +1,336 @@
+"""Adapters: what fine-tuning made, put into one folder and back onto a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import distributed, nn
+from transformers import PreTrainedModel
+
+from skipvision.adapters.files import (
+    FORMAT,
+    PEFT_FILES,
+    SKIP_CONFIG,
+    SUMMARY_WEIGHTS,
+    difference,
+    read_adapter,
+    replace,
+    summary_weights,
+)
+from skipvision.anatomy.families import dissect
+from skipvision.attach import Attachment, attach, attachment_of
+from skipvision.config import SkipConfig
+from skipvision.errors import AdapterError
+from skipvision.summaries import (
+    SUMMARY,
+    AdapterSummaries,
+    summary_aside,
+    summary_of_adapter,
+    withdraw_notes,
+)
+from skipvision.summary import SummaryLayer
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Path:
+    """Save LoRA weights, summary layer and SkipConfig of a fine-tuned model together.
+
+    The folder is written beside its place and moved there whole, so a crash leaves no half adapter.
+
+    Args:
+        model: a PEFT model, with or without Skip-Vision attached, or a bare model with it attached.
+        folder: destination; an adapter that is there already is replaced.
+        name: which of several PEFT adapters; by default the active one.
+
+    Raises:
+        AdapterError: the model has neither PEFT adapters nor Skip-Vision: nothing to save; or no adapter
+            of that name; or its weights are sharded over processes.
+    """
+    # Not what DistributedDataParallel or torch.compile put around it.
+    model = next((m for m in model.modules() if isinstance(m, (PeftModel, PreTrainedModel))), model)
+    attachment = attachment_of(model)
+    if attachment is None and not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"{type(model).__name__} has neither a PEFT adapter nor Skip-Vision attached: nothing to save"
+        )
+    if isinstance(model, PeftModel):
+        name = _name_of(model, name)
+    _check_whole(model)
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        if isinstance(model, PeftModel):
+            _save_lora(model, str(name), partial)
+        summary = _summary(model, str(name))
+        if summary is not None:
+            _warn_if_frozen(model, summary)
+            weights = {
+                name: value.detach().cpu().contiguous() for name, value in summary.state_dict().items()
+            }
+            save_file(weights, partial / SUMMARY_WEIGHTS)
+        (partial / SKIP_CONFIG).write_text(json.dumps(_describe(model, attachment), indent=2) + "\n")
+        _share(partial)
+        replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    config: SkipConfig | None = None,
+    is_trainable: bool = False,
+    name: str = "default",
+) -> nn.Module:
+    """Put a saved adapter on its base model: PEFT around it, Skip-Vision attached as it was trained.
+
+    On a PEFT model the adapter is added beside those that are there; ``model.set_adapter(name)`` switches
+    to it, LoRA and summary layer together.
+
+    Args:
+        model: the base model, or a PEFT model; if Skip-Vision is attached, then as the adapter was trained.
+        folder: what `save_adapter` wrote.
+        config: if given, what the caller believes the adapter was trained with.
+        is_trainable: keep LoRA and summary trainable, to go on fine-tuning; else LoRA has the model's dtype.
+        name: what PEFT is to call the adapter.
+
+    Returns:
+        The PEFT model, or ``model`` itself where the adapter has no LoRA; `attachment_of` finds the
+        attachment. An adapter of a full-token fine-tune attaches nothing.
+
+    Raises:
+        AdapterError: the folder is missing, damaged, made for a decoder of another width or number of
+            layers or with modules of other shapes, or trained with another SkipConfig than ``config`` or
+            than the model has attached; or the name is taken. The model is as it was.
+
+    Warns:
+        UserWarning: the adapter fits, but the base model that it was trained on had another name.
+    """
+    folder = Path(folder)
+    saved = read_adapter(folder)
+    skip = saved["skip"]
+    _check_config(folder, skip, config)
+    _check_shape(model, folder, saved)
+    # Everything is looked at before anything is put on the model.
+    weights = None
+    if skip is not None and skip.summary_tokens:
+        weights = summary_weights(folder, saved["hidden_size"], skip.summary_tokens)
+    attached = attachment_of(model)
+    if attached is not None or isinstance(model, PeftModel):
+        _check_beside(model, folder, saved, name)
+    if isinstance(model, PeftModel):
+        _load_lora_beside(model, folder, is_trainable, name)
+    else:
+        if saved["lora"]:
+            model = _load_lora(model, folder, is_trainable, name)
+        if skip is not None and attached is None:
+            attach(model, skip)
+    summary = _summary(model, name)
+    if summary is not None and weights is not None:
+        summary.load_state_dict(weights)
+        summary.requires_grad_(is_trainable)
+    return model
+
+
+def unload_adapters(model: nn.Module) -> None:
+    """Take PEFT out of the model that it was put around; the base model's own summary layer stays."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, BaseTunerLayer):
+                setattr(parent, name, module.get_base_layer())
+            elif isinstance(module, AdapterSummaries):
+                setattr(parent, name, module.original_module)
+    vars(model).pop("peft_config", None)
+
+
+def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "skip": attachment.config.model_dump() if attachment is not None else None,
+        "base_model": _base_name(model),
+        "lora": isinstance(model, PeftModel),
+        "hidden_size": dissect(model).hidden_size,
+        "layers": len(dissect(model).layers),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _name_of(model: PeftModel, name: str | None) -> str:
+    names = list(model.active_adapters) if name is None else [name]
+    if len(names) != 1 or names[0] not in model.peft_config:
+        raise AdapterError(
+            f"one adapter is saved at a time, not {names}: this model has {list(model.peft_config)}; say "
+            "which with name="
+        )
+    return names[0]
+
+
+def _check_whole(model: nn.Module) -> None:
+    if not distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise AdapterError(
+            "this model's weights are sharded over processes: gather the trainable ones with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict, load them into an unsharded copy "
+            "of the model, and save that"
+        )
+
+
+def _save_lora(model: PeftModel, name: str, folder: Path) -> None:
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    own = folder / name
+    if name != "default":  # which PEFT alone does not put into a folder of its own
+        for path in own.iterdir():
+            path.rename(folder / path.name)
+        own.rmdir()
+
+
+def _share(folder: Path) -> None:
+    """What the umask allows for any file, for the weights too: safetensors and mkdtemp keep others out."""
+    mode = (folder / SKIP_CONFIG).stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)
+    folder.chmod(mode | (mode & 0o444) >> 2)
+
+
+def _warn_if_frozen(model: nn.Module, summary: SummaryLayer) -> None:
+    inside = getattr(dissect(model).decoder, SUMMARY)
+    frozen = not any(parameter.requires_grad for parameter in summary.parameters())
+    # An adapter that was loaded to be used is frozen as a whole, and its summary was trained.
+    tuned = any(parameter.requires_grad for parameter in model.parameters())
+    if isinstance(model, PeftModel) and frozen and tuned and not isinstance(inside, AdapterSummaries):
+        warnings.warn(
+            "the summary layer was attached before get_peft_model, which froze it: what is saved was not "
+            "trained. Attach after get_peft_model",
+            stacklevel=3,
+        )
+
+
+def _check_config(folder: Path, saved: SkipConfig | None, believed: SkipConfig | None) -> None:
+    if believed is not None and saved != believed:
+        raise AdapterError(
+            f"{folder} was trained with another SkipConfig: {difference(saved, believed)}. Leave config out "
+            "to run the adapter as it was trained, or train one under the config that you want"
+        )
+
+
+def _check_shape(model: nn.Module, folder: Path, saved: dict[str, Any]) -> None:
+    anatomy, name = dissect(model), _base_name(model)
+    if anatomy.hidden_size != saved["hidden_size"]:
+        raise AdapterError(
+            f"{folder} was made for a decoder of hidden size {saved['hidden_size']} "
+            f"(base model {saved['base_model']!r}), but this model's is {anatomy.hidden_size}"
+        )
+    if len(anatomy.layers) != saved["layers"]:
+        raise AdapterError(
+            f"{folder} was made for a decoder of {saved['layers']} layers (base model "
+            f"{saved['base_model']!r}), but this model's has {len(anatomy.layers)}"
+        )
+    # The last part alone: a folder may have moved.
+    if name and saved["base_model"] and Path(name).name != Path(saved["base_model"]).name:
+        warnings.warn(
+            f"{folder} was trained on the base model {saved['base_model']!r}, but this one is {name!r}: it "
+            "fits, but it does what it was trained for on its own base model only",
+            stacklevel=3,
+        )
+
+
+def _base_name(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+
+
+def _check_beside(model: nn.Module, folder: Path, saved: dict[str, Any], name: str) -> None:
+    attachment = attachment_of(model)
+    attached = None if attachment is None else attachment.config
+    full = SkipConfig.full()
+    if (saved["skip"] or full) != (attached or full):
+        raise AdapterError(
+            f"{folder} was trained with another SkipConfig than this model has attached: "
+            f"{difference(saved['skip'], attached)}. Adapters of one model share its attachment: load this "
+            "one on a base model of its own"
+        )
+    if not saved["lora"]:
+        raise AdapterError(f"{folder} has no LoRA, only a summary layer: load it on a base model of its own")
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise AdapterError(
+            f"this model has an adapter {name!r} already: give this one another name=, or delete_adapter() "
+            "that one"
+        )
+
+
+def _load_lora(model: nn.Module, folder: Path, is_trainable: bool, name: str) -> PeftModel:
+    with summary_aside(model, dissect(model).decoder):
+        try:
+            with _told(folder):
+                loaded = PeftModel.from_pretrained(
+                    model,
+                    str(folder.absolute()),
+                    name,
+                    is_trainable=is_trainable,
+                    autocast_adapter_dtype=is_trainable,
+                )
+        except AdapterError:
+            unload_adapters(model)
+            raise
+        # Its summary layer is put in place here, not by PEFT.
+        withdraw_notes(loaded.peft_config)
+    return loaded
+
+
+def _load_lora_beside(model: PeftModel, folder: Path, is_trainable: bool, name: str) -> None:
+    summaries = getattr(dissect(model).decoder, SUMMARY, None)
+    try:
+        if isinstance(summaries, AdapterSummaries):
+            summaries.not_read = name
+        with _told(folder):
+            model.load_adapter(
+                str(folder.absolute()),
+                name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=is_trainable,
+            )
+    except AdapterError:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        raise
+    finally:
+        if isinstance(summaries, AdapterSummaries):
+            summaries.not_read = None
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Say what PEFT cannot read as an `AdapterError`."""
+    for name in PEFT_FILES:
+        # PEFT would take the folder's name for that of a repository and ask the internet for the file.
+        if not (folder / name).exists():
+            raise AdapterError(f"{folder} is an incomplete adapter: it has no {name}")
+    try:
+        with warnings.catch_warnings():
+            # PEFT still asks transformers by an old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
+
+
+def _summary(model: nn.Module, name: str) -> SummaryLayer | None:
+    """The summary layer of the adapter of that name, or of the bare model."""
+    module = getattr(dissect(model).decoder, SUMMARY, None)
+    return None if module is None else summary_of_adapter(module, name)

@@ -1,0 +1,110 @@
+"""Attention that patches receive in the vision tower: read there, handed on with the encoded images.
+
+`generate` encodes images before Skip-Vision sees them. So what was read travels in the tower's output, from
+which a family makes what it returns as encoded images.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from skipvision.anatomy.attention import check_readable, read
+from skipvision.anatomy.families import Anatomy
+from skipvision.anatomy.images import Images
+from skipvision.errors import InputError, UnsupportedModelError
+
+_RECEIVED = "skip_vision_received"
+_CLASS_TOKENS = ("class_embedding", "cls_token")
+_last = threading.local()
+
+
+def hook_tower(anatomy: Anatomy, wanted: Callable[[], bool]) -> list[RemovableHandle]:
+    """Read attention in the layer that makes the features, in calls for which it is wanted.
+
+    As VisionZip (CVPR 2025, arXiv 2412.04467) scores patches: by the class token's attention, or where a
+    tower has none by the mean over all patches' attention.
+
+    Raises:
+        UnsupportedModelError: no such layer is found, or its attention cannot be read.
+    """
+    tower = _tower(anatomy)
+    attention = _attention(tower, anatomy)
+    own = any(name.endswith(_CLASS_TOKENS) for name, _ in tower.named_parameters())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if wanted():
+            attended = read(module, args, kwargs)
+            rows, _, tokens, _ = attended.query.shape
+            place = torch.arange(tokens, device=attended.query.device).expand(rows, tokens)
+            asking = place[:, :1] if own else place
+            _last.received = attended.received(asking)[:, int(own) :]
+
+    def hand_on(tower: nn.Module, args: Any, output: Any) -> None:
+        if wanted():
+            output[_RECEIVED] = vars(_last).pop("received")
+
+    return [
+        attention.register_forward_pre_hook(note, with_kwargs=True),
+        tower.register_forward_hook(hand_on),
+    ]
+
+
+def received(call: Mapping[str, Any], images: Images) -> torch.Tensor:
+    """(I, N) what was read when the images of an outer call were encoded.
+
+    Raises:
+        InputError: nothing came with the encoded images.
+    """
+    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+    scores: torch.Tensor | None = None if encoded is None else encoded.get(_RECEIVED)
+    if scores is None:
+        raise InputError(
+            "encoded images came without the vision tower's attention: encode them while Skip-Vision is "
+            "attached with select='vision_attention', or choose another select"
+        )
+    if len(scores) == len(images.row):
+        return scores
+    # Beams: ``generate`` has repeated rows and their encoded images, but not what it does not know.
+    beams = len(images.row) // len(scores)
+    first = torch.searchsorted(images.row, images.row)
+    nth = torch.arange(len(images.row), device=images.row.device) - first
+    same = torch.searchsorted(images.row, images.row // beams * beams)
+    return scores[same // beams + nth]
+
+
+def _tower(anatomy: Anatomy) -> nn.Module:
+    tower = next((anatomy.outer._modules[name] for name in _TOWERS if name in anatomy.outer._modules), None)
+    if tower is None:
+        raise UnsupportedModelError(
+            f"{type(anatomy.outer).__name__} has none of {', '.join(_TOWERS)}: its vision tower is not known",
+            "no vision tower of its own",
+        )
+    return tower
+
+
+_TOWERS = ("vision_tower", "vision_model", "visual")
+
+
+def _attention(tower: nn.Module, anatomy: Anatomy) -> nn.Module:
+    """That of the layer whose output becomes the visual features; of several, of the last one."""
+    lists = (module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    layers = [layer for layer in max(lists, key=len, default=[]) if "self_attn" in layer._modules]
+    chosen = getattr(anatomy.outer.config, "vision_feature_layer", -1)
+    # Hidden states are counted from what enters the first layer.
+    places = [n - 1 if n > 0 else len(layers) + n for n in ([chosen] if isinstance(chosen, int) else chosen)]
+    if not layers or not 0 <= max(places) < len(layers):
+        raise UnsupportedModelError(
+            f"{type(tower).__name__} has {len(layers)} layers with self_attn, features are made by layer "
+            f"{chosen}: where to read its attention is not known",
+            "no layers of self-attention in the vision tower",
+        )
+    attention: Any = layers[max(places)].self_attn
+    check_readable(attention)
+    return attention

@@ -1,0 +1,244 @@
+"""What a configuration will cost, predicted from configs alone: FLOPs and KV bytes.
+
+A FLOP count is two per multiply-add of matrix products and convolutions (`measure_flops`). Attention is
+counted as it is executed, over the full square of the sequence, its backward as twice its forward. What one
+token costs in a family is measured (`unit_costs`); here it is multiplied by how many there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from transformers import PretrainedConfig
+
+from skipvision.config import SkipConfig
+from skipvision.cost import units as unit_costs
+from skipvision.cost.units import Design
+from skipvision.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The fields of a `Cost` as fractions of the full-token cost."""
+
+    prefill_flops: float
+    decode_flops: float
+    train_flops: float
+    kv_bytes: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one row.
+
+    Attributes:
+        prefill_flops: vision tower, planning (probe included), decoder, LM head at the last position (in a
+            family that cannot leave out the others, at all of them); LoRA counted as merged.
+        decode_flops: the ``new_tokens − 1`` steps behind the prefill.
+        train_flops: one training step's forward and backward over prompt and answer, LM head at the
+            answer's positions, vision tower frozen.
+        kv_bytes: keys and values in the cache right after prefill.
+        planning_flops: the part of ``prefill_flops`` that select, merge, probe and summary take.
+        vision_flops: the part of ``prefill_flops`` that vision tower and projector take.
+        weight_bytes: of the whole model.
+        sequence: length of the reduced prompt.
+        full: the same without Skip-Vision; None on the full cost itself.
+    """
+
+    prefill_flops: int
+    decode_flops: int
+    train_flops: int
+    kv_bytes: int
+    planning_flops: int
+    vision_flops: int
+    weight_bytes: int
+    sequence: int
+    full: Cost | None = None
+
+    @property
+    def ratio_to_full(self) -> Ratio:
+        """Each of `Ratio`'s fields divided by the full-token cost."""
+        full = self.full or self
+        return Ratio(
+            **{
+                f.name: getattr(self, f.name) / getattr(full, f.name) if getattr(full, f.name) else 1.0
+                for f in fields(Ratio)
+            }
+        )
+
+
+def predict_cost(
+    model_config: PretrainedConfig,
+    config: SkipConfig | None,
+    *,
+    images: int = 1,
+    text_tokens: int = 64,
+    new_tokens: int = 32,
+    visual_tokens: int | None = None,
+    lora_rank: int = 16,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """Predict what one row costs; needs no weights.
+
+    Measures the family's parts once for each model config, which takes seconds; later calls are quick.
+
+    Args:
+        model_config: the whole model's config (``model.config``).
+        config: None or ``SkipConfig.full()`` for full tokens.
+        images: images in the row.
+        text_tokens: prompt tokens that are not visual.
+        new_tokens: tokens generated; in training, the answer's tokens.
+        visual_tokens: N per image. By default those of a picture at the size of the vision tower, cut into
+            three where the family cuts pictures into tiles or views, and 256 where it keeps a picture's
+            size. Such a family is then measured with pictures of N tokens; in any other, encoding
+            costs in proportion to N. Several are measured together: some towers see them as one sequence.
+        lora_rank: rank of the LoRA on every linear layer of the decoder; 0 = full fine-tuning of the
+            decoder.
+        dtype: of weights and KV cache; the config's by default.
+
+    Raises:
+        UnsupportedModelError: no such family, or one that Skip-Vision does not support.
+        ConfigError: a number of tokens, images or ranks that there cannot be.
+    """
+    _check_counts(images=images, text_tokens=text_tokens, new_tokens=new_tokens, lora_rank=lora_rank)
+    if visual_tokens is not None:
+        _check_counts(visual_tokens=visual_tokens)
+    design = Design.of(model_config)
+    encoding, sizes = unit_costs.pictures(design, images, visual_tokens)
+    if visual_tokens is not None and images:
+        encoding = encoding * images * visual_tokens // sum(sizes)
+        sizes = images * _resized(sizes[: len(sizes) // images], visual_tokens)
+    row = _Row(sizes, text_tokens, new_tokens, encoding)
+    saved_in = model_config.dtype
+    element = dtype or (saved_in if isinstance(saved_in, torch.dtype) else torch.float32)
+    full = _cost(design, SkipConfig.full(), row, lora_rank, element.itemsize, None)
+    return full if config is None else _cost(design, config, row, lora_rank, element.itemsize, full)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is in it: images (of so many visual tokens), tokens of text and of the answer."""
+
+    sizes: tuple[int, ...]
+    text: int
+    new: int
+    vision_flops: int
+
+    @property
+    def prompt(self) -> int:
+        """Its length as the caller has it."""
+        return sum(self.sizes) + self.text
+
+
+def _resized(sizes: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """A picture of ``tokens`` instead: cut into tiles as it was, where these divide them."""
+    tile = sizes[-1]
+    return (
+        sizes
+        if tokens == sum(sizes)
+        else (tile,) * (tokens // tile)
+        if len(sizes) > 1 and not tokens % tile
+        else (tokens,)
+    )
+
+
+def _cost(
+    design: Design, config: SkipConfig, row: _Row, rank: int, element_bytes: int, full: Cost | None
+) -> Cost:
+    counts = [config.counts(size) for size in row.sizes]
+    skipped = sum(skipped for _, skipped in counts)
+    prompt = (
+        sum(retained + skipped + _summaries(config, retained, skipped) for retained, skipped in counts)
+        + row.text
+    )
+    short, forgotten = skipped * config.skip_ffn, skipped * config.skip_kv
+    cached = prompt - forgotten
+    decoder, head = unit_costs.decoder(design), unit_costs.head(design)
+    everywhere = unit_costs.head_sees_all(design)
+    planning = _planning(design, config, row, 0, 0)
+    prefill = row.vision_flops + planning + decoder(prompt, prompt, prompt - short)
+    prefill += (row.prompt if everywhere else 1) * head
+
+    layers = unit_costs.cache(design)
+    reduced = prompt != row.prompt or short > 0 or forgotten > 0
+
+    def kept(fed: int, most: float) -> int:
+        """Entries in a layer's cache; one that is pruned keeps no window."""
+        return fed if reduced else int(min(fed, most))
+
+    decode = 0
+    for fed in range(cached, cached + row.new - 1):
+        keys = sum(kept(fed, layer.most) + 1 for layer in layers) // len(layers)
+        decode += decoder(1, keys, 1) + head
+
+    whole = prompt + row.new
+    train = row.vision_flops + _planning(design, config, row, row.new, rank)
+    train += unit_costs.training(design, rank, config.summary_tokens > 0)(whole, whole, whole - short)
+    train += (2 if rank else 3) * (row.prompt + row.new if everywhere else row.new) * head
+    return Cost(
+        prefill_flops=prefill,
+        decode_flops=decode,
+        train_flops=train,
+        kv_bytes=element_bytes * sum(layer.values * kept(cached, layer.most) for layer in layers),
+        planning_flops=planning,
+        vision_flops=row.vision_flops,
+        weight_bytes=element_bytes * unit_costs.weights(design),
+        sequence=prompt,
+        full=full,
+    )
+
+
+def _summaries(config: SkipConfig, retained: int, skipped: int) -> int:
+    return config.summary_tokens * ((retained > 0) + (skipped > 0))
+
+
+def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int) -> int:
+    """Matrix products of select, merge, summary and probe; sums and sorts are not FLOPs here.
+
+    The probe runs over the caller's tokens, the ``new`` ones of a training row included, with its LoRA.
+    """
+    products = 0
+    for size in row.sizes:
+        retained, skipped = config.counts(size)
+        leaving = size - retained - skipped
+        products += (retained + skipped) * config.summary_tokens
+        if config.select == "diversity" and retained < size:
+            products += size * size
+        if config.merge == "similarity" and leaving:
+            products += leaving * (skipped or retained)
+        if config.merge == "tome":
+            products += _matched_in_halves(size - retained, skipped)
+    flops = 2 * products * unit_costs.hidden_size(design)
+    if config.select == "ffn_ratio":
+        tokens, last = row.prompt + new, config.probe_layer
+        run = unit_costs.probe(design, last, rank)
+        flops += run(tokens, tokens, tokens)
+        # The last layer runs once more, with one token in its FFN.
+        flops += run(tokens, tokens, 1)
+        if last:
+            flops -= unit_costs.probe(design, last - 1, rank)(tokens, tokens, 1)
+    elif config.select == "attention":
+        tokens = row.prompt + new
+        flops += unit_costs.prompt_attention(design, config.probe_layer, rank)(tokens, tokens, tokens)
+    elif config.select == "vision_attention" and row.sizes:
+        pictures = len(row.sizes)
+        own = sum(unit_costs.pictures(design, pictures, None)[1])
+        flops += unit_costs.tower_attention(design, pictures) * sum(row.sizes) // own
+    return flops
+
+
+def _matched_in_halves(alive: int, left: int) -> int:
+    """Pairs that merge="tome" compares, round after round."""
+    pairs = 0
+    while alive > left:
+        guests = (alive + 1) // 2
+        pairs += guests * (alive - guests)
+        alive -= min(guests, alive - left)
+    return pairs
+
+
+def _check_counts(**counts: object) -> None:
+    wrong = [f"{name}={count!r}" for name, count in counts.items() if not isinstance(count, int) or count < 0]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: a whole number, 0 or more, is expected")

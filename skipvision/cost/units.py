@@ -1,0 +1,346 @@
+"""What the parts of a model cost, per token and per picture: measured on the model itself, without weights.
+
+No formula for any architecture: the model is built from its config and run, at a few short lengths and
+without values (`DryRun`), and its FLOPs are counted. So low-rank attention, mixtures of experts, layers that
+differ and towers of any kind cost what they execute.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import count
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.models.auto import AutoModelForImageTextToText
+
+from skipvision.anatomy.families import Anatomy, dissect, encoded_sizes
+from skipvision.anatomy.pictures import Request, collate, recipe_of
+from skipvision.anatomy.probe import prompt_attention as probe_attention
+from skipvision.anatomy.tower import hook_tower
+from skipvision.cost.dry_run import DryRun
+from skipvision.cost.flops import measure_flops
+from skipvision.errors import UnsupportedModelError
+
+_SHORT = 8
+"""Tokens of the shortest run."""
+_TOKENS = 256
+"""Visual tokens of a picture in families that keep a picture's size (448 × 448 pixels at 28 a token)."""
+_TRIES = 4
+"""How often a picture of another size is tried where the first has not the tokens that were asked for."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """A model's config, as what measurements are remembered by."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Self:
+        return cls(config.to_json_string(use_diff=False), config)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of a run: for each token, pair of query and key, and token in the feed-forward networks."""
+
+    token: int
+    pair: int
+    ffn: int
+
+    def __call__(self, queries: int, keys: int, ffn_tokens: int) -> int:
+        return self.token * queries + self.pair * queries * keys + self.ffn * ffn_tokens
+
+    @classmethod
+    def fitted(cls, run: Callable[[int, int], Any]) -> Self:
+        """From three runs of ``run(tokens, ffn_tokens)``."""
+        n = _SHORT
+        with DryRun():
+            short, long, part = (
+                measure_flops(partial(run, *sizes)) for sizes in ((n, n), (2 * n, 2 * n), (2 * n, n))
+            )
+        ffn, pair = (long - part) // n, (long - 2 * short) // (2 * n * n)
+        return cls(short // n - pair * n - ffn, pair, ffn)
+
+
+class CacheLayer(NamedTuple):
+    """What one layer keeps: values for each token, and of how many tokens at most."""
+
+    values: int
+    most: float
+
+
+class _Model(NamedTuple):
+    whole: PreTrainedModel
+    anatomy: Anatomy
+    weights: int
+
+
+class _Enough(Exception):
+    """Ends a run: what comes behind is not asked for."""
+
+
+def weights(design: Design) -> int:
+    """Parameters of the whole model."""
+    return _model(design).weights
+
+
+def hidden_size(design: Design) -> int:
+    """Width of the decoder."""
+    return _model(design).anatomy.hidden_size
+
+
+def head(design: Design) -> int:
+    """FLOPs of the LM head for one token."""
+    return 2 * _model(design).whole.get_output_embeddings().weight.numel()
+
+
+def head_sees_all(design: Design) -> bool:
+    """The family's LM head runs over the whole prompt: it has no ``logits_to_keep``."""
+    return "logits_to_keep" not in inspect.signature(_model(design).whole.forward).parameters
+
+
+@lru_cache(maxsize=64)
+def decoder(design: Design) -> Flops:
+    """One forward through the decoder."""
+    model = _model(design)
+    return Flops.fitted(partial(_forward, model, model.anatomy.decoder))
+
+
+@lru_cache(maxsize=64)
+def probe(design: Design, layer: int, rank: int) -> Flops:
+    """One forward up to a layer, with LoRA beside it."""
+    model = _model(design)
+    with _lora(model.anatomy, rank):
+        return Flops.fitted(partial(_forward, model, model.anatomy.decoder.get_submodule(f"layers.{layer}")))
+
+
+@lru_cache(maxsize=64)
+def prompt_attention(design: Design, layer: int, rank: int) -> Flops:
+    """Reading what the prompt's last token attends to in a layer, with LoRA beside it."""
+    model = _model(design)
+    anatomy = model.anatomy
+
+    def run(tokens: int, ffn_tokens: int) -> None:
+        real = torch.ones(1, tokens, dtype=torch.bool)
+
+        def only_read(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            probe_attention(decoder, anatomy.layers[layer].attention, kwargs, real, real)
+            raise _Enough
+
+        handle = anatomy.decoder.register_forward_pre_hook(only_read, with_kwargs=True)
+        try:
+            _forward(model, anatomy.decoder, tokens, ffn_tokens)
+        finally:
+            handle.remove()
+
+    with _lora(anatomy, rank):
+        return Flops.fitted(run)
+
+
+@lru_cache(maxsize=64)
+def tower_attention(design: Design, count: int) -> int:
+    """Reading what patches receive in the vision tower, for the pictures of a row."""
+    handles = hook_tower(_model(design).anatomy, lambda: True)
+    try:
+        # Without its memory: the hooks are not part of the design.
+        reading, _ = _shown.__wrapped__(design, count, _near_square(_TOKENS))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reading - _shown(design, count, _near_square(_TOKENS))[0]
+
+
+@lru_cache(maxsize=64)
+def training(design: Design, rank: int, below: bool) -> Flops:
+    """One forward and backward through the decoder.
+
+    Args:
+        design: of the model.
+        rank: of the LoRA on every linear layer of the decoder; 0 = the decoder itself trains.
+        below: something below the first layer trains too.
+    """
+    model = _model(design)
+    anatomy = model.anatomy
+
+    def step(tokens: int, ffn_tokens: int) -> None:
+        _run(model, anatomy.decoder, tokens, ffn_tokens).last_hidden_state.sum().backward()
+
+    def from_below(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs["inputs_embeds"]
+        return args, {**kwargs, "inputs_embeds": embeds.detach().requires_grad_() if below else embeds}
+
+    handle = anatomy.decoder.register_forward_pre_hook(from_below, with_kwargs=True)
+    anatomy.decoder.requires_grad_(not rank)
+    try:
+        with _lora(anatomy, rank):
+            return Flops.fitted(step)
+    finally:
+        handle.remove()
+        anatomy.decoder.requires_grad_(False).zero_grad()
+
+
+@lru_cache(maxsize=64)
+def cache(design: Design) -> tuple[CacheLayer, ...]:
+    """What generation keeps of a prompt, layer by layer."""
+    model = _model(design)
+    with DryRun(), torch.no_grad():
+        kept = _run(model, model.anatomy.decoder, _SHORT, _SHORT, use_cache=True).past_key_values
+    return tuple(
+        CacheLayer(
+            (layer.keys.numel() + layer.values.numel()) // _SHORT,
+            layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else math.inf,
+        )
+        for layer in kept.layers
+        if getattr(layer, "keys", None) is not None
+    )
+
+
+@lru_cache(maxsize=64)
+def pictures(design: Design, count: int, tokens: int | None) -> tuple[int, tuple[int, ...]]:
+    """FLOPs of encoding the pictures of a row together, and the visual tokens of each image that they become.
+
+    A family that keeps a picture's size is shown ones of ``tokens`` visual tokens; any other, what its image
+    processor makes of a picture.
+    """
+    if not count:
+        return 0, ()
+    asked = tokens or _TOKENS
+    shown = _shown(design, count, _near_square(asked))
+    # Some families add tokens of their own, at the ends of lines say: pictures with room for them.
+    for _ in range(_TRIES):
+        surplus = sum(shown[1]) // count - (tokens or asked)
+        if tokens is None or not surplus:
+            break
+        asked = max(1, asked - surplus)
+        nearer = _shown(design, count, _broad(asked))
+        if abs(sum(nearer[1]) - count * tokens) < abs(sum(shown[1]) - count * tokens):
+            shown = nearer
+    return shown
+
+
+@lru_cache(maxsize=64)
+def _shown(design: Design, count: int, grid: tuple[int, int]) -> tuple[int, tuple[int, ...]]:
+    model_type, (_, anatomy, _) = design.config.model_type, _model(design)
+    recipe = recipe_of(model_type, inspect.signature(anatomy.outer.get_image_features).parameters)  # type: ignore[arg-type]
+    request = Request(design.config, 1, count, torch.Generator(), torch.float32, grid)
+    # Its pixels have values: towers leave out tiles that are black.
+    call = collate(model_type, [[recipe(request) for _ in range(count)]])
+    sizes: list[int] = []
+    with DryRun(), torch.no_grad():
+        flops = measure_flops(lambda: sizes.extend(encoded_sizes(anatomy.outer, call)))
+    return flops, (sum(sizes) // count,) * count if anatomy.family.tiles else tuple(sizes)
+
+
+def _near_square(tokens: int) -> tuple[int, int]:
+    rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+    return rows, tokens // rows
+
+
+def _broad(most: int) -> tuple[int, int]:
+    """The largest picture of at most so many tokens that is not over twice as wide as high."""
+    grids = (_near_square(tokens) for tokens in range(most, 0, -1))
+    return next((rows, columns) for rows, columns in grids if columns <= 2 * rows)
+
+
+@lru_cache(maxsize=4)
+def _model(design: Design) -> _Model:
+    config = type(design.config).from_dict(design.config.to_dict())
+    try:
+        with DryRun(), torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", experts_implementation="batched_mm"
+            )
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(design.config).__name__}: {error}") from error
+    model.eval().requires_grad_(False)
+    return _Model(model, dissect(model), sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _forward(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int) -> None:
+    with torch.no_grad():
+        _run(model, end, tokens, ffn_tokens)
+
+
+def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache: bool = False) -> Any:
+    """Give the model a text of ``tokens``, ``ffn_tokens`` of which take the FFNs; the output of ``end``."""
+    found: list[Any] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output)
+        raise _Enough
+
+    with ExitStack() as stack:
+        for layer in model.anatomy.layers:
+            stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
+        stack.callback(end.register_forward_hook(stop).remove)
+        try:
+            model.whole(**_text(model.whole, tokens), use_cache=use_cache)
+        except _Enough:
+            return found[0] if found else None
+    raise UnsupportedModelError(f"{type(model.whole).__name__} does not call its {type(end).__name__}")
+
+
+def _text(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
+    """A prompt without special tokens."""
+    special = {value for value in vars(model.config).values() if isinstance(value, int)}
+    word = next(number for number in count() if number not in special)
+    ones = torch.ones(1, tokens, dtype=torch.long)
+    accepted = inspect.signature(model.forward).parameters
+    types = {name: 0 * ones for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
+    return {"input_ids": word * ones, "attention_mask": ones, **types}
+
+
+@contextmanager
+def _shortened(mlp: nn.Module, tokens: int, ffn_tokens: int) -> Iterator[None]:
+    """Only the first ``ffn_tokens`` enter; the others get nothing added."""
+
+    def cut(mlp: nn.Module, args: Any) -> Any:
+        return tuple(
+            value[:, :ffn_tokens]
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, tokens)
+            else value
+            for value in args
+        )
+
+    def pad(mlp: nn.Module, args: Any, output: Any) -> Any:
+        update = output[0] if isinstance(output, tuple) else output
+        padded = F.pad(update.reshape(1, ffn_tokens, -1), (0, 0, 0, tokens - ffn_tokens))
+        return (padded, *output[1:]) if isinstance(output, tuple) else padded
+
+    handles = [mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(pad)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _lora(anatomy: Anatomy, rank: int) -> Iterator[None]:
+    """Adapters beside every linear layer of the decoder, as PEFT runs them; none with rank 0."""
+
+    def beside(linear: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        into = torch.empty(rank, args[0].shape[-1], device="meta", requires_grad=True)
+        out = torch.empty(output.shape[-1], rank, device="meta", requires_grad=True)
+        return output + F.linear(F.linear(args[0], into), out)
+
+    layers: Any = anatomy.decoder.layers
+    linears = [module for module in layers.modules() if type(module) is nn.Linear] if rank else []
+    handles = [linear.register_forward_hook(beside) for linear in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,5 @@
+"""Tiny random models of every family, and their inputs, built in the process for tests."""
+
+from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
+
+__all__ = ["IMAGE_TOKEN", "tiny_inputs", "tiny_llava"]

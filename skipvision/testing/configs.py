@@ -1,0 +1,344 @@
+"""Configs of every image-text-to-text family, shrunk until a model of it is built in a blink."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+from skipvision.anatomy.pictures import SIDE
+
+LAYERS = 3
+
+SIZES: dict[str, Any] = {
+    # width and depth
+    "hidden_size": 64,
+    "d_model": 64,
+    "embed_dim": 64,
+    "intermediate_size": 96,
+    "intermediate_size_mlp": 96,
+    "dense_intermediate_size": 96,
+    "ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "mlp_dim": 96,
+    "num_hidden_layers": LAYERS,
+    "encoder_layers": LAYERS,
+    "depth": LAYERS,
+    "vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 16,
+    "hc_lowrank": 16,
+    "max_position_embeddings": 2048,
+    # attention
+    "num_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "swa_num_attention_heads": 4,
+    "num_sliding_attention_heads": 4,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "head_dim": 16,
+    "swa_head_dim": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "sliding_window": 20,
+    "sliding_window_size": 20,
+    "attention_chunk_size": 20,
+    # recurrence in its place
+    "linear_num_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    # experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "share_expert_dim": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    # towers
+    "image_size": SIDE,
+    "max_image_size": 2 * SIDE,
+    "max_img_size": 2 * SIDE,
+    "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]],
+    "patch_size": 8,
+    "num_position_embeddings": 64,
+    "position_embedding_size": 64,
+    "mm_posemb_size": 64,
+    "pos_emb_height": 8,
+    "pos_emb_width": 8,
+    "window_size": SIDE,
+    "fullatt_block_indexes": [1],
+    "global_attn_indexes": [1],
+    "deepstack_visual_indexes": [0, 1],
+    "insert_layer_id": 1,
+    # towers with a codebook
+    "base_channels": 32,
+    "latent_channels": 32,
+    "channel_multiplier": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "num_embeddings": 10,
+    "codebook_size": 10,
+    # towers for sound
+    "n_mel_bins": 4,
+    "mel_vocab_size": 16,
+    "downsample_hidden_size": 16,
+    # from tower to decoder
+    "mm_tokens_per_image": 16,
+    "out_hidden_size": 64,
+    "output_channels": 16,
+    "output_dim": 64,
+    "output_proj_dims": 64,
+    "vision_output_dim": 64,
+    "vision_hidden_size": 64,
+    "text_hidden_size": 64,
+    "mm_hidden_size": 64,
+    "mm_embed_dim": 64,
+    "adapter_in_dim": 64,
+    "adapter_input_size": 64,
+    "adapter_out_dim": 64,
+    "alignment_intermediate_size": 96,
+    "projection_dim": 64,
+    "projection_hidden_dim": 64,
+    "projection_hidden_size": 64,
+    "projection_intermediate_size": 96,
+    "projector_hidden_size": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "resampler_n_latents": 8,
+    "resampler_depth": 1,
+    "resampler_n_heads": 4,
+    "resampler_head_dim": 16,
+}
+"""Every size that any section of any config may have, and its tiny value."""
+
+PAD, BOS, EOS = 0, 1, 2
+FIRST_SPECIAL = 3
+"""From here on, an id for each special token that a config names."""
+FIRST_CODE = 20
+"""Ids of what a picture is made of, in families whose towers have a codebook."""
+FIRST_MARK = 30
+"""Ids of marks that processors put around placeholders and that no config names."""
+FIRST_WORD = 40
+"""Ids below are not words."""
+
+_ENDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+_CODES = range(FIRST_CODE, FIRST_CODE + 10)
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+_ALL_HEADS_CACHED = {"text.num_key_value_heads": 4}
+_MROPE = {"text.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}}
+_MROPE_OF_HALF = {"text.rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+_FOUR_PATCHES_A_TOKEN = {"vision.patch_size": 4}
+_SIXTEEN_PATCHES_A_TOKEN = {"vision.patch_size": 2}
+_WINDOWED = {"vision.patch_size": 2, "vision.window_size": 4}
+_WINDOWED_THEN_ENCODED = {
+    "vision.sam.patch_size": 2,
+    "vision.sam.window_size": 4,
+    "vision.sam.downsample_channels": [16, 64],
+}
+# The checkpoints' configs name these, the class does not.
+_VISION_ENDS = {"vision_start_token_id": FIRST_CODE, "vision_end_token_id": FIRST_CODE + 1}
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    "aya_vision": _FOUR_PATCHES_A_TOKEN,
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": FIRST_SPECIAL,
+            **{f"IMGIMG{letter}Z": code for letter, code in zip("ABCDEFGHIJ", _CODES, strict=True)},
+        },
+        "vq.embed_dim": 32,
+    },
+    "cohere2_vision": _FOUR_PATCHES_A_TOKEN,
+    "cohere_compass": {
+        "text.rope_parameters": {"full_attention": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    },
+    "cosmos3_edge": _MROPE,
+    "cosmos3_omni": _MROPE,
+    "deepseek_ocr2": _WINDOWED_THEN_ENCODED
+    | {"text.mlp_layer_types": ["dense", "sparse", "sparse"], "text.num_experts_per_tok": 2},
+    "deepseek_vl_hybrid": {"high_res_vision.window_size": 4},
+    "dots3_note": _ALL_HEADS_CACHED
+    | {
+        "text.swa_num_attention_heads": 4,
+        "text.swa_num_key_value_heads": 4,
+        "text.swa_q_lora_rank": 16,
+        "text.swa_kv_lora_rank": 16,
+        "text.swa_head_dim": 16,
+        "text.swa_qk_nope_head_dim": 8,
+        "text.swa_v_head_dim": 16,
+    },
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": FIRST_SPECIAL,
+            "<|extra_200|>": FIRST_SPECIAL + 1,
+            **{f"<|visual token {number:06d}|>": code for number, code in enumerate(_CODES)},
+        },
+        "vq.temporal_downsample_factor": 1,
+        "vq.hidden_size": 32,
+        "vq.num_attention_heads": 1,
+    },
+    "ernie4_5_vl_moe": _MROPE,
+    "gemma3": _FOUR_PATCHES_A_TOKEN,
+    "gemma4": {"text.global_head_dim": 32},
+    "gemma4_unified": {"text.global_head_dim": 32},
+    "glm46v": _MROPE,
+    "glm4v": _MROPE,
+    "glm4v_moe": _MROPE_OF_HALF,
+    "glm5_next": _ALL_HEADS_CACHED | {"text.qk_rope_head_dim": 0},
+    "glm_ocr": _MROPE,
+    "glmga": _MROPE,
+    "got_ocr2": _WINDOWED,
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1, 1, 2, 2],
+    },
+    "granite_docling": _FOUR_PATCHES_A_TOKEN | {"vision.scale_factor": 2},
+    "hunyuan_vl": {"text.head_dim": 16, "text.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "idefics3": _FOUR_PATCHES_A_TOKEN,
+    "inkling_mm_model": {"vision.patch_size": 2},
+    "internvl": _FOUR_PATCHES_A_TOKEN,
+    "kimi_k25": _ALL_HEADS_CACHED,
+    # As its checkpoints, not as the class by itself.
+    "lfm2_vl": {"text.layer_types": ["conv", "conv", "full_attention"]},
+    "llama4": _FOUR_PATCHES_A_TOKEN | {"text.moe_layers": [1], "vision.intermediate_size": 256},
+    # As its checkpoints, not as the class by itself.
+    "minimax_m3_vl": {"text.layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
+    "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
+    "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_spark": {
+        "out_hidden_size": 256,
+        "audio.num_hidden_layers": 4,
+        "audio.hidden_sizes": [16] * 4,
+        "audio.depths": [1] * 4,
+    },
+    "paddleocr_vl": _MROPE,
+    "pp_chart2table": _WINDOWED,
+    "qianfan_ocr": _FOUR_PATCHES_A_TOKEN,
+    "qwen2_5_omni_thinker": _MROPE | _VISION_ENDS,
+    "qwen2_5_vl": _MROPE,
+    "qwen2_vl": _MROPE,
+    "qwen3_5": _MROPE_OF_HALF,
+    "qwen3_5_moe": _MROPE_OF_HALF,
+    "qwen3_omni_moe_thinker": _MROPE | _VISION_ENDS,
+    "qwen3_vl": _MROPE,
+    "qwen3_vl_moe": _MROPE,
+    "qwen4_exp": _MROPE_OF_HALF
+    | {
+        "text.indexer_n_heads": 2,
+        "text.indexer_kv_heads": 1,
+        "text.indexer_head_dim": 16,
+        "text.indexer_budget": 2048,
+        "text.indexer_compress_ratio": 4,
+    },
+    "shieldgemma2": _FOUR_PATCHES_A_TOKEN,
+    "smolvlm": _FOUR_PATCHES_A_TOKEN,
+    "step3p7": _SIXTEEN_PATCHES_A_TOKEN
+    | {
+        "text.layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "text.rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+        "text.sliding_window": 20,
+    },
+    "unlimited_ocr": _WINDOWED_THEN_ENCODED | _ALL_HEADS_CACHED,
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+}
+"""What a family needs otherwise; ``vision.patch_size`` is that field of its ``vision_config``."""
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """The family's default config with tiny sizes and small token ids."""
+    cls = CONFIG_MAPPING[model_type]
+    return _shrink(cls, _special_tokens(cls), EXCEPTIONS.get(model_type, {}))
+
+
+def _special_tokens(cls: type[PretrainedConfig]) -> dict[str, Any]:
+    """A small id for each special token that the config names."""
+    unused = itertools.count(FIRST_SPECIAL)
+    tokens: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.name.endswith("_token_ids") and isinstance(field.default, (list, tuple)):
+            tokens[field.name] = [next(unused) for _ in field.default]
+        elif re.search("_token_(id|index)$|^image_patch_id$", field.name) and field.name not in _ENDS:
+            tokens[field.name] = next(unused)
+    return tokens
+
+
+def _shrink(
+    cls: type[PretrainedConfig], options: Mapping[str, Any], exceptions: Mapping[str, Any]
+) -> PretrainedConfig:
+    """A section of a config, and the sections within.
+
+    Args:
+        cls: of the section.
+        options: with which the section around it makes this one.
+        exceptions: what is not as in `SIZES`.
+    """
+    held = vars(cls(**options))
+    full = held | {name: held.get(other) for name, other in cls.attribute_map.items()}
+    names = {field.name for field in dataclasses.fields(cls)} | options.keys()
+    tiny = {
+        name: _like(full[name], size)
+        for name, size in SIZES.items()
+        if name in names and full.get(name) is not None
+    }
+    ends = {name: token for name, token in _ENDS.items() if name in names}
+    layers = {
+        name: _first_two_kinds_and_last(value)
+        for name, value in full.items()
+        if name in names and isinstance(value, list) and len(value) == full.get("num_hidden_layers")
+    }
+    own = {name: value for name, value in exceptions.items() if "." not in name}
+    sections = {
+        name: _shrink(type(full[name] or spec.config_class()), spec.init_kwargs, _within(name, exceptions))
+        for name, spec in cls.sub_configs_defaults.items()
+        if full[name] is not None or name == "vision_config"
+    }
+    return cls(**{**options, **tiny, **ends, **layers, **own, **sections})
+
+
+def _within(section: str, exceptions: Mapping[str, Any]) -> dict[str, Any]:
+    """The exceptions that concern this section."""
+    start = section.removesuffix("_config") + "."
+    return {name.removeprefix(start): value for name, value in exceptions.items() if name.startswith(start)}
+
+
+def _like(full: Any, size: Any) -> Any:
+    """Sizes that a config keeps in a list, one a level, stay in one."""
+    if not isinstance(full, (list, tuple)):
+        return size
+    return type(full)(size if isinstance(size, list) else [size] * len(full))
+
+
+def _first_two_kinds_and_last(layers: list[Any]) -> list[Any]:
+    """What each of the layers is, for `LAYERS` = 3 of them."""
+    other = next((kind for kind in layers if kind != layers[0]), layers[0])
+    return [layers[0], other, layers[-1]]

@@ -1,0 +1,198 @@
+"""Which image-text-to-text families of the installed transformers are supported: each is tried.
+
+A family is supported if a tiny random model of it gives its own logits bit for bit where nothing is skipped;
+runs a ragged batch reduced by a plan; and generates from a cache of the planned length.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, __version__
+
+from skipvision.anatomy.families import Anatomy, dissect, encoded_sizes
+from skipvision.anatomy.masks import Sight
+from skipvision.attach import attach
+from skipvision.config import SkipConfig
+from skipvision.errors import SkipVisionError, UnsupportedModelError
+from skipvision.plan import TokenPlan, TokenRole
+from skipvision.testing.families import FAMILIES, UNSUPPORTED, tiny_batch, tiny_model
+
+EVERY = tuple(sorted({*FAMILIES, *UNSUPPORTED}))
+"""Every image-text-to-text model_type of the installed transformers."""
+
+_ROWS: list[list[int | str]] = [[3, "image", 4], [5], ["image", 2, "image", 3, "small image", 2]]
+_CONFIG = SkipConfig(retained=0.4, skipped=0.3, select="norm")
+_NEW = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about one family.
+
+    Attributes:
+        family: its model_type.
+        reason: why it is not supported, in a few words; None if it is. The others are of supported families.
+        images: "one size" or "several sizes", by visual tokens, which always stand at placeholders; "tiles",
+            each of which is an image of its own; or "tiles, joined", which together are one image.
+        views: where the view of the whole image stands among its high-resolution crops: "first" or
+            "last"; None if there is one view.
+        mrope: positions have three axes.
+        deepstack: early layers add further visual features.
+        attention: kinds of attention layers: "full", "sliding", "chunked".
+        experts: some of the feed-forward networks are mixtures of experts.
+    """
+
+    family: str
+    reason: str | None = None
+    images: str = ""
+    views: str | None = None
+    mrope: bool = False
+    deepstack: bool = False
+    attention: tuple[str, ...] = ()
+    experts: bool = False
+
+    @property
+    def supported(self) -> bool:
+        """Everything that was tried worked."""
+        return self.reason is None
+
+    @property
+    def traits(self) -> dict[str, str]:
+        """What a user may want to know of a supported family, by heading; empty where there is nothing."""
+        return {
+            "images": self.images,
+            "views": f"whole image {self.views}" if self.views else "",
+            "positions": "M-RoPE" if self.mrope else "",
+            "visual features": "DeepStack" if self.deepstack else "",
+            "attention": ", ".join(self.attention),
+            "FFN": "experts" if self.experts else "",
+        }
+
+
+def survey(family: str) -> Finding:
+    """Try one family; never raises for what the family cannot do."""
+    try:
+        with warnings.catch_warnings():
+            # Another library's, about random weights and tiny sizes.
+            warnings.simplefilter("ignore")
+            return _try(family)
+    except UnsupportedModelError as error:
+        return Finding(family, error.reason)
+    except SkipVisionError as error:
+        return Finding(family, str(error))
+    except Exception as error:  # a family that fails in its own way must not end the survey of the others
+        return Finding(family, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """One line for each family."""
+    width = max((len(finding.family) for finding in findings), default=0)
+    return [f"{finding.family:{width}}  {_verdict(finding)}" for finding in findings]
+
+
+def _verdict(finding: Finding) -> str:
+    traits = ", ".join(trait for trait in finding.traits.values() if trait)
+    return f"supported: {traits}" if finding.supported else f"not supported: {finding.reason}"
+
+
+def markdown(findings: Sequence[Finding]) -> str:
+    """How many are supported; what these are like; why the others are not."""
+    columns = Finding("").traits
+    supported = [_row(f.family, *f.traits.values()) for f in findings if f.supported]
+    others = [_row(f.family, str(f.reason)) for f in findings if not f.supported]
+    if supported:
+        supported = ["", _row("supported", *columns), _row("---", *("---" for _ in columns)), *supported]
+    if others:
+        others = ["", _row("not supported", "why"), _row("---", "---"), *others]
+    return "\n".join([f"{count(findings)}.", *supported, *others]) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def count(findings: Sequence[Finding]) -> str:
+    """How many are supported, in words."""
+    supported = sum(finding.supported for finding in findings)
+    of = f"{len(findings)} image-text-to-text families of transformers {__version__}"
+    return f"{supported} of {of} are supported"
+
+
+def _try(family: str) -> Finding:
+    model = tiny_model(family)
+    anatomy = dissect(model)
+    batch = tiny_batch(model, _ROWS)
+    call = _identity(model, anatomy, batch)
+    _reduction(model, batch)
+    positions = call.get("position_ids")
+    return Finding(
+        family,
+        images=_images(model, anatomy),
+        views=anatomy.family.base_view,
+        mrope=positions is not None and positions.ndim == 3,
+        deepstack=any("deepstack" in name and value is not None for name, value in call.items()),
+        attention=tuple(kind.removesuffix("_attention") for kind in Sight.of(anatomy.decoder).kinds),
+        experts=any(weight.ndim == 3 for layer in anatomy.layers for weight in layer.mlp.parameters()),
+    )
+
+
+@torch.no_grad()
+def _identity(model: PreTrainedModel, anatomy: Anatomy, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Nothing skipped ≡ the untouched model, bit for bit; returns what the decoder was called with."""
+    seen: dict[str, Any] = {}
+
+    def see(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    handle = anatomy.decoder.register_forward_pre_hook(see, with_kwargs=True)
+    untouched = model(**batch).logits
+    handle.remove()
+    with attach(model, SkipConfig.full()) as skip:
+        attached = model(**batch).logits
+    _demand(skip.plan is not None and skip.plan.is_identity, "its images are not found")
+    _demand(torch.equal(attached, untouched), "it gives other logits where nothing is skipped")
+    return seen
+
+
+@torch.no_grad()
+def _reduction(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+    """A reduced forward, and generation from a pruned cache."""
+    generate: Any = model.generate
+    with attach(model, _CONFIG) as skip:
+        logits = model(**batch).logits
+        _demand(_applied(skip.plan), "no plan is applied to its images")
+        _demand(
+            bool(logits[batch["attention_mask"].bool()].isfinite().all()), "its reduced logits are not finite"
+        )
+        answer = generate(
+            **batch, max_new_tokens=_NEW, min_new_tokens=_NEW, do_sample=False, return_dict_in_generate=True
+        )
+        _demand(_applied(skip.plan), "it generates without a plan")
+        prompt = 0 if skip.plan is None else int(skip.plan.cache_mask.sum(dim=1).max())
+        planned, cached = prompt + _NEW - 1, answer.past_key_values.get_seq_length()
+        _demand(cached == planned, f"its cache has {cached} entries, not the {planned} that were planned")
+
+
+def _applied(plan: TokenPlan | None) -> bool:
+    return plan is not None and bool((plan.roles == TokenRole.SKIPPED).any())
+
+
+@torch.no_grad()
+def _images(model: PreTrainedModel, anatomy: Anatomy) -> str:
+    """What an image becomes."""
+    batches = [tiny_batch(model, [[size]]) for size in ("small image", "image", "large image")]
+    entries = [encoded_sizes(anatomy.outer, batch) for batch in batches]
+    if any(len(sizes) > 1 for sizes in entries):
+        return "tiles, joined" if anatomy.family.tiles else "tiles"
+    return "one size" if len({sum(sizes) for sizes in entries}) == 1 else "several sizes"
+
+
+def _demand(kept: bool, reason: str) -> None:
+    if not kept:
+        raise UnsupportedModelError(f"Skip-Vision does not work with this model: {reason}", reason)

@@ -1,0 +1,106 @@
+"""Exact match: what counts as right, and that a batch answers as each row alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import skipvision as sv
+from pipelines.data.images import FileImage, MissingImageError
+from pipelines.data.rows import Message, TrainingRow
+from pipelines.data.training_rows import read_training_rows
+from pipelines.evaluation.exact_match import Answer, accuracy_by_task, evaluate_exact_match, pick_rows
+
+
+def test_case_and_white_space_do_not_matter_and_nothing_else_is_forgiven():
+    assert Answer("k", "t", "Top  left", " top\nLEFT ").correct
+    assert not Answer("k", "t", "red", "red.").correct
+    assert not Answer("k", "t", "red", "a red").correct
+
+
+def test_accuracy_per_task_and_overall():
+    answers = [
+        Answer("1", "shape", "star", "star"),
+        Answer("2", "colour", "red", "blue"),
+        Answer("3", "colour", "red", "red"),
+        Answer("4", "", "x", "x"),
+    ]
+    assert accuracy_by_task(answers) == {"colour": 0.5, "shape": 1.0, "overall": 0.75}
+    assert accuracy_by_task([]) == {}
+
+
+def test_rows_are_picked_in_equal_shares():
+    rows = [TrainingRow(f"{task}{i}", (), (), task) for task in "abc" for i in range(10)]
+    assert [row.key for row in pick_rows(rows, 6)] == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert len(pick_rows(rows, 100)) == 30
+    assert pick_rows(rows, 0) == []
+
+
+@pytest.mark.parametrize("skip", [None, sv.SkipConfig(retained=4, skipped=4)], ids=["full", "skipping"])
+def test_a_batch_answers_as_each_row_alone(tiny_model: Path, shapes_data: Path, skip):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model, dtype=torch.float64)
+    model.train()
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    rows, _ = read_training_rows(str(shapes_data / "validation.json"))
+    question = TrainingRow("text", (), (Message("user", "How many?"), Message("assistant", "none")))
+    earlier = TrainingRow(
+        "turns", rows[0].images, (*rows[0].messages, Message("user", "And?"), Message("assistant", "no"))
+    )
+    rows = [*rows, question, earlier]
+    attachment = sv.attach(model, skip) if skip else None
+    together = evaluate_exact_match(model, processor, rows, batch_size=8, max_new_tokens=6)
+    assert model.training
+    if attachment is not None:
+        assert attachment.plan is not None
+    alone = [evaluate_exact_match(model, processor, [row], max_new_tokens=6)[0] for row in rows]
+    # How long a wrong answer goes on depends on its batch; its beginning does not.
+    for one, other in zip(together, alone, strict=True):
+        assert (one.key, one.task, one.expected) == (other.key, other.task, other.expected)
+        shorter, longer = sorted([one.answer, other.answer], key=len)
+        assert longer.startswith(shorter)
+
+
+def test_a_row_without_its_image_is_not_asked_and_not_lost(tiny_model: Path, shapes_data: Path):
+    """Whether it shares its batch with others or has one of its own."""
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    rows = read_training_rows(str(shapes_data / "validation.json")).rows[:3]
+    rows[1] = replace(rows[1], images=(FileImage(str(shapes_data / "gone.png")),))
+    with pytest.raises(MissingImageError, match=r"gone\.png"):
+        evaluate_exact_match(model, processor, rows, max_new_tokens=2)
+    for batch_size in (1, 3):
+        left_out: list[str] = []
+        answers = evaluate_exact_match(
+            model,
+            processor,
+            rows,
+            batch_size=batch_size,
+            max_new_tokens=2,
+            on_unreadable=lambda row, error: left_out.append(f"{row.key}: {error.kind}"),  # noqa: B023
+        )
+        assert [answer.key for answer in answers] == [rows[0].key, rows[2].key]
+        assert left_out == [f"{rows[1].key}: missing image"]
+
+
+def test_a_model_that_has_learnt_the_answers_is_right(tiny_model: Path, shapes_data: Path, monkeypatch):
+    """Greedy answers are compared with the last message, whatever the batch looked like."""
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    rows, _ = read_training_rows(str(shapes_data / "validation.json"))
+    expected = {row.messages[0].text.split("\n")[-1]: row.messages[-1].text for row in rows}
+
+    def generate(**inputs):
+        prompts = processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        texts = [next(expected[q] for q in expected if q in prompt) for prompt in prompts]
+        answers = processor.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        return torch.cat([inputs["input_ids"], answers["input_ids"]], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    answers = evaluate_exact_match(model, processor, rows, batch_size=5)
+    assert [answer.key for answer in answers] == [row.key for row in rows]
+    right = [answer.correct for answer in answers if answer.task == "colour"]
+    assert right == [True] * len(right) != []

@@ -1,0 +1,35 @@
+"""Files of scored items."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.evaluation.items import Item, read_items, read_systems, write_items
+from skipvision.errors import DataError
+
+ITEMS = [
+    Item("MMStar", "7", "full", "math", "g7", "B", 1.0),
+    Item("MMStar", "8", "full", "", "g8", "", 0.0, error="corrupt: the image is cut off"),
+]
+
+
+def test_items_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "new folder" / "items.parquet"
+    write_items(path, ITEMS[:1])
+    assert read_systems(path) == {}
+    systems = {"full": {"model": "models/base", "adapter": None, "skip": "{}"}}
+    write_items(path, ITEMS, systems)
+    assert read_items(path) == ITEMS
+    assert read_systems(path) == systems
+    assert [file.name for file in path.parent.iterdir()] == ["items.parquet"]
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        read_items(tmp_path / "missing.parquet")
+    (tmp_path / "text.parquet").write_text("index,score")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_items(tmp_path / "text.parquet")
+    pq.write_table(pa.table({"index": ["1"]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="not those of scored items"):
+        read_items(tmp_path / "other.parquet")

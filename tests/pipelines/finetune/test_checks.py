@@ -1,0 +1,108 @@
+"""What can be refused before Ray is started is, in seconds, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.finetune import job as finetune
+from pipelines.finetune.job import FinetuneConfig, run_finetune
+from pipelines.tracking.run import TrackingError
+from skipvision.errors import ConfigError, DataError, ResourceError
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def settings(tiny_model: Path, shapes_data: Path, tmp_path: Path, monkeypatch) -> dict[str, Any]:
+    """A run that would begin, if Ray could be started."""
+
+    def started() -> None:
+        raise AssertionError("Ray is started")
+
+    monkeypatch.setattr(finetune, "ray_is_there", lambda: False)
+    monkeypatch.setattr(finetune, "ray_session", started)
+    return {
+        "name": "run",
+        "storage": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_model)},
+        "data": {"train": str(shapes_data / "train.json")},
+    }
+
+
+def with_bad_row(settings: dict[str, Any], tmp_path: Path) -> str:
+    """The training file with one row whose image is missing."""
+    source = Path(settings["data"]["train"])
+    rows = json.loads(source.read_text())
+    for row in rows:
+        row["image"] = str(source.parent / row["image"])
+    rows[3]["image"] = "gone.png"
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+def test_a_run_without_faults_gets_as_far_as_ray(settings):
+    with pytest.raises(AssertionError, match="Ray is started"):
+        run_finetune(FinetuneConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "error", "says"),
+    [
+        ("model", {"path": "./llava"}, ConfigError, r"model.path = ./llava: there is no"),
+        ("model", {"path": "pipelines"}, ConfigError, r"model.path = .*pipelines: "),
+        ("data", {"train": "nowhere.json"}, ConfigError, r"data.train = nowhere.json: there is no"),
+        ("data", {"validation": "nowhere.json"}, ConfigError, r"data.validation = nowhere.json"),
+        ("data", {"image_root": "/nowhere"}, ConfigError, r"data.image_root = /nowhere"),
+        ("data", {"max_length": 1}, DataError, "40 × too long"),
+        ("lora", {"target_modules": "("}, ConfigError, r"lora.target_modules = \(: "),
+        ("skip", {"select": "ffn_ratio", "probe_layer": 7}, ConfigError, "probe_layer"),
+        ("scaling", {"workers": 999}, ResourceError, "999 workers"),
+        ("tracking", {"uri": "http://127.0.0.1:9"}, TrackingError, "starting the run"),
+    ],
+)
+def test_a_wrong_setting_is_answered_without_ray(
+    settings, section, values, error, says, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    given = {**settings, section: {**settings.get(section, {}), **values}}
+    with pytest.raises(error, match=says):
+        run_finetune(FinetuneConfig.model_validate(given))
+    left = {path.name for path in Path(settings["storage"]).rglob("*")}
+    assert left <= {"run", "rejects.jsonl"} if error is DataError else not left
+
+
+def test_bad_rows_that_are_to_stop_a_run_do_so_without_ray(settings, tmp_path):
+    data = {"train": with_bad_row(settings, tmp_path), "on_bad_row": "stop"}
+    with pytest.raises(DataError, match="1 of 40 rows cannot be used"):
+        run_finetune(FinetuneConfig.model_validate({**settings, "data": data}))
+    # What the message points to stays.
+    assert [path.name for path in (tmp_path / "runs" / "run").iterdir()] == ["rejects.jsonl"]
+
+
+def test_a_ray_that_is_there_is_asked_for_room_before_the_data_are_read(settings, monkeypatch):
+    asked: list[str] = []
+
+    def check(scaling: object) -> None:
+        del scaling
+        asked.append("workers")
+        raise ResourceError("no room")
+
+    monkeypatch.setattr(finetune, "check_workers", check)
+    monkeypatch.setattr(finetune, "read_data", lambda *_: asked.append("data"))
+    with pytest.raises(ResourceError, match="no room"):
+        run_finetune(FinetuneConfig.model_validate(settings))
+    assert asked == ["workers"]
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(settings, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"model.path = owner/no-such-model: .* does not answer"):
+        run_finetune(FinetuneConfig.model_validate({**settings, "model": {"path": "owner/no-such-model"}}))
+    assert time.monotonic() - started < 20

@@ -1,0 +1,65 @@
+"""Fingerprints differ where contents do, and where nothing but a place does, they do not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.score.dataset import read_dataset
+from pipelines.score.fingerprints import of_dataset, of_folder, of_model
+from tests.pipelines.score.rules.test_rules import png, table
+
+ROWS: list[dict[str, Any]] = [
+    {"index": 1, "image": png(1), "question": "What?", "answer": "a cat", "category": "animals"},
+    {"index": 2, "image": png(2), "question": "Where?", "answer": "a tree", "category": "plants"},
+    {"index": 3, "image": 2, "question": "And here?", "answer": "a bush", "category": "plants"},
+]
+
+
+def fingerprint(folder: Path, rows: list[dict[str, Any]] = ROWS, **settings: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    return of_dataset(
+        read_dataset("mine", str(table(folder / "t.tsv", rows)), **{"rule": "exact", **settings})
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings"),
+    [
+        *(({name: "other"}, {}) for name in ("question", "answer", "category")),
+        ({"image": png(7)}, {}),
+        ({"image": 2}, {}),
+        ({}, {"rule": "contains"}),
+        ({}, {"instruction": "In one word."}),
+        ({}, {"limit": 2}),
+    ],
+)
+def test_a_dataset_is_known_by_what_is_asked_and_how_it_is_scored(tmp_path, changed, settings):
+    before = fingerprint(tmp_path / "a")
+    assert fingerprint(tmp_path / "elsewhere", ROWS[::-1]) == before
+    assert fingerprint(tmp_path / "b", [{**ROWS[0], **changed}, *ROWS[1:]], **settings) != before
+
+
+def test_images_beside_the_table_are_read(tmp_path):
+    rows = [{"index": 1, "image_path": "one.png", "question": "What?", "answer": "a cat"}]
+    seen = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "one.png")
+        seen.append(fingerprint(tmp_path, rows))
+    (tmp_path / "one.png").unlink()
+    seen.append(fingerprint(tmp_path, rows))
+    assert len(set(seen)) == 3
+
+
+def test_a_model_is_known_by_the_files_that_loading_reads(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "copy")
+    (folder / "README.md").write_text("A model.")
+    assert of_model(str(folder)) == of_folder(folder) == of_folder(tiny_model)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert of_folder(folder) != of_folder(tiny_model)

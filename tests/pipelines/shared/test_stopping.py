@@ -1,0 +1,62 @@
+"""A signal ends a job as an error does: it cleans up, and its exit status names the signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pipelines.shared.config import run_job
+from pipelines.shared.stopping import SIGNALS, handlers_kept
+
+
+@pytest.fixture
+def unignored():
+    """Under nohup SIGHUP is ignored, by the tests too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.usefixtures("unignored")
+def test_a_job_cleans_up_and_is_not_disturbed_in_it(number, capfd):
+    before = {one: signal.getsignal(one) for one in SIGNALS}
+    cleaned = []
+
+    def main(argv: list[str]) -> dict[str, object]:
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append(True)
+        return {}
+
+    with pytest.raises(SystemExit) as stopped:
+        run_job(main, [])
+    assert stopped.value.code == 128 + number
+    assert cleaned
+    assert f"{number.name}: stopping" in capfd.readouterr().err
+    assert {one: signal.getsignal(one) for one in SIGNALS} == before
+
+
+def test_what_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_job(lambda _: os.kill(os.getpid(), signal.SIGHUP) or {"ran": True}, [])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_that_a_library_replaces_come_back():
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        with handlers_kept():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)

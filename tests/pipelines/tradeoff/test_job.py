@@ -1,0 +1,273 @@
+"""The trade-off job on a tiny model: every point scored once, timed, reported; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import skipvision as sv
+from pipelines.compare.job import read_rows
+from pipelines.evaluation.items import read_items, write_items
+from pipelines.evaluation.paired import Paired
+from pipelines.tradeoff import job as tradeoff
+from pipelines.tradeoff.config import TradeoffConfig
+from pipelines.tradeoff.job import Found, digests, run_tradeoff
+from pipelines.tradeoff.points import Point
+from pipelines.tradeoff.report import curves
+from skipvision.errors import AdapterError, ConfigError
+
+SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    sv.attach(model, SKIP)
+    return sv.save_adapter(model, tmp_path_factory.mktemp("tuned") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: Any) -> dict[str, Any]:
+    return {
+        "name": "tradeoff",
+        "storage": str(tmp_path_factory.mktemp("runs")),
+        "model": {"path": str(tiny_model)},
+        "adapters": {"untuned": {}, "tuned": {"path": str(adapter), "reference": "untuned"}},
+        "test": str(shapes_data / "test.json"),
+        "methods": ["random", "visionzip"],
+        "fractions": [0.1, 0.8],
+        "grid": {"retained": [2], "skipped": [0, 3]},
+        "max_new_tokens": 2,
+        "latency_rounds": 2,
+        "cpus_per_task": 1.5,  # two processes of one thread
+    }
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
+    result = run_tradeoff(TradeoffConfig(**given, report=str(tmp_path)))
+    said = capsys.readouterr().out
+    # Of each adapter: full tokens, a grid of two, methods at one share of two; and one as it was tuned.
+    assert result["points"] == 2 * (1 + 2 + 2) + 1
+    assert said.count("10.0% cannot be had with this model") == 4
+    assert "11 points, 11 to be scored on 6 rows each" in said
+    numbers = {
+        (one["point"]["adapter"], one["point"]["method"], json.dumps(one["point"]["skip"])): one
+        for one in json.loads(Path(result["numbers"]).read_text())
+    }
+    assert len(numbers) == 11
+    for (label, method, _), one in numbers.items():
+        low, high = one["latency_quartiles"]
+        assert 0 < low <= one["latency"] <= high
+        seconds = one["first_token_seconds"]
+        assert seconds == sorted(seconds)
+        gap = one["gap"]["overall"]
+        assert gap["items"] == 6
+        if (label, method) == ("untuned", "full"):
+            assert gap["low"] == gap["difference"] == gap["high"] == 0, "nothing differs from itself"
+        else:
+            assert gap["low"] < gap["difference"] < gap["high"], "of one image nothing is certain"
+        if method == "full":
+            assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
+        elif "grid" not in method and method != "as tuned":
+            assert 0.5 < one["language_flops"] <= 0.8
+    tuned = next(one for (_, method, _), one in numbers.items() if method == "as tuned")["point"]["skip"]
+    assert (tuned["retained"], tuned["skipped"], tuned["select"]) == (4, 4, "norm")
+    table = Path(result["table"]).read_text()
+    assert table.count("| as tuned | 4 + 4 |") == 1
+    assert table.count("| 100 [100, 100] |") >= 2
+    for name in ("picture", "published"):
+        assert Path(result[name]).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / Path(result[name]).name).exists()
+    assert (tmp_path / "tradeoff_table.md").read_text() == table
+
+    files = sorted((Path(given["storage"]) / "tradeoff/points").iterdir())
+    assert len(read_items(files[0])) == 6
+    files[0].unlink()
+    capsys.readouterr()
+    again = run_tradeoff(TradeoffConfig(**given))
+    said = capsys.readouterr().out
+    assert "11 points, 1 to be scored" in said
+    assert "timing" not in said
+    assert again["found"] == result["found"]
+    assert Path(again["table"]).read_text() == table, "times included"
+    assert sorted((Path(given["storage"]) / "tradeoff/points").iterdir()) == files
+
+
+def test_other_points_rounds_or_cpus_are_timed_anew(given, tmp_path, monkeypatch):
+    timed = []
+
+    def measured(tasks: Any, cpus: float) -> Any:
+        [(_, (own, config, _))] = tasks
+        timed.append((len(own), config.latency_rounds, cpus))
+        yield 0, [[0.5] * config.latency_rounds for _ in own]
+
+    monkeypatch.setattr(tradeoff, "_in_parallel", measured)
+    files = {(Point("a", (None,), name, None), 0): tmp_path / name for name in ("full", "norm")}
+    fewer = dict([next(iter(files.items()))])
+    for some, changes in [
+        (files, {}),
+        (files, {"latency_rounds": 1}),
+        (files, {"cpus_per_task": 4}),
+        (fewer, {}),
+    ]:
+        config = TradeoffConfig(**{**given, "adapters": {"a": {}}, **changes})
+        for _ in range(2):
+            seconds = tradeoff._timed(some, tmp_path / "times", config, ())
+            assert list(seconds.values()) == [[0.5] * config.latency_rounds] * len(some)
+    assert timed == [(2, 2, 1.5), (2, 1, 1.5), (2, 2, 4), (1, 2, 1.5)]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, adapter, tmp_path):
+    weights = adapter / "adapter_model.safetensors"
+    shutil.copytree(adapter, tmp_path / "second")
+    tensors = {name: -value for name, value in load_file(weights).items()}
+    save_file(tensors, tmp_path / "second" / weights.name)
+    one = {"path": str(adapter)}
+    both = {**one, "other_seeds": [str(tmp_path / "second")]}
+    settings = {
+        **given,
+        "name": "seeds",
+        "adapters": {"tuned": both, "beside": {**both, "reference": "tuned"}, "first": one},
+        "storage": str(tmp_path),
+        "methods": ["downscaled", "norm", "skip-vision"],
+        "fractions": [0.8],
+        "grid": {"retained": [], "skipped": []},
+        "latency_rounds": 0,
+    }
+    run_tradeoff(TradeoffConfig(**settings))
+    # Full tokens and three methods, one of them as tuned, under two seeds: the three labels share them.
+    files = sorted((tmp_path / "seeds/points").iterdir())
+    assert len(files) == 8
+    _answered(files, {"full": [6, 6], "norm": [3, 0], "skip-vision": [6, 3]})
+    result = run_tradeoff(TradeoffConfig(**settings))
+    found = {
+        (each["point"]["adapter"], each["point"]["method"]): each
+        for each in json.loads(Path(result["numbers"]).read_text())
+    }
+    pooled, single = found["tuned", "as tuned"], found["first", "as tuned"]
+    assert pooled["gap"]["overall"]["items"] == 2 * single["gap"]["overall"]["items"] == 12
+    assert sorted(pooled["by_seed"]) == [-0.5, 0]
+    assert pooled["by_seed"][0] == single["gap"]["overall"]["difference"]
+    assert pooled["gap"]["overall"]["difference"] == -0.25
+    assert found["beside", "as tuned"]["gap"] == pooled["gap"]
+    behind = found["tuned", "norm"]["behind"]
+    assert (behind["difference"], behind["other"], behind["items"]) == (0.5, 0.75, 12)
+    assert behind["low"] < 0 < 0.5 < behind["high"], "one image says little"
+    assert all(found["tuned", name]["behind"] is None for name in ("full", "as tuned", "skip-vision"))
+    assert result["table"] == str(tmp_path / "seeds/seeds_table.md")
+    table = Path(result["table"]).read_text()
+    assert "**tuned**, 2 seeds" in table
+    assert table.count("by seed") == 2
+    assert "latency |" not in table
+    # A grid of 11 places at most has 9, and these are what is paid for.
+    assert found["tuned", "downscaled"]["point"]["skip"]["skipped"] == 11
+    assert re.search(r"\| downscaled \| 0 \+ 9 \| \d\d\.\d of 80 \|", table)
+    assert f"+50.0 [{100 * behind['low']:+.1f}, {100 * behind['high']:+.1f}] |\n" in table
+    by_task = table.split("**tuned**: − full, by task")[1].split("**")[0]
+    rows = [line for line in by_task.splitlines() if line.startswith("| norm")]
+    gaps = [gap for task, gap in found["tuned", "norm"]["gap"].items() if task != "overall"]
+    for gap in gaps:
+        low, high = (round(100 * gap[end], 1) + 0.0 for end in ("low", "high"))
+        assert f"{100 * gap['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" in rows[0]
+    assert "| full" not in by_task
+
+
+def _answered(files: list[Path], right: dict[str, list[int]]) -> None:
+    """Give each method's points, under each seed, so many right answers; 0 where nothing is said."""
+    for file in files:
+        items = read_items(file)
+        many = right[items[0].system].pop() if items[0].system in right else 0
+        write_items(file, [replace(item, score=float(at < many)) for at, item in enumerate(items)])
+
+
+def test_the_picture_says_what_each_line_is():
+    """In the second row of panels the adapter's own full tokens are not what it is compared with."""
+
+    def found(label: str, method: str, share: float, **point: Any) -> Found:
+        gap = Paired(share - 0.9, -1, 1, None, 0.9, share, 10, 10, 0, 0)
+        cost = 1.0 if method == "full" else 0.3
+        return Found(
+            Point(label, (None,), method, None, **point),
+            *(cost, cost, cost, None, None, None),
+            {"overall": share},
+            {"overall": gap},
+            [gap.difference],
+            None,
+        )
+
+    figure = curves(
+        [
+            found("a long label of the first adapter", "full", 0.9),
+            found("a long label of the first adapter", "norm", 0.5, budget=0.3),
+            found("second", "full", 0.8),
+            found("second", "as tuned", 0.7),
+        ]
+    )
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["reference: full tokens", "norm", "as tuned"]
+    panels = figure.axes
+    assert len(panels) == 2 * 2, "time was not measured"
+    for panel in panels:
+        [line] = [line for line in panel.lines if line.get_linestyle() == ":"]
+        assert line.get_ydata()[0] == pytest.approx(90)
+    titles = [panel.get_title(loc="left") for panel in panels]
+    assert titles == ["a long label of the first adapter", "", "second", ""]
+
+
+@pytest.mark.parametrize(
+    "file", ["model/model.safetensors", "adapter/adapter_config.json", "the first image"]
+)
+def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, shapes_data, tmp_path, file):
+    for source, name in ((tiny_model, "model"), (adapter, "adapter"), (shapes_data, "data")):
+        shutil.copytree(source, tmp_path / name)
+    rows = read_rows(str(tmp_path / "data/test.json"))
+    skip = sv.SkipConfig(retained=4, skipped=0, merge="drop", select="random")
+    point = Point("tuned", (str(tmp_path / "adapter"),) * 2, "random", skip)
+    config = TradeoffConfig(**{**given, "model": {"path": str(tmp_path / "model")}})
+    before = digests([point], config, rows)
+    assert len(set(before.values())) == 2  # each seed draws its own places
+    assert digests([point], config, rows) == before
+    changed = Path(str(rows[0].images[0])) if "image" in file else tmp_path / file
+    changed.write_bytes(changed.read_bytes() + b" ")
+    assert not set(digests([point], config, rows).values()) & set(before.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"methods": ["fast"]}, ValidationError, "no fast; there are random, uniform"),
+        ({"fractions": [0.5, 25]}, ValidationError, r"\[25.0\]: shares are above 0"),
+        ({"adapters": {"a": {"reference": "b"}}}, ValidationError, "adapters.a.reference: no adapter 'b'"),
+        ({"adapters": {}}, ValidationError, "at least 1"),
+        ({"adapters": {"a": {"other_seeds": ["b"]}}}, ValidationError, "a: other_seeds without a path"),
+        (
+            {"adapters": {"a": {"path": "x", "other_seeds": ["y"]}, "b": {"path": "x", "reference": "a"}}},
+            ValidationError,
+            "b: 0 other seeds, and 1 of 'a'",
+        ),
+        ({"test": "nowhere.json"}, ConfigError, "test = nowhere.json"),
+        ({"adapters": {"a": {"path": "models"}}}, AdapterError, "models is not a Skip-Vision adapter"),
+        ({"model": {"path": "models/nothing"}}, ConfigError, "model.path = models/nothing"),
+        ({"report": f"{__file__}/here"}, ConfigError, "report = .*here: Not a directory"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_asked(given, changes, error, says):
+    with pytest.raises(error, match=says):
+        run_tradeoff(TradeoffConfig(**{**given, **changes}))

@@ -1,0 +1,186 @@
+"""The command that tries every family, the table it wrote, and the reasons it gives."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from skipvision import InputError, SkipConfig, TokenRole, UnsupportedModelError, attach
+from skipvision.__main__ import main
+from skipvision.kv_cache import compact
+from skipvision.testing.configs import EXCEPTIONS, tiny_config
+from skipvision.testing.families import UNSUPPORTED, _why_not_built, tiny_batch, tiny_model
+from skipvision.testing.survey import EVERY, Finding, count, lines, markdown, survey
+from tests.skipvision.family_table import OTHERS, ROOT, ROWS, SUPPORTED, TABLE
+
+SAMPLE = ["gemma3", "idefics3", "internvl", "llava_next", "mllama", "qwen3_5", "qwen3_vl_moe"]
+NEVER_BUILT = {"diffusion_gemma", "evolla", "pi0"}
+"""Families of which transformers itself makes no tiny generating model."""
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_the_tables_line_of_some_families(family):
+    assert ROWS[family] in markdown([survey(family)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_table():
+    findings = [survey(family) for family in EVERY]
+    assert markdown(findings) == TABLE, (
+        "python -m skipvision families --markdown prints the table as it is now"
+    )
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_the_tables_word_for_tiles(family):
+    """Counts are per tile where tiles stand apart, per picture where they are joined."""
+    model, config = tiny_model(family), SkipConfig(retained=2, skipped=1, merge="drop", summary_tokens=0)
+    with torch.no_grad(), attach(model, config) as skip:
+        model(**tiny_batch(model, [["large image", 4]]))
+    entries = int(skip.plan.count(TokenRole.RETAINED).sum()) // 2
+    assert (entries > 1) == (ROWS[family].split(" | ")[1] == "tiles")
+
+
+def test_a_package_that_is_missing_is_named():
+    assert _why_not_built(ImportError("\nXModel requires the timm library but")) == (
+        "not tried here: needs timm"
+    )
+    assert _why_not_built(ValueError("no SDPA but eager")) == "not built here: no SDPA"
+
+
+def test_the_table_has_every_family():
+    assert sorted(SUPPORTED + OTHERS) == list(EVERY)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+def test_pages_name_the_tables_number(page):
+    numbers = re.findall(r"(\d+) of the (\d+)\s+image-text-to-text\s+families", (ROOT / page).read_text())
+    assert numbers == [(str(len(SUPPORTED)), str(len(EVERY)))]
+
+
+def test_no_reason_is_an_accident():
+    for family in OTHERS:
+        assert not re.search(r"\w(Error|Exception)\b", ROWS[family]), ROWS[family]
+
+
+# ------------------------------------------------------------------------------------- what it notices
+
+
+def test_a_cache_that_is_not_pruned_is_noticed(monkeypatch):
+    # By its name in sys.modules: the package's attribute is the function.
+    monkeypatch.setattr(
+        sys.modules["skipvision.attach"], "compact", lambda cache, keep: compact(cache, keep | True)
+    )
+    assert "entries, not the" in survey("llava").reason
+
+
+def test_a_difference_where_nothing_is_skipped_is_noticed(monkeypatch):
+    def disturb(model, config):
+        model.get_output_embeddings().weight.data += 1e-3
+        return attach(model, config)
+
+    monkeypatch.setattr("skipvision.testing.survey.attach", disturb)
+    assert survey("llava").reason == "it gives other logits where nothing is skipped"
+
+
+def test_images_that_are_not_found_are_noticed(monkeypatch):
+    monkeypatch.setattr("skipvision.testing.survey._ROWS", [[3], [5]])
+    assert survey("llava").reason == "its images are not found"
+
+
+def test_a_plan_that_is_not_applied_is_noticed(monkeypatch):
+    monkeypatch.setattr("skipvision.testing.survey._CONFIG", SkipConfig(retained=1.0, skipped=0))
+    assert survey("llava").reason == "no plan is applied to its images"
+
+
+def test_a_family_that_fails_in_its_own_way_does_not_end_the_survey(monkeypatch):
+    def fail(*args, **kwargs):
+        raise IndexError("list index out of range\nsecond line")
+
+    monkeypatch.setattr("skipvision.testing.survey.tiny_batch", fail)
+    assert survey("llava") == Finding("llava", "IndexError: list index out of range")
+
+
+# --------------------------------------------------------------------------------- refused by its shape
+
+
+@pytest.mark.parametrize("family", sorted(UNSUPPORTED.keys() - NEVER_BUILT))
+@pytest.mark.filterwarnings("ignore")
+def test_a_family_without_visual_tokens_is_refused_by_its_shape_too(family):
+    model = AutoModelForImageTextToText.from_config(tiny_config(family))
+    with pytest.raises(UnsupportedModelError) as refusal:
+        attach(model, SkipConfig())
+    assert len(refusal.value.reason) < 60 < len(str(refusal.value))
+
+
+GEMMA4 = {
+    "layers that attend to another layer's KV cache": {
+        "text.num_kv_shared_layers": 1,
+        "text.layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "experts beside the feed-forward module": {
+        "text.enable_moe_block": True,
+        "text.num_experts": 4,
+        "text.top_k_experts": 2,
+        "text.moe_intermediate_size": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("reason", GEMMA4)
+def test_checkpoints_of_a_supported_family_that_are_built_otherwise(reason, monkeypatch):
+    monkeypatch.setitem(EXCEPTIONS, "gemma4", EXCEPTIONS["gemma4"] | GEMMA4[reason])
+    with pytest.raises(UnsupportedModelError) as refusal:
+        attach(tiny_model("gemma4"), SkipConfig())
+    assert refusal.value.reason == reason
+
+
+def test_an_input_that_the_encoder_needs_is_missed_by_name():
+    model = tiny_model("molmo2")
+    batch = tiny_batch(model, [["image", 3]])
+    del batch["image_grids"]
+    with attach(model, SkipConfig()), pytest.raises(InputError, match="get_image_features needs image_grids"):
+        model(**batch)
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_prints_lines(capsys):
+    main(["families", "llava", "mllama"])
+    out, progress = capsys.readouterr()
+    findings = [survey("llava"), survey("mllama")]
+    assert out.splitlines() == [*lines(findings), f"{count(findings)}."]
+    assert out.splitlines()[0].startswith("llava   supported: one size, full")
+    assert progress.splitlines() == ["1/2 llava", "2/2 mllama"]
+
+
+def test_the_command_prints_json(capsys):
+    main(["families", "qwen2_vl", "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["family"] == "qwen2_vl"
+    assert found["reason"] is None
+    assert found["mrope"] is True
+    assert found["images"] == "several sizes"
+
+
+def test_the_command_prints_the_pages_tables(capsys):
+    main(["families", "mllama", "--markdown"])
+    assert capsys.readouterr().out == markdown([survey("mllama")])
+
+
+def test_unknown_names_are_refused_with_close_ones(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["families", "lava", "qwen2_vl", "zzz"])
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "no family 'lava'" in message
+    assert "did you mean llava" in message
+    assert "no family 'zzz'" in message
+    assert "there are aria" in message
