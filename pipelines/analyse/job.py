@@ -22,10 +22,9 @@ from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import Collator
 from pipelines.data.rows import TrainingRow
 from pipelines.data.training_rows import read_training_rows
-from pipelines.engines.loading import load_processor
+from pipelines.engines.config import BaseModelSection
+from pipelines.engines.loading import load_frozen, load_processor
 from pipelines.evaluation.exact_match import pick_rows
-from pipelines.finetune.config import ModelSection
-from pipelines.finetune.learner import load_frozen
 from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path
 from pipelines.shared.sections import JobConfig
 from pipelines.tracking.run import Tracker, TrackingConfig, TrackingError
@@ -46,7 +45,7 @@ ERRORS = {
 class AnalyseConfig(JobConfig):
     """What is measured, on which data."""
 
-    model: ModelSection = Field(description="the base model")
+    model: BaseModelSection = Field(description="the base model")
     adapter: str | None = Field(
         None, description="folder of a fine-tuned adapter, which is then measured too; null = none"
     )
@@ -153,7 +152,7 @@ def _rows(source: str) -> list[TrainingRow]:
 
 def _measure(
     name: str,
-    model_config: ModelSection,
+    model_config: BaseModelSection,
     adapter: Path | None,
     skip: sv.SkipConfig,
     rows: Sequence[TrainingRow],

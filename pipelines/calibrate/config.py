@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.caption.config import ModelSection
+from pipelines.engines.config import ModelSection
 from pipelines.score.config import DatasetSection
 from pipelines.shared.sections import EngineSection, JobConfig, Section
 from pipelines.tracking.run import TrackingConfig

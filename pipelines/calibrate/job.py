@@ -21,7 +21,7 @@ from pipelines.calibrate.search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate.space import candidates, parts
 from pipelines.calibrate.workers import scorers
 from pipelines.cluster.session import node_resources, ray_session, worker_resources
-from pipelines.engines.model import CaptionModel, check_model, find_model, insist_on_same_adapter
+from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.score.dataset import Dataset
 from pipelines.score.fingerprints import of_files
 from pipelines.shared.folder import RunFolder
@@ -83,7 +83,7 @@ class _Found:
     """What a search is about."""
 
     uri: str
-    model: CaptionModel
+    model: EngineModel
     whole: Dataset
     search: Dataset
     held_out: Dataset

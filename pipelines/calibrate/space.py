@@ -17,7 +17,7 @@ from pipelines.calibrate.config import CalibrateConfig
 from pipelines.calibrate.halving import Candidate
 from pipelines.calibrate.search import NothingWithinBudgetError
 from pipelines.engines.loading import load_processor
-from pipelines.engines.model import CaptionModel
+from pipelines.engines.model import EngineModel
 from pipelines.score.dataset import Dataset, read_dataset
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ def parts(config: CalibrateConfig) -> tuple[Dataset, Dataset]:
 
 
 def candidates(
-    config: CalibrateConfig, model: CaptionModel, model_config: PretrainedConfig, dataset: Dataset
+    config: CalibrateConfig, model: EngineModel, model_config: PretrainedConfig, dataset: Dataset
 ) -> list[Candidate]:
     """The search space, priced, without what costs more than it may.
 

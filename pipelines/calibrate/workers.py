@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from pipelines.data.collate import content_parts
-from pipelines.engines.model import CaptionModel, load_captioner
+from pipelines.engines.model import EngineModel, load_engine
 from pipelines.evaluation.items import Item
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.in_process import score_dataset
@@ -45,9 +45,9 @@ class Task:
 class Scorer:
     """One process' engine."""
 
-    def __init__(self, model: CaptionModel, engine: EngineSection, max_new_tokens: int) -> None:
+    def __init__(self, model: EngineModel, engine: EngineSection, max_new_tokens: int) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._engine = load_captioner(model, engine, device)
+        self._engine = load_engine(model, engine, device)
         self._max_new_tokens = max_new_tokens
 
     def do(self, number: int, task: Task) -> tuple[int, list[Item] | float]:
@@ -91,7 +91,7 @@ def _one_token(question: Question, skip: SkipConfig | Literal["full"]) -> Reques
 
 @contextmanager
 def scorers(
-    model: CaptionModel,
+    model: EngineModel,
     engine: EngineSection,
     max_new_tokens: int,
     *,

@@ -8,28 +8,11 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.data.images import MAX_PIXELS
 from pipelines.data.prompts import PromptTemplate
+from pipelines.engines.config import ModelSection
 from pipelines.shared.sections import EngineSection, JobConfig, Section
 from pipelines.tracking.run import TrackingConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
-
-
-class ModelSection(Section):
-    """What writes the captions."""
-
-    path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
-    adapter: str | None = Field(
-        None,
-        description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
-        "MLflow; null = the base model as it is",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="dtype of weights and arithmetic; auto = bfloat16 where the hardware multiplies it",
-    )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention implementation"
-    )
 
 
 class InputSection(Section):

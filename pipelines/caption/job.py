@@ -23,7 +23,7 @@ from pipelines.caption.resources import engine_resources
 from pipelines.caption.rows import Caption
 from pipelines.caption.stages import Assignment, Written, captions
 from pipelines.cluster.session import node_resources, ray_session
-from pipelines.engines.model import CaptionModel, check_model, find_model
+from pipelines.engines.model import EngineModel, check_model, find_model
 from pipelines.shared.error_limit import ErrorLimit, listed
 from pipelines.shared.paths import input_path, output_path
 from pipelines.tracking.run import Tracker, TrackingError
@@ -113,7 +113,7 @@ def _described(facts: ManifestFacts) -> Iterator[str]:
 
 
 def _start_tracking(
-    config: CaptionConfig, folder: CaptionFolder, uri: str, model: CaptionModel, manifest: Manifest
+    config: CaptionConfig, folder: CaptionFolder, uri: str, model: EngineModel, manifest: Manifest
 ) -> Tracker:
     known = folder.tracked(config.tracking, "mlflow_run_id")
     tracker = Tracker.start(

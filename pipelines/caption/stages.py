@@ -32,7 +32,7 @@ from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import content_parts
 from pipelines.data.images import ImageError
 from pipelines.engines.loading import load_processor
-from pipelines.engines.model import CaptionModel, load_captioner
+from pipelines.engines.model import EngineModel, load_engine
 from pipelines.engines.thread import EngineThread, Outcome
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
 from skipvision.errors import InputError, SkipVisionError
@@ -51,7 +51,7 @@ class Assignment:
     """What readers and engines are told. Paths are absolute."""
 
     config: CaptionConfig
-    model: CaptionModel
+    model: EngineModel
     manifest: Path
     attempts: Attempts
 
@@ -209,7 +209,7 @@ class CaptionActor:
         self.alone = threading.Lock()
         self.engine: EngineThread | SkipVisionError
         try:
-            self.engine = EngineThread(lambda: load_captioner(work.model, work.config.engine, device))
+            self.engine = EngineThread(lambda: load_engine(work.model, work.config.engine, device))
             self.engine.wait_until_ready()
         except SkipVisionError as error:  # raised in another process, it would reach the job as text
             self.engine = error

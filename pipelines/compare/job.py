@@ -25,7 +25,8 @@ from pipelines.compare.report import check_marked, markdown, picture, renew_mark
 from pipelines.data.collate import IGNORED, Batch, Collator
 from pipelines.data.rows import TrainingRow
 from pipelines.data.training_rows import read_training_rows
-from pipelines.engines.loading import arithmetic, load_processor
+from pipelines.engines.config import BaseModelSection
+from pipelines.engines.loading import arithmetic, load_frozen, load_processor
 from pipelines.evaluation.exact_match import (
     OVERALL,
     Answer,
@@ -35,8 +36,8 @@ from pipelines.evaluation.exact_match import (
 )
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.paired import Paired, paired, widened
-from pipelines.finetune.config import FinetuneConfig, ModelSection
-from pipelines.finetune.learner import load_frozen, summed_loss
+from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.learner import summed_loss
 from pipelines.shared.folder import comparable
 from pipelines.shared.paths import input_path, model_path, output_path
 from pipelines.tracking.run import Tracker
@@ -153,7 +154,7 @@ def _variants(
 
 
 def _examine_all(
-    variants: Sequence[Variant], model: ModelSection, rows: Sequence[TrainingRow], config: CompareConfig
+    variants: Sequence[Variant], model: BaseModelSection, rows: Sequence[TrainingRow], config: CompareConfig
 ) -> tuple[dict[str, list[Answer]], dict[str, dict[str, float]]]:
     """Every variant's answers, and what the tuned ones cost."""
     answers: dict[str, list[Answer]] = {}
@@ -174,7 +175,7 @@ def _examine_all(
 
 
 def _examine(
-    variant: Variant, model_config: ModelSection, rows: Sequence[TrainingRow], config: CompareConfig
+    variant: Variant, model_config: BaseModelSection, rows: Sequence[TrainingRow], config: CompareConfig
 ) -> tuple[list[Answer], dict[str, float]]:
     """Answers of a variant; for a tuned one also what it costs, on one row of each task."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

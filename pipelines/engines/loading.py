@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
+from pipelines.engines.config import BaseModelSection
 from skipvision.errors import ConfigError
 
 _HUB_SECONDS = 10
@@ -74,6 +75,15 @@ def load_base(path: str, dtype: torch.dtype | None, attention: str, device: torc
         raise ConfigError(f"model.path = {path}: {error}") from error
     placed: nn.Module = model.to(device)
     return placed
+
+
+def load_frozen(config: BaseModelSection, compute: torch.dtype, device: torch.device) -> nn.Module:
+    """The base model on a device, in its stored dtype, or as ``config.dtype`` says."""
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    model = load_base(config.path, dtype, config.attention, device)
+    if dtype is None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
+        model = model.to(compute)
+    return model
 
 
 def load_processor(path: str) -> ProcessorMixin:

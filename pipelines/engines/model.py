@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 import skipvision as sv
-from pipelines.caption.config import ModelSection
+from pipelines.engines.config import ModelSection
 from pipelines.engines.loading import arithmetic, load_base, load_processor
 from pipelines.shared.paths import input_path
 from pipelines.shared.sections import EngineSection
@@ -25,7 +25,7 @@ from skipvision.errors import AdapterError, ConfigError
 
 
 @dataclass(frozen=True)
-class CaptionModel:
+class EngineModel:
     """A base model, perhaps an adapter, and how visual tokens are skipped.
 
     Attributes:
@@ -56,7 +56,7 @@ class Asked(Protocol):
     def skip(self) -> sv.SkipConfig | Literal["full"] | None: ...
 
 
-def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None) -> CaptionModel:
+def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None) -> EngineModel:
     """The model that the settings name, with its adapter on this machine.
 
     Args:
@@ -86,7 +86,7 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
     skip: Any = config.skip
     if skip is None and folder is not None:
         skip = sv.read_adapter(folder)["skip"]
-    return CaptionModel(
+    return EngineModel(
         base=base,
         label=given.path,
         adapter=folder,
@@ -111,7 +111,7 @@ def _insist_on_same(given: ModelSection, now: str | None, pinned: str | None) ->
         )
 
 
-def check_model(model: CaptionModel) -> PretrainedConfig:
+def check_model(model: EngineModel) -> PretrainedConfig:
     """Try everything but the base model's weights, so that a mistake is an error now and not every engine's.
 
     Raises:
@@ -151,7 +151,7 @@ def _check_adapter(base: nn.Module, folder: Path) -> None:
             raise AdapterError(f"{folder} is an incomplete adapter: {warning}") from None
 
 
-def load_captioner(model: CaptionModel, settings: EngineSection, device: torch.device) -> Engine:
+def load_engine(model: EngineModel, settings: EngineSection, device: torch.device) -> Engine:
     """The engine, with everything loaded."""
     transformers.utils.logging.disable_progress_bar()
     dtype = arithmetic(model.dtype, device)

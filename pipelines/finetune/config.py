@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipelines.data.training_rows import CheckImages, OnBadRow
+from pipelines.engines.config import BaseModelSection
 from pipelines.shared.sections import JobConfig, Section
 from pipelines.tracking.run import TrainingTrackingConfig
 from skipvision.config import SkipConfig
@@ -15,20 +16,6 @@ DECODER_LINEARS = (
     r"(.*\.)?(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
 """Matches the linear layers of the text decoder, and no layer of a vision tower."""
-
-
-class ModelSection(Section):
-    """The base model, which stays frozen."""
-
-    path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="dtype of the frozen weights; auto = as stored, but half-precision weights become the "
-        "dtype that training.precision computes in",
-    )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention implementation"
-    )
 
 
 class DataSection(Section):
@@ -137,7 +124,7 @@ class FinetuneConfig(JobConfig):
     seed: int = Field(
         0, ge=0, description="seed of the adapter's initial weights, of dropout and of the order"
     )
-    model: ModelSection
+    model: BaseModelSection
     data: DataSection
     lora: LoraSection = LoraSection()
     skip: SkipConfig | None = Field(

@@ -21,18 +21,9 @@ from torch.nn import functional as F
 
 import skipvision as sv
 from pipelines.data.collate import IGNORED, Batch
-from pipelines.engines.loading import arithmetic, load_base
-from pipelines.finetune.config import FinetuneConfig, ModelSection, TrainingSection
+from pipelines.engines.loading import arithmetic
+from pipelines.finetune.config import FinetuneConfig, TrainingSection
 from skipvision.errors import ConfigError
-
-
-def load_frozen(config: ModelSection, compute: torch.dtype, device: torch.device) -> nn.Module:
-    """The base model on a device, in its stored dtype, or as ``config.dtype`` says."""
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = load_base(config.path, dtype, config.attention, device)
-    if dtype is None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
-        model = model.to(compute)
-    return model
 
 
 def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:

@@ -24,11 +24,11 @@ from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import Batch, Collator
 from pipelines.data.rejects import LateRejects, count_rejects
 from pipelines.data.rows import TrainingRow
-from pipelines.engines.loading import arithmetic, load_processor
+from pipelines.engines.loading import arithmetic, load_frozen, load_processor
 from pipelines.evaluation.exact_match import OVERALL, accuracy_by_task, evaluate_exact_match, pick_rows
 from pipelines.finetune.batches import LengthGroupedBatches, prefetched
 from pipelines.finetune.config import FinetuneConfig
-from pipelines.finetune.learner import Learner, StepStats, load_frozen, prepare
+from pipelines.finetune.learner import Learner, StepStats, prepare
 from pipelines.finetune.progress import Progress
 from pipelines.tracking.run import Tracker, rejected_rows
 from skipvision.errors import DataError, SkipVisionError

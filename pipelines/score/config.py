@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from pipelines.caption.config import ModelSection, ScalingSection
+from pipelines.caption.config import ScalingSection
+from pipelines.engines.config import ModelSection
 from pipelines.score.rules.judge import JudgeConfig
 from pipelines.shared.sections import EngineSection, JobConfig, Section
 from pipelines.tracking.run import TrackingConfig

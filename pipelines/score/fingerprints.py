@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from pipelines.data.images import ImageError
 from pipelines.data.rows import ImageSource
-from pipelines.engines.model import CaptionModel
+from pipelines.engines.model import EngineModel
 from pipelines.score.benchmarks import RULES
 from pipelines.score.dataset import Dataset
 from skipvision.errors import ConfigError
@@ -74,7 +74,7 @@ def of_dataset(dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def of_files(datasets: Iterable[Dataset], models: Iterable[CaptionModel]) -> dict[str, str]:
+def of_files(datasets: Iterable[Dataset], models: Iterable[EngineModel]) -> dict[str, str]:
     """What a job's answers depend on: ``dataset NAME`` and ``base model LABEL``, each with its digest.
 
     Raises:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.caption.config import CaptionConfig, InputSection, OutputSection
 from pipelines.caption.job import run_caption
 from pipelines.cluster.session import ray_session
-from pipelines.engines.model import CaptionModel, check_model, find_model, insist_on_same_adapter
+from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.evaluation.items import Item, write_items
 from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import Dataset, read_dataset
@@ -45,7 +45,7 @@ class _Job:
     folder: ScoreFolder
     uri: str
     datasets: tuple[Dataset, ...]
-    models: Mapping[str, CaptionModel]
+    models: Mapping[str, EngineModel]
     files: Mapping[str, str]
     judge: Judge | None = None
 
@@ -181,7 +181,7 @@ def _start_tracking(job: _Job) -> dict[str, Tracker]:
     return trackers
 
 
-def _stands_for(model: CaptionModel) -> dict[str, str | None]:
+def _stands_for(model: EngineModel) -> dict[str, str | None]:
     return {"model": model.label, "adapter": model.adapter_label, "skip": model.skip.model_dump_json()}
 
 

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.finetune.config import ModelSection
+from pipelines.engines.config import BaseModelSection
 from pipelines.shared.sections import JobConfig, Section
 from skipvision.baselines import BASELINES
 from skipvision.config import SkipConfig
@@ -41,7 +41,7 @@ class GridSection(Section):
 class TradeoffConfig(JobConfig):
     """What accuracy costs: baselines at equal FLOPs, and a grid of Skip-Vision, on one base model."""
 
-    model: ModelSection
+    model: BaseModelSection
     adapters: dict[str, AdapterSection] = Field(
         {"untuned": AdapterSection()}, min_length=1, description="under these labels"
     )

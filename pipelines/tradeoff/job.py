@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,20 @@ import numpy as np
 
 import skipvision as sv
 from pipelines.cluster.session import ray_session
+from pipelines.cluster.tasks import in_parallel
 from pipelines.compare.job import read_rows
 from pipelines.data.rows import TrainingRow
 from pipelines.evaluation.exact_match import OVERALL, pick_rows
 from pipelines.evaluation.items import Item, read_items, write_items
-from pipelines.evaluation.paired import Paired, paired_by_seed, widened
+from pipelines.evaluation.paired import paired_by_seed, widened
 from pipelines.score.fingerprints import of_folder, of_images, of_model
 from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path
 from pipelines.tradeoff.config import TradeoffConfig
 from pipelines.tradeoff.points import (
     FULL,
     SKIP_VISION,
+    Answered,
+    Found,
     Point,
     first_token_seconds,
     model_config,
@@ -38,42 +41,6 @@ from pipelines.tradeoff.points import (
 )
 from pipelines.tradeoff.report import write_report
 from skipvision.baselines import language_share
-
-_Answered = tuple[Point, int]
-"""A point under one of its seeds."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """One point as it turned out.
-
-    Attributes:
-        point: what it is.
-        language_flops: predicted prefill FLOPs, vision tower left out, ÷ full tokens.
-        prefill_flops: the same with the tower.
-        kv_bytes: predicted bytes of KV cache after prefill ÷ full tokens.
-        latency: median, over the rounds, of time to the first token ÷ that of full tokens in the same round;
-            None if not measured.
-        latency_quartiles: first and third quartile of the same.
-        first_token_seconds: first quartile, median and third quartile of the time itself.
-        accuracy: share of exact answers, by task and overall.
-        gap: against full tokens, by task and overall.
-        by_seed: the overall gap under each seed.
-        behind: Skip-Vision under the same adapter and budget against this, overall; None if there is none, or
-            it is this.
-    """
-
-    point: Point
-    language_flops: float
-    prefill_flops: float
-    kv_bytes: float
-    latency: float | None
-    latency_quartiles: tuple[float, float] | None
-    first_token_seconds: tuple[float, float, float] | None
-    accuracy: dict[str, float]
-    gap: dict[str, Paired]
-    by_seed: list[float]
-    behind: Paired | None
 
 
 def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
@@ -132,7 +99,7 @@ def _located(config: TradeoffConfig) -> TradeoffConfig:
 
 def digests(
     todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
-) -> dict[_Answered, str]:
+) -> dict[Answered, str]:
     """Names of points under each seed by all that their answers depend on: contents of files, not paths."""
     model = config.model.model_copy(update={"path": of_model(config.model.path)}).model_dump()
     questions = [[row.key, row.task, *(message.text for message in row.messages)] for row in rows]
@@ -148,7 +115,7 @@ def digests(
     }
 
 
-def _score_missing(files: dict[_Answered, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> None:
+def _score_missing(files: dict[Answered, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]) -> None:
     import ray
 
     # A point may stand under two names; its answers are the same.
@@ -156,14 +123,14 @@ def _score_missing(files: dict[_Answered, Path], config: TradeoffConfig, rows: S
     print(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …", flush=True)
     asked = ray.put(rows)  # once, and not with each task
     tasks = [(score, (*answered, config, asked)) for answered in missing.values()]
-    for number, items in _in_parallel(tasks, config.cpus_per_task):
+    for number, items in in_parallel(tasks, config.cpus_per_task):
         file, (point, seed) = list(missing.items())[number]
         write_items(file, items)
         print(f"{_named(point, seed)}: exact match {_share(items):.3f}", flush=True)
 
 
 def _timed(
-    files: dict[_Answered, Path], folder: Path, config: TradeoffConfig, rows: Sequence[TrainingRow]
+    files: dict[Answered, Path], folder: Path, config: TradeoffConfig, rows: Sequence[TrainingRow]
 ) -> dict[Point, list[float]]:
     """Seconds by round: each adapter's points one after the other, with nothing of ours beside them.
 
@@ -176,7 +143,7 @@ def _timed(
         file = folder / f"{sha256(json.dumps(named).encode()).hexdigest()[:16]}.json"
         if not file.exists():
             print(f"{label}: timing {len(own)} points …", flush=True)
-            [(_, measured)] = _in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
+            [(_, measured)] = in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
             folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_name(f".{file.name}.partial")
             partial.write_text(json.dumps(measured) + "\n")
@@ -185,30 +152,9 @@ def _timed(
     return seconds
 
 
-def _in_parallel(tasks: Sequence[tuple[Any, tuple[Any, ...]]], cpus: float) -> Any:
-    """(number, result) of each task as it ends; an error of ours in one of them is raised here."""
-    import ray
-
-    threads = {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}}
-    refs = {
-        ray.remote(function).options(num_cpus=cpus, runtime_env=threads).remote(*arguments): number
-        for number, (function, arguments) in enumerate(tasks)
-    }
-    waiting = list(refs)
-    while waiting:
-        [done], waiting = ray.wait(waiting, num_returns=1)
-        try:
-            result = ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, sv.SkipVisionError):  # not Ray's words around it
-                raise error.cause from None
-            raise
-        yield refs[done], result
-
-
 def _found(
     point: Point,
-    items: dict[_Answered, list[Item]],
+    items: dict[Answered, list[Item]],
     config: TradeoffConfig,
     geometry: Any,
     text: int,
@@ -249,7 +195,7 @@ def _found(
     )
 
 
-def _rival(point: Point, items: dict[_Answered, list[Item]]) -> Point | None:
+def _rival(point: Point, items: dict[Answered, list[Item]]) -> Point | None:
     """Skip-Vision as it spends the same, under the same adapter."""
     if point.budget is None or point.method == SKIP_VISION:
         return None

@@ -18,11 +18,11 @@ from transformers import AutoConfig, PretrainedConfig
 import skipvision as sv
 from pipelines.data.collate import ChatFormat, encode, open_images
 from pipelines.data.rows import TrainingRow
-from pipelines.engines.loading import arithmetic, load_processor
+from pipelines.engines.config import BaseModelSection
+from pipelines.engines.loading import arithmetic, load_frozen, load_processor
 from pipelines.evaluation.exact_match import evaluate_exact_match
 from pipelines.evaluation.items import Item
-from pipelines.finetune.config import ModelSection
-from pipelines.finetune.learner import load_frozen
+from pipelines.evaluation.paired import Paired
 from pipelines.score.fingerprints import of_images
 from pipelines.tradeoff.config import TradeoffConfig
 from skipvision.baselines import BASELINES, at_cost
@@ -64,6 +64,43 @@ class Point:
         return sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
+Answered = tuple[Point, int]
+"""A point under one of its seeds."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One point as it turned out.
+
+    Attributes:
+        point: what it is.
+        language_flops: predicted prefill FLOPs, vision tower left out, ÷ full tokens.
+        prefill_flops: the same with the tower.
+        kv_bytes: predicted bytes of KV cache after prefill ÷ full tokens.
+        latency: median, over the rounds, of time to the first token ÷ that of full tokens in the same round;
+            None if not measured.
+        latency_quartiles: first and third quartile of the same.
+        first_token_seconds: first quartile, median and third quartile of the time itself.
+        accuracy: share of exact answers, by task and overall.
+        gap: against full tokens, by task and overall.
+        by_seed: the overall gap under each seed.
+        behind: Skip-Vision under the same adapter and budget against this, overall; None if there is none, or
+            it is this.
+    """
+
+    point: Point
+    language_flops: float
+    prefill_flops: float
+    kv_bytes: float
+    latency: float | None
+    latency_quartiles: tuple[float, float] | None
+    first_token_seconds: tuple[float, float, float] | None
+    accuracy: dict[str, float]
+    gap: dict[str, Paired]
+    by_seed: list[float]
+    behind: Paired | None
+
+
 def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) -> Iterator[Point]:
     """All points of a job; what costs more than it may with its fewest tokens is left out, and said."""
     visual = sv.predict_cost(model, None, text_tokens=text_tokens).sequence - text_tokens
@@ -97,7 +134,7 @@ def _counted(skip: sv.SkipConfig, tokens: int) -> sv.SkipConfig:
     return skip.model_copy(update={"retained": retained, "skipped": skipped})
 
 
-def model_config(model: ModelSection) -> PretrainedConfig:
+def model_config(model: BaseModelSection) -> PretrainedConfig:
     """The config of the base model; raises `ConfigError`."""
     try:
         return AutoConfig.from_pretrained(model.path)
@@ -105,7 +142,7 @@ def model_config(model: ModelSection) -> PretrainedConfig:
         raise ConfigError(f"model.path = {model.path}: {error}") from error
 
 
-def text_tokens(model: ModelSection, rows: Sequence[TrainingRow]) -> int:
+def text_tokens(model: BaseModelSection, rows: Sequence[TrainingRow]) -> int:
     """Tokens of a prompt that are not visual, on average."""
     chat = ChatFormat(load_processor(model.path))
     prompts = [chat.prompt(row.messages[:-1]) for row in rows]
@@ -156,7 +193,7 @@ def first_token_seconds(
 
 
 @lru_cache(maxsize=1)
-def _built(section: ModelSection, path: str | None) -> tuple[Any, Any]:
+def _built(section: BaseModelSection, path: str | None) -> tuple[Any, Any]:
     """The model under an adapter, kept for the next point of this process, and its processor."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_frozen(section, arithmetic("auto", device), device)

@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.evaluation.exact_match import OVERALL
-from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION
+from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION, Found
 from pipelines.tradeoff.published import PUBLISHED, llava_with
 from pipelines.tradeoff.table import table
 from skipvision import SkipConfig, predict_cost
 from skipvision.baselines import BASELINES
-
-if TYPE_CHECKING:
-    from pipelines.tradeoff.job import Found
 
 _TEXT = 16
 """Tokens of text that the paper's FLOPs agree with."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from pipelines.evaluation.exact_match import OVERALL
 from pipelines.evaluation.paired import FEW_CHANGES, Paired
-from pipelines.tradeoff.points import FULL, GRID
-
-if TYPE_CHECKING:
-    from pipelines.tradeoff.job import Found
+from pipelines.tradeoff.points import FULL, GRID, Found
 
 
 def table(found: Sequence[Found], *, rows: int, text_tokens: int) -> str:

@@ -24,7 +24,7 @@ from pipelines.caption.rows import Caption, CaptionRow, manifest_rows, manifest_
 from pipelines.caption.stages import Assignment, CaptionActor, PreparedRow, _few_at_once, prepare_row
 from pipelines.data.images import FileImage, InlineImage, ParquetImage, TarImage
 from pipelines.data.rows import Message
-from pipelines.engines.model import CaptionModel, find_model
+from pipelines.engines.model import EngineModel, find_model
 from pipelines.engines.thread import EngineThread
 from pipelines.tracking.run import Tracker, fetch_model
 from skipvision.engine import Engine, Request, Sampling, prepare
@@ -294,7 +294,7 @@ class Undisturbed(CaptionActor):
 
 
 def work_of(tiny_model, tmp_path, **sections):
-    model = CaptionModel("base", "base", None, None, sv.SkipConfig.full(), "auto", "sdpa")
+    model = EngineModel("base", "base", None, None, sv.SkipConfig.full(), "auto", "sdpa")
     return Assignment(
         settings_of(tiny_model, **sections), model, tmp_path / "manifest", Attempts(tmp_path / "attempts")
     )

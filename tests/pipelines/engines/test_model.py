@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
-from pipelines.engines.model import CaptionModel, check_model
+from pipelines.engines.model import EngineModel, check_model
 from skipvision.errors import AdapterError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -61,7 +61,7 @@ def test_a_damaged_adapter_is_found_without_the_base_models_weights(
 ):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     skip = sv.read_adapter(folder)["skip"]
-    model = CaptionModel(str(tiny_model), "tiny", folder, "label", skip, "float32", "sdpa")
+    model = EngineModel(str(tiny_model), "tiny", folder, "label", skip, "float32", "sdpa")
     assert check_model(model).model_type == "llava"
     damage(folder)
     with pytest.raises(AdapterError, match=says):

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 import skipvision as sv
 from pipelines.data.collate import IGNORED, Collator
 from pipelines.data.training_rows import read_training_rows
-from pipelines.engines.loading import arithmetic, load_processor
+from pipelines.engines.loading import arithmetic, load_frozen, load_processor
 from pipelines.finetune.batches import LengthGroupedBatches
 from pipelines.finetune.config import FinetuneConfig, TrainingSection
-from pipelines.finetune.learner import Learner, learning_rate, load_frozen, prepare
+from pipelines.finetune.learner import Learner, learning_rate, prepare
 from skipvision.errors import ConfigError
 
 CPU = torch.device("cpu")

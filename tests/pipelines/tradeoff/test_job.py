@@ -22,8 +22,8 @@ from pipelines.evaluation.items import read_items, write_items
 from pipelines.evaluation.paired import Paired
 from pipelines.tradeoff import job as tradeoff
 from pipelines.tradeoff.config import TradeoffConfig
-from pipelines.tradeoff.job import Found, digests, run_tradeoff
-from pipelines.tradeoff.points import Point
+from pipelines.tradeoff.job import digests, run_tradeoff
+from pipelines.tradeoff.points import Found, Point
 from pipelines.tradeoff.report import curves
 from skipvision.errors import AdapterError, ConfigError
 
@@ -117,7 +117,7 @@ def test_other_points_rounds_or_cpus_are_timed_anew(given, tmp_path, monkeypatch
         timed.append((len(own), config.latency_rounds, cpus))
         yield 0, [[0.5] * config.latency_rounds for _ in own]
 
-    monkeypatch.setattr(tradeoff, "_in_parallel", measured)
+    monkeypatch.setattr(tradeoff, "in_parallel", measured)
     files = {(Point("a", (None,), name, None), 0): tmp_path / name for name in ("full", "norm")}
     fewer = dict([next(iter(files.items()))])
     for some, changes in [

@@ -1,0 +1,41 @@
+"""The model sections of the jobs' settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.shared.sections import Section
+
+
+class BaseModelSection(Section):
+    """The base model, which stays frozen."""
+
+    path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype of the frozen weights; auto = as stored, but half-precision weights become the "
+        "dtype that training.precision computes in",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention implementation"
+    )
+
+
+class ModelSection(Section):
+    """What writes the captions."""
+
+    path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
+    adapter: str | None = Field(
+        None,
+        description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
+        "MLflow; null = the base model as it is",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype of weights and arithmetic; auto = bfloat16 where the hardware multiplies it",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention implementation"
+    )
