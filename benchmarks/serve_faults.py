@@ -219,7 +219,8 @@ def _register(url: str, folder: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
     import skipvision as sv
-    from pipelines.tracking.run import Tracker, TrackingError
+    from pipelines.tracking.client import TrackingError
+    from pipelines.tracking.run import Tracker
 
     base = AutoModelForImageTextToText.from_pretrained(_endpoint.ROOT / "models" / MODEL, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=r".*language_model.*_proj"))

@@ -18,7 +18,8 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.engines.loading import check_known
 from pipelines.shared.paths import input_path, model_path, output_path
-from pipelines.tracking.run import TrackingError, exact_model, is_registered, sqlite_file
+from pipelines.tracking.client import TrackingError, sqlite_file
+from pipelines.tracking.registry import exact_model, is_registered
 from serve.config import ModelSection, ServeConfig, serve_config
 from serve.ingress.ingress import GRACE_SECONDS, Ingress
 from serve.ingress.routes import http_app

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipelines.shared.sections import EngineSection, Section
-from pipelines.tracking.run import is_registered
+from pipelines.tracking.registry import is_registered
 from serve.media.fetch import MediaConfig
 from skipvision import SkipConfig
 

@@ -27,7 +27,9 @@ from pipelines.engines.loading import load_frozen, load_processor
 from pipelines.evaluation.exact_match import pick_rows
 from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path
 from pipelines.shared.sections import JobConfig
-from pipelines.tracking.run import Tracker, TrackingConfig, TrackingError
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.run import Tracker
 from skipvision.analysis import error_bound, ffn_ratios
 from skipvision.errors import ConfigError, DataError
 

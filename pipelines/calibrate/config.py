@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipelines.engines.config import ModelSection
 from pipelines.score.config import DatasetSection
 from pipelines.shared.sections import EngineSection, JobConfig, Section
-from pipelines.tracking.run import TrackingConfig
+from pipelines.tracking.config import TrackingConfig
 from skipvision.config import SkipConfig
 
 Cost = Literal["prefill_flops", "kv_bytes", "latency"]

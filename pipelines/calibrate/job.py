@@ -24,14 +24,15 @@ from pipelines.cluster.session import node_resources, ray_session, worker_resour
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.score.dataset import Dataset
 from pipelines.score.fingerprints import of_files
-from pipelines.shared.folder import RunFolder
+from pipelines.shared.folder import JobFolder
 from pipelines.shared.paths import output_path
-from pipelines.tracking.run import Tracker, TrackingError
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.run import Tracker
 
 __all__ = ["CalibrateConfig", "run_calibrate"]
 
 
-class CalibrationFolder(RunFolder):
+class CalibrationFolder(JobFolder):
     """Job ``name`` under ``storage``, new or continued."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset({"scaling", "storage", "engine", "tracking"})

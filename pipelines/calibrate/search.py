@@ -20,7 +20,7 @@ from pipelines.calibrate.workers import FULL, Task
 from pipelines.evaluation.gate import Budget, judge
 from pipelines.evaluation.items import Item, read_items, write_items
 from pipelines.score.dataset import Dataset
-from pipelines.shared.folder import RunFolder
+from pipelines.shared.folder import JobFolder
 from skipvision.config import SkipConfig
 from skipvision.errors import SkipVisionError
 
@@ -37,7 +37,7 @@ class Calibration:
     def __init__(
         self,
         config: CalibrateConfig,
-        folder: RunFolder,
+        folder: JobFolder,
         have_done: Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]],
         search: Dataset,
         held_out: Dataset,

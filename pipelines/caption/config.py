@@ -10,7 +10,7 @@ from pipelines.data.images import MAX_PIXELS
 from pipelines.data.prompts import PromptTemplate
 from pipelines.engines.config import ModelSection
 from pipelines.shared.sections import EngineSection, JobConfig, Section
-from pipelines.tracking.run import TrackingConfig
+from pipelines.tracking.config import TrackingConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
 

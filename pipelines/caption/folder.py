@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,8 @@ import pyarrow.parquet as pq
 
 from pipelines.caption.attempts import Attempts
 from pipelines.caption.rows import CAPTION_SCHEMA, Caption, caption_table
-from pipelines.shared.folder import RunFolder
+from pipelines.shared.files import atomic
+from pipelines.shared.folder import JobFolder
 
 _COUNTED = (
     "prompt_tokens",
@@ -38,7 +38,7 @@ _COUNTED = (
 )
 
 
-class CaptionFolder(RunFolder):
+class CaptionFolder(JobFolder):
     """Job ``name`` under ``storage``, new or continued."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
@@ -100,17 +100,12 @@ class CaptionShards:
 
     def write(self, shard: int, captions: Sequence[Caption]) -> None:
         """Put a shard's captions into their file, which appears whole or not at all."""
-        path = self.path(shard)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
+        with atomic(self.path(shard)) as partial, partial.open("wb") as file:
             if self.kind == "parquet":
                 pq.write_table(caption_table(captions), file, compression="zstd")
             else:
                 lines = (json.dumps(asdict(caption), ensure_ascii=False) for caption in captions)
                 file.write("".join(f"{line}\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     def read(self, shard: int) -> pa.Table:
         """The captions of a file."""

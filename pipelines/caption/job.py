@@ -26,7 +26,8 @@ from pipelines.cluster.session import node_resources, ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model
 from pipelines.shared.error_limit import ErrorLimit, listed
 from pipelines.shared.paths import input_path, output_path
-from pipelines.tracking.run import Tracker, TrackingError
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.errors import SkipVisionError
 
 __all__ = ["CaptionConfig", "run_caption"]

@@ -25,6 +25,7 @@ from pipelines.data.conversations import BadRow, listed_images, parse_image
 from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, ask
 from pipelines.data.records import Record, absolute
 from pipelines.data.sources import Wanted, read_inputs
+from pipelines.shared.files import atomic
 from skipvision.errors import ConfigError, DataError
 
 _LOOKED_AT = 256
@@ -72,7 +73,6 @@ def write_manifest(
         DataError: a file cannot be read at all, or there is no row.
     """
     listing = _Listing(settings)
-    partial = path.with_name(f".{path.name}.partial")
     hashes = array("q")
     problems: Counter[str] = Counter()
 
@@ -89,21 +89,19 @@ def write_manifest(
     if settings.keys is not None:
         keys = frozenset(Path(settings.keys).read_text(encoding="utf-8").splitlines())
         rows = (row for row in rows if row.key in keys)
-    _write(partial, counted(islice(rows, settings.limit)), shard_rows)
-    if not hashes:
-        raise DataError(f"input.source = {settings.source}: there is nothing to caption{listing.hint()}")
-    repeated = _Repeated(np.frombuffer(hashes, np.int64))
-    if repeated.hashes.size:
-        again = path.with_name(f".{path.name}.partial-again")
-        manifest = Manifest(partial)
-        rows = chain.from_iterable(manifest.shard(i, settings.max_pixels) for i in range(manifest.shards))
-        renamed = repeated.renamed(rows)
-        _write(again, renamed, shard_rows)
-        if repeated.without_problem:
-            problems["duplicate key"] = repeated.without_problem
-        partial.unlink()
-        partial = again
-    partial.replace(path)
+    with atomic(path) as partial:
+        _write(partial, counted(islice(rows, settings.limit)), shard_rows)
+        if not hashes:
+            raise DataError(f"input.source = {settings.source}: there is nothing to caption{listing.hint()}")
+        repeated = _Repeated(np.frombuffer(hashes, np.int64))
+        if repeated.hashes.size:
+            again = partial.with_name(f"{partial.name}-again")
+            manifest = Manifest(partial)
+            rows = chain.from_iterable(manifest.shard(i, settings.max_pixels) for i in range(manifest.shards))
+            _write(again, repeated.renamed(rows), shard_rows)
+            again.replace(partial)
+            if repeated.without_problem:
+                problems["duplicate key"] = repeated.without_problem
     return ManifestFacts(len(hashes), dict(problems.most_common()), dict(listing.passed_over))
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pipelines.caption.folder import Tally
-from pipelines.finetune.progress import duration
+from pipelines.shared.console import duration
 from pipelines.tracking.run import Tracker
 
 if TYPE_CHECKING:

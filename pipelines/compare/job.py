@@ -37,6 +37,7 @@ from pipelines.evaluation.exact_match import (
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.paired import Paired, paired, widened
 from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.folder import MAY_DIFFER
 from pipelines.finetune.learner import summed_loss
 from pipelines.shared.folder import comparable
 from pipelines.shared.paths import input_path, model_path, output_path
@@ -270,7 +271,7 @@ def _check_comparable(full: dict[str, Any], skip: dict[str, Any]) -> None:
     """The runs may differ in name, in whether they skip, and in where they ran; in nothing else."""
     if full["config"]["skip"] is not None or skip["config"]["skip"] is None:
         raise ConfigError("full must name a run with skip: null, and skip one with Skip-Vision")
-    one, two = comparable(full["config"]), comparable(skip["config"])
+    one, two = (comparable(run["config"], MAY_DIFFER) for run in (full, skip))
     free = {"name", "skip", "evaluation"}
     names = [name for name in sorted({*one, *two}) if name.partition(".")[0] not in free]
     other = [name for name in names if one.get(name) != two.get(name)]

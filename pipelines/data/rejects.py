@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.data.images import ImageError
@@ -63,3 +64,9 @@ def count_rejects(file: Path) -> dict[str, int]:
         return {}
     with file.open(encoding="utf-8") as lines:
         return dict(Counter(json.loads(line)["kind"] for line in lines).most_common())
+
+
+def rejected_rows(counts: Mapping[str, int]) -> dict[str, float]:
+    """Counts of rejected rows by kind as metrics."""
+    kinds = {f"rejected_rows/{kind}": float(count) for kind, count in counts.items()}
+    return {**kinds, "rejected_rows": float(sum(counts.values()))}

@@ -19,7 +19,7 @@ from pipelines.engines.config import ModelSection
 from pipelines.engines.loading import arithmetic, load_base, load_processor
 from pipelines.shared.paths import input_path
 from pipelines.shared.sections import EngineSection
-from pipelines.tracking.run import exact_model, fetch_model, is_registered
+from pipelines.tracking.registry import exact_model, fetch_model, is_registered
 from skipvision.engine import Engine
 from skipvision.errors import AdapterError, ConfigError
 

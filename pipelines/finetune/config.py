@@ -9,7 +9,7 @@ from pydantic import Field
 from pipelines.data.training_rows import CheckImages, OnBadRow
 from pipelines.engines.config import BaseModelSection
 from pipelines.shared.sections import JobConfig, Section
-from pipelines.tracking.run import TrainingTrackingConfig
+from pipelines.tracking.config import TrainingTrackingConfig
 from skipvision.config import SkipConfig
 
 DECODER_LINEARS = (

@@ -18,7 +18,7 @@ from pipelines.data.rows import Reject, TrainingRow
 from pipelines.data.training_rows import apply_bad_row_policy, read_training_rows
 from pipelines.finetune.batches import LengthGroupedBatches, row_lengths
 from pipelines.finetune.config import FinetuneConfig
-from pipelines.shared.folder import RunFolder
+from pipelines.finetune.folder import FinetuneFolder
 from skipvision.errors import DataError
 
 
@@ -46,7 +46,7 @@ class FinetuneData:
         return max(1, math.ceil(training.epochs * batches.per_epoch))
 
 
-def read_data(config: FinetuneConfig, folder: RunFolder, processor: ProcessorMixin) -> FinetuneData:
+def read_data(config: FinetuneConfig, folder: FinetuneFolder, processor: ProcessorMixin) -> FinetuneData:
     """All usable rows; the others are listed in ``folder.rejects``, which may be a `DataError`.
 
     A run that has begun keeps the rows that it began with: an image that has become unreadable since is met,
@@ -67,7 +67,7 @@ def read_data(config: FinetuneConfig, folder: RunFolder, processor: ProcessorMix
     return FinetuneData(train.rows, train.lengths, validation.rows, rejected, fingerprint)
 
 
-def keep_choice(data: FinetuneData, folder: RunFolder) -> None:
+def keep_choice(data: FinetuneData, folder: FinetuneFolder) -> None:
     """Write down which rows a run begins with, for `read_data` when it is resumed."""
     train = {row.key: length for row, length in zip(data.rows, data.lengths, strict=True)}
     choice = {"train": train, "validation": [row.key for row in data.validation]}
@@ -103,7 +103,7 @@ def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin) -> _Me
     return measured
 
 
-def _read_again(config: FinetuneConfig, folder: RunFolder) -> FinetuneData:
+def _read_again(config: FinetuneConfig, folder: FinetuneFolder) -> FinetuneData:
     """The rows that the run began with, whatever has become of their images."""
     choice = json.loads(folder.rows.read_text())
 

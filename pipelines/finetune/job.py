@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipelines.cluster.session import ray_is_there, ray_session
-from pipelines.data.rejects import count_rejects
+from pipelines.data.rejects import count_rejects, rejected_rows
 from pipelines.finetune.checks import absolute_paths, check_model, check_workers
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.data import FinetuneData, keep_choice, read_data
-from pipelines.shared.folder import RunFolder, real_paths
+from pipelines.finetune.folder import FinetuneFolder, real_paths
 from pipelines.shared.paths import output_path
-from pipelines.tracking.run import Tracker, TrackingError, rejected_rows
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.errors import DataError, SkipVisionError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     (metrics that MLflow was away for), ``mlflow_uri``, ``mlflow_run_id``, ``model_version`` and
     ``already_finished``.
     """
-    folder = RunFolder(output_path(config.storage, "storage"), config.name)
+    folder = FinetuneFolder(output_path(config.storage, "storage"), config.name)
     with folder.claimed():
         resumed = folder.resumes(config.model_dump(mode="json"), with_changes=config.resume_with_changes)
         if result := folder.state.get("result"):
@@ -53,7 +54,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         return _hand_in(config, folder, uri)
 
 
-def _train(config: FinetuneConfig, folder: RunFolder, uri: str, *, resumed: bool) -> None:
+def _train(config: FinetuneConfig, folder: FinetuneFolder, uri: str, *, resumed: bool) -> None:
     absolute = absolute_paths(config)
     print(f"run {config.name!r}: checking the model and the data …", flush=True)
     processor, parameters = check_model(absolute)
@@ -81,7 +82,7 @@ def _train(config: FinetuneConfig, folder: RunFolder, uri: str, *, resumed: bool
     folder.remember(trained={**trained, "rejected_rows": sum(count_rejects(folder.rejects).values())})
 
 
-def _is_same_data(config: FinetuneConfig, folder: RunFolder, data: FinetuneData) -> bool:
+def _is_same_data(config: FinetuneConfig, folder: FinetuneFolder, data: FinetuneData) -> bool:
     """Whether a run goes on with the rows it began with; refused if not, unless nothing was learnt yet."""
     same: bool = folder.state["data"] == data.fingerprint
     if not same and folder.begun:
@@ -94,7 +95,7 @@ def _is_same_data(config: FinetuneConfig, folder: RunFolder, data: FinetuneData)
     return same
 
 
-def _begin(config: FinetuneConfig, folder: RunFolder, uri: str, data: FinetuneData) -> Tracker:
+def _begin(config: FinetuneConfig, folder: FinetuneFolder, uri: str, data: FinetuneData) -> Tracker:
     """The run in MLflow, new or again; from here on the run has a folder."""
     tracker = _start(config, folder, uri)
     if not folder.begun:
@@ -102,7 +103,7 @@ def _begin(config: FinetuneConfig, folder: RunFolder, uri: str, data: FinetuneDa
     return tracker
 
 
-def _start(config: FinetuneConfig, folder: RunFolder, uri: str) -> Tracker:
+def _start(config: FinetuneConfig, folder: FinetuneFolder, uri: str) -> Tracker:
     return Tracker.start(
         uri,
         experiment=config.tracking.experiment,
@@ -112,13 +113,13 @@ def _start(config: FinetuneConfig, folder: RunFolder, uri: str) -> Tracker:
     )
 
 
-def _known_run(config: FinetuneConfig, folder: RunFolder) -> str | None:
+def _known_run(config: FinetuneConfig, folder: FinetuneFolder) -> str | None:
     """The run in MLflow to go on with; another MLflow than before does not know it."""
     before = folder.state.get("config", {}).get("tracking", {}).get("uri")
     return folder.state.get("mlflow_run_id") if before == config.tracking.uri else None
 
 
-def _remember(config: FinetuneConfig, folder: RunFolder, data: FinetuneData, tracker: Tracker) -> None:
+def _remember(config: FinetuneConfig, folder: FinetuneFolder, data: FinetuneData, tracker: Tracker) -> None:
     """What the run goes on with from here, changes that were asked for included."""
     settings = config.model_dump(mode="json")
     changes = [*folder.state.get("changes", []), *folder.changes]
@@ -134,7 +135,7 @@ def _remember(config: FinetuneConfig, folder: RunFolder, data: FinetuneData, tra
     )
 
 
-def _record_rejects(tracker: Tracker, folder: RunFolder, step: int) -> None:
+def _record_rejects(tracker: Tracker, folder: FinetuneFolder, step: int) -> None:
     """Hand in the rejects as they are now, those that turned up on the way included."""
     if folder.rejects.exists():
         tracker.metrics(rejected_rows(count_rejects(folder.rejects)), step)
@@ -142,7 +143,7 @@ def _record_rejects(tracker: Tracker, folder: RunFolder, step: int) -> None:
         tracker.store(folder.rejects)
 
 
-def _hand_in(config: FinetuneConfig, folder: RunFolder, uri: str) -> dict[str, Any]:
+def _hand_in(config: FinetuneConfig, folder: FinetuneFolder, uri: str) -> dict[str, Any]:
     """The adapter goes to MLflow; only then the run counts as finished."""
     tracking, version = config.tracking, None
     print(f"handing in the adapter {folder.adapter} to MLflow …", flush=True)
@@ -181,7 +182,7 @@ def _describe(
     config: FinetuneConfig,
     data: FinetuneData,
     parameters: Mapping[str, int],
-    folder: RunFolder,
+    folder: FinetuneFolder,
 ) -> None:
     resolved = config.model_dump(mode="json")
     facts = {"rows": len(data.rows), "fingerprint": data.fingerprint, "steps": data.steps(config)}
@@ -196,7 +197,9 @@ def _describe(
 # ------------------------------------------------------------------------------------------ training
 
 
-def _fit(config: FinetuneConfig, folder: RunFolder, data: FinetuneData, tracker: Tracker) -> dict[str, Any]:
+def _fit(
+    config: FinetuneConfig, folder: FinetuneFolder, data: FinetuneData, tracker: Tracker
+) -> dict[str, Any]:
     """Ray Train from the last checkpoint to the end, through worker crashes; returns what rank 0 returns.
 
     An error of ours in a worker is raised as it is.
@@ -244,7 +247,7 @@ def _say_what_is_waited_for(workers: int, resources: Mapping[str, float]) -> Non
     print(f"waiting for {who} to start and to load the model{so_long} …", flush=True)
 
 
-def _trainer(work: Assignment, folder: RunFolder) -> TorchTrainer:
+def _trainer(work: Assignment, folder: FinetuneFolder) -> TorchTrainer:
     """What runs the work in Ray Train, on as many workers as are configured."""
     import ray.train
     from ray.train.torch import TorchTrainer

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.finetune.learner import StepStats
+from pipelines.shared.console import duration
 
 
 @dataclass
@@ -52,10 +53,3 @@ class Progress:
             "training_seconds": round(sum(self.step_seconds), 2),
             "seconds_per_step": round(statistics.median(self.step_seconds), 4) if self.step_seconds else None,
         }
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

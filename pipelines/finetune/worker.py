@@ -22,7 +22,7 @@ from torch import distributed
 import skipvision as sv
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import Batch, Collator
-from pipelines.data.rejects import LateRejects, count_rejects
+from pipelines.data.rejects import LateRejects, count_rejects, rejected_rows
 from pipelines.data.rows import TrainingRow
 from pipelines.engines.loading import arithmetic, load_frozen, load_processor
 from pipelines.evaluation.exact_match import OVERALL, accuracy_by_task, evaluate_exact_match, pick_rows
@@ -30,7 +30,7 @@ from pipelines.finetune.batches import LengthGroupedBatches, prefetched
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.learner import Learner, StepStats, prepare
 from pipelines.finetune.progress import Progress
-from pipelines.tracking.run import Tracker, rejected_rows
+from pipelines.tracking.run import Tracker
 from skipvision.errors import DataError, SkipVisionError
 
 _EMPTY_STEPS = 3

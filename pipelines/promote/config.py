@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipelines.evaluation.gate import Budget
 from pipelines.shared.sections import Section
-from pipelines.tracking.run import TrackingConfig
+from pipelines.tracking.config import TrackingConfig
 
 
 class ItemsSection(Section):

@@ -27,8 +27,9 @@ from pipelines.promote.items import (
     items_of,
 )
 from pipelines.shared.paths import output_path
+from pipelines.tracking.client import TrackingError
 from pipelines.tracking.registry import ModelVersion, Registry
-from pipelines.tracking.run import Tracker, TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError, SkipVisionError
 
 __all__ = ["PromoteConfig", "run_promote"]

@@ -10,7 +10,7 @@ from pipelines.caption.config import ScalingSection
 from pipelines.engines.config import ModelSection
 from pipelines.score.rules.judge import JudgeConfig
 from pipelines.shared.sections import EngineSection, JobConfig, Section
-from pipelines.tracking.run import TrackingConfig
+from pipelines.tracking.config import TrackingConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from pipelines.shared.folder import RunFolder
+from pipelines.shared.folder import JobFolder
 
 
-class ScoreFolder(RunFolder):
+class ScoreFolder(JobFolder):
     """Job ``name`` under ``storage``, new or continued."""
 
     reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence", "tracking")

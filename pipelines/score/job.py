@@ -31,7 +31,10 @@ from pipelines.score.report import Comparison, compare, markdown, metrics, pictu
 from pipelines.score.rules.judge import Judge
 from pipelines.shared.error_limit import ErrorLimit
 from pipelines.shared.paths import output_path
-from pipelines.tracking.run import Tracker, TrackingConfig, TrackingError, is_registered
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.registry import is_registered
+from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError
 
 __all__ = ["ScoreConfig", "run_score"]

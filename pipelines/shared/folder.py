@@ -1,13 +1,9 @@
-"""The folder of one run: who is using it, what it was started with, what came out.
+"""The folder of one job: who is using it, what it was started with, what came out.
 
 ::
 
-    <storage>/<name>/run.json       configuration, data fingerprint, MLflow run, result once there is one
-                     lock           held by the job that works on the run, while it does
-                     rows.json      which rows the run trains and is evaluated on
-                     rejects.jsonl  rows that could not be used
-                     checkpoints/   Ray Train's
-                     adapter/       the result
+    <storage>/<name>/run.json       configuration, MLflow run, result once there is one
+                     lock           held by the process that works on the job, while it does
 """
 
 from __future__ import annotations
@@ -20,41 +16,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pipelines.shared.files import write_text
 from pipelines.shared.paths import input_path
-from pipelines.tracking.run import TrackingConfig, flatten
+from pipelines.shared.sections import flatten
+from pipelines.tracking.config import TrackingConfig
 from skipvision.errors import ConfigError
-
-MAY_DIFFER = frozenset(
-    {
-        *("scaling", "storage", "tracking", "resume_with_changes"),
-        *("data.check_images", "data.on_bad_row"),  # the rows are chosen when the run begins
-        *("training.micro_batch_size", "training.gradient_checkpointing", "training.prefetch"),
-        *("training.log_every", "training.checkpoint_every", "training.keep_checkpoints"),
-        *("evaluation.every", "evaluation.batch_size"),
-    }
-)
-"""Settings that do not change what a training computes."""
-
-MAY_CHANGE = tuple(
-    f"training.{name}"
-    for name in (
-        *("learning_rate", "warmup", "final_learning_rate", "weight_decay", "max_grad_norm", "precision"),
-    )
-)
-"""Settings of the optimiser, with which an unfinished run may go on if that is asked for."""
-
-PATHS = ("data.train", "data.validation", "data.image_root", "model.path")
-"""Settings that are the same if they lead to the same file."""
-
 
 _ABSENT = object()
 
 
-class RunFolder:
-    """Run ``name`` under ``storage``, new or resumed."""
+class JobFolder:
+    """Job ``name`` under ``storage``, new or resumed."""
 
-    may_differ: ClassVar[frozenset[str]] = MAY_DIFFER
+    may_differ: ClassVar[frozenset[str]] = frozenset()
     """Settings that do not change what a run computes, by dotted names; a section's is for all of it."""
+
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Settings that are the same if they lead to the same file."""
 
     advice: ClassVar[str] = ""
     """What else to say to whom other settings are refused."""
@@ -62,10 +40,6 @@ class RunFolder:
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
         self.path = storage / name
-        self.rows = self.path / "rows.json"
-        self.rejects = self.path / "rejects.jsonl"
-        self.checkpoints = self.path / "checkpoints"
-        self.adapter = self.path / "adapter"
         self.state: dict[str, Any] = {}
         self.changes: list[str] = []
 
@@ -113,7 +87,7 @@ class RunFolder:
 
         Args:
             config: the settings, paths as they were given.
-            with_changes: those of ``MAY_CHANGE`` may differ in an unfinished run; ``changes`` lists them.
+            with_changes: those of ``may_change`` may differ in an unfinished run; ``changes`` lists them.
         """
         if not self.state:
             return False
@@ -123,10 +97,10 @@ class RunFolder:
             name: f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
             for name in sorted({*old, *new})
             if old.get(name, _ABSENT) != new.get(name, _ABSENT)
-            and not (name in PATHS and known.get(name, _ABSENT) == meant(new.get(name)))
+            and not (name in self.paths and known.get(name, _ABSENT) == meant(new.get(name)))
         }
         self.changes = [line.strip() for line in differing.values()]
-        changeable = "trained" not in self.state and set(differing) <= set(MAY_CHANGE)
+        changeable = set(differing) <= set(self.may_change)
         if not differing or (self.begun and with_changes and changeable):
             return True
         if self.begun:
@@ -174,26 +148,23 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether some work is done that other settings or data would mix with."""
-        return "trained" in self.state or any(self.checkpoints.glob("checkpoint_*"))
+        raise NotImplementedError
+
+    @property
+    def may_change(self) -> Collection[str]:
+        """Settings with which an unfinished job may go on if that is asked for."""
+        return ()
 
     def remember(self, **values: Any) -> None:
         """Write to ``run.json``; values are JSON."""
         state = {**self.state, **values}
-        partial = self.path / ".run.json.partial"
-        partial.write_text(json.dumps(state, indent=2) + "\n")
-        partial.replace(self.path / "run.json")
+        write_text(self.path / "run.json", json.dumps(state, indent=2) + "\n")
         self.state = state
 
     def _read(self) -> dict[str, Any]:
         file = self.path / "run.json"
         state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return state
-
-
-def real_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the settings that are paths lead now."""
-    settings = flatten(config)
-    return {name: meant(settings.get(name)) for name in PATHS}
 
 
 def meant(path: Any) -> Any:
@@ -206,7 +177,7 @@ def meant(path: Any) -> Any:
         return path
 
 
-def comparable(config: Mapping[str, Any], may_differ: Collection[str] = MAY_DIFFER) -> dict[str, object]:
+def comparable(config: Mapping[str, Any], may_differ: Collection[str]) -> dict[str, object]:
     """The settings that change what a run computes, by dotted names."""
     return {
         name: value

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.tracking.run import connect, fetch_model, insist
+from pipelines.tracking.client import TrackingError, connect, with_retries
 from skipvision.errors import ConfigError, SkipVisionError
 
 T = TypeVar("T")
+
+_NO_SUCH_MODEL = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for names, versions and aliases that it does not know."""
 
 _VERSION = re.compile(r"models:/(?P<model>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _RUN = re.compile(r"runs:/(?P<run>[^/]+)")
@@ -129,8 +134,68 @@ class Registry:
         return ModelVersion(found[0].name, str(found[0].version))
 
     def _ask(self, doing: str, call: Callable[[], T]) -> T:
-        return insist(call, f"{doing} at {self.uri}", pauses=(1.0, 4.0))
+        return with_retries(call, f"{doing} at {self.uri}", pauses=(1.0, 4.0))
 
 
 def _called(version: str | None) -> str:
     return "nobody" if version is None else f"version {version}"
+
+
+def is_registered(source: str) -> bool:
+    """Whether an adapter is given as a model in MLflow's registry, and not as a folder."""
+    return source.startswith("models:/")
+
+
+def exact_model(uri: str, name: str) -> str:
+    """``models:/NAME/VERSION`` of a registered model that is given so, or as ``models:/NAME@ALIAS``.
+
+    Raises:
+        ConfigError: it names no model, or none that MLflow has.
+        TrackingError: MLflow does not say.
+    """
+    wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
+    if wanted is None:
+        raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    model, alias, version = wanted.groups()
+
+    def look_up() -> str:
+        client = connect(uri, existing=True)
+        found = (
+            client.get_model_version_by_alias(model, alias)
+            if alias
+            else client.get_model_version(model, version)
+        )
+        return f"models:/{model}/{found.version}"
+
+    try:
+        return with_retries(look_up, f"looking for {name} at {uri}", pauses=())
+    except TrackingError as error:
+        if getattr(error.__cause__, "error_code", None) not in _NO_SUCH_MODEL:
+            raise
+        raise ConfigError(f"MLflow has no {name} at {uri}: {error.__cause__}") from error
+
+
+def fetch_model(uri: str, name: str, folder: Path) -> str:
+    """Put the files of a registered model into ``folder``; returns `exact_model` of its name.
+
+    Files that are there already are not fetched again.
+    """
+    exact = exact_model(uri, name)
+    note = folder / ".registered"
+
+    def fetch() -> None:
+        from mlflow.artifacts import download_artifacts
+
+        source = connect(uri, existing=True).get_model_version_download_uri(
+            *exact.removeprefix("models:/").split("/")
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
+            copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
+            (copy / note.name).write_text(exact)
+            copy.rename(folder)
+
+    if not note.exists() or note.read_text() != exact:
+        with_retries(fetch, f"fetching {name} from {uri}", pauses=())
+    return exact

@@ -7,10 +7,7 @@ missing is an error that says how to hand it in, and nothing that was trained is
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 import time
 import warnings
 from collections import deque
@@ -20,9 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from skipvision.errors import ConfigError, SkipVisionError
+from pipelines.shared.sections import flatten
+from pipelines.tracking.client import TrackingError, brief, connect, quieten, unless_exists, with_retries
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,45 +26,6 @@ if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 T = TypeVar("T")
-
-_NO_SUCH_MODEL = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's codes for names, versions and aliases that it does not know."""
-
-
-class TrackingError(SkipVisionError):
-    """MLflow could not be reached, or refused what it was given."""
-
-
-class TrackingConfig(BaseModel):
-    """Where runs are recorded, and under which names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    uri: str | None = Field(
-        None,
-        description="MLflow tracking URI, e.g. http://server:5000; null = <storage>/mlflow.db, sqlite",
-    )
-    experiment: str = Field("skip-vision", description="MLflow experiment the run belongs to")
-
-    def absolute_uri(self, storage: Path) -> str:
-        """The URI to use; a sqlite file's relative path is taken from ``storage``, never from the cwd."""
-        if self.uri is None:
-            return f"sqlite:///{storage / 'mlflow.db'}"
-        file = sqlite_file(self.uri)
-        return self.uri if file is None else f"sqlite:///{storage / file}"
-
-
-class TrainingTrackingConfig(TrackingConfig):
-    """What else a run that makes an adapter records."""
-
-    registered_model: str | None = Field(
-        "skip-vision",
-        description="name the adapter is registered under as a model version; null = not at all",
-    )
-    alias: str = Field("candidate", description="alias that moves to the newly registered version")
-    system_metrics_seconds: float = Field(
-        10.0, ge=0, description="seconds between samples of CPU, memory, disk, network and GPU use; 0 = none"
-    )
 
 
 class Tracker:
@@ -107,7 +64,7 @@ class Tracker:
             identity = _experiment_id(client, uri, experiment, artifacts)
             return str(client.create_run(identity, run_name=run_name).info.run_id)
 
-        return cls(uri, insist(begin, f"starting the run at {uri}", pauses=()))
+        return cls(uri, with_retries(begin, f"starting the run at {uri}", pauses=()))
 
     # ------------------------------------------------------------------------------------- strict
 
@@ -144,7 +101,7 @@ class Tracker:
             client = self._client
             self._log(folder)
             if not client.search_registered_models(f"name = '{name}'"):
-                _unless_exists(lambda: client.create_registered_model(name))
+                unless_exists(lambda: client.create_registered_model(name))
             ours = client.search_model_versions(f"run_id = '{self.run_id}' and name = '{name}'")
             source = f"runs:/{self.run_id}/{folder.name}"
             version = (
@@ -175,7 +132,7 @@ class Tracker:
             self._client.log_artifact(self.run_id, str(path))
 
     def _insist(self, doing: str, call: Callable[[], T]) -> T:
-        return insist(call, f"{doing} (run {self.run_id} at {self.uri})", pauses=(1.0, 4.0))
+        return with_retries(call, f"{doing} (run {self.run_id} at {self.uri})", pauses=(1.0, 4.0))
 
     # ------------------------------------------------------------------------------------ lenient
 
@@ -196,7 +153,7 @@ class Tracker:
     def watch_system(self, seconds: float) -> None:
         """Sample this machine's CPU, memory, disk, network and GPUs until `close`, behind earlier samples."""
         try:
-            _quieten()
+            quieten()
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self._monitor = SystemMetricsMonitor(
@@ -204,7 +161,7 @@ class Tracker:
             )
             self._monitor.start()
         except Exception as error:
-            warnings.warn(f"no system metrics: {_short(error)}", stacklevel=2)
+            warnings.warn(f"no system metrics: {brief(error)}", stacklevel=2)
 
     def close(self) -> int:
         """Hand in what waits; returns how many values MLflow never got. The run itself stays open."""
@@ -229,9 +186,9 @@ class Tracker:
         # Whatever a tracking server and the network can do wrong must not end a training run.
         except Exception as error:
             self._next_flush = self._away_until = time.monotonic() + self._retry_seconds
-            self._refused = _short(error)
+            self._refused = brief(error)
             warnings.warn(
-                f"MLflow at {self.uri} does not take metrics ({_short(error)}); the run goes on, and "
+                f"MLflow at {self.uri} does not take metrics ({brief(error)}); the run goes on, and "
                 f"{len(self._waiting)} values wait for the next try",
                 stacklevel=3,
             )
@@ -254,155 +211,9 @@ def _acceptable(values: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """The file of a sqlite store, relative where the URI is; None for other stores."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def is_registered(source: str) -> bool:
-    """Whether an adapter is given as a model in MLflow's registry, and not as a folder."""
-    return source.startswith("models:/")
-
-
-def exact_model(uri: str, name: str) -> str:
-    """``models:/NAME/VERSION`` of a registered model that is given so, or as ``models:/NAME@ALIAS``.
-
-    Raises:
-        ConfigError: it names no model, or none that MLflow has.
-        TrackingError: MLflow does not say.
-    """
-    wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
-    if wanted is None:
-        raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
-    model, alias, version = wanted.groups()
-
-    def look_up() -> str:
-        client = connect(uri, existing=True)
-        found = (
-            client.get_model_version_by_alias(model, alias)
-            if alias
-            else client.get_model_version(model, version)
-        )
-        return f"models:/{model}/{found.version}"
-
-    try:
-        return insist(look_up, f"looking for {name} at {uri}", pauses=())
-    except TrackingError as error:
-        if getattr(error.__cause__, "error_code", None) not in _NO_SUCH_MODEL:
-            raise
-        raise ConfigError(f"MLflow has no {name} at {uri}: {error.__cause__}") from error
-
-
-def fetch_model(uri: str, name: str, folder: Path) -> str:
-    """Put the files of a registered model into ``folder``; returns `exact_model` of its name.
-
-    Files that are there already are not fetched again.
-    """
-    exact = exact_model(uri, name)
-    note = folder / ".registered"
-
-    def fetch() -> None:
-        from mlflow.artifacts import download_artifacts
-
-        source = connect(uri, existing=True).get_model_version_download_uri(
-            *exact.removeprefix("models:/").split("/")
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
-            copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
-            (copy / note.name).write_text(exact)
-            copy.rename(folder)
-
-    if not note.exists() or note.read_text() != exact:
-        insist(fetch, f"fetching {name} from {uri}", pauses=())
-    return exact
-
-
-def rejected_rows(counts: Mapping[str, int]) -> dict[str, float]:
-    """Counts of rejected rows by kind as metrics."""
-    kinds = {f"rejected_rows/{kind}": float(count) for kind, count in counts.items()}
-    return {**kinds, "rejected_rows": float(sum(counts.values()))}
-
-
-def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one with dotted names."""
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def connect(uri: str, *, existing: bool = False) -> MlflowClient:
-    """A client of the tracking server and registry at ``uri``.
-
-    Raises:
-        ConfigError: with ``existing``, ``uri`` is a sqlite file that is not there; without, it is made.
-    """
-    _quieten()
-    from mlflow import MlflowClient
-
-    file = sqlite_file(uri)
-    if file is not None:
-        if existing and not file.exists():
-            raise ConfigError(
-                f"there is no {file}, in which MLflow's models were to be looked up: mend the address of "
-                "MLflow, or the storage that it lies in"
-            )
-        file.parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _quieten() -> None:
-    """Before MLflow is imported: what it says, to whom, and how long it keeps trying."""
-    # Its own patience of several minutes per call would stop the training it watches.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
 def _experiment_id(client: MlflowClient, uri: str, name: str, artifacts: Path) -> str:
     if client.get_experiment_by_name(name) is None:
         # Without a server MLflow would put artifacts into the working directory.
         location = None if uri.startswith(("http://", "https://", "databricks")) else artifacts.as_uri()
-        _unless_exists(lambda: client.create_experiment(name, artifact_location=location))
+        unless_exists(lambda: client.create_experiment(name, artifact_location=location))
     return str(client.get_experiment_by_name(name).experiment_id)
-
-
-def _unless_exists(create: Callable[[], object]) -> None:
-    """Create something, or find that another job has done so in the meantime."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        create()
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def insist(call: Callable[[], T], doing: str, pauses: tuple[float, ...]) -> T:
-    """What ``call`` returns, tried again after each pause (seconds); `TrackingError` if it always fails.
-
-    Settings that are wrong (`ConfigError`) are no failure of MLflow's.
-    """
-    for pause in (*pauses, None):
-        try:
-            return call()
-        except ConfigError:
-            raise
-        # The stores behind the client raise their own errors as well as MLflow's.
-        except Exception as error:
-            if pause is None:
-                raise TrackingError(f"MLflow failed at {doing}: {_short(error)}") from error
-            time.sleep(pause)
-    raise AssertionError("unreachable")
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

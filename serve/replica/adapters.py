@@ -12,7 +12,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pipelines.engines.thread import EngineThread
-from pipelines.tracking.run import TrackingError, exact_model, fetch_model, is_registered
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.registry import exact_model, fetch_model, is_registered
 from serve.errors import NotLoadedError
 from skipvision.engine import Engine
 from skipvision.errors import SkipVisionError

@@ -19,8 +19,9 @@ from pipelines.score import job as score
 from pipelines.score.dataset import read_dataset
 from pipelines.score.fingerprints import of_files
 from pipelines.score.job import ScoreConfig, run_score
+from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import Registry
-from pipelines.tracking.run import Tracker, TrackingConfig
+from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError
 from tests.pipelines.score.rules.test_rules import PLAIN, png, table
 

@@ -178,7 +178,7 @@ def guarded(
 ) -> Iterator[Guarded]:
     from ray import serve as ray_serve
 
-    from pipelines.tracking.run import TrackingConfig
+    from pipelines.tracking.config import TrackingConfig
     from serve.app import build
     from serve.keys import add_key
 

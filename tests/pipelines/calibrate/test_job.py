@@ -22,8 +22,9 @@ from pipelines.score.benchmarks import find_benchmark
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.points import Answered, score_answers
 from pipelines.shapes.files import ShapesConfig, write_shapes
-from pipelines.shared.folder import RunFolder
-from pipelines.tracking.run import Tracker, TrackingError
+from pipelines.shared.folder import JobFolder
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, DataError
 from tests.pipelines.tracking.test_run import no_metrics
@@ -188,7 +189,7 @@ def test_what_loses_against_full_tokens_is_not_chosen(settings, tmp_path):
             said = {q.index: Answered("y" if q.index in wrong else "x") for q in task.dataset.questions}
             yield task, score_answers(task.dataset, said, task.system).items
 
-    folder = RunFolder(tmp_path, "search")
+    folder = JobFolder(tmp_path, "search")
     found = Calibration(config, folder, have_done, search, held_out).run([dear, cheap])
     assert found["chosen"] == dear.skip.model_dump()
     first = {one["name"]: one for one in found["history"] if one["stage"] == "rung 1"}

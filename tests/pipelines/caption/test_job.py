@@ -25,7 +25,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import skipvision as sv
 from pipelines.caption.folder import CaptionFolder
 from pipelines.caption.job import CaptionConfig, run_caption
-from pipelines.tracking.run import Tracker, TrackingError
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.engine import Engine, Request, Sampling
 from skipvision.errors import ConfigError, DataError, ResourceError
 
@@ -33,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.timeout(300),
 ]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ROWS = 40
 BAD = {
     "missing": "missing image",

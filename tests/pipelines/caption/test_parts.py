@@ -26,7 +26,8 @@ from pipelines.data.images import FileImage, InlineImage, ParquetImage, TarImage
 from pipelines.data.rows import Message
 from pipelines.engines.model import EngineModel, find_model
 from pipelines.engines.thread import EngineThread
-from pipelines.tracking.run import Tracker, fetch_model
+from pipelines.tracking.registry import fetch_model
+from pipelines.tracking.run import Tracker
 from skipvision.engine import Engine, Request, Sampling, prepare
 from skipvision.errors import ConfigError, InputError, ResourceError
 

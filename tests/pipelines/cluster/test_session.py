@@ -7,7 +7,7 @@ import fcntl
 import pytest
 
 from pipelines.cluster.session import fitting_workers, worker_resources
-from pipelines.shared.folder import RunFolder, real_paths
+from pipelines.finetune.folder import FinetuneFolder, real_paths
 from pipelines.shared.paths import input_path, model_path, output_path
 from skipvision.errors import ConfigError, ResourceError
 
@@ -109,12 +109,12 @@ def test_more_than_there_is_is_refused():
 
 
 def begun_run(storage, config):
-    run = RunFolder(storage, "run")
+    run = FinetuneFolder(storage, "run")
     with run.claimed():
         assert not run.resumes(config)
         run.remember(config=config, mlflow_run_id="1")
     (run.checkpoints / "checkpoint_00000010").mkdir(parents=True)
-    return RunFolder(storage, "run")
+    return FinetuneFolder(storage, "run")
 
 
 def test_a_run_is_resumed_with_its_own_settings_only(tmp_path):
@@ -203,11 +203,11 @@ def test_a_run_that_has_not_begun_may_be_started_anew(tmp_path):
 
 def test_a_folder_that_nothing_was_put_into_is_gone_again(tmp_path):
     storage = tmp_path / "new" / "runs"
-    with RunFolder(storage, "run").claimed():
+    with FinetuneFolder(storage, "run").claimed():
         assert (storage / "run").is_dir()
     assert list(tmp_path.iterdir()) == []
 
-    run = RunFolder(storage, "run")
+    run = FinetuneFolder(storage, "run")
     with run.claimed():
         run.remember(config={})
     assert [path.name for path in run.path.iterdir()] == ["run.json"]
@@ -215,7 +215,7 @@ def test_a_folder_that_nothing_was_put_into_is_gone_again(tmp_path):
 
 def test_a_claim_holds_although_the_job_before_took_its_lock_away(tmp_path):
     """Between opening and locking the file, its owner may have ended and removed it."""
-    first, second = RunFolder(tmp_path, "run"), RunFolder(tmp_path, "run")
+    first, second = FinetuneFolder(tmp_path, "run"), FinetuneFolder(tmp_path, "run")
     real = fcntl.flock
 
     def end_first_job_meanwhile(file, operation):
@@ -233,6 +233,6 @@ def test_a_claim_holds_although_the_job_before_took_its_lock_away(tmp_path):
 
 def test_a_storage_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").touch()
-    claim = RunFolder(tmp_path / "file", "run").claimed()
+    claim = FinetuneFolder(tmp_path / "file", "run").claimed()
     with pytest.raises(ConfigError, match=r"storage = .*/file: cannot write to .*/file/run"), claim:
         pass

@@ -16,7 +16,7 @@ from pipelines.data.rejects import LateRejects, count_rejects
 from pipelines.data.rows import TrainingRow
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.data import keep_choice, read_data
-from pipelines.shared.folder import RunFolder
+from pipelines.finetune.folder import FinetuneFolder
 from skipvision.errors import DataError
 
 ROWS = [TrainingRow(f"row-{number}", (), ()) for number in range(40)]
@@ -123,7 +123,7 @@ def config(tiny_model: Path, shapes_data: Path, tmp_path: Path) -> FinetuneConfi
 
 def begun(config: FinetuneConfig, tmp_path: Path):
     """The folder of a run with a checkpoint, and the data it began with."""
-    folder = RunFolder(tmp_path, "run")
+    folder = FinetuneFolder(tmp_path, "run")
     folder.path.mkdir()
     processor = AutoProcessor.from_pretrained(config.model.path)
     data = read_data(config, folder, processor)
@@ -171,7 +171,7 @@ def test_images_that_must_be_measured_and_cannot_be_are_rejected(config, tmp_pat
     processor = AutoProcessor.from_pretrained(config.model.path)
     monkeypatch.setattr(type(processor), "_get_num_multimodal_tokens", None)
     unchecked = config.model_copy(update={"data": config.data.model_copy(update={"check_images": "none"})})
-    folder = RunFolder(tmp_path, "run")
+    folder = FinetuneFolder(tmp_path, "run")
     folder.path.mkdir()
     data = read_data(unchecked, folder, processor)
     assert (len(data.rows), data.rejected) == (39, {"missing image": 1})

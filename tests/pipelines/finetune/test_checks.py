@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.finetune import job as finetune
 from pipelines.finetune.job import FinetuneConfig, run_finetune
-from pipelines.tracking.run import TrackingError
+from pipelines.tracking.client import TrackingError
 from skipvision.errors import ConfigError, DataError, ResourceError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -69,7 +69,7 @@ def test_a_run_without_faults_gets_as_far_as_ray(settings):
 def test_a_wrong_setting_is_answered_without_ray(
     settings, section, values, error, says, monkeypatch, tmp_path
 ):
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     given = {**settings, section: {**settings.get(section, {}), **values}}
     with pytest.raises(error, match=says):
         run_finetune(FinetuneConfig.model_validate(given))

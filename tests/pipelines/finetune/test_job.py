@@ -20,16 +20,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
+from pipelines.finetune.folder import FinetuneFolder
 from pipelines.finetune.job import FinetuneConfig, run_finetune
-from pipelines.shared.folder import RunFolder
-from pipelines.tracking.run import Tracker, TrackingError
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError, DataError, ResourceError, SkipVisionError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.timeout(600),
 ]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 24
 
 
@@ -83,8 +84,8 @@ def straight(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
     return run_finetune(FinetuneConfig.model_validate(settings))
 
 
-def folder_of(config: FinetuneConfig) -> RunFolder:
-    return RunFolder(Path(config.storage), config.name)
+def folder_of(config: FinetuneConfig) -> FinetuneFolder:
+    return FinetuneFolder(Path(config.storage), config.name)
 
 
 def weights(adapter: str | Path) -> dict[str, torch.Tensor]:
@@ -120,7 +121,7 @@ def assert_resumed(result: dict[str, Any]) -> None:
     assert [steps.count(step) for step in range(1, 7)] == [1] * 6
 
 
-def kill_after_first_checkpoint(run: RunFolder, kill: Any) -> threading.Thread:
+def kill_after_first_checkpoint(run: FinetuneFolder, kill: Any) -> threading.Thread:
     """Call ``kill`` in the background as soon as the run has a checkpoint that counts."""
 
     def watch() -> None:

@@ -20,8 +20,10 @@ from pipelines.evaluation.items import Item, write_items
 from pipelines.promote.config import PromoteConfig
 from pipelines.promote.items import WrongItemsError
 from pipelines.promote.job import RefusedError, run_promote
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import AliasMovedError, ModelVersion, Registry
-from pipelines.tracking.run import Tracker, TrackingConfig, TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError, DataError
 from tests.pipelines.tracking.test_run import no_metrics
 

@@ -17,7 +17,8 @@ from pipelines.score.in_process import score_dataset
 from pipelines.score.job import ScoreConfig, run_score
 from pipelines.score.points import Scored
 from pipelines.score.report import compare, markdown, metrics
-from pipelines.tracking.run import Tracker, TrackingError
+from pipelines.tracking.client import TrackingError
+from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError, DataError
 from skipvision.integrations.lmms_eval.answering import load_engine
 from tests.pipelines.score.rules.test_rules import CHOICE, png, table

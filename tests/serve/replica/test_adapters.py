@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 import serve.replica.adapters
 from pipelines.engines.loading import load_base, load_processor
 from pipelines.engines.thread import EngineThread
-from pipelines.tracking.run import TrackingConfig
+from pipelines.tracking.config import TrackingConfig
 from serve.errors import NotLoadedError
 from serve.replica.adapters import ServedAdapters
 from serve.reporting import problem_of
