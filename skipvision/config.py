@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from skipvision.errors import ConfigError
+from skipvision.problems import config_error
 
 Select = Literal[
     "similarity",
@@ -74,18 +75,18 @@ class SkipConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from error
+            raise config_error(error, type(self), values) from error
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
         """As pydantic's; wrong values raise `ConfigError`."""
-        with _as_config_error(cls):
+        with _as_config_error(cls, obj):
             return super().model_validate(obj, **options)
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
         """As pydantic's; wrong values, and what is not JSON, raise `ConfigError`."""
-        with _as_config_error(cls):
+        with _as_config_error(cls, json_data):
             return super().model_validate_json(json_data, **options)
 
     @model_validator(mode="after")
@@ -171,12 +172,12 @@ class SkipConfig(BaseModel):
 
 
 @contextmanager
-def _as_config_error(model: type[BaseModel]) -> Iterator[None]:
+def _as_config_error(model: type[BaseModel], values: object) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
         own = error.errors()[0].get("ctx", {}).get("error")
-        raise (own if isinstance(own, ConfigError) else ConfigError(explain(error, model))) from error
+        raise (own if isinstance(own, ConfigError) else config_error(error, model, values)) from error
 
 
 def _resolve(amount: int | float, tokens: int) -> int:
@@ -188,21 +189,3 @@ def _resolve(amount: int | float, tokens: int) -> int:
 
 def _is_everything(amount: int | float) -> bool:
     return isinstance(amount, float) and amount == 1.0
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Every wrong value of a model's fields, each on a line with what is wrong about it."""
-    seen: dict[str, str] = {}
-    for problem in error.errors():
-        name = str(problem["loc"][0]) if problem["loc"] else ""
-        reason = problem["msg"].removeprefix("Value error, ")
-        if name and name not in model.model_fields:
-            reason = f"no such field; fields are {', '.join(model.model_fields)}"
-        value = f"{name}={problem['input']!r}: " if name else ""
-        # A union reports every alternative; one line per field names them all.
-        if name in seen:
-            seen[name] += f"; or {reason[0].lower()}{reason[1:]}"
-        else:
-            seen[name] = f"{value}{reason}"
-    title = f"{model.__name__}: "
-    return title + f"\n{' ' * len(title)}".join(seen.values())

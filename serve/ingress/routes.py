@@ -17,7 +17,6 @@ from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from pipelines.shared.config import details, field_name
 from serve.chat import openapi as responses
 from serve.chat.schemas import ChatRequest
 from serve.config import ServeConfig
@@ -30,6 +29,7 @@ from serve.page import page_routes
 from serve.problem import Problem
 from serve.reporting import reported
 from skipvision.errors import SkipVisionError
+from skipvision.problems import field_name, leaf_errors
 
 _TOLD = 10
 """Mistakes that an answer names."""
@@ -143,7 +143,7 @@ def _wrong_fields(found: Sequence[Any], body: Any) -> Problem:
     if body is None or isinstance(body, (bytes, str)) or found[0]["type"] == "json_invalid":
         return Problem(400, _no_json(found[0], body), code="invalid_value")
     tree = {"body": body}
-    named = [(field_name(each, tree).removeprefix("body").lstrip("."), each) for each in details(found)]
+    named = [(field_name(each, tree).removeprefix("body").lstrip("."), each) for each in leaf_errors(found)]
     unknown = [name for name, each in named if each["type"] == "extra_forbidden"]
     if unknown:
         names = _first(map(reprlib.repr, unknown), ", ")

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from skipvision.config import SkipConfig, explain
+from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError
+from skipvision.problems import config_error
 
 Message = Mapping[str, Any]
 Inputs = Mapping[str, torch.Tensor]
@@ -47,7 +48,7 @@ class Sampling(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from error
+            raise config_error(error, type(self), values) from error
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -192,7 +192,7 @@ def test_all_wrong_values_are_reported_together():
             "layout='spiral': ",
             "probe_layer=-2: ",
             "seed='lucky': ",
-            "speed=11: no such field; fields are retained, skipped, select, ",
+            "speed=11: no such field; did you mean seed?",
         ],
         strict=True,
     ):
