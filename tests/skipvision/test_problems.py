@@ -46,8 +46,10 @@ def test_every_wrong_field_has_one_line_with_its_dotted_name_and_value():
         }
     ) == [
         "keys.0.name = 7: should be a valid string",
-        "keys.0.limit = 'ten': should be a valid integer, unable to parse string as an integer or "
-        "should be a valid number, unable to parse string as a number",
+        (
+            "keys.0.limit = 'ten': should be a valid integer, unable to parse string as an integer or "
+            "should be a valid number, unable to parse string as a number"
+        ),
         "by_user.ann.name: is required",
         "skip.retained = -1: should be greater than or equal to 0",
         "skip.seed = 'x': should be a valid integer",
