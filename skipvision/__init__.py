@@ -19,7 +19,8 @@ Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
 
 from skipvision.adapters.files import read_adapter
 from skipvision.adapters.save_load import load_adapter, save_adapter
-from skipvision.attach import DECODED_KEYWORD, Attachment, attach, attachment_of
+from skipvision.anatomy.checks import DECODED_KEYWORD
+from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.cost.flops import measure_flops
 from skipvision.cost.predict import Cost, predict_cost

@@ -8,16 +8,13 @@ object, so that any number of generations can be interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
 )
 
 from skipvision.errors import InputError, UnsupportedModelError
@@ -187,24 +184,6 @@ def keep_everything(cache: Cache) -> None:
         if layer.keys is not None and layer.values is not None:
             whole.update(layer.keys, layer.values)
         cache.layers[number] = whole
-
-
-def refuse_states(text_config: Any) -> None:
-    """Raise `UnsupportedModelError` if a decoder's own cache has layers that cannot forget single tokens."""
-    for number, layer in enumerate(DynamicCache(config=text_config).layers):
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            continue
-        kind = type(layer).__name__
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            reason = "linear attention or convolutions carry a state that cannot forget"
-        elif isinstance(layer, DummyLayer):
-            # Such a decoder leaves out all but the last token there: what was planned for them is lost.
-            reason = "layers that attend to another layer's KV cache"
-        else:
-            reason = f"KV cache of a kind that cannot be pruned ({kind})"
-        raise UnsupportedModelError(
-            f"layer {number} of the decoder keeps a {kind} as its KV cache: {reason}", reason
-        )
 
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:

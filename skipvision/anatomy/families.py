@@ -8,8 +8,6 @@ self-attention and then a feed-forward network. A family of that shape needs not
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from skipvision.anatomy.checks import refuse_states
 from skipvision.anatomy.images import Images
-from skipvision.errors import InputError, UnsupportedModelError
-from skipvision.kv_cache import refuse_states
+from skipvision.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -81,16 +79,6 @@ _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
 _MORE_FEED_FORWARD = ("experts",)
 _CROSS_ATTENTION = ("cross_attn", "crossattention")
 _ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
-_PIXELS = (
-    "pixel_values",
-    "pixel_values_images",
-    "pixel_values_videos",
-    "high_res_pixel_values",
-    "image_patches",
-)
-_VIDEOS = ("pixel_values_videos",)
-_GRID = "_grid_thw"
-_SLICED = {"pooler_output", "deepstack_features"}
 
 
 class Layer(NamedTuple):
@@ -193,139 +181,6 @@ def _patches(config: PretrainedConfig) -> int:
     return int(vision.image_size // vision.patch_size) ** 2
 
 
-def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tuple[dict[str, Any], list[int]]:
-    """Encode the images (and videos) of a call ahead of it, as ``generate`` does before its first step.
-
-    Args:
-        outer: the outer model.
-        call: keyword arguments of its call.
-        placeholders: image placeholders in its prompt.
-
-    Returns:
-        The keyword arguments with encoded images in place of pixels, and the visual tokens of each
-        encoded entry in the order of their placeholders.
-    """
-    if not _takes_encoded_images(outer):
-        return dict(call), _equal_sizes(call, placeholders)
-    encoded = _encoded(outer, call)
-    if encoded.get("image") is None:
-        raise _no_images(placeholders)
-    others = {name: value for name, value in call.items() if name not in _PIXELS}
-    return {**others, "mm_encoder_outputs": encoded}, _sizes(outer, encoded["image"])
-
-
-def encoded_sizes(outer: nn.Module, call: Mapping[str, Any]) -> list[int]:
-    """The visual tokens of each entry that the images of a call are encoded to."""
-    return _sizes(outer, _encoded(outer, call)["image"])
-
-
-def _sizes(outer: nn.Module, encoded: Any) -> list[int]:
-    sizes = [len(entry) for entry in _entries(outer, encoded)]
-    model: Any = outer
-    if not family_of(model.config).rows:
-        return sizes
-    return [model.image_seq_len] * (sum(sizes) // model.image_seq_len)
-
-
-def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
-    """What is encoded already and what a call's pixels are encoded to, by modality."""
-    encoded = dict(call.get("mm_encoder_outputs") or {})
-    _refuse_slices(outer, encoded.get("image"))
-    for modality in ("image", "video"):
-        encoder = getattr(outer, f"get_{modality}_features", None)
-        if encoder is None or encoded.get(modality) is not None:
-            continue
-        inputs = {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
-        if _has_pixels(inputs):
-            _refuse_missing(encoder, inputs)
-            _refuse_other_patches(encoder, inputs)
-            encoded[modality] = encoder(**inputs, return_dict=True)
-    return encoded
-
-
-def _refuse_slices(outer: nn.Module, encoded: Any) -> None:
-    """Raise `InputError` for the parts of images that ``generate(prefill_chunk_size=…)`` hands over."""
-    if isinstance(encoded, Mapping) and encoded.keys() <= _SLICED:
-        raise InputError(
-            f"encoded images hold {', '.join(encoded)} alone, as generate(prefill_chunk_size=…) cuts them: "
-            "where an image begins and ends cannot be known. Leave prefill_chunk_size "
-            f"out, or pass all that {type(outer).__name__}.get_image_features returns"
-        )
-
-
-def _refuse_missing(encoder: Any, inputs: Mapping[str, Any]) -> None:
-    needed = [
-        name
-        for name, parameter in inspect.signature(encoder).parameters.items()
-        if (parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
-        or name.endswith(_GRID)
-    ]
-    given = [name for name, value in inputs.items() if value is not None]
-    missing = [name for name in needed if name not in given]
-    if missing:
-        raise InputError(
-            f"{encoder.__qualname__} needs {', '.join(missing)} beside {', '.join(given)}: pass the "
-            "processor's output as it is"
-        )
-
-
-def _refuse_other_patches(encoder: Any, inputs: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless there are as many flattened patches as the grids ask for."""
-    grid = next((value for name, value in inputs.items() if name.endswith(_GRID)), None)
-    pixels = next((inputs[name] for name in _PIXELS if inputs.get(name) is not None), None)
-    if grid is None or pixels is None:
-        return
-    asked = int(grid.prod(dim=-1).sum())
-    if len(pixels) != asked:
-        raise InputError(
-            f"{encoder.__qualname__} got {len(pixels)} patches of pixels, but grids {grid.tolist()} that ask "
-            f"for {asked}: pass the processor's output as it is"
-        )
-
-
-def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
-    """The visual tokens of each encoded image or tile."""
-    features = encoded.get("pooler_output")
-    if features is None:
-        features = encoded.get("last_hidden_state")
-    if features is None:
-        raise UnsupportedModelError(
-            f"{type(outer).__name__} encodes images to {', '.join(encoded)}, not to visual tokens of each "
-            "image (pooler_output): what to select from cannot be known",
-            "images are not encoded to one feature for each visual token",
-        )
-    if isinstance(features, torch.Tensor) and features.ndim == 2:
-        raise UnsupportedModelError(
-            f"{type(outer).__name__} encodes images to features of shape {tuple(features.shape)}: where one "
-            "image ends and the next begins cannot be known",
-            "encoded images are not told apart",
-        )
-    return features
-
-
-def brings_images(call: Mapping[str, Any]) -> bool:
-    """Whether a call comes with images, as pixels or encoded."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-    return encoded is not None or _has_pixels(call, [name for name in _PIXELS if name not in _VIDEOS])
-
-
-def skips_videos(call: Mapping[str, Any]) -> bool:
-    """Whether a call comes with videos, whose tokens no plan is made for."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("video")
-    return encoded is not None or _has_pixels(call, _VIDEOS)
-
-
-def _has_pixels(call: Mapping[str, Any], names: Iterable[str] = _PIXELS) -> bool:
-    return any(call.get(name) is not None and len(call[name]) for name in names)
-
-
-def _no_images(placeholders: int) -> InputError:
-    return InputError(
-        f"input_ids hold {placeholders} image placeholders but neither pixel_values nor encoded images came "
-        "with them: pass the processor's output as it is, or a prompt without images"
-    )
-
-
 def _find_decoder(base: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     """The outer module, the decoder it calls, and the decoder's layers."""
     name = type(base).__name__
@@ -359,24 +214,6 @@ def _find_decoder(base: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.Modul
 
 def _attends_across(module: nn.Module) -> bool:
     return any(name.endswith(_CROSS_ATTENTION) for name, _ in module.named_modules())
-
-
-def _takes_encoded_images(outer: nn.Module) -> bool:
-    return "mm_encoder_outputs" in inspect.signature(outer.forward).parameters
-
-
-def _equal_sizes(call: Mapping[str, Any], placeholders: int) -> list[int]:
-    """Visual tokens of each image where images cannot be encoded ahead (transformers before 5.23)."""
-    pixels = call.get("pixel_values")
-    if pixels is None:
-        raise _no_images(placeholders)
-    if pixels.ndim != 4 or len(pixels) == 0 or placeholders % len(pixels):
-        raise InputError(
-            f"{placeholders} image placeholders cannot be shared out among pixel_values of shape "
-            f"{tuple(pixels.shape)}: build input_ids and pixel_values with one processor call; images of "
-            "different sizes need transformers 5.23 or newer"
-        )
-    return [placeholders // len(pixels)] * len(pixels)
 
 
 def _halves(layer: nn.Module, number: int) -> Layer:

@@ -23,7 +23,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.models.auto import AutoModelForImageTextToText
 
-from skipvision.anatomy.families import Anatomy, dissect, encoded_sizes
+from skipvision.anatomy.encoding import encoded_sizes
+from skipvision.anatomy.families import Anatomy, dissect
 from skipvision.anatomy.pictures import Request, collate, recipe_of
 from skipvision.anatomy.probe import prompt_attention as probe_attention
 from skipvision.anatomy.tower import hook_tower

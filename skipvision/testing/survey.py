@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, __version__
 
-from skipvision.anatomy.families import Anatomy, dissect, encoded_sizes
+from skipvision.anatomy.encoding import encoded_sizes
+from skipvision.anatomy.families import Anatomy, dissect
 from skipvision.anatomy.masks import Sight
 from skipvision.attach import attach
 from skipvision.config import SkipConfig

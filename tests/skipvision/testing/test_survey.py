@@ -75,7 +75,7 @@ def test_no_reason_is_an_accident():
 def test_a_cache_that_is_not_pruned_is_noticed(monkeypatch):
     # By its name in sys.modules: the package's attribute is the function.
     monkeypatch.setattr(
-        sys.modules["skipvision.attach"], "compact", lambda cache, keep: compact(cache, keep | True)
+        sys.modules["skipvision.reduction"], "compact", lambda cache, keep: compact(cache, keep | True)
     )
     assert "entries, not the" in survey("llava").reason
 

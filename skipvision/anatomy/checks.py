@@ -1,0 +1,138 @@
+"""Checks of models and calls: each raises an error that says why Skip-Vision cannot honour it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from skipvision.errors import ConfigError, InputError, UnsupportedModelError
+
+DECODED_KEYWORD = "skip_vision_decoded"
+"""Keyword of a training call: (B, T) True from each row's first generated token on (see `attach`)."""
+
+
+def refuse_states(text_config: Any) -> None:
+    """Raise `UnsupportedModelError` if a decoder's own cache has layers that cannot forget single tokens."""
+    for number, layer in enumerate(DynamicCache(config=text_config).layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            continue
+        kind = type(layer).__name__
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            reason = "linear attention or convolutions carry a state that cannot forget"
+        elif isinstance(layer, DummyLayer):
+            # Such a decoder leaves out all but the last token there: what was planned for them is lost.
+            reason = "layers that attend to another layer's KV cache"
+        else:
+            reason = f"KV cache of a kind that cannot be pruned ({kind})"
+        raise UnsupportedModelError(
+            f"layer {number} of the decoder keeps a {kind} as its KV cache: {reason}", reason
+        )
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """A summary layer that comes too late would train on each process by itself."""
+    if not distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    late = next((m for m in model.modules() if isinstance(m, wrappers)), None)
+    if late is not None:
+        raise ConfigError(
+            f"{type(late).__name__} is around the model already and would not know the summary layer: attach "
+            "before the model is wrapped or sharded, or set summary_tokens=0"
+        )
+
+
+def check_probing(layers: list[nn.Module], select: str) -> None:
+    """Processes that share the layers must run them equally often, whether they have an image or not."""
+    if not distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for layer in layers for module in layer.modules()):
+        raise ConfigError(
+            f"select={select!r} runs the first layers once more where there are images, but layers sharded "
+            "by FSDP must run in every process alike: use another select, or shard the model as a whole"
+        )
+
+
+def decoded_mask(given: Any, embeds: torch.Tensor | None) -> torch.Tensor | None:
+    """The caller's (B, T) mask of generated tokens, as bool; `InputError` if it cannot be one."""
+    if given is None or embeds is None:
+        return None
+    needed = tuple(embeds.shape[:2])
+    if not isinstance(given, torch.Tensor) or given.shape != needed:
+        has = f"of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)[:80]
+    elif given.is_floating_point() or given.is_complex() or bool(((given != 0) & (given != 1)).any()):
+        has = f"of {given.dtype}" + ("" if given.is_floating_point() else " with values other than 0 and 1")
+    else:
+        return given.to(embeds.device, torch.bool)
+    raise InputError(
+        f"{DECODED_KEYWORD} is {has}: pass a bool tensor of shape {needed}, True from each row's first "
+        "generated token on, such as (labels != -100).cumsum(dim=1) > 0"
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def warn_of_plain_training() -> None:
+    """Warn that answers are trained on tokens which decoding will not have."""
+    warnings.warn(
+        "answers are trained on skipped tokens, which will have left the KV cache when they are generated: "
+        f"pass use_cache=False and {DECODED_KEYWORD}=(labels != -100).cumsum(dim=1) > 0, or attach with "
+        "skip_kv=False",
+        stacklevel=2,
+    )
+
+
+def check_mask(mask: Any, tokens: torch.Size, cache: Any) -> int:
+    """Raise `InputError` unless a mask is over the C entries of the cache and (B, T) more; returns C."""
+    rows, length = tokens
+    cached: int = cache.get_seq_length() if cache is not None else 0
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (rows, cached + length)):
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InputError(
+            f"attention_mask {shape} cannot be reduced: a 2-D mask of shape {(rows, cached + length)} is "
+            "expected (1 where there is a token), or none"
+        )
+    return cached
+
+
+def refuse_packed(call: dict[str, Any]) -> None:
+    """Several documents in one row, told apart by positions that begin again, would see each other."""
+    given, lengths = call.get("position_ids"), call.get("cu_seq_lens_q")
+    how = None if lengths is None else f"cu_seq_lens_q={lengths.tolist()}"
+    if given is not None and call.get("attention_mask") is None and _begins_again(given):
+        how = "position_ids begin again within a row"
+    if how is not None:
+        raise InputError(
+            f"packed documents ({how}) cannot be reduced together: give each document a row of its own, "
+            "padded, with an attention_mask"
+        )
+
+
+def _begins_again(given: torch.Tensor) -> bool:
+    """Positions (…, B, T) fall, on all axes at once where they have several; within an image not all do."""
+    falls = given.diff(dim=-1) < 0
+    return bool((falls.all(dim=0) if given.ndim == 3 else falls).any())
+
+
+def refuse_router_loss(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:
+    """The families' load-balancing loss weighs the routed tokens by the caller's mask, which has others."""
+    if kwargs.get("output_router_logits") and mask is not None:
+        raise InputError(
+            f"output_router_logits=True with an attention_mask of shape {tuple(mask.shape)}: only the tokens "
+            "that take the FFN are routed, and the loss over them cannot take this mask. Leave out the mask "
+            "(a batch without padding), or pass output_router_logits=False"
+        )
