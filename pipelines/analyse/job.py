@@ -25,6 +25,7 @@ from pipelines.data.training_rows import read_training_rows
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import load_frozen, load_processor
 from pipelines.evaluation.exact_match import pick_rows
+from pipelines.evaluation.tables import markdown_table
 from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path
 from pipelines.shared.sections import JobConfig
 from pipelines.tracking.client import TrackingError
@@ -188,19 +189,15 @@ def markdown(found: Mapping[str, Any]) -> str:
     blocks = []
     for name, variant in found.items():
         header = [name, "FFN ratio, visual", "FFN ratio, text", *ERRORS.values()]
-        lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+        lines = []
         ratios, errors = variant["ratios"], medians(variant)
         for number, error in enumerate(errors):
             at_end = number == len(errors) - 1
             means = ["", ""] if at_end else [f"{ratios[k]['mean'][number]:.3f}" for k in ("visual", "text")]
             values = ["" if error.get(key) is None else f"{error[key]:.3g}" for key in ERRORS]
-            lines.append(_row(["output" if at_end else f"layer {number}", *means, *values]))
-        blocks.append("\n".join(lines) + "\n")
+            lines.append(["output" if at_end else f"layer {number}", *means, *values])
+        blocks.append(markdown_table(header, lines) + "\n")
     return "\n".join(blocks)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _write(result: dict[str, Any], folder: Path) -> list[Path]:

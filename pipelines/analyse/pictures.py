@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.evaluation.figures import FULL_COLOUR, SKIP_COLOUR, hide_box, save, subplots
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KINDS = {"visual": "#e07b26", "text": "#5b6b7f"}
+_KINDS = {"visual": SKIP_COLOUR, "text": FULL_COLOUR}
 _ERRORS = {
     "worst": ("bound from spectral norms", "#9aa5b1", "--"),
-    "local": ("bound from Jacobians, layer by layer", "#5b6b7f", "-."),
-    "measured": ("measured", "#e07b26", "-"),
+    "local": ("bound from Jacobians, layer by layer", FULL_COLOUR, "-."),
+    "measured": ("measured", SKIP_COLOUR, "-"),
 }
 _AT_OUTPUT = {
     "composite": ("bound from Jacobians of all later layers", "#2f6f8f", "*"),
@@ -36,16 +38,12 @@ def picture_ratios(found: Mapping[str, Any], path: Path) -> None:
         axis.set_yscale("log")
         _dress(axis, name, len(layers), "‖FFN‖ / ‖h‖")
     panels[0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def picture_heat(found: Mapping[str, Any], path: Path) -> None:
     """Histograms of the ratios as a heat map over layers; visual above text, a column for each variant."""
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(
-        2, len(found), figsize=(4.6 * len(found) + 1, 6), squeeze=False, layout="constrained", sharex=True
-    )
+    figure, grid = subplots(2, len(found), size=(4.6 * len(found) + 1, 6), squeeze=False, sharex=True)
     for column, (name, variant) in enumerate(found.items()):
         edges = variant["ratios"]["edges"]
         for row, kind in enumerate(_KINDS):
@@ -55,7 +53,7 @@ def picture_heat(found: Mapping[str, Any], path: Path) -> None:
             axis.set_yscale("log")
             _dress(axis, f"{name}, {kind} tokens", len(histogram), "‖FFN‖ / ‖h‖")
             figure.colorbar(mesh, ax=axis, label="share of tokens")
-    _save(figure, path)
+    save(figure, path)
 
 
 def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], path: Path) -> None:
@@ -74,18 +72,11 @@ def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], p
         axis.set_xticks([*axis.get_xticks()[:-1], len(places) - 1])
         axis.set_xticklabels([f"{int(tick)}" for tick in axis.get_xticks()[:-1]] + ["output"])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(
-        1, count, figsize=(4.6 * count + 1, 3.8), squeeze=False, layout="constrained", sharey=True
-    )
+    figure, grid = subplots(1, count, size=(4.6 * count + 1, 3.8), squeeze=False, sharey=True)
     return figure, grid[0]
 
 
@@ -94,11 +85,4 @@ def _dress(axis: Axes, title: str, layers: int, unit: str) -> None:
     axis.set_xlabel("layer")
     axis.set_ylabel(unit)
     axis.set_xticks(range(0, layers, max(1, layers // 8)))
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    hide_box(axis)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.calibrate.config import LimitsSection
+from pipelines.evaluation.figures import FULL_COLOUR, SKIP_COLOUR, hide_box, save, subplots
+from pipelines.evaluation.tables import markdown_table
 
 _COSTS = {"prefill_flops": "prefill FLOPs", "kv_bytes": "KV bytes", "latency": "time to first token"}
 
@@ -17,17 +19,16 @@ def markdown(evidence: Mapping[str, Any], budget: LimitsSection) -> str:
     fields, costs = list(first["values"]), [name for name in _COSTS if name in first["costs"]]
     interval = f"difference [{100 * budget.confidence:g} %]"
     header = ["stage", *fields, *(f"{_COSTS[name]}, %" for name in costs), "items", interval, "out because"]
-    lines = [_row(header), _row(["---"] * len(header))]
+    rows = []
     for one in evidence["history"]:
         points = "" if one["difference"] is None else _points(one)
         ratios = (f"{100 * one['costs'][name]:.1f}" for name in costs)
         values = (str(value) for value in one["values"].values())
-        lines.append(_row([one["stage"], *values, *ratios, str(one["items"]), points, one["out"]]))
+        rows.append([one["stage"], *values, *ratios, str(one["items"]), points, one["out"]])
     full = evidence["history"][-1]["full"]
     score = "" if full is None else f" ({100 * full:.1f} % on the held-out rows)"
-    lines.append(f"\nCosts and differences are against full tokens{score}.\n")
-    lines.append(f"{_decided(evidence)}\n")
-    return "\n".join(lines)
+    table = markdown_table(header, rows, left=range(len(header)))
+    return f"{table}\n\nCosts and differences are against full tokens{score}.\n\n{_decided(evidence)}\n"
 
 
 def _points(one: Mapping[str, Any]) -> str:
@@ -41,18 +42,9 @@ def _decided(evidence: Mapping[str, Any]) -> str:
     return "Chosen: " + ", ".join(f"{name} {value}" for name, value in evidence["chosen"].items()) + "."
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def picture(evidence: Mapping[str, Any], budget: LimitsSection, path: Path) -> None:
     """Difference against cost of all that was asked, by stage, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = subplots(size=(7, 4.5))
     scored = [one for one in evidence["history"] if one["difference"] is not None]
     stages = list(dict.fromkeys(one["stage"] for one in scored))
     for number, stage in enumerate(stages, start=1):
@@ -67,17 +59,16 @@ def picture(evidence: Mapping[str, Any], budget: LimitsSection, path: Path) -> N
                 [100 * one["high"] - m for m, one in zip(middle, some, strict=True)],
             ],
             fmt="D" if last else "o",
-            color="#e07b26" if last else "#5b6b7f",
+            color=SKIP_COLOUR if last else FULL_COLOUR,
             alpha=1.0 if last else number / (len(stages) + 1),
             label=stage,
         )
     if budget.accuracy_drop is not None:
         axis.axhline(-100 * budget.accuracy_drop, color="#b3261e", linewidth=1)
-    axis.axhline(0, color="#5b6b7f", linewidth=0.5)
+    axis.axhline(0, color=FULL_COLOUR, linewidth=0.5)
     axis.set_xlabel(f"{_COSTS[budget.minimise]}, % of full tokens")
     axis.set_ylabel("accuracy − full tokens, points")
     if scored:
         axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    hide_box(axis)
+    save(figure, path)

@@ -28,13 +28,12 @@ from pipelines.data.training_rows import read_training_rows
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import arithmetic, load_frozen, load_processor
 from pipelines.evaluation.exact_match import (
-    OVERALL,
     Answer,
     accuracy_by_task,
     evaluate_exact_match,
     pick_rows,
 )
-from pipelines.evaluation.items import Item
+from pipelines.evaluation.items import OVERALL, Item
 from pipelines.evaluation.paired import Paired, paired, widened
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.folder import MAY_DIFFER

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.exact_match import OVERALL
+from pipelines.evaluation.figures import FULL_COLOUR, SKIP_COLOUR, hide_box, save, subplots
+from pipelines.evaluation.items import OVERALL
 from pipelines.evaluation.paired import FEW_CHANGES
+from pipelines.evaluation.tables import markdown_table
 from skipvision.errors import ConfigError
 
 _COLUMNS = {
@@ -37,38 +39,34 @@ def _accuracy_table(result: Mapping[str, Any]) -> str:
     shares = result["exact_match"]
     columns = [name for name in _COLUMNS if name in shares]
     header = ["exact match, %", *(_COLUMNS[name] for name in columns), "skip − full, tuned [95 % interval]"]
-    lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+    lines = []
     for task, gap in result["difference"].items():
         points = [100 * gap[key] for key in ("difference", "low", "high")]
         cells = [f"{100 * shares[name][task]:.1f}" for name in columns]
-        lines.append(_row([task, *cells, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(p + 0.0 for p in points))]))
-    lines.append(
-        f"\n{result['rows']} questions about {result['images']} test images; "
+        lines.append([task, *cells, "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(p + 0.0 for p in points))])
+    return (
+        f"{markdown_table(header, lines)}\n\n"
+        f"{result['rows']} questions about {result['images']} test images; "
         f"intervals by bootstrap over images; where fewer than {FEW_CHANGES} changed, at least the exact "
         "binomial bounds.\n"
     )
-    return "\n".join(lines)
 
 
 def _cost_table(result: Mapping[str, Any]) -> str:
     full, skip = result["costs"]["full"], result["costs"]["skip"]
-    lines = [_row(["cost", "full", "skip", "skip ÷ full"]), _row(["---", "---:", "---:", "---:"])]
+    lines = []
     for key, (label, form, scale) in _COSTS.items():
         amounts = [form.format(side[key] * scale) for side in (full, skip)]
-        lines.append(_row([label, *amounts, f"{result['ratios'][key]:.3f}"]))
+        lines.append([label, *amounts, f"{result['ratios'][key]:.3f}"])
     ratios = result["ratios"]
     followed = ratios["seconds_per_step"] / ratios["train_flops"]
-    lines.append(_row(["step time ratio ÷ training FLOPs ratio", "", "", f"{followed:.2f}"]))
+    lines.append(["step time ratio ÷ training FLOPs ratio", "", "", f"{followed:.2f}"])
     chosen = result["skip_config"]
-    lines.append(
-        f"\nSkip-Vision: retained {chosen['retained']}, skipped {chosen['skipped']}, "
+    table = markdown_table(["cost", "full", "skip", "skip ÷ full"], lines)
+    return (
+        f"{table}\n\nSkip-Vision: retained {chosen['retained']}, skipped {chosen['skipped']}, "
         f"select {chosen['select']}, merge {chosen['merge']}, summary tokens {chosen['summary_tokens']}.\n"
     )
-    return "\n".join(lines)
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def check_marked(file: Path) -> None:
@@ -97,16 +95,11 @@ def _around(file: Path) -> tuple[str, str]:
 
 def picture(result: Mapping[str, Any], path: Path) -> None:
     """Exact match per task as bars, and the cost ratios beside them, as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
     shares = result["exact_match"]
     columns = [name for name in _COLUMNS if name in shares]
     tasks = [*(task for task in result["difference"] if task != OVERALL), OVERALL]
-    colours = {"full untuned": "#c9d1db", "skip untuned": "#f3c9a5", "full": "#5b6b7f", "skip": "#e07b26"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[3, 1.3], layout="constrained")
+    colours = {"full untuned": "#c9d1db", "skip untuned": "#f3c9a5", "full": FULL_COLOUR, "skip": SKIP_COLOUR}
+    figure, (left, right) = subplots(1, 2, size=(11, 4), width_ratios=[3, 1.3])
     width = 0.8 / len(columns)
     for number, name in enumerate(columns):
         at = [i + (number - (len(columns) - 1) / 2) * width for i in range(len(tasks))]
@@ -131,6 +124,5 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
     right.invert_yaxis()
     right.set_title("Skip-Vision, % of full tokens", fontsize=10)
     for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        hide_box(axis)
+    save(figure, path)

@@ -12,9 +12,7 @@ from transformers import ProcessorMixin
 
 from pipelines.data.collate import ChatFormat, OnUnreadable, encode, open_images
 from pipelines.data.rows import TrainingRow
-
-OVERALL = "overall"
-"""The name of the accuracy over all rows."""
+from pipelines.evaluation.items import OVERALL
 
 _SPARE_TOKENS = 8
 """How much longer than the expected answer an answer may get before it is cut off as wrong."""

@@ -11,10 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipelines.evaluation.categories import categories
-from pipelines.evaluation.exact_match import OVERALL
-from pipelines.evaluation.items import Item
+from pipelines.evaluation.items import OVERALL, Item, categories
 from pipelines.evaluation.paired import FEW_CHANGES, Paired, paired, widened
+from pipelines.evaluation.tables import markdown_table
 from skipvision.errors import ConfigError, DataError
 
 POWER = 0.8
@@ -136,7 +135,7 @@ def table(verdicts: Sequence[Verdict], confidence: float) -> str:
         "worst",
         "budget",
     ]
-    lines = [f"| slice | {' | '.join(numbers)} | verdict |", f"| --- |{' ---: |' * len(numbers)} --- |"]
+    lines = []
     for verdict in verdicts:
         found, p = verdict.found, verdict.found.p_mcnemar
         interval = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
@@ -151,8 +150,8 @@ def table(verdicts: Sequence[Verdict], confidence: float) -> str:
             ),
             f"{_WORDS[verdict.outcome]}{more}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(["slice", *numbers, "verdict"], lines, left=(0, len(numbers) + 1)) + "\n"
 
 
 def _verdict(

@@ -44,6 +44,9 @@ ITEM_SCHEMA = pa.schema(
 """Columns of a file of items; only ``error`` may be null."""
 
 
+OVERALL = "overall"
+"""The slice of all items."""
+
 _MADE_BY = b"systems"
 
 
@@ -76,6 +79,11 @@ def read_systems(path: Path) -> dict[str, dict[str, str | None]]:
         (_table(path).schema.metadata or {}).get(_MADE_BY, b"{}")
     )
     return systems
+
+
+def categories(text: str) -> list[str]:
+    """The categories that a text lists with commas between them, as MM-Vet's and POPE's tables do."""
+    return [name for name in map(str.strip, text.split(",")) if name]
 
 
 def _table(path: Path) -> pa.Table:

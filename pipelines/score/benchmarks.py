@@ -15,8 +15,8 @@ from typing import NamedTuple
 from pipelines.data.instructions import OPTION_QUESTION, SHORT_QUESTION, WHOLE_QUESTION, YES_OR_NO_QUESTION
 from pipelines.data.literals import literal
 from pipelines.data.tsv_records import options
-from pipelines.evaluation.categories import categories
 from pipelines.evaluation.exact_match import normalised
+from pipelines.evaluation.items import categories
 from pipelines.score.rules import mathvista
 from pipelines.score.rules import short_answer as short_answers
 from pipelines.score.rules.judge import Judge

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipelines.evaluation.categories import categories
-from pipelines.evaluation.items import Item
+from pipelines.evaluation.items import Item, categories
 from pipelines.score.benchmarks import Said
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.rules.judge import Judge, NoVerdictError

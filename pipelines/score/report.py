@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.evaluation.figures import save, subplots
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.paired import FEW_CHANGES, Paired, paired, widened
+from pipelines.evaluation.tables import markdown_table
 from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import described
 from pipelines.score.points import Scored, by_category, mean_score
@@ -60,9 +62,9 @@ def markdown(
         config.reference,
         *(title for label in others for title in (label, f"{label} − {config.reference} {interval}")),
     ]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    lines: list[list[str]] = []
     for dataset in (one.name for one in config.datasets):
-        lines += _dataset_lines(dataset, config.reference, scored, comparisons)
+        lines += _dataset_rows(dataset, config.reference, scored, comparisons)
     intervals = (
         f"Intervals by bootstrap over images, with all items about each; where fewer than {FEW_CHANGES} "
         "changed, at least the exact binomial bounds. p by exact McNemar, scores 0 or 1."
@@ -72,28 +74,30 @@ def markdown(
         *(f"{dataset}: {described(counts)}." for dataset, counts in left_out.items() if counts),
         *_errors(scored),
     ]
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([markdown_table(head, lines), "", *notes, ""])
 
 
-def _dataset_lines(dataset: str, reference: str, scored: Systems, comparisons: Comparisons) -> Iterator[str]:
+def _dataset_rows(
+    dataset: str, reference: str, scored: Systems, comparisons: Comparisons
+) -> Iterator[list[str]]:
     items = scored[reference][dataset].items
     found = [comparisons[label][dataset] for label in comparisons]
-    yield _scores_line(f"**{dataset}**", items, [one.overall for one in found])
+    yield _scores_row(f"**{dataset}**", items, [one.overall for one in found])
     for category, some in by_category(items).items():
-        yield _scores_line(f"&emsp;{category}", some, [one.slices[category] for one in found])
+        yield _scores_row(f"&emsp;{category}", some, [one.slices[category] for one in found])
     for total in scored[reference][dataset].totals:
         values = [scored[label][dataset].totals[total] for label in (reference, *comparisons)]
         first, *rest = (f"{value:.4g}" for value in values)
-        yield _line([f"&emsp;*{total}*", "", first, *(cell for value in rest for cell in (value, ""))])
+        yield [f"&emsp;*{total}*", "", first, *(cell for value in rest for cell in (value, ""))]
 
 
-def _scores_line(title: str, items: Sequence[Item], compared: Sequence[Paired]) -> str:
+def _scores_row(title: str, items: Sequence[Item], compared: Sequence[Paired]) -> list[str]:
     cells = [title, str(len(items)), f"{100 * mean_score(items):.1f}"]
     for one in compared:
         p = "" if one.p_mcnemar is None else f" {one.p_mcnemar:.2g}"
         cells.append(f"{100 * one.other:.1f}")
         cells.append(f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]{p}")
-    return _line(cells)
+    return cells
 
 
 def _errors(scored: Systems) -> Iterator[str]:
@@ -104,22 +108,15 @@ def _errors(scored: Systems) -> Iterator[str]:
                 yield f"{label} on {dataset}: {len(failed)} items have an error and count as wrong."
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
 # ------------------------------------------------------------------------------------------- picture
 
 
 def picture(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path: Path) -> None:
     """Each system's score by dataset; the others' with the interval of their difference."""
-    from matplotlib.figure import Figure
-
     names = [one.name for one in config.datasets]
     labels = [config.reference, *comparisons]
     width = 0.8 / len(labels)
-    figure = Figure(figsize=(max(5.0, 1.0 + 0.5 * len(names) * len(labels)), 4.0), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(size=(max(5.0, 1.0 + 0.5 * len(names) * len(labels)), 4.0))
     for number, label in enumerate(labels):
         places = [place + number * width for place in range(len(names))]
         heights = [100 * mean_score(scored[label][name].items) for name in names]
@@ -134,7 +131,7 @@ def picture(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path
     axes.set_ylabel("mean score, %")
     axes.set_title(f"{config.name}; black: interval of the difference to {config.reference}", fontsize=9)
     axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 # -------------------------------------------------------------------------------------------- MLflow

@@ -12,7 +12,8 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, __version__
 
 from pipelines.data.training_rows import read_training_rows
-from pipelines.evaluation.exact_match import OVERALL, accuracy_by_task, evaluate_exact_match
+from pipelines.evaluation.exact_match import accuracy_by_task, evaluate_exact_match
+from pipelines.evaluation.items import OVERALL
 from pipelines.shapes.base_config import BaseModelConfig
 from pipelines.shapes.files import ShapesConfig, write_shapes
 

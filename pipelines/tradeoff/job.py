@@ -21,8 +21,8 @@ from pipelines.cluster.session import ray_session
 from pipelines.cluster.tasks import in_parallel
 from pipelines.compare.job import read_rows
 from pipelines.data.rows import TrainingRow
-from pipelines.evaluation.exact_match import OVERALL, pick_rows
-from pipelines.evaluation.items import Item, read_items, write_items
+from pipelines.evaluation.exact_match import pick_rows
+from pipelines.evaluation.items import OVERALL, Item, read_items, write_items
 from pipelines.evaluation.paired import paired_by_seed, widened
 from pipelines.score.fingerprints import of_folder, of_images, of_model
 from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path

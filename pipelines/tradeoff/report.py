@@ -9,7 +9,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.exact_match import OVERALL
+from pipelines.evaluation.figures import SKIP_COLOUR, hide_box, save, subplots
+from pipelines.evaluation.items import OVERALL
 from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION, Found
 from pipelines.tradeoff.published import PUBLISHED, llava_with
 from pipelines.tradeoff.table import table
@@ -39,9 +40,7 @@ def write_report(found: Sequence[Found], folder: Path, *, rows: int, text_tokens
     }
     paths["table"].write_text(table(found, rows=rows, text_tokens=text_tokens))
     paths["numbers"].write_text(json.dumps([asdict(one) | _skip(one) for one in found], indent=1) + "\n")
-    figure = curves(found)
-    figure.savefig(paths["picture"], dpi=110)
-    _pyplot().close(figure)
+    save(curves(found), paths["picture"], dpi=110)
     _published(paths["published"])
     print(f"\n{paths['table'].read_text()}", flush=True)
     return {name: str(path) for name, path in paths.items()}
@@ -54,19 +53,16 @@ def _skip(one: Found) -> dict[str, Any]:
 
 def curves(found: Sequence[Found]) -> Any:
     """A figure: overall accuracy against each cost, a row of panels for each adapter."""
-    plt = _pyplot()
     labels = list(dict.fromkeys(one.point.adapter for one in found))
     costs = {name: title for name, title in _COSTS.items() if getattr(found[0], name) is not None}
     size = (4.6 * len(costs), 3.4 * len(labels) + 0.8)
-    figure, axes = plt.subplots(
-        len(labels), len(costs), figsize=size, squeeze=False, sharey="row", layout="constrained"
-    )
+    figure, axes = subplots(len(labels), len(costs), size=size, squeeze=False, sharey="row")
     for row, label in zip(axes, labels, strict=True):
         own = [one for one in found if one.point.adapter == label]
         for axis, (cost, title) in zip(row, costs.items(), strict=True):
             _panel(axis, own, cost)
             axis.set_xlabel(title)
-            axis.spines[["top", "right"]].set_visible(False)
+            hide_box(axis)
         row[0].set_title(label, loc="left", fontsize=10)
         row[0].set_ylabel("exact match, %")
     shown = {}  # what some panels lack is in others
@@ -103,14 +99,13 @@ def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
             line(some, color=f"tab:{colour}", marker=marker, ms=5, lw=0.8, alpha=0.8, label=method)
     for method, marker in ((SKIP_VISION, "s"), (AS_TUNED, "*")):
         if some := [one for one in own if one.point.method == method]:
-            line(some, color="#e07b26", marker=marker, ms=8, lw=1.5, label=method)
+            line(some, color=SKIP_COLOUR, marker=marker, ms=8, lw=1.5, label=method)
 
 
 def _published(path: Path) -> None:
     """Predicted prefill FLOPs over N_r for some N_s, with the paper's points, for both decoders."""
-    plt = _pyplot()
     decoders = list(dict.fromkeys(point.decoder for point in PUBLISHED))
-    figure, axes = plt.subplots(1, len(decoders), figsize=(11, 4), sharey=True, layout="constrained")
+    figure, axes = subplots(1, len(decoders), size=(11, 4), sharey=True)
     for axis, decoder in zip(axes, decoders, strict=True):
         for skipped in (0, 156, 320):
             counts = [count for count in range(16, 577, 40) if count + skipped <= 576]
@@ -119,22 +114,21 @@ def _published(path: Path) -> None:
         for point in (point for point in PUBLISHED if point.decoder == decoder):
             said = f"{point.retained} + {point.skipped} of {point.tokens}"
             own = 100 * _predicted(decoder, point.retained, point.skipped, point.tokens)
-            axis.plot(point.retained, own, "o", color="#e07b26", fillstyle="none", ms=9)
+            axis.plot(point.retained, own, "o", color=SKIP_COLOUR, fillstyle="none", ms=9)
             axis.annotate(
                 said, (point.retained, own), textcoords="offset points", xytext=(8, -10), fontsize=8
             )
             if point.flops is not None:
                 axis.plot(point.retained, 100 * point.flops, "x", color="black", ms=8)
-        axis.plot([], [], "o", color="#e07b26", fillstyle="none", label="published settings, predicted")
+        axis.plot([], [], "o", color=SKIP_COLOUR, fillstyle="none", label="published settings, predicted")
         if any(point.flops for point in PUBLISHED if point.decoder == decoder):
             axis.plot([], [], "x", color="black", label="published settings, published FLOPs")
         axis.set_title(decoder, fontsize=10)
         axis.set_xlabel("retained tokens N_r")
         axis.legend(fontsize=7, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+        hide_box(axis)
     axes[0].set_ylabel("prefill FLOPs, % of full tokens (tower included)")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, dpi=110)
 
 
 def _predicted(decoder: str, retained: int, skipped: int, tokens: int) -> float:
@@ -146,12 +140,3 @@ def _predicted(decoder: str, retained: int, skipped: int, tokens: int) -> float:
         visual_tokens=tokens,
     )
     return cost.ratio_to_full.prefill_flops
-
-
-def _pyplot() -> Any:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    return plt

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipelines.evaluation.exact_match import OVERALL
+from pipelines.evaluation.items import OVERALL
 from pipelines.evaluation.paired import FEW_CHANGES, Paired
+from pipelines.evaluation.tables import markdown_table
 from pipelines.tradeoff.points import FULL, GRID, Found
 
 
@@ -86,5 +87,4 @@ def _signed(share: float) -> str:
 
 
 def _markdown(columns: Mapping[str, Sequence[str]]) -> str:
-    ruled = [columns, ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
+    return markdown_table(list(columns), zip(*columns.values(), strict=True))
