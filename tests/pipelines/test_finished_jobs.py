@@ -23,7 +23,7 @@ from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import Registry
 from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError
-from tests.pipelines.score.rules.test_rules import PLAIN, png, table
+from tests.pipelines.score.tables import PLAIN, png, table
 
 JOBS: dict[str, tuple[Any, Any, Any]] = {
     "score": (score, run_score, ScoreConfig),

@@ -19,7 +19,7 @@ from pipelines.score.dataset import read_dataset
 from pipelines.score.points import score_answers
 from pipelines.shapes.files import ShapesConfig, write_shapes
 from skipvision.errors import ConfigError, DataError
-from tests.pipelines.score.rules.test_rules import CHOICE, png, table
+from tests.pipelines.score.tables import CHOICE, png, table
 
 
 def records(path: Path) -> list:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.score.dataset import read_dataset
 from pipelines.score.fingerprints import of_dataset, of_folder, of_model
-from tests.pipelines.score.rules.test_rules import png, table
+from tests.pipelines.score.tables import png, table
 
 ROWS: list[dict[str, Any]] = [
     {"index": 1, "image": png(1), "question": "What?", "answer": "a cat", "category": "animals"},

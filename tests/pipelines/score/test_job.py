@@ -21,7 +21,7 @@ from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError, DataError
 from skipvision.integrations.lmms_eval.answering import load_engine
-from tests.pipelines.score.rules.test_rules import CHOICE, png, table
+from tests.pipelines.score.tables import CHOICE, png, table
 from tests.pipelines.tracking.test_run import no_metrics
 
 pytestmark = [

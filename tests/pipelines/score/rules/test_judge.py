@@ -17,7 +17,7 @@ from pipelines.score.points import Answered, score_answers
 from pipelines.score.rules import judge as judging
 from pipelines.score.rules.judge import Judge, JudgeConfig, JudgeError, UnreadableReply
 from skipvision.errors import ConfigError, DataError
-from tests.pipelines.score.rules.test_rules import CHOICE, VISTA, png, table
+from tests.pipelines.score.tables import CHOICE, VISTA, png, table
 
 Reply = Callable[[str], tuple[int, object]]
 
