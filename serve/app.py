@@ -21,7 +21,8 @@ from pipelines.shared.paths import input_path, model_path, output_path
 from pipelines.tracking.client import TrackingError, sqlite_file
 from pipelines.tracking.registry import exact_model, is_registered
 from serve.config import ModelSection, ServeConfig, serve_config
-from serve.ingress.ingress import GRACE_SECONDS, Ingress
+from serve.ingress.dispatch import GRACE_SECONDS
+from serve.ingress.ingress import Ingress
 from serve.ingress.routes import http_app
 from serve.keys import KeyRing
 from serve.replica import autoscaling as scaling

@@ -9,15 +9,14 @@ import threading
 import time
 from typing import Any
 
-import ray
 from ray import serve as ray_serve
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from pipelines.cluster.session import ray_session
 from pipelines.shared.paths import in_ray_job
+from serve import _compat
 from serve.app import application
 from serve.config import Proxy, ServeConfig
-from serve.ingress.ingress import GRACE_SECONDS
+from serve.ingress.dispatch import GRACE_SECONDS
 from skipvision.errors import ConfigError, SkipVisionError
 
 _ALWAYS = {
@@ -87,7 +86,7 @@ def start(host: str, port: int, proxy: Proxy = "ray") -> None:
     Raises:
         ConfigError: it runs at another address.
     """
-    if _runs():
+    if _compat.serve_is_running():
         print("Ray Serve runs on this cluster already, and keeps the proxy that it has", flush=True)
     environment = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT[proxy].items()}
     ray_serve.start(
@@ -95,21 +94,13 @@ def start(host: str, port: int, proxy: Proxy = "ray") -> None:
         controller_options={"runtime_env": {"env_vars": environment}},
     )
     # One that ran before keeps its own address, whatever is asked for.
-    there: Any = ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).get_http_config.remote())
-    if (there.host, there.port) != (host, port):
+    running = _compat.serve_address()
+    if running != (host, port):
         raise ConfigError(
             f"host = {host}, port = {port}: Ray Serve runs on this cluster already, at "
-            f"{there.host}:{there.port}, and has one address: give that, or end it and all its applications "
-            "with `serve shutdown` first"
+            f"{running.host}:{running.port}, and has one address: give that, or end it and all its "
+            "applications with `serve shutdown` first"
         )
-
-
-def _runs() -> bool:
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
-    except ValueError:
-        return False
-    return True
 
 
 def _reasons(name: str) -> list[str]:
@@ -123,7 +114,7 @@ def _reasons(name: str) -> list[str]:
 def drain(config: ServeConfig) -> None:
     """Take no more requests, and return when those in hand are answered, or their time is over."""
     # ray_serve.shutdown() alone ends the proxies at once; ray_serve.delete() waits a minute at most.
-    ray_serve.delete(config.name, _blocking=False)
+    _compat.begin_delete(config.name)
     end = time.monotonic() + config.limits.request_seconds + GRACE_SECONDS
     while config.name in ray_serve.status().applications and time.monotonic() < end:
         time.sleep(0.5)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from serve.chat.logprobs import Logprobs
+from serve.chat.schemas import ChatRequest
 from serve.chat.vocabulary import Vocabulary
 from skipvision.engine import Choice, Chunk, Completion, TokenLogprob, Usage
 
@@ -15,7 +18,7 @@ _FINISH = {"stop": "stop", "length": "length", "deadline": "length", "cancelled"
 
 
 @dataclass
-class Answer:
+class ChatResponse:
     """Writes one request's responses.
 
     Attributes:
@@ -33,12 +36,18 @@ class Answer:
     logprobs: bool
     _tokens: dict[int, Logprobs] = field(default_factory=dict, init=False)
 
+    @classmethod
+    def to(cls, body: ChatRequest, vocabulary: Vocabulary) -> Self:
+        """Return the response to a request, under a new id."""
+        id_ = f"chatcmpl-{uuid.uuid4().hex}"
+        return cls(id_, int(time.time()), body.model, vocabulary, bool(body.logprobs))
+
     def completion(self, completion: Completion) -> dict[str, Any]:
         """The whole answer."""
         return {
             **self._head("chat.completion"),
             "choices": [self._choice(choice) for choice in completion.choices],
-            "usage": usage(completion.usage),
+            "usage": _usage(completion.usage),
         }
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
@@ -56,9 +65,9 @@ class Answer:
         delta = {"content": chunk.text} if chunk.text else {}
         return self._delta(chunk.index, delta, reason, told)
 
-    def ending(self, found: Usage) -> dict[str, Any]:
+    def usage(self, usage: Usage) -> dict[str, Any]:
         """The chunk behind the last, with the usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(found)}
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(usage)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -97,7 +106,7 @@ class Answer:
         return {"content": choice.push(tokens, text, reason), "refusal": None}
 
 
-def usage(found: Usage) -> dict[str, Any]:
+def _usage(found: Usage) -> dict[str, Any]:
     """OpenAI's usage, and what became of the visual tokens."""
     return {
         "prompt_tokens": found.prompt_tokens,

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.util import metrics
 
+from serve._compat import route_template
 from serve.front import AGE
 from serve.problem import Problem
 from serve.reporting import reported
@@ -18,7 +19,7 @@ logger = logging.getLogger("ray.serve")
 _AGE = re.compile(rb"\d{1,9}\.\d{3}")
 
 
-class Around:
+class AccessLog:
     """ASGI middleware.
 
     Refuses bodies that are too large while they arrive, answers errors that nothing else has answered,
@@ -87,7 +88,7 @@ class Around:
                 )
                 await reported(problem).response()(scope, receive, sending)
             seconds = time.monotonic() - begin
-            route = getattr(scope.get("route"), "path", "none")
+            route = route_template(scope)
             tags = {"route": route, "status": str(status or 499)}
             self._requests.inc(tags=tags)
             self._seconds.observe(seconds, tags=tags)

@@ -22,7 +22,7 @@ from serve.chat.schemas import ChatRequest
 from serve.config import ServeConfig
 from serve.ingress.guard import Guard
 from serve.ingress.ingress import Ingress
-from serve.ingress.middleware import Around
+from serve.ingress.middleware import AccessLog
 from serve.keys import KeyRing
 from serve.observe.metrics_page import exposition
 from serve.page import page_routes
@@ -57,7 +57,7 @@ def http_app(config: ServeConfig) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await _here().close()
+        await _this_ingress().close()
 
     app = _App(
         lifespan=lifespan,
@@ -73,27 +73,27 @@ def http_app(config: ServeConfig) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None, dependencies=keyed, responses=responses.CHAT)
     async def chat(body: ChatRequest, http: Request) -> Response:
         """Write an answer to messages with images."""
-        return await _here().chat(body, http)
+        return await _this_ingress().chat(body, http)
 
     @app.post("/v1/overlay", dependencies=keyed, responses=responses.ASKED)
     async def overlay(body: ChatRequest, http: Request) -> dict[str, Any]:
         """Which patches of the messages' images are retained, skipped, merged or dropped; answers nothing."""
-        return await _here().overlay(body, http)
+        return await _this_ingress().overlay(body, http)
 
     @app.get("/v1/models", dependencies=keyed, responses=responses.KEYED)
     async def models() -> dict[str, Any]:
         """Models and adapters that requests can name."""
-        return await _here().models()
+        return await _this_ingress().models()
 
     @app.get("/v1/models/{name:path}", dependencies=keyed, responses=responses.NAMED)
     async def model(name: str) -> dict[str, Any]:
         """One of them, with the SkipConfig that it runs under."""
-        return await _here().model(name)
+        return await _this_ingress().model(name)
 
     @app.get("/healthz", response_model=None, responses=responses.HEALTH)
     async def healthz() -> Response:
         """Whether every model has an engine that answers."""
-        return await _here().health()
+        return await _this_ingress().health()
 
     @app.get("/metrics", response_class=Response, dependencies=keyed, responses=responses.METRICS)
     async def metrics() -> Response:
@@ -130,11 +130,11 @@ def http_app(config: ServeConfig) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Around, max_body=int(limits.body_mib * 2**20))
+    app.add_middleware(AccessLog, max_body=int(limits.body_mib * 2**20))
     return app
 
 
-def _here() -> Ingress:
+def _this_ingress() -> Ingress:
     return cast(Ingress, ray_serve.get_replica_context().servable_object)
 
 

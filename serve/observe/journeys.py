@@ -114,11 +114,11 @@ class Journey:
             span.end(error)
             self._observe(name, time.monotonic() - begin)
 
-    def spoke(self) -> None:
+    def mark_first_token(self) -> None:
         """Its first token is here."""
         self._first = time.monotonic()
 
-    def arrived(self, completion: Completion) -> None:
+    def finish(self, completion: Completion) -> None:
         """The engine has ended it."""
         timing, now = completion.timing, time.monotonic()
         for name, begin, end in engine_stages(timing):
@@ -136,7 +136,7 @@ class Journey:
             if later > 0:
                 of.output_token.observe((timing.total - timing.first_token) / later, tags=tags)
 
-    def retried(self) -> None:
+    def count_retry(self) -> None:
         """It goes to another engine."""
         self._journeys.retries.inc(tags=self._tags)
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from serve.observe.journeys import engine_stages
 from serve.observe.tracing import Tracer
 from serve.replica.adapters import ServedAdapters
 from serve.replica.grammar import Grammars
+from serve.replica.messages import Served, State, Work
 from serve.replica.stream import ask, stream
 from skipvision import SkipConfig
 from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
@@ -33,51 +34,6 @@ logger = logging.getLogger("ray.serve")
 
 _STUCK_SECONDS = 60.0
 """An engine whose step takes longer than this is taken for dead."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A request on its way from an ingress to an engine; what an engine alone can make is still missing.
-
-    Attributes:
-        request: prepared.
-        until: Unix time at which its time is over.
-        schema: JSON schema that the answers follow, as JSON.
-        traceparent: span that the engine's are part of.
-    """
-
-    request: Request
-    until: float
-    schema: str | None = None
-    traceparent: str | None = None
-
-
-@dataclass(frozen=True)
-class Served:
-    """What an engine offers.
-
-    Attributes:
-        adapters: where each comes from, with the version of those in a registry.
-        skip: SkipConfig of each adapter, and of the base model under "__base__".
-        missing: adapters that could not be had yet, and why.
-    """
-
-    adapters: dict[str, str] = field(default_factory=dict)
-    skip: dict[str, SkipConfig] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class State:
-    """How an engine is.
-
-    Attributes:
-        statistics: what it is doing, and has done.
-        missing: as `Served`.
-    """
-
-    statistics: Statistics
-    missing: dict[str, str]
 
 
 class EngineReplica:
@@ -191,7 +147,7 @@ class EngineReplica:
         """Of the engine."""
         return await ask(self._engine, Engine.statistics)
 
-    def still(self) -> float:
+    def seconds_since_step(self) -> float:
         """Seconds since the engine finished a step, or had nothing to do."""
         return time.monotonic() - self._engine.stepped
 
@@ -204,8 +160,8 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Raise if the engine hangs: Ray Serve then starts another replica."""
-        if self.still() > _STUCK_SECONDS:
-            raise RuntimeError(f"the engine has not finished a step for {self.still():.0f} s")
+        if self.seconds_since_step() > _STUCK_SECONDS:
+            raise RuntimeError(f"the engine has not finished a step for {self.seconds_since_step():.0f} s")
 
     def __del__(self) -> None:
         """Called before the process ends."""

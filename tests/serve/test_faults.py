@@ -16,7 +16,7 @@ import serve.app
 from serve.app import build
 from serve.config import serve_config
 from serve.deploy import drain
-from serve.ingress.ingress import GRACE_SECONDS
+from serve.ingress.dispatch import GRACE_SECONDS
 from serve.replica.replica import EngineReplica
 from skipvision.engine.running import Running
 from tests.serve.conftest import LONG, asking, eventually, register

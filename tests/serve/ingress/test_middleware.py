@@ -18,7 +18,7 @@ from pipelines.shared.config import load_config
 from serve.app import build
 from serve.config import ServeConfig, serve_config
 from serve.front import AGE
-from serve.ingress.middleware import Around
+from serve.ingress.middleware import AccessLog
 from serve.observe.metrics_page import merged
 from serve.replica.autoscaling import ByLoad
 from serve.replica.replica import load_of
@@ -26,7 +26,7 @@ from skipvision import ConfigError
 from skipvision.engine import Statistics
 from tests.serve.conftest import LONG, asking
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_every_answer_has_an_id_and_the_clients_own_is_kept(endpoint):
@@ -47,7 +47,7 @@ def test_the_time_that_another_ingress_had_counts(age, seconds):
 
     headers = [] if age is None else [(AGE, age)]
     begin = time.monotonic()
-    asyncio.run(Around(app, 9)({"type": "http", "method": "GET", "headers": headers}, None, None))
+    asyncio.run(AccessLog(app, 9)({"type": "http", "method": "GET", "headers": headers}, None, None))
     assert begin <= seen[0] + seconds <= time.monotonic()
 
 
