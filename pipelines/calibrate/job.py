@@ -20,7 +20,8 @@ from pipelines.calibrate.report import markdown, picture
 from pipelines.calibrate.search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate.space import candidates, parts
 from pipelines.calibrate.workers import scorers
-from pipelines.cluster.session import node_resources, ray_session, worker_resources
+from pipelines.cluster.resources import node_resources, worker_resources
+from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.score.dataset import Dataset
 from pipelines.score.fingerprints import of_files

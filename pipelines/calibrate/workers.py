@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.data.collate import content_parts
+from pipelines.data.chat import content_parts
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.evaluation.items import Item
 from pipelines.score.dataset import Dataset, Question

@@ -22,7 +22,8 @@ from pipelines.caption.report import record, savings
 from pipelines.caption.resources import engine_resources
 from pipelines.caption.rows import Caption
 from pipelines.caption.stages import Assignment, Written, captions
-from pipelines.cluster.session import node_resources, ray_session
+from pipelines.cluster.resources import node_resources
+from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model
 from pipelines.shared.error_limit import ErrorLimit, listed
 from pipelines.shared.paths import input_path, output_path

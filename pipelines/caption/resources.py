@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipelines.caption.config import ScalingSection
-from pipelines.cluster.session import fitting_workers
+from pipelines.cluster.resources import fitting_workers
 from skipvision.errors import ResourceError
 
 

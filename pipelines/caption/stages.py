@@ -29,7 +29,7 @@ from pipelines.caption.config import CaptionConfig
 from pipelines.caption.manifest import Manifest
 from pipelines.caption.rows import Caption, CaptionRow, Problem
 from pipelines.cluster.cpus import usable_cpus
-from pipelines.data.collate import content_parts
+from pipelines.data.chat import content_parts
 from pipelines.data.images import ImageError
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel, load_engine

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from pipelines.data.collate import ChatFormat, OnUnreadable, encode, open_images
+from pipelines.data.chat import ChatFormat, encode
+from pipelines.data.collate import OnUnreadable, open_images
 from pipelines.data.rows import TrainingRow
 from pipelines.evaluation.items import OVERALL
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
 
-from pipelines.data.collate import ChatFormat, encode
+from pipelines.data.chat import ChatFormat, encode
 from pipelines.data.rows import TrainingRow
 
 T = TypeVar("T")

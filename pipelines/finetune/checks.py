@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
-from pipelines.cluster.session import node_resources, worker_resources
+from pipelines.cluster.resources import node_resources, worker_resources
 from pipelines.engines.loading import check_known, load_processor
 from pipelines.finetune.config import FinetuneConfig, ScalingSection
 from pipelines.finetune.learner import prepare

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pipelines.data.collate import content_parts
+from pipelines.data.chat import content_parts
 from pipelines.data.images import ImageError
 from pipelines.score.dataset import Dataset
 from pipelines.score.points import Answered, Scored, score_answers

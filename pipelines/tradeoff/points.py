@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 import skipvision as sv
-from pipelines.data.collate import ChatFormat, encode, open_images
+from pipelines.data.chat import ChatFormat, encode
+from pipelines.data.collate import open_images
 from pipelines.data.rows import TrainingRow
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import arithmetic, load_frozen, load_processor

@@ -6,7 +6,7 @@ import fcntl
 
 import pytest
 
-from pipelines.cluster.session import fitting_workers, worker_resources
+from pipelines.cluster.resources import fitting_workers, worker_resources
 from pipelines.finetune.folder import FinetuneFolder, real_paths
 from pipelines.shared.paths import input_path, model_path, output_path
 from skipvision.errors import ConfigError, ResourceError

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
-from pipelines.data.collate import IGNORED, ChatFormat, Collator
+from pipelines.data.chat import ChatFormat
+from pipelines.data.collate import IGNORED, Collator
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.finetune.batches import LengthGroupedBatches, prefetched, row_lengths
 from skipvision.errors import ConfigError

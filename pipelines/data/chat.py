@@ -1,0 +1,149 @@
+"""Conversations in the words of a processor's chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from pipelines.data.rows import IMAGE_PLACEHOLDER, Message
+from skipvision.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation in the template's words, one placeholder per image.
+
+    ``answers`` holds the (start, end) characters of each answer together with the token that ends it.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+class ChatFormat:
+    """How one processor writes conversations, and where the answers are in what it wrote."""
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        template = processor.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        if not template:
+            raise ConfigError(f"{type(processor).__name__} has no chat template; training rows need one")
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self._template: str = template
+        self._marks_answers = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
+        self._ends = _end_tokens(processor)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation so far, up to where the assistant is to speak."""
+        return self._write(messages, add_generation_prompt=True)[0]
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """The whole conversation, and its answers."""
+        if self._marks_answers:
+            text, spans = self._write(messages, mark_answers=True)
+        else:
+            text, spans = self._write(messages)[0], []
+            for position, message in enumerate(messages):
+                if message.role == "assistant":
+                    before = self.prompt(messages[:position])
+                    after, _ = self._write(messages[: position + 1])
+                    if not (text.startswith(after) and after.startswith(before)):
+                        raise ConfigError(
+                            f"the chat template of {type(self.processor).__name__} rewrites earlier turns "
+                            "and has no {% generation %} marks, so what is to be learnt cannot be told: "
+                            "add the marks"
+                        )
+                    spans.append((len(before), len(after)))
+        return self._close_answers(text, spans)
+
+    def _write(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, mark_answers: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        texts, spans = render_jinja_template(
+            conversations=[[{"role": m.role, "content": content_parts(m.text)} for m in messages]],
+            chat_template=self._template,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=mark_answers,
+            **self.tokenizer.special_tokens_map,
+        )
+        return texts[0], [(start, end) for start, end in spans[0]] if mark_answers else []
+
+    def _close_answers(self, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:
+        """Let every answer end in exactly one end token, without the white space templates put behind.
+
+        The token is the template's own if one stands there; a template that ends answers with nothing
+        would teach a model never to stop, so there the tokenizer's end-of-sequence token is put in.
+        """
+        pieces: list[str] = []
+        answers = []
+        done = written = 0
+        for start, end in spans:
+            stop = start + len(text[start:end].rstrip())
+            missing = ""
+            if not text.endswith(self._ends, start, stop):
+                follows = next((token for token in self._ends if text.startswith(token, stop)), "")
+                stop += len(follows)
+                missing = "" if follows else self.tokenizer.eos_token
+            answer_start = written + start - done
+            pieces += [text[done:stop], missing]
+            written += stop - done + len(missing)
+            done = stop
+            answers.append((answer_start, written))
+        return Rendered("".join([*pieces, text[done:]]), tuple(answers))
+
+
+def encode(
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Any]],
+    *,
+    padding_side: str,
+    offsets: bool = False,
+) -> dict[str, Any]:
+    """Rendered texts and each one's images as padded model inputs.
+
+    With ``offsets`` also ``offset_mapping`` (B, T, 2), and per row ``text_replacement_offsets``: where
+    the processor has put how much in place of a placeholder.
+    """
+    options: dict[str, Any] = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
+    if offsets:
+        options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+    if _writes_bos(processor, texts):
+        options["add_special_tokens"] = False
+    nested = [list(row) for row in images]
+    return dict(processor(text=list(texts), images=nested if any(nested) else None, **options))
+
+
+def content_parts(text: str) -> list[dict[str, str]]:
+    """A message's content as templates take it: images and the text between them, in order."""
+    parts: list[dict[str, str]] = []
+    for position, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if position:
+            parts.append({"type": "image"})
+        # Templates put their own white space around an image; LLaVA's files hold another line break.
+        if piece := piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _end_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
+    """The special tokens an answer may end in: all but those that begin, pad or stand for an image."""
+    tokenizer = processor.tokenizer
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token, IMAGE_PLACEHOLDER}
+    others |= set(processor.all_special_multimodal_tokens)
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"{type(tokenizer).__name__} has no end-of-sequence token to end answers with")
+    return tuple(sorted((special - others) | {tokenizer.eos_token}))
+
+
+def _writes_bos(processor: ProcessorMixin, texts: Sequence[str]) -> bool:
+    """Whether the template has written the beginning-of-sequence token, so that none must be added."""
+    bos = processor.tokenizer.bos_token
+    return bos is not None and bool(texts) and texts[0].startswith(bos)
