@@ -1,15 +1,17 @@
-"""Continuous batching over pruned KV caches; batch jobs and the endpoint drive the same engine.
+"""Continuous batching over pruned KV caches. Batch jobs and the endpoint drive the same engine.
 
-    request
-      └ prepare      template, tokenizer, image processor: on the CPU, in any process
-         └ Scheduler    first come first served, by the KV bytes that the pruned prompt and the answer take
-            └ Prefiller    together: vision tower, Skip-FFN; what was seen before comes from PrefixCache
-               └ Slots        what stays of each prompt in a row; skipped tokens never get there
-                  └ Running      one token for all rows a step, each by its own settings
-                     └ chunks of text, and a completion at the end
+    Request
+      └ prepare         chat template, tokenizer and image processor: on the CPU, in any process
+         └ Intake          checks the request, and chooses its SkipConfig and adapter
+            └ Scheduler       admits it when its pruned prompt and its answer fit into the KV budget
+               └ PrefillStage    vision tower and prompt, in batches; known prefixes come from PrefixCache
+                  └ Slots           one row of the KV cache per answer; skipped tokens never get there
+                     └ DecodeStage     one token per step for all rows, each with its own settings
+                        └ Finisher        frees the row; chunks of text, and a completion at the end
 
-Read in this order: `requests`, `prompts`, `prefill`, `prefixes`, `slots`, `scheduler`, `sequences`,
-`running`, `engine`. Torch only: threads, asyncio, Ray and HTTP stay outside.
+Read in this order: `requests`, `prompts`, `intake`, `prefill`, `prefixes`, `slots`, `sequences`, `scheduler`,
+`running`, `prefilling`, `decoding`, `finishing`, `engine`. Torch only: threads, asyncio, Ray and HTTP stay
+outside.
 """
 
 from skipvision.engine.adapters import BASE

@@ -1,4 +1,4 @@
-"""Which PEFT adapter a call runs under, one or one for each row."""
+"""The PEFT adapters of the engine's model, and the SkipConfig of each."""
 
 from __future__ import annotations
 
@@ -9,77 +9,114 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from skipvision.adapters.files import read_adapter
 from skipvision.adapters.save_load import load_adapter, unload_adapters
+from skipvision.attach import Attachment
+from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError
 
 BASE = "__base__"
-"""The base model, among the names of adapters (PEFT's name for it, too)."""
+"""Name of the base model among the adapters. PEFT uses the same name."""
 
 
 class Adapters:
-    """The adapters of one model; the model is its engine's alone.
+    """Loads, activates and removes adapters of a model that only the engine uses.
 
     Args:
         model: a PEFT model, or a model without adapters.
+        attachment: Skip-Vision on that model.
+        config: SkipConfig of the base model's requests.
+        trained: SkipConfig of the adapters that the model already has.
 
     Attributes:
-        default: what was active at the beginning.
+        default: the adapter that was active when the engine was created.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, attachment: Attachment, config: SkipConfig, trained: SkipConfig
+    ) -> None:
+        self._model, self._attachment = model, attachment
         self._peft = model if isinstance(model, PeftModel) else None
         active = list(model.active_adapters) if isinstance(model, PeftModel) else [BASE]
         if len(active) != 1:
             raise ConfigError(
-                f"the adapters {active} are active together; the engine runs each request under one: "
-                "activate one with set_adapter()"
+                f"the adapters {active} are active together, but the engine runs each request under one: "
+                "activate a single adapter with set_adapter()"
             )
         self.default = self._active = active[0]
+        self._configs = {name: config if name == BASE else trained for name in self.names}
 
     @property
     def names(self) -> list[str]:
-        """All that a request can ask for."""
+        """Names that a request can give, `BASE` first."""
         return [BASE, *(self._peft.peft_config if self._peft is not None else ())]
 
+    @property
+    def configs(self) -> dict[str, SkipConfig]:
+        """SkipConfig by name of adapter."""
+        return {name: self._configs[name] for name in self.names}
+
+    def config_of(self, name: str) -> SkipConfig:
+        """SkipConfig of one adapter."""
+        return self._configs[name]
+
     def check(self, name: str) -> None:
-        """Raise `ConfigError` if there is no such adapter."""
+        """Raise `ConfigError` if no adapter has this name."""
         if name not in self.names:
-            raise ConfigError(f"no adapter {name!r} here: there are {', '.join(self.names)}")
+            raise ConfigError(f"no adapter {name!r} is loaded: choose from {', '.join(self.names)}")
+
+    def check_removable(self, name: str) -> None:
+        """Raise `ConfigError` if the adapter does not exist or belongs to the model itself."""
+        self.check(name)
+        if name in (BASE, self.default):
+            raise ConfigError(f"{name!r} was active when the engine was created and cannot be removed")
 
     def add(self, name: str, folder: Path) -> None:
-        """Load a saved adapter; raises as `load_adapter`, and then all is as it was."""
-        self.activate(self.default)
-        try:
-            loaded = load_adapter(self._peft or self._model, folder, name=name)
-            self._peft = loaded if isinstance(loaded, PeftModel) else None
-        finally:
-            self._again()
+        """Load a saved adapter with the SkipConfig that it was trained with.
+
+        After an error the model is unchanged.
+
+        Raises:
+            AdapterError: as `load_adapter`.
+            ConfigError: the name is in use, or the SkipConfig does not fit this model.
+        """
+        if name in self.names:
+            raise ConfigError(f"adapter {name!r} is already loaded: call remove_adapter() first")
+        config = read_adapter(folder)["skip"] or SkipConfig.full()
+        with self._attachment.growing(config):
+            self.activate(self.default)
+            try:
+                loaded = load_adapter(self._peft or self._model, folder, name=name)
+                self._peft = loaded if isinstance(loaded, PeftModel) else None
+            finally:
+                self._reactivate_default()
+        self._configs[name] = config
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; with the last one on a model that had none, PEFT goes, too."""
+        """Unload an adapter. If the model came without PEFT, the last removal takes PEFT off again."""
         if self.names == [BASE, name] and self._peft is not self._model:
             self.clear()
         elif self._peft is not None:
-            # PEFT warns where it has to choose what is active instead, which is chosen here.
+            # PEFT warns when it has to choose another active adapter, so one is activated first.
             self.activate(next(other for other in self.names if other not in (BASE, name)))
             self._peft.delete_adapter(name)
-            self._again()
+            self._reactivate_default()
+        del self._configs[name]
 
     def clear(self) -> None:
-        """Activate what was at the beginning, on a model without PEFT if it was."""
+        """Restore the adapter that was active at creation, or the model without PEFT."""
         self.activate(self.default)
         if self._peft is not None and self._peft is not self._model:
             self._peft = None
             unload_adapters(self._model)
 
-    def _again(self) -> None:
-        """Activate what was at the beginning in all layers: PEFT may just have made some."""
+    def _reactivate_default(self) -> None:
+        # PEFT may just have created layers that do not know what is active.
         self._active = ""
         self.activate(self.default)
 
     def activate(self, name: str) -> None:
-        """Make all calls run under one adapter."""
+        """Run all following calls under one adapter."""
         if self._peft is None or name == self._active:
             return
         tuner: Any = self._peft.base_model
@@ -91,7 +128,12 @@ class Adapters:
         self._active = name
 
     def call(self, names: Sequence[str], **inputs: Any) -> Any:
-        """Call the PEFT model with the rows of a batch under an adapter each, of which there are several."""
+        """Call the PEFT model on a batch whose rows run under different adapters.
+
+        Args:
+            names: adapter of each row; at least two different ones.
+            inputs: keyword arguments of the model.
+        """
         if self._active == BASE:
             self.activate(next(name for name in names if name != BASE))
         peft: Any = self._peft

@@ -1,7 +1,7 @@
-"""Several prompts through the model at once, and what the KV cache is to keep of each.
+"""The model call that prefills several prompts, and the resulting KV cache.
 
-The prefill runs with the skipped tokens still in the cache: the engine takes from it what stays, straight
-into its slots, and what the prefix cache is to hold.
+Skipped tokens stay in this temporary cache until the call ends. The engine then copies the entries that stay
+into its slots, and whole prefixes, skipped tokens included, into the prefix cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Visual:
-    """Visual tokens of one prompt: of the caller, on the full path, on the short path, kept in the cache."""
+    """Counts of one prompt's visual tokens: in all, on the full path, on the short path, and in the cache."""
 
     total: int = 0
     retained: int = 0
@@ -37,27 +37,27 @@ class Visual:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What one prompt up to its last image left in the KV cache, skipped tokens included.
+    """KV cache of one prompt up to its last image, skipped tokens included: C entries.
 
     Attributes:
-        layers: (heads, C, dim) keys and values.
-        stay: (C,) entries that stay when the prompt is through.
-        place: (C,) of each entry among the caller's tokens.
-        next_position: (A,) position of the token behind it.
-        fed: tokens of the caller.
-        visual: counts.
+        layers: (heads, C, dim) keys and values of each layer.
+        stay: (C,) True for entries that stay after prefill.
+        ordinal: (C,) index of each entry among the caller's tokens.
+        next_position: (A,) position of the token after it, on each of the model's position axes.
+        fed: number of the caller's tokens.
+        visual: counts of visual tokens.
     """
 
     layers: Layers
     stay: torch.Tensor
-    place: torch.Tensor
+    ordinal: torch.Tensor
     next_position: torch.Tensor
     fed: int
     visual: Visual
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its keys and values."""
+        """Bytes of keys and values."""
         return sum(states.nbytes for pair in self.layers for states in pair)
 
 
@@ -66,21 +66,22 @@ class Prefilled:
     """A batch of B prompts in the model's KV cache, C entries a row.
 
     Attributes:
-        layers: (B, heads, C, dim) keys and values.
-        real: (B, C) entries that are there.
-        stay: (B, C) of these, the ones that stay.
-        place: (B, C) of each entry among the caller's tokens.
-        fed: (B,) tokens of the caller.
-        next_position: (A, B) position of the next token, on each of the axes that positions have.
+        layers: (B, heads, C, dim) keys and values of each layer.
+        real: (B, C) False for padding.
+        stay: (B, C) True for entries that stay after prefill.
+        ordinal: (B, C) index of each entry among the caller's tokens.
+        fed: (B,) number of the caller's tokens.
+        next_position: (A, B) position of the next token, on each of the model's position axes.
         logits: (B, V) of the next token.
-        visual: counts of each row.
-        positions: (A, B, T) of the caller's tokens behind the images; None if only those were in this call.
+        visual: counts of visual tokens, by row.
+        positions: (A, B, T) positions of the caller's tokens, valid after the images; None if the batch
+            started from cached prefixes.
     """
 
     layers: Layers
     real: torch.Tensor
     stay: torch.Tensor
-    place: torch.Tensor
+    ordinal: torch.Tensor
     fed: torch.Tensor
     next_position: torch.Tensor
     logits: torch.Tensor
@@ -88,27 +89,29 @@ class Prefilled:
     positions: torch.Tensor | None = None
 
     def staying(self) -> tuple[torch.Tensor, list[int]]:
-        """(B, K) index of the entries that stay, behind a row's last its first again; how many each has."""
+        """Return the indices of the entries that stay, (B, K), and their number in each row.
+
+        A row with fewer than K repeats its first entry. Padding would not do: it may hold NaN.
+        """
         counts = self.stay.sum(dim=1)
-        most = int(counts.max())
-        order = (~self.stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        # Padding may hold what is not a number, and must not come along.
-        there = torch.arange(most, device=order.device) < counts[:, None]
-        return torch.where(there, order, order[:, :1]), counts.tolist()
+        longest = int(counts.max())
+        order = (~self.stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+        valid = torch.arange(longest, device=order.device) < counts[:, None]
+        return torch.where(valid, order, order[:, :1]), counts.tolist()
 
     def prefix(self, row: int, tokens: int) -> Prefix:
-        """A copy of what a row's first ``tokens`` left, up to its last image or behind it."""
+        """Copy the entries of a row's first ``tokens`` tokens, which must include its last image."""
         if self.positions is None:
-            raise ValueError("what was filled in behind prefixes has none of its own")
+            raise ValueError("a batch that started from cached prefixes has no prefix of its own")
         padding = self.positions.shape[2] - int(self.fed[row])
-        index = (self.real[row] & (self.place[row] < tokens)).nonzero().squeeze(1)
+        index = (self.real[row] & (self.ordinal[row] < tokens)).nonzero().squeeze(1)
         return Prefix(
             [
                 (keys[row].index_select(1, index), values[row].index_select(1, index))
                 for keys, values in self.layers
             ],
             self.stay[row, index],
-            self.place[row, index],
+            self.ordinal[row, index],
             self.positions[:, row, padding + tokens].clone(),
             tokens,
             self.visual[row],
@@ -116,11 +119,11 @@ class Prefilled:
 
 
 class Prefiller:
-    """Runs prompts through one attached model.
+    """Runs batches of prompts through the model.
 
     Args:
-        model: without PEFT around it; its decoder has ``attachment`` on it.
-        attachment: applies a request's SkipConfig.
+        model: without a PEFT wrapper.
+        attachment: Skip-Vision on that model; applies a request's SkipConfig.
         image_token_id: placeholder token of one visual token.
     """
 
@@ -130,12 +133,12 @@ class Prefiller:
         pad = getattr(model.generation_config, "pad_token_id", None)
         self._pad = pad if pad is not None else 0
 
-    def whole(self, prompts: Sequence[Prompt], config: SkipConfig) -> Prefilled:
-        """Prompts with all that belongs to them."""
+    def from_start(self, prompts: Sequence[Prompt], config: SkipConfig) -> Prefilled:
+        """Prefill whole prompts with their images."""
         model, cache = self._model, DynamicCache()
-        batch = self._moved(collate(prompts, self._pad))
+        batch = self._to_device(collate(prompts, self._pad))
         ids, mask = batch.pop("input_ids"), batch["attention_mask"]
-        # The same two methods that `generate` calls; what a family needs beside the prompt is in them.
+        # `generate` calls the same two methods: they add the inputs that a family needs besides the prompt.
         positions = model._prepare_position_ids_for_generation(ids, {**batch, "past_key_values": cache})
         call = model.prepare_inputs_for_generation(
             ids,
@@ -173,29 +176,25 @@ class Prefiller:
             axes - state.shift[..., None],
         )  # fmt: skip
 
-    def behind(self, prefixes: Sequence[Prefix], prompts: Sequence[Prompt]) -> Prefilled:
-        """What follows the prefixes in the prompts: tokens without images."""
-        batch = self._moved(collate(prompts, self._pad, begin=[prefix.fed for prefix in prefixes]))
+    def from_prefixes(self, prefixes: Sequence[Prefix], prompts: Sequence[Prompt]) -> Prefilled:
+        """Prefill the rest of each prompt after its cached prefix. The rest has no images."""
+        batch = self._to_device(collate(prompts, self._pad, begin=[prefix.fed for prefix in prefixes]))
         mask = batch["attention_mask"].bool()
         cache = DynamicCache()
         for number in range(len(prefixes[0].layers)):
-            cache.update(
-                _side_by_side([prefix.layers[number][0].transpose(0, 1) for prefix in prefixes]).transpose(
-                    1, 2
-                ),
-                _side_by_side([prefix.layers[number][1].transpose(0, 1) for prefix in prefixes]).transpose(
-                    1, 2
-                ),
-                number,
+            keys, values = (
+                _padded_left([prefix.layers[number][part].transpose(0, 1) for prefix in prefixes])
+                for part in (0, 1)
             )
-        held = _side_by_side([torch.ones_like(prefix.stay) for prefix in prefixes])
+            cache.update(keys.transpose(1, 2), values.transpose(1, 2), number)
+        held = _padded_left([torch.ones_like(prefix.stay) for prefix in prefixes])
         next_position = torch.stack([prefix.next_position for prefix in prefixes], dim=1)
         state = CacheState(
             mask=held,
             caller_length=held.shape[1],
             shift=torch.zeros_like(next_position),
             next_position=next_position,
-            place=_side_by_side([prefix.place for prefix in prefixes]),
+            place=_padded_left([prefix.ordinal for prefix in prefixes]),
             fed=torch.tensor([prefix.fed for prefix in prefixes], device=mask.device),
         )
         state.remember(cache)
@@ -209,14 +208,14 @@ class Prefiller:
             use_cache=True,
             logits_to_keep=1,
         )
-        stay = torch.cat([_side_by_side([prefix.stay for prefix in prefixes]), mask], dim=1)
+        stay = torch.cat([_padded_left([prefix.stay for prefix in prefixes]), mask], dim=1)
         new = mask.sum(dim=1)
         return Prefilled(
             _layers(cache), real, stay, state.extended_place(real), state.fed + new, next_position + new,
             output.logits[:, -1], [prefix.visual for prefix in prefixes],
         )  # fmt: skip
 
-    def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device, dtype = self._model.device, self._model.dtype
         return {
             name: value.to(device, dtype if value.is_floating_point() else None)
@@ -232,6 +231,6 @@ def _layers(cache: DynamicCache) -> Layers:
     ]
 
 
-def _side_by_side(values: list[torch.Tensor]) -> torch.Tensor:
-    """(C, …) of different lengths → (B, C, …), padded on the left."""
+def _padded_left(values: list[torch.Tensor]) -> torch.Tensor:
+    """Stack (C, …) tensors of different lengths to (B, C, …), padded on the left with zeros."""
     return pad_sequence(values, batch_first=True, padding_side="left")

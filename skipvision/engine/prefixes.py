@@ -1,7 +1,7 @@
-"""Prefixes that were computed before: the same images behind the same tokens, under the same plan.
+"""Cache of prompt prefixes: the same images after the same tokens, under the same SkipConfig and adapter.
 
-Selection does not look at the question (METHOD), so what a prompt up to its last image leaves in the KV
-cache does not depend on what follows. Skipped tokens are held too: the question must see them once.
+Selection does not depend on the question, so the KV cache of a prompt up to its last image does not either.
+The cache holds skipped tokens too: the tokens of the question attend to them once, before they leave.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from skipvision.engine.prefill import Prefix
 
 
 class PrefixCache:
-    """The prefixes used last, within a limit.
+    """Least-recently-used cache of prefixes.
 
     Args:
-        limit: bytes of keys and values; 0 = hold nothing.
+        limit: max bytes of keys and values; 0 disables the cache.
 
     Attributes:
-        nbytes: held now.
-        hits, misses: answers of `find` so far.
+        nbytes: bytes in use.
+        hits, misses: results of `find` so far.
     """
 
     def __init__(self, limit: int) -> None:
@@ -35,7 +35,7 @@ class PrefixCache:
         return key in self._held
 
     def find(self, key: Hashable) -> Prefix | None:
-        """The prefix put under this key, if it is still held."""
+        """Return the prefix of this key, or None; counts a hit or a miss."""
         prefix = self._held.get(key)
         if prefix is None:
             self.misses += 1
@@ -45,7 +45,7 @@ class PrefixCache:
         return prefix
 
     def put(self, key: Hashable, prefix: Prefix) -> None:
-        """Hold a prefix; those not used for longest go. One larger than the limit is not held."""
+        """Add a prefix, and evict the least recently used ones. Ignores a prefix larger than the limit."""
         if prefix.nbytes > self.limit:
             return
         self.drop(key)
@@ -55,12 +55,12 @@ class PrefixCache:
             self.nbytes -= self._held.popitem(last=False)[1].nbytes
 
     def drop(self, key: Hashable) -> None:
-        """Hold it no longer."""
+        """Remove the prefix of this key, if present."""
         old = self._held.pop(key, None)
         if old is not None:
             self.nbytes -= old.nbytes
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Remove all prefixes."""
         self._held.clear()
         self.nbytes = 0

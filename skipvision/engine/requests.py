@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""The types of requests to the engine and of its answers."""
 
 from __future__ import annotations
 
@@ -21,28 +21,39 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class Sampling(BaseModel):
-    """How an answer is written. Frozen; wrong values raise `ConfigError` naming every one of them."""
+    """Settings of a request's decoding. Frozen; one `ConfigError` names all invalid values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_new_tokens: int = Field(64, ge=1, lt=2**31, description="most tokens of an answer")
-    temperature: float = Field(0.0, ge=0, le=1e6, description="0 takes the likeliest token each time")
+    max_new_tokens: int = Field(64, ge=1, lt=2**31, description="max tokens of an answer")
+    temperature: float = Field(0.0, ge=0, le=1e6, description="0 always chooses the likeliest token")
     top_p: float = Field(
-        1.0, ge=0, le=1, description="likeliest tokens that have this probability together; one at least"
+        1.0,
+        ge=0,
+        le=1,
+        description="draw from the likeliest tokens with this total probability, at least one",
     )
-    top_k: int = Field(0, ge=0, lt=2**31, description="tokens that are drawn from; 0 = all")
+    top_k: int = Field(0, ge=0, lt=2**31, description="draw from this many of the likeliest tokens; 0 = all")
     repetition_penalty: float = Field(
-        1.0, gt=0, le=1e6, description="divides the logits of tokens in prompt and answer so far; 1 = none"
+        1.0,
+        gt=0,
+        le=1e6,
+        description="divides the logits of tokens in the prompt and answer so far; 1 = no penalty",
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="the same seed draws the same tokens whatever else is running"
+        None, ge=0, lt=2**63, description="the same seed draws the same tokens, whatever else is running"
     )
-    stop: tuple[str, ...] = Field((), description="texts that end the answer and are left out of it")
-    stop_token_ids: tuple[int, ...] = Field((), description="tokens that end it, beside the model's own")
+    stop: tuple[str, ...] = Field((), description="strings that end the answer and are left out of it")
+    stop_token_ids: tuple[int, ...] = Field(
+        (), description="tokens that end the answer, besides the model's own"
+    )
     logprobs: int | None = Field(
-        None, ge=0, le=100, description="likeliest tokens to report at each place, beside the one taken"
+        None,
+        ge=0,
+        le=100,
+        description="number of likeliest tokens to report at each position, besides the chosen one",
     )
-    n: int = Field(1, ge=1, le=1024, description="answers to the same prompt")
+    n: int = Field(1, ge=1, le=1024, description="number of answers to the same prompt")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -59,7 +70,7 @@ class Sampling(BaseModel):
     @classmethod
     def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "" in value:
-            raise ValueError("an empty text would end every answer before it begins")
+            raise ValueError("an empty string would end every answer before it begins")
         return value
 
 
@@ -70,17 +81,18 @@ class Request:
     Attributes:
         prompt: text with the family's image placeholders, or chat messages for the processor's template.
         images: in the order of their placeholders.
-        inputs: what `Engine.prepare` made of prompt and images: (1, T) ids and pixel tensors of this request.
-            It can be made elsewhere (`prepare`), for example in a process that only reads images.
-        sampling: how the answer is written.
-        skip: the SkipConfig of this request; None = that of the adapter it names, or the engine's.
-            "full" skips nothing.
+        inputs: the processor's output for this prompt, (1, T) ids and pixel tensors; None = the engine runs
+            its processor. Another process can prepare it (`skipvision.engine.prepare`).
+        sampling: settings of the decoding.
+        skip: SkipConfig of this request, or "full" to skip nothing; None = that of the adapter it names, or
+            the engine's.
         adapter: name of a PEFT adapter, or "__base__"; None = the one that was active when the engine
-            was made.
-        deadline: seconds after submission at which what is there is returned (finish_reason "deadline").
-        adjust: makes, for each choice, what changes the (V,) logits of its next token given the ids written
-            so far, at each token (constrained decoding).
-        key: the caller's name for it; comes back with the completion.
+            was created.
+        deadline: seconds from submission; then the answer ends as generated so far (finish_reason
+            "deadline").
+        adjust: constrained decoding. Called once for each choice, it returns a function from the ids
+            generated so far and the (V,) logits of the next token to new logits.
+        key: any value of the caller's; returned with the completion.
     """
 
     prompt: str | Sequence[Message] = ""
@@ -100,20 +112,20 @@ class Request:
         for name, kind in kinds.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
-                expected = "a SkipConfig, None or 'full'" if name == "skip" else f"a {kind}"
-                raise ConfigError(f"{name}={value!r}: {expected} is expected")
+                expected = "a SkipConfig, None or 'full'" if name == "skip" else str(kind)
+                raise ConfigError(f"{name}={value!r}: expected {expected}")
         if self.deadline is not None and not self.deadline > 0:
-            raise ConfigError(f"deadline={self.deadline!r}: seconds from submission, more than 0")
+            raise ConfigError(f"deadline={self.deadline!r}: expected a positive number of seconds")
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One written token.
+    """Log probability of one generated token.
 
     Attributes:
         token_id: the token.
         logprob: natural logarithm of its probability under the model, before temperature and penalties.
-        top: the likeliest tokens in its place with theirs, likeliest first.
+        top: ids and log probabilities of the likeliest tokens at its position, likeliest first.
     """
 
     token_id: int
@@ -123,7 +135,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer. ``text`` is without special tokens and without the stop text."""
+    """One answer to a request. ``text`` excludes special tokens and the stop string."""
 
     index: int
     text: str
@@ -138,13 +150,13 @@ class Usage:
 
     Attributes:
         prompt_tokens: as the caller counts them, every visual token included.
-        completion_tokens: written, all choices together.
-        visual_total: visual tokens of its images.
-        visual_retained: of these, on the full path.
-        visual_skipped: on the short path, after merging.
-        visual_cached: retained and summary tokens (all, without skip_kv) that the KV cache held.
-        kv_bytes: keys and values of the prompt in the cache.
-        prefix_hit: images and the text before them came from the prefix cache.
+        completion_tokens: generated, all choices together.
+        visual_total: visual tokens of the images.
+        visual_retained: visual tokens on the full path.
+        visual_skipped: visual tokens on the short path, after merging.
+        visual_cached: retained and summary tokens in the KV cache; without skip_kv, skipped ones too.
+        kv_bytes: keys and values of the prompt in the KV cache.
+        prefix_hit: whether the images and the text before them came from the prefix cache.
     """
 
     prompt_tokens: int = 0
@@ -159,7 +171,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds since submission: until its prefill began, until the first token, until the end."""
+    """Seconds from submission to the start of prefill, to the first token, and to the end."""
 
     queued: float
     first_token: float | None
@@ -168,15 +180,15 @@ class Timing:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """The end of a request.
+    """The result of a request.
 
     Attributes:
-        request: the request as it was submitted.
-        id: the engine's name for it.
+        request: as submitted.
+        id: as returned by `Engine.submit`; −1 if the engine rejected the request.
         choices: one for each of ``sampling.n``.
-        usage: tokens.
+        usage: token counts.
         timing: seconds.
-        error: why it failed; then the choices hold what was written before.
+        error: why the request failed; the choices then end where it failed.
     """
 
     request: Request
@@ -188,25 +200,25 @@ class Completion:
 
     @property
     def key(self) -> Any:
-        """The caller's name for the request."""
+        """The request's ``key``."""
         return self.request.key
 
     @property
     def text(self) -> str:
-        """The first choice's."""
+        """Text of the first choice; empty without choices."""
         return self.choices[0].text if self.choices else ""
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What one step added to one choice.
+    """Tokens and text that one step added to one choice.
 
     Attributes:
         id: of the request.
         index: of the choice.
-        text: new text; empty while a character or a possible stop text is incomplete.
+        text: new text; empty while a character or a possible stop string is incomplete.
         token_ids: new tokens.
-        logprobs: theirs, if asked for.
+        logprobs: of the new tokens, if requested.
         finish_reason: set on the choice's last chunk.
         completion: set on the request's last chunk.
     """

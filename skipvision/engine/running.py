@@ -1,138 +1,149 @@
-"""The answers that are being written: their rows, and the decode step over all of them."""
+"""The running sequences, the row of each in `Slots`, and the model call that decodes them all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 import torch
 from torch import _dynamo as dynamo
 
-from skipvision.anatomy.masks import Sight
 from skipvision.engine.adapters import Adapters
+from skipvision.engine.model import ModelFacts
 from skipvision.engine.prefill import Prefilled
 from skipvision.engine.scheduler import Scheduler
-from skipvision.engine.sequences import Answer
+from skipvision.engine.sequences import Sequence
 from skipvision.engine.slots import Slots
 
-_COMPILED_SHAPES = 64
-"""Numbers of rows times lengths that may be compiled; behind them the step runs as it is."""
+_MAX_COMPILED_SHAPES = 64
+"""Combinations of rows and length that are compiled; further ones run uncompiled."""
 
 
 class Running:
-    """Rows of `Slots`, an answer each.
+    """Sequences that are being decoded; sequence i has row i of the slots.
 
     Args:
-        model: the model, without PEFT around it.
-        adapters: of it.
-        sight: of its decoder.
+        facts: of the model.
+        adapters: of the model.
         scheduler: the arithmetic of rows and lengths.
-        compiled: run decode steps through ``torch.compile``, with this backend or the usual one.
+        compiled: run decode steps through ``torch.compile``; a string names the backend.
 
     Attributes:
-        answers: in the order of their rows.
-        slots: the rows.
+        sequences: in the order of their rows.
+        slots: the KV cache.
     """
 
     def __init__(
-        self, model: Any, adapters: Adapters, sight: Sight, scheduler: Scheduler, compiled: bool | str
+        self, facts: ModelFacts, adapters: Adapters, scheduler: Scheduler, compiled: bool | str
     ) -> None:
-        self._model, self._adapters, self._sight, self._scheduler = model, adapters, sight, scheduler
+        self._model: Any = facts.base
+        self._sight, self._adapters, self._scheduler = facts.sight, adapters, scheduler
         backend = compiled if isinstance(compiled, str) else "inductor"
-        self._compiled = torch.compile(model, dynamic=False, backend=backend) if compiled else None
-        self.answers: list[Answer] = []
+        self._compiled = torch.compile(self._model, dynamic=False, backend=backend) if compiled else None
+        self.sequences: list[Sequence] = []
         self.slots = Slots(scheduler.capacity)
 
     @property
     def entries(self) -> int:
-        """Of the KV cache, that all answers together have."""
-        return sum(answer.length for answer in self.answers)
+        """KV cache entries of all sequences."""
+        return sum(sequence.length for sequence in self.sequences)
 
     @property
     def reserved(self) -> int:
-        """Places of the rows in use."""
-        return self._scheduler.rows(len(self.answers)) * self.slots.length
+        """KV cache entries that the rows in use can hold."""
+        return self._scheduler.rows(len(self.sequences)) * self.slots.length
 
-    def add(self, answers: Sequence[Answer], row: Sequence[int], filled: Prefilled) -> None:
-        """Put answers into new rows, each behind the prompt in its ``row`` of a prefill."""
+    def add(self, sequences: abc.Sequence[Sequence], source: abc.Sequence[int], filled: Prefilled) -> None:
+        """Give new sequences a row each, and copy their prompts' entries into it.
+
+        Args:
+            sequences: N new sequences.
+            source: for each of them, the row of ``filled`` with its prompt.
+            filled: a prefilled batch.
+        """
         index, lengths = filled.staying()
         fed, positions = filled.fed.tolist(), filled.next_position.T.tolist()
-        for answer, source in zip(answers, row, strict=True):
-            answer.length, answer.fed, answer.position = lengths[source], fed[source], positions[source]
+        for sequence, row in zip(sequences, source, strict=True):
+            sequence.length, sequence.fed, sequence.position = lengths[row], fed[row], positions[row]
         self.slots.allocate(filled.layers)
-        self._make_room([*self.answers, *answers])
-        at = torch.tensor(row, device=index.device)
-        places = torch.take_along_dim(filled.place, index, dim=1)
-        self.slots.append(filled.layers, at, index[at], places[at])
-        self.answers += answers
+        self._make_room([*self.sequences, *sequences])
+        rows = torch.tensor(source, device=index.device)
+        ordinals = torch.take_along_dim(filled.ordinal, index, dim=1)
+        self.slots.append(filled.layers, rows, index[rows], ordinals[rows])
+        self.sequences += sequences
 
-    def remove(self, answer: Answer, erase: bool = False) -> None:
-        """Free the row of an answer; the last row moves there. What is not a number must be erased."""
-        row = self.answers.index(answer)
+    def remove(self, sequence: Sequence, erase: bool = False) -> None:
+        """Free the row of a sequence; the last row moves there.
+
+        Args:
+            sequence: a running sequence.
+            erase: overwrite the row. Required if it may hold NaN, which attention masks do not stop.
+        """
+        row = self.sequences.index(sequence)
         if erase:
             self.slots.erase(row)
         self.slots.remove(row)
-        self.answers[row] = self.answers[-1]
-        self.answers.pop()
+        self.sequences[row] = self.sequences[-1]
+        self.sequences.pop()
 
     def clear(self) -> None:
         """Free all rows."""
-        self.answers.clear()
+        self.sequences.clear()
         self.slots.rows = 0
 
     def decode(self) -> torch.Tensor:
-        """Feed the newest token of every answer; returns (R, V) logits of the next."""
-        answers, device = self.answers, self._model.device
-        idle = self._scheduler.rows(len(answers)) - len(answers)
+        """Feed the newest token of every sequence to the model; returns (R, V) logits of the next."""
+        sequences, device = self.sequences, self._model.device
+        idle = self._scheduler.rows(len(sequences)) - len(sequences)
 
         def tensor(values: list[Any], filler: Any = 0) -> torch.Tensor:
             return torch.tensor(values + [filler] * idle, device=device)
 
-        lengths = [answer.length for answer in answers]
+        lengths = [sequence.length for sequence in sequences]
         span = self.slots.length if self._compiled is not None else self._scheduler.length(max(lengths) + 1)
-        at, places = tensor(lengths), tensor([answer.fed for answer in answers])
-        axes = len(answers[0].position)
-        positions = tensor([answer.position for answer in answers], [0] * axes).T[..., None]
-        self.slots.begin_step(at, places, min(span, self.slots.length))
-        call = {
-            "input_ids": tensor([[answer.ids[-1]] for answer in answers], [0]),
-            "attention_mask": self._mask(at, places),
+        at, ordinals = tensor(lengths), tensor([sequence.fed for sequence in sequences])
+        axes = len(sequences[0].position)
+        positions = tensor([sequence.position for sequence in sequences], [0] * axes).T[..., None]
+        self.slots.begin_step(at, ordinals, min(span, self.slots.length))
+        inputs = {
+            "input_ids": tensor([[sequence.ids[-1]] for sequence in sequences], [0]),
+            "attention_mask": self._mask(at, ordinals),
             "position_ids": positions if axes > 1 else positions[0],
             "past_key_values": self.slots,
             "use_cache": True,
         }
-        logits: torch.Tensor = self._call(call, idle).logits[: len(answers), -1]
-        for answer in answers:
-            answer.length += 1
-            answer.fed += 1
-            answer.position = [position + 1 for position in answer.position]
+        logits: torch.Tensor = self._call(inputs, idle).logits[: len(sequences), -1]
+        for sequence in sequences:
+            sequence.length += 1
+            sequence.fed += 1
+            sequence.position = [position + 1 for position in sequence.position]
         return logits
 
-    def _call(self, call: dict[str, Any], idle: int) -> Any:
-        names = [answer.ticket.adapter for answer in self.answers]
+    def _call(self, inputs: dict[str, Any], idle: int) -> Any:
+        names = [sequence.group.adapter for sequence in self.sequences]
         if len(set(names)) > 1:
-            return self._adapters.call([*names, *names[:1] * idle], **call)
+            return self._adapters.call([*names, *names[:1] * idle], **inputs)
         self._adapters.activate(names[0])
         if self._compiled is None:
-            return self._model(**call)
-        with dynamo.config.patch(recompile_limit=_COMPILED_SHAPES):
-            return self._compiled(**call)  # type: ignore[no-untyped-call]
+            return self._model(**inputs)
+        with dynamo.config.patch(recompile_limit=_MAX_COMPILED_SHAPES):
+            return self._compiled(**inputs)
 
-    def _mask(self, lengths: torch.Tensor, places: torch.Tensor) -> Any:
-        """What each row's new token sees: its own entries, as far back as the layers look."""
-        there = self.slots.places()
-        seen = torch.arange(there.shape[1], device=there.device) <= lengths[:, None]
+    def _mask(self, lengths: torch.Tensor, ordinals: torch.Tensor) -> Any:
+        """Let each row's new token see the row's own entries, within the window of each layer."""
+        keys = self.slots.ordinals()
+        visible = torch.arange(keys.shape[1], device=keys.device) <= lengths[:, None]
         if not self._sight.takes_masks:
-            return seen.long()
+            return visible.long()
         kinds = self._sight.kinds if self._sight.by_kind else self._sight.kinds[:1]
         masks = {
-            kind: seen[:, None] & self._sight.within_reach(kind, places[:, None], there) for kind in kinds
+            kind: visible[:, None] & self._sight.within_reach(kind, ordinals[:, None], keys) for kind in kinds
         }
         return self._sight.write(masks, self._sight.by_kind, self._model.dtype)
 
-    def _make_room(self, answers: Sequence[Answer]) -> None:
-        """Make rows long enough for all, and short enough for as many."""
-        needed = self._scheduler.length(max(answer.ticket.reserved for answer in answers))
-        slots, rows = self.slots, self._scheduler.rows(len(answers))
+    def _make_room(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Change the length of rows if these sequences need longer rows, or more of them."""
+        needed = self._scheduler.length(max(sequence.group.reserved for sequence in sequences))
+        slots, rows = self.slots, self._scheduler.rows(len(sequences))
         if needed > slots.length or rows * slots.length > slots.capacity:
             slots.reshape(needed)

@@ -1,4 +1,4 @@
-"""The next token of every running answer, each by its own settings."""
+"""Choose the next token of every row, each by its own settings."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 
 from skipvision.engine.requests import Sampling, TokenLogprob
 
-_COLDEST = 1e-6
-"""Temperature below which nothing but the likeliest token has a chance anyway."""
+_MIN_TEMPERATURE = 1e-6
+"""Smaller temperatures choose the likeliest token anyway, and would overflow."""
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make tokens that were seen less likely (https://arxiv.org/abs/1909.05858, section 4.1).
+    """Apply a repetition penalty (https://arxiv.org/abs/1909.05858, section 4.1).
 
     Args:
         logits: (V,).
-        seen: (n,) ids.
-        penalty: above 1 makes them rarer.
+        seen: (n,) ids of tokens that have occurred.
+        penalty: above 1 makes them less likely.
     """
     chosen = logits[seen]
     return logits.index_put((seen,), torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
 def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tensor) -> torch.Tensor:
-    """One token a row.
+    """Choose one token for each row.
 
     Args:
-        logits: (R, V), float32 or wider; no NaN, no +∞, and something above −∞ in each row.
+        logits: (R, V), float32 or wider; no NaN, no +∞, and at least one above −∞ in each row.
         settings: of each row.
-        draws: (R,) uniform in [0, 1); looked at where temperature > 0.
+        draws: (R,) uniform in [0, 1); used by rows with temperature > 0.
 
     Returns:
         (R,) token ids.
@@ -44,48 +44,47 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
 
-    heat = column([max(settings[row].temperature, _COLDEST) for row in drawn])
+    temperature = column([max(settings[row].temperature, _MIN_TEMPERATURE) for row in drawn])
     chosen = logits[at]
-    # Behind the likeliest, so that no temperature is cold enough to overflow.
-    ordered, ids = ((chosen - chosen.amax(dim=1, keepdim=True)) / heat).sort(
-        dim=1, descending=True, stable=True
-    )
+    # Relative to the maximum, so that dividing by a small temperature cannot overflow.
+    relative = chosen - chosen.amax(dim=1, keepdim=True)
+    ordered, ids = (relative / temperature).sort(dim=1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
-    most = column([min(settings[row].top_k or len(rank), len(rank)) for row in drawn])
-    ordered = ordered.masked_fill(rank >= most, -torch.inf)
-    chances = ordered.softmax(dim=1)
-    before = chances.cumsum(dim=1) - chances
-    chances = chances.masked_fill(before >= column([settings[row].top_p for row in drawn]), 0)
-    # The first of a row always stays, whatever rounding does to top_p.
-    chances[:, 0] = chances[:, 0].clamp(min=torch.finfo(chances.dtype).tiny)
-    reached = chances.cumsum(dim=1)
-    wanted = draws.to(reached)[at, None] * reached[:, -1:]
-    place = torch.searchsorted(reached, wanted, right=True)
-    last = (chances > 0).sum(dim=1, keepdim=True) - 1
-    return likeliest.index_put((at,), ids.gather(1, torch.minimum(place, last)).squeeze(1))
+    top_k = column([min(settings[row].top_k or len(rank), len(rank)) for row in drawn])
+    probabilities = ordered.masked_fill(rank >= top_k, -torch.inf).softmax(dim=1)
+    before = probabilities.cumsum(dim=1) - probabilities
+    top_p = column([settings[row].top_p for row in drawn])
+    probabilities = probabilities.masked_fill(before >= top_p, 0)
+    # The likeliest token stays possible, however top_p and rounding fall.
+    probabilities[:, 0] = probabilities[:, 0].clamp(min=torch.finfo(probabilities.dtype).tiny)
+    cumulative = probabilities.cumsum(dim=1)
+    target = draws.to(cumulative)[at, None] * cumulative[:, -1:]
+    choice = torch.searchsorted(cumulative, target, right=True)
+    last = (probabilities > 0).sum(dim=1, keepdim=True) - 1
+    return likeliest.index_put((at,), ids.gather(1, torch.minimum(choice, last)).squeeze(1))
 
 
 def report(
-    logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int | None]
+    logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int | None]
 ) -> list[TokenLogprob | None]:
-    """Log probabilities of the tokens taken, for the rows that asked.
+    """Return the log probability of each row's chosen token, for the rows that request it.
 
     Args:
         logits: (R, V) of the model.
-        tokens: taken, one a row.
-        asked: how many of the likeliest each row wants; None = nothing.
+        tokens: the chosen token of each row.
+        counts: number of likeliest tokens that each row requests; None = no report.
     """
-    rows = [row for row, count in enumerate(asked) if count is not None]
+    rows = [row for row, count in enumerate(counts) if count is not None]
     reports: list[TokenLogprob | None] = [None] * len(tokens)
     if not rows:
         return reports
     logprobs = logits[rows].log_softmax(dim=1)
-    most = min(max(asked[row] or 0 for row in rows), logprobs.shape[1])
-    top, ids = (found.tolist() for found in logprobs.topk(most, dim=1))
-    taken = logprobs[range(len(rows)), [tokens[row] for row in rows]].tolist()
+    largest = min(max(counts[row] or 0 for row in rows), logprobs.shape[1])
+    top, ids = (tensor.tolist() for tensor in logprobs.topk(largest, dim=1))
+    chosen = logprobs[range(len(rows)), [tokens[row] for row in rows]].tolist()
     for at, row in enumerate(rows):
-        count = asked[row] or 0
+        count = counts[row] or 0
         reports[row] = TokenLogprob(
-            tokens[row], taken[at], tuple(zip(ids[at][:count], top[at][:count], strict=True))
+            tokens[row], chosen[at], tuple(zip(ids[at][:count], top[at][:count], strict=True))
         )
     return reports

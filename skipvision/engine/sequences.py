@@ -1,9 +1,9 @@
-"""One request in the engine, and each of the answers that are written to it."""
+"""The state of one request, and of each answer that is generated for it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
 
 import torch
 
@@ -22,23 +22,29 @@ from skipvision.engine.requests import (
 )
 from skipvision.engine.streams import TextStream
 
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2⁶⁴ ÷ the golden ratio: spreads the seeds of neighbouring choices far apart."""
 
-class Ticket:
-    """A request from submission to completion.
+
+class SequenceGroup:
+    """One request from submission to completion, with a sequence for each of its ``n`` answers.
 
     Args:
-        number: the engine's name for it.
+        number: the engine's id of the request.
         request: as submitted.
-        prompt: prepared.
-        config: that it runs under.
-        adapter: that it runs under.
+        prompt: the prepared prompt.
+        config: SkipConfig that the request runs under.
+        adapter: adapter that the request runs under.
         decode: token ids to text.
 
     Attributes:
-        entries: of the KV cache that its prompt keeps: planned, and after prefill as it is.
-        answers: one for each of ``n``.
-        visual: counts; known after prefill.
-        began: when its prefill began.
+        entries: KV cache entries that the prompt keeps: planned before prefill, exact afterwards.
+        sequences: one for each of ``n``.
+        visual: token counts, known after prefill.
+        prefix_hit: whether the prompt's prefix came from the cache.
+        error: why the request failed.
+        submitted, began, first_token: times of submission, start of prefill and first token, by
+            `time.monotonic`.
     """
 
     def __init__(
@@ -48,47 +54,50 @@ class Ticket:
         prompt: Prompt,
         config: SkipConfig,
         adapter: str,
-        decode: Callable[[Sequence[int]], str],
+        decode: abc.Callable[[abc.Sequence[int]], str],
     ) -> None:
         self.number, self.request, self.prompt = number, request, prompt
         self.config, self.adapter = config, adapter
         self.entries = prompt.planned_entries(config)
-        self.answers = [Answer(self, index, decode) for index in range(request.sampling.n)]
-        self.visual, self.prefix_hit, self.error = Visual(), False, None
+        self.sequences = [Sequence(self, index, decode) for index in range(request.sampling.n)]
+        self.visual, self.prefix_hit = Visual(), False
+        self.error: Exception | None = None
         self.submitted = time.monotonic()
         self.began: float | None = None
         self.first_token: float | None = None
 
-    error: Exception | None
-
     @property
     def reserved(self) -> int:
-        """Entries of the KV cache that each of its answers may come to need."""
-        # The last token is never fed back.
+        """KV cache entries that each sequence may need."""
+        # The last token is never fed to the model.
         return self.entries + self.request.sampling.max_new_tokens - 1
 
     @property
-    def late(self) -> bool:
-        """Its deadline has passed."""
+    def expired(self) -> bool:
+        """Whether the request's deadline has passed."""
         deadline = self.request.deadline
         return deadline is not None and time.monotonic() - self.submitted >= deadline
 
     @property
     def finished(self) -> bool:
-        """All its answers are."""
-        return all(answer.finish_reason is not None for answer in self.answers)
+        """Whether all sequences have finished."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
 
-    def completion(self, token_bytes: int) -> Completion:
-        """The end of it; ``token_bytes`` is what one entry of the KV cache takes."""
+    def completion(self, entry_bytes: int) -> Completion:
+        """Build the completion.
+
+        Args:
+            entry_bytes: bytes of one entry of the KV cache.
+        """
         end, visual = time.monotonic(), self.visual
         usage = Usage(
             prompt_tokens=len(self.prompt),
-            completion_tokens=sum(len(answer.ids) for answer in self.answers),
+            completion_tokens=sum(len(sequence.ids) for sequence in self.sequences),
             visual_total=visual.total,
             visual_retained=visual.retained,
             visual_skipped=visual.skipped,
             visual_cached=visual.cached,
-            kv_bytes=self.entries * token_bytes if self.began is not None else 0,
+            kv_bytes=self.entries * entry_bytes if self.began is not None else 0,
             prefix_hit=self.prefix_hit,
         )
         timing = Timing(
@@ -96,51 +105,56 @@ class Ticket:
             first_token=None if self.first_token is None else self.first_token - self.submitted,
             total=end - self.submitted,
         )
-        choices = tuple(answer.choice() for answer in self.answers)
+        choices = tuple(sequence.choice() for sequence in self.sequences)
         return Completion(self.request, self.number, choices, usage, timing, self.error)
 
 
-class Answer:
-    """One answer while it is written.
+class Sequence:
+    """One answer while it is generated.
 
     Attributes:
-        ids: written.
-        logprobs: of each, if asked for.
-        finish_reason: once it is finished.
-        length: entries of the KV cache in its slot.
-        adjust: changes the logits of its next token, or None.
-        fed: tokens of its prompt and answer so far, as the caller counts them, without the newest.
-        position: (A,) of the newest token, on each axis.
+        group: the request that it belongs to.
+        index: its number among the request's answers.
+        sampling: the request's settings.
+        ids: generated tokens.
+        logprobs: of each token, if requested.
+        finish_reason: None until it has finished.
+        adjust: function that changes the logits of its next token, or None.
+        length: entries in its row of the KV cache.
+        fed: tokens of prompt and answer that the model has read, as the caller counts them.
+        position: (A,) position of the newest token, on each of the model's position axes.
     """
 
-    def __init__(self, ticket: Ticket, index: int, decode: Callable[[Sequence[int]], str]) -> None:
-        self.ticket, self.index = ticket, index
-        self.sampling = ticket.request.sampling
+    def __init__(
+        self, group: SequenceGroup, index: int, decode: abc.Callable[[abc.Sequence[int]], str]
+    ) -> None:
+        self.group, self.index = group, index
+        self.sampling = group.request.sampling
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.length = self.fed = 0
         self.position: list[int] = []
         self._stream = TextStream(decode, self.sampling.stop)
-        self.adjust = None if ticket.request.adjust is None else ticket.request.adjust()
+        self.adjust = None if group.request.adjust is None else group.request.adjust()
         self._generator = torch.Generator()
         if self.sampling.seed is None:
             self._generator.seed()
         else:
-            # Choices of one request differ; the first is what n=1 gives.
+            # Each choice draws differently; the first draws as with n=1.
             self._generator.manual_seed((self.sampling.seed + index * _GOLDEN) % 2**63)
 
     def draw(self) -> float:
-        """A number in [0, 1) for the next token."""
+        """Draw the random number in [0, 1) that chooses the next token."""
         return float(torch.rand((), generator=self._generator))
 
-    def write(self, token: int, logprob: TokenLogprob | None, ending: frozenset[int]) -> Chunk:
-        """Add a token; ``ending`` are the ids that end any answer."""
+    def append(self, token: int, logprob: TokenLogprob | None, eos_token_ids: frozenset[int]) -> Chunk:
+        """Add a token, and finish if it ends the answer; returns the new text."""
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
         text = ""
-        if token in ending or token in self.sampling.stop_token_ids:
+        if token in eos_token_ids or token in self.sampling.stop_token_ids:
             text, self.finish_reason = self._stream.finish(), "stop"
         else:
             text = self._stream.push(token)
@@ -150,7 +164,7 @@ class Answer:
                 text += self._stream.finish()
                 self.finish_reason = "stop" if self._stream.stopped else "length"
         return Chunk(
-            self.ticket.number,
+            self.group.number,
             self.index,
             text,
             (token,),
@@ -158,14 +172,14 @@ class Answer:
             self.finish_reason,
         )
 
-    def end(self, reason: FinishReason) -> Chunk:
-        """Write no more."""
-        # After an error, it may be these tokens that cannot be read.
+    def finish(self, reason: FinishReason) -> Chunk:
+        """Finish before the answer's own end; returns the text that was held back."""
+        # After an error, decoding these tokens may be what failed.
         text, self.finish_reason = "" if reason == "error" else self._stream.finish(), reason
-        return Chunk(self.ticket.number, self.index, text, (), finish_reason=reason)
+        return Chunk(self.group.number, self.index, text, (), finish_reason=reason)
 
     def choice(self) -> Choice:
-        """What has been written."""
+        """Return the answer as generated so far."""
         return Choice(
             self.index,
             self._stream.text,
@@ -173,7 +187,3 @@ class Answer:
             self.finish_reason or "cancelled",
             None if self.sampling.logprobs is None else tuple(self.logprobs),
         )
-
-
-_GOLDEN = 0x9E3779B97F4A7C15
-"""Far apart seeds from near ones (2⁶⁴ ÷ the golden ratio)."""

@@ -1,9 +1,9 @@
-"""Where the running sequences' keys and values lie: one preallocated block, a row for each sequence.
+"""The preallocated KV cache of the running sequences, one row for each.
 
-A layer's block is one flat tensor of as many token places as the budget pays for, read as rows of one
-length: (rows, heads, length, dim). The rows in use are the first ones, side by side, so a decode step
-takes them as a view. Rows are as long as the longest sequence needs; when that changes, the block is
-read with another length and what is in it moves.
+A layer has two blocks, keys and values. A block is a flat tensor with room for ``capacity`` tokens, viewed as
+rows of one length: (rows, heads, length, dim). The rows in use come first, so a decode step reads them as one
+view. Rows are as long as the longest sequence needs. When that changes, the block is viewed with another
+length and its content is moved.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from skipvision.kv_cache import SettledCache, take_entries
 
 
 class Slots(SettledCache):
-    """KV cache of the running sequences; to a decoder, an ordinary cache with one row each.
+    """KV cache of the running sequences. A decoder uses it as an ordinary `transformers` cache.
 
     Args:
-        capacity: token places, of all rows together.
+        capacity: entries, all rows together.
 
     Attributes:
-        rows: in use.
-        length: token places of each row.
-        at: (R,) entry of each row that the step writes.
-        span: entries of each row that it reads.
+        rows: number of rows in use.
+        length: entries that each row can hold.
+        at: (R,) index in each row of the entry that the current step writes.
+        span: number of entries in each row that attention reads in the current step.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -35,27 +35,27 @@ class Slots(SettledCache):
         self.capacity = capacity
         self.rows = self.length = 0
         self._blocks: list[_Block] = []
-        self._place = torch.zeros(0, dtype=torch.long)
-        self.at = self._place
+        self._ordinal = torch.zeros(0, dtype=torch.long)
+        self.at = self._ordinal
         self.span = 0
 
     def allocate(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Make the block, once, for keys and values (B, heads, S, dim) like these."""
+        """Allocate the blocks on the first call, for keys and values (B, heads, S, dim) like these."""
         if not self._blocks:
             self._blocks = [
                 _Block(states, self.capacity) for keys, values in layers for states in (keys, values)
             ]
             pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
             self.layers = [_Layer(self, *pair) for pair in pairs]
-            self._place = torch.zeros(self.capacity, dtype=torch.long, device=layers[0][0].device)
+            self._ordinal = torch.zeros(self.capacity, dtype=torch.long, device=layers[0][0].device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the block."""
+        """Bytes of all blocks."""
         return sum(block.flat.nbytes for block in self._blocks)
 
     def reshape(self, length: int) -> None:
-        """Give each row another length; what is in use must fit."""
+        """Change the length of all rows; the entries in use must fit."""
         if length == self.length:
             return
         old, self.length = self.length, length
@@ -63,73 +63,76 @@ class Slots(SettledCache):
             block.move(self.rows, old, length)
         if self.rows:
             kept = min(old, length)
-            moved = self._places(old)[: self.rows, :kept].clone()
-            self._places(length)[: self.rows, :kept] = moved
+            moved = self._ordinals(old)[: self.rows, :kept].clone()
+            self._ordinals(length)[: self.rows, :kept] = moved
 
     def append(
         self,
         layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
         source: torch.Tensor,
         index: torch.Tensor,
-        places: torch.Tensor,
+        ordinals: torch.Tensor,
     ) -> None:
-        """Put new rows behind those in use.
+        """Copy entries of a prefill into N new rows.
 
         Args:
-            layers: keys and values (B, heads, C, dim) of a prefill.
-            source: (N,) row of it that each new row is a copy of.
-            index: (N, K) entries that it takes, in order; arbitrary behind its last.
-            places: (N, K) their places in the caller's row.
+            layers: keys and values (B, heads, C, dim) of the prefill.
+            source: (N,) row of the prefill that each new row copies from.
+            index: (N, K) entries that it copies, in order; arbitrary past a row's last entry.
+            ordinals: (N, K) index of each entry among the caller's tokens.
         """
-        new, most = index.shape
+        new, longest = index.shape
         rows = slice(self.rows, self.rows + new)
         for block, states in zip(self._blocks, (states for pair in layers for states in pair), strict=True):
-            block.view(self.length)[rows, :, :most] = take_entries(states, index, source)
-        self._places(self.length)[rows, :most] = places
+            block.view(self.length)[rows, :, :longest] = take_entries(states, index, source)
+        self._ordinals(self.length)[rows, :longest] = ordinals
         self.rows += new
 
     def remove(self, row: int) -> None:
-        """Free a row; the last one moves into its place."""
+        """Free a row and move the last row there."""
         last = self.rows - 1
         if row != last:
             for block in self._blocks:
                 view = block.view(self.length)
                 view[row] = view[last]
-            places = self._places(self.length)
-            places[row] = places[last]
+            ordinals = self._ordinals(self.length)
+            ordinals[row] = ordinals[last]
         self.rows = last
 
     def erase(self, row: int) -> None:
-        """Fill a row with zeros: attention weighs what it must not see with zero, which NaN survives."""
+        """Fill a row with zeros. A mask does not stop NaN: attention multiplies it by a weight of zero."""
         for block in self._blocks:
             block.view(self.length)[row] = 0
 
-    def begin_step(self, lengths: torch.Tensor, places: torch.Tensor, span: int) -> None:
-        """Say where the next token of each row goes.
+    def begin_step(self, lengths: torch.Tensor, ordinals: torch.Tensor, span: int) -> None:
+        """Set where this step writes the new token of each row, and how much attention reads.
 
         Args:
-            lengths: (R,) entries of each row so far; R may be more than ``rows``, for a static shape.
-            places: (R,) place of the new token in the caller's row.
+            lengths: (R,) entries of each row so far; R may exceed ``rows``, for a static shape.
+            ordinals: (R,) index of the new token among the caller's tokens.
             span: entries that attention reads of each row, at least max(lengths) + 1.
         """
         self.at, self.span = lengths, span
-        self._places(self.length)[torch.arange(len(lengths), device=lengths.device), lengths] = places
+        self._ordinals(self.length)[torch.arange(len(lengths), device=lengths.device), lengths] = ordinals
 
-    def places(self) -> torch.Tensor:
-        """(R, span) places of the entries that attention reads; arbitrary behind a row's last."""
-        return self._places(self.length)[: len(self.at), : self.span]
+    def ordinals(self) -> torch.Tensor:
+        """(R, span) index among the caller's tokens of each entry that attention reads.
+
+        Arbitrary past a row's last entry.
+        """
+        return self._ordinals(self.length)[: len(self.at), : self.span]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Entries that attention reads, before the new token; never 0 for a row in use."""
+        """Entries that attention reads before the new token; never 0 for a row in use."""
         return max(self.span - 1, 0)
 
-    def _places(self, length: int) -> torch.Tensor:
+    def _ordinals(self, length: int) -> torch.Tensor:
         rows = self.capacity // length
-        return self._place[: rows * length].view(rows, length)
+        return self._ordinal[: rows * length].view(rows, length)
 
 
 class _Block:
-    """Keys, or values, of one layer: a flat tensor, read as rows of a given length."""
+    """Keys or values of one layer: a flat tensor, viewed as rows of a given length."""
 
     def __init__(self, example: torch.Tensor, capacity: int) -> None:
         _, self.heads, _, self.dim = example.shape
@@ -148,7 +151,7 @@ class _Block:
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of `Slots`."""
+    """One layer of `Slots`, as `transformers` expects it."""
 
     is_sliding = False
 
@@ -158,12 +161,12 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `Slots.allocate` has allocated the blocks."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one new entry a row, (R, heads, 1, dim); returns all that attention reads."""
+        """Write one new entry in each row, (R, heads, 1, dim); returns the entries that attention reads."""
         slots = self.slots
         count = key_states.shape[0]
         rows = torch.arange(count, device=key_states.device)

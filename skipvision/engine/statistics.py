@@ -1,4 +1,4 @@
-"""What the engine is doing, and has done, in numbers."""
+"""Counters and snapshots of the engine's work."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from skipvision.engine.prefixes import PrefixCache
 from skipvision.engine.requests import Completion
-from skipvision.engine.sequences import Ticket
+from skipvision.engine.running import Running
+from skipvision.engine.scheduler import Scheduler
+from skipvision.engine.sequences import SequenceGroup
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """A snapshot. Counts and seconds are since the engine was made; rates are over them.
+    """A snapshot of the engine. Totals and rates are since the engine was created.
 
     Attributes:
-        running: answers being written.
+        running: sequences being decoded.
         waiting: requests in the queue.
-        waiting_answers: that they ask for.
-        max_sequences: answers that may be written at once.
-        kv_bytes_used: keys and values of the running answers.
-        kv_bytes_reserved: their rows, up to the length that they may reach.
-        kv_bytes_budget: limit of the reserved.
+        waiting_answers: answers that those requests want, all ``n`` together.
+        max_sequences: limit of ``running``.
+        kv_bytes_used: keys and values of the running sequences.
+        kv_bytes_reserved: size of their rows, up to the length that they may reach.
+        kv_bytes_budget: limit of ``kv_bytes_reserved``.
         prefix_bytes: keys and values in the prefix cache.
-        prefix_hits, prefix_misses: lookups in it.
-        requests: completed, by finish reason of their first choice.
-        prefill_tokens, prefill_seconds: prompts' tokens as callers count them.
-        decode_tokens, decode_seconds: tokens written in decode steps (an answer's first is prefill's).
-        decode_steps: of all running answers by one token each.
+        prefix_hits, prefix_misses: lookups in the prefix cache.
+        requests: number of completions by finish reason of their first choice.
+        prefill_tokens, prefill_seconds: prompt tokens, as callers count them, and the time to prefill them.
+        decode_tokens, decode_seconds: tokens generated in decode steps. Prefill generates the first token of
+            each answer.
+        decode_steps: each generates one token for every running sequence.
         visual_total, visual_retained, visual_skipped, visual_cached: as in `Usage`.
         time_to_first_token: seconds from submission, median and 95 % quantile of the last 1,000; or None.
-        time_per_output_token: seconds between tokens, likewise.
+        time_per_output_token: seconds between tokens, with the same quantiles.
     """
 
     running: int
@@ -69,13 +73,13 @@ class Statistics:
         return self.prefix_hits / max(self.prefix_hits + self.prefix_misses, 1)
 
 
-def _last() -> deque[float]:
+def _recent() -> deque[float]:
     return deque(maxlen=1000)
 
 
 @dataclass
 class Counters:
-    """What `Statistics` is made from, counted up by the engine."""
+    """Running totals, updated by the stages of the engine."""
 
     requests: dict[str, int] = field(default_factory=dict)
     prefill_tokens: int = 0
@@ -87,27 +91,27 @@ class Counters:
     visual_retained: int = 0
     visual_skipped: int = 0
     visual_cached: int = 0
-    first_tokens: deque[float] = field(default_factory=_last)
-    between_tokens: deque[float] = field(default_factory=_last)
+    first_tokens: deque[float] = field(default_factory=_recent)
+    between_tokens: deque[float] = field(default_factory=_recent)
 
-    def prefilled(self, tickets: Sequence[Ticket], seconds: float) -> None:
-        """Prompts have been read together."""
+    def count_prefill(self, groups: Sequence[SequenceGroup], seconds: float) -> None:
+        """Count prompts that were prefilled together."""
         self.prefill_seconds += seconds
-        for ticket in tickets:
-            self.prefill_tokens += len(ticket.prompt)
-            self.visual_total += ticket.visual.total
-            self.visual_retained += ticket.visual.retained
-            self.visual_skipped += ticket.visual.skipped
-            self.visual_cached += ticket.visual.cached
+        for group in groups:
+            self.prefill_tokens += len(group.prompt)
+            self.visual_total += group.visual.total
+            self.visual_retained += group.visual.retained
+            self.visual_skipped += group.visual.skipped
+            self.visual_cached += group.visual.cached
 
-    def decoded(self, answers: int, seconds: float) -> None:
-        """A token has been written to each of so many answers."""
+    def count_decode(self, tokens: int, seconds: float) -> None:
+        """Count a decode step that generated this many tokens."""
         self.decode_steps += 1
-        self.decode_tokens += answers
+        self.decode_tokens += tokens
         self.decode_seconds += seconds
 
-    def completed(self, completion: Completion) -> None:
-        """A request has ended."""
+    def count_completion(self, completion: Completion) -> None:
+        """Count a request that has ended."""
         reason = completion.choices[0].finish_reason
         self.requests[reason] = self.requests.get(reason, 0) + 1
         first = completion.timing.first_token
@@ -117,9 +121,38 @@ class Counters:
             if later:
                 self.between_tokens.append((completion.timing.total - first) / later)
 
+    def snapshot(
+        self, running: Running, scheduler: Scheduler, prefixes: PrefixCache, entry_bytes: int
+    ) -> Statistics:
+        """Combine the totals with the present state of queue, rows and prefix cache."""
+        return Statistics(
+            running=len(running.sequences),
+            waiting=len(scheduler.waiting),
+            waiting_answers=sum(len(group.sequences) for group in scheduler.waiting),
+            max_sequences=scheduler.max_rows,
+            kv_bytes_used=running.entries * entry_bytes,
+            kv_bytes_reserved=running.reserved * entry_bytes,
+            kv_bytes_budget=scheduler.capacity * entry_bytes,
+            prefix_bytes=prefixes.nbytes,
+            prefix_hits=prefixes.hits,
+            prefix_misses=prefixes.misses,
+            requests=dict(self.requests),
+            prefill_tokens=self.prefill_tokens,
+            prefill_seconds=self.prefill_seconds,
+            decode_tokens=self.decode_tokens,
+            decode_seconds=self.decode_seconds,
+            decode_steps=self.decode_steps,
+            visual_total=self.visual_total,
+            visual_retained=self.visual_retained,
+            visual_skipped=self.visual_skipped,
+            visual_cached=self.visual_cached,
+            time_to_first_token=_median_and_tail(self.first_tokens),
+            time_per_output_token=_median_and_tail(self.between_tokens),
+        )
 
-def median_and_tail(values: Sequence[float]) -> tuple[float, float] | None:
-    """Median and 95 % quantile."""
+
+def _median_and_tail(values: Sequence[float]) -> tuple[float, float] | None:
+    """Median and 95 % quantile, or None without values."""
     if not values:
         return None
     ordered = sorted(values)

@@ -267,7 +267,7 @@ def test_the_command_draws_and_counts(tiny_folder, tmp_path, capsys):
         (["--adapter", "{folder}"], "not a Skip-Vision adapter"),
         (["-o", "{folder}/out.xyz"], "'.xyz' is no kind of picture"),
         (["-o", "{folder}/none/out.png"], "there is no folder"),
-        (["--prompt", "two <image>"], "the processor refuses"),
+        (["--prompt", "two <image>"], "the processor rejects"),
         (["{folder}/in.txt"], "is no image that can be read"),
     ],
 )

@@ -17,7 +17,7 @@ from skipvision import (
     SkipConfig,
     TokenRole,
 )
-from skipvision.engine import engine as engine_module
+from skipvision.engine import decoding
 from skipvision.engine.streams import TextStream
 from tests.skipvision.engine.requests_for_tests import (
     CONFIGS,
@@ -384,7 +384,7 @@ def test_the_largest_numbers_that_are_taken_are_answered(engine, name):
 BAD = Sampling(max_new_tokens=8, repetition_penalty=3.0, logprobs=7)
 FAILING = {
     "choose": lambda logits, settings, draws: BAD in settings,
-    "report": lambda logits, tokens, asked: BAD.logprobs in asked,
+    "report": lambda logits, tokens, counts: BAD.logprobs in counts,
     "penalise": lambda logits, seen, penalty: penalty == BAD.repetition_penalty,
 }
 
@@ -392,9 +392,9 @@ FAILING = {
 @pytest.mark.parametrize("name", FAILING)
 def test_what_fails_while_a_token_is_taken_fails_its_request_alone(engine, monkeypatch, name):
     """And the others draw what they would have drawn."""
-    drawn, real = Sampling(max_new_tokens=8, temperature=1.0, seed=3), getattr(engine_module, name)
+    drawn, real = Sampling(max_new_tokens=8, temperature=1.0, seed=3), getattr(decoding, name)
     expected = ids_of(one(engine, request(1, sampling=drawn)))
-    monkeypatch.setattr(engine_module, name, lambda *to: 1 / 0 if FAILING[name](*to) else real(*to))
+    monkeypatch.setattr(decoding, name, lambda *to: 1 / 0 if FAILING[name](*to) else real(*to))
     asked = [request(2), request(0, sampling=BAD, key="bad"), request(1, sampling=drawn, key="drawn")]
     completions = {each.key: each for each in engine.run(asked)}
     assert isinstance(completions["bad"].error, ZeroDivisionError)
@@ -415,7 +415,7 @@ def test_an_engine_whose_device_has_failed_ends(engine, monkeypatch):
     def fails(*_):
         raise torch.AcceleratorError("illegal address")
 
-    monkeypatch.setattr(engine._prefiller, "whole", fails)
+    monkeypatch.setattr(engine._prefiller, "from_start", fails)
     with pytest.raises(torch.AcceleratorError):
         one(engine, request(0))
 
@@ -453,7 +453,7 @@ def test_what_can_never_run_is_refused_at_once():
     with Engine(words(), None, CONFIGS["counts"], max_sequences=4, kv_budget_bytes=budget) as engine:
         with pytest.raises(ResourceError, match=r"1 × 112 entries .*pays for 64 in all"):
             engine.submit(request(0, tokens=100))
-        with pytest.raises(ResourceError, match=r"n=5 answers at once, but max_sequences=4"):
+        with pytest.raises(ResourceError, match=r"n=5 answers exceed max_sequences=4"):
             engine.submit(request(0, sampling=Sampling(n=5, max_new_tokens=1)))
         with pytest.raises(InputError, match=r"23 tokens of prompt and 500 of answer .*512 positions"):
             engine.submit(request(0, tokens=500))
@@ -464,7 +464,7 @@ def test_what_can_never_run_is_refused_at_once():
 
 
 def test_other_refusals(engine):
-    with pytest.raises(ConfigError, match="no adapter 'b' here: there are __base__"):
+    with pytest.raises(ConfigError, match="no adapter 'b' is loaded: choose from __base__"):
         engine.submit(request(0, adapter="b"))
     with pytest.raises(ConfigError, match="summary_tokens=2, but this model is attached with 1"):
         engine.submit(Request(inputs=inputs_of(0), skip=SkipConfig(retained=2, skipped=2, summary_tokens=2)))
@@ -474,11 +474,11 @@ def test_other_refusals(engine):
         engine.submit(
             Request(inputs={"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[0, 1]])})
         )
-    with pytest.raises(ConfigError, match="'half': a SkipConfig, None or 'full'"):
+    with pytest.raises(ConfigError, match="'half': expected a SkipConfig, None or 'full'"):
         Request(skip="half")
-    with pytest.raises(ConfigError, match=r"deadline=0: seconds"):
+    with pytest.raises(ConfigError, match=r"deadline=0: expected a positive number of seconds"):
         Request(deadline=0)
-    with pytest.raises(InputError, match="the processor refuses this request"):
+    with pytest.raises(InputError, match="the processor rejects this request"):
         engine.submit(Request(prompt="<image>", images=()))
 
 

@@ -220,7 +220,7 @@ def test_nothing_is_left_of_a_thousand_requests():
         last = engine.statistics()
         assert (last.running, last.waiting, last.kv_bytes_used) == (0, 0, 0)
         assert last.prefix_bytes <= 2**16
-        assert not engine._tickets
+        assert not engine._groups
         assert not drain(engine)
 
 

@@ -1,0 +1,143 @@
+"""The decode step: run the model on all rows, choose each row's next token, and append it."""
+
+from __future__ import annotations
+
+import time
+from collections import abc
+
+import torch
+
+from skipvision.engine.finishing import Finisher
+from skipvision.engine.model import ModelFacts
+from skipvision.engine.requests import Chunk, Sampling, TokenLogprob
+from skipvision.engine.running import Running
+from skipvision.engine.sampling import choose, penalise, report
+from skipvision.engine.sequences import Sequence
+from skipvision.engine.statistics import Counters
+from skipvision.errors import GenerationError
+
+Token = tuple[int, TokenLogprob | None]
+
+_NO_NUMBERS = (
+    "the model's logits are NaN or infinite: an image or prompt makes it overflow, or its weights are "
+    "damaged. Other requests continue; try this one with dtype float32"
+)
+_NO_CANDIDATE = (
+    "no token can be chosen: repetition_penalty, suppressed tokens and adjust exclude every token, or make a "
+    "logit NaN or infinite"
+)
+
+
+class DecodeStage:
+    """Decodes one token for every running sequence.
+
+    A row that fails ends its own request; the other rows continue.
+
+    Args:
+        running: the sequences with a row.
+        finisher: ends sequences and requests.
+        counters: count tokens and seconds.
+        facts: of the model.
+    """
+
+    def __init__(self, running: Running, finisher: Finisher, counters: Counters, facts: ModelFacts) -> None:
+        self._running, self._finisher, self._counters = running, finisher, counters
+        self._eos, self._suppressed = facts.eos_token_ids, facts.suppressed_token_ids
+
+    def step(self) -> list[Chunk]:
+        """Decode one token for every running sequence."""
+        begin, sequences = time.monotonic(), list(self._running.sequences)
+        logits = self._running.decode()
+        chunks = self.append_tokens(sequences, logits)
+        self._counters.count_decode(len(sequences), time.monotonic() - begin)
+        return chunks
+
+    def append_tokens(self, sequences: abc.Sequence[Sequence], logits: torch.Tensor) -> list[Chunk]:
+        """Choose the next token of each sequence from its (R, V) logits; finished ones leave their row."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        adjusted, errors = self._adjust(sequences, logits)
+        draws = torch.tensor([sequence.draw() for sequence in sequences])
+        tokens = _choose_tokens([sequence.sampling for sequence in sequences], logits, adjusted, draws)
+        chunks, now = [], time.monotonic()
+        for row, sequence in enumerate(sequences):
+            group = sequence.group
+            if group.error is not None:
+                continue  # failed with another sequence of its group
+            token = errors.get(row, tokens[row])
+            if isinstance(token, Exception):
+                chunks += self._finisher.fail(group, token)
+                continue
+            group.first_token = group.first_token or now
+            try:
+                chunk = sequence.append(*token, self._eos)
+            except Exception as error:
+                chunks += self._finisher.fail(group, error)
+                continue
+            if sequence.finish_reason is not None:
+                chunk = self._finisher.retire(sequence, chunk)
+            chunks.append(chunk)
+        return chunks
+
+    def _adjust(
+        self, sequences: abc.Sequence[Sequence], logits: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[int, Exception]]:
+        """Apply each sequence's penalty and constraint to its (R, V) logits; returns errors by row, too."""
+        errors: dict[int, Exception] = {
+            row: GenerationError(_NO_NUMBERS) for row in _true_rows(_has_nan_or_inf(logits))
+        }
+        adjusted = logits.clone()
+        if self._suppressed:
+            adjusted[:, self._suppressed] = -torch.inf
+        for row, sequence in enumerate(sequences):
+            if row in errors:
+                continue
+            try:
+                penalty = sequence.sampling.repetition_penalty
+                if penalty != 1:
+                    seen = sorted({*sequence.group.prompt.ids, *sequence.ids})
+                    adjusted[row] = penalise(adjusted[row], torch.tensor(seen, device=logits.device), penalty)
+                if sequence.adjust is not None:
+                    adjusted[row] = sequence.adjust(sequence.ids, adjusted[row])
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                errors[row] = error
+        for row in _true_rows(_has_nan_or_inf(adjusted) | adjusted.isneginf().all(dim=1)):
+            errors.setdefault(row, GenerationError(_NO_CANDIDATE))
+            adjusted[row] = 0
+        return adjusted, errors
+
+
+def _has_nan_or_inf(logits: torch.Tensor) -> torch.Tensor:
+    """(R,) True for each row of (R, V) logits with a NaN or +∞; −∞ excludes a token and is allowed."""
+    return (logits.isnan() | logits.isposinf()).any(dim=1)
+
+
+def _true_rows(mask: torch.Tensor) -> list[int]:
+    rows: list[int] = mask.nonzero().squeeze(1).tolist()
+    return rows
+
+
+def _choose_tokens(
+    settings: abc.Sequence[Sampling], logits: torch.Tensor, adjusted: torch.Tensor, draws: torch.Tensor
+) -> list[Token | Exception]:
+    """Choose each row's token and report its log probability, or return the row's error.
+
+    Args:
+        settings: of each row.
+        logits: (R, V) of the model.
+        adjusted: (R, V) after penalties and constraints.
+        draws: (R,) uniform in [0, 1).
+    """
+    try:
+        tokens = choose(adjusted, settings, draws).tolist()
+        reports = report(logits, tokens, [setting.logprobs for setting in settings])
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        if len(settings) == 1:
+            return [error]
+        # Repeat row by row to find the one that fails.
+        alone = [slice(row, row + 1) for row in range(len(settings))]
+        return [_choose_tokens(settings[row], logits[row], adjusted[row], draws[row])[0] for row in alone]
+    return list(zip(tokens, reports, strict=True))

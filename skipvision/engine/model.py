@@ -1,0 +1,72 @@
+"""The facts about a model that the engine needs, read from it once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from skipvision.anatomy.families import Family, dissect
+from skipvision.anatomy.masks import Sight
+from skipvision.cost import units
+from skipvision.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """A model and its constants.
+
+    Attributes:
+        base: the Hugging Face model, without a PEFT wrapper.
+        family: how prompts of this model family may be split and batched.
+        sight: the attention masks that its decoder expects.
+        image_token_id: placeholder token of one visual token.
+        max_positions: longest sequence that the model can read, or None without a limit.
+        entry_bytes: bytes of one entry of the KV cache, over all layers.
+        eos_token_ids: tokens that end any answer.
+        suppressed_token_ids: tokens that are never generated.
+    """
+
+    base: PreTrainedModel
+    family: Family
+    sight: Sight
+    image_token_id: int
+    max_positions: int | None
+    entry_bytes: int
+    eos_token_ids: frozenset[int]
+    suppressed_token_ids: list[int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Read the facts from a model, with or without PEFT.
+
+        Raises:
+            UnsupportedModelError: the model cannot generate, or its family is not supported.
+        """
+        base = _generating_model(model)
+        anatomy = dissect(model)
+        values = sum(layer.values for layer in units.cache(units.Design.of(base.config)))
+        generation: Any = base.generation_config
+        eos = generation.eos_token_id
+        return cls(
+            base=base,
+            family=anatomy.family,
+            sight=Sight.of(anatomy.decoder),
+            image_token_id=anatomy.image_token_id,
+            max_positions=getattr(anatomy.text_config, "max_position_embeddings", None),
+            entry_bytes=values * next(anatomy.decoder.parameters()).element_size(),
+            eos_token_ids=frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos),
+            suppressed_token_ids=list(generation.suppress_tokens or []),
+        )
+
+
+def _generating_model(model: nn.Module) -> PreTrainedModel:
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None or not base.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model if base is None else base).__name__} cannot generate: load the model with "
+            "AutoModelForImageTextToText.from_pretrained"
+        )
+    return base
