@@ -41,5 +41,5 @@ format: install ## bring the code into the house's style
 	$(BIN)/ruff format .
 
 clean: ## remove caches and build leftovers; .venv/ and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build apps/build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

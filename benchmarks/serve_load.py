@@ -27,7 +27,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks import _endpoint, _measure
 from benchmarks._endpoint import FULL, MODEL, SKIP, Endpoint, Outcome
-from serve.media.fetch import MediaConfig, MediaFetcher
+from serve.media.config import MediaConfig
+from serve.media.fetch import MediaFetcher
 from skipvision import Engine, Request, Sampling, SkipConfig
 from skipvision.engine import prepare
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pipelines.shared.sections import EngineSection, Section
 from pipelines.tracking.registry import is_registered
-from serve.media.fetch import MediaConfig
+from serve.media.config import MediaConfig
 from skipvision import SkipConfig
 
 Proxy = Literal["ray", "haproxy"]

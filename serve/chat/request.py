@@ -14,11 +14,13 @@ from typing import Any
 from serve.chat.schemas import ChatRequest, ImagePart, Message, TextPart
 from serve.chat.vocabulary import Vocabulary
 from serve.errors import MediaError
-from serve.media.fetch import EncodedImage
+from serve.media.images import EncodedImage
 from serve.problem import Problem
-from serve.replica.grammar import ANY_OBJECT
 from skipvision.engine import Request as EngineRequest
 from skipvision.engine import Sampling, prepare
+
+_ANY_OBJECT = '{"type": "object"}'
+"""JSON schema of the response format ``json_object``."""
 
 _UNSUPPORTED = (
     *("frequency_penalty", "presence_penalty", "logit_bias"),
@@ -118,7 +120,7 @@ def schema(body: ChatRequest) -> str | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return ANY_OBJECT
+        return _ANY_OBJECT
     if wanted.json_schema is None:
         message = "response_format of type json_schema without json_schema"
         raise Problem(400, message, param="response_format", code="invalid_value")

@@ -13,7 +13,8 @@ from serve.chat.schemas import ChatRequest
 from serve.config import LimitSection
 from serve.ingress.catalogue import Target
 from serve.ingress.dispatch import deadline, unix_time
-from serve.media.fetch import EncodedImage, MediaFetcher
+from serve.media.fetch import MediaFetcher
+from serve.media.images import EncodedImage
 from serve.observe.journeys import Journey
 from serve.problem import Problem
 from serve.replica.messages import Work

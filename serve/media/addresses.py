@@ -1,7 +1,7 @@
 """Which IP addresses belong to the public internet, and which hosts an allow-list names.
 
-Written down here and not asked of `ipaddress`, whose `is_global` differs between patch releases of
-Python, and holds multicast, IPv4 embedded in IPv6, and some providers' metadata services for global.
+The networks are listed here because ``is_global`` of `ipaddress` differs between patch releases of Python.
+It is also true of multicast, of IPv4 embedded in IPv6, and of some metadata services of providers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOT_PUBLIC = tuple(
         "100.64.0.0/10",  # carrier-grade NAT
         "127.0.0.0/8",  # loopback
         "168.63.129.16/32",  # Azure's platform services, reachable from its machines only
-        "169.254.0.0/16",  # link-local, where most providers' metadata services are
+        "169.254.0.0/16",  # link-local, with most providers' metadata services
         "172.16.0.0/12",  # private
         "192.0.0.0/24",  # protocol assignments, Oracle's metadata service
         "192.0.2.0/24",  # documentation
@@ -35,8 +35,8 @@ _NOT_PUBLIC = tuple(
         "240.0.0.0/4",  # reserved, broadcast
     )
 )
-# All that is handed out lies in here. Outside: loopback, unspecified, IPv4-mapped, IPv4-compatible,
-# NAT64, discard-only, segment routing, unique local, link-local, site-local, multicast.
+# Every address allocated so far is in this network. Outside it: loopback, unspecified, IPv4-mapped,
+# IPv4-compatible, NAT64, discard-only, segment routing, unique local, link-local, site-local, multicast.
 _PUBLIC_IPV6 = IPv6Network("2000::/3")
 _NOT_PUBLIC_IPV6 = tuple(
     IPv6Network(network)
@@ -50,10 +50,10 @@ _NOT_PUBLIC_IPV6 = tuple(
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether the address is a machine's own on the public internet.
+    """Return whether an address belongs to a machine on the public internet.
 
-    IPv6 addresses that stand for an IPv4 address (mapped, NAT64, 6to4, Teredo) are not, whatever the IPv4
-    address is: where they lead is decided by a gateway that is not seen from here.
+    IPv6 addresses that embed an IPv4 address (mapped, NAT64, 6to4, Teredo) do not count as public, whatever
+    the IPv4 address: an unknown gateway decides where they lead.
     """
     if isinstance(address, IPv4Address):
         return not any(address in network for network in _NOT_PUBLIC)
@@ -66,9 +66,10 @@ def is_public(address: IPAddress) -> bool:
 
 
 def normal_host(host: str) -> str:
-    """The one spelling of a host: lower case, punycode, no dot at the end, addresses in short form.
+    """Return the canonical spelling of a host: lower case, punycode, no trailing dot, short addresses.
 
-    Raises `ValueError` if it can be neither a name nor an address.
+    Raises:
+        ValueError: it is neither a name nor an address.
     """
     try:
         return str(ip_address(host.strip("[]")))
@@ -80,7 +81,7 @@ def normal_host(host: str) -> str:
 
 
 def normal_pattern(pattern: str) -> str:
-    """The one spelling of an entry of an allow-list; raises `ValueError` if it is none."""
+    """Return the canonical spelling of an allow-list entry. Raise `ValueError` if it is not one."""
     if pattern == "*":
         return pattern
     star = "*." if pattern.startswith("*.") else ""
@@ -93,7 +94,7 @@ def normal_pattern(pattern: str) -> str:
 
 
 def host_allowed(host: str, patterns: Sequence[str]) -> bool:
-    """Whether a host in its normal spelling is named: exactly, by ``*.parent``, or by ``*``."""
+    """Return whether an allow-list names a (canonical) host: exactly, by ``*.parent``, or by ``*``."""
     return any(
         pattern in ("*", host) or (pattern.startswith("*.") and host.endswith(pattern[1:]))
         for pattern in patterns

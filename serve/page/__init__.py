@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 _KINDS = {
     "page.css": "text/css",
@@ -39,12 +39,12 @@ def page_routes() -> APIRouter:
     @routes.get("/", response_class=FileResponse)
     async def page() -> FileResponse:
         """A page to try it: one question, answered with all visual tokens and with Skip-Vision."""
-        return FileResponse(_FOLDER / "index.html", media_type="text/html", headers=_HEADERS)
+        return FileResponse(FOLDER / "index.html", media_type="text/html", headers=_HEADERS)
 
     @routes.get("/page/{name}", include_in_schema=False, response_class=FileResponse)
     async def file(name: str) -> FileResponse:
         if name not in _KINDS:
             raise HTTPException(404, "Not Found")
-        return FileResponse(_FOLDER / name, media_type=_KINDS[name], headers=_HEADERS)
+        return FileResponse(FOLDER / name, media_type=_KINDS[name], headers=_HEADERS)
 
     return routes

@@ -14,9 +14,6 @@ from serve.errors import SchemaError
 
 Adjust = Callable[[list[int], torch.Tensor], torch.Tensor]
 
-ANY_OBJECT = '{"type": "object"}'
-"""The schema of response_format json_object."""
-
 
 class Grammars:
     """JSON schemas over the tokens of one tokenizer.

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-import serve.media.fetch
+import serve.media.images
 from serve.chat.schemas import ChatRequest
 from serve.config import LimitSection, ServeConfig
 from serve.ingress.ingress import Ingress
@@ -53,7 +53,7 @@ def test_no_more_requests_decode_images_at_once_than_there_are_threads(tiny_mode
     async def run():
         config = ServeConfig(model=str(tiny_model), limits={"prepare_threads": 1})
         ingress = Ingress(config, NoEngine())
-        monkeypatch.setattr(serve.media.fetch.EncodedImage, "open", open_slowly)
+        monkeypatch.setattr(serve.media.images.EncodedImage, "open", open_slowly)
         part = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
         body = ChatRequest(model="x", messages=[{"role": "user", "content": [part, part]}])
         target = ingress.catalogue.target(tiny_model.name)

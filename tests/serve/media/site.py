@@ -16,7 +16,8 @@ from PIL import Image
 
 from serve.errors import MediaError
 from serve.media.addresses import is_public
-from serve.media.fetch import MediaConfig, MediaFetcher
+from serve.media.config import MediaConfig
+from serve.media.fetch import MediaFetcher
 
 RED = (255, 0, 0)
 

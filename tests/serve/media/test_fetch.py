@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-import serve.media.fetch
+import serve.media.images
 from serve.errors import MediaError
-from serve.media.fetch import MediaConfig
+from serve.media.config import MediaConfig
 from skipvision.errors import InputError
 from tests.serve.media.site import (
     PNG,
@@ -67,8 +67,8 @@ def test_image_headers_are_read_outside_the_event_loop(monkeypatch):
         threads.append(threading.current_thread())
         return real(*arguments)
 
-    real = serve.media.fetch.size_of
-    monkeypatch.setattr(serve.media.fetch, "size_of", size_of)
+    real = serve.media.images.size_of
+    monkeypatch.setattr(serve.media.images, "size_of", size_of)
     fetch_from(image_response)
     fetch_url(data_url(PNG))
     assert len(threads) == 2

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from serve.errors import MediaError
-from serve.media.fetch import MediaConfig, MediaFetcher
+from serve.media.config import MediaConfig
+from serve.media.fetch import MediaFetcher
 from tests.serve.media.site import (
     PNG,
     Names,
@@ -193,6 +194,6 @@ def test_certificates_are_verified_and_https_is_not_downgraded(tmp_path):
     (good, away, untrusted), requests = asyncio.run(run())
     assert good == (4, 3)
     assert away[0] == "media_host_not_allowed"
-    assert "https does not become http" in away[1]
+    assert "a redirect from https to http is not followed" in away[1]
     assert untrusted == ("media_unreachable", "the host has no valid certificate")
     assert not requests

@@ -78,7 +78,7 @@ def test_a_host_without_a_server_is_unreachable():
 
 def test_an_unknown_name_is_unreachable():
     assert "10.0.0.53" not in assert_refused(
-        image_response, "media_unreachable", "no such host", names=Names(images=[[]])
+        image_response, "media_unreachable", "cannot be resolved", names=Names(images=[[]])
     )
 
 

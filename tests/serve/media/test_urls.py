@@ -16,7 +16,7 @@ from tests.serve.media.site import assert_refused, assert_url_refused
         ("http:///cat.png", "not a valid URL"),
         ("http://[::1/", "not a valid URL"),
         ("http://images.test:99999/", "not a valid URL"),
-        ("http://images.test:0/", "has the port 0"),
+        ("http://images.test:0/", "has the invalid port 0"),
         ("https://me:secret@images.test/", "user names and passwords"),
         ("https://me@images.test/", "user names and passwords"),
         ("https://me:secret@images.test:99999/", "not a valid URL"),
