@@ -1,5 +1,5 @@
-# Everything runs in .venv/, which is made on first use and renewed when pyproject.toml or constraints.txt change.
-# Pip's own settings are honoured: PIP_EXTRA_INDEX_URL, PIP_CACHE_DIR and so on.
+# Everything runs in .venv/. It is created on first use and updated when pyproject.toml or constraints.txt change.
+# Pip reads its usual settings: PIP_EXTRA_INDEX_URL, PIP_CACHE_DIR and so on.
 
 PYTHON = $(firstword $(foreach name,python3.11 python3 python,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
@@ -13,7 +13,7 @@ help: ## list the targets
 install: .venv/installed ## install everything into .venv/
 
 .venv/installed: pyproject.toml constraints.txt
-	$(if $(PYTHON),,$(error Python 3.11 or newer is needed, as python3.11 or python3 on the PATH))
+	$(if $(PYTHON),,$(error Python 3.11 or newer is required: put python3.11 or python3 on the PATH))
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[apps,dev]"
 	touch $@
@@ -21,22 +21,22 @@ install: .venv/installed ## install everything into .venv/
 demo: install ## fine-tune with and without Skip-Vision on a local Ray and print the comparison
 	$(BIN)/python jobs/demo.py $(ARGS)
 
-test: install ## the tests, without the slow ones
+test: install ## run the tests without the slow ones
 	@PYTEST="$(BIN)/python -m pytest" ./tests/in_two.sh $(ARGS)
 
-test-all: install ## the slow tests too (those that need a GPU: make test ARGS="-m gpu")
+test-all: install ## run the slow tests, too (GPU tests: make test ARGS="-m gpu")
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-lint: install ## style, types and import contracts
+lint: install ## check style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: install ## every picture of docs/ anew, and the measured tables (three hours on a quiet machine)
+docs: install ## measure and draw the docs again (three hours on an idle machine)
 	./docs/regenerate.sh
 
-format: install ## bring the code into the house's style
+format: install ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Every picture of docs/ anew, and the tables beside them and of docs/benchmarks/, but for those of a GPU: three
-# hours on two cores, on which nothing else should run. What was measured before is kept where a job can
-# continue. Prose that quotes numbers is left to a person: git diff shows what has changed.
+# Measure and draw the pictures and tables of docs/ and docs/benchmarks/ again, except those of a GPU. It takes three
+# hours on two idle cores. Jobs that can resume keep their finished parts. Prose that quotes numbers is not changed:
+# check it against `git diff`.
 set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 pages=docs/benchmarks
 pictures=data/shapes/images/test
 
-$python jobs/demo.py --fresh true --readme README.md
+$python jobs/demo.py --fresh true --readme docs/demo.md
 cp runs/demo-against-demo-full/comparison.png docs/demo.png
 for seed in 1 2; do
   again="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --seed $seed --tracking.registered_model null"
@@ -27,7 +27,7 @@ $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs
 
 $python jobs/deploy.py --config jobs/configs/deploy_demo.yaml &
-endpoint=$!  # TERM, as a script's jobs in the background ignore INT
+endpoint=$!  # stopped by TERM: background jobs of a script ignore INT
 trap 'kill -TERM $endpoint 2>/dev/null || true' EXIT
 until $python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/healthz")' 2>/dev/null; do
   kill -0 $endpoint
@@ -37,7 +37,7 @@ $python -m tests.serve.page_picture --image $pictures/000006.png -o docs/page.pn
 kill -TERM $endpoint
 wait $endpoint || true
 
-# The tables of benchmarks, each by the command that stands above it.
+# Each benchmark table, by the command above it.
 grep -rhoE '^`python -m benchmarks\.[^`]*`' $pages/*.md | tr -d '`' | while read -r _ command; do
   $python $command </dev/null
 done

@@ -1,4 +1,4 @@
-"""What the README shows does what it says: its Python and its commands are run, in a folder of their own."""
+"""The Python and the commands of the README and the user pages run, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -16,28 +16,37 @@ from pathlib import Path
 import pytest
 
 from pipelines.cluster.local import local_ray
-from pipelines.compare.report import check_marked
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    re.sub(r"\\\n\s*", "", line)
-    for line in re.findall(r"^    (\.venv/bin/(?:.*\\\n)*.*)$", README, flags=re.MULTILINE)
-]
+PAGES = ["README.md", "docs/library.md", "docs/finetuning.md", "docs/captioning.md"]
+"""Pages whose commands start with ``.venv/bin/``; `test_job_files` parses the commands of all pages."""
+
+
+def blocks(page: str) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def commands(page: str) -> set[str]:
+    """The commands of a page, each on one line and without its comment."""
+    lines = re.findall(r"^    (\.venv/bin/(?:.*\\\n)*.*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    return {shlex.join(shlex.split(re.sub(r"\\\n\s*", "", line), comments=True)) for line in lines}
+
+
+COMMANDS = set().union(*map(commands, PAGES))
 SMALL = {
     "make_shapes.py": "--train 40 --validation 1 --test 1",
     "finetune.py": "--training.max_steps 2 --training.batch_size 4 --evaluation.answer_rows 6 "
     "--evaluation.loss_rows 6 --evaluation.max_new_tokens 4",
     "analyse.py": "--ratio_rows 6 --bound_rows 1 --adapter null --skip.retained 0.25",
 }
-"""What makes a job small enough for a test."""
+"""Options that make a job small enough for a test."""
 
 
 def command(*words: str) -> list[str]:
-    """The README's one command with these words in it, of this environment, without the comment behind it."""
-    (line,) = [line for line in COMMANDS if all(word in line for word in words)]
-    given = shlex.split(line, comments=True)
+    """The shortest documented command that contains these words, for this environment's Python."""
+    line = min((line for line in COMMANDS if all(word in line for word in words)), key=len)
+    given = shlex.split(line)
     binary = Path(sys.executable).with_name(Path(given[0]).name)
     return [str(binary), *given[1:]]
 
@@ -61,7 +70,7 @@ def run(line: list[str], home: Path, **environment: str) -> subprocess.Completed
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a clone holds, and less of the demo's data."""
+    """A folder with the files of a clone and a small copy of the demo's data."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("skipvision", "pipelines", "serve", "jobs", "models"):
         (folder / name).symlink_to(ROOT / name)
@@ -70,13 +79,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_is_known_here():
-    """One that is added to the README is to be run by a test below."""
+    """Add new commands of the pages here, and a test below that runs them where that is possible."""
     known = [
         ("make_shapes.py",),
         ("--name mine",),
+        ("--name mine", "--resume_with_changes"),
         ("finetune.py --help",),
         ("ray job submit",),
         ("caption_demo.yaml",),
+        ("caption_demo.yaml", "--name sampled"),
+        ("caption.py --help",),
         ("--name cats",),
         ("--name products",),
         ("score.py",),
@@ -89,20 +101,25 @@ def test_every_command_is_known_here():
         ("deploy.py",),
         ("tradeoff.py",),
     ]
-    assert len({shlex.join(command(*words)) for words in known}) == len(COMMANDS)
+    assert len({shlex.join(command(*words)) for words in known}) == len(known) == len(COMMANDS)
 
 
-def test_the_data_are_where_the_next_command_looks_for_them(home):
+def test_the_data_are_where_the_next_command_reads_them(home):
     assert len(json.loads((home / "data/shapes/train.json").read_text())) == 40
 
 
-def test_the_python_runs_from_the_first_line_to_the_last(home):
-    run(
-        [sys.executable, "-c", "\n".join(PYTHON)],
-        home,
-        PYTHONPATH=".",
-    )
+def test_the_readmes_python_runs(home):
+    assert "number" in run_python("README.md", home)
+
+
+def test_the_librarys_python_runs_from_the_first_line_to_the_last(home):
+    run_python("docs/library.md", home)
     assert (home / "out/adapter/skip_config.json").exists()
+
+
+def run_python(page: str, home: Path) -> str:
+    """Run all Python of a page as one program; return what it prints."""
+    return run([sys.executable, "-c", "\n".join(blocks(page))], home, PYTHONPATH=".").stdout
 
 
 def test_the_overlay_is_drawn(home):
@@ -112,7 +129,7 @@ def test_the_overlay_is_drawn(home):
 
 
 @pytest.mark.slow
-def test_the_analysis_says_where_its_pictures_are(home):
+def test_the_analysis_reports_its_files(home):
     result = json.loads(run(small(command("analyse.py")), home).stdout.splitlines()[-1])
     assert str(home / "runs/demo-analysis/skip_errors.png") in result["files"]
     assert all(Path(file).exists() for file in result["files"])
@@ -122,20 +139,16 @@ def test_help_is_given(home):
     assert "  training.learning_rate    float" in run(command("finetune.py --help"), home).stdout
 
 
-def test_mlflow_can_be_started_with_the_options_shown(home):
+def test_mlflow_accepts_the_documented_options(home):
     line = command("mlflow ui")
     assert line[1:3] == ["ui", "--backend-store-uri"]
     assert "--backend-store-uri" in run([*line[:2], "--help"], home).stdout
 
 
-def test_the_demo_has_a_place_for_its_table():
-    check_marked(ROOT / "README.md")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("local_ray")  # another Ray, which is none of this run's business
-def test_fine_tuning_says_what_it_does_and_no_more(home):
+@pytest.mark.usefixtures("local_ray")  # it must not join a Ray that happens to run
+def test_fine_tuning_prints_its_progress_and_nothing_else(home):
     """Nothing of Ray's own, nothing on standard error."""
     done = run(small(command("finetune.py", "--name mine")), home)
     *lines, last = done.stdout.splitlines()
@@ -173,8 +186,23 @@ def test_the_job_can_be_submitted(home):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("local_ray")
-def test_what_skipping_costs_in_quality_is_found_out(home):
-    """Without adapters, which the demo makes."""
+def test_the_captioning_job_writes_what_its_page_reads(home):
+    """Without the demo's adapter, and the page's own Python on the result."""
+    less = ["--model.adapter", "null", "--input.limit", "4", "--sampling.max_new_tokens", "4"]
+    done = run([*command("caption_demo.yaml"), *less], home)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["captions"] == str(home / "runs/demo-captions/captions")
+    (code,) = blocks("docs/captioning.md")
+    read = run([sys.executable, "-c", f"{code}\nprint(len(captions), *captions.columns)"], home).stdout
+    rows, *columns = read.split()
+    assert int(rows) == result["rows"] == 4
+    assert {"key", "text", "visual_tokens_cached", "error_kind"} <= set(columns)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
+def test_the_tradeoff_job_runs_without_the_demos_adapters(home):
     less = ["--adapters", '{"untuned": {}}', "--rows", "6", "--methods", '["tome"]', "--latency_rounds", "0"]
     grid = ["--grid.retained", "[32]", "--grid.skipped", "[0]", "--max_new_tokens", "4"]
     done = run([*command("tradeoff.py"), *less, *grid], home)
@@ -184,13 +212,13 @@ def test_what_skipping_costs_in_quality_is_found_out(home):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("way", ["serve run", "deploy.py"])
-def test_the_endpoint_answers_what_the_docs_ask(home, way):
+def test_the_endpoint_answers_the_client_of_its_page(home, way):
     """Both ways to start it, and the client of docs/serving.md."""
     if not (home / "runs/demo").exists():
-        run([sys.executable, "-c", "\n".join(PYTHON)], home, PYTHONPATH=".")
+        run_python("docs/library.md", home)
         (home / "runs/demo").mkdir(parents=True)
         (home / "out/adapter").rename(home / "runs/demo/adapter")
-    (client,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
+    (client,) = blocks("docs/serving.md")
     line = command(way)
     environment = {**os.environ, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
     with subprocess.Popen(
@@ -198,11 +226,11 @@ def test_the_endpoint_answers_what_the_docs_ask(home, way):
     ) as serving:
         try:
             wait_for("http://127.0.0.1:8000/healthz", serving)
-            said = run([sys.executable, "-c", f"{client}\nprint(answer.usage.visual_tokens)"], home).stdout
+            printed = run([sys.executable, "-c", f"{client}\nprint(answer.usage.visual_tokens)"], home).stdout
         finally:
             serving.send_signal(signal.SIGINT if way == "serve run" else signal.SIGTERM)
             serving.communicate(timeout=60)
-    assert "'retained': 64, 'skipped': 64, 'cached': 66" in said
+    assert "'retained': 64, 'skipped': 64, 'cached': 66" in printed
     assert serving.returncode == 0
 
 
