@@ -201,9 +201,7 @@ def _budget(model: Any, options: argparse.Namespace) -> str:
 
 
 def _entries(model: Any, config: sv.SkipConfig) -> int:
-    retained, skipped = config.counts(_visual(model))
-    summaries = config.summary_tokens * ((retained > 0) + (skipped > 0))
-    return TEXT + retained + summaries + (0 if config.skip_kv else skipped)
+    return TEXT + config.cached(_visual(model))
 
 
 # ---------------------------------------------------------------------------------------- decode

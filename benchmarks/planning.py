@@ -25,8 +25,9 @@ from benchmarks.gpu import GEOMETRIES
 from skipvision.anatomy.images import Images
 from skipvision.layout import lay_out
 from skipvision.merge import assign, merge_tokens
-from skipvision.select import CRITERIA, VisualTokens, top
+from skipvision.select import CRITERIA, top
 from skipvision.summary import SummaryLayer
+from skipvision.tokens import VisualTokens
 
 TEXT = 32
 """Text tokens of every row."""
@@ -97,9 +98,9 @@ def _part(select: str, tokens: int, batch: int, width: int, dtype: torch.dtype, 
             images = step("select", Images.locate, visual, [tokens] * batch)
             visual_tokens = VisualTokens(step("select", images.take, embeds), images.valid)
             counts = torch.tensor([config.counts(tokens)] * batch)
-            scores = step("select", CRITERIA[select], visual_tokens, counts[:, 0], 0)
+            scores = step("select", CRITERIA[select].score, visual_tokens, counts[:, 0], 0)
             retained = step("select", top, scores, images.valid, counts[:, 0])
-            target = step("assign", _assign, visual_tokens, retained, counts[:, 1], config.merge)
+            target = step("assign", assign, visual_tokens, retained, counts[:, 1], config.merging)
             plan = step("lay out", lay_out, images, mask, retained, target, config)
             reduced = step("merge", merge_tokens, embeds, plan)
             step("summary", layer, reduced, plan)
@@ -148,17 +149,17 @@ def _pair(text: str) -> tuple[int, int]:
     return int(tokens), int(batch)
 
 
-def _assign(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor, merge: str) -> torch.Tensor:
-    # What select has worked out already (unit vectors, redundancy) is not worked out again, as in a call.
-    return assign(tokens.features, tokens.unit, tokens.redundancy, tokens.valid, retained, skipped, merge)
-
-
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--select", nargs="+", default=["similarity", "diversity"], choices=list(CRITERIA))
+    add(
+        "--select",
+        nargs="+",
+        default=["similarity", "diversity"],
+        choices=[name for name in CRITERIA if CRITERIA[name].reads == "features"],
+    )
     add("--tokens", type=int, nargs="+", default=[576, 2880], help="visual tokens of an image")
     add("--batch", type=int, nargs="+", default=[1, 16])
     add("--width", type=int, default=4096, help="of the embeddings in the first table")

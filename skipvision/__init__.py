@@ -2,16 +2,17 @@
 
     image + prompt
       └ vision tower + projector (unmodified)      N visual tokens per image
-         └ select   which stay on the full path                    ┐
+         └ select   which tokens stay on the full path             ┐
            merge    the rest becomes a few skipped tokens          ├ one TokenPlan
-           summary  K tokens that remember each group              ┘
-            └ decoder layers, unmodified: skipped tokens bypass the FFN by the plan
+           summary  K tokens that summarise each group             ┘
+            └ decoder layers (unmodified): skipped tokens bypass the FFN
                └ KV cache: skipped tokens leave after prefill
                   └ text
 
-Read in this order: `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache` (the mechanisms),
-`planning` (the first two make a plan), `attach` (the plan meets a model), `adapter`, `cost`, `baselines`
-(simpler ways to spend as much), `engine` (many requests at once).
+Read the mechanisms first: `tokens`, `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache`. Then
+`planning` and `layout` (a plan is made), `arrival`, `reduction` and `attach` (a model runs by it), `cost`,
+`baselines` (other ways to spend as much), `adapters` (save and load) and `engine` (many requests at once).
+`registry` explains how another package adds a criterion or a merge.
 
 Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Models via Adaptive
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
@@ -35,7 +36,9 @@ from skipvision.errors import (
     SkipVisionError,
     UnsupportedModelError,
 )
+from skipvision.merge import register_merge
 from skipvision.plan import TokenPlan, TokenRole
+from skipvision.select import register_criterion
 
 __all__ = [
     "DECODED_KEYWORD",
@@ -62,5 +65,7 @@ __all__ = [
     "measure_flops",
     "predict_cost",
     "read_adapter",
+    "register_criterion",
+    "register_merge",
     "save_adapter",
 ]

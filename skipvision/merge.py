@@ -1,93 +1,148 @@
-"""What becomes of the rest: which token each visual token ends in, and the mean that puts it there.
+"""Merging: which token each visual token ends in, and the mean that puts it there (METHOD piece 2).
 
-Deciding (`assign`) is done once and without gradients; applying (`merge_tokens`) is differentiable
-(METHOD piece 2).
+The decision (`assign`) is made once and without gradients; applying it (`merge_tokens`) is differentiable.
+
+A new merge is one function and one call of `register_merge`, here or in another package.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch.nn import functional as F
 
 from skipvision.plan import TokenPlan
+from skipvision.registry import Registry
+from skipvision.tokens import Counts, Flops, VisualTokens, no_products
+
+Ends = Callable[[VisualTokens, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(tokens, (I, N) retained, (I,) skipped counts) → (I, N) index of the token that each token ends in."""
+Check = Callable[[str, int | float, int | float], str | None]
+"""(name, retained, skipped) → what is wrong with these amounts; None if nothing is."""
+Fit = Callable[[int, int], int]
+"""(tokens N of an image, its skipped count) → the number of skipped tokens that it can have."""
 
 
-def assign(
-    features: torch.Tensor,
-    unit: torch.Tensor,
-    redundancy: torch.Tensor,
-    valid: torch.Tensor,
-    retained: torch.Tensor,
-    skipped: torch.Tensor,
-    method: str,
-) -> torch.Tensor:
-    """(I, N) the token of its own image each visual token ends in: itself if it survives, −1 if dropped.
+def needs_host(name: str, retained: int | float, skipped: int | float) -> str | None:
+    """Require a token to merge into."""
+    if retained or skipped:
+        return None
+    return f"retained=0 and skipped=0 leave nothing to merge into (merge={name!r}): use merge='drop'"
+
+
+def needs_skipped(name: str, retained: int | float, skipped: int | float) -> str | None:
+    """Require skipped tokens, unless every token is retained."""
+    everything = isinstance(retained, float) and retained == 1.0
+    if skipped or everything:
+        return None
+    return f"merge={name!r} makes the skipped tokens, but skipped=0; use merge='similarity' or 'drop'"
+
+
+def as_counted(tokens: int, skipped: int) -> int:
+    """Allow any number of skipped tokens."""
+    return skipped
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A way in which the tokens that are not retained become the skipped ones; see `register_merge`."""
+
+    name: str
+    ends: Ends
+    check: Check = needs_host
+    fit: Fit = as_counted
+    needs_patches: bool = False
+    flops: Flops = no_products
+
+    @property
+    def function(self) -> Ends:
+        """The function that decides where tokens end."""
+        return self.ends
+
+    @property
+    def setting(self) -> str:
+        """The setting that selects it, for messages."""
+        return f"merge={self.name!r}"
+
+
+MERGES: Registry[Merge] = Registry("merge")
+
+
+def register_merge(
+    name: str,
+    ends: Ends,
+    *,
+    check: Check = needs_host,
+    fit: Fit = as_counted,
+    needs_patches: bool = False,
+    flops: Flops = no_products,
+) -> Merge:
+    """Make a merge available as ``SkipConfig(merge=name)``.
+
+    Other processes (Ray workers, replicas of the endpoint, the command line) register it by importing its
+    module: `skipvision.registry` describes the two settings that make them.
 
     Args:
-        features: (I, N, D) feature vectors.
-        unit: (I, N, D) the same, of length 1.
-        redundancy: (I, N) summed similarity; of the rest, the least redundant survive.
-        valid: (I, N) real tokens.
+        name: value of ``SkipConfig.merge``.
+        ends: ``ends(tokens, retained, skipped)`` returns (I, N) the index, in its own image, of the token
+            that each token ends in, −1 to drop it. Only the rest counts: tokens that are neither padding nor
+            ``retained`` (I, N). Of the rest, ``skipped`` (I,) must survive, each ending in itself.
+        check: ``check(name, config.retained, config.skipped)`` returns why these amounts cannot be, or None.
+        fit: ``fit(N, skipped)`` returns how many skipped tokens an image of N tokens gets, at most
+            ``skipped``.
+        needs_patches: each visual token must be a patch of one square picture.
+        flops: ``flops(N, counts, width)`` returns the FLOPs of ``ends`` for one image of N tokens.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    return MERGES.add(Merge(name, ends, check, fit, needs_patches, flops))
+
+
+def assign(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor, merge: Merge) -> torch.Tensor:
+    """(I, N) index, in its own image, of the token that each visual token ends in.
+
+    A token that survives ends in itself; −1 marks dropped tokens and padding.
+
+    Args:
+        tokens: the images' visual tokens.
         retained: (I, N) tokens on the full path.
-        skipped: (I,) number N_s of tokens that survive of the rest.
-        method: "similarity": the others join the most similar survivor of the rest (with N_s = 0,
-            the most similar retained token); "pool": the rest is cut into N_s runs of equal length
-            in raster order, each represented by its middle; "tome": the rest is matched in two halves
-            until N_s are left; "grid": all tokens, a square in raster order, are cut into a grid of
-            N_s cells, each represented by its middle; "drop": the others disappear.
+        skipped: (I,) tokens that survive of the rest.
+        merge: decides where the rest ends.
     """
-    itself = torch.arange(unit.shape[1], device=unit.device).expand(unit.shape[:2])
-    rest = valid & ~retained
-    if method in ("pool", "tome", "grid"):
-        if method == "tome":
-            ends = _matched_in_halves(features, rest, skipped)
-        else:
-            ends = _middle_of_run(rest, skipped) if method == "pool" else _middle_of_cell(valid, skipped)
-        return torch.where(retained, itself, torch.where(rest, ends, -1))
-    order = redundancy.masked_fill(~rest, float("inf")).argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, itself.contiguous())
-    survives = rest & (rank < skipped[:, None])
-    leaving = rest & ~survives
-    target = torch.where(retained | survives, itself, -1)
-    if method == "drop" or not bool(leaving.any()):
-        return target
+    itself = _indices(tokens)
+    rest = tokens.valid & ~retained
+    return torch.where(retained, itself, torch.where(rest, merge.ends(tokens, retained, skipped), -1))
+
+
+def into_most_similar(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """The least redundant of the rest survive, and the others join the most similar survivor.
+
+    An image with no survivor in the rest merges into the most similar retained token.
+    """
+    survives = _survivors(tokens, retained, skipped)
+    leaving = tokens.valid & ~retained & ~survives
+    if not bool(leaving.any()):
+        return _indices(tokens)
     hosts = torch.where((skipped > 0)[:, None], survives, retained)
-    return torch.where(leaving, _most_similar(unit, leaving, hosts), target)
+    return torch.where(leaving, _most_similar(tokens.unit, leaving, hosts), _indices(tokens))
 
 
-def _most_similar(unit: torch.Tensor, leaving: torch.Tensor, hosts: torch.Tensor) -> torch.Tensor:
-    """(I, N) index of the most similar host of every leaving token (garbage elsewhere).
+def into_nothing(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """The least redundant of the rest survive, and the others are dropped."""
+    return torch.where(_survivors(tokens, retained, skipped), _indices(tokens), -1)
 
-    Only the leaving × hosts block of the similarity matrix is computed; both are packed to the
-    front, so that images of one size make one dense product.
+
+def into_middle_of_run(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """The rest is cut into N_s runs of equal length in raster order, each represented by its middle.
+
+    Of the M tokens of the rest, the p-th is in run ⌊p · s / M⌋. So run j covers the positions from
+    ⌈j · M / s⌉ up to ⌈(j + 1) · M / s⌉.
     """
-    guests, guest_index = _pack(leaving)
-    homes, home_index = _pack(hosts)
-    rows = torch.take_along_dim(unit, guest_index[..., None], dim=1)
-    columns = torch.take_along_dim(unit, home_index[..., None], dim=1)
-    similarity = (rows @ columns.transpose(1, 2)).masked_fill(~homes[:, None, :], -float("inf"))
-    best = torch.take_along_dim(home_index, similarity.argmax(dim=2), dim=1)
-    # An image's spare places repeat real tokens; sending them nowhere keeps them from overwriting.
-    nowhere = unit.shape[1]
-    result = best.new_zeros(unit.shape[0], nowhere + 1)
-    result.scatter_(1, guest_index.masked_fill(~guests, nowhere), best)
-    return result[:, :nowhere]
-
-
-def _pack(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (I, M) of each row's True entries, in order, and which of the M places are taken."""
-    counts = mask.sum(dim=1)
-    most = int(counts.max())
-    index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    return torch.arange(most, device=mask.device) < counts[:, None], index
-
-
-def _middle_of_run(rest: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
-    """(I, N) middle of the run each token of the rest falls into (garbage elsewhere); −1 without runs.
-
-    The M tokens of the rest are cut into s runs: its p-th token is in run ⌊p · s / M⌋, so run j
-    covers the places from ⌈j · M / s⌉ up to ⌈(j + 1) · M / s⌉.
-    """
+    rest = tokens.valid & ~retained
     size = rest.sum(dim=1, keepdim=True).clamp(min=1)
     runs = torch.minimum(skipped[:, None], size)
     some = runs.clamp(min=1)
@@ -99,39 +154,56 @@ def _middle_of_run(rest: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
     return torch.where(runs > 0, torch.take_along_dim(members, middle, dim=1), -1)
 
 
-def _middle_of_cell(valid: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """(I, N) middle of the cell each token of a square falls into; garbage where there is no token.
+def into_middle_of_cell(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """The square of all tokens is cut into a grid of N_s cells, each represented by its middle.
 
-    A side of g tokens is cut into c parts as in adaptive pooling, but so that parts do not overlap: place
-    p is in part ⌊p · c / g⌋. The number of cells is rows · columns, as `SkipConfig.counts` makes it.
+    A side of g tokens is cut into c parts as in adaptive pooling, but without overlap: position p is in
+    part ⌊p · c / g⌋. The number of cells is rows · columns, as `_cells` returns it.
     """
-    side = valid.sum(dim=1, keepdim=True).double().sqrt().long().clamp(min=1)
-    rows = cells[:, None].double().sqrt().long().clamp(min=1)
-    columns = (cells[:, None] // rows).clamp(min=1)
-    place = torch.arange(valid.shape[1], device=valid.device)
+    side = tokens.valid.sum(dim=1, keepdim=True).double().sqrt().long().clamp(min=1)
+    rows = skipped[:, None].double().sqrt().long().clamp(min=1)
+    columns = (skipped[:, None] // rows).clamp(min=1)
+    position = torch.arange(tokens.valid.shape[1], device=tokens.valid.device)
 
     def middle(at: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
         part = at * parts // side
         begin, end = ((p * side + parts - 1) // parts for p in (part, part + 1))
         return (begin + end - 1) // 2
 
-    return middle(place // side, rows) * side + middle(place % side, columns)
+    return middle(position // side, rows) * side + middle(position % side, columns)
 
 
-def _matched_in_halves(features: torch.Tensor, rest: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """(I, N) the token each of the rest is merged into when ``left`` (I,) of them are left; else itself.
+def _cells(tokens: int, skipped: int) -> int:
+    """Cells of the largest grid of at most ``skipped`` cells that is nearly square."""
+    rows = isqrt(skipped)
+    return rows * min(skipped // max(rows, 1), isqrt(tokens))
 
-    As ToMe (ICLR 2023, arXiv 2210.09461) merges: of the tokens in order, every second one stays; each other
-    one finds the most similar of these, and the most similar pairs become one, the mean weighted by how
-    many tokens are in it. One round takes away half of the tokens at most, so rounds follow until enough are
-    gone. ToMe merges a little in each layer of the vision tower, by its keys, and counts a token's size in
-    attention; here it is done at once, between tower and decoder, by the visual embeddings.
+
+def needs_whole_image(name: str, retained: int | float, skipped: int | float) -> str | None:
+    """Require that nothing is retained and something is skipped."""
+    if retained == 0 and skipped != 0:
+        return None
+    return (
+        f"merge={name!r} makes the whole image smaller: use retained=0, and skipped for the tokens of the "
+        f"smaller one (retained={retained!r}, skipped={skipped!r})"
+    )
+
+
+def into_matches(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """The rest is matched in two halves and the best pairs are merged, in rounds, until N_s tokens are left.
+
+    As ToMe (ICLR 2023, arXiv 2210.09461) merges: every second token stays, each of the others finds the most
+    similar one among these, and the most similar pairs become one token, their mean weighted by the tokens
+    in each. One round removes at most half of the tokens, so rounds follow until enough are gone. ToMe merges
+    a few tokens in each layer of the vision tower, compares keys, and counts a token's size in attention.
+    Here all merging happens at once, between tower and decoder, and compares visual embeddings.
     """
-    ends = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
-    alive = rest
-    # Sums will do for means: only directions are compared.
-    total = features.detach().to(torch.promote_types(features.dtype, torch.float32))
-    while bool(((surplus := alive.sum(dim=1) - left) > 0).any()):
+    ends = _indices(tokens)
+    alive = tokens.valid & ~retained
+    features = tokens.features.detach()
+    # Sums serve as means: only directions are compared.
+    total = features.to(torch.promote_types(features.dtype, torch.float32))
+    while bool(((surplus := alive.sum(dim=1) - skipped) > 0).any()):
         into = _one_round(total, alive, surplus)
         ends = torch.take_along_dim(into, ends, dim=1)
         alive = alive & (into == torch.arange(into.shape[1], device=into.device))
@@ -139,37 +211,98 @@ def _matched_in_halves(features: torch.Tensor, rest: torch.Tensor, left: torch.T
     return ends
 
 
+def _indices(tokens: VisualTokens) -> torch.Tensor:
+    """(I, N) each token's own index."""
+    return torch.arange(tokens.valid.shape[1], device=tokens.valid.device).expand(tokens.valid.shape)
+
+
+def _survivors(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """(I, N) the ``skipped`` (I,) least redundant tokens of the rest."""
+    rest = tokens.valid & ~retained
+    order = tokens.redundancy.masked_fill(~rest, float("inf")).argsort(dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, _indices(tokens).contiguous())
+    return rest & (rank < skipped[:, None])
+
+
+def _most_similar(unit: torch.Tensor, leaving: torch.Tensor, hosts: torch.Tensor) -> torch.Tensor:
+    """(I, N) index of the most similar host of every leaving token; arbitrary elsewhere.
+
+    Only the leaving × hosts block of the similarity matrix is computed. Both are packed to the front, so that
+    images of one size make one dense product.
+    """
+    guests, guest_index = _pack(leaving)
+    homes, home_index = _pack(hosts)
+    rows = torch.take_along_dim(unit, guest_index[..., None], dim=1)
+    columns = torch.take_along_dim(unit, home_index[..., None], dim=1)
+    similarity = (rows @ columns.transpose(1, 2)).masked_fill(~homes[:, None, :], -float("inf"))
+    best = torch.take_along_dim(home_index, similarity.argmax(dim=2), dim=1)
+    # An image's unused slots repeat real tokens: an extra column takes them, so that they overwrite nothing.
+    extra = unit.shape[1]
+    result = best.new_zeros(unit.shape[0], extra + 1)
+    result.scatter_(1, guest_index.masked_fill(~guests, extra), best)
+    return result[:, :extra]
+
+
+def _pack(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of M slots are used in each row, and the (I, M) indices of the row's True entries in order."""
+    counts = mask.sum(dim=1)
+    slots = int(counts.max())
+    index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]
+    return torch.arange(slots, device=mask.device) < counts[:, None], index
+
+
 def _one_round(features: torch.Tensor, alive: torch.Tensor, surplus: torch.Tensor) -> torch.Tensor:
-    """(I, N) where each token goes when ``surplus`` (I,) at most of every second one join the others."""
-    there, index = _pack(alive)
-    guests, homes = there[:, ::2], there[:, 1::2]
+    """(I, N) where each token ends when at most ``surplus`` (I,) of every second one join the others."""
+    used, index = _pack(alive)
+    guests, homes = used[:, ::2], used[:, 1::2]
     rows, columns = (
         F.normalize(torch.take_along_dim(features, at[..., None], dim=1), dim=2)
         for at in (index[:, ::2], index[:, 1::2])
     )
-    alike = (rows @ columns.transpose(1, 2)).masked_fill(~homes[:, None], -torch.inf)
-    best, host = alike.max(dim=2)
+    similarity = (rows @ columns.transpose(1, 2)).masked_fill(~homes[:, None], -torch.inf)
+    best, host = similarity.max(dim=2)
     order = best.masked_fill(~guests, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    goes = guests & (order.argsort(dim=1) < surplus[:, None])
+    merges = guests & (order.argsort(dim=1) < surplus[:, None])
     host = torch.take_along_dim(index[:, 1::2], host, dim=1)
     itself = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
-    return itself.scatter(1, index[:, ::2], torch.where(goes, host, index[:, ::2]))
+    return itself.scatter(1, index[:, ::2], torch.where(merges, host, index[:, ::2]))
+
+
+def _leaving_by_hosts(tokens: int, counts: Counts, width: int) -> int:
+    leaving = tokens - counts.retained - counts.skipped
+    return 2 * leaving * (counts.skipped or counts.retained) * width
+
+
+def _pairs_of_halves(tokens: int, counts: Counts, width: int) -> int:
+    pairs, alive = 0, tokens - counts.retained
+    while alive > counts.skipped:
+        guests = (alive + 1) // 2
+        pairs += guests * (alive - guests)
+        alive -= min(guests, alive - counts.skipped)
+    return 2 * pairs * width
+
+
+register_merge("similarity", into_most_similar, flops=_leaving_by_hosts)
+register_merge("pool", into_middle_of_run, check=needs_skipped)
+register_merge("drop", into_nothing, check=lambda name, retained, skipped: None)
+register_merge("tome", into_matches, check=needs_skipped, flops=_pairs_of_halves)
+register_merge("grid", into_middle_of_cell, check=needs_whole_image, fit=_cells, needs_patches=True)
 
 
 def merge_tokens(embeds: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
-    """(B, T, H) → (B, L, H): every token the mean of the caller positions merged into it.
+    """(B, T, H) → (B, L, H): each token becomes the mean of the caller positions merged into it.
 
-    Tokens that stand for themselves are copied bit for bit; summary and padding places are zero.
+    A token that nothing is merged into is copied bit for bit; summary and padding slots are zero.
     """
     rows, length = plan.source.shape
     reduced = plan.gather(embeds, plan.source)
     own = torch.take_along_dim(plan.source, plan.merged_into.clamp(min=0), dim=1)
-    places = torch.arange(plan.merged_into.shape[1], device=embeds.device)
-    guests = ((plan.merged_into >= 0) & (own != places)).nonzero(as_tuple=True)
+    positions = torch.arange(plan.merged_into.shape[1], device=embeds.device)
+    guests = ((plan.merged_into >= 0) & (own != positions)).nonzero(as_tuple=True)
     if guests[0].numel() == 0:
         return reduced
     host = guests[0] * length + plan.merged_into[guests]
-    # Half precision would lose the small ones of a large group: sum in float32.
+    # Half precision would lose the small addends of a large group: sum in float32.
     wide = torch.promote_types(embeds.dtype, torch.float32)
     total = reduced.to(wide).flatten(0, 1).index_add(0, host, embeds[guests].to(wide))
     mean = total / plan.mass.flatten().clamp(min=1)[:, None]

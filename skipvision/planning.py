@@ -9,38 +9,25 @@ from skipvision.config import SkipConfig
 from skipvision.layout import lay_out
 from skipvision.merge import assign
 from skipvision.plan import TokenPlan
-from skipvision.select import CRITERIA, VisualTokens, top
+from skipvision.select import top
+from skipvision.tokens import VisualTokens
 
 
 @torch.no_grad()
 def make_plan(
-    tokens: VisualTokens,
-    images: Images,
-    attention_mask: torch.Tensor,
-    config: SkipConfig,
-    scores: torch.Tensor | None = None,
+    tokens: VisualTokens, images: Images, attention_mask: torch.Tensor, config: SkipConfig
 ) -> TokenPlan:
-    """Decide the whole plan of a batch.
+    """Make the plan of a batch.
 
     Args:
-        tokens: the images' visual tokens.
-        images: where they stand.
+        tokens: the images' visual tokens, with the reading that the criterion needs.
+        images: their positions in the batch.
         attention_mask: (B, T) True where the caller has a token.
-        config: what is asked for.
-        scores: (I, N) scores to select by, for criteria that need the model ("ffn_ratio", "views" …).
+        config: criterion, merge, counts and layout.
     """
     counts = torch.tensor([config.counts(size) for size in images.sizes], device=tokens.valid.device)
-    retained_count, skipped_count = counts.unbind(1)
-    if scores is None:
-        scores = CRITERIA[config.select](tokens, retained_count, config.seed)
+    retained_count, skipped_count, _ = counts.unbind(1)
+    scores = config.criterion.score(tokens, retained_count, config.seed)
     retained = top(scores, tokens.valid, retained_count)
-    target = assign(
-        tokens.features,
-        tokens.unit,
-        tokens.redundancy,
-        tokens.valid,
-        retained,
-        skipped_count,
-        config.merge,
-    )
+    target = assign(tokens, retained, skipped_count, config.merging)
     return lay_out(images, attention_mask, retained, target, config)

@@ -9,12 +9,13 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from skipvision.errors import ConfigError
+from skipvision.registry import Registry
 
 _SECTION_EXPECTED = {"model_type", "model_attributes_type", "dict_type"}
 _NAMED_FIELDS = 3
@@ -163,7 +164,9 @@ def fields_of(model: type[BaseModel], prefix: str = "", values: BaseModel | None
     """Yield every field of ``model`` and of its sections; ``values``, if given, holds the defaults."""
     for name, info in model.model_fields.items():
         default = getattr(values, name) if values is not None else info.get_default(call_default_factory=True)
-        yield Field(prefix + name, info.annotation, default, info.description or "")
+        choices = next((tuple(one) for one in info.metadata if isinstance(one, Registry)), None)
+        annotation = info.annotation if choices is None else Literal[choices]
+        yield Field(prefix + name, annotation, default, info.description or "")
         for section, path in models_in(info.annotation):
             own = default if type(default) is section else None
             yield from fields_of(section, f"{prefix}{name}{path}.", own)

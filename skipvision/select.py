@@ -1,81 +1,132 @@
-"""Who is retained: scores of an image's visual tokens, highest kept (METHOD piece 1).
+"""Selection: a criterion scores visual tokens, and each image retains its highest (METHOD piece 1).
 
-Every criterion sees one padded tensor of all images of the batch, so that images of different sizes
-need no loop. Nothing here keeps gradients: which tokens stay is a decision, not a function to
-differentiate.
+A criterion scores one padded tensor of all images of the batch, so images of different sizes need no loop.
+Scores carry no gradients: which tokens stay is a decision, not a function to differentiate.
+
+A new criterion is one function and one call of `register_criterion`, here or in another package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Literal, cast
 
 import torch
 
+from skipvision.anatomy.probe import Probe, check_attention, ffn_ratio, prompt_attention
+from skipvision.errors import ConfigError
+from skipvision.registry import Registry
+from skipvision.tokens import Counts, Flops, VisualTokens, no_products
 
-@dataclass(frozen=True, eq=False)
-class VisualTokens:
-    """The visual tokens of a batch's images, and what more than one step wants to know of them.
+Score = Callable[[VisualTokens, torch.Tensor, int], torch.Tensor]
+"""(tokens, (I,) retained counts, seed) → (I, N) scores."""
+Reads = Literal["features", "views", "tower", "decoder"]
 
-    Attributes:
-        features: (I, N, D) visual embeddings.
-        valid: (I, N) real tokens; the rest is padding.
+
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion by which the retained tokens are chosen; see `register_criterion`."""
+
+    name: str
+    score: Score
+    reads: Reads = "features"
+    probe: Probe | None = None
+    sees_prompt: bool = False
+    needs_patches: bool = False
+    seeded: bool = False
+    flops: Flops = no_products
+
+    @property
+    def function(self) -> Score:
+        """The score function."""
+        return self.score
+
+    @property
+    def setting(self) -> str:
+        """The setting that selects it, for messages."""
+        return f"select={self.name!r}"
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion")
+
+
+def register_criterion(
+    name: str,
+    score: Score,
+    *,
+    reads: Reads = "features",
+    probe: Probe | None = None,
+    sees_prompt: bool = False,
+    needs_patches: bool = False,
+    seeded: bool = False,
+    flops: Flops = no_products,
+) -> Criterion:
+    """Make a criterion available as ``SkipConfig(select=name)``.
+
+    Other processes (Ray workers, replicas of the endpoint, the command line) register it by importing its
+    module: `skipvision.registry` describes the two settings that make them.
+
+    Args:
+        name: value of ``SkipConfig.select``.
+        score: ``score(tokens, counts, seed)`` returns (I, N) scores of the `VisualTokens` of I images,
+            without gradients. Each image retains its ``counts[i]`` highest scores. ``seed`` is
+            ``SkipConfig.seed``.
+        reads: what it scores by: "features" alone, or also ``tokens.reading``, which holds for "views" True
+            at the tokens of the whole image's view, for "tower" the attention that each patch receives in the
+            vision tower, and for "decoder" what ``probe`` returns.
+        probe: reads the decoder's layer ``SkipConfig.probe_layer`` in an `EarlyRun` over the unreduced
+            sequence and returns (B, T) values.
+        sees_prompt: scores depend on text after the image, so a plan holds for one prompt only.
+        needs_patches: each visual token must be a patch of one square picture.
+        seeded: scores depend on the seed.
+        flops: ``flops(N, counts, width)`` returns the FLOPs of ``score`` for one image of N tokens. The cost
+            of reading tower and decoder is measured and needs no formula.
+
+    Raises:
+        ConfigError: the name is taken, or only one of ``reads="decoder"`` and ``probe`` is given.
     """
-
-    features: torch.Tensor
-    valid: torch.Tensor
-
-    @cached_property
-    def unit(self) -> torch.Tensor:
-        """(I, N, D) unit vectors in at least float32, zero where there is no token."""
-        wide = self.features.detach().to(torch.promote_types(self.features.dtype, torch.float32))
-        scale = self.valid / wide.norm(dim=-1).clamp(min=1e-12)
-        return wide * scale[..., None]
-
-    @cached_property
-    def redundancy(self) -> torch.Tensor:
-        """(I, N) summed cosine similarity of each token to the image's other tokens.
-
-        Σ_j cos(i, j) = x̂_i · Σ_j x̂_j, so this is linear in N; the token itself (cosine 1) is taken out.
-        """
-        total = self.unit.sum(dim=1, keepdim=True)
-        return (self.unit * total).sum(-1) - self.valid.to(total.dtype)
+    if (probe is not None) != (reads == "decoder"):
+        raise ConfigError(
+            f"criterion {name!r} has reads={reads!r} and probe={probe!r}: a criterion that reads the decoder "
+            "needs a probe, and no other takes one"
+        )
+    return CRITERIA.add(Criterion(name, score, reads, probe, sees_prompt, needs_patches, seeded, flops))
 
 
 def by_similarity(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
-    """The least redundant tokens stay."""
+    """Retain the least redundant tokens."""
     return -tokens.redundancy
 
 
 def by_norm(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
-    """The longest feature vectors stay."""
+    """Retain the longest feature vectors."""
     return tokens.features.detach().float().norm(dim=-1)
 
 
 def by_diversity(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
     """Max-min distance: each next token is the one farthest (1 − cosine) from those already chosen.
 
-    As DivPrune (CVPR 2025, arXiv 2503.02175): the first is the token whose nearest neighbour is
-    farthest away. Steps over the retained count, all images at once.
+    As DivPrune (CVPR 2025, arXiv 2503.02175): the first is the token whose nearest neighbour is farthest
+    away. Takes one step per retained token, for all images at once.
     """
     unit, valid = tokens.unit, tokens.valid
     similarity = unit @ unit.transpose(1, 2)
-    # A product is symmetric but for rounding; nearest neighbours of each other must tie.
+    # The product is symmetric only up to rounding, but nearest neighbours of each other must tie.
     distance = 1 - (similarity + similarity.transpose(1, 2)) / 2
-    images, places, _ = distance.shape
-    never = ~valid
+    images, length, _ = distance.shape
+    padding = ~valid
     distance.masked_fill_(
-        never[:, None, :] | torch.eye(places, dtype=torch.bool, device=unit.device), float("inf")
+        padding[:, None, :] | torch.eye(length, dtype=torch.bool, device=unit.device), float("inf")
     )
-    nearest = distance.amin(dim=2).masked_fill(never, -float("inf"))
-    score = torch.zeros(images, places, device=unit.device)
+    nearest = distance.amin(dim=2).masked_fill(padding, -float("inf"))
+    score = torch.zeros(images, length, device=unit.device)
     every = torch.arange(images, device=unit.device)
     chosen = nearest.argmax(dim=1)
-    nearest = torch.full_like(nearest, float("inf")).masked_fill(never, -float("inf"))
+    nearest = torch.full_like(nearest, float("inf")).masked_fill(padding, -float("inf"))
     steps = int(counts.max()) if images else 0
     for step in range(steps):
-        # A smaller image has none left in the last steps; the index is then of one it chose before.
+        # A smaller image runs out of tokens before the last step; argmax then repeats an earlier choice.
         left = nearest[every, chosen] > -float("inf")
         score[every, chosen] = torch.where(left, float(steps - step), score[every, chosen])
         nearest = torch.minimum(nearest, distance[every, chosen])
@@ -85,49 +136,55 @@ def by_diversity(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch
 
 
 def by_position(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
-    """Evenly spaced in raster order: token ⌊(i + ½) · N / N_r⌋ for i < N_r."""
+    """Retain evenly spaced tokens in raster order: token ⌊(i + ½) · N / N_r⌋ for i < N_r."""
     valid = tokens.valid
-    there = valid.sum(dim=1, keepdim=True)
-    places = valid.shape[1]
-    step = torch.arange(places, device=valid.device).expand_as(valid)
-    kept = counts[:, None]
-    landing = ((2 * step + 1) * there).div(2 * kept.clamp(min=1), rounding_mode="floor")
-    landing = landing.masked_fill(step >= kept, places)
-    score = torch.zeros(len(valid), places + 1, device=valid.device)
-    return score.scatter_(1, landing, 1.0)[:, :places]
+    sizes = valid.sum(dim=1, keepdim=True)
+    length = valid.shape[1]
+    step = torch.arange(length, device=valid.device).expand_as(valid)
+    retained = counts[:, None]
+    index = ((2 * step + 1) * sizes).div(2 * retained.clamp(min=1), rounding_mode="floor")
+    index = index.masked_fill(step >= retained, length)
+    score = torch.zeros(len(valid), length + 1, device=valid.device)
+    return score.scatter_(1, index, 1.0)[:, :length]
 
 
 def by_chance(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
-    """A random order of places that the seed alone decides: one pattern serves all images.
+    """Retain tokens in a random order that the seed alone decides: one pattern serves all images.
 
-    So a row has the same plan alone and in any batch; another draw is another seed.
+    So a row gets the same plan alone and in any batch, and another seed draws another pattern.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(tokens.valid.shape[1], generator=generator, dtype=torch.float64)
     return order.to(tokens.valid.device).expand(tokens.valid.shape)
 
 
-def by_view(tokens: VisualTokens, base: torch.Tensor) -> torch.Tensor:
-    """The view of the whole image stays before any of its crops; within each, the least redundant.
-
-    Args:
-        tokens: as for every criterion.
-        base: (I, N) True for the tokens of the base view.
-    """
+def by_view(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
+    """Retain the whole image's view before any crop; within each, the least redundant tokens."""
     score = (-tokens.redundancy).masked_fill(~tokens.valid, 0)
     low, high = score.amin(dim=1, keepdim=True), score.amax(dim=1, keepdim=True)
-    return (score - low) / (high - low).clamp(min=1e-12) + 2 * base
+    return (score - low) / (high - low).clamp(min=1e-12) + 2 * by_reading(tokens, counts, seed)
 
 
-Criterion = Callable[[VisualTokens, torch.Tensor, int], torch.Tensor]
-CRITERIA: dict[str, Criterion] = {
-    "similarity": by_similarity,
-    "diversity": by_diversity,
-    "norm": by_norm,
-    "uniform": by_position,
-    "random": by_chance,
-}
-"""Criteria that look at features alone; "ffn_ratio" and "views" get their scores from the model."""
+def by_reading(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
+    """Retain the tokens with the highest readings."""
+    return cast(torch.Tensor, tokens.reading)
+
+
+def _all_pairs(tokens: int, counts: Counts, width: int) -> int:
+    return 2 * tokens * tokens * width if counts.retained < tokens else 0
+
+
+register_criterion("similarity", by_similarity)
+register_criterion("ffn_ratio", by_reading, reads="decoder", probe=Probe(ffn_ratio))
+register_criterion("diversity", by_diversity, flops=_all_pairs)
+register_criterion("norm", by_norm)
+register_criterion("views", by_view, reads="views")
+register_criterion("uniform", by_position)
+register_criterion("random", by_chance, seeded=True)
+register_criterion(
+    "attention", by_reading, reads="decoder", probe=Probe(prompt_attention, check_attention), sees_prompt=True
+)
+register_criterion("vision_attention", by_reading, reads="tower", needs_patches=True)
 
 
 def top(scores: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ class Point:
 
     def under(self, seed: int) -> sv.SkipConfig | None:
         """What is applied under one seed: each has a random pattern of its own."""
-        if self.skip is None or self.skip.select != "random":
+        if self.skip is None or not self.skip.criterion.seeded:
             return self.skip
         return self.skip.model_copy(update={"seed": self.skip.seed + seed})
 
@@ -126,12 +126,12 @@ def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) ->
         paths = (adapter.path, *adapter.other_seeds)
         for method, skip, budget in found:
             seeds = paths[:1] if method == GRID else paths  # it draws curves; one is enough for these
-            yield Point(label, seeds, method, skip, skip and skip.counts(visual), budget)
+            yield Point(label, seeds, method, skip, skip and skip.counts(visual)[:2], budget)
 
 
 def _counted(skip: sv.SkipConfig, tokens: int) -> sv.SkipConfig:
     """Numbers of tokens instead of fractions."""
-    retained, skipped = skip.counts(tokens)
+    retained, skipped, _ = skip.counts(tokens)
     return skip.model_copy(update={"retained": retained, "skipped": skipped})
 
 

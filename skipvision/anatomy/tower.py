@@ -56,8 +56,8 @@ def hook_tower(anatomy: Anatomy, wanted: Callable[[], bool]) -> list[RemovableHa
     ]
 
 
-def received(call: Mapping[str, Any], images: Images) -> torch.Tensor:
-    """(I, N) what was read when the images of an outer call were encoded.
+def received(call: Mapping[str, Any], images: Images, setting: str) -> torch.Tensor:
+    """(I, N) attention read while the images of an outer call were encoded; ``setting`` needs it.
 
     Raises:
         InputError: nothing came with the encoded images.
@@ -67,7 +67,7 @@ def received(call: Mapping[str, Any], images: Images) -> torch.Tensor:
     if scores is None:
         raise InputError(
             "encoded images came without the vision tower's attention: encode them while Skip-Vision is "
-            "attached with select='vision_attention', or choose another select"
+            f"attached with {setting}, or choose another select"
         )
     if len(scores) == len(images.row):
         return scores

@@ -147,11 +147,8 @@ def _cost(
     design: Design, config: SkipConfig, row: _Row, rank: int, element_bytes: int, full: Cost | None
 ) -> Cost:
     counts = [config.counts(size) for size in row.sizes]
-    skipped = sum(skipped for _, skipped in counts)
-    prompt = (
-        sum(retained + skipped + _summaries(config, retained, skipped) for retained, skipped in counts)
-        + row.text
-    )
+    skipped = sum(one.skipped for one in counts)
+    prompt = sum(one.total for one in counts) + row.text
     short, forgotten = skipped * config.skip_ffn, skipped * config.skip_kv
     cached = prompt - forgotten
     decoder, head = unit_costs.decoder(design), unit_costs.head(design)
@@ -189,53 +186,26 @@ def _cost(
     )
 
 
-def _summaries(config: SkipConfig, retained: int, skipped: int) -> int:
-    return config.summary_tokens * ((retained > 0) + (skipped > 0))
-
-
 def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int) -> int:
-    """Matrix products of select, merge, summary and probe; sums and sorts are not FLOPs here.
+    """FLOPs of select, merge, summary and probe: matrix products only, no sums and sorts.
 
-    The probe runs over the caller's tokens, the ``new`` ones of a training row included, with its LoRA.
+    The probe runs over the caller's tokens, including the ``new`` ones of a training row, and with its LoRA.
     """
-    products = 0
+    if not row.sizes:
+        return 0
+    criterion, merge, width = config.criterion, config.merging, unit_costs.hidden_size(design)
+    flops = 0
     for size in row.sizes:
-        retained, skipped = config.counts(size)
-        leaving = size - retained - skipped
-        products += (retained + skipped) * config.summary_tokens
-        if config.select == "diversity" and retained < size:
-            products += size * size
-        if config.merge == "similarity" and leaving:
-            products += leaving * (skipped or retained)
-        if config.merge == "tome":
-            products += _matched_in_halves(size - retained, skipped)
-    flops = 2 * products * unit_costs.hidden_size(design)
-    if config.select == "ffn_ratio":
-        tokens, last = row.prompt + new, config.probe_layer
-        run = unit_costs.probe(design, last, rank)
-        flops += run(tokens, tokens, tokens)
-        # The last layer runs once more, with one token in its FFN.
-        flops += run(tokens, tokens, 1)
-        if last:
-            flops -= unit_costs.probe(design, last - 1, rank)(tokens, tokens, 1)
-    elif config.select == "attention":
-        tokens = row.prompt + new
-        flops += unit_costs.prompt_attention(design, config.probe_layer, rank)(tokens, tokens, tokens)
-    elif config.select == "vision_attention" and row.sizes:
+        counts = config.counts(size)
+        flops += criterion.flops(size, counts, width) + merge.flops(size, counts, width)
+        flops += 2 * (counts.retained + counts.skipped) * config.summary_tokens * width
+    if criterion.probe is not None:
+        flops += unit_costs.probing(design, criterion.probe, config.probe_layer, rank)(row.prompt + new)
+    if criterion.reads == "tower":
         pictures = len(row.sizes)
         own = sum(unit_costs.pictures(design, pictures, None)[1])
         flops += unit_costs.tower_attention(design, pictures) * sum(row.sizes) // own
     return flops
-
-
-def _matched_in_halves(alive: int, left: int) -> int:
-    """Pairs that merge="tome" compares, round after round."""
-    pairs = 0
-    while alive > left:
-        guests = (alive + 1) // 2
-        pairs += guests * (alive - guests)
-        alive -= min(guests, alive - left)
-    return pairs
 
 
 def _check_counts(**counts: object) -> None:

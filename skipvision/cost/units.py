@@ -26,7 +26,7 @@ from transformers.models.auto import AutoModelForImageTextToText
 from skipvision.anatomy.encoding import encoded_sizes
 from skipvision.anatomy.families import Anatomy, dissect
 from skipvision.anatomy.pictures import Request, collate, recipe_of
-from skipvision.anatomy.probe import prompt_attention as probe_attention
+from skipvision.anatomy.probe import EarlyRun, Probe
 from skipvision.anatomy.tower import hook_tower
 from skipvision.cost.dry_run import DryRun
 from skipvision.cost.flops import measure_flops
@@ -75,6 +75,28 @@ class Flops:
         return cls(short // n - pair * n - ffn, pair, ffn)
 
 
+@dataclass(frozen=True)
+class ProbeFlops:
+    """FLOPs of a probing run: a fixed part, and a part for each token and for each pair of tokens."""
+
+    fixed: int
+    token: int
+    pair: int
+
+    def __call__(self, tokens: int) -> int:
+        return self.fixed + self.token * tokens + self.pair * tokens**2
+
+    @classmethod
+    def fitted(cls, run: Callable[[int], Any]) -> Self:
+        """Fit three runs of ``run(tokens)``."""
+        n = _SHORT
+        with DryRun():
+            one, two, three = (measure_flops(partial(run, times * n)) for times in (1, 2, 3))
+        pair = (three - 2 * two + one) // (2 * n * n)
+        token = (two - one) // n - 3 * n * pair
+        return cls(one - token * n - pair * n * n, token, pair)
+
+
 class CacheLayer(NamedTuple):
     """What one layer keeps: values for each token, and of how many tokens at most."""
 
@@ -120,34 +142,26 @@ def decoder(design: Design) -> Flops:
 
 
 @lru_cache(maxsize=64)
-def probe(design: Design, layer: int, rank: int) -> Flops:
-    """One forward up to a layer, with LoRA beside it."""
-    model = _model(design)
-    with _lora(model.anatomy, rank):
-        return Flops.fitted(partial(_forward, model, model.anatomy.decoder.get_submodule(f"layers.{layer}")))
-
-
-@lru_cache(maxsize=64)
-def prompt_attention(design: Design, layer: int, rank: int) -> Flops:
-    """Reading what the prompt's last token attends to in a layer, with LoRA beside it."""
+def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
+    """Measure a criterion's probe of a layer, in a decoder with LoRA."""
     model = _model(design)
     anatomy = model.anatomy
 
-    def run(tokens: int, ffn_tokens: int) -> None:
+    def run(tokens: int) -> None:
         real = torch.ones(1, tokens, dtype=torch.bool)
 
-        def only_read(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            probe_attention(decoder, anatomy.layers[layer].attention, kwargs, real, real)
+        def read(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            probe.read(EarlyRun(decoder, anatomy.layers[layer], kwargs, real, real))
             raise _Enough
 
-        handle = anatomy.decoder.register_forward_pre_hook(only_read, with_kwargs=True)
+        handle = anatomy.decoder.register_forward_pre_hook(read, with_kwargs=True)
         try:
-            _forward(model, anatomy.decoder, tokens, ffn_tokens)
+            _forward(model, anatomy.decoder, tokens, tokens)
         finally:
             handle.remove()
 
     with _lora(anatomy, rank):
-        return Flops.fitted(run)
+        return ProbeFlops.fitted(run)
 
 
 @lru_cache(maxsize=64)
@@ -283,7 +297,7 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
         raise _Enough
 
     with ExitStack() as stack:
-        for layer in model.anatomy.layers:
+        for layer in model.anatomy.layers if ffn_tokens < tokens else ():
             stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
         stack.callback(end.register_forward_hook(stop).remove)
         try:

@@ -80,7 +80,7 @@ class PrefillStage:
     def _prefix_key(self, group: SequenceGroup) -> Any:
         """Return the key of a prompt's prefix, or None if the prefix cannot be cached."""
         # With select="attention", the last token of the prompt decides which visual tokens stay.
-        whole = self._family.whole_prompt or group.config.select == "attention"
+        whole = self._family.whole_prompt or group.config.criterion.sees_prompt
         if not self._prefixes.limit or not group.prompt.prefix_length or whole:
             return None
         return group.prompt.prefix_digest, group.config, group.adapter

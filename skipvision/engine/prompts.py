@@ -92,7 +92,7 @@ class Prompt:
     def planned_entries(self, config: SkipConfig) -> int:
         """KV cache entries that the prompt will keep under a config, by `image_sizes`."""
         sizes = self.image_sizes
-        return len(self) - sum(sizes) + sum(_kept(config, size) for size in sizes)
+        return len(self) - sum(sizes) + sum(config.cached(size) for size in sizes)
 
     @cached_property
     def prefix_length(self) -> int:
@@ -154,12 +154,6 @@ def collate(
         padding = pad_token_id if name == _IDS else 0
         batch[name] = torch.cat([_padded_left(value, example, length, padding) for value in values])
     return {**batch, **{name: _concatenated(values) for name, values in pixels.items()}}
-
-
-def _kept(config: SkipConfig, size: int) -> int:
-    retained, skipped = config.counts(size)
-    summaries = config.summary_tokens * ((retained > 0) + (skipped > 0))
-    return retained + summaries + (0 if config.skip_kv else skipped)
 
 
 def _padded_left(

@@ -5,7 +5,6 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
 
 import httpx2 as httpx
 import pytest
@@ -17,8 +16,9 @@ from serve.reporting import problem_of
 from skipvision import SkipConfig, UnsupportedModelError, load_adapter
 from skipvision.analysis import patches_of
 from skipvision.attach import attachment_of
-from skipvision.config import Merge, Select
 from skipvision.engine import Request, prepare
+from skipvision.merge import MERGES
+from skipvision.select import CRITERIA
 from tests.serve.browser import CHROMIUM, DRIVER, MISSING, Page, browser
 from tests.serve.conftest import SKIP, asking, eventually, picture
 
@@ -60,9 +60,9 @@ def test_nothing_else_is(endpoint):
 
 def test_the_page_offers_what_a_skipconfig_takes():
     page = (FOLDER / "index.html").read_text()
-    for name, values in (("select", Select), ("merge", Merge)):
+    for name, values in (("select", CRITERIA), ("merge", MERGES)):
         offered = re.search(rf'<select id="{name}">(.*?)</select>', page, re.DOTALL)
-        assert tuple(re.findall("<option>(.*?)<", offered[1])) == get_args(values)
+        assert tuple(re.findall("<option>(.*?)<", offered[1])) == tuple(values)
 
 
 def test_its_defaults_are_a_skipconfigs():

@@ -207,7 +207,7 @@ def _reduce_image(
     number: int,
     ends: list[int],
 ) -> list[Token]:
-    retained_count, skipped_count = config.counts(len(positions))
+    retained_count, skipped_count, _ = config.counts(len(positions))
     retained = retain(features, retained_count, config, scores)
     host = hosts(features, retained, skipped_count, config.merge)
     groups: list[list[Token]] = [[], []]

@@ -28,7 +28,8 @@ def test_as_many_tokens_as_can_be_paid_for(model, name, fraction):
     assert skip.select == BASELINES[name].select
     with torch.no_grad(), attach(model, skip) as attached:
         model(**tiny_inputs([["image", WORDS]], side=SIDE))
-    kept = sum(skip.counts(SIDE**2))
+    counts = skip.counts(SIDE**2)
+    kept = counts.retained + counts.skipped
     assert int((attached.plan.group >= 0).sum()) == kept
     full_path = int(attached.plan.ffn_mask.sum()) - WORDS
     assert full_path == kept or name == "skip-vision", "what a baseline keeps takes the whole decoder"

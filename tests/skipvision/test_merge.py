@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from skipvision import SkipConfig, TokenRole
-from skipvision.merge import assign, merge_tokens
-from skipvision.select import VisualTokens
+from skipvision.merge import MERGES, assign, merge_tokens
+from skipvision.tokens import VisualTokens
 from tests.skipvision import naive
 from tests.skipvision.cases import close
 from tests.skipvision.test_plan import Batch
@@ -23,12 +23,7 @@ def matching(method, retained_count, skipped_count, seed=0):
     retained = (torch.rand(valid.shape, generator=generator).argsort(dim=1) < retained_count) & valid
     skipped = torch.tensor([skipped_count] * len(SIZES)).minimum((valid & ~retained).sum(dim=1))
     tokens = VisualTokens(features, valid)
-    return (
-        features,
-        valid,
-        retained,
-        assign(features, tokens.unit, tokens.redundancy, valid, retained, skipped, method),
-    )
+    return features, valid, retained, assign(tokens, retained, skipped, MERGES[method])
 
 
 @pytest.mark.parametrize("skipped", [1, 3, 8, 16])
@@ -63,7 +58,7 @@ def test_a_grid_has_as_many_cells_as_counted(side):
     config = {n: SkipConfig(retained=0, skipped=n, merge="grid") for n in range(1, side**2 + 1)}
     for asked, own in config.items():
         batch = Batch([[(side**2,)]])
-        _, cells = own.counts(side**2)
+        cells = own.counts(side**2).skipped
         assert asked - 2 * asked**0.5 <= cells <= asked
         plan = batch.plan(own)
         ends = plan.source[0, plan.merged_into[0]].tolist()

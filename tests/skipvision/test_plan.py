@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from skipvision import ConfigError, InputError, SkipConfig, TokenPlan, TokenRole
 from skipvision.anatomy.images import Images
 from skipvision.planning import make_plan
-from skipvision.select import VisualTokens
+from skipvision.tokens import VisualTokens
 from tests.skipvision import naive
 from tests.skipvision.cases import BY_THE_MODEL, CONFIGS, always_new, same_every_time
 
@@ -113,9 +113,11 @@ def assert_consistent(plan: TokenPlan, batch: Batch, config: SkipConfig) -> None
         own = counts[number : number + len(images)]
         number += len(images)
         text = batch.lengths[row] - sum(len(positions) for positions in images)
-        assert int(plan.count(TokenRole.RETAINED)[row]) == sum(r for r, _ in own)
-        assert int(plan.count(TokenRole.SKIPPED)[row]) == sum(s for _, s in own)
-        assert int(plan.count(TokenRole.SUMMARY)[row]) == sum(k * ((r > 0) + (s > 0)) for r, s in own)
+        assert int(plan.count(TokenRole.RETAINED)[row]) == sum(one.retained for one in own)
+        assert int(plan.count(TokenRole.SKIPPED)[row]) == sum(one.skipped for one in own)
+        assert int(plan.count(TokenRole.SUMMARY)[row]) == sum(
+            k * ((one.retained > 0) + (one.skipped > 0)) for one in own
+        )
         assert int(plan.count(TokenRole.TEXT)[row]) == text
         # A survivor stands for itself; whoever else ends in it is of the same image.
         for place, source in enumerate(plan.source[row].tolist()):

@@ -36,6 +36,8 @@ NAMES = [
     "measure_flops",
     "predict_cost",
     "read_adapter",
+    "register_criterion",
+    "register_merge",
     "save_adapter",
 ]
 DEFAULTS = {
@@ -89,7 +91,7 @@ def test_every_promised_choice(name, value):
 def test_full_is_the_identity():
     full = SkipConfig.full()
     assert (full.retained, full.skipped, full.summary_tokens) == (1.0, 0.0, 0)
-    assert full.counts(576) == (576, 0)
+    assert full.counts(576) == (576, 0, 0)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), SkipConfig.full()], ids=[*CONFIGS, "full"])

@@ -7,14 +7,17 @@ import torch
 
 from skipvision import SkipConfig
 from skipvision.anatomy.attention import Attended
-from skipvision.anatomy.probe import ffn_ratio
-from skipvision.select import CRITERIA, VisualTokens, top
+from skipvision.anatomy.families import dissect
+from skipvision.anatomy.probe import EarlyRun, ffn_ratio
+from skipvision.select import CRITERIA, top
 from skipvision.testing.llava import tiny_inputs, tiny_llava
+from skipvision.tokens import VisualTokens
 from tests.skipvision import naive
 from tests.skipvision.cases import ROWS, close
 
 SIZES = [16, 7, 1, 12]
 RETAINED = [5, 3, 0.5, 0.3, 1, 1.0, 0]
+BY_FEATURES = ["similarity", "diversity", "norm", "uniform", "random"]
 
 
 def ragged(sizes=SIZES, width=6, seed=1, dtype=torch.float64):
@@ -28,11 +31,11 @@ def ragged(sizes=SIZES, width=6, seed=1, dtype=torch.float64):
 
 def retained_by(select, features, valid, counts, seed=0):
     counts = torch.tensor(counts)
-    return top(CRITERIA[select](VisualTokens(features, valid), counts, seed), valid, counts)
+    return top(CRITERIA[select].score(VisualTokens(features, valid), counts, seed), valid, counts)
 
 
 @pytest.mark.parametrize("amount", RETAINED)
-@pytest.mark.parametrize("select", CRITERIA)
+@pytest.mark.parametrize("select", BY_FEATURES)
 def test_each_criterion_is_its_loop(select, amount):
     config = SkipConfig(retained=amount, skipped=2, select=select, seed=7)
     features, valid = ragged()
@@ -49,7 +52,7 @@ def test_redundancy_is_the_sum_of_cosines():
     close(VisualTokens(features, valid).redundancy[0], torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("select", CRITERIA)
+@pytest.mark.parametrize("select", BY_FEATURES)
 def test_an_image_does_not_depend_on_the_others_beside_it(select):
     features, valid = ragged()
     together = retained_by(select, features, valid, [8, 2, 1, 5])
@@ -61,7 +64,7 @@ def test_an_image_does_not_depend_on_the_others_beside_it(select):
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("select", CRITERIA)
+@pytest.mark.parametrize("select", BY_FEATURES)
 def test_a_small_image_is_not_disturbed_by_a_large_one(select, seed):
     """The large one is chosen from for longer than the small one has tokens."""
     features, valid = ragged([4, 16], seed=seed)
@@ -87,8 +90,8 @@ def test_random_draws_more_by_adding_to_what_it_drew():
 
 
 def test_random_orders_a_smaller_image_like_the_beginning_of_a_larger_one():
-    large = CRITERIA["random"](VisualTokens(*ragged([100])), torch.tensor([1]), 4)
-    small = CRITERIA["random"](VisualTokens(*ragged([37])), torch.tensor([1]), 4)
+    large = CRITERIA["random"].score(VisualTokens(*ragged([100])), torch.tensor([1]), 4)
+    small = CRITERIA["random"].score(VisualTokens(*ragged([37])), torch.tensor([1]), 4)
     assert torch.equal(large[:, :37], small)
 
 
@@ -98,17 +101,18 @@ def test_ties_go_to_the_earlier_token():
     assert got.tolist() == [[False, True, True, False, False]]
 
 
-@pytest.mark.parametrize("select", CRITERIA)
+@pytest.mark.parametrize("select", BY_FEATURES)
 def test_half_precision_features_are_judged_in_full_precision(select):
     features, valid = ragged([16], width=32, dtype=torch.float32)
     half = features.to(torch.bfloat16)
     assert torch.equal(retained_by(select, half, valid, [6]), retained_by(select, half.double(), valid, [6]))
 
 
-@pytest.mark.parametrize("select", CRITERIA)
+@pytest.mark.parametrize("select", BY_FEATURES)
 def test_choosing_keeps_no_gradient(select):
     features, valid = ragged()
-    scores = CRITERIA[select](VisualTokens(features.requires_grad_(), valid), torch.tensor([5, 3, 1, 4]), 0)
+    tokens = VisualTokens(features.requires_grad_(), valid)
+    scores = CRITERIA[select].score(tokens, torch.tensor([5, 3, 1, 4]), 0)
     assert not scores.requires_grad
 
 
@@ -129,7 +133,24 @@ def test_choosing_keeps_no_gradient(select):
     ],
 )
 def test_counts_and_fractions(retained, skipped, tokens, expected):
-    assert SkipConfig(retained=retained, skipped=skipped, merge="drop").counts(tokens) == expected
+    assert SkipConfig(retained=retained, skipped=skipped, merge="drop").counts(tokens)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts"),
+    [(16, (5, 4, 4)), (5, (5, 0, 2)), (0, (0, 0, 0))],
+)
+def test_each_group_with_members_has_its_summaries(tokens, counts):
+    found = SkipConfig(retained=5, skipped=4, summary_tokens=2).counts(tokens)
+    assert (found.retained, found.skipped, found.summaries) == counts
+    assert found.total == sum(counts)
+
+
+def early_run(model, layer, embeds, mask=None):
+    real = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    anatomy = dissect(model)
+    call = {"inputs_embeds": embeds, **({} if mask is None else {"attention_mask": mask})}
+    return EarlyRun(anatomy.decoder, anatomy.layers[layer], call, real, real)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -146,8 +167,7 @@ def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
         layer.register_forward_pre_hook(lambda *_, n=n: layers_run.append(n))
         for n, layer in enumerate(decoder.layers)
     ]
-    call = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
-    got = ffn_ratio(decoder, decoder.layers[probe_layer], decoder.layers[probe_layer].mlp, call)
+    got = ffn_ratio(early_run(model, probe_layer, embeds, inputs["attention_mask"]))
     for handle in handles:
         handle.remove()
     assert layers_run == list(range(probe_layer + 1)), "what lies behind need not be computed"
@@ -189,9 +209,7 @@ def test_attention_received_is_the_mean_of_rows_of_weights(how):
 def test_ffn_ratio_in_training_is_not_what_dropout_does():
     """An FFN that adds nothing changes nothing, whatever attention drops."""
     model = tiny_llava(dtype=torch.float64, attention="eager", attention_dropout=0.5).train()
-    decoder = model.model.language_model
-    layer = decoder.layers[1]
-    call = {"inputs_embeds": torch.randn(2, 9, 32, dtype=torch.float64)}
-    assert ffn_ratio(decoder, layer, layer.mlp, call).min() > 0
-    layer.mlp.down_proj.weight.data.zero_()
-    assert ffn_ratio(decoder, layer, layer.mlp, call).max() == 0
+    run = early_run(model, 1, torch.randn(2, 9, 32, dtype=torch.float64))
+    assert ffn_ratio(run).min() > 0
+    run.layer.mlp.down_proj.weight.data.zero_()
+    assert ffn_ratio(run).max() == 0

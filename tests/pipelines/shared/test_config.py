@@ -5,17 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import pytest
 from pydantic import BaseModel, Field, model_validator
 
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.shared.config import load_config, run_job
-from skipvision.config import Select
 from skipvision.errors import ConfigError, DataError
+from skipvision.select import CRITERIA
 
-SELECT = get_args(Select)
+SELECT = tuple(CRITERIA)
 
 
 class Training(BaseModel):
@@ -402,9 +402,9 @@ def test_a_job_file_finds_the_root_from_any_directory(tmp_path):
     (root / "jobs" / "hello.py").write_text(JOB)
     project = Path(__file__).parents[3]
     (root / "pipelines").symlink_to(project / "pipelines")
-    (root / "skipvision").mkdir()  # two files alone: the rest takes half a minute to import
+    (root / "skipvision").mkdir()  # three files alone: the rest takes half a minute to import
     (root / "skipvision" / "__init__.py").touch()
-    for name in ("errors.py", "problems.py"):
+    for name in ("errors.py", "problems.py", "registry.py"):
         (root / "skipvision" / name).symlink_to(project / "skipvision" / name)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for folder, script in [(root, "jobs/hello.py"), (tmp_path, "copy/jobs/hello.py")]:
