@@ -252,7 +252,7 @@ def _check_shape(model: nn.Module, folder: Path, saved: dict[str, Any]) -> None:
 
 
 def _base_name(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or ""
 
 
 def _check_beside(model: nn.Module, folder: Path, saved: dict[str, Any], name: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from skipvision._compat import generation_position_ids
 from skipvision.anatomy.masks import places
 from skipvision.anatomy.positions import ends
 from skipvision.attach import Attachment
@@ -139,7 +140,7 @@ class Prefiller:
         batch = self._to_device(collate(prompts, self._pad))
         ids, mask = batch.pop("input_ids"), batch["attention_mask"]
         # `generate` calls the same two methods: they add the inputs that a family needs besides the prompt.
-        positions = model._prepare_position_ids_for_generation(ids, {**batch, "past_key_values": cache})
+        positions = generation_position_ids(model, ids, {**batch, "past_key_values": cache})
         call = model.prepare_inputs_for_generation(
             ids,
             **{**batch, "position_ids": positions},

@@ -6,8 +6,8 @@ from collections import abc
 from typing import Any
 
 import torch
-from torch import _dynamo as dynamo
 
+from skipvision._compat import recompile_limit
 from skipvision.engine.adapters import Adapters
 from skipvision.engine.model import ModelFacts
 from skipvision.engine.prefill import Prefilled
@@ -126,7 +126,7 @@ class Running:
         self._adapters.activate(names[0])
         if self._compiled is None:
             return self._model(**inputs)
-        with dynamo.config.patch(recompile_limit=_MAX_COMPILED_SHAPES):
+        with recompile_limit(_MAX_COMPILED_SHAPES):
             return self._compiled(**inputs)
 
     def _mask(self, lengths: torch.Tensor, ordinals: torch.Tensor) -> Any:

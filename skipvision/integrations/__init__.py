@@ -1,1 +1,1 @@
-"""Skip-Vision inside other projects' tools. Each is found by an entry point; nothing imports it."""
+"""Plug-ins for other projects' tools. Those tools find them by entry point; nothing here imports them."""

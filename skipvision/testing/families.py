@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from skipvision._compat import modules_kept_in_float32
 from skipvision.anatomy.pictures import ONE_A_ROW, SCALES, Picture, Request, collate, recipe_of
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.testing.configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
@@ -96,7 +97,7 @@ def tiny_model(
     model.generation_config.suppress_tokens = list(range(FIRST_SPECIAL, FIRST_WORD))
     model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     # Not `model.to`, which would take the imaginary part of complex buffers away.
-    exact = tuple(model._keep_in_fp32_modules_strict or ())
+    exact = modules_kept_in_float32(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and not any(part in name for part in exact):
             tensor.data = tensor.data.to(dtype)

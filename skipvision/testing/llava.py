@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.models.auto import AutoConfig
 
 IMAGE_TOKEN = 5
@@ -59,10 +64,11 @@ def tiny_llava(
         image_seq_length=side**2,
         vision_feature_layer=-1,
     )
-    config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config)
+        model: LlavaForConditionalGeneration = AutoModelForImageTextToText.from_config(
+            config, attn_implementation=attention
+        )
         # Hugging Face's small initial weights make every FFN update negligible; tests must see them.
         for parameter in model.parameters():
             if parameter.ndim > 1:

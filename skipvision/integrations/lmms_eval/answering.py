@@ -1,4 +1,4 @@
-"""Questions in lmms-eval's terms, answered by the engine."""
+"""Answer lmms-eval's questions with the engine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PLACEHOLDER = "<image>"
 _MAX_NEW_TOKENS = 1024
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _WITHOUT_EFFECT = ("do_sample", "image_aspect_ratio")
-"""As in lmms-eval's own models the temperature decides; and images are the processor's business."""
+"""Accepted and ignored: the temperature decides on sampling, and the processor on image sizes."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A context, in which ``<image>`` may mark where images belong, its images, and how to generate."""
+    """A context in which ``<image>`` may mark the images, the images, and ``generation_kwargs``."""
 
     context: str
     images: Sequence[Image.Image]
@@ -41,28 +41,28 @@ def load_engine(
     kv_budget_bytes: int = 2**30,
     **skip: Any,
 ) -> sv.Engine:
-    """The engine of a model, with an adapter if there is one.
+    """Load a model, and an adapter if one is given, into an engine.
 
     Args:
-        pretrained: folder or Hugging Face id.
-        adapter: folder that `save_adapter` wrote.
-        device: torch's name; auto = a GPU if there is one.
-        dtype: torch's name; auto = as the checkpoint has it.
-        attention: implementation.
-        max_sequences: answers written at once.
-        kv_budget_bytes: for keys and values of the answers being written.
-        skip: fields of `SkipConfig`, or ``skip="full"``; none = as the adapter was trained, without an
-            adapter full tokens.
+        pretrained: folder or Hugging Face id of the model.
+        adapter: folder of an adapter from `save_adapter`.
+        device: torch's name of it; auto = a GPU if one is available.
+        dtype: torch's name of it; auto = the dtype of the checkpoint.
+        attention: attention implementation of transformers.
+        max_sequences: max answers that are generated at once.
+        kv_budget_bytes: size of the KV cache.
+        skip: fields of `SkipConfig`, or ``skip="full"``. Without any, the model runs as the adapter was
+            trained, or with full tokens if it has no adapter.
 
     Raises:
-        ConfigError: a field is unknown or its value makes no sense.
-        AdapterError: the folder holds no adapter for this model.
+        ConfigError: a field is unknown or its value is invalid.
+        AdapterError: the folder has no adapter for this model.
         UnsupportedModelError: Skip-Vision cannot be attached to the model.
     """
     full = skip.pop("skip", None)
     if full not in (None, "full") or (full and skip):
         raise ConfigError(
-            f"skip={full!r}: give skip=full, or fields of SkipConfig such as retained=100,skipped=156"
+            f"skip={full!r}: pass either skip=full, or fields of SkipConfig such as retained=100,skipped=156"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,17 +77,17 @@ def load_engine(
 
 
 def answer(engine: sv.Engine, questions: Iterable[Question]) -> dict[int, sv.Completion]:
-    """Answers by the questions' numbers; one that cannot be answered has its ``error``.
+    """Return the completions by index of their question; one that failed has an ``error``.
 
     Raises:
-        ConfigError: generation is asked for in a way that the engine does not know.
+        ConfigError: a question's ``generation_kwargs`` are not supported.
     """
     requests = (request(number, question) for number, question in enumerate(questions))
     return {completion.key: completion for completion in engine.run(requests)}
 
 
 def request(number: int, question: Question) -> sv.Request:
-    """What the engine is asked: one user's message, images where the context has them, else first."""
+    """Return a request of one user message. Images stand where the context marks them, or else come first."""
     return sv.Request(
         [{"role": "user", "content": _content(question)}],
         list(question.images),
@@ -101,7 +101,8 @@ def _content(question: Question) -> list[dict[str, str]]:
     if len(pieces) - 1 != len(question.images):
         if len(pieces) > 1:
             raise InputError(
-                f"the context has {len(pieces) - 1} {_PLACEHOLDER}, the task {len(question.images)} images"
+                f"the context has {len(pieces) - 1} {_PLACEHOLDER}, the task {len(question.images)} images: "
+                "mark each image once, or none"
             )
         pieces = [""] * len(question.images) + pieces
     content: list[dict[str, str]] = []
@@ -114,19 +115,17 @@ def _content(question: Question) -> list[dict[str, str]]:
 
 
 def _sampling(generation: Mapping[str, Any]) -> sv.Sampling:
-    """Sampling from what tasks write into ``generation_kwargs``; null means "as usual" there."""
+    """Translate ``generation_kwargs`` of a task; null there means the default."""
     given = {name: value for name, value in generation.items() if value is not None}
     if given.pop("num_beams", 1) != 1:
-        raise ConfigError(
-            f"generation_kwargs: num_beams={generation['num_beams']!r} is not supported, only 1 is"
-        )
+        raise ConfigError(f"generation_kwargs: num_beams={generation['num_beams']!r} is not supported: use 1")
     unknown = sorted(given.keys() - {"until", *_SAMPLING, *_WITHOUT_EFFECT})
     if unknown:
         known = ", ".join(("until", *_SAMPLING))
-        raise ConfigError(f"generation_kwargs: {unknown[0]} is not supported; known are {known}")
+        raise ConfigError(f"generation_kwargs: {unknown[0]} is not supported: choose from {known}")
     until = given.get("until", ())
     values = {name: given[name] for name in _SAMPLING if name in given}
-    if not values.get("top_p", 1):  # tasks write 0 for "all"
+    if not values.get("top_p", 1):  # tasks use 0 to disable it
         del values["top_p"]
     return sv.Sampling(
         **{"max_new_tokens": _MAX_NEW_TOKENS, **values},

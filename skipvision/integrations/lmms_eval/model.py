@@ -1,4 +1,4 @@
-"""The model as lmms-eval wants it; imported only by lmms-eval, with which it must be installed."""
+"""lmms-eval's model class. Only lmms-eval imports this module, so lmms-eval is installed then."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from skipvision.integrations.lmms_eval.answering import Question, answer, load_e
 
 
 class SkipVision(lmms):  # type: ignore[misc]
-    """A vision-language model with Skip-Vision; ``--model_args`` are those of `load_engine`.
+    """A vision-language model with Skip-Vision. ``--model_args`` are the arguments of `load_engine`.
 
-    ``--batch_size`` is how many answers are written at once. It runs in one process.
+    ``--batch_size`` is the max number of answers that are generated at once. It runs in one process.
     """
 
     is_simple = True
@@ -30,17 +30,17 @@ class SkipVision(lmms):  # type: ignore[misc]
         **settings: Any,
     ) -> None:
         super().__init__()
-        at_once = int(max_batch_size or 16) if batch_size == "auto" else int(batch_size)
+        max_sequences = int(max_batch_size or 16) if batch_size == "auto" else int(batch_size)
         self.engine = load_engine(
-            pretrained, adapter, device=device or "auto", max_sequences=at_once, **settings
+            pretrained, adapter, device=device or "auto", max_sequences=max_sequences, **settings
         )
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Answers in the order of the requests.
+        """Return the answers in the order of the requests.
 
         Raises:
-            InputError: a request shows something else than images.
-            GenerationError: one of them cannot be answered; which, and why.
+            InputError: a request has something else than images.
+            GenerationError: a request failed; the message names its document and the reason.
         """
         arguments = [request.args for request in requests]
         completions = answer(self.engine, self._questions(arguments))
@@ -48,7 +48,7 @@ class SkipVision(lmms):  # type: ignore[misc]
         for number, (context, generation, _, doc, task, _) in enumerate(arguments):
             completion = completions[number]
             if completion.error is not None:
-                raise GenerationError(f"document {doc} of {task} cannot be answered: {completion.error}")
+                raise GenerationError(f"document {doc} of {task} failed: {completion.error}")
             usage = completion.usage
             counts = TokenCounts(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens)
             text = completion.text.strip()
@@ -57,20 +57,22 @@ class SkipVision(lmms):  # type: ignore[misc]
         return results
 
     def _questions(self, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Question]:
-        """Images are asked for only when the engine has room."""
+        """Yield one question at a time, so that images are only loaded when the engine has room."""
         for context, generation, visuals_of, doc, task, split in arguments:
             visuals = visuals_of(self.task_dict[task][split][doc]) or []
-            strange = [visual for visual in visuals if not hasattr(visual, "convert")]
-            if strange:
+            others = [visual for visual in visuals if not hasattr(visual, "convert")]
+            if others:
                 raise InputError(
-                    f"document {doc} of {task} shows a {type(strange[0]).__name__}; only images are taken"
+                    f"document {doc} of {task} has a {type(others[0]).__name__}: only images are supported"
                 )
             yield Question(context, [visual.convert("RGB") for visual in visuals], generation)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not supported: choose tasks whose output type is generate_until."""
-        raise NotImplementedError("the engine generates; choose tasks whose output_type is generate_until")
+        """Raise NotImplementedError: the engine reports no log likelihood of a given answer."""
+        raise NotImplementedError(
+            "log likelihoods are not supported: choose tasks with output_type generate_until"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not supported."""
-        raise NotImplementedError("tasks of several rounds are not supported; choose others")
+        """Raise NotImplementedError: each request is one round."""
+        raise NotImplementedError("tasks of several rounds are not supported: choose other tasks")

@@ -1,4 +1,4 @@
-"""The entry point by which lmms-eval finds the model, in its group ``lmms_eval.models``."""
+"""The entry point of lmms-eval's group ``lmms_eval.models``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry is told: the model's name, and where its class is."""
+    """Return the model's name and class for lmms-eval's registry."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

@@ -1,8 +1,15 @@
-"""The plug-in for lmms-eval: its answers are the model's own, and lmms-eval, where installed, takes it."""
+"""The lmms-eval plug-in answers as `generate` does, and runs inside lmms-eval if that is installed."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
+from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +21,7 @@ import skipvision as sv
 from skipvision.errors import ConfigError, InputError
 from skipvision.integrations.lmms_eval.answering import Question, answer, load_engine, request
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SKIP = {"retained": 4, "skipped": 4}
 
 
@@ -28,11 +35,11 @@ def engine(tiny_model):
         yield engine
 
 
-def test_answers_are_those_of_generate(engine, tiny_model):
-    pictures = images(3)
+def test_answers_match_generate(engine, tiny_model):
+    shown = images(3)
     questions = [
-        Question(f"What is in picture {number}?", [picture], {"max_new_tokens": 6, "until": None})
-        for number, picture in enumerate(pictures)
+        Question(f"What is in image {number}?", [image], {"max_new_tokens": 6, "until": None})
+        for number, image in enumerate(shown)
     ]
     answers = answer(engine, questions)
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
@@ -40,7 +47,7 @@ def test_answers_are_those_of_generate(engine, tiny_model):
     for number, question in enumerate(questions):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.context}]}]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-        inputs = processor(images=pictures[number], text=prompt, return_tensors="pt")
+        inputs = processor(images=shown[number], text=prompt, return_tensors="pt")
         with torch.no_grad(), sv.attach(model, sv.SkipConfig(**SKIP)):
             out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected = processor.tokenizer.decode(
@@ -55,16 +62,16 @@ def test_answers_are_those_of_generate(engine, tiny_model):
     [
         ("Compare them.", 2, ["image", "image", "text"]),
         ("Before: <image>\nAfter: <image>", 2, ["text", "image", "text", "image"]),
-        ("No picture.", 0, ["text"]),
+        ("No image.", 0, ["text"]),
     ],
 )
-def test_images_are_where_the_context_has_them(context, count, kinds):
+def test_images_stand_where_the_context_marks_them(context, count, kinds):
     (message,) = request(0, Question(context, images(count), {})).prompt
     assert [part["type"] for part in message["content"]] == kinds
 
 
-def test_what_tasks_say_of_generation_is_obeyed_or_refused():
-    asked = {
+def test_generation_kwargs_are_applied_or_rejected():
+    kwargs = {
         "max_new_tokens": 16,
         "temperature": 0,
         "top_p": 0,
@@ -72,16 +79,16 @@ def test_what_tasks_say_of_generation_is_obeyed_or_refused():
         "num_beams": 1,
         "until": "\n\n",
     }
-    sampling = request(0, Question("?", [], {**asked, "do_sample": False})).sampling
+    sampling = request(0, Question("?", [], {**kwargs, "do_sample": False})).sampling
     assert (sampling.max_new_tokens, sampling.top_p, sampling.stop) == (16, 1, ("\n\n",))
-    for refused in ({"num_beams": 4}, {"min_p": 0.1}):
-        with pytest.raises(ConfigError, match=next(iter(refused))):
-            request(0, Question("?", [], refused))
+    for unsupported in ({"num_beams": 4}, {"min_p": 0.1}):
+        with pytest.raises(ConfigError, match=next(iter(unsupported))):
+            request(0, Question("?", [], unsupported))
     with pytest.raises(InputError, match="1 <image>, the task 2 images"):
         request(0, Question("<image> and?", images(2), {}))
 
 
-def test_skipping_is_named_in_one_way_only(tiny_model):
+def test_skip_full_and_fields_of_skip_config_exclude_each_other(tiny_model):
     with pytest.raises(ConfigError, match="skip=full"):
         load_engine(str(tiny_model), skip="full", retained=4)
     with load_engine(str(tiny_model)) as engine:
@@ -89,21 +96,59 @@ def test_skipping_is_named_in_one_way_only(tiny_model):
     assert completion.usage.visual_skipped == 0
 
 
+def declared_entry_point():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ((name, value),) = project["entry-points"]["lmms_eval.models"].items()
+    return EntryPoint(name, value, "lmms_eval.models")
+
+
+def test_the_entry_point_loads_without_lmms_eval():
+    assert callable(declared_entry_point().load())
+    assert find_spec("skipvision.integrations.lmms_eval.model")
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_entry_point(tmp_path):
+    """In another folder, with nothing of the repository on the path but the wheel."""
+    # Building leaves files next to its sources, so it gets a copy.
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "skipvision", source / "skipvision")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    subprocess.run([*build, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    script = (
+        "import skipvision; from importlib.metadata import entry_points\n"
+        "(found,) = entry_points(group='lmms_eval.models', name='skipvision')\n"
+        "print(skipvision.__file__, found.load().__module__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    printed = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert printed == [str(site / "skipvision" / "__init__.py"), "skipvision.integrations.lmms_eval.plugin"]
+
+
 def test_lmms_eval_finds_and_runs_the_model(tiny_model):
     lmms_eval = pytest.importorskip("lmms_eval.models.registry_v2")
     from lmms_eval.api.instance import Instance
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (where,) = project["entry-points"]["lmms_eval.models"].values()
-    module, _, name = where.partition(":")
-    manifest = getattr(__import__(module, fromlist=[name]), name)()
     registry = lmms_eval.ModelRegistryV2()
-    registry.register_manifest(manifest)
+    registry.register_manifest(declared_entry_point().load()())
     cls = registry.get_model_class("skipvision")
     model = cls.create_from_arg_string(
         f"pretrained={tiny_model},retained=4,skipped=4,dtype=float32", {"batch_size": 2, "device": "cpu"}
     )
-    docs = [{"image": picture} for picture in images(3)]
+    docs = [{"image": image} for image in images(3)]
     model.task_dict = {"task": {"test": docs}}
     requests = [
         Instance(
