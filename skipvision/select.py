@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -84,12 +84,12 @@ def register_criterion(
             of reading tower and decoder is measured and needs no formula.
 
     Raises:
-        ConfigError: the name is taken, or only one of ``reads="decoder"`` and ``probe`` is given.
+        ConfigError: the name is taken, ``reads`` is unknown, or it contradicts ``probe``.
     """
-    if (probe is not None) != (reads == "decoder"):
+    if reads not in get_args(Reads) or (probe is not None) != (reads == "decoder"):
         raise ConfigError(
-            f"criterion {name!r} has reads={reads!r} and probe={probe!r}: a criterion that reads the decoder "
-            "needs a probe, and no other takes one"
+            f"criterion {name!r} has reads={reads!r} and probe={probe!r}: reads is one of "
+            f"{', '.join(get_args(Reads))}, and 'decoder' alone takes a probe"
         )
     return CRITERIA.add(Criterion(name, score, reads, probe, sees_prompt, needs_patches, seeded, flops))
 

@@ -79,7 +79,7 @@ class PrefillStage:
 
     def _prefix_key(self, group: SequenceGroup) -> Any:
         """Return the key of a prompt's prefix, or None if the prefix cannot be cached."""
-        # With select="attention", the last token of the prompt decides which visual tokens stay.
+        # If the criterion sees the prompt, text after the images decides which visual tokens stay.
         whole = self._family.whole_prompt or group.config.criterion.sees_prompt
         if not self._prefixes.limit or not group.prompt.prefix_length or whole:
             return None
