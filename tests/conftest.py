@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# One CPU each is what tests are given, and what their numbers are compared on.
+# Tests run on one CPU each, and the numbers that they compare depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random LLaVA of 16 visual tokens per image, and its processor."""
+    """A folder with a random LLaVA (16 visual tokens per image) and its processor."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -71,7 +71,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shapes as image files and LLaVA JSON: 40 training rows, 12 validation rows."""
+    """A folder with a shapes data set: image files and LLaVA JSON, 40 training and 12 validation rows."""
     from pipelines.shapes.files import ShapesConfig, write_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
@@ -81,7 +81,7 @@ def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One Ray of four logical CPUs for the whole session, joined by nobody else."""
+    """One Ray with four logical CPUs for the whole session; no other process joins it."""
     import ray
 
     os.environ["RAY_AUTH_MODE"] = "disabled"

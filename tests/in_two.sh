@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The tests in two processes side by side: those that never start a Ray, whose report comes at the end, and
-# those that may. Other arguments than files go to both; an end without any test counts only if neither has one.
+# Run the tests in two parallel processes: tests that never start a Ray, whose report is printed last, and tests that
+# may. Options go to both. "No tests collected" (status 5) counts only if both report it.
 set -u
-case " $* " in *" tests"*) exec $PYTEST "$@" ;; esac # what is named is run in one
+case " $* " in *" tests"*) exec $PYTEST "$@" ;; esac # named tests run in one process
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 $PYTEST tests/jobs tests/skipvision "$@" >"$report" 2>&1 &

@@ -1,4 +1,4 @@
-"""What the package promises as a whole: what it imports, what it declares and what is pinned."""
+"""The package's imports, its declared dependencies and their pins agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
-"""Where a distribution is not named like what it is imported as."""
+"""Distributions whose names differ from the names that they are imported by."""
 
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys
