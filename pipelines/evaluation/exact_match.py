@@ -1,4 +1,4 @@
-"""How often a model says exactly what was expected: greedy answers to the last question of each row."""
+"""Exact match: compare a model's greedy answer to the last question of each row with the expected answer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipelines.data.rows import TrainingRow
 from pipelines.evaluation.items import OVERALL
 
 _SPARE_TOKENS = 8
-"""How much longer than the expected answer an answer may get before it is cut off as wrong."""
+"""An answer that is this much longer than the longest expected one of its batch is cut off: it is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said to one row."""
+    """A model's answer to one row."""
 
     key: str
     task: str
@@ -30,17 +30,20 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        """Equal but for case and white space."""
+        """Whether the answer equals the expected one, up to case and white space."""
         return normalised(self.answer) == normalised(self.expected)
 
 
 def normalised(text: str) -> str:
-    """A text as answers are compared: without case, white space collapsed."""
+    """Collapse white space and fold case."""
     return " ".join(text.split()).casefold()
 
 
 def accuracy_by_task(answers: Iterable[Answer]) -> dict[str, float]:
-    """The share of correct answers per task (rows without a task are only in the last), then `OVERALL`."""
+    """Return the share of correct answers per task, then over all rows as `OVERALL`.
+
+    Rows without a task count only in `OVERALL`.
+    """
     hits: dict[str, list[bool]] = {}
     everything: list[bool] = []
     for answer in answers:
@@ -72,14 +75,14 @@ def evaluate_exact_match(
     max_new_tokens: int = 128,
     on_unreadable: OnUnreadable | None = None,
 ) -> list[Answer]:
-    """Ask the model every row's last question, earlier turns given, and return its answers in row order.
+    """Answer the last question of every row, given its earlier turns; return the answers in row order.
 
-    Rows with an image that cannot be opened go to ``on_unreadable`` and are not asked; without it such an
-    image is a `DataError`.
+    Rows with an image that cannot be opened go to ``on_unreadable`` and get no answer; without it such an
+    image raises `DataError`.
 
-    The model answers greedily, on its own device and as it is: with Skip-Vision if that is attached,
-    in mixed precision inside ``torch.autocast``. Rows with answers of like length share a batch, and
-    a batch ends when no answer in it can be right any more.
+    Decoding is greedy and runs on the model's device. The model's state is kept: Skip-Vision applies if it is
+    attached, and mixed precision inside ``torch.autocast``. Rows with expected answers of similar length
+    share a batch, and a batch ends when none of its unfinished answers can still be right.
     """
     chat = ChatFormat(processor)
     expected = [row.messages[-1].text for row in rows]
@@ -87,17 +90,17 @@ def evaluate_exact_match(
     lengths = [len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], len(prompts[i])))
     answers: dict[int, Answer] = {}
-    with _answering(model):
+    with _evaluation_mode(model):
         for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            readable, images = open_images([rows[i] for i in some], on_unreadable)
+            batch = order[start : start + batch_size]
+            readable, images = open_images([rows[i] for i in batch], on_unreadable)
             keys = {row.key for row in readable}
-            some = [i for i in some if rows[i].key in keys]
-            if not some:
+            batch = [i for i in batch if rows[i].key in keys]
+            if not batch:
                 continue
-            inputs = encode(processor, [prompts[i] for i in some], images, padding_side="left")
-            limit = min(max_new_tokens, max(lengths[i] for i in some) + _SPARE_TOKENS)
-            for i, text in zip(some, _generate(model, chat.tokenizer, inputs, limit), strict=True):
+            inputs = encode(processor, [prompts[i] for i in batch], images, padding_side="left")
+            limit = min(max_new_tokens, max(lengths[i] for i in batch) + _SPARE_TOKENS)
+            for i, text in zip(batch, _generate(model, chat.tokenizer, inputs, limit), strict=True):
                 answers[i] = Answer(rows[i].key, rows[i].task, expected[i], text)
     return [answers[i] for i in sorted(answers)]
 
@@ -105,12 +108,12 @@ def evaluate_exact_match(
 def _generate(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], limit: int) -> list[str]:
     device = model.device
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    produced = model.generate(
+    generated = model.generate(
         **inputs,
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,
-        # A checkpoint's sampling settings would only be warned about.
+        # Without these, a checkpoint's sampling settings cause warnings.
         temperature=None,
         top_p=None,
         top_k=None,
@@ -118,21 +121,21 @@ def _generate(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], li
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     texts: list[str] = tokenizer.batch_decode(
-        produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [text.strip() for text in texts]
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All tokens that end an answer: those the model knows of, and the one training may have put in."""
+    """Return all tokens that end an answer: the model's, and the tokenizer's, which training may have set."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({*ids, tokenizer.eos_token_id})
 
 
 @contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode there was comes back."""
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    """Switch to evaluation mode without gradients; restore the mode at the end."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Whether a system is worse than a reference by more than a budget: a verdict for each slice of the items."""
+"""The gate: whether a system is worse than a reference by more than a budget, for each slice of the items."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipelines.evaluation.tables import markdown_table
 from skipvision.errors import ConfigError, DataError
 
 POWER = 0.8
-"""Chance to pass that the estimate of the items needed aims at, if the difference seen is the true one."""
+"""The probability to pass with the estimated number of items, if the observed difference is the true one."""
 
-_WORDS = {
+_OUTCOMES = {
     "within": "within",
     "worse": "**worse**",
     "undecided": "**undecided**",
@@ -28,7 +28,7 @@ _WORDS = {
 
 
 class Budget(BaseModel):
-    """Largest drops of the mean score that are accepted, as fractions: 0.01 is one point of accuracy."""
+    """The largest drops of the mean score that are accepted, as fractions: 0.01 is one point of accuracy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,41 +48,42 @@ class Budget(BaseModel):
         le=1,
         description="largest share of a slice's items without an answer, on either side; more is refused",
     )
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples behind an interval")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples of an interval")
     seed: int = Field(0, ge=0, description="seed of the bootstrap")
 
     @field_validator("slices")
     @classmethod
-    def _drops(cls, value: dict[str, float]) -> dict[str, float]:
+    def _check_slices(cls, value: dict[str, float]) -> dict[str, float]:
         for name, drop in value.items():
             if not 0 < drop <= 1:
-                raise ValueError(f"{name}: {drop} is no drop; give a fraction above 0, up to 1")
+                raise ValueError(f"{name}: {drop} is not a drop; use a fraction above 0, up to 1")
         if OVERALL in value:
             raise ValueError(f"{OVERALL!r} is not a slice: set budget.overall")
         return value
 
     @property
     def required(self) -> dict[str, float]:
-        """Every slice with its drop, the slice of all items first."""
+        """Every slice with its largest drop, the slice of all items first."""
         return {OVERALL: self.overall, **self.slices}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one slice says.
+    """The verdict on one slice.
 
     Attributes:
         slice: its name.
-        budget: largest drop accepted.
-        found: the paired comparison, without the items that neither side has an answer to.
-        worst: the difference that must not lie below the budget: the interval's lower end, or, where few
-            groups changed, the exact binomial bound if that is lower.
-        best: likewise the interval's upper end, or the exact bound if that is higher.
-        outcome: within the budget; worse, if the difference itself is not; undecided; or unanswered, if a
-            side has more errors than it may: then all items are in the comparison, and it means little.
-        needed: items, at least, for a decision, if the difference seen is the true one; None where there are
-            enough, or more would not help.
-        errors: items without an answer: the reference's, the candidate's.
+        budget: the largest drop accepted.
+        found: the paired comparison, without the items that have no answer on either side.
+        worst: the difference that decides: the lower end of the interval or, with few changed groups, the
+            exact binomial bound if that is lower.
+        best: the upper end of the interval, or the exact bound if that is higher.
+        outcome: "within" if ``worst`` stays within the budget; "worse" if the difference itself does not;
+            "unanswered" if a side has more errors than the budget accepts: all items are then compared, and
+            the numbers mean little; otherwise "undecided".
+        needed: an estimate of the items that a decision needs, if the observed difference is the true one;
+            None unless the slice is undecided.
+        errors: the number of items without an answer: of the reference, of the candidate.
     """
 
     slice: str
@@ -96,25 +97,24 @@ class Verdict:
 
 
 def judge(reference: Sequence[Item], candidate: Sequence[Item], budget: Budget) -> list[Verdict]:
-    """A verdict for every slice of the budget.
+    """Return a verdict for every slice of the budget.
 
     Raises:
         ConfigError: the items have no such slice.
         DataError: the items cannot be paired, or the reference has errors where the candidate has none.
     """
-    _check_unfair(reference, candidate)
+    _check_reference_errors(reference, candidate)
     return [_verdict(name, drop, reference, candidate, budget) for name, drop in budget.required.items()]
 
 
 def slice_of(items: Sequence[Item], name: str) -> list[Item]:
-    """The items of a dataset, a category, or DATASET/CATEGORY; all of them for `OVERALL`."""
+    """Return the items of a dataset, a category or DATASET/CATEGORY; all of them for `OVERALL`."""
     if name == OVERALL:
         return list(items)
     return [item for item in items if name in _slices(item)]
 
 
 def _slices(item: Item) -> Iterator[str]:
-    """What an item counts for; an item of several categories has them joined by commas."""
     yield item.dataset
     for category in categories(item.category):
         yield category
@@ -122,36 +122,40 @@ def _slices(item: Item) -> Iterator[str]:
 
 
 def table(verdicts: Sequence[Verdict], confidence: float) -> str:
-    """The verdicts for people, in Markdown; scores in percent, differences in points."""
-    interval = f"difference [{100 * confidence:g} % interval]"
-    numbers = [
+    """Format the verdicts as Markdown: scores in percent, differences in points."""
+    header = [
+        "slice",
         "items",
         "errors",
         "groups",
         "reference",
         "candidate",
-        interval,
+        f"difference [{100 * confidence:g} % interval]",
         "McNemar p",
         "worst",
         "budget",
+        "verdict",
     ]
-    lines = []
-    for verdict in verdicts:
-        found, p = verdict.found, verdict.found.p_mcnemar
-        interval = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-        more = f"; about {verdict.needed} items needed" if verdict.needed else ""
-        cells = [
-            *(verdict.slice, str(found.items), "{} / {}".format(*verdict.errors), str(found.groups)),
-            *(f"{100 * found.reference:.1f}", f"{100 * found.other:.1f}", interval),
-            *(
-                "" if p is None else f"{p:.2g}",
-                f"{100 * verdict.worst:+.1f}",
-                f"{-100 * verdict.budget:+.1f}",
-            ),
-            f"{_WORDS[verdict.outcome]}{more}",
-        ]
-        lines.append(cells)
-    return markdown_table(["slice", *numbers, "verdict"], lines, left=(0, len(numbers) + 1)) + "\n"
+    return markdown_table(header, map(_cells, verdicts), left=(0, len(header) - 1)) + "\n"
+
+
+def _cells(verdict: Verdict) -> list[str]:
+    found = verdict.found
+    p = found.p_mcnemar
+    needed = f"; about {verdict.needed} items needed" if verdict.needed else ""
+    return [
+        verdict.slice,
+        str(found.items),
+        "{} / {}".format(*verdict.errors),
+        str(found.groups),
+        f"{100 * found.reference:.1f}",
+        f"{100 * found.other:.1f}",
+        f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]",
+        "" if p is None else f"{p:.2g}",
+        f"{100 * verdict.worst:+.1f}",
+        f"{-100 * verdict.budget:+.1f}",
+        f"{_OUTCOMES[verdict.outcome]}{needed}",
+    ]
 
 
 def _verdict(
@@ -160,13 +164,15 @@ def _verdict(
     before, after = slice_of(reference, name), slice_of(candidate, name)
     if not before and not after:
         known = sorted({known for item in reference for known in _slices(item) if "/" not in known})
-        raise ConfigError(f"budget.slices: the items have no slice {name!r}; there are {', '.join(known)}")
-    failed = _unanswered(before), _unanswered(after)
+        raise ConfigError(
+            f"budget.slices: the items have no slice {name!r}; the slices are {', '.join(known)}"
+        )
+    failed = _failed(before), _failed(after)
     errors = len(failed[0]), len(failed[1])
     unanswered = max(errors) > budget.max_errors * len(before)
-    if not unanswered:  # what both failed at says nothing about either
-        neither = failed[0] & failed[1]
-        before, after = ([item for item in side if _key(item) not in neither] for side in (before, after))
+    if not unanswered:  # items that failed on both sides tell nothing about either
+        both = failed[0] & failed[1]
+        before, after = ([item for item in side if _key(item) not in both] for side in (before, after))
     found = paired(before, after, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
     wide = widened(found, budget.confidence)
     verdict = partial(Verdict, name, drop, found, wide.low, wide.high, errors=errors)
@@ -180,31 +186,31 @@ def _verdict(
 
 
 def _items_needed(found: Paired, drop: float, confidence: float) -> int:
-    """Items like these, for a decision with the power aimed at if the difference seen is the true one."""
+    """Estimate the items that decide with probability `POWER`, if the observed difference is the true one."""
     tail = (1 - confidence) / 2
     z = NormalDist().inv_cdf(1 - tail)
-    half = (found.difference - found.low) * (1 + NormalDist().inv_cdf(POWER) / z)
+    half_width = (found.difference - found.low) * (1 + NormalDist().inv_cdf(POWER) / z)
     groups = [
-        found.groups * (half / (found.difference + drop)) ** 2,
-        math.log(tail) / math.log1p(-min(drop, 1 - 1e-9)),  # even if nothing is ever lost
+        found.groups * (half_width / (found.difference + drop)) ** 2,
+        math.log(tail) / math.log1p(-min(drop, 1 - 1e-9)),  # the exact bound needs these even without a loss
     ]
     if 0 < found.changed < FEW_CHANGES:
         groups.append(found.groups * FEW_CHANGES / found.changed)
     return math.ceil(max(groups) * found.items / found.groups)
 
 
-def _check_unfair(reference: Sequence[Item], candidate: Sequence[Item]) -> None:
-    unanswered = _unanswered(candidate)
-    unfair = [item for item in reference if item.error is not None and _key(item) not in unanswered]
+def _check_reference_errors(reference: Sequence[Item], candidate: Sequence[Item]) -> None:
+    failed = _failed(candidate)
+    unfair = [item for item in reference if item.error is not None and _key(item) not in failed]
     if unfair:
         first = unfair[0]
         raise DataError(
             f"{len(unfair)} items of the reference {first.system!r} have an error and would count as gains "
-            f"({first.dataset} {first.index}: {first.error}, for one): score the reference again"
+            f"(for example {first.dataset} {first.index}: {first.error}): score the reference again"
         )
 
 
-def _unanswered(items: Sequence[Item]) -> set[tuple[str, str]]:
+def _failed(items: Sequence[Item]) -> set[tuple[str, str]]:
     return {_key(item) for item in items if item.error is not None}
 
 

@@ -1,6 +1,6 @@
-"""Scored items: what a system answered to each item of a dataset, and how many points it got.
+"""Scored items: a system's prediction for each item of a dataset, and its score.
 
-Scoring writes them; comparisons of systems read them.
+The scoring job writes them; comparisons of systems read them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.shared.files import atomic
 from skipvision.errors import DataError
 
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a dataset as one system answered it.
+    """One item of a dataset with the prediction of one system.
 
-    ``index`` names the item within ``dataset``. ``category`` is its slice. Items of one ``group`` (about the
-    same image, say) are not independent: whoever resamples, resamples groups. ``score`` is a fraction of
-    the item's points, 0 … 1. ``error`` says why there is no prediction; the score is 0 then.
+    Attributes:
+        dataset: the name of the dataset.
+        index: identifies the item within the dataset.
+        system: the label of the system.
+        category: the slices of the item, separated by commas.
+        group: the same for items that are not independent, such as questions about one image. Resampling
+            draws groups, not items.
+        prediction: the system's answer.
+        score: a fraction of the item's points, 0 … 1.
+        error: why there is no prediction; the score is then 0.
     """
 
     dataset: str
@@ -41,48 +49,46 @@ ITEM_SCHEMA = pa.schema(
         for field in fields(Item)
     ]
 )
-"""Columns of a file of items; only ``error`` may be null."""
-
+"""The columns of a file of items; only ``error`` may be null."""
 
 OVERALL = "overall"
-"""The slice of all items."""
+"""The name of the slice that contains all items."""
 
-_MADE_BY = b"systems"
+_SYSTEMS_KEY = b"systems"
 
 
 def write_items(
     path: Path, items: Sequence[Item], systems: Mapping[str, Mapping[str, str | None]] | None = None
 ) -> None:
-    """Write items as parquet; an older file is replaced at once or not at all.
+    """Write items as parquet. An existing file is replaced atomically.
 
-    ``systems`` says of each label what it stands for: ``model``, ``adapter`` (a registered version as
-    ``models:/NAME/VERSION``, or a folder and the digest of its files, or None) and ``skip`` (JSON); and how
-    it was asked: ``weights`` (fingerprint of the base model), ``sampling`` (JSON), ``judge``, and for each
-    dataset ``dataset NAME`` (its fingerprint).
+    ``systems`` describes the system of each label: ``model``, ``adapter`` (a registered version as
+    ``models:/NAME/VERSION``, a folder with the digest of its files, or None) and ``skip`` (JSON). It also
+    describes how the system was evaluated: ``weights`` (the fingerprint of the base model), ``sampling``
+    (JSON), ``judge``, and for each dataset ``dataset NAME`` (its fingerprint).
     """
     columns = {name: [getattr(item, name) for item in items] for name in ITEM_SCHEMA.names}
-    made_by = {_MADE_BY: json.dumps(systems or {}, sort_keys=True).encode()}
+    metadata = {_SYSTEMS_KEY: json.dumps(systems or {}, sort_keys=True).encode()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns, ITEM_SCHEMA.with_metadata(made_by)), partial, compression="zstd")
-    partial.replace(path)
+    with atomic(path) as partial:
+        pq.write_table(pa.table(columns, ITEM_SCHEMA.with_metadata(metadata)), partial, compression="zstd")
 
 
 def read_items(path: Path) -> list[Item]:
-    """The items of a file that `write_items` wrote; raises `DataError` if it is missing or another."""
-    return [Item(**line) for line in _table(path).to_pylist()]
+    """Read a file that `write_items` wrote. Raise `DataError` if it is missing or has another format."""
+    return [Item(**row) for row in _table(path).to_pylist()]
 
 
 def read_systems(path: Path) -> dict[str, dict[str, str | None]]:
-    """What the labels of a file of items stand for, as `write_items` was told; raises `DataError`."""
+    """Read the descriptions of the systems from a file of items. Raise `DataError` as `read_items` does."""
     systems: dict[str, dict[str, str | None]] = json.loads(
-        (_table(path).schema.metadata or {}).get(_MADE_BY, b"{}")
+        (_table(path).schema.metadata or {}).get(_SYSTEMS_KEY, b"{}")
     )
     return systems
 
 
 def categories(text: str) -> list[str]:
-    """The categories that a text lists with commas between them, as MM-Vet's and POPE's tables do."""
+    """Split a comma-separated list of categories, as the tables of MM-Vet and POPE contain it."""
     return [name for name in map(str.strip, text.split(",")) if name]
 
 

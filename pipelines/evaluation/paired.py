@@ -1,39 +1,39 @@
-"""What the scores of two systems on the same items say about their difference."""
+"""Paired statistics: the difference of two systems' scores on the same items, with its interval."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import binomtest
 
 from pipelines.evaluation.items import Item
 from skipvision.errors import DataError
 
 FEW_CHANGES = 10
-"""Below so many groups with another score, a bootstrap has too little to draw from."""
+"""With fewer groups whose score changed, the bootstrap has too little to draw from."""
 
-_NOTHING = 1e-9
-"""Sums of fractions differ by less, if they are the same."""
+_TOLERANCE = 1e-9
+"""Sums of the same fractions may differ by rounding, but by less than this."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two systems on the same items; all scores and differences are fractions.
+    """A comparison of two systems on the same items. All scores and differences are fractions.
 
     Attributes:
-        difference: mean score of the other system minus that of the reference.
-        low: lower end of the difference's confidence interval.
-        high: upper end.
-        p_mcnemar: two-sided exact p-value of "both are right equally often"; None unless all scores are
-            0 or 1. It takes items as independent, which the interval does not.
-        reference: mean score of the reference.
-        other: mean score of the other system.
-        items: how many items both answered, under all seeds together.
-        groups: how many groups they form.
-        lost: groups in which the other system scored less.
-        changed: groups in which it scored less or more.
+        difference: the mean score of the other system minus that of the reference.
+        low: the lower end of the confidence interval of the difference.
+        high: its upper end.
+        p_mcnemar: the two-sided exact p-value of "both are right equally often"; None unless all scores are
+            0 or 1. The test treats items as independent; the interval does not.
+        reference: the mean score of the reference.
+        other: the mean score of the other system.
+        items: the number of pairs of items, over all seeds.
+        groups: the number of groups that the items form.
+        lost: the number of groups in which the other system scored less.
+        changed: the number of groups in which it scored less or more.
     """
 
     difference: float
@@ -58,13 +58,12 @@ def paired(
 ) -> Paired:
     """Compare two systems item by item, paired by dataset and index.
 
-    The interval is the percentile bootstrap's, and it draws groups, not items: questions about one picture
-    are not independent. It knows only of changes it has seen: with few of them it is too narrow, see
-    `widened`.
+    The interval is that of the percentile bootstrap. It draws groups instead of items, because questions
+    about one image are not independent. With few changed groups it is too narrow: see `widened`.
 
     Raises:
-        DataError: there are no items, or some that only one system answered, or one twice, or one that is
-            about another image or in another category on the other side.
+        DataError: there are no items, an item has no counterpart, an item occurs twice, or the two sides of
+            a pair differ in their image or category.
     """
     return paired_by_seed([(reference, other)], resamples=resamples, seed=seed, confidence=confidence)
 
@@ -76,136 +75,141 @@ def paired_by_seed(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Paired:
-    """`paired` over several trainings of both systems: (reference, other) under each seed.
+    """Compare two systems that were trained under several seeds.
 
-    All seeds answer the same items. A resample draws seeds, then groups, the same under all seeds drawn: so
-    the interval knows that another seed, too, would have given another difference. Of two or three seeds it
-    still sees too little of that.
+    A resample draws seeds, then groups; the groups are the same under all seeds that were drawn. The interval
+    therefore includes the variation between seeds. With two or three seeds it still underestimates it.
+
+    Args:
+        sides: (reference, other) for each seed, all on the same items.
+        resamples: the number of bootstrap resamples.
+        seed: the seed of the bootstrap.
+        confidence: of the two-sided interval.
 
     Raises:
-        DataError: as of `paired`, or the seeds were not asked the same.
+        DataError: see `paired`; or the seeds have different items.
     """
     keyed = [(_by_key(reference), _by_key(other)) for reference, other in sides]
     first = keyed[0][0]
-    for theirs, ours in keyed:
-        _check_same(first, theirs)
-        _check_same(theirs, ours)
-    before = np.array([[theirs[key].score for key in first] for theirs, _ in keyed])
-    after = np.array([[ours[key].score for key in first] for _, ours in keyed])
-    names = [(item.dataset, item.group) for item in first.values()]
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    groups = np.array([numbers[name] for name in names])
-    counts = np.bincount(groups)
-    totals = np.array([np.bincount(groups, gains) for gains in after - before])
-    low, high = np.quantile(_resampled(totals, counts, resamples, seed), _tails(confidence))
-    by_group = totals.sum(axis=0)
+    for before, after in keyed:
+        _check_same_items(first, before)
+        _check_same_items(before, after)
+    references = np.array([[before[key].score for key in first] for before, _ in keyed])
+    others = np.array([[after[key].score for key in first] for _, after in keyed])
+    groups = _group_numbers(list(first.values()))
+    sizes = np.bincount(groups)
+    gains = np.array([np.bincount(groups, difference) for difference in others - references])
+    low, high = np.quantile(
+        _bootstrap_means(gains, sizes, resamples, seed), [(1 - confidence) / 2, (1 + confidence) / 2]
+    )
+    by_group = gains.sum(axis=0)
     return Paired(
-        difference=float(by_group.sum() / before.size),
+        difference=float(by_group.sum() / references.size),
         low=float(low),
         high=float(high),
-        p_mcnemar=_mcnemar(before, after),
-        reference=float(before.mean()),
-        other=float(after.mean()),
-        items=before.size,
-        groups=len(counts),
-        lost=int((by_group < -_NOTHING).sum()),
-        changed=int((np.abs(by_group) > _NOTHING).sum()),
+        p_mcnemar=_mcnemar(references, others),
+        reference=float(references.mean()),
+        other=float(others.mean()),
+        items=references.size,
+        groups=len(sizes),
+        lost=int((by_group < -_TOLERANCE).sum()),
+        changed=int((np.abs(by_group) > _TOLERANCE).sum()),
     )
 
 
 def exact_mcnemar(lost: int, gained: int) -> float:
-    """Two-sided p-value of at least so uneven a split of the items on which two systems differ."""
+    """Return the two-sided p-value of the exact McNemar test.
+
+    Args:
+        lost: items that only the reference has right.
+        gained: items that only the other system has right.
+    """
     changed = lost + gained
-    tail = sum(math.comb(changed, k) for k in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    return float(binomtest(lost, changed, 0.5).pvalue) if changed else 1.0
 
 
 def exact_loss_bound(lost: int, groups: int, confidence: float) -> float:
-    """Upper end of the exact binomial (Clopper–Pearson) interval of the share of groups that lose."""
-    if lost >= groups:
-        return 1.0
-    tail = _tails(confidence)[0]
-    low, high = lost / groups, 1.0
-    for _ in range(50):
-        share = (low + high) / 2
-        seen = sum(math.comb(groups, k) * share**k * (1 - share) ** (groups - k) for k in range(lost + 1))
-        low, high = (share, high) if seen > tail else (low, share)
-    return high
+    """Return the upper end of the exact binomial (Clopper–Pearson) interval of the share of lost groups."""
+    return float(binomtest(lost, groups).proportion_ci(confidence, method="exact").high)
 
 
-def widened(found: Paired, confidence: float = 0.95) -> Paired:
-    """A comparison whose interval does not claim more than its groups can show.
+def widened(comparison: Paired, confidence: float = 0.95) -> Paired:
+    """Widen the interval of a comparison where the bootstrap is too narrow.
 
-    Where fewer than `FEW_CHANGES` groups changed, its ends are at least the exact bounds of the shares of
-    groups that lose and that gain; each such group is taken as lost or gained whole.
+    If fewer than `FEW_CHANGES` groups changed, the interval covers at least the exact bounds of the shares of
+    groups that lose and gain. Every changed group counts as lost or gained as a whole.
     """
-    if found.changed >= FEW_CHANGES:
-        return found
+    if comparison.changed >= FEW_CHANGES:
+        return comparison
     loss, gain = (
-        exact_loss_bound(changed, found.groups, confidence)
-        for changed in (found.lost, found.changed - found.lost)
+        exact_loss_bound(count, comparison.groups, confidence)
+        for count in (comparison.lost, comparison.changed - comparison.lost)
     )
-    return replace(found, low=min(found.low, -loss), high=max(found.high, gain))
+    return replace(comparison, low=min(comparison.low, -loss), high=max(comparison.high, gain))
 
 
 def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:
-    found = {(item.dataset, item.index): item for item in items}
-    if len(found) < len(items):
+    keyed = {(item.dataset, item.index): item for item in items}
+    if len(keyed) < len(items):
         raise DataError(
-            f"{len(items) - len(found)} of {len(items)} items of {items[0].system!r} are there again: "
-            "dataset and index name an item, and a system answers it once"
+            f"{len(items) - len(keyed)} of {len(items)} items of {items[0].system!r} are duplicates: "
+            "a system may have only one item for each dataset and index"
         )
-    return found
+    return keyed
 
 
-def _check_same(reference: Mapping[tuple[str, str], Item], other: Mapping[tuple[str, str], Item]) -> None:
-    only = [len(reference.keys() - other.keys()), len(other.keys() - reference.keys())]
-    if any(only):
-        dataset, index = min(reference.keys() ^ other.keys())
+def _check_same_items(
+    reference: Mapping[tuple[str, str], Item], other: Mapping[tuple[str, str], Item]
+) -> None:
+    if unpaired := reference.keys() ^ other.keys():
+        dataset, index = min(unpaired)
         raise DataError(
-            f"the systems were not asked the same: {only[0]} of the reference's {len(reference)} items are "
-            f"missing on the other side, and {only[1]} of the other's {len(other)} on the reference's "
-            f"({dataset} {index}, for one); score both on the same datasets"
+            f"the systems have different items: {len(reference.keys() - other.keys())} of the reference's "
+            f"{len(reference)} items are missing on the other side, and {len(other.keys() - reference.keys())} of "
+            f"the other's {len(other)} on the reference's (for example {dataset} {index}); score both on the "
+            "same datasets"
         )
     if not reference:
         raise DataError("there are no items to compare")
-    differing = [item for key, item in reference.items() if _about(item) != _about(other[key])]
+    differing = [item for key, item in reference.items() if _context(item) != _context(other[key])]
     if differing:
-        one = differing[0]
+        example = differing[0]
         raise DataError(
-            f"{len(differing)} of {len(reference)} items are about another image or in another category on "
-            f"the other side ({one.dataset} {one.index}: {_about(one)} and "
-            f"{_about(other[one.dataset, one.index])}, for one): score both on the same tables"
+            f"{len(differing)} of {len(reference)} items have another image or category on the other side "
+            f"(for example {example.dataset} {example.index}: {_context(example)} and "
+            f"{_context(other[example.dataset, example.index])}); score both on the same tables"
         )
 
 
-def _about(item: Item) -> tuple[str, str]:
+def _context(item: Item) -> tuple[str, str]:
     return item.group, item.category
 
 
-def _resampled(totals: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Mean differences of random draws of as many seeds and groups as there are, with replacement.
+def _group_numbers(items: Sequence[Item]) -> np.ndarray:
+    names = [(item.dataset, item.group) for item in items]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return np.array([numbers[name] for name in names])
+
+
+def _bootstrap_means(gains: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return the mean difference of each resample: seeds and groups, drawn with replacement.
 
     Args:
-        totals: sums of differences, (seeds, groups).
-        counts: items of a group, (groups,).
-        resamples: draws.
-        seed: of the draws.
+        gains: the summed differences of each group under each seed, (seeds, groups).
+        sizes: the number of items in each group, (groups,).
+        resamples: the number of resamples.
+        seed: the seed of the draws.
     """
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(resamples):
-        gains = totals[rng.integers(0, len(totals), len(totals))].mean(axis=0)
-        draw = rng.integers(0, len(counts), len(counts))
-        means.append(gains[draw].sum() / counts[draw].sum())
+        mean_gains = gains[rng.integers(0, len(gains), len(gains))].mean(axis=0)
+        draw = rng.integers(0, len(sizes), len(sizes))
+        means.append(mean_gains[draw].sum() / sizes[draw].sum())
     return np.array(means)
 
 
-def _tails(confidence: float) -> tuple[float, float]:
-    return (1 - confidence) / 2, (1 + confidence) / 2
-
-
-def _mcnemar(before: np.ndarray, after: np.ndarray) -> float | None:
-    if not np.isin([before, after], (0.0, 1.0)).all():
+def _mcnemar(references: np.ndarray, others: np.ndarray) -> float | None:
+    if not np.isin([references, others], (0.0, 1.0)).all():
         return None
-    return exact_mcnemar(int((after < before).sum()), int((after > before).sum()))
+    return exact_mcnemar(int((others < references).sum()), int((others > references).sum()))

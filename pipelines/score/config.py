@@ -8,7 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from pipelines.caption.config import ScalingSection
 from pipelines.engines.config import ModelSection
-from pipelines.score.rules.judge import JudgeConfig
+from pipelines.score.rules.judge_endpoint import JudgeConfig
 from pipelines.shared.sections import EngineSection, JobConfig, Section
 from pipelines.tracking.config import TrackingConfig
 from skipvision.config import SkipConfig

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pipelines.evaluation.items import Item, categories
 from pipelines.score.benchmarks import Said
 from pipelines.score.dataset import Dataset, Question
-from pipelines.score.rules.judge import Judge, NoVerdictError
+from pipelines.score.rules.judge import Judge
+from pipelines.score.rules.judge_endpoint import NoVerdictError
 from pipelines.score.rules.multiple_choice import all_rotations_right
 from pipelines.shared.error_limit import ErrorLimit
 

@@ -1,4 +1,4 @@
-"""Exact match: what counts as right, and that a batch answers as each row alone."""
+"""Exact match: which answers are right, and that batching does not change them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipelines.data.training_rows import read_training_rows
 from pipelines.evaluation.exact_match import Answer, accuracy_by_task, evaluate_exact_match, pick_rows
 
 
-def test_case_and_white_space_do_not_matter_and_nothing_else_is_forgiven():
+def test_only_case_and_white_space_are_ignored():
     assert Answer("k", "t", "Top  left", " top\nLEFT ").correct
     assert not Answer("k", "t", "red", "red.").correct
     assert not Answer("k", "t", "red", "a red").correct
 
 
-def test_accuracy_per_task_and_overall():
+def test_accuracy_is_counted_per_task_and_overall():
     answers = [
         Answer("1", "shape", "star", "star"),
         Answer("2", "colour", "red", "blue"),
@@ -33,7 +33,7 @@ def test_accuracy_per_task_and_overall():
     assert accuracy_by_task([]) == {}
 
 
-def test_rows_are_picked_in_equal_shares():
+def test_tasks_get_equal_shares_of_the_picked_rows():
     rows = [TrainingRow(f"{task}{i}", (), (), task) for task in "abc" for i in range(10)]
     assert [row.key for row in pick_rows(rows, 6)] == ["a0", "a1", "b0", "b1", "c0", "c1"]
     assert len(pick_rows(rows, 100)) == 30
@@ -41,7 +41,7 @@ def test_rows_are_picked_in_equal_shares():
 
 
 @pytest.mark.parametrize("skip", [None, sv.SkipConfig(retained=4, skipped=4)], ids=["full", "skipping"])
-def test_a_batch_answers_as_each_row_alone(tiny_model: Path, shapes_data: Path, skip):
+def test_a_batch_gives_the_answers_of_its_rows_alone(tiny_model: Path, shapes_data: Path, skip):
     model = AutoModelForImageTextToText.from_pretrained(tiny_model, dtype=torch.float64)
     model.train()
     processor = AutoProcessor.from_pretrained(tiny_model)
@@ -57,15 +57,15 @@ def test_a_batch_answers_as_each_row_alone(tiny_model: Path, shapes_data: Path, 
     if attachment is not None:
         assert attachment.plan is not None
     alone = [evaluate_exact_match(model, processor, [row], max_new_tokens=6)[0] for row in rows]
-    # How long a wrong answer goes on depends on its batch; its beginning does not.
+    # The length of a wrong answer depends on its batch; its beginning does not.
     for one, other in zip(together, alone, strict=True):
         assert (one.key, one.task, one.expected) == (other.key, other.task, other.expected)
         shorter, longer = sorted([one.answer, other.answer], key=len)
         assert longer.startswith(shorter)
 
 
-def test_a_row_without_its_image_is_not_asked_and_not_lost(tiny_model: Path, shapes_data: Path):
-    """Whether it shares its batch with others or has one of its own."""
+def test_a_row_with_a_missing_image_is_reported_and_skipped(tiny_model: Path, shapes_data: Path):
+    """The row shares its batch with others or has one of its own."""
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
     processor = AutoProcessor.from_pretrained(tiny_model)
     rows = read_training_rows(str(shapes_data / "validation.json")).rows[:3]
@@ -73,21 +73,21 @@ def test_a_row_without_its_image_is_not_asked_and_not_lost(tiny_model: Path, sha
     with pytest.raises(MissingImageError, match=r"gone\.png"):
         evaluate_exact_match(model, processor, rows, max_new_tokens=2)
     for batch_size in (1, 3):
-        left_out: list[str] = []
+        unreadable: list[str] = []
         answers = evaluate_exact_match(
             model,
             processor,
             rows,
             batch_size=batch_size,
             max_new_tokens=2,
-            on_unreadable=lambda row, error: left_out.append(f"{row.key}: {error.kind}"),  # noqa: B023
+            on_unreadable=lambda row, error: unreadable.append(f"{row.key}: {error.kind}"),  # noqa: B023
         )
         assert [answer.key for answer in answers] == [rows[0].key, rows[2].key]
-        assert left_out == [f"{rows[1].key}: missing image"]
+        assert unreadable == [f"{rows[1].key}: missing image"]
 
 
-def test_a_model_that_has_learnt_the_answers_is_right(tiny_model: Path, shapes_data: Path, monkeypatch):
-    """Greedy answers are compared with the last message, whatever the batch looked like."""
+def test_answers_are_compared_with_the_last_message(tiny_model: Path, shapes_data: Path, monkeypatch):
+    """A model that returns the expected answers is right, in whatever order they were batched."""
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
     processor = AutoProcessor.from_pretrained(tiny_model)
     rows, _ = read_training_rows(str(shapes_data / "validation.json"))

@@ -13,7 +13,7 @@ ITEMS = [
 ]
 
 
-def test_items_come_back_as_they_were_written(tmp_path):
+def test_items_and_systems_survive_a_file(tmp_path):
     path = tmp_path / "new folder" / "items.parquet"
     write_items(path, ITEMS[:1])
     assert read_systems(path) == {}
@@ -24,7 +24,7 @@ def test_items_come_back_as_they_were_written(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["items.parquet"]
 
 
-def test_other_files_are_refused(tmp_path):
+def test_files_of_another_format_raise(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_items(tmp_path / "missing.parquet")
     (tmp_path / "text.parquet").write_text("index,score")

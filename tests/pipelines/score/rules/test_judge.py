@@ -1,4 +1,4 @@
-"""The judge, asked through a real HTTP server that plays OpenAI's endpoint."""
+"""The judge, behind a real HTTP server that plays OpenAI's endpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pipelines.score import job as score
 from pipelines.score.dataset import read_dataset
 from pipelines.score.job import ScoreConfig, run_score
 from pipelines.score.points import Answered, score_answers
-from pipelines.score.rules import judge as judging
-from pipelines.score.rules.judge import Judge, JudgeConfig, JudgeError, UnreadableReply
+from pipelines.score.rules import judge_endpoint
+from pipelines.score.rules.judge import Judge, UnreadableReply
+from pipelines.score.rules.judge_endpoint import JudgeConfig, JudgeError
 from skipvision.errors import ConfigError, DataError
 from tests.pipelines.score.tables import CHOICE, VISTA, png, table
 
@@ -23,13 +24,14 @@ Reply = Callable[[str], tuple[int, object]]
 
 
 class Endpoint:
-    """Answers prompts by ``reply``, which tests replace; ``asked`` holds (path, key, prompt).
+    """Answers prompts by ``reply``, which tests replace.
 
-    ``temperatures`` are those that were sent, and ``headers`` are sent back.
+    ``received`` holds the (path, key, prompt) of each request and ``temperatures`` its temperature;
+    ``headers`` are sent back.
     """
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str | None, str]] = []
+        self.received: list[tuple[str, str | None, str]] = []
         self.temperatures: list[float | None] = []
         self.headers: dict[str, str] = {}
         self.reply: Reply = lambda prompt: (200, "0.5")
@@ -39,11 +41,12 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = body["messages"][0]["content"]
-                endpoint.asked.append((self.path, self.headers["Authorization"], prompt))
+                endpoint.received.append((self.path, self.headers["Authorization"], prompt))
                 endpoint.temperatures.append(body.get("temperature"))
                 status, text = endpoint.reply(prompt)
                 content = {"choices": [{"message": {"content": text}}]} if isinstance(text, str) else text
                 self.send_response(status)
+                self.send_header("Content-Type", "application/json")
                 for name, value in endpoint.headers.items():
                     self.send_header(name, value)
                 self.end_headers()
@@ -58,7 +61,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint(monkeypatch) -> Iterator[Endpoint]:
-    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(judge_endpoint, "_PAUSES", (0.0, 0.0))
     monkeypatch.setenv("JUDGE_KEY", "secret")
     endpoint = Endpoint()
     thread = threading.Thread(target=endpoint.server.serve_forever, args=(0.02,))
@@ -73,7 +76,7 @@ def judge(endpoint: Endpoint, memory: Path) -> Judge:
     return Judge(JudgeConfig(base_url=endpoint.url, model="j", api_key_env="JUDGE_KEY"), memory)
 
 
-def test_mmvet_is_graded_and_nothing_is_asked_twice(endpoint, tmp_path):
+def test_mmvet_is_graded_and_no_prompt_is_sent_twice(endpoint, tmp_path):
     row = {"question": "What is x?", "answer": "-1<AND>-5", "category": "ocr,math"}
     rows = [{"index": n, "image": png(n), **row} for n in range(4)]
     dataset = read_dataset("MMVet", str(table(tmp_path / "table.tsv", rows)))
@@ -81,18 +84,18 @@ def test_mmvet_is_graded_and_nothing_is_asked_twice(endpoint, tmp_path):
     endpoint.reply = lambda prompt: (200, "1.0" if "x = 1 |" in prompt.splitlines()[-1] else "Score: 0.5")
     scored = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory"), parallel=3)
     assert [item.score for item in scored.items] == [0.5, 1.0, 0.5, 0.5]
-    path, key, prompt = endpoint.asked[0]
+    path, key, prompt = endpoint.received[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")
     assert "What is x? | -1 <AND> -5 | x = " in prompt
     with (tmp_path / "memory").open("a") as file:
         file.write('{"prompt": "half a li')  # killed while it wrote
     again = score_answers(dataset, answers, "skip", judge(endpoint, tmp_path / "memory"), parallel=3)
     assert [item.score for item in again.items] == [0.5, 1.0, 0.5, 0.5]
-    assert len(endpoint.asked) == 4
+    assert len(endpoint.received) == 4
 
 
 @pytest.mark.parametrize(("reply", "points"), [("B", 1), ("Z", 0), ("A.", 0)])
-def test_an_option_that_no_rule_finds_is_asked_for(endpoint, reply, points, tmp_path):
+def test_the_judge_finds_the_option_that_no_rule_finds(endpoint, reply, points, tmp_path):
     row = {"index": 1, "image": png(), **CHOICE, "B": "z"}  # the judge's Z is not this text
     dataset = read_dataset("MMStar", str(table(tmp_path / "t.tsv", [row])))
     endpoint.reply = lambda prompt: (200, reply)
@@ -100,10 +103,10 @@ def test_an_option_that_no_rule_finds_is_asked_for(endpoint, reply, points, tmp_
     (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
     assert item.score == points
     (item,) = score_answers(dataset, {"1": Answered("B")}, "full", judge(endpoint, tmp_path / "memory")).items
-    assert item.score == len(endpoint.asked) == 1
+    assert item.score == len(endpoint.received) == 1
 
 
-def test_mathvista_is_extracted(endpoint, tmp_path):
+def test_the_judge_extracts_the_answers_of_mathvista(endpoint, tmp_path):
     row = {**VISTA, "question_type": "free_form", "answer_type": "integer", "answer": "14"}
     dataset = read_dataset(
         "MathVista_MINI", str(table(tmp_path / "t.tsv", [{"index": 1, "image": png(), **row}]))
@@ -113,11 +116,11 @@ def test_mathvista_is_extracted(endpoint, tmp_path):
     (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
     assert item.score == 1
     (item,) = score_answers(dataset, {"1": Answered("")}, "full", judge(endpoint, tmp_path / "memory")).items
-    assert (item.score, item.error, len(endpoint.asked)) == (0, None, 1)
+    assert (item.score, item.error, len(endpoint.received)) == (0, None, 1)
 
 
 @pytest.mark.parametrize(
-    ("replies", "error", "asked"),
+    ("replies", "error", "requests"),
     [
         ([(500, "x"), (200, "0.5")], None, 2),
         ([(500, "x")] * 3, "HTTP 500", 3),
@@ -125,16 +128,16 @@ def test_mathvista_is_extracted(endpoint, tmp_path):
         ([(200, {"error": "odd"})] * 3, "no chat completion", 3),
     ],
 )
-def test_what_the_judge_does_wrong_is_said(endpoint, replies, error, asked, tmp_path):
+def test_failures_are_retried_or_raised(endpoint, replies, error, requests, tmp_path):
     left = iter(replies)
     endpoint.reply = lambda prompt: next(left)
-    asks = judge(endpoint, tmp_path / "memory")
+    judging = judge(endpoint, tmp_path / "memory")
     if error is None:
-        assert asks.grade("q", "g", "a") == 0.5
+        assert judging.grade("q", "g", "a") == 0.5
     else:
         with pytest.raises(JudgeError, match=error):
-            asks.grade("q", "g", "a")
-    assert len(endpoint.asked) == asked
+            judging.grade("q", "g", "a")
+    assert len(endpoint.received) == requests
 
 
 @pytest.mark.parametrize(
@@ -154,32 +157,32 @@ def test_what_the_judge_does_wrong_is_said(endpoint, replies, error, asked, tmp_
         ("10", None),
     ],
 )
-def test_a_score_is_a_number_alone(endpoint, reply, points, tmp_path):
+def test_a_score_is_a_number_and_nothing_else(endpoint, reply, points, tmp_path):
     endpoint.reply = lambda prompt: (200, reply)
-    asks = judge(endpoint, tmp_path / "memory")
+    judging = judge(endpoint, tmp_path / "memory")
     if points is None:
         with pytest.raises(UnreadableReply):
-            asks.grade("q", "g", "a")
+            judging.grade("q", "g", "a")
     else:
-        assert asks.grade("q", "g", "a") == points
-    assert len(endpoint.asked) == (3 if points is None else 1)
+        assert judging.grade("q", "g", "a") == points
+    assert len(endpoint.received) == (3 if points is None else 1)
 
 
 @pytest.mark.parametrize("unreadable", ["fine", "7", ""])
-def test_a_reply_that_cannot_be_read_is_not_kept(endpoint, unreadable, tmp_path):
-    asks = judge(endpoint, tmp_path / "memory")
+def test_an_unreadable_reply_is_not_kept(endpoint, unreadable, tmp_path):
+    judging = judge(endpoint, tmp_path / "memory")
     replies = iter([unreadable, "0.5", *[unreadable] * 3, "1.0"])
     endpoint.reply = lambda prompt: (200, next(replies))
-    assert asks.grade("q", "g", "a") == 0.5
-    with pytest.raises(UnreadableReply, match=f"3 times for a score from 0 to 1 and said '{unreadable}'"):
-        asks.grade("q", "g", "b")
+    assert judging.grade("q", "g", "a") == 0.5
+    with pytest.raises(UnreadableReply, match=f"3 times for a score from 0 to 1 and replied '{unreadable}'"):
+        judging.grade("q", "g", "b")
     assert endpoint.temperatures == [0.0, 0.5, 0.0, 0.5, 1.0]
     again = judge(endpoint, tmp_path / "memory")
     assert (again.grade("q", "g", "a"), again.grade("q", "g", "b")) == (0.5, 1.0)
-    assert len(endpoint.asked) == 6
+    assert len(endpoint.received) == 6
 
 
-def test_an_item_that_the_judge_cannot_read_has_an_error(endpoint, tmp_path):
+def test_an_unreadable_reply_is_an_error_of_its_item(endpoint, tmp_path):
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(2)])
     endpoint.reply = lambda prompt: (200, "fine" if "x = 1 |" in prompt.splitlines()[-1] else "0.5")
@@ -188,11 +191,11 @@ def test_an_item_that_the_judge_cannot_read_has_an_error(endpoint, tmp_path):
     first, second = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory"), 2).items
     assert (first.score, first.error) == (0.5, None)
     assert (second.score, second.prediction) == (0, "x = 1")
-    assert second.error.startswith("judge: the judge j was asked 3 times")
+    assert second.error.startswith("judge: the judge j was prompted 3 times")
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_an_item_that_the_endpoint_refuses_has_an_error(endpoint, status, tmp_path):
+def test_a_refused_prompt_is_an_error_of_its_item(endpoint, status, tmp_path):
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(4)])
     dataset = read_dataset("MMVet", str(file))
@@ -200,17 +203,17 @@ def test_an_item_that_the_endpoint_refuses_has_an_error(endpoint, status, tmp_pa
     endpoint.reply = lambda prompt: (
         (status, {"error": "too long"}) if "x = 1 |" in prompt.splitlines()[-1] else (200, "0.5")
     )
-    asks = judge(endpoint, tmp_path / "memory")
-    items = score_answers(dataset, answers, "full", asks, max_error_fraction=0.25).items
+    judging = judge(endpoint, tmp_path / "memory")
+    items = score_answers(dataset, answers, "full", judging, max_error_fraction=0.25).items
     assert [item.score for item in items] == [0.5, 0, 0.5, 0.5]
     assert f"does not take the prompt: HTTP {status}: " in items[1].error
-    assert len(endpoint.asked) == 4
+    assert len(endpoint.received) == 4
 
 
-def test_a_judge_that_refuses_everything_stops_the_job_and_nothing_is_lost(
+def test_a_judge_that_refuses_everything_stops_the_job_and_keeps_its_replies(
     endpoint, tiny_model, tmp_path, monkeypatch
 ):
-    """The job of which the questions are answered."""
+    """All questions of the job are answered already."""
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(8)])
     answers = {str(n): Answered(f"x = {n}") for n in range(8)}
@@ -226,42 +229,47 @@ def test_a_judge_that_refuses_everything_stops_the_job_and_nothing_is_lost(
             "max_error_fraction": 0.25,
         }
     )
-    endpoint.reply = lambda prompt: (200, "0.5") if len(endpoint.asked) <= 2 else (400, {"error": "no"})
+    endpoint.reply = lambda prompt: (200, "0.5") if len(endpoint.received) <= 2 else (400, {"error": "no"})
     with pytest.raises(
         DataError, match=r"3 of 8 rows are errors \(3 × judge\); MMVet 4: .*HTTP 400.*raise it"
     ):
         run_score(config)
-    asked = len(endpoint.asked)
-    assert asked < 8
+    sent = len(endpoint.received)
+    assert sent < 8
     endpoint.reply = lambda prompt: (200, "1.0")
     assert run_score(config)["score"] == {"full": {"MMVet": 0.875}}
-    assert len(endpoint.asked) == asked + 6
+    assert len(endpoint.received) == sent + 6
     monkeypatch.delenv("JUDGE_KEY")
     assert run_score(config)["already_finished"]
 
 
-def test_no_temperature_is_sent_to_models_that_refuse_it(endpoint, tmp_path):
+def test_neither_key_nor_temperature_is_sent_where_the_settings_are_null(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "not for this endpoint")
     settings = {"base_url": endpoint.url, "model": "j", "api_key_env": None, "temperature": None}
     assert Judge(JudgeConfig.model_validate(settings), tmp_path / "memory").grade("q", "g", "a") == 0.5
     assert endpoint.temperatures == [None]
+    assert [key for _, key, _ in endpoint.received] == [None]
 
 
 @pytest.mark.parametrize(
-    ("asked_for", "waited"),
-    [("7", 7.0), ("1e9", judging._LONGEST_PAUSE), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("soon", 0.0)],
+    ("header", "waited"),
+    [
+        ("7", 7.0),
+        ("1e9", judge_endpoint._LONGEST_PAUSE),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+        ("soon", 0.0),
+    ],
 )
-def test_an_endpoint_that_says_when_to_come_again_is_obeyed(
-    endpoint, asked_for, waited, tmp_path, monkeypatch
-):
+def test_the_header_retry_after_is_obeyed(endpoint, header, waited, tmp_path, monkeypatch):
     pauses: list[float] = []
-    monkeypatch.setattr(judging.time, "sleep", pauses.append)
-    endpoint.headers = {"Retry-After": asked_for}
+    monkeypatch.setattr(judge_endpoint.time, "sleep", pauses.append)
+    endpoint.headers = {"Retry-After": header}
     endpoint.reply = lambda prompt: (429, "x") if not pauses else (200, "0.5")
     assert judge(endpoint, tmp_path / "memory").grade("q", "g", "a") == 0.5
     assert pauses == [waited]
 
 
-def test_a_key_that_is_not_there_is_said_first(tmp_path, monkeypatch):
+def test_a_missing_key_is_reported_first(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_KEY", raising=False)
-    with pytest.raises(ConfigError, match="NO_KEY: there is no such environment variable"):
+    with pytest.raises(ConfigError, match="NO_KEY: this environment variable is not set"):
         Judge(JudgeConfig(model="j", api_key_env="NO_KEY"), tmp_path / "memory")
