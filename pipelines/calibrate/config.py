@@ -1,4 +1,4 @@
-"""Everything a calibration can be told."""
+"""The settings of a calibration."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ Cost = Literal["prefill_flops", "kv_bytes", "latency"]
 
 
 class DataSection(DatasetSection):
-    """Questions with known answers; a part of them is held out of the search, to verify what it finds."""
+    """Questions with gold answers, of which a part is held out to verify the result."""
 
-    held_out: float = Field(0.5, gt=0, lt=1, description="share of the images that only verify")
-    max_new_tokens: int = Field(96, ge=1, description="tokens of an answer, at most")
+    held_out: float = Field(
+        0.5, gt=0, lt=1, description="share of the images that are only used for verification"
+    )
+    max_new_tokens: int = Field(96, ge=1, description="max tokens of an answer")
 
 
 class LimitsSection(Section):
-    """What the result must keep to. Costs are ratios to full tokens: 0.3 is 30 %."""
+    """The budget of the result. Costs are ratios to full tokens: 0.3 is 30 %."""
 
     accuracy_drop: float | None = Field(
         0.02,
         gt=0,
         le=1,
-        description="largest drop of accuracy against full tokens, as a fraction; what is cheapest within it "
-        "is chosen. null = what is most accurate within the limits on costs",
+        description="largest drop of accuracy against full tokens, as a fraction; the cheapest config within "
+        "it is chosen. null = the most accurate config within the limits on costs",
     )
     prefill_flops: float | None = Field(None, gt=0, description="largest ratio of predicted prefill FLOPs")
     kv_bytes: float | None = Field(None, gt=0, description="largest ratio of predicted KV cache bytes")
@@ -38,17 +40,17 @@ class LimitsSection(Section):
     confidence: float = Field(
         0.95, gt=0.5, lt=1, description="of the two-sided intervals that decide about accuracy"
     )
-    minimise: Cost = Field("prefill_flops", description="what cheapest means, where accuracy_drop is set")
+    minimise: Cost = Field("prefill_flops", description="the cost that is minimised if accuracy_drop is set")
 
     @model_validator(mode="after")
-    def _something(self) -> Self:
+    def _check_limits(self) -> Self:
         if not self.on_costs and self.accuracy_drop is None:
             raise ValueError("set at least one of accuracy_drop, prefill_flops, kv_bytes and latency")
         return self
 
     @property
     def on_costs(self) -> dict[Cost, float]:
-        """The limits that are set."""
+        """The limits on costs that are set, by cost."""
         given: dict[Cost, float | None] = {
             "prefill_flops": self.prefill_flops,
             "kv_bytes": self.kv_bytes,
@@ -58,36 +60,35 @@ class LimitsSection(Section):
 
 
 class SearchSection(Section):
-    """Successive halving: every rung asks those that are left more questions, and keeps a share of them."""
+    """Successive halving: each rung evaluates the configs left on more questions and keeps a share."""
 
-    rungs: int = Field(3, ge=1, description="rungs; the last one asks all that are not held out")
+    rungs: int = Field(3, ge=1, description="rungs; the last one uses all questions that are not held out")
     factor: int = Field(
         3,
         ge=2,
-        description="a rung keeps 1/factor, and at least the finalists; the next asks factor times as many",
+        description="a rung keeps 1/factor of the configs, and at least the finalists; the next one uses "
+        "factor times as many questions",
     )
-    finalists: int = Field(3, ge=1, description="configs verified on what is held out, at most")
-    latency_questions: int = Field(
-        8, ge=1, description="questions that time to the first token is measured on"
-    )
+    finalists: int = Field(3, ge=1, description="max configs verified on the held-out images")
+    latency_questions: int = Field(8, ge=1, description="questions for measuring the time to the first token")
     seed: int = Field(0, ge=0, description="seed of the split and of the bootstrap")
 
 
 class ScalingSection(Section):
-    """Ray's share; may differ when a job is resumed."""
+    """Ray resources; may change when a job is resumed."""
 
-    workers: int = Field(1, ge=1, description="processes that score, each with the whole model")
-    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs of each; null = all, shared out evenly")
+    workers: int = Field(1, ge=1, description="worker processes, each with the whole model")
+    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs of each; null = all, divided evenly")
     gpus_per_worker: int | None = Field(None, ge=0, description="GPUs of each; null = one if there are any")
 
 
 class CalibrateConfig(JobConfig):
-    """A calibration; one that is there already under its name is continued, or refused if it differs."""
+    """A calibration. An existing job of the same name is continued; other settings are refused."""
 
     model: ModelSection
     data: DataSection
     skip: SkipConfig | None = Field(
-        None, description="fields that are not searched; null = the adapter's own, or the defaults"
+        None, description="values of the fields that are not searched; null = the adapter's, or the defaults"
     )
     space: dict[str, list[Any]] = Field(
         {
@@ -95,7 +96,7 @@ class CalibrateConfig(JobConfig):
             "skipped": [0.0625, 0.25],
             "select": ["similarity", "diversity"],
         },
-        description="fields of SkipConfig with the values that are tried, in every combination",
+        description="fields of SkipConfig with their candidate values; all combinations are searched",
     )
     budget: LimitsSection = LimitsSection()
     search: SearchSection = SearchSection()
@@ -105,12 +106,12 @@ class CalibrateConfig(JobConfig):
 
     @field_validator("space")
     @classmethod
-    def _fields_with_values(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _check_space(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for name, values in value.items():
             if name not in SkipConfig.model_fields:
-                raise ValueError(f"{name} is no field of SkipConfig: {', '.join(SkipConfig.model_fields)}")
+                raise ValueError(f"{name} is not a field of SkipConfig: {', '.join(SkipConfig.model_fields)}")
             if not values:
                 raise ValueError(f"{name} has no values")
         if not value:
-            raise ValueError("nothing is searched: give at least one field with its values")
+            raise ValueError("the space is empty: set at least one field with its values")
         return value

@@ -1,4 +1,4 @@
-"""Successive halving over SkipConfigs: who stays after a rung, and in which order finalists are verified."""
+"""Successive halving over SkipConfigs: which candidates survive a rung, and the order of verification."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.evaluation.paired import paired, widened
 from skipvision.config import SkipConfig
 
 _DEVIATIONS = 2.0
-"""Standard deviations in half an interval, about; it only ranks."""
+"""The approximate number of standard deviations in half an interval; it only affects the ranking."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Candidate:
 
     Attributes:
         name: a digest of its values.
-        skip: the values.
+        skip: the SkipConfig.
         costs: ratios to full tokens, by name.
     """
 
@@ -32,7 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Standing:
-    """A candidate after a rung: its answers so far, and what they say against full tokens."""
+    """A candidate after a rung: its items so far, and the verdict on them against full tokens."""
 
     candidate: Candidate
     items: Sequence[Item]
@@ -40,62 +40,69 @@ class Standing:
 
     @property
     def chance(self) -> float:
-        """About how likely it is within the budget."""
-        below = (self.difference - self.verdict.worst) / _DEVIATIONS
-        return 1 - NormalDist(self.difference, max(below, 1e-9)).cdf(-self.verdict.budget)
+        """The approximate probability that the candidate is within the budget."""
+        deviation = (self.difference - self.verdict.worst) / _DEVIATIONS
+        return 1 - NormalDist(self.difference, max(deviation, 1e-9)).cdf(-self.verdict.budget)
 
     @property
     def difference(self) -> float:
-        """Accuracy minus that of full tokens."""
+        """The accuracy minus that of full tokens."""
         return self.verdict.found.difference
 
 
 def cheapest_within(
     standings: Sequence[Standing], cost: str, keep: int
 ) -> tuple[list[Standing], dict[str, str]]:
-    """Who may still turn out to be the cheapest within a drop of accuracy, and why the others may not.
+    """Keep the candidates that may be the cheapest within the budget.
 
-    The interval throws out what is too bad. Of the rest those stay from which most is to be expected: what
-    they save, times the chance that they are within. A safe one stays beside bold ones in this way, however
-    good these look: of many some always do.
+    A candidate whose whole interval is over the budget is dropped. The others are ranked by their expected
+    saving: what they save, times the chance that they are within the budget. A safe candidate therefore stays
+    next to bold ones, some of which always look good by luck.
+
+    Returns:
+        The candidates kept, and by name the reason why each of the others was dropped.
     """
     out = {
-        one.candidate.name: "drop certainly over the budget"
-        for one in standings
-        if one.verdict.best < -one.verdict.budget
+        standing.candidate.name: "drop certainly over the budget"
+        for standing in standings
+        if standing.verdict.best < -standing.verdict.budget
     }
     ranked = sorted(
-        (one for one in standings if one.candidate.name not in out),
-        key=lambda one: -(1 - one.candidate.costs[cost]) * one.chance,
+        (standing for standing in standings if standing.candidate.name not in out),
+        key=lambda standing: -(1 - standing.candidate.costs[cost]) * standing.chance,
     )
-    out |= {one.candidate.name: "more is to be expected of others" for one in ranked[keep:]}
+    out |= {standing.candidate.name: "others have a higher expected saving" for standing in ranked[keep:]}
     return ranked[:keep], out
 
 
 def most_accurate(
     standings: Sequence[Standing], keep: int, budget: Budget
 ) -> tuple[list[Standing], dict[str, str]]:
-    """Who may still turn out to be the most accurate, and why the others may not."""
-    ranked = sorted(standings, key=lambda one: -one.difference)
+    """Keep the candidates that may be the most accurate.
+
+    Returns:
+        The candidates kept, and by name the reason why each of the others was dropped.
+    """
+    ranked = sorted(standings, key=lambda standing: -standing.difference)
     out: dict[str, str] = {}
-    for one in ranked[1:]:
-        against_best = paired(ranked[0].items, one.items, seed=budget.seed, confidence=budget.confidence)
+    for standing in ranked[1:]:
+        against_best = paired(ranked[0].items, standing.items, seed=budget.seed, confidence=budget.confidence)
         if widened(against_best, budget.confidence).high < 0:
-            out[one.candidate.name] = "certainly less accurate than another"
-    rest = [one for one in ranked if one.candidate.name not in out]
-    out |= {one.candidate.name: "others look better" for one in rest[keep:]}
+            out[standing.candidate.name] = "certainly less accurate than another"
+    rest = [standing for standing in ranked if standing.candidate.name not in out]
+    out |= {standing.candidate.name: "others look better" for standing in rest[keep:]}
     return rest[:keep], out
 
 
 def in_order_of_safety(standings: Sequence[Standing]) -> list[Standing]:
-    """The order in which finalists are verified, one after the other until one fails.
+    """Sort the finalists for verification, the safest first.
 
-    It is fixed before the held-out answers are looked at, and nothing is tested behind a failure: so all
-    tests together err no more often than a single one would.
+    The order is fixed before the held-out answers are known, and verification stops at the first failure.
+    All tests together therefore err no more often than a single one.
     """
-    return sorted(standings, key=lambda one: -one.verdict.worst)
+    return sorted(standings, key=lambda standing: -standing.verdict.worst)
 
 
 def rung_sizes(groups: int, rungs: int, factor: int) -> list[int]:
-    """How many groups of rows have been asked after each rung; at least one, all after the last."""
+    """Return the number of groups that are evaluated by the end of each rung: at least one, finally all."""
     return [max(1, groups // factor ** (rungs - 1 - rung)) for rung in range(rungs)]

@@ -163,8 +163,8 @@ def _search(
             node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
         )
         model = replace(about.model, skip=skip)
-        with scorers(model, config.engine, tokens, workers=scaling.workers, resources=resources) as have_done:
-            return Calibration(config, folder, have_done, about.search, about.held_out).run(space)
+        with scorers(model, config.engine, tokens, workers=scaling.workers, resources=resources) as run_tasks:
+            return Calibration(config, folder, run_tasks, about.search, about.held_out).run(space)
 
 
 def _hand_in(evidence: dict[str, Any], folder: CalibrationFolder, tracker: Tracker) -> None:

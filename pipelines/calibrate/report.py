@@ -1,4 +1,4 @@
-"""A calibration for people: a Markdown table and a picture."""
+"""The report of a calibration: a Markdown table and a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COSTS = {"prefill_flops": "prefill FLOPs", "kv_bytes": "KV bytes", "latency": "
 
 
 def markdown(evidence: Mapping[str, Any], budget: LimitsSection) -> str:
-    """Every stage of the search, the verification behind it, and what was decided."""
+    """Format the stages of the search, the verification and the decision."""
     first = evidence["history"][0]
     fields, costs = list(first["values"]), [name for name in _COSTS if name in first["costs"]]
     interval = f"difference [{100 * budget.confidence:g} %]"
@@ -28,7 +28,7 @@ def markdown(evidence: Mapping[str, Any], budget: LimitsSection) -> str:
     full = evidence["history"][-1]["full"]
     score = "" if full is None else f" ({100 * full:.1f} % on the held-out rows)"
     table = markdown_table(header, rows, left=range(len(header)))
-    return f"{table}\n\nCosts and differences are against full tokens{score}.\n\n{_decided(evidence)}\n"
+    return f"{table}\n\nCosts and differences are relative to full tokens{score}.\n\n{_decision(evidence)}\n"
 
 
 def _points(one: Mapping[str, Any]) -> str:
@@ -36,27 +36,27 @@ def _points(one: Mapping[str, Any]) -> str:
     return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _decided(evidence: Mapping[str, Any]) -> str:
+def _decision(evidence: Mapping[str, Any]) -> str:
     if evidence["chosen"] is None:
         return f"Nothing was chosen: {evidence['reason']}."
     return "Chosen: " + ", ".join(f"{name} {value}" for name, value in evidence["chosen"].items()) + "."
 
 
 def picture(evidence: Mapping[str, Any], budget: LimitsSection, path: Path) -> None:
-    """Difference against cost of all that was asked, by stage, as a PNG."""
+    """Draw the difference of every evaluated config against its cost, by stage."""
     figure, axis = subplots(size=(7, 4.5))
     scored = [one for one in evidence["history"] if one["difference"] is not None]
     stages = list(dict.fromkeys(one["stage"] for one in scored))
     for number, stage in enumerate(stages, start=1):
-        some = [one for one in scored if one["stage"] == stage]
-        middle = [100 * one["difference"] for one in some]
+        members = [one for one in scored if one["stage"] == stage]
+        middle = [100 * one["difference"] for one in members]
         last = stage == stages[-1]
         axis.errorbar(
-            [100 * one["costs"][budget.minimise] for one in some],
+            [100 * one["costs"][budget.minimise] for one in members],
             middle,
             yerr=[
-                [m - 100 * one["low"] for m, one in zip(middle, some, strict=True)],
-                [100 * one["high"] - m for m, one in zip(middle, some, strict=True)],
+                [m - 100 * one["low"] for m, one in zip(middle, members, strict=True)],
+                [100 * one["high"] - m for m, one in zip(middle, members, strict=True)],
             ],
             fmt="D" if last else "o",
             color=SKIP_COLOUR if last else FULL_COLOUR,

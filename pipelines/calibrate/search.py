@@ -1,9 +1,9 @@
-"""The search for a SkipConfig: rungs of questions, then the verification of what is left."""
+"""The search for a SkipConfig: rungs of questions, then the verification of the finalists."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from pipelines.calibrate.halving import (
     most_accurate,
     rung_sizes,
 )
-from pipelines.calibrate.workers import FULL, Task
+from pipelines.calibrate.workers import FULL, RunTasks, Task
 from pipelines.evaluation.gate import Budget, judge
 from pipelines.evaluation.items import Item, read_items, write_items
 from pipelines.score.dataset import Dataset
@@ -28,26 +28,26 @@ HELD_OUT = "held-out"
 
 
 class NothingWithinBudgetError(SkipVisionError):
-    """No SkipConfig of the space was shown to keep to the budget."""
+    """No SkipConfig of the search space is shown to stay within the budget."""
 
 
 class Calibration:
-    """One search: rungs, then verification. What was asked once is read from the job's folder."""
+    """One search: rungs, then verification. Earlier results are read from the job's folder."""
 
     def __init__(
         self,
         config: CalibrateConfig,
         folder: JobFolder,
-        have_done: Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]],
+        run_tasks: RunTasks,
         search: Dataset,
         held_out: Dataset,
     ) -> None:
-        self._config, self._folder, self._have_done = config, folder, have_done
+        self._config, self._folder, self._run_tasks = config, folder, run_tasks
         self._search, self._held_out = search, held_out
         self._history: list[dict[str, Any]] = []
         self._items: dict[str, list[Item]] = {}
-        # Without a limit on accuracy verdicts only describe. Questions that cannot be asked cannot be by any
-        # config, and a rung of few questions may have many of them.
+        # Without a limit on accuracy, verdicts decide nothing. Errors are not limited: an unusable question
+        # fails under every config, and a rung of few questions may have many of them.
         self._budget = Budget(
             overall=config.budget.accuracy_drop or 1.0,
             max_errors=1.0,
@@ -56,7 +56,7 @@ class Calibration:
         )
 
     def run(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
-        """The evidence."""
+        """Search, verify, and return the evidence as JSON."""
         limits, search = self._config.budget, self._config.search
         timed = self._timed(candidates, "search")
         alive = [candidate for candidate in timed if self._fast(candidate)]
@@ -66,7 +66,7 @@ class Calibration:
             return self._evidence(
                 None,
                 {**varied(best, self._config), "latency": round(best.costs["latency"], 4)},
-                f"no config of the space keeps time to the first token to {limits.latency} of full tokens",
+                f"no config of the space keeps the time to the first token to {limits.latency} of full tokens",
             )
         groups = list(dict.fromkeys(question.group for question in self._search.questions))
         sizes = rung_sizes(len(groups), search.rungs, search.factor)
@@ -75,8 +75,8 @@ class Calibration:
         for rung, size in enumerate(sizes):
             chosen = set(groups[before:size])
             before = size
-            asked = tuple(question for question in self._search.questions if question.group in chosen)
-            standings = self._standings(alive, replace(self._search, questions=asked), f"rung-{rung}")
+            questions = tuple(question for question in self._search.questions if question.group in chosen)
+            standings = self._standings(alive, replace(self._search, questions=questions), f"rung-{rung}")
             keep = max(search.finalists, math.ceil(keep / search.factor))
             if rung == len(sizes) - 1:
                 keep = search.finalists
@@ -93,16 +93,16 @@ class Calibration:
         return self._verified(kept, standings)
 
     def _timed(self, candidates: Sequence[Candidate], part: str) -> list[Candidate]:
-        """The candidates with their latency on some questions of a part, if it matters."""
+        """Add the latency to the candidates' costs, if the budget depends on it."""
         limits = self._config.budget
         if limits.latency is None and limits.minimise != "latency":
             return list(candidates)
         dataset = self._held_out if part == HELD_OUT else self._search
-        askable = [question for question in dataset.questions if question.problem is None]
-        some = replace(dataset, questions=tuple(askable[: self._config.search.latency_questions]))
+        usable = [question for question in dataset.questions if question.problem is None]
+        timed = replace(dataset, questions=tuple(usable[: self._config.search.latency_questions]))
         known: dict[str, float] = dict(self._folder.state.get("latency", {}))
         missing = [c for c in candidates if f"{part}-{c.name}" not in known]
-        for task, ratio in self._have_done([Task("latency", c.name, c.skip, some) for c in missing]):
+        for task, ratio in self._run_tasks([Task("latency", c.name, c.skip, timed) for c in missing]):
             known[f"{part}-{task.system}"] = ratio
             self._folder.remember(latency=known)
         return [replace(c, costs={**c.costs, "latency": known[f"{part}-{c.name}"]}) for c in candidates]
@@ -112,7 +112,7 @@ class Calibration:
         return limit is None or candidate.costs["latency"] <= limit
 
     def _standings(self, candidates: Sequence[Candidate], dataset: Dataset, part: str) -> list[Standing]:
-        """Ask the questions under every candidate and with full tokens; what was asked before counts too."""
+        """Evaluate the questions under every candidate and with full tokens; add them to earlier rungs."""
         systems: dict[str, SkipConfig | Literal["full"]] = {
             FULL: "full",
             **{c.name: c.skip for c in candidates},
@@ -123,16 +123,16 @@ class Calibration:
             for name, skip in systems.items()
             if dataset.questions and not files[name].exists()
         ]
-        for number, (task, items) in enumerate(self._have_done(tasks), start=1):
+        for number, (task, items) in enumerate(self._run_tasks(tasks), start=1):
             write_items(files[task.system], items)
             print(
-                f"{part}: {number} of {len(tasks)} configs asked {len(dataset.questions)} questions",
+                f"{part}: {number} of {len(tasks)} configs evaluated on {len(dataset.questions)} questions",
                 flush=True,
             )
         for name, file in files.items():
-            asked = read_items(file) if dataset.questions else []
+            new = read_items(file) if dataset.questions else []
             before = [] if part == HELD_OUT else self._items.get(name, [])
-            self._items[name] = [*before, *asked]
+            self._items[name] = [*before, *new]
         full = self._items[FULL]
         return [
             Standing(c, self._items[c.name], judge(full, self._items[c.name], self._budget)[0])
@@ -140,9 +140,9 @@ class Calibration:
         ]
 
     def _verified(self, finalists: Sequence[Standing], last: Sequence[Standing]) -> dict[str, Any]:
-        """Finalists one after the other, on images that the search did not see, until one fails."""
+        """Verify the finalists on the held-out images, one after the other, until one fails."""
         limits = self._config.budget
-        # Where none can be within the budget, the numbers of the best are still worth having.
+        # If no candidate can be within the budget, report the numbers of the best one.
         queue = in_order_of_safety(finalists) or [max(last, key=lambda one: one.difference)]
         passed: list[Standing] = []
         verified: list[Standing] = []
@@ -151,7 +151,7 @@ class Calibration:
             timed = self._timed([one.candidate], HELD_OUT)
             (found,) = self._standings(timed, self._held_out, HELD_OUT)
             verified.append(found)
-            reason = _failing(found, self._fast(found.candidate))
+            reason = _failure(found, self._fast(found.candidate))
             if reason:
                 break
             passed.append(found)
@@ -160,11 +160,11 @@ class Calibration:
         return self._evidence(
             min(passed, key=lambda one: one.candidate.costs[limits.minimise], default=None),
             {**varied(best.candidate, self._config), "difference": round(best.difference, 4)},
-            f"no config of the space was shown to keep to the budget: {reason}",
+            f"no config of the space is shown to stay within the budget: {reason}",
         )
 
     def _evidence(self, chosen: Standing | None, best: dict[str, Any], otherwise: str) -> dict[str, Any]:
-        """What was found; ``otherwise`` says why nothing was, if so."""
+        """Return the evidence; ``otherwise`` is the reason if nothing was chosen."""
         return {
             "chosen": None if chosen is None else chosen.candidate.skip.model_dump(),
             "costs": None if chosen is None else dict(chosen.candidate.costs),
@@ -175,7 +175,7 @@ class Calibration:
         }
 
     def _note_slow(self, slow: Sequence[Candidate]) -> None:
-        """Those that time to the first token rules out; they are not asked anything."""
+        """Add the candidates over the limit on latency to the history. They are not evaluated further."""
         for one in slow:
             unknown = dict.fromkeys(("difference", "low", "high", "full"))
             self._history.append(
@@ -207,23 +207,25 @@ class Calibration:
                     "out": out.get(one.candidate.name, ""),
                 }
             )
-        print(f"{stage}: {len(standings) - len(out)} of {len(standings)} configs go on", flush=True)
+        print(f"{stage}: {len(standings) - len(out)} of {len(standings)} configs continue", flush=True)
 
 
-def _failing(one: Standing, fast: bool) -> str:
-    """Why a finalist fails on the held-out rows; nothing if it does not."""
+def _failure(one: Standing, fast: bool) -> str:
+    """Return the reason why a finalist fails on the held-out rows, or an empty text."""
     verdict = one.verdict
     if not fast:
-        return f"its time to the first token held out is {one.candidate.costs['latency']:.2f} of full"
+        latency = one.candidate.costs["latency"]
+        return f"its time to the first token on the held-out rows is {latency:.2f} of full tokens"
     if verdict.outcome == "within":
         return ""
-    told = (
+    difference = (
         f"a difference of {100 * verdict.found.difference:+.1f} points ({100 * verdict.worst:+.1f} at worst)"
     )
-    more = f"; about {verdict.needed} items would be needed to tell" if verdict.needed else ""
-    return f"{told} on {verdict.found.items} held-out items, where {-100 * verdict.budget:g} is allowed{more}"
+    more = f"; about {verdict.needed} items would be needed to decide" if verdict.needed else ""
+    allowed = f"{-100 * verdict.budget:g} is allowed"
+    return f"{difference} on {verdict.found.items} held-out items, where {allowed}{more}"
 
 
 def varied(candidate: Candidate, config: CalibrateConfig) -> dict[str, Any]:
-    """The values of the fields that are searched."""
+    """Return the candidate's values of the fields that are searched."""
     return {name: getattr(candidate.skip, name) for name in config.space}

@@ -1,4 +1,4 @@
-"""What a calibration searches: the configs with their costs, and the rows they are asked."""
+"""The search space of a calibration: the configs with their costs, and the questions to evaluate."""
 
 from __future__ import annotations
 
@@ -24,36 +24,38 @@ from skipvision.errors import ConfigError, DataError
 
 
 def parts(config: CalibrateConfig) -> tuple[Dataset, Dataset]:
-    """Questions to search with, in the order of their rungs, and questions held out; no image is in both."""
+    """Split the questions by image: those of the search, in the order of rungs, and the held-out ones."""
     given = config.data
     whole = read_dataset(
         given.name, given.path, rule=given.rule, instruction=given.instruction, limit=given.limit
     )
     if whole.benchmark.rule.needs_judge:
-        raise ConfigError(f"data.name = {given.name}: its answers need a judge, and calibration has none")
+        raise ConfigError(
+            f"data.name = {given.name}: its answers need a judge, which calibration does not have"
+        )
     groups = sorted({question.group for question in whole.questions})
     random.Random(config.search.seed).shuffle(groups)
-    away = round(given.held_out * len(groups))
-    if not 0 < away < len(groups):
+    held_out = round(given.held_out * len(groups))
+    if not 0 < held_out < len(groups):
         raise DataError(
             f"{whole.file}: {len(groups)} images are too few to hold out {given.held_out:g} of them"
         )
-    place = {group: number for number, group in enumerate(groups)}
-    ordered = sorted(whole.questions, key=lambda question: place[question.group])
+    rank = {group: number for number, group in enumerate(groups)}
+    ordered = sorted(whole.questions, key=lambda question: rank[question.group])
     return (
-        replace(whole, questions=tuple(q for q in ordered if place[q.group] >= away)),
-        replace(whole, questions=tuple(q for q in ordered if place[q.group] < away)),
+        replace(whole, questions=tuple(q for q in ordered if rank[q.group] >= held_out)),
+        replace(whole, questions=tuple(q for q in ordered if rank[q.group] < held_out)),
     )
 
 
 def candidates(
     config: CalibrateConfig, model: EngineModel, model_config: PretrainedConfig, dataset: Dataset
 ) -> list[Candidate]:
-    """The search space, priced, without what costs more than it may.
+    """Return the configs of the search space whose predicted costs are within the budget.
 
     Raises:
-        ConfigError: a config is not possible with this model.
-        NothingWithinBudgetError: all cost too much.
+        ConfigError: the model does not support a config.
+        NothingWithinBudgetError: all configs cost too much.
     """
     base = model.skip if model.adapter is not None else (config.skip or sv.SkipConfig())
     configs = combinations(config.space, base)
@@ -61,43 +63,43 @@ def candidates(
     if len(summaries) > 1 or (model.adapter is not None and not summaries <= {base.summary_tokens}):
         trained = f"the adapter was trained with {base.summary_tokens}; " if model.adapter else ""
         raise ConfigError(
-            f"space.summary_tokens = {sorted(summaries)}: {trained}a model has one number of them, beside 0"
+            f"space.summary_tokens = {sorted(summaries)}: {trained}a model supports one number besides 0"
         )
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(model_config)
     processor: Any = load_processor(model.base)
-    some = dataset.questions[:100]
-    text = sum(len(processor.tokenizer(m.text)["input_ids"]) for one in some for m in one.messages)
+    sample = dataset.questions[:100]
+    text = sum(len(processor.tokenizer(m.text)["input_ids"]) for one in sample for m in one.messages)
     priced = []
     for skip in configs:
-        with sv.attach(empty, skip):  # what the model cannot do is an error here
+        with sv.attach(empty, skip):  # raises if the model does not support the config
             pass
         ratio = sv.predict_cost(
             model_config,
             skip,
-            images=max(1, round(sum(len(one.images) for one in some) / len(some))),
-            text_tokens=max(1, text // len(some)),
+            images=max(1, round(sum(len(one.images) for one in sample) / len(sample))),
+            text_tokens=max(1, text // len(sample)),
         ).ratio_to_full
         costs = {"prefill_flops": ratio.prefill_flops, "kv_bytes": ratio.kv_bytes}
         name = hashlib.sha256(skip.model_dump_json().encode()).hexdigest()[:8]
         priced.append(Candidate(name, skip, costs))
-    limits = {name: most for name, most in config.budget.on_costs.items() if name != "latency"}
-    cheap = [c for c in priced if all(c.costs[name] <= most for name, most in limits.items())]
+    limits = {name: limit for name, limit in config.budget.on_costs.items() if name != "latency"}
+    cheap = [c for c in priced if all(c.costs[name] <= limit for name, limit in limits.items())]
     if not cheap:
         least = {name: round(min(c.costs[name] for c in priced), 3) for name in limits}
         raise NothingWithinBudgetError(
-            f"no config of the space costs so little: budget {json.dumps(limits)}, the least in the space "
-            f"{json.dumps(least)}; widen the space"
+            f"every config of the space costs more than the budget {json.dumps(limits)}; the cheapest costs "
+            f"{json.dumps(least)}: widen the space"
         )
     print(f"{len(priced)} configs, {len(cheap)} of them within the limits on predicted costs", flush=True)
     return cheap
 
 
 def combinations(space: dict[str, list[Any]], base: SkipConfig) -> list[SkipConfig]:
-    """Every combination that is a SkipConfig, once.
+    """Return every valid combination of values once.
 
     Raises:
-        ConfigError: none is.
+        ConfigError: no combination is valid.
     """
     found: dict[SkipConfig, None] = {}
     problems = []
@@ -107,5 +109,5 @@ def combinations(space: dict[str, list[Any]], base: SkipConfig) -> list[SkipConf
         except ConfigError as error:
             problems.append(str(error))
     if not found:
-        raise ConfigError(f"space: no combination is possible; the first: {problems[0]}")
+        raise ConfigError(f"space: no combination of values is valid; the first error: {problems[0]}")
     return list(found)

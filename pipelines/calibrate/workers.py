@@ -1,4 +1,4 @@
-"""Processes that score: each holds an engine, and asks it questions under any SkipConfig."""
+"""Worker processes of a calibration: each holds an engine and evaluates questions under any SkipConfig."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is asked to do.
+    """A unit of work for one process.
 
     Attributes:
-        kind: give points to the answers, or measure the time to the first token.
+        kind: "score" = score the answers, "latency" = measure the time to the first token.
         system: the label of the items.
-        skip: how visual tokens are skipped.
+        skip: the SkipConfig, or "full" for full tokens.
         dataset: the questions.
     """
 
@@ -43,7 +43,7 @@ class Task:
 
 
 class Scorer:
-    """One process' engine."""
+    """The engine of one process."""
 
     def __init__(self, model: EngineModel, engine: EngineSection, max_new_tokens: int) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ class Scorer:
         self._max_new_tokens = max_new_tokens
 
     def do(self, number: int, task: Task) -> tuple[int, list[Item] | float]:
-        """The number again, with items for a score; for latency, with the ratio to full tokens."""
+        """Return ``number`` with the items of a score task, or the ratio of a latency task."""
         return number, self._score(task) if task.kind == "score" else self._latency(task)
 
     def _score(self, task: Task) -> list[Item]:
@@ -60,18 +60,18 @@ class Scorer:
         ).items
         if all(item.error is not None for item in items):
             raise DataError(
-                f"none of {len(items)} questions could be asked with {task.skip}: {items[0].error}, for one"
+                f"none of {len(items)} questions has an answer with {task.skip}: {items[0].error}"
             )
         return items
 
     def _latency(self, task: Task) -> float:
-        """Median seconds to the first token of a prepared request, over those with full tokens.
+        """Return the median time to the first token of a prepared request, as a ratio to full tokens.
 
-        Both take turns on the same questions, so that what else the machine does weighs on both.
+        The two SkipConfigs take turns on the same questions, so that other load of the machine affects both.
         """
         questions = task.dataset.questions
         seconds: dict[SkipConfig | Literal["full"], list[float]] = {"full": [], task.skip: []}
-        for number, question in enumerate([questions[0], *questions]):  # the first time is to warm up
+        for number, question in enumerate([questions[0], *questions]):  # the first round is a warm-up
             for skip, taken in seconds.items():
                 request = self._engine.prepare(_one_token(question, skip))
                 started = time.perf_counter()
@@ -89,6 +89,10 @@ def _one_token(question: Question, skip: SkipConfig | Literal["full"]) -> Reques
     return Request(chat, images, sampling=Sampling(max_new_tokens=1), skip=skip)
 
 
+RunTasks = Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]]
+"""Runs tasks in parallel and yields each with its result, in the order in which they finish."""
+
+
 @contextmanager
 def scorers(
     model: EngineModel,
@@ -97,8 +101,8 @@ def scorers(
     *,
     workers: int,
     resources: Mapping[str, float],
-) -> Iterator[Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]]]:
-    """A function that has tasks done side by side and yields them with their results as they end.
+) -> Iterator[RunTasks]:
+    """Start the worker processes and yield a function that runs tasks on them.
 
     A process that dies is started again, and its task with it.
     """
@@ -112,21 +116,21 @@ def scorers(
         max_task_retries=2,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources["CPU"])))}},
     )
-    actors = [remote.remote(model, engine, max_new_tokens) for _ in range(workers)]
+    actors: list[Any] = [remote.remote(model, engine, max_new_tokens) for _ in range(workers)]
     pool = ActorPool(actors)
 
-    def have_done(tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+    def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
         try:
-            done = pool.map_unordered(lambda actor, one: actor.do.remote(*one), list(enumerate(tasks)))
-            for number, result in done:
+            finished = pool.map_unordered(lambda actor, one: actor.do.remote(*one), list(enumerate(tasks)))
+            for number, result in finished:
                 yield tasks[number], result
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, SkipVisionError):  # not Ray's words around it
+            if isinstance(error.cause, SkipVisionError):  # without Ray's traceback around it
                 raise error.cause from None
             raise
 
     try:
-        yield have_done
+        yield run_tasks
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -161,13 +161,13 @@ def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:
 def _check_same_items(
     reference: Mapping[tuple[str, str], Item], other: Mapping[tuple[str, str], Item]
 ) -> None:
-    if unpaired := reference.keys() ^ other.keys():
-        dataset, index = min(unpaired)
+    missing, extra = reference.keys() - other.keys(), other.keys() - reference.keys()
+    if missing or extra:
+        dataset, index = min(missing | extra)
         raise DataError(
-            f"the systems have different items: {len(reference.keys() - other.keys())} of the reference's "
-            f"{len(reference)} items are missing on the other side, and {len(other.keys() - reference.keys())} of "
-            f"the other's {len(other)} on the reference's (for example {dataset} {index}); score both on the "
-            "same datasets"
+            f"the systems have different items: {len(missing)} of the reference's {len(reference)} items are "
+            f"missing on the other side, and {len(extra)} of the other's {len(other)} on the reference's "
+            f"(for example {dataset} {index}); score both on the same datasets"
         )
     if not reference:
         raise DataError("there are no items to compare")

@@ -1,4 +1,4 @@
-"""Everything a scoring job can be told."""
+"""The settings of a scoring job."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 class SystemSection(Section):
-    """One way of answering."""
+    """A system: a model, with or without an adapter, under a SkipConfig."""
 
     model: ModelSection
     skip: SkipConfig | Literal["full"] | None = Field(
         None,
-        description="how visual tokens are skipped; null = as the adapter was trained; full, or null without "
-        "an adapter = not at all",
+        description="SkipConfig; null = the one that the adapter was trained with; full, or null without an "
+        "adapter = no skipping",
     )
 
 
 class DatasetSection(Section):
-    """One table of questions."""
+    """A dataset: a table of questions with gold answers."""
 
     name: Name = Field(
-        description="VLMEvalKit's name, as MMBench_DEV_EN or MME; or Shapes; or any, with a rule"
+        description="VLMEvalKit's name, such as MMBench_DEV_EN or MME; or Shapes; or any name, with a rule"
     )
     path: str | None = Field(
-        None, description="the TSV file; null = <name>.tsv in $LMUData or ~/LMUData, as VLMEvalKit has it"
+        None, description="the TSV file; null = <name>.tsv in $LMUData or ~/LMUData, as VLMEvalKit stores it"
     )
     rule: str | None = Field(
         None,
@@ -43,41 +43,42 @@ class DatasetSection(Section):
         "relaxed | exact | contains | mathvista | judged | same_text; null = the benchmark's",
     )
     instruction: str | None = Field(
-        None, description="asked behind each question; null = the rule's, empty = nothing"
+        None, description="follows each question; null = the rule's, empty = none"
     )
-    limit: int | None = Field(None, ge=1, description="items taken from the beginning, at most; null = all")
+    limit: int | None = Field(None, ge=1, description="max items, taken from the beginning; null = all")
 
 
 class ScoreConfig(JobConfig):
-    """A scoring job; one that is there already under its name is continued, or refused if it differs."""
+    """A scoring job. An existing job of the same name is continued; other settings are refused."""
 
-    systems: dict[Name, SystemSection] = Field(min_length=1, description="what is compared, by label")
+    systems: dict[Name, SystemSection] = Field(min_length=1, description="the systems, by label")
     reference: str = Field(
-        "full", description="label of the system that the others are compared with: the one with full tokens"
+        "full",
+        description="label of the system that the others are compared with, usually the one with full tokens",
     )
-    datasets: list[DatasetSection] = Field(min_length=1, description="what is asked")
-    sampling: Sampling = Field(Sampling(max_new_tokens=512), description="how answers are written")
+    datasets: list[DatasetSection] = Field(min_length=1, description="the datasets")
+    sampling: Sampling = Field(Sampling(max_new_tokens=512), description="how answers are generated")
     engine: EngineSection = EngineSection()
-    shard_rows: int = Field(500, ge=1, description="answers that are written to disk together")
+    shard_rows: int = Field(500, ge=1, description="answers per file on disk")
     max_error_fraction: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="the job stops as soon as more than this share of a dataset's rows cannot be asked or "
-        "scored, or the judge refuses or cannot be understood about so many",
+        description="the job stops as soon as a larger share of a dataset's rows has an error: a row is "
+        "unusable, or it has no answer or no readable verdict of the judge",
     )
     judge: JudgeConfig | None = Field(
         None,
-        description="reads free-form answers, and answers to multiple choice that name no option; null = "
-        "none: MM-Vet cannot be scored, and what names no option is wrong",
+        description="reads free-form answers, and multiple-choice answers that name no option; null = none: "
+        "MM-Vet cannot be scored, and answers that name no option are wrong",
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals of differences")
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples behind an interval")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples of an interval")
     tracking: TrackingConfig = TrackingConfig()
     scaling: ScalingSection = ScalingSection()
 
     @model_validator(mode="after")
-    def _named_once(self) -> Self:
+    def _check_names(self) -> Self:
         if self.reference not in self.systems:
             raise ValueError(
                 f"reference = {self.reference!r} is none of the systems: {', '.join(self.systems)}"
@@ -85,7 +86,9 @@ class ScoreConfig(JobConfig):
         names = [dataset.name for dataset in self.datasets]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"datasets: {repeated[0]} is there twice")
+            raise ValueError(f"datasets: {repeated[0]} occurs twice")
         if self.sampling.n != 1 or self.sampling.logprobs is not None:
-            raise ValueError("sampling.n and sampling.logprobs have no place where one text is scored")
+            raise ValueError(
+                "sampling.n must be 1 and sampling.logprobs null: one text is scored per question"
+            )
         return self

@@ -1,4 +1,4 @@
-"""The questions of a dataset: rows of a table that are asked and scored."""
+"""Read the table of a dataset: its questions, and the rows that cannot be scored."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from pipelines.data.prompts import PromptTemplate, ask
 from pipelines.data.records import Record
 from pipelines.data.rows import ImageSource, Message
 from pipelines.data.tsv_records import IMAGE_DIGEST, tsv_records
-from pipelines.score.benchmarks import Benchmark, Row, find_benchmark
+from pipelines.score.benchmarks import Benchmark, find_benchmark
+from pipelines.score.rules.registry import Row
 from pipelines.shared.paths import input_path
 from skipvision.errors import ConfigError, DataError
 
 ROOT_VARIABLE = "LMUData"
-"""Environment variable: the folder in which VLMEvalKit keeps its tables; ``~/LMUData`` without it."""
+"""The environment variable with the folder of VLMEvalKit's tables; the default is ``~/LMUData``."""
 
-_NAMED = 5
-"""Unusable rows that are named, at most."""
+_MAX_NAMED = 5
+"""The number of unusable rows that are listed."""
 
 _ROTATIONS = 1_000_000
 """VLMEvalKit numbers the rotations of question 7 as 1000007, 2000007 and so on."""
@@ -33,17 +34,18 @@ _ROTATIONS = 1_000_000
 
 @dataclass(frozen=True)
 class Question:
-    """One row that is asked.
+    """One row of a table.
 
     Attributes:
-        index: names it within its dataset.
-        item: the index of the item it counts for: its own, or that of the question it is a rotation of.
-        category: its slice; several are joined by commas.
-        group: equal for questions about the same image.
+        index: identifies the question within its dataset.
+        item: the index of the item that the question counts for: its own, or that of the question of which it
+            is a rotation.
+        category: its slices, separated by commas.
+        group: the same for questions about one image.
         row: its columns.
-        messages: what is asked, with a placeholder for each image.
-        images: in the order of their placeholders.
-        problem: why it cannot be asked, or no answer to it can be right.
+        messages: the prompt, with a placeholder for each image.
+        images: the images, in the order of their placeholders.
+        problem: why the question is unusable: it has no valid prompt, or no answer to it can be right.
     """
 
     index: str
@@ -58,15 +60,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A table that was read.
+    """The questions of a table.
 
     Attributes:
-        name: the dataset's.
-        file: the table.
-        benchmark: how it is scored.
-        template: what is asked, in terms of its columns.
-        questions: its rows.
-        left_out: how many rows of the table are none of its questions, by reason.
+        name: the name of the dataset.
+        file: the path of the table.
+        benchmark: its rule and totals.
+        template: the prompt, in terms of the columns.
+        questions: the rows that count.
+        left_out: the number of rows that do not count, by reason.
     """
 
     name: str
@@ -78,29 +80,33 @@ class Dataset:
 
     @property
     def unusable(self) -> list[Question]:
-        """Those that cannot be asked, or that no answer can be right to."""
+        """The questions with a problem. They get no prompt and count as wrong."""
         return [question for question in self.questions if question.problem is not None]
 
     def facts(self) -> Iterator[str]:
-        """What was read, for people: a line for the questions, one for each kind of row that is none."""
+        """Describe the table in log lines: its questions, the rows left out, and the unusable rows."""
         yield f"{self.name}: {len(self.questions):,} questions in {self.file}"
         if self.left_out:
-            yield f"{self.name}: {described(self.left_out)}"
+            yield f"{self.name}: {describe_left_out(self.left_out)}"
         if bad := self.unusable:
-            some = "; ".join(f"row {one.index}: {one.problem}" for one in bad[:_NAMED])
-            more = "; …" if len(bad) > _NAMED else ""
-            yield f"{self.name}: {len(bad)} rows are not asked and count as wrong: {some}{more}"
+            some = "; ".join(f"row {one.index}: {one.problem}" for one in bad[:_MAX_NAMED])
+            more = "; …" if len(bad) > _MAX_NAMED else ""
+            yield f"{self.name}: {len(bad)} rows are unusable and count as wrong: {some}{more}"
 
 
-def described(left_out: Mapping[str, int]) -> str:
-    """Rows that are no questions, for people."""
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Format the number of rows left out, by reason."""
     counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     return f"{sum(left_out.values()):,} rows are left out ({counts})"
 
 
 def find_file(name: str, benchmark: Benchmark, path: str | None) -> str:
-    """The table at ``path``, or where VLMEvalKit keeps it; raises `ConfigError` that says where to get it."""
-    get = f"Get it from {benchmark.url.format(name=name)}" if benchmark.url else "Give its path"
+    """Return the table at ``path``, or in VLMEvalKit's folder.
+
+    Raises:
+        ConfigError: the table does not exist. The message has the address to get it from.
+    """
+    get = f"Get it from {benchmark.url.format(name=name)}" if benchmark.url else "Set its `path`"
     if path is not None:
         try:
             return input_path(path, f"datasets: {name}: path")
@@ -109,8 +115,8 @@ def find_file(name: str, benchmark: Benchmark, path: str | None) -> str:
     root = Path(os.environ.get(ROOT_VARIABLE) or "~/LMUData").expanduser()
     if not (root / f"{name}.tsv").exists():
         raise ConfigError(
-            f"dataset {name}: there is no {root / f'{name}.tsv'}. {get} and put it there, set "
-            f"{ROOT_VARIABLE} to the folder where VLMEvalKit keeps its tables, or name the file by `path`"
+            f"dataset {name}: {root / f'{name}.tsv'} does not exist. {get} and put it there, set "
+            f"{ROOT_VARIABLE} to the folder where VLMEvalKit keeps its tables, or set `path`"
         )
     return str(root / f"{name}.tsv")
 
@@ -124,20 +130,20 @@ def read_dataset(
     limit: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
-    """The questions of a dataset; images are not opened. Rows without an image are left out and counted.
+    """Read the questions of a dataset without opening images. Rows without an image are left out.
 
     Args:
-        name: VLMEvalKit's, as ``MMBench_DEV_EN``; or any, if there is a rule.
-        path: of the file; None = where VLMEvalKit keeps it.
-        rule: gives an answer its points; None = that of the benchmark.
-        instruction: asked behind each question; None = that of the rule, empty = none.
-        limit: items taken from the file's beginning, with all their rotations; None = all.
-        max_pixels: of an image.
+        name: VLMEvalKit's name, such as ``MMBench_DEV_EN``; with a rule, any name.
+        path: of the file; None = in VLMEvalKit's folder.
+        rule: the name of the rule that gives points; None = the benchmark's.
+        instruction: follows each question in its prompt; None = the rule's, empty = none.
+        limit: the number of items to read from the beginning, with all their rotations; None = all.
+        max_pixels: the largest image that is accepted.
 
     Raises:
-        ConfigError: the name or the rule is unknown, or the file is not there.
-        DataError: the file is no table, lacks a column, answers, or unique indices, or no row of it can be
-            scored.
+        ConfigError: the name or the rule is unknown, or the file does not exist.
+        DataError: the file is not a table, lacks a column, answers, or unique indices, or has no row that can
+            be scored.
     """
     benchmark = find_benchmark(name, rule)
     file = find_file(name, benchmark, path)
@@ -149,9 +155,9 @@ def read_dataset(
     template = f"{{{benchmark.rule.asks}}}" if instruction is None else f"{{{WHOLE_QUESTION}}}"
     if instruction:
         template += "\n" + instruction.replace("{", "{{").replace("}", "}}")
-    reasons = [_left_out(record, benchmark) for record in records]
-    asked = [record for record, reason in zip(records, reasons, strict=True) if reason is None]
-    questions = [_question(record, benchmark, PromptTemplate(template), max_pixels) for record in asked]
+    reasons = [_reason_to_leave_out(record, benchmark) for record in records]
+    counted = [record for record, reason in zip(records, reasons, strict=True) if reason is None]
+    questions = [_question(record, benchmark, PromptTemplate(template), max_pixels) for record in counted]
     if limit is not None:
         kept = set(list(dict.fromkeys(question.item for question in questions))[:limit])
         questions = [question for question in questions if question.item in kept]
@@ -169,8 +175,8 @@ def _check_columns(file: str, benchmark: Benchmark, records: Sequence[Record]) -
         missing.append("image")
     if "answer" in missing:
         raise DataError(
-            f"{file} has no column `answer`: answers of test sets are often not published. Take a "
-            f"validation or dev set; its columns are {', '.join(sorted(present))}"
+            f"{file} has no column `answer`: answers of test sets are often not published. Use a "
+            f"validation or dev set. The columns of this table are {', '.join(sorted(present))}"
         )
     if missing:
         raise DataError(
@@ -179,9 +185,8 @@ def _check_columns(file: str, benchmark: Benchmark, records: Sequence[Record]) -
         )
 
 
-def _left_out(record: Record, benchmark: Benchmark) -> str | None:
-    """Why a row is none of the questions; None if it is one."""
-    if record.problem:  # its columns say nothing
+def _reason_to_leave_out(record: Record, benchmark: Benchmark) -> str | None:
+    if record.problem:  # the row counts as wrong; its columns cannot be trusted
         return None
     row = _columns(record)
     if benchmark.split is not None and "split" in row and row["split"] != benchmark.split:
@@ -198,12 +203,12 @@ def _check_questions(file: str, benchmark: Benchmark, questions: Sequence[Questi
     ]
     if without:
         raise DataError(
-            f"{file}: {len(without)} of {len(questions)} rows have no answer, the first of them {without[0]}"
+            f"{file}: {len(without)} of {len(questions)} rows have no answer, for example row {without[0]}"
         )
     if all(question.problem for question in questions):
         raise DataError(
-            f"{file}: none of {len(questions)} rows can be scored, the first of them, {questions[0].index}, "
-            f"because of: {questions[0].problem}"
+            f"{file}: none of {len(questions)} rows can be scored; row {questions[0].index}: "
+            f"{questions[0].problem}"
         )
     seen: set[str] = set()
     for question in questions:

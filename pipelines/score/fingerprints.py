@@ -1,6 +1,6 @@
-"""Digests of what answers depend on: a model's files, a dataset's questions, the bytes of images.
+"""Fingerprints of a model's files, a dataset's questions and the bytes of images.
 
-Names and paths do not tell: a file may be replaced by another under the same one.
+Paths are not enough to recognise these: a file may change without a new name.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from transformers.utils.hub import cached_file
 from pipelines.data.images import ImageError
 from pipelines.data.rows import ImageSource
 from pipelines.engines.model import EngineModel
-from pipelines.score.benchmarks import RULES
 from pipelines.score.dataset import Dataset
+from pipelines.score.rules.registry import RULES
 from skipvision.errors import ConfigError
 
-_LOADED = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
-"""Suffixes of a model's and an adapter's files that loading reads; the others are prose."""
+_LOADED_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+"""The files of a model or adapter that loading reads. The others are documentation."""
 
 
 def of_folder(folder: Path) -> str:
-    """The weights and settings of a model or an adapter in a folder; reads all of them."""
+    """Return the digest of the weights and settings of a model or an adapter; reads all of these files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in _LOADED and not file.name.startswith("."):
+        if file.suffix in _LOADED_SUFFIXES and not file.name.startswith("."):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -35,18 +35,18 @@ def of_folder(folder: Path) -> str:
 
 
 def of_model(path: str) -> str:
-    """A base model: its files in a folder, or its commit on the Hugging Face hub.
+    """Return the digest of a base model's folder, or its commit on the Hugging Face hub.
 
     Raises:
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
     if Path(path).is_dir():
         return of_folder(Path(path))
-    return Path(str(cached_file(path, "config.json"))).parent.name  # of the snapshot: the commit
+    return Path(str(cached_file(path, "config.json"))).parent.name  # snapshots/COMMIT/config.json
 
 
 def of_images(images: Iterable[ImageSource]) -> str:
-    """The images' bytes as they are stored, in their order; what cannot be read, by its kind of error."""
+    """Return the digest of the stored bytes of images, in order; an unreadable one counts by its error."""
     digest = hashlib.sha256()
     for image in images:
         try:
@@ -58,9 +58,9 @@ def of_images(images: Iterable[ImageSource]) -> str:
 
 
 def of_dataset(dataset: Dataset) -> str:
-    """Questions, gold answers, slices, images, and the rule that gives points; in any order of the rows."""
+    """Return the digest of questions, gold answers, slices, images and rule, in any order of the rows."""
     rule = next(name for name, rule in RULES.items() if rule is dataset.benchmark.rule)
-    asked = sorted(
+    questions = sorted(
         (
             *(question.index, question.item, question.category, question.group, question.problem or ""),
             sorted((name, text) for name, text in question.row.items() if isinstance(text, str)),
@@ -70,15 +70,15 @@ def of_dataset(dataset: Dataset) -> str:
     )
     by_index = sorted(dataset.questions, key=lambda question: question.index)
     images = dict.fromkeys(image for question in by_index for image in question.images)
-    told = [dataset.name, rule, dataset.template, asked, of_images(images)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    content = [dataset.name, rule, dataset.template, questions, of_images(images)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def of_files(datasets: Iterable[Dataset], models: Iterable[EngineModel]) -> dict[str, str]:
-    """What a job's answers depend on: ``dataset NAME`` and ``base model LABEL``, each with its digest.
+    """Return the digests of a job's inputs by name: ``dataset NAME`` and ``base model LABEL``.
 
     Raises:
-        ConfigError: there is no such base model.
+        ConfigError: a base model does not exist.
     """
     files = {f"dataset {dataset.name}": of_dataset(dataset) for dataset in datasets}
     bases = {model.label: model.base for model in models}  # several systems on one base are read once

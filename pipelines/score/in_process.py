@@ -1,4 +1,4 @@
-"""A dataset asked of a model in this process: no Ray, no files, any number of SkipConfigs on one engine."""
+"""Score a dataset with an engine in this process: no Ray, no files, any number of SkipConfigs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from pipelines.data.chat import content_parts
 from pipelines.data.images import ImageError
 from pipelines.score.dataset import Dataset
-from pipelines.score.points import Answered, Scored, score_answers
+from pipelines.score.points import Prediction, Scored, score_answers
 from pipelines.score.rules.judge import Judge
 from skipvision.config import SkipConfig
 from skipvision.engine import Engine, Request, Sampling
@@ -25,23 +25,23 @@ def score_dataset(
     max_new_tokens: int = 64,
     judge: Judge | None = None,
 ) -> Scored:
-    """Ask every question greedily and score the answers.
+    """Answer every question greedily and score the answers.
 
     Args:
-        engine: with the model; it may hold several adapters, and is left as it was.
+        engine: holds the model and any number of adapters. Its state does not change.
         dataset: the questions.
-        skip: how visual tokens are skipped, with as many summary tokens as the engine was made with, or none;
-            "full" = not at all, None = as the adapter or the engine says.
+        skip: the SkipConfig, with as many summary tokens as the engine was created with, or none; "full" = no
+            skipping, None = the SkipConfig of the adapter or the engine.
         system: the label of the items.
-        adapter: the engine's name of it; None = the one that was active when the engine was made.
-        max_new_tokens: of an answer.
-        judge: reads what no rule can.
+        adapter: its name in the engine; None = the adapter that was active when the engine was created.
+        max_new_tokens: the longest answer, in tokens.
+        judge: reads answers that no rule can read.
 
     Raises:
         ConfigError: the engine cannot run under ``skip``.
-        JudgeError: the judge does not answer.
+        JudgeError: the judge cannot be reached.
     """
-    answers: dict[str, Answered] = {}
+    predictions: dict[str, Prediction] = {}
     sampling = Sampling(max_new_tokens=max_new_tokens)
 
     def requests() -> Iterator[Request]:
@@ -51,16 +51,16 @@ def score_dataset(
             try:
                 images = [image.open() for image in question.images]
             except ImageError as error:
-                answers[question.index] = Answered(error=f"{error.kind}: {error}")
+                predictions[question.index] = Prediction(error=f"{error.kind}: {error}")
                 continue
             chat = [{"role": m.role, "content": content_parts(m.text)} for m in question.messages]
             yield Request(chat, images, sampling=sampling, skip=skip, adapter=adapter, key=question.index)
 
     for completion in engine.run(requests()):
-        if isinstance(completion.error, ConfigError):  # which no other question would change
+        if isinstance(completion.error, ConfigError):  # every other question would fail in the same way
             raise completion.error
         if completion.error is not None or not completion.choices:
-            answers[completion.key] = Answered(error=f"generation: {completion.error}")
+            predictions[completion.key] = Prediction(error=f"generation: {completion.error}")
         else:
-            answers[completion.key] = Answered(completion.text.strip())
-    return score_answers(dataset, answers, system, judge)
+            predictions[completion.key] = Prediction(completion.text.strip())
+    return score_answers(dataset, predictions, system, judge)

@@ -26,7 +26,7 @@ from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import Dataset, read_dataset
 from pipelines.score.fingerprints import of_files
 from pipelines.score.folder import ScoreFolder
-from pipelines.score.points import Answered, Scored, mean_score, score_answers
+from pipelines.score.points import Prediction, Scored, mean_score, score_answers
 from pipelines.score.report import Comparison, compare, markdown, metrics, picture
 from pipelines.score.rules.judge import Judge
 from pipelines.shared.error_limit import ErrorLimit
@@ -262,12 +262,12 @@ def _scored(job: _Job, label: str) -> dict[str, Scored]:
     return scored
 
 
-def _answers(captioning: CaptionConfig) -> dict[str, Answered]:
+def _answers(captioning: CaptionConfig) -> dict[str, Prediction]:
     captions = pq.read_table(Path(captioning.storage) / captioning.name / "captions").to_pylist()
     return {
-        row["key"]: Answered(error=f"{row['error_kind']}: {row['error']}")
+        row["key"]: Prediction(error=f"{row['error_kind']}: {row['error']}")
         if row["error_kind"]
-        else Answered(row["text"] or "")
+        else Prediction(row["text"] or "")
         for row in captions
     }
 

@@ -1,4 +1,4 @@
-"""Answers to the questions of a dataset become scored items, and items become numbers."""
+"""Predictions become scored items, and items become mean scores."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipelines.evaluation.items import Item, categories
-from pipelines.score.benchmarks import Said
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.rules.judge import Judge
 from pipelines.score.rules.judge_endpoint import NoVerdictError
 from pipelines.score.rules.multiple_choice import all_rotations_right
+from pipelines.score.totals import ScoredAnswer
 from pipelines.shared.error_limit import ErrorLimit
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a system said to a question, or why that has no points."""
+class Prediction:
+    """A system's answer to a question, or the reason why it has no points."""
 
     text: str = ""
     error: str | None = None
@@ -26,11 +26,12 @@ class Answered:
 
 @dataclass(frozen=True)
 class Scored:
-    """A system on a dataset.
+    """The scores of a system on a dataset.
 
     Attributes:
-        items: one for each item, in the dataset's order.
-        totals: what the benchmark publishes beside the mean score; sums only where the dataset is whole.
+        items: the scored items, in the dataset's order.
+        totals: the numbers that the benchmark publishes besides the mean score. Totals that are sums are left
+            out unless the dataset is complete.
     """
 
     items: list[Item]
@@ -39,79 +40,79 @@ class Scored:
 
 def score_answers(
     dataset: Dataset,
-    answers: Mapping[str, Answered],
+    predictions: Mapping[str, Prediction],
     system: str,
     judge: Judge | None = None,
     parallel: int = 1,
     max_error_fraction: float | None = None,
 ) -> Scored:
-    """Give every question of a dataset its points; one without an answer has none.
+    """Score every question of a dataset. A question without a prediction gets no points.
 
     Args:
-        dataset: what was asked.
-        answers: by the questions' indices.
-        system: who answered.
-        judge: reads what no rule can; an answer that it refuses or does not make out has an error.
-        parallel: questions the judge is asked at once.
-        max_error_fraction: share of the questions that may have an error; None = all.
+        dataset: the questions with their gold answers.
+        predictions: by the index of the question.
+        system: the label of the system.
+        judge: reads answers that no rule can read. If it refuses one or its reply is unreadable, the item has
+            an error.
+        parallel: concurrent requests to the judge.
+        max_error_fraction: the share of questions that may have an error; None = all of them.
 
     Raises:
-        DataError: more of them have one; the judge is asked no more then.
+        DataError: more questions have an error; the judge then gets no further requests.
         JudgeError: the judge cannot be reached.
     """
     questions = dataset.questions
-    given = [_answer_to(question, answers) for question in questions]
-    errors = Counter(answer.error.partition(":")[0] for answer in given if answer.error)
+    predicted = [_prediction_for(question, predictions) for question in questions]
+    errors = Counter(one.error.partition(":")[0] for one in predicted if one.error)
     limit = None if max_error_fraction is None else ErrorLimit(max_error_fraction, len(questions))
     if limit is not None:
         limit.check(errors)
 
-    def judged(question: Question, answer: Answered) -> tuple[Answered, float]:
-        if answer.error:
-            return answer, 0.0
+    def score(question: Question, prediction: Prediction) -> tuple[Prediction, float]:
+        if prediction.error:
+            return prediction, 0.0
         try:
-            return answer, dataset.benchmark.rule.points(question.row, answer.text, judge)
+            return prediction, dataset.benchmark.rule.points(question.row, prediction.text, judge)
         except NoVerdictError as error:
             errors["judge"] += 1
             if limit is not None:
                 limit.check(errors, f"{dataset.name} {question.index}: {error}")
-            return Answered(answer.text, f"judge: {error}"), 0.0
+            return Prediction(prediction.text, f"judge: {error}"), 0.0
 
     if judge is None:
-        pairs = [judged(question, answer) for question, answer in zip(questions, given, strict=True)]
+        scored = list(map(score, questions, predicted))
     else:
         with ThreadPoolExecutor(parallel) as pool:
-            pairs = list(pool.map(judged, questions, given))
-    given, scores = [answer for answer, _ in pairs], [score for _, score in pairs]
-    said = [
-        Said(question.row, question.group, answer.text, score)
-        for question, answer, score in zip(questions, given, scores, strict=True)
-    ]
-    whole = dataset.benchmark.rows in (None, len(said))
-    totals = dataset.benchmark.totals(said) if whole else {}
-    return Scored(list(_items(dataset, system, questions, given, scores)), totals)
+            scored = list(pool.map(score, questions, predicted))
+    return Scored(list(_items(dataset, system, scored)), _totals(dataset, scored))
 
 
-def _answer_to(question: Question, answers: Mapping[str, Answered]) -> Answered:
+def _prediction_for(question: Question, predictions: Mapping[str, Prediction]) -> Prediction:
     if question.problem is not None:
-        return Answered(error=question.problem)
-    return answers.get(question.index) or Answered(error="there is no answer to it")
+        return Prediction(error=question.problem)
+    return predictions.get(question.index) or Prediction(error="there is no answer to it")
 
 
-def _items(
-    dataset: Dataset,
-    system: str,
-    questions: Sequence[Question],
-    answers: Sequence[Answered],
-    scores: Sequence[float],
-) -> Iterator[Item]:
-    """Rotations of one question, which is all or nothing, are one item; any other question is one itself."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, question in enumerate(questions):
-        places[question.item].append(place)
-    for index, here in places.items():
-        first = questions[here[0]]
-        errors = [answers[place].error for place in here if answers[place].error]
+def _totals(dataset: Dataset, scored: Sequence[tuple[Prediction, float]]) -> dict[str, float]:
+    if dataset.benchmark.rows not in (None, len(scored)):
+        return {}
+    return dataset.benchmark.totals(
+        [
+            ScoredAnswer(question.row, question.group, prediction.text, score)
+            for question, (prediction, score) in zip(dataset.questions, scored, strict=True)
+        ]
+    )
+
+
+def _items(dataset: Dataset, system: str, scored: Sequence[tuple[Prediction, float]]) -> Iterator[Item]:
+    """Yield one item for each question. The rotations of a circular question form one item."""
+    rotations: dict[str, list[int]] = defaultdict(list)
+    for position, question in enumerate(dataset.questions):
+        rotations[question.item].append(position)
+    for index, positions in rotations.items():
+        first = dataset.questions[positions[0]]
+        predictions = [scored[position][0] for position in positions]
+        scores = [scored[position][1] for position in positions]
         circular = dataset.benchmark.circular
         yield Item(
             dataset=dataset.name,
@@ -119,11 +120,9 @@ def _items(
             system=system,
             category=first.category,
             group=first.group,
-            prediction=" | ".join(answers[place].text for place in here),
-            score=all_rotations_right([scores[place] == 1 for place in here])
-            if circular
-            else scores[here[0]],
-            error=errors[0] if errors else None,
+            prediction=" | ".join(prediction.text for prediction in predictions),
+            score=all_rotations_right([score == 1 for score in scores]) if circular else scores[0],
+            error=next((prediction.error for prediction in predictions if prediction.error), None),
         )
 
 
@@ -131,12 +130,12 @@ def _items(
 
 
 def mean_score(items: Sequence[Item]) -> float:
-    """The mean of the points."""
+    """Return the mean of the items' scores, a fraction."""
     return sum(item.score for item in items) / len(items)
 
 
 def by_category(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """Items by slice; one whose category lists several, as MM-Vet's and POPE's do, is in each."""
+    """Group items by category. An item with several categories, as in MM-Vet and POPE, is in each of them."""
     slices: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         for category in categories(item.category):

@@ -1,4 +1,4 @@
-"""What a scoring job says in the end: a table, a picture, numbers for MLflow."""
+"""The report of a scoring job: a Markdown table, a figure, and metrics for MLflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.evaluation.items import Item
 from pipelines.evaluation.paired import FEW_CHANGES, Paired, paired, widened
 from pipelines.evaluation.tables import markdown_table
 from pipelines.score.config import ScoreConfig
-from pipelines.score.dataset import described
+from pipelines.score.dataset import describe_left_out
 from pipelines.score.points import Scored, by_category, mean_score
 
 Systems = Mapping[str, Mapping[str, Scored]]
@@ -19,7 +19,7 @@ Systems = Mapping[str, Mapping[str, Scored]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A system against the reference on one dataset: on all its items, and on each slice."""
+    """A system compared with the reference on one dataset: on all its items, and on each slice."""
 
     overall: Paired
     slices: Mapping[str, Paired]
@@ -31,7 +31,7 @@ Comparisons = Mapping[str, Mapping[str, Comparison]]
 def compare(
     reference: Sequence[Item], other: Sequence[Item], *, resamples: int, confidence: float
 ) -> Comparison:
-    """The comparison of two systems that answered the same items."""
+    """Compare two systems on the same items, overall and on each slice."""
 
     def compared(before: Sequence[Item], after: Sequence[Item]) -> Paired:
         return widened(paired(before, after, resamples=resamples, confidence=confidence), confidence)
@@ -50,9 +50,9 @@ def markdown(
     comparisons: Comparisons,
     left_out: Mapping[str, Mapping[str, int]],
 ) -> str:
-    """A row for each dataset, below it one for each slice and each total; a column for each system.
+    """Format the report: rows for each dataset, its slices and its totals; columns for each system.
 
-    ``left_out`` counts, by dataset and reason, the rows that are no items.
+    ``left_out`` holds the number of rows that were left out, by dataset and reason.
     """
     others = list(comparisons)
     interval = f"[{100 * config.confidence:g} % interval] p"
@@ -66,12 +66,12 @@ def markdown(
     for dataset in (one.name for one in config.datasets):
         lines += _dataset_rows(dataset, config.reference, scored, comparisons)
     intervals = (
-        f"Intervals by bootstrap over images, with all items about each; where fewer than {FEW_CHANGES} "
-        "changed, at least the exact binomial bounds. p by exact McNemar, scores 0 or 1."
+        f"Intervals: bootstrap over images; if fewer than {FEW_CHANGES} of them changed, at least the exact "
+        "binomial bounds. p: exact McNemar test, for scores of 0 or 1."
     )
     notes = [
         intervals,
-        *(f"{dataset}: {described(counts)}." for dataset, counts in left_out.items() if counts),
+        *(f"{dataset}: {describe_left_out(counts)}." for dataset, counts in left_out.items() if counts),
         *_errors(scored),
     ]
     return "\n".join([markdown_table(head, lines), "", *notes, ""])
@@ -112,22 +112,22 @@ def _errors(scored: Systems) -> Iterator[str]:
 
 
 def picture(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path: Path) -> None:
-    """Each system's score by dataset; the others' with the interval of their difference."""
+    """Draw each system's mean scores as bars, with the interval of the difference to the reference."""
     names = [one.name for one in config.datasets]
     labels = [config.reference, *comparisons]
     width = 0.8 / len(labels)
     figure, axes = subplots(size=(max(5.0, 1.0 + 0.5 * len(names) * len(labels)), 4.0))
     for number, label in enumerate(labels):
-        places = [place + number * width for place in range(len(names))]
+        positions = [position + number * width for position in range(len(names))]
         heights = [100 * mean_score(scored[label][name].items) for name in names]
-        bars = axes.bar(places, heights, width, label=label)
+        bars = axes.bar(positions, heights, width, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8, label_type="center")
         if label in comparisons:
             found = [comparisons[label][name].overall for name in names]
             below = [100 * (one.difference - one.low) for one in found]
             above = [100 * (one.high - one.difference) for one in found]
-            axes.errorbar(places, heights, yerr=[below, above], fmt="none", ecolor="black", capsize=3)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names, rotation=20, ha="right")
+            axes.errorbar(positions, heights, yerr=[below, above], fmt="none", ecolor="black", capsize=3)
+    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(names))], names, rotation=20, ha="right")
     axes.set_ylabel("mean score, %")
     axes.set_title(f"{config.name}; black: interval of the difference to {config.reference}", fontsize=9)
     axes.legend(fontsize=8, loc="lower right")
@@ -138,11 +138,11 @@ def picture(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path
 
 
 def metrics(scored: Mapping[str, Scored], compared: Mapping[str, Comparison]) -> dict[str, float]:
-    """A system's numbers by name; scores and differences are fractions.
+    """Return a system's metrics by name. Scores and differences are fractions.
 
-    ``accuracy/<dataset>`` and ``accuracy/<dataset>/<slice>`` are mean scores; ``difference/…`` with
-    ``difference_low/…``, ``difference_high/…`` and ``p_mcnemar/…`` are against the reference;
-    ``total/<dataset>/…`` is what the benchmark publishes, ``items/<dataset>`` and ``errors/<dataset>`` count.
+    ``accuracy/<dataset>`` and ``accuracy/<dataset>/<slice>`` are mean scores. ``difference/…``,
+    ``difference_low/…``, ``difference_high/…`` and ``p_mcnemar/…`` compare with the reference.
+    ``total/<dataset>/…`` are the benchmark's totals; ``items/<dataset>`` and ``errors/<dataset>`` are counts.
     """
     values: dict[str, float] = {}
     for dataset, one in scored.items():
@@ -154,8 +154,8 @@ def metrics(scored: Mapping[str, Scored], compared: Mapping[str, Comparison]) ->
         for total, value in one.totals.items():
             values[f"total/{dataset}/{total}"] = value
     for dataset, comparison in compared.items():
-        for place, pair in {"": comparison.overall, **comparison.slices}.items():
-            name = f"{dataset}/{place}".rstrip("/")
+        for category, pair in {"": comparison.overall, **comparison.slices}.items():
+            name = f"{dataset}/{category}".rstrip("/")
             values[f"difference/{name}"] = pair.difference
             values[f"difference_low/{name}"] = pair.low
             values[f"difference_high/{name}"] = pair.high

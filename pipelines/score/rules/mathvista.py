@@ -1,6 +1,6 @@
-"""MathVista: an answer is extracted from what was said, brought into its kind, and compared.
+"""MathVista: extract the final answer, convert it to the type of the row, and compare it.
 
-Source: MathVista (arXiv 2310.02255), "Evaluation protocols", and the evaluation code beside it
+Source: MathVista (arXiv 2310.02255), "Evaluation protocols", and its evaluation code
 (github.com/lupantech/MathVista, evaluation/extract_answer.py and calculate_score.py).
 """
 
@@ -9,39 +9,40 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from rapidfuzz.distance import Levenshtein
+
 from pipelines.data.literals import literal
 from pipelines.score.rules.judge import Judge
 from pipelines.score.rules.multiple_choice import chosen_option
-from pipelines.score.rules.short_answer import edit_distance
 from skipvision.errors import DataError
 
 COLUMNS = ("question_type", "answer_type", "answer")
-"""What a row must have beside its question."""
+"""The columns that a row must have besides its question."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def mathvista(row: Mapping[str, str], answer: str, judge: Judge | None) -> float:
-    """1 if the extracted answer is the gold one.
+    """Return 1 if the extracted answer equals the gold answer, else 0.
 
-    The judge extracts where an answer is more than what was asked for. Without a judge the last number in the
-    answer counts, or the option it names.
+    The judge extracts the final answer from longer ones. Without a judge, the last number in the answer
+    counts, or the option that the answer names.
     """
     if not answer.strip():  # there is nothing to extract
         return 0.0
     if row["question_type"] == "multi_choice":
         letter = _option(row, answer, judge)
         return float(letter is not None and letter == _gold_option(row))
-    gold, said = _value(row, row["answer"]), _value(row, answer)
-    if judge is not None and said != gold and (said is None or row["answer_type"] == "text"):
-        said = _value(row, judge.extract(row["question"], answer))
-    elif said is None:
-        said = _value(row, _last_number(answer))
-    return float(said is not None and said == gold)
+    gold, value = _value(row, row["answer"]), _value(row, answer)
+    if judge is not None and value != gold and (value is None or row["answer_type"] == "text"):
+        value = _value(row, judge.extract(row["question"], answer))
+    elif value is None:
+        value = _value(row, _last_number(answer))
+    return float(value is not None and value == gold)
 
 
 def problem(row: Mapping[str, str]) -> str | None:
-    """Why no answer to a row can be right; None if one can."""
+    """Return the reason why no answer to a row can be right; None if one can."""
     gold = row["answer"]
     if row["question_type"] == "multi_choice":
         try:
@@ -57,9 +58,9 @@ def _option(row: Mapping[str, str], answer: str, judge: Judge | None) -> str | N
     letter = chosen_option(answer, choices)
     if letter is None and judge is not None:
         extracted = judge.extract(row["question"], answer)
-        # The published rule: the option that is most like what was extracted.
+        # The published rule falls back to the option that is most similar to the extracted text.
         letter = chosen_option(extracted, choices) or min(
-            choices, key=lambda letter: edit_distance(extracted.lower(), choices[letter].lower())
+            choices, key=lambda letter: Levenshtein.distance(extracted.lower(), choices[letter].lower())
         )
     return letter
 
@@ -76,12 +77,12 @@ def _choices(row: Mapping[str, str]) -> dict[str, str]:
         if not isinstance(listed, list | tuple):
             raise ValueError
     except ValueError:
-        raise DataError(f"column `choices` is no list of options: {row.get('choices')!r}") from None
+        raise DataError(f"column `choices` is not a list of options: {row.get('choices')!r}") from None
     return {chr(ord("A") + number): str(text) for number, text in enumerate(listed)}
 
 
 def _value(row: Mapping[str, str], text: str) -> object:
-    """A text as the kind of answer that the row asks for; None if it is none."""
+    """Convert a text to the answer type of the row; return None if it has another type."""
     try:
         match row["answer_type"]:
             case "integer":
@@ -96,5 +97,5 @@ def _value(row: Mapping[str, str], text: str) -> object:
 
 
 def _last_number(text: str) -> str:
-    found = _NUMBER.findall(text)
-    return found[-1] if found else text
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else text

@@ -1,4 +1,4 @@
-"""Which option of a multiple-choice question an answer means."""
+"""Multiple choice: find the option that an answer means."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ from collections.abc import Mapping, Sequence
 
 _AROUND_LETTERS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _LAST_WORDS = 4
-_SPELT_OUT = re.compile(r"(?i:answer is)\W*([A-Z])\b(?!\s+\w)")
+_ANSWER_IS = re.compile(r"(?i:answer is)\W*([A-Z])\b(?!\s+\w)")
 
 
 def chosen_option(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option that an answer means; None if that cannot be told.
+    """Return the letter of the option that an answer means; None if no rule finds one.
 
-    In this order: the only letter of an option that stands alone among the last four words; the letter behind
-    "answer is", if it is a capital and no word follows it (as one follows an article); the only option whose
-    text occurs in the answer, if the answer is not more than twice as long as all options together.
+    The rules, in this order:
+
+    1. The only letter of an option in the answer, if it is one of the last four words.
+    2. The letter after "answer is", if it is a capital and no word follows. (A word follows an article.)
+    3. The only option whose text occurs in the answer, if the answer is at most twice as long as all options
+       together.
 
     Source: MMBench (arXiv 2307.06281), "ChatGPT-involved choice extraction", its first step, as VLMEvalKit
-    takes it before a judge is asked (github.com/open-compass/VLMEvalKit, vlmeval/utils/matching_util.py).
-    "answer is" is this project's own.
+    implements it (github.com/open-compass/VLMEvalKit, vlmeval/utils/matching_util.py). Rule 2 is this
+    project's own.
     """
     words = answer.translate(_AROUND_LETTERS).split()
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and words.index(letters[0]) >= len(words) - _LAST_WORDS:
         return letters[0]
-    if (spelt := _SPELT_OUT.search(answer)) and spelt[1] in options:
-        return spelt[1]
+    if (match := _ANSWER_IS.search(answer)) and match[1] in options:
+        return match[1]
     if len(answer) > 2 * sum(map(len, options.values())):
         return None
-    said = answer.lower()
-    named = [letter for letter, text in options.items() if text.lower() in said]
+    lower = answer.lower()
+    named = [letter for letter, text in options.items() if text.lower() in lower]
     return named[0] if len(named) == 1 else None
 
 
 def all_rotations_right(right: Sequence[bool]) -> float:
-    """Points of a question that was asked once for each rotation of its options: all or nothing.
+    """Return the points of a question with one answer for each rotation of its options: all or nothing.
 
     Source: MMBench (arXiv 2307.06281), "The circular evaluation strategy".
     """

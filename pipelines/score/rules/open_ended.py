@@ -1,6 +1,6 @@
-"""Points for open questions, which have neither options nor one form of answer.
+"""Open questions: neither options nor a fixed form of the answer.
 
-Source: MMMU (arXiv 2311.16502), "Evaluation", and the evaluation code beside it
+Source: MMMU (arXiv 2311.16502), "Evaluation", and its evaluation code
 (github.com/MMMU-Benchmark/MMMU, eval_utils.py: parse_open_response and eval_open).
 """
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 _LEADS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NOTHING = frozenset({"", ":", ",", ".", "!", "?", ";", "'"})
+_EMPTY = frozenset({"", ":", ",", ".", "!", "?", ";", "'"})
 _NUMBER = re.compile(
     r"-?(?:\b\d{1,3}(?:,\d{3})+\b"  # 1,000
     r"|\d+(?:\.\d+)?e[+-]?\d+"
@@ -20,30 +20,30 @@ _NUMBER = re.compile(
 
 
 def open_answer(answer: str, golds: Sequence[str]) -> float:
-    """1 if what an answer comes to has a gold answer in it.
+    """Return 1 if a conclusion of the answer contains a gold answer, else 0.
 
-    What it comes to is, in each line, the shortest text behind words such as "is" or "therefore" (in the last
-    line also behind "="), or, where there are none, the answer itself; and the numbers therein. Numbers are
-    compared as numbers, rounded to two digits; a gold text must occur in a text.
+    The conclusion of a line is the shortest text after a word such as "is" or "therefore"; in the last line,
+    also after "=". If no line has a conclusion, the whole answer is one. The numbers in a conclusion are
+    conclusions too. Numbers are compared as numbers, rounded to two digits; a gold text must occur in the
+    conclusion.
     """
     right = [form for gold in golds for form in _forms(gold)]
-    said = [form for text in _said(answer) for form in _forms(text)]
-    return float(any(_agree(form, gold) for form in said for gold in right))
+    concluded = [form for text in _conclusions(answer) for form in _forms(text)]
+    return float(any(_agree(form, gold) for form in concluded for gold in right))
 
 
-def _agree(said: float | str, gold: float | str) -> bool:
-    return gold in said if isinstance(said, str) and isinstance(gold, str) else said == gold
+def _agree(form: float | str, gold: float | str) -> bool:
+    return gold in form if isinstance(form, str) and isinstance(gold, str) else form == gold
 
 
-def _said(answer: str) -> Iterator[str]:
-    """The texts that an answer comes to, and the numbers in them."""
+def _conclusions(answer: str) -> Iterator[str]:
     whole = answer.strip().strip(".").lower()
     lines = whole.split("\n")
     texts = []
     for number, line in enumerate(lines, start=1):
         leads = (*_LEADS, "=") if number == len(lines) else _LEADS
-        behind = [line.rpartition(lead)[2].strip() for lead in leads if lead in line]
-        if behind and (shortest := min(behind, key=len)) not in _NOTHING:
+        candidates = [line.rpartition(lead)[2].strip() for lead in leads if lead in line]
+        if candidates and (shortest := min(candidates, key=len)) not in _EMPTY:
             texts.append(shortest)
     for text in texts or [whole]:
         yield text
@@ -51,7 +51,7 @@ def _said(answer: str) -> Iterator[str]:
 
 
 def _forms(text: str) -> list[float | str]:
-    """A text as it is compared; a single letter must be a word of its own, at least on one side."""
+    """Return a text in the forms that are compared; a single letter must stand apart on one side at least."""
     text = text.strip().lower()
     try:
         value = float(text.replace(",", ""))

@@ -1,4 +1,4 @@
-"""Calibration on a real local Ray: what is found is verified, recorded, and not asked twice."""
+"""Calibration on a real local Ray: the result is verified and recorded, and nothing is evaluated twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.calibrate.workers import Scorer, Task
 from pipelines.evaluation.items import Item, read_items
 from pipelines.score.benchmarks import find_benchmark
 from pipelines.score.dataset import Dataset, Question
-from pipelines.score.points import Answered, score_answers
+from pipelines.score.points import Prediction, score_answers
 from pipelines.shapes.files import ShapesConfig, write_shapes
 from pipelines.shared.folder import JobFolder
 from pipelines.tracking.client import TrackingError
@@ -42,7 +42,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(questions: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The random model says nothing right, so no config loses anything against full tokens."""
+    """The random model has no answer right, so no config loses anything against full tokens."""
     return {
         "name": "job",
         "storage": str(tmp_path_factory.mktemp("runs")),
@@ -67,7 +67,7 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     assert chosen == SkipConfig(**result["chosen"]) == SkipConfig(retained=2, skipped=0)
     evidence = json.loads((folder / "evidence.json").read_text())
     stages = [one["stage"] for one in evidence["history"]]
-    assert stages == ["rung 1"] * 5 + ["rung 2"] * 3 + ["held out"] * 2  # one config keeps too much
+    assert stages == ["rung 1"] * 5 + ["rung 2"] * 3 + ["held out"] * 2  # the sixth config is over kv_bytes
     assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert "Chosen: retained 2, skipped 0" in capsys.readouterr().out
     tracked = Tracker(result["mlflow_uri"], result["mlflow_run_id"])._client
@@ -78,7 +78,7 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     assert not seen["held-out"] & (seen["rung-0"] | seen["rung-1"])
     assert len(seen["rung-0"] | seen["rung-1"] | seen["held-out"]) == 4
 
-    # As a killed job leaves it: some files of scores, no evidence. Only what is missing is asked.
+    # A killed job leaves some files of scores and no evidence. Only the missing scores are computed.
     state = json.loads((folder / "run.json").read_text())
     del state["result"], state["evidence"]
     (folder / "run.json").write_text(json.dumps(state))
@@ -92,7 +92,7 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     ):
         run_calibrate(fewer)
     assert tracked.get_run(result["mlflow_run_id"]).info.status == "FAILED"
-    monkeypatch.setattr(calibrate, "ray_session", lambda: 1 / 0)  # what is left is to hand it in
+    monkeypatch.setattr(calibrate, "ray_session", lambda: 1 / 0)  # only recording is left
     again = run_calibrate(fewer)
     assert again == result
     assert tracked.get_run(result["mlflow_run_id"]).info.status == "FINISHED"
@@ -114,7 +114,7 @@ def _groups(folder: Path, part: str) -> set[str]:
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """A scorer in this process: other ones take half a minute to start, and the first test has them."""
+    """A scorer in this process: workers take half a minute to start, and the first test covers them."""
 
     @contextmanager
     def scorers(*arguments: Any, workers: int, resources: Any) -> Iterator[Any]:
@@ -125,7 +125,7 @@ def in_process(monkeypatch):
 
 
 @pytest.mark.usefixtures("local_ray", "in_process")
-def test_what_was_not_shown_is_not_chosen(settings):
+def test_a_config_without_sufficient_evidence_is_not_chosen(settings):
     """Twelve questions about two images cannot show a drop of five points or less."""
     config = changed(
         settings,
@@ -134,17 +134,19 @@ def test_what_was_not_shown_is_not_chosen(settings):
         budget={"accuracy_drop": 0.05},
         search={"rungs": 1},
     )
-    with pytest.raises(NothingWithinBudgetError, match=r"about 432 items would be needed.*\"retained\": 4"):
+    with pytest.raises(
+        NothingWithinBudgetError, match=r"about 432 items would be needed to decide.*\"retained\": 4"
+    ):
         run_calibrate(config)
     folder = Path(settings["storage"]) / "strict"
     assert not (folder / "skip.yaml").exists()
     assert "Nothing was chosen" in (folder / "calibration.md").read_text()
-    with pytest.raises(NothingWithinBudgetError):  # also when it is only reported
+    with pytest.raises(NothingWithinBudgetError):  # the finished job only reports
         run_calibrate(config)
 
 
 @pytest.mark.usefixtures("local_ray", "in_process")
-def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings):
+def test_configs_that_are_too_slow_are_recorded_with_their_latency(settings):
     config = changed(settings, name="slow", space={"retained": [4]}, budget={"latency": 1e-6})
     with pytest.raises(NothingWithinBudgetError, match=r"first token to 1e-06 .*\"latency\": \d+\.\d+"):
         run_calibrate(config)
@@ -157,24 +159,24 @@ def test_what_is_too_slow_is_handed_in_as_it_was_measured(settings):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "error", "message"),
     [
-        ({"budget": {"kv_bytes": 0.001}}, NothingWithinBudgetError, "the least in the space"),
-        ({"space": {"retained": [0], "skipped": [0]}}, ConfigError, "no combination is possible"),
+        ({"budget": {"kv_bytes": 0.001}}, NothingWithinBudgetError, "the cheapest costs"),
+        ({"space": {"retained": [0], "skipped": [0]}}, ConfigError, "no combination of values is valid"),
         ({"data": {"name": "Shapes", "path": "nowhere.tsv"}}, ConfigError, "nowhere.tsv"),
         ({"space": {"probe_layer": [7]}}, ConfigError, "probe_layer"),
-        ({"space": {"summary_tokens": [0, 1, 2]}}, ConfigError, r"= \[1, 2\]: a model has one number"),
+        ({"space": {"summary_tokens": [0, 1, 2]}}, ConfigError, r"= \[1, 2\]: a model supports one number"),
     ],
 )
-def test_what_cannot_be_searched_is_said_before_ray_is_started(settings, changes, error, says):
-    with pytest.raises(error, match=says):
+def test_unusable_settings_are_reported_before_ray_starts(settings, changes, error, message):
+    with pytest.raises(error, match=message):
         run_calibrate(changed(settings, name="wrong", **changes))
 
 
-def test_what_loses_against_full_tokens_is_not_chosen(settings, tmp_path):
-    """A scorer in the process: the cheap config is wrong about every fifth image, the dear one about none."""
+def test_a_cheap_config_that_loses_accuracy_is_not_chosen(settings, tmp_path):
+    """The cheap config is wrong about every fifth image, the expensive one about none."""
     config = changed(settings, budget={"accuracy_drop": 0.05}, search={"rungs": 1, "finalists": 1})
-    dear, cheap = (
+    expensive, cheap = (
         Candidate(str(n), SkipConfig(retained=n), {"prefill_flops": n / 16, "kv_bytes": n / 16})
         for n in (12, 4)
     )
@@ -182,16 +184,16 @@ def test_what_loses_against_full_tokens_is_not_chosen(settings, tmp_path):
     questions = [Question(str(n), str(n), "", str(n), {"answer": "x"}) for n in range(400)]
     search, held_out = (Dataset("Shapes", "", rule, "", tuple(questions[half::2])) for half in (0, 1))
 
-    def have_done(tasks: Sequence[Task]) -> Iterator[tuple[Task, list[Item]]]:
+    def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, list[Item]]]:
         for task in tasks:
             every = 5 if task.skip == cheap.skip else 10**6
             wrong = {q.index for n, q in enumerate(task.dataset.questions) if n % every == every - 1}
-            said = {q.index: Answered("y" if q.index in wrong else "x") for q in task.dataset.questions}
-            yield task, score_answers(task.dataset, said, task.system).items
+            answers = {q.index: Prediction("y" if q.index in wrong else "x") for q in task.dataset.questions}
+            yield task, score_answers(task.dataset, answers, task.system).items
 
     folder = JobFolder(tmp_path, "search")
-    found = Calibration(config, folder, have_done, search, held_out).run([dear, cheap])
-    assert found["chosen"] == dear.skip.model_dump()
+    found = Calibration(config, folder, run_tasks, search, held_out).run([expensive, cheap])
+    assert found["chosen"] == expensive.skip.model_dump()
     first = {one["name"]: one for one in found["history"] if one["stage"] == "rung 1"}
     assert first[cheap.name]["difference"] == pytest.approx(-0.2)
     assert first[cheap.name]["out"] == "drop certainly over the budget"
@@ -203,15 +205,15 @@ def test_one_image_cannot_be_split(settings, questions):
         parts(config)
 
 
-def test_combinations_that_contradict_themselves_are_left_out():
+def test_invalid_combinations_are_left_out():
     space = {"skipped": [0, 4], "merge": ["pool", "drop"]}
     found = [(one.skipped, one.merge) for one in combinations(space, SkipConfig())]
     assert found == [(0, "drop"), (4, "pool"), (4, "drop")]
 
 
 @pytest.mark.parametrize("wrong", [{"retain": [1]}, {"retained": []}, {}])
-def test_a_space_of_nothing_is_refused(settings, wrong):
-    with pytest.raises(ValueError, match=r"no field|no values|nothing is searched"):
+def test_an_empty_space_and_an_empty_budget_are_refused(settings, wrong):
+    with pytest.raises(ValueError, match=r"not a field|no values|the space is empty"):
         changed(settings, space=wrong)
     with pytest.raises(ValueError, match="set at least one"):
         changed(settings, budget={"accuracy_drop": None})

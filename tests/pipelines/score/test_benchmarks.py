@@ -1,4 +1,4 @@
-"""Every benchmark, through a table as people have it on disk."""
+"""Every benchmark, through a table as VLMEvalKit stores it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from pipelines.evaluation.gate import slice_of
 from pipelines.score.benchmarks import BENCHMARKS
 from pipelines.score.dataset import read_dataset
-from pipelines.score.points import Answered, by_category, mean_score, score_answers
+from pipelines.score.points import Prediction, by_category, mean_score, score_answers
 from skipvision.errors import DataError
 from tests.pipelines.score.tables import CHOICE, PEOPLE, PLAIN, VISTA, png, table
 
@@ -45,7 +45,7 @@ def test_points_of_each_benchmark(name, tmp_path):
     file = table(tmp_path / "table.tsv", [{"index": 1, "image": png(), **row}])
     dataset = read_dataset(name, str(file))
     for answer, points in answers:
-        scored = score_answers(dataset, {"1": Answered(answer)}, "full")
+        scored = score_answers(dataset, {"1": Prediction(answer)}, "full")
         assert [item.score for item in scored.items] == [pytest.approx(points)], answer
     (item,) = score_answers(dataset, {}, "full").items
     assert (item.score, item.error) == (0, "there is no answer to it")
@@ -60,8 +60,8 @@ FREE = {**VISTA, "question_type": "free_form", "answer_type": "integer", "answer
 @pytest.mark.parametrize(
     ("name", "right", "change", "error"),
     [
-        ("MathVista_MINI", FREE, {**MULTI, "choices": "oops"}, "`choices` is no list of options: 'oops'"),
-        ("MathVista_MINI", FREE, {**MULTI, "choices": "'xyz'"}, "`choices` is no list of options"),
+        ("MathVista_MINI", FREE, {**MULTI, "choices": "oops"}, "`choices` is not a list of options: 'oops'"),
+        ("MathVista_MINI", FREE, {**MULTI, "choices": "'xyz'"}, "`choices` is not a list of options"),
         ("MathVista_MINI", FREE, {**MULTI, "choices": "[]"}, "gold answer 'x' is none of the choices []"),
         (
             "MathVista_MINI",
@@ -79,10 +79,10 @@ FREE = {**VISTA, "question_type": "free_form", "answer_type": "integer", "answer
         ),
     ],
 )
-def test_a_gold_answer_that_nothing_can_match_is_an_error(name, right, change, error, tmp_path):
+def test_an_unusable_gold_answer_is_an_error_of_its_item(name, right, change, error, tmp_path):
     rows = [{"index": n, "image": png(n), **right, **given} for n, given in enumerate([{}, change])]
     dataset = read_dataset(name, str(table(tmp_path / "table.tsv", rows)))
-    said = {str(n): Answered(str(change.get("answer", "A"))) for n in range(2)}
+    said = {str(n): Prediction(str(change.get("answer", "A"))) for n in range(2)}
     good, bad = score_answers(dataset, said, "full").items
     assert good.error is None
     assert bad.score == 0
@@ -95,12 +95,12 @@ def test_a_gold_answer_that_nothing_can_match_is_an_error(name, right, change, e
     ("name", "row", "answer"),
     [("MMStar", {**CHOICE, "answer": "b "}, "B"), ("POPE", {**PLAIN, "answer": "YES"}, "yes")],
 )
-def test_the_case_of_a_gold_answer_does_not_count(name, row, answer, tmp_path):
+def test_the_case_of_a_gold_answer_is_ignored(name, row, answer, tmp_path):
     file = table(tmp_path / "table.tsv", [{"index": 1, "image": png(), "category": "", **row}])
-    assert score_answers(read_dataset(name, str(file)), {"1": Answered(answer)}, "full").items[0].score == 1
+    assert score_answers(read_dataset(name, str(file)), {"1": Prediction(answer)}, "full").items[0].score == 1
 
 
-def test_a_circular_question_is_right_if_all_its_rotations_are(tmp_path):
+def test_a_circular_question_needs_all_its_rotations_right(tmp_path):
     rows = [
         {"index": 7, "image": png(), **CHOICE},
         {"index": 8, "image": 7, **CHOICE, "question": "And what is this?"},
@@ -110,7 +110,7 @@ def test_a_circular_question_is_right_if_all_its_rotations_are(tmp_path):
     ]
     dataset = read_dataset("MMBench_DEV_EN", str(table(tmp_path / "table.tsv", rows)))
     said = {"7": "B", "8": "B", "1000007": "A", "1000008": "B"}
-    items = score_answers(dataset, {k: Answered(v) for k, v in said.items()}, "full").items
+    items = score_answers(dataset, {k: Prediction(v) for k, v in said.items()}, "full").items
     assert [(item.index, item.score, item.prediction) for item in items] == [
         ("7", 1.0, "B | A"),
         ("8", 0.0, "B | B"),
@@ -121,7 +121,7 @@ def test_a_circular_question_is_right_if_all_its_rotations_are(tmp_path):
     assert len(read_dataset("MMBench_DEV_EN", dataset.file, limit=1).questions) == 2
 
 
-def test_what_mme_publishes(tmp_path):
+def test_the_totals_of_mme(tmp_path):
     row = {**PLAIN, "answer": "Yes", "category": "color"}
     rows = [
         {"index": 1, "image": png(), **row},
@@ -132,8 +132,8 @@ def test_what_mme_publishes(tmp_path):
     ]
     dataset = read_dataset("MME", str(table(tmp_path / "table.tsv", rows)))
     said = {"1": "yes", "2": "no", "3": "yes", "4": "yes", "5": "no"}
-    answers = {k: Answered(v) for k, v in said.items()}
-    assert score_answers(dataset, answers, "full").totals == {}  # sums over five rows of 2,374 say nothing
+    answers = {k: Prediction(v) for k, v in said.items()}
+    assert score_answers(dataset, answers, "full").totals == {}  # the totals are sums over 2,374 rows
     whole = replace(dataset, benchmark=replace(dataset.benchmark, rows=5))
     scored = score_answers(whole, answers, "full")
     assert scored.totals == {
@@ -146,7 +146,7 @@ def test_what_mme_publishes(tmp_path):
     assert len({item.group for item in scored.items}) == 3  # one image, one group
 
 
-def test_what_pope_publishes(tmp_path):
+def test_the_totals_of_pope(tmp_path):
     truths = ["Yes", "Yes", "Yes", "No", "No"]
     rows = [
         {
@@ -160,7 +160,7 @@ def test_what_pope_publishes(tmp_path):
     ]
     dataset = read_dataset("POPE", str(table(tmp_path / "table.tsv", rows)))
     said = dict(zip("01234", ["yes", "yes", "no", "yes", "maybe"], strict=True))
-    scored = score_answers(dataset, {k: Answered(v) for k, v in said.items()}, "full")
+    scored = score_answers(dataset, {k: Prediction(v) for k, v in said.items()}, "full")
     assert scored.totals == {
         "f1": pytest.approx(3 / 5),  # over nine rows: five random ones, four popular ones
         "precision": pytest.approx(3 / 5),
@@ -176,18 +176,18 @@ def test_what_pope_publishes(tmp_path):
     assert len(slice_of(scored.items, "popular")) == len(slice_of(scored.items, "POPE/popular")) == 4
 
 
-def test_mmmu_counts_its_validation_questions_and_takes_open_ones(tmp_path):
+def test_mmmu_scores_its_validation_questions_with_and_without_options(tmp_path):
     rows = [
         {"index": "a", "image": png(), **CHOICE, "split": "dev"},
         {"index": "b", "image": png(1), **CHOICE, "split": "validation", "A": "", "B": "", "answer": "12 m"},
     ]
     dataset = read_dataset("MMMU_DEV_VAL", str(table(tmp_path / "table.tsv", rows)))
     assert [question.index for question in dataset.questions] == ["b"]
-    assert score_answers(dataset, {"b": Answered("It is 12 m long")}, "full").items[0].score == 1
+    assert score_answers(dataset, {"b": Prediction("It is 12 m long")}, "full").items[0].score == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "asked"),
+    ("name", "row", "prompt"),
     [
         (
             "MMStar",
@@ -213,10 +213,10 @@ def test_mmmu_counts_its_validation_questions_and_takes_open_ones(tmp_path):
         ("OCRBench", {**PLAIN, "answer": "x"}, "What is it?"),
     ],
 )
-def test_the_instruction_behind_a_question(name, row, asked, tmp_path):
+def test_the_instruction_follows_the_question(name, row, prompt, tmp_path):
     file = str(table(tmp_path / "table.tsv", [{"index": 1, "image": png(), **row}]))
     (question,) = read_dataset(name, file).questions
-    assert question.messages[0].text == f"<image>{asked}"
+    assert question.messages[0].text == f"<image>{prompt}"
     (question,) = read_dataset(name, file, instruction="Be {brief}.").questions
     assert question.messages[0].text.endswith("\nBe {brief}.")
     assert "Answer" not in question.messages[0].text

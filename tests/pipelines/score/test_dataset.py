@@ -1,4 +1,4 @@
-"""Tables with base64 images, as they lie on people's disks, good and bad."""
+"""Tables with base64 images, valid and broken."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), max_s
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=6))
-def test_texts_are_those_that_the_csv_module_wrote(rows, tmp_path_factory):
+def test_texts_survive_the_csv_module(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("tsv") / "table.tsv"
     rows = [("x" + first, second, third) for first, second, third in rows]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -39,13 +39,13 @@ def test_texts_are_those_that_the_csv_module_wrote(rows, tmp_path_factory):
     assert [tuple(record.value[name] for name in "abc") for record in records(path)] == rows
 
 
-def test_images_are_found_whichever_way_they_are_given(tmp_path):
+def test_images_may_be_given_in_any_form(tmp_path):
     one, two = png(1), png(2)
     rows = [
         {"index": 1, "question": "later row", "image": 2},
         {"index": 2, "question": 'says "hi"\tand\nmore', "image": one},
-        {"index": 3, "question": "as Python writes it", "image": str([one, two])},
-        {"index": 4, "question": "as JSON writes it", "image": json.dumps([one, two])},
+        {"index": 3, "question": "a Python list", "image": str([one, two])},
+        {"index": 4, "question": "a JSON list", "image": json.dumps([one, two])},
     ]
     path = table(tmp_path / "table.tsv", rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n4\t", b"\r\n4\t"))
@@ -57,7 +57,7 @@ def test_images_are_found_whichever_way_they_are_given(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_whole_question_has_hint_options_and_numbered_images(tmp_path):
+def test_the_whole_question_has_its_hint_options_and_numbered_images(tmp_path):
     question = "Is <image 2> like <image 1>?"
     row = {
         "index": 1,
@@ -72,7 +72,7 @@ def test_the_whole_question_has_hint_options_and_numbered_images(tmp_path):
     assert [image.name for image in record.value["image"]] == ["#2 of row 1", "#1 of row 1"]
 
 
-def test_paths_of_images(tmp_path):
+def test_paths_of_images_start_from_the_folder_of_the_table(tmp_path):
     row = {"index": 1, "image_path": "['a.png', 'b.png']", "question": "?", "answer": "x"}
     dataset = read_dataset("mine", str(table(tmp_path / "table.tsv", [row])), rule="exact")
     assert [image.path for image in dataset.questions[0].images] == [
@@ -91,7 +91,7 @@ def test_paths_of_images(tmp_path):
         (b"1\t" + png().encode() + b"\t<image 2>?\n", "names <image 2>, but the row has 1"),
     ],
 )
-def test_broken_rows_say_what_is_wrong_and_count_as_wrong(line, problem, tmp_path):
+def test_broken_rows_are_reported_and_count_as_wrong(line, problem, tmp_path):
     path = tmp_path / "table.tsv"
     path.write_bytes(b"index\timage\tquestion\n" + line)
     assert problem in records(path)[0].problem
@@ -102,7 +102,7 @@ def test_broken_rows_say_what_is_wrong_and_count_as_wrong(line, problem, tmp_pat
     assert item.error.startswith("broken record")
 
 
-def test_corrupt_images_are_found_when_they_are_opened(tmp_path):
+def test_corrupt_images_fail_when_they_are_opened(tmp_path):
     good = png()
     rows = [
         {"index": 1, "image": good[:100] + "!" + good[101:], "question": "?"},
@@ -135,13 +135,13 @@ def test_corrupt_images_are_found_when_they_are_opened(tmp_path):
         ),
     ],
 )
-def test_unusable_tables_are_refused(content, error, tmp_path):
+def test_unusable_tables_raise(content, error, tmp_path):
     (tmp_path / "table.tsv").write_bytes(content)
     with pytest.raises(DataError, match=error):
         read_dataset("mine", str(tmp_path / "table.tsv"), rule="exact")
 
 
-def test_rows_that_are_no_questions_are_counted_and_unusable_ones_named(tmp_path):
+def test_rows_left_out_are_counted_and_unusable_rows_are_listed(tmp_path):
     row = {**CHOICE, "split": "validation"}
     rows = [
         {"index": 1, "image": png(), **row},
@@ -154,14 +154,14 @@ def test_rows_that_are_no_questions_are_counted_and_unusable_ones_named(tmp_path
     path.write_bytes(path.read_bytes() + b"6\tcut off before its split\n")
     dataset = read_dataset("MMMU_DEV_VAL", str(path))
     assert dataset.left_out == {"without an image": 2, "not of split 'validation'": 1}
-    asked, left_out, unusable = dataset.facts()
-    assert asked == f"MMMU_DEV_VAL: 3 questions in {dataset.file}"
+    questions, left_out, unusable = dataset.facts()
+    assert questions == f"MMMU_DEV_VAL: 3 questions in {dataset.file}"
     assert "3 rows are left out (2 without an image, 1 not of split 'validation')" in left_out
-    assert "2 rows are not asked and count as wrong: row 5: no usable answer: " in unusable
+    assert "2 rows are unusable and count as wrong: row 5: no usable answer: " in unusable
     assert "; row 6: broken record: " in unusable
 
 
-def test_a_missing_table_says_where_it_is_had(tmp_path, monkeypatch):
+def test_the_error_of_a_missing_table_has_its_address(tmp_path, monkeypatch):
     monkeypatch.setenv("LMUData", str(tmp_path))
     with pytest.raises(ConfigError, match=r"opencompass.*/VLMEval/MMStar\.tsv and put it there, set LMUData"):
         read_dataset("MMStar")
@@ -169,19 +169,19 @@ def test_a_missing_table_says_where_it_is_had(tmp_path, monkeypatch):
         read_dataset("MME", str(tmp_path / "nowhere.tsv"))
     with pytest.raises(ConfigError, match=r"'MMStarr' is not known.*MMStar.*rule: option"):
         read_dataset("MMStarr")
-    with pytest.raises(ConfigError, match="rules are option, yes_or_no"):
+    with pytest.raises(ConfigError, match="the rules are option, yes_or_no"):
         read_dataset("mine", rule="options")
     table(tmp_path / "MMStar.tsv", [{"index": 1, "image": png(), **CHOICE}])
     assert read_dataset("MMStar").file == str(tmp_path / "MMStar.tsv")
 
 
-def test_captioning_takes_the_rows_of_a_table_that_are_asked_for(tmp_path):
+def test_captioning_reads_the_selected_rows_of_a_table(tmp_path):
     rows = [{"index": n, "image": png(n), **CHOICE} for n in range(4)]
     dataset = read_dataset("MMStar", str(table(tmp_path / "table.tsv", rows)))
     keys = tmp_path / "keys.txt"
     keys.write_text("1\n3\n")
-    given = InputSection(source=dataset.file, prompt=dataset.template, key="index", keys=str(keys))
-    write_manifest(given, tmp_path / "manifest.parquet", 10)
+    section = InputSection(source=dataset.file, prompt=dataset.template, key="index", keys=str(keys))
+    write_manifest(section, tmp_path / "manifest.parquet", 10)
     listed = Manifest(tmp_path / "manifest.parquet").shard(0, 10**6)
     assert [row.key for row in listed] == ["1", "3"]
     assert [row.messages for row in listed] == [dataset.questions[n].messages for n in (1, 3)]
@@ -191,14 +191,14 @@ def test_captioning_takes_the_rows_of_a_table_that_are_asked_for(tmp_path):
     ]
 
 
-def test_shapes_are_a_table_too(tmp_path):
+def test_shapes_are_written_as_a_table_too(tmp_path):
     write_shapes(ShapesConfig(output=tmp_path, train=0, validation=0, test=2, tsv=True))
     dataset = read_dataset("Shapes", str(tmp_path / "test.tsv"))
     rows = json.loads((tmp_path / "test.json").read_text())
     assert len(dataset.questions) == len(rows) == 12
     assert len({question.group for question in dataset.questions}) == 2
     for question, row in zip(dataset.questions, rows, strict=True):
-        asked, answer = (turn["value"] for turn in row["conversations"])
-        assert question.messages[0].text == asked.replace("<image>\n", "<image>")
+        prompt, answer = (turn["value"] for turn in row["conversations"])
+        assert question.messages[0].text == prompt.replace("<image>\n", "<image>")
         assert (question.row["answer"], question.category) == (answer, row["task"])
     assert not list(tmp_path.glob("train.tsv"))

@@ -1,4 +1,4 @@
-"""Fingerprints differ where contents do, and where nothing but a place does, they do not."""
+"""Fingerprints depend on contents, not on paths."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def fingerprint(folder: Path, rows: list[dict[str, Any]] = ROWS, **settings: Any
         ({}, {"limit": 2}),
     ],
 )
-def test_a_dataset_is_known_by_what_is_asked_and_how_it_is_scored(tmp_path, changed, settings):
+def test_the_fingerprint_of_a_dataset_depends_on_its_questions_and_rule(tmp_path, changed, settings):
     before = fingerprint(tmp_path / "a")
     assert fingerprint(tmp_path / "elsewhere", ROWS[::-1]) == before
     assert fingerprint(tmp_path / "b", [{**ROWS[0], **changed}, *ROWS[1:]], **settings) != before
 
 
-def test_images_beside_the_table_are_read(tmp_path):
+def test_the_fingerprint_of_a_dataset_depends_on_its_image_files(tmp_path):
     rows = [{"index": 1, "image_path": "one.png", "question": "What?", "answer": "a cat"}]
-    seen = []
+    digests = []
     for colour in ("red", "blue"):
         Image.new("RGB", (8, 8), colour).save(tmp_path / "one.png")
-        seen.append(fingerprint(tmp_path, rows))
+        digests.append(fingerprint(tmp_path, rows))
     (tmp_path / "one.png").unlink()
-    seen.append(fingerprint(tmp_path, rows))
-    assert len(set(seen)) == 3
+    digests.append(fingerprint(tmp_path, rows))
+    assert len(set(digests)) == 3
 
 
-def test_a_model_is_known_by_the_files_that_loading_reads(tiny_model, tmp_path):
+def test_the_fingerprint_of_a_model_depends_on_the_files_that_loading_reads(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "copy")
     (folder / "README.md").write_text("A model.")
     assert of_model(str(folder)) == of_folder(folder) == of_folder(tiny_model)

@@ -13,7 +13,7 @@ import pytest
 from pipelines.score import job as score
 from pipelines.score.dataset import read_dataset
 from pipelines.score.job import ScoreConfig, run_score
-from pipelines.score.points import Answered, score_answers
+from pipelines.score.points import Prediction, score_answers
 from pipelines.score.rules import judge_endpoint
 from pipelines.score.rules.judge import Judge, UnreadableReply
 from pipelines.score.rules.judge_endpoint import JudgeConfig, JudgeError
@@ -80,7 +80,7 @@ def test_mmvet_is_graded_and_no_prompt_is_sent_twice(endpoint, tmp_path):
     row = {"question": "What is x?", "answer": "-1<AND>-5", "category": "ocr,math"}
     rows = [{"index": n, "image": png(n), **row} for n in range(4)]
     dataset = read_dataset("MMVet", str(table(tmp_path / "table.tsv", rows)))
-    answers = {str(n): Answered(f"x = {n}") for n in range(4)}
+    answers = {str(n): Prediction(f"x = {n}") for n in range(4)}
     endpoint.reply = lambda prompt: (200, "1.0" if "x = 1 |" in prompt.splitlines()[-1] else "Score: 0.5")
     scored = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory"), parallel=3)
     assert [item.score for item in scored.items] == [0.5, 1.0, 0.5, 0.5]
@@ -99,10 +99,12 @@ def test_the_judge_finds_the_option_that_no_rule_finds(endpoint, reply, points, 
     row = {"index": 1, "image": png(), **CHOICE, "B": "z"}  # the judge's Z is not this text
     dataset = read_dataset("MMStar", str(table(tmp_path / "t.tsv", [row])))
     endpoint.reply = lambda prompt: (200, reply)
-    answers = {"1": Answered("It barks")}
+    answers = {"1": Prediction("It barks")}
     (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
     assert item.score == points
-    (item,) = score_answers(dataset, {"1": Answered("B")}, "full", judge(endpoint, tmp_path / "memory")).items
+    (item,) = score_answers(
+        dataset, {"1": Prediction("B")}, "full", judge(endpoint, tmp_path / "memory")
+    ).items
     assert item.score == len(endpoint.received) == 1
 
 
@@ -112,10 +114,12 @@ def test_the_judge_extracts_the_answers_of_mathvista(endpoint, tmp_path):
         "MathVista_MINI", str(table(tmp_path / "t.tsv", [{"index": 1, "image": png(), **row}]))
     )
     endpoint.reply = lambda prompt: (200, "14")
-    answers = {"1": Answered("Fourteen, as 7 + 7 shows")}
+    answers = {"1": Prediction("Fourteen, as 7 + 7 shows")}
     (item,) = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory")).items
     assert item.score == 1
-    (item,) = score_answers(dataset, {"1": Answered("")}, "full", judge(endpoint, tmp_path / "memory")).items
+    (item,) = score_answers(
+        dataset, {"1": Prediction("")}, "full", judge(endpoint, tmp_path / "memory")
+    ).items
     assert (item.score, item.error, len(endpoint.received)) == (0, None, 1)
 
 
@@ -186,7 +190,7 @@ def test_an_unreadable_reply_is_an_error_of_its_item(endpoint, tmp_path):
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(2)])
     endpoint.reply = lambda prompt: (200, "fine" if "x = 1 |" in prompt.splitlines()[-1] else "0.5")
-    answers = {str(n): Answered(f"x = {n}") for n in range(2)}
+    answers = {str(n): Prediction(f"x = {n}") for n in range(2)}
     dataset = read_dataset("MMVet", str(file))
     first, second = score_answers(dataset, answers, "full", judge(endpoint, tmp_path / "memory"), 2).items
     assert (first.score, first.error) == (0.5, None)
@@ -199,7 +203,7 @@ def test_a_refused_prompt_is_an_error_of_its_item(endpoint, status, tmp_path):
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(4)])
     dataset = read_dataset("MMVet", str(file))
-    answers = {str(n): Answered(f"x = {n}") for n in range(4)}
+    answers = {str(n): Prediction(f"x = {n}") for n in range(4)}
     endpoint.reply = lambda prompt: (
         (status, {"error": "too long"}) if "x = 1 |" in prompt.splitlines()[-1] else (200, "0.5")
     )
@@ -216,7 +220,7 @@ def test_a_judge_that_refuses_everything_stops_the_job_and_keeps_its_replies(
     """All questions of the job are answered already."""
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(8)])
-    answers = {str(n): Answered(f"x = {n}") for n in range(8)}
+    answers = {str(n): Prediction(f"x = {n}") for n in range(8)}
     monkeypatch.setattr(score, "_answer_missing", lambda job: job.folder.answers.mkdir(exist_ok=True))
     monkeypatch.setattr(score, "_answers", lambda captioning: answers)
     config = ScoreConfig.model_validate(

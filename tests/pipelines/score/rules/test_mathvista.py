@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines.score.dataset import read_dataset
-from pipelines.score.points import Answered, score_answers
+from pipelines.score.points import Prediction, score_answers
 from pipelines.score.rules.mathvista import mathvista
 from tests.pipelines.score.tables import VISTA, png, table
 
@@ -45,12 +45,12 @@ MULTI = {**VISTA, "question_type": "multi_choice", "answer_type": "text", "answe
         ),
     ],
 )
-def test_mathvista(change, answer, points, tmp_path):
+def test_answers_are_compared_by_their_type(change, answer, points, tmp_path):
     row = {**FREE_FORM, **change}
     file = table(tmp_path / "table.tsv", [{"index": 1, "image": png(), **row}])
     dataset = read_dataset("MathVista_MINI", str(file))
-    assert score_answers(dataset, {"1": Answered(answer)}, "full").items[0].score == points
+    assert score_answers(dataset, {"1": Prediction(answer)}, "full").items[0].score == points
 
 
-def test_an_answer_that_names_no_choice_is_not_a_gold_answer_that_names_none():
+def test_an_answer_that_names_no_choice_is_wrong():
     assert mathvista({**MULTI, "choices": "['y', 'z']"}, "neither of them", None) == 0

@@ -16,13 +16,13 @@ OPTIONS = {"A": "cat", "B": "dog", "C": "red bird", "D": "none of these"}
         ("(B)", "B"),
         ("B. dog", "B"),
         ("The best choice is **C**.", "C"),
-        ("A dog is in the picture here", "B"),  # this A is an article: too far from the end
+        ("A dog is in the picture here", "B"),  # this A is an article, too far from the end
         ("The answer is D, as neither a cat nor a dog is to be seen", "D"),
         ("It is a Red Bird", "C"),
         ("A or B", None),
         ("cat or dog", None),
         ("The answer is a dog.", "B"),
-        ("The answer is A dog.", "A"),  # as VLMEvalKit: the only letter among the last four words
+        ("The answer is A dog.", "A"),  # as in VLMEvalKit: the only letter among the last four words
         ("The answer is A dog that runs about in the garden", "B"),
         ("So the answer is: (C)! It flies, it is small, and it is red", "C"),
         ("E", None),
@@ -31,5 +31,5 @@ OPTIONS = {"A": "cat", "B": "dog", "C": "red bird", "D": "none of these"}
         ("", None),
     ],
 )
-def test_the_option_that_is_meant(answer, letter):
+def test_the_option_that_an_answer_means(answer, letter):
     assert chosen_option(answer, OPTIONS) == letter

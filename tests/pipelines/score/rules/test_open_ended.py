@@ -13,10 +13,10 @@ from pipelines.score.rules.open_ended import open_answer
         ("15", ["5"], 0.0),
         ("I say 0.25", ["5"], 0.0),
         ("1,000", ["1000"], 1.0),
-        ("0.334", ["1/3", "0.33"], 1.0),  # two digits
+        ("0.334", ["1/3", "0.33"], 1.0),  # compared with two digits
         ("3.43", ["24/7", "3.429"], 1.0),
         ("x = 4\ny = 24/7", ["24/7"], 1.0),
-        ("6 = x\ny = 24/7", ["6"], 0.0),  # what is behind the last line's "=" counts
+        ("6 = x\ny = 24/7", ["6"], 0.0),  # only the last line's "=" counts
         ("So it is 6e3", ["6000"], 1.0),
         ("The answer is: the Boston Tea Party.", ["boston tea party"], 1.0),
         ("The tea is cold, so it could be Boston", ["tea"], 0.0),
@@ -25,5 +25,5 @@ from pipelines.score.rules.open_ended import open_answer
         ("", ["b"], 0.0),
     ],
 )
-def test_open_answers(answer, golds, points):
+def test_a_conclusion_of_the_answer_contains_a_gold_answer(answer, golds, points):
     assert open_answer(answer, golds) == points

@@ -7,7 +7,6 @@ import pytest
 from pipelines.score.rules import short_answer as short_answers
 from pipelines.score.rules.short_answer import (
     anls,
-    edit_distance,
     normalised_for_vqa,
     vqa_accuracy,
     yes_or_no,
@@ -35,7 +34,7 @@ def test_yes_or_no(answer, word):
         ("It is, yes", None),
     ],
 )
-def test_yes_or_no_as_mme_reads_it(answer, word):
+def test_yes_or_no_among_the_first_four_characters(answer, word):
     assert yes_or_no_at_first(answer) == word
 
 
@@ -52,12 +51,12 @@ def test_yes_or_no_as_mme_reads_it(answer, word):
         ("dont", "don't"),
         ("it's 5 o'clock", "it's 5 o'clock"),
         ("a\n b\tc", "b c"),
-        ("a-b;-c", "b c"),  # a mark is beside a blank only where it was so before other marks became blanks
+        ("a-b;-c", "b c"),  # only a blank of the original text counts, not one that a mark became
         ("a/-b-c", "b c"),
         ("10,000?yes", "10000yes"),
     ],
 )
-def test_answers_as_vqa_compares_them(answer, normal):
+def test_vqa_normalises_answers(answer, normal):
     assert normalised_for_vqa(answer) == normal
 
 
@@ -81,7 +80,7 @@ def test_vqa_accuracy(answer, points):
         ("vqa_accuracy", "two", ["2"], 1.0),
         ("anls", "ABCD", ["abcd"], 1.0),
         ("anls", "abce", ["abcd"], 0.75),
-        ("anls", "abzz", ["abcd"], 0.0),  # half of it wrong
+        ("anls", "abzz", ["abcd"], 0.0),  # half of the characters are wrong
         ("anls", "abce", ["xxxx", "abcef"], 0.8),
         ("anls", "a  b", ["a b"], 1.0),
         ("relaxed_accuracy", "105", ["100"], 1.0),
@@ -104,7 +103,7 @@ def test_short_answers(rule, answer, golds, points):
     assert getattr(short_answers, rule)(answer, golds) == pytest.approx(points)
 
 
-def test_edit_distance():
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("", "ab") == edit_distance("ab", "") == 2
+def test_anls_counts_insertions_deletions_and_replacements():
+    assert anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
+    assert anls("", ["ab"]) == anls("ab", [""]) == 0.0
     assert anls("", [""]) == 1.0
