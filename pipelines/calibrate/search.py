@@ -66,7 +66,7 @@ class Calibration:
             return self._evidence(
                 None,
                 {**varied(best, self._config), "latency": round(best.costs["latency"], 4)},
-                f"no config of the space keeps the time to the first token to {limits.latency} of full tokens",
+                f"no config of the space keeps time to the first token to {limits.latency} of full tokens",
             )
         groups = list(dict.fromkeys(question.group for question in self._search.questions))
         sizes = rung_sizes(len(groups), search.rungs, search.factor)
