@@ -1,8 +1,10 @@
-"""A Ray of one's own on this machine: its ports and files clash with no other, and it ends with us."""
+"""Start a separate Ray on this machine: it shares no port or file with another and ends with this process."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -13,17 +15,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.cluster.session import ROOT
 from skipvision.errors import ResourceError, SkipVisionError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 _START_SECONDS = 90
 _STOP_SECONDS = 30
@@ -35,89 +39,118 @@ _AGENT_PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
+_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+_UNREACHABLE = (OSError, RuntimeError)
+"""What Ray's client raises while there is no dashboard, no agent or no such job."""
 _CHATTER = re.compile(
     r"(INFO|SUCC|WARNING) \w+\.py:\d+ -- |^Running entrypoint|core_worker\.cc:\d+: Actor with class name"
 )
-"""What Ray says of itself, twenty lines a job; what the job says is shown."""
+"""Ray's own lines in the output of a job, about twenty."""
 
 
 class JobFailedError(SkipVisionError):
-    """A submitted job ended with an error, which its output has said."""
+    """A submitted job failed; its output names the reason."""
 
 
 @dataclass(frozen=True)
 class LocalRay:
-    """A running head node and where its jobs are submitted to."""
+    """A running head node.
+
+    Attributes:
+        dashboard: the URL that takes jobs.
+        client: submits jobs there.
+    """
 
     dashboard: str
-    environment: Mapping[str, str]
+    client: JobSubmissionClient
 
     def submit(self, entrypoint: Sequence[str], *, environment: Mapping[str, str]) -> None:
-        """``ray job submit`` from the repository's root; follows the job's output until it ends.
+        """Run a job from the repository's root, as ``ray job submit`` does, and print its output.
 
         Raises:
             JobFailedError: the job did not succeed.
         """
+        command, environment_json = shlex.join(entrypoint), json.dumps({"env_vars": dict(environment)})
+        options = ["--address", self.dashboard, "--working-dir", str(ROOT)]
+        options += ["--runtime-env-json", environment_json, "--"]
+        print(f"$ {shlex.join(['ray', 'job', 'submit', *options])} {command}", flush=True)
         name = f"job-{uuid.uuid4().hex[:12]}"
-        options = ["--address", self.dashboard, "--submission-id", name, "--working-dir", str(ROOT)]
-        options += ["--runtime-env-json", json.dumps({"env_vars": dict(environment)}), "--", *entrypoint]
-        print(f"$ {shlex.join(['ray', 'job', 'submit', *options])}", flush=True)
-        command = _ray("job", "submit", *options)
-        with subprocess.Popen(
-            command,
-            env=dict(self.environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for us, who stop the job
-        ) as job:
-            try:
-                for line in job.stdout or ():
-                    if line.strip() and not _CHATTER.search(line):
-                        print(line, end="", flush=True)
-            except BaseException:
-                self._stop(name)
-                job.terminate()
-                raise
-        if job.returncode:
-            raise JobFailedError(f"the job `{shlex.join(entrypoint)}` failed; its output is above")
+        try:
+            with _quiet_client():
+                self.client.submit_job(
+                    entrypoint=command,
+                    submission_id=name,
+                    runtime_env={"working_dir": str(ROOT), "env_vars": dict(environment)},
+                )
+                asyncio.run(self._print_output(name))
+            job = self.client.get_job_info(name)
+        except BaseException:
+            self._stop(name)
+            raise
+        if job.status != "SUCCEEDED":
+            reason = (job.message or "").partition(", last available logs")[0]
+            raise JobFailedError(f"the job `{command}` failed, its output is above. {reason}")
+
+    async def _print_output(self, name: str) -> None:
+        """Print the job's lines until it ends, without Ray's own."""
+        rest = ""
+        async for text in self.client.tail_job_logs(name):
+            *lines, rest = (rest + text).split("\n")
+            for line in lines:
+                _print_line(line)
+        _print_line(rest)
 
     def _stop(self, name: str) -> None:
-        """Tell a job to stop, and give it the time to say so in MLflow, before its Ray goes."""
-        job = f"{self.dashboard}/api/jobs/{name}"
+        """Stop a job and wait until it has recorded that in MLflow, which needs its Ray."""
         end = time.monotonic() + _JOB_STOP_SECONDS + _POLL_SECONDS
-        with suppress(urllib.error.URLError, TimeoutError, ConnectionError):  # not submitted yet, or no Ray
-            urllib.request.urlopen(urllib.request.Request(f"{job}/stop", b""), timeout=10).close()  # noqa: S310
-            while time.monotonic() < end:
-                with urllib.request.urlopen(job, timeout=10) as answer:  # noqa: S310
-                    if json.load(answer)["status"] not in ("PENDING", "RUNNING"):
-                        return
+        with suppress(*_UNREACHABLE):  # not submitted yet, or no Ray
+            self.client.stop_job(name)
+            while time.monotonic() < end and not self.client.get_job_status(name).is_terminal():
                 time.sleep(_POLL_SECONDS)
 
 
 @contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Log errors of Ray's client alone: it logs twenty lines for each upload."""
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _print_line(line: str) -> None:
+    if line.strip() and not _CHATTER.search(line):
+        print(line, flush=True)
+
+
+@contextmanager
 def local_ray() -> Iterator[LocalRay]:
-    """Start a head node, and stop it and all it started at the end of the block, whatever happened."""
+    """Start a head node for the block. At its end, stop the node and every process that it started."""
     port, dashboard_port, client_port, *agents = _free_ports(7)
-    # Ray's sockets live here, and their paths may have 107 characters at most.
+    # Ray's sockets are here; their paths may have at most 107 characters.
     files = Path(tempfile.mkdtemp(prefix="skipvision-ray-", dir="/tmp"))
     binaries = str(Path(sys.executable).parent)
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        **{name: value for name, value in os.environ.items() if name not in _ADDRESSES},
         "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")]),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Only the loopback interface is bound; without a mode Ray may write a token for all clusters.
+        # The node listens on the loopback interface only. Without a mode, Ray may write a token that
+        # every later cluster of this user demands.
         "RAY_AUTH_MODE": "disabled",
         "RAY_JOB_STOP_WAIT_TIME_S": str(_JOB_STOP_SECONDS),
     }
-    command = _ray(
-        *("start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"),
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start"),
+        *("--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
         *(f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
-        # The agents' default ports belong to whichever Ray came first.
+        # The agents' default ports are taken if another Ray runs.
         *(f"--{name}={free}" for name, free in zip(_AGENT_PORTS, agents, strict=True)),
         *(f"--num-cpus={usable_cpus()}", f"--object-store-memory={400 * 2**20}", f"--temp-dir={files}"),
-    )
+    ]
     log = files / "start.log"
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, files, ignore_errors=True)
@@ -127,12 +160,7 @@ def local_ray() -> Iterator[LocalRay]:
             )
         stack.callback(_end, head)
         dashboard = f"http://127.0.0.1:{dashboard_port}"
-        _wait_for(dashboard, head, log)
-        yield LocalRay(dashboard, environment)
-
-
-def _ray(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
+        yield LocalRay(dashboard, _wait_for(dashboard, head, log))
 
 
 def _free_ports(count: int) -> list[int]:
@@ -143,27 +171,36 @@ def _free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def _wait_for(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    """Until jobs are taken: the dashboard answers some time before there is an agent to run one."""
-    nothing = urllib.request.Request(  # noqa: S310
-        f"{dashboard}/api/jobs/",
-        json.dumps({"entrypoint": "true"}).encode(),
-        {"Content-Type": "application/json"},
-    )
+def _wait_for(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> JobSubmissionClient:
+    """Return a client once a job is accepted: the dashboard answers before an agent can run jobs."""
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end and head.poll() is None:
         try:
-            with urllib.request.urlopen(nothing, timeout=10):  # noqa: S310
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            client = _client(dashboard)
+            client.submit_job(entrypoint="true")
+        except _UNREACHABLE:
             time.sleep(_POLL_SECONDS)
+        else:
+            return client
     raise ResourceError(
         f"a local Ray could not be started within {_START_SECONDS} s:\n{log.read_text()[-2000:]}"
     )
 
 
+def _client(dashboard: str) -> JobSubmissionClient:
+    """Return a client of this dashboard. Variables that name another cluster would override the address."""
+    hidden = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
+    try:
+        from ray.job_submission import JobSubmissionClient
+
+        # There is no TLS to verify. By default Ray passes ssl=None to aiohttp, which is deprecated.
+        return JobSubmissionClient(dashboard, verify=False)
+    finally:
+        os.environ.update(hidden)
+
+
 def _end(head: subprocess.Popen[bytes]) -> None:
-    """``ray start --block`` ends its children when it is told to; what is left of its session is killed."""
+    """Terminate the head node, which ends its children, and kill what remains of its session."""
     head.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         head.wait(_STOP_SECONDS)

@@ -1,4 +1,4 @@
-"""A Ray of one's own: it takes jobs, says when they fail, and ends without touching another."""
+"""A separate Ray on this machine runs jobs, reports failed ones, and ends without touching another Ray."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ import ray
 from pipelines.cluster.local import JobFailedError, local_ray
 
 pytestmark = pytest.mark.timeout(300)
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
-def test_jobs_run_and_nothing_is_left_or_disturbed(local_ray_session, tmp_path, capfd):
+def test_jobs_run_and_no_process_remains_and_another_ray_is_untouched(
+    local_ray_session, tmp_path, capfd, monkeypatch
+):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # another cluster, which must get no job
     before = {process.pid for process in psutil.process_iter()}
-    out = tmp_path / "said.txt"
+    out = tmp_path / "out.txt"
     with local_ray() as own:
-        said = "import os, pathlib; pathlib.Path(os.environ['OUT']).write_text('done')"
-        own.submit(["python", "-c", said], environment={"OUT": str(out)})
+        code = "import os, pathlib; pathlib.Path(os.environ['OUT']).write_text('done'); print('a', end=' b')"
+        own.submit(["python", "-c", code], environment={"OUT": str(out)})
         assert out.read_text() == "done"
-        with pytest.raises(JobFailedError, match="raise SystemExit"):
+        command, *lines = capfd.readouterr().out.splitlines()
+        assert command.startswith("$ ray job submit --address http://127.0.0.1:")
+        assert lines == ["a b"]
+        with pytest.raises(JobFailedError, match=r"`python -c 'raise SystemExit\(3\)'` failed.* exit code 3"):
             own.submit(["python", "-c", "raise SystemExit(3)"], environment={})
     started = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
     assert not [p for p in started if any("skipvision-ray-" in part for part in p.info["cmdline"] or ())]
@@ -35,7 +42,7 @@ def test_jobs_run_and_nothing_is_left_or_disturbed(local_ray_session, tmp_path, 
 
 @pytest.fixture
 def local_ray_session(request: pytest.FixtureRequest) -> None:
-    """The test session's Ray is the other one."""
+    """Start the test session's Ray, which is the other one."""
     request.getfixturevalue("local_ray")
 
 
@@ -71,8 +78,8 @@ run_job(main, [])
     "number",
     [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT))],
 )
-def test_being_told_to_stop_ends_the_job_and_the_ray(number, tmp_path):
-    out = tmp_path / "said.txt"
+def test_a_signal_ends_the_job_and_the_ray(number, tmp_path):
+    out = tmp_path / "out.txt"
     job = subprocess.Popen(
         [sys.executable, "-c", RUN],
         cwd=ROOT,
@@ -97,6 +104,6 @@ def test_being_told_to_stop_ends_the_job_and_the_ray(number, tmp_path):
 
 
 def folders_of(pid: int) -> set[Path]:
-    """The temporary folders of the Rays that a process started."""
+    """Return the temporary folders of the Rays that a process started."""
     words = {word for child in psutil.Process(pid).children() for word in child.cmdline()}
     return {Path(word.partition("=")[2]) for word in words if word.startswith("--temp-dir=")}
