@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import yaml
 from pydantic import Field
 from torch import nn
 
@@ -26,11 +24,12 @@ from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import load_frozen, load_processor
 from pipelines.evaluation.exact_match import pick_rows
 from pipelines.evaluation.tables import markdown_table
-from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path
-from pipelines.shared.sections import JobConfig
-from pipelines.tracking.client import TrackingError
-from pipelines.tracking.config import TrackingConfig
+from pipelines.shared.files import write_text
+from pipelines.shared.folder import JobFolder
+from pipelines.shared.paths import InputPath, OutputFolder, copy_into
+from pipelines.tracking.config import TrackedConfig
 from pipelines.tracking.run import Tracker
+from pipelines.tracking.tracked import finished_result, tracked_run
 from skipvision.analysis import error_bound, ffn_ratios
 from skipvision.errors import ConfigError, DataError
 
@@ -45,11 +44,11 @@ ERRORS = {
 """What is reported of each layer and of the output, and how the table calls it."""
 
 
-class AnalyseConfig(JobConfig):
+class AnalyseConfig(TrackedConfig):
     """What is measured, on which data."""
 
     model: BaseModelSection = Field(description="the base model")
-    adapter: str | None = Field(
+    adapter: InputPath | None = Field(
         None, description="folder of a fine-tuned adapter, which is then measured too; null = none"
     )
     skip: sv.SkipConfig | None = Field(
@@ -57,7 +56,7 @@ class AnalyseConfig(JobConfig):
         description="which visual tokens are retained, all others being skipped; null = as the adapter "
         "was trained",
     )
-    data: str = Field(description="rows to measure on: LLaVA JSON, chat JSONL or parquet")
+    data: InputPath = Field(description="rows to measure on: LLaVA JSON, chat JSONL or parquet")
     ratio_rows: int = Field(64, ge=1, description="rows for the FFN ratios, the tasks in equal shares")
     bound_rows: int = Field(4, ge=1, description="rows for the error and its bounds")
     batch_size: int = Field(8, ge=1, description="rows per forward pass")
@@ -65,58 +64,77 @@ class AnalyseConfig(JobConfig):
         True,
         description="also bound the error from spectral norms, which only layers like Llama's allow",
     )
-    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
-    report: str | None = Field(None, description="folder that also gets the table and the pictures")
+    report: OutputFolder | None = Field(None, description="folder that also gets the table and the pictures")
     threads: int = Field(0, ge=0, description="torch threads; 0 = as many as there are CPUs")
 
 
+class AnalysisFolder(JobFolder):
+    """Job ``name`` under ``storage``, new or resumed."""
+
+    may_differ: ClassVar[frozenset[str]] = frozenset({"storage", "tracking", "report", "threads"})
+
+    def __init__(self, storage: Path, name: str) -> None:
+        super().__init__(storage, name)
+        self.numbers = self.path / "analysis.json"
+        self.table = self.path / "analysis_table.md"
+        self.pictures = tuple(
+            self.path / name for name in ("ffn_ratios.png", "ffn_heat.png", "skip_errors.png")
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.state.get("measured"))
+
+
 def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
-    """Measure, draw and record; returns the medians over prompts, and where the rest is.
+    """Measure, draw and record, or report the finished job; returns medians over prompts, and the files.
 
     Raises:
-        ConfigError: model, adapter or data are not there, or nothing says which tokens are retained.
-        DataError: there is no row with an image.
-        UnsupportedModelError: the model is of a kind that this cannot be measured of.
+        ConfigError: model, adapter or data do not exist, no settings say which tokens are retained, or an
+            earlier start had other settings.
+        DataError: no row has an image.
+        UnsupportedModelError: the model's kind is not supported.
+        TrackingError: MLflow does not answer.
     """
     torch.set_num_threads(config.threads or usable_cpus())
-    storage = output_path(config.storage, "storage")
-    model = config.model.model_copy(update={"path": model_path(config.model.path, "model.path")})
-    adapter = None if config.adapter is None else Path(input_path(config.adapter, "adapter"))
-    skip = _retaining(config, adapter)
-    rows = [row for row in _rows(input_path(config.data, "data")) if row.images]
+    folder = AnalysisFolder(config.storage_path, config.name)
+    with folder.claimed():
+        folder.resume(config)
+        result = finished_result(config, folder, folder.table)
+        finished = result is not None
+        absolute = config.resolved()
+        if result is None:
+            result = _complete(config, absolute, folder)
+            folder.remember(result=result)
+    if absolute.report is not None:
+        copy_into(Path(absolute.report), [folder.table, *folder.pictures])
+    return {**result, "already_finished": finished}
+
+
+def _complete(config: AnalyseConfig, absolute: AnalyseConfig, folder: AnalysisFolder) -> dict[str, Any]:
+    """Measure, unless that is done, and record; returns the job's result."""
+    adapter = None if absolute.adapter is None else Path(absolute.adapter)
+    skip = _retaining(absolute, adapter)
+    rows = [row for row in _rows(absolute.data) if row.images]
     if not rows:
         raise DataError(f"data = {config.data}: no row has an image")
-    folder = storage / config.name
-    report = None if config.report is None else output_folder(config.report, "report")
-    tracker = Tracker.start(
-        config.tracking.absolute_uri(storage),
-        experiment=config.tracking.experiment,
-        run_name=config.name,
-        artifacts=storage / "mlflow-artifacts",
-    )
-    try:
-        resolved = {**config.model_dump(mode="json"), "skip": skip.model_dump(mode="json")}
-        tracker.parameters(resolved)
-        tracker.text(yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
-        found = {
-            name: _measure(name, model, folder_of, skip, rows, config)
-            for name, folder_of in {"base": None, "tuned": adapter}.items()
-            if name == "base" or folder_of is not None
-        }
-        result = {"skip": skip.model_dump(), "variants": found}
-        files = _write(result, folder)
-        _record(tracker, found, files)
-        tracker.finish("FINISHED")
-    except BaseException:
-        with suppress(TrackingError):
-            tracker.close()
-            tracker.finish("FAILED")
-        raise
-    if report is not None:
-        copy_into(report, files[1:])
+    settings = {**config.model_dump(mode="json"), "skip": skip.model_dump(mode="json")}
+    with tracked_run(config, folder, settings, settings) as run:
+        if not folder.has_work:
+            found = {
+                name: _measure(name, absolute.model, folder_of, skip, rows, absolute)
+                for name, folder_of in {"base": None, "tuned": adapter}.items()
+                if name == "base" or folder_of is not None
+            }
+            _write({"skip": skip.model_dump(), "variants": found}, folder)
+            folder.remember(measured=True)
+        found = json.loads(folder.numbers.read_text())["variants"]
+        files = [folder.numbers, folder.table, *folder.pictures]
+        run.advice = f"The analysis is complete in {folder.path}. Run the same job again to record it"
+        _record(run, found, files)
     return {
-        "mlflow_uri": tracker.uri,
-        "mlflow_run_id": tracker.run_id,
+        "mlflow_uri": run.uri,
+        "mlflow_run_id": run.run_id,
         "files": [str(file) for file in files],
         "variants": {name: {"output": medians(variant)[-1]} for name, variant in found.items()},
     }
@@ -200,22 +218,17 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(blocks)
 
 
-def _write(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Everything in numbers, the table, and the pictures."""
+def _write(result: dict[str, Any], folder: AnalysisFolder) -> None:
+    """Write the numbers, the table and the pictures."""
     found = result["variants"]
-    folder.mkdir(parents=True, exist_ok=True)
-    tables, pictures = (
-        ("analysis.json", "analysis_table.md"),
-        ("ffn_ratios.png", "ffn_heat.png", "skip_errors.png"),
-    )
-    files = [folder / name for name in (*tables, *pictures)]
-    files[0].write_text(json.dumps(result, indent=1) + "\n")
-    files[1].write_text(markdown(found))
-    picture_ratios(found, files[2])
-    picture_heat(found, files[3])
-    picture_errors({name: medians(variant) for name, variant in found.items()}, files[4])
-    print(f"\n{files[1].read_text()}\nin {folder}: {', '.join(file.name for file in files)}", flush=True)
-    return files
+    write_text(folder.numbers, json.dumps(result, indent=1) + "\n")
+    write_text(folder.table, markdown(found))
+    ratios, heat, errors = folder.pictures
+    picture_ratios(found, ratios)
+    picture_heat(found, heat)
+    picture_errors({name: medians(variant) for name, variant in found.items()}, errors)
+    names = ", ".join(file.name for file in (folder.numbers, folder.table, *folder.pictures))
+    print(f"\n{folder.table.read_text()}\nin {folder.path}: {names}", flush=True)
 
 
 def _record(tracker: Tracker, found: Mapping[str, Any], files: Sequence[Path]) -> None:

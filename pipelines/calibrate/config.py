@@ -8,8 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.engines.config import ModelSection
 from pipelines.score.config import DatasetSection
-from pipelines.shared.sections import EngineSection, JobConfig, Section
-from pipelines.tracking.config import TrackingConfig
+from pipelines.shared.sections import EngineSection, Section
+from pipelines.tracking.config import TrackedConfig
 from skipvision.config import SkipConfig
 
 Cost = Literal["prefill_flops", "kv_bytes", "latency"]
@@ -82,7 +82,7 @@ class ScalingSection(Section):
     gpus_per_worker: int | None = Field(None, ge=0, description="GPUs of each; null = one if there are any")
 
 
-class CalibrateConfig(JobConfig):
+class CalibrateConfig(TrackedConfig):
     """A calibration. An existing job of the same name is continued; other settings are refused."""
 
     model: ModelSection
@@ -101,7 +101,6 @@ class CalibrateConfig(JobConfig):
     budget: LimitsSection = LimitsSection()
     search: SearchSection = SearchSection()
     engine: EngineSection = EngineSection()
-    tracking: TrackingConfig = TrackingConfig()
     scaling: ScalingSection = ScalingSection()
 
     @field_validator("space")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,10 +25,10 @@ from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.score.dataset import Dataset
 from pipelines.score.fingerprints import of_files
+from pipelines.shared.files import write_text
 from pipelines.shared.folder import JobFolder
-from pipelines.shared.paths import output_path
-from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
+from pipelines.tracking.tracked import finished_result, tracked_run
 
 __all__ = ["CalibrateConfig", "run_calibrate"]
 
@@ -45,7 +45,7 @@ class CalibrationFolder(JobFolder):
         self.skip = self.path / "skip.yaml"
 
     @property
-    def begun(self) -> bool:
+    def has_work(self) -> bool:
         return bool({"latency", "evidence"} & self.state.keys()) or (
             self.scores.exists() and any(self.scores.iterdir())
         )
@@ -61,30 +61,29 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
         ResourceError: the cluster is too small.
         TrackingError: MLflow cannot be reached, or does not take the results.
     """
-    folder = CalibrationFolder(output_path(config.storage, "storage"), config.name)
+    folder = CalibrationFolder(config.storage_path, config.name)
     with folder.claimed():
-        if not folder.resumes(config.model_dump(mode="json")):
-            folder.state = {}
-        found = _found(config, folder)
-        if folder.state.get("result") and folder.tracks(config.tracking):
-            print(f"job {folder.finished_already(config.tracking, folder.path)}", flush=True)
-        else:
-            _complete(config, folder, found)
-        result: dict[str, Any] = folder.state["result"]
+        folder.resume(config)
+        config.resolved()  # reports every path that leads nowhere; the model keeps the path as given
+        inputs = _read(config, folder)
+        result = finished_result(config, folder, folder.path)
+        finished = result is not None
+        if result is None:
+            result = _complete(config, folder, inputs)
+            folder.remember(result=result)
         print(Path(result["table"]).read_text(), flush=True)
     if result["chosen"] is None:
         best = json.dumps(result["best"])
         raise NothingWithinBudgetError(
             f"{result['reason']}; the best found is {best}. Evidence: {result['evidence']}"
         )
-    return result
+    return {**result, "already_finished": finished}
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a search is about."""
+class _Inputs:
+    """What the search reads."""
 
-    uri: str
     model: EngineModel
     whole: Dataset
     search: Dataset
@@ -92,8 +91,8 @@ class _Found:
     files: dict[str, str]
 
 
-def _found(config: CalibrateConfig, folder: CalibrationFolder) -> _Found:
-    """Read model and questions and insist that they are what an earlier start has read."""
+def _read(config: CalibrateConfig, folder: CalibrationFolder) -> _Inputs:
+    """Read model and questions, and check that they are those of the job's first start."""
     uri = config.tracking.absolute_uri(folder.storage)
     known = folder.state.get("adapter")
     if folder.state.get("result"):
@@ -102,105 +101,84 @@ def _found(config: CalibrateConfig, folder: CalibrationFolder) -> _Found:
     search, held_out = parts(config)
     whole = replace(search, questions=(*search.questions, *held_out.questions))
     files = of_files([whole], [model])
-    folder.insist_on_same(files)
-    return _Found(uri, model, whole, search, held_out, files)
+    folder.require_same_files(files)
+    return _Inputs(model, whole, search, held_out, files)
 
 
-def _complete(config: CalibrateConfig, folder: CalibrationFolder, about: _Found) -> None:
-    """Search, unless that is done, and hand in what was found."""
+def _complete(config: CalibrateConfig, folder: CalibrationFolder, inputs: _Inputs) -> dict[str, Any]:
+    """Search, unless that is done, record the evidence and return the result."""
     evidence = folder.state.get("evidence")
-    space = [] if evidence else _space(config, about)
-    tracker = _start_tracking(config, folder, about)
-    try:
+    space = [] if evidence else _space(config, inputs)
+    folder.state |= {"adapter": inputs.model.adapter_label, "files": inputs.files, "result": None}
+    settings = config.model_dump(mode="json")
+    # Ray is left after the MLflow run has ended, because stopping it takes seconds.
+    with ExitStack() as ray, tracked_run(config, folder, settings, settings) as run:
         if evidence is None:
-            evidence = _search(config, folder, about, space)
+            evidence = _search(config, folder, inputs, space, ray)
             folder.remember(evidence=evidence)
-        _hand_in(evidence, folder, tracker)
-    except BaseException:
-        with suppress(TrackingError):
-            tracker.finish("FAILED")
-        raise
+        run.advice = (
+            f"The evidence is complete in {folder.path}. Run the same job again to record it; no question "
+            "is asked twice"
+        )
+        return _record(evidence, config, folder, run)
 
 
-def _space(config: CalibrateConfig, about: _Found) -> list[Candidate]:
+def _space(config: CalibrateConfig, inputs: _Inputs) -> list[Candidate]:
     """What is searched; whatever is wrong with it or the model is said before a run is begun."""
-    for line in about.whole.facts():
+    for line in inputs.whole.facts():
         print(line, flush=True)
-    return candidates(config, about.model, check_model(about.model), about.search)
-
-
-def _start_tracking(config: CalibrateConfig, folder: CalibrationFolder, about: _Found) -> Tracker:
-    known = folder.tracked(config.tracking, "mlflow_run_id")
-    tracker = Tracker.start(
-        about.uri,
-        experiment=config.tracking.experiment,
-        run_name=config.name,
-        artifacts=folder.storage / "mlflow-artifacts",
-        run_id=known,
-    )
-    if known is None:
-        tracker.parameters(config.model_dump(mode="json"))
-    folder.remember_tracked(
-        config.tracking,
-        config=config.model_dump(mode="json"),
-        adapter=about.model.adapter_label,
-        files=about.files,
-        mlflow_run_id=tracker.run_id,
-        result=None,
-    )
-    return tracker
+    return candidates(config, inputs.model, check_model(inputs.model), inputs.search)
 
 
 def _search(
-    config: CalibrateConfig, folder: CalibrationFolder, about: _Found, space: Sequence[Candidate]
+    config: CalibrateConfig,
+    folder: CalibrationFolder,
+    inputs: _Inputs,
+    space: Sequence[Candidate],
+    ray: ExitStack,
 ) -> dict[str, Any]:
     """The evidence, out of processes that are started for it."""
     # Call by call, an engine can be asked for the summaries that it has, or for none.
     skip = max((one.skip for one in space), key=lambda skip: skip.summary_tokens)
     scaling, tokens = config.scaling, config.data.max_new_tokens
-    with ray_session():
-        resources = worker_resources(
-            node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
-        )
-        model = replace(about.model, skip=skip)
-        with scorers(model, config.engine, tokens, workers=scaling.workers, resources=resources) as run_tasks:
-            return Calibration(config, folder, run_tasks, about.search, about.held_out).run(space)
+    ray.enter_context(ray_session())
+    resources = worker_resources(
+        node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
+    )
+    model = replace(inputs.model, skip=skip)
+    with scorers(model, config.engine, tokens, workers=scaling.workers, resources=resources) as run_tasks:
+        return Calibration(config, folder, run_tasks, inputs.search, inputs.held_out).run(space)
 
 
-def _hand_in(evidence: dict[str, Any], folder: CalibrationFolder, tracker: Tracker) -> None:
-    """Into the job's folder and MLflow: evidence, table, picture and, if there is one, the SkipConfig."""
+def _record(
+    evidence: dict[str, Any], config: CalibrateConfig, folder: CalibrationFolder, run: Tracker
+) -> dict[str, Any]:
+    """Write evidence, table, picture and the chosen SkipConfig to the folder and to MLflow.
+
+    Returns the job's result.
+    """
     files = {name: folder.path / name for name in ("evidence.json", "calibration.md", "calibration.png")}
-    config = CalibrateConfig.model_validate(folder.state["config"])
-    files["evidence.json"].write_text(json.dumps(evidence, indent=2) + "\n")
-    files["calibration.md"].write_text(markdown(evidence, config.budget))
+    write_text(files["evidence.json"], json.dumps(evidence, indent=2) + "\n")
+    write_text(files["calibration.md"], markdown(evidence, config.budget))
     picture(evidence, config.budget, files["calibration.png"])
     if evidence["chosen"] is not None:
         files["skip.yaml"] = folder.skip
-        folder.skip.write_text(sv.SkipConfig(**evidence["chosen"]).to_yaml())
+        write_text(folder.skip, sv.SkipConfig(**evidence["chosen"]).to_yaml())
         verdict = evidence["verdict"]
         numbers = {
             "difference": verdict["found"]["difference"],
             "low": verdict["worst"],
             "high": verdict["best"],
         }
-        tracker.metrics({**numbers, **evidence["costs"]}, 0)
-    try:
-        for file in files.values():
-            tracker.store(file)
-        tracker.finish("FINISHED")
-    except TrackingError as error:
-        raise TrackingError(
-            f"{error}\nThe evidence is complete in {folder.path}. Run the same job again to record it; "
-            "nothing is asked twice"
-        ) from error
-    folder.remember(
-        result={
-            **{key: evidence[key] for key in ("chosen", "costs", "best", "reason")},
-            "skip": str(folder.skip) if evidence["chosen"] is not None else None,
-            "evidence": str(files["evidence.json"]),
-            "table": str(files["calibration.md"]),
-            "picture": str(files["calibration.png"]),
-            "mlflow_uri": tracker.uri,
-            "mlflow_run_id": tracker.run_id,
-        }
-    )
+        run.metrics({**numbers, **evidence["costs"]}, 0)
+    for file in files.values():
+        run.store(file)
+    return {
+        **{key: evidence[key] for key in ("chosen", "costs", "best", "reason")},
+        "skip": str(folder.skip) if evidence["chosen"] is not None else None,
+        "evidence": str(files["evidence.json"]),
+        "table": str(files["calibration.md"]),
+        "picture": str(files["calibration.png"]),
+        "mlflow_uri": run.uri,
+        "mlflow_run_id": run.run_id,
+    }

@@ -9,8 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from pipelines.data.images import MAX_PIXELS
 from pipelines.data.prompts import PromptTemplate
 from pipelines.engines.config import ModelSection
-from pipelines.shared.sections import EngineSection, JobConfig, Section
-from pipelines.tracking.config import TrackingConfig
+from pipelines.shared.paths import InputPath
+from pipelines.shared.sections import EngineSection, Section
+from pipelines.tracking.config import TrackedConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
 
@@ -18,7 +19,7 @@ from skipvision.engine.requests import Sampling
 class InputSection(Section):
     """What is captioned. The inputs are listed once, at the job's first start."""
 
-    source: str = Field(
+    source: InputPath = Field(
         description="a folder of images (searched recursively), an image, a JSON, JSONL or parquet file, a "
         "WebDataset tar, a TSV with base64 images, or a pattern with * of any of these; local or any fsspec "
         "URL"
@@ -40,11 +41,11 @@ class InputSection(Section):
         description="column of images: paths, URLs, bytes, or lists of these; in a tar the extension, as in "
         "jpg; null = `image` or `images`, in a tar any image file",
     )
-    image_root: str | None = Field(
+    image_root: InputPath | None = Field(
         None, description="folder that relative image paths start at; null = that of the rows' file"
     )
     limit: int | None = Field(None, ge=1, description="rows taken, at most; null = all")
-    keys: str | None = Field(
+    keys: InputPath | None = Field(
         None, description="file with a key on each line: only these rows are taken; null = all"
     )
     max_pixels: int = Field(
@@ -91,7 +92,7 @@ class ScalingSection(Section):
     )
 
 
-class CaptionConfig(JobConfig):
+class CaptionConfig(TrackedConfig):
     """A captioning job; one that is there already under its name is continued, or refused if it differs."""
 
     model: ModelSection
@@ -111,7 +112,6 @@ class CaptionConfig(JobConfig):
         description="the job stops with an error as soon as more than this share of all rows are error rows",
     )
     samples: int = Field(24, ge=0, description="rows shown with their pictures in MLflow")
-    tracking: TrackingConfig = TrackingConfig()
     scaling: ScalingSection = ScalingSection()
 
     @model_validator(mode="after")

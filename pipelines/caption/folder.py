@@ -49,10 +49,11 @@ class CaptionFolder(JobFolder):
         super().__init__(storage, name)
         self.manifest = self.path / "manifest.parquet"
         self.captions = self.path / "captions"
+        self.adapter = self.path / "adapter"
         self.attempts = Attempts(self.path / "attempts")
 
     @property
-    def begun(self) -> bool:
+    def has_work(self) -> bool:
         return self.captions.exists() and any(self.captions.iterdir())
 
 

@@ -1,18 +1,18 @@
-"""Captioning a data set with the engine under Ray Data, tracked in MLflow.
+"""Captioning a data set with engines under Ray Data, tracked in MLflow.
 
-`run_caption` is the whole story of a job: claim its folder, find the model, list the inputs, caption the
-shards that are not there yet, sum up. A job that was killed anywhere on this way is continued by running
-the same configuration again.
+`run_caption` is the whole job: claim its folder, find the model, list the inputs, caption the shards that are
+missing, sum up. A job that was stopped or killed at any point is resumed by running the same configuration
+again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 from typing import Any
 
-import yaml
+from transformers import PretrainedConfig
 
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.folder import CaptionFolder, CaptionShards, Tally
@@ -25,122 +25,111 @@ from pipelines.caption.stages import Assignment, Written, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model
+from pipelines.shared.console import say
 from pipelines.shared.error_limit import ErrorLimit, listed
-from pipelines.shared.paths import input_path, output_path
-from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
+from pipelines.tracking.tracked import finished_result, tracked_run
 from skipvision.errors import SkipVisionError
 
 __all__ = ["CaptionConfig", "run_caption"]
 
 
+class EngineDiedError(SkipVisionError):
+    """An engine died before it generated anything."""
+
+
 def run_caption(config: CaptionConfig) -> dict[str, Any]:
-    """Caption, or go on, or only report the job ``config.name``; returns its result.
+    """Caption, resume or report the job ``config.name`` and return its result.
 
     The result holds ``captions`` (folder), ``rows``, ``captioned``, ``errors`` by kind, ``tokens`` by column,
-    ``savings`` (predicted and counted), ``rows_per_second`` (of this start, once engines ran), ``seconds``
-    (of all starts), ``mean_running`` (captions that an engine wrote at once), ``model``, ``adapter``,
-    ``mlflow_uri``, ``mlflow_run_id`` and ``already_finished``.
+    ``savings`` (predicted and counted), ``rows_per_second`` (of the start that finished, once engines ran),
+    ``seconds`` (of all starts), ``mean_running`` (captions that an engine generated at once), ``model``,
+    ``adapter``, ``mlflow_uri``, ``mlflow_run_id`` and ``already_finished``.
 
     Raises:
         ConfigError: settings that contradict each other, the model, the inputs or an earlier start.
         DataError: inputs that cannot be read at all, or more error rows than allowed.
         ResourceError: the cluster is too small.
-        TrackingError: MLflow cannot be reached.
+        TrackingError: MLflow does not answer.
     """
-    folder = CaptionFolder(output_path(config.storage, "storage"), config.name)
+    folder = CaptionFolder(config.storage_path, config.name)
     with folder.claimed():
-        continued = folder.resumes(config.model_dump(mode="json"))
-        if result := folder.state.get("result"):
-            print(f"job {folder.finished_already(config.tracking, folder.captions)}", flush=True)
+        resumed = folder.resume(config)
+        if result := finished_result(config, folder, folder.captions):
             return {**result, "already_finished": True}
-        absolute = _absolute(config)
-        uri = config.tracking.absolute_uri(folder.storage)
-        model = find_model(absolute, uri, folder.adapter, folder.state.get("adapter"))
+        absolute = config.resolved()
+        model = find_model(
+            config,
+            config.tracking.absolute_uri(folder.storage),
+            folder.adapter,
+            folder.state.get("adapter"),
+        )
         model_config = check_model(model)
-        if not continued or "listed" not in folder.state:
+        if not resumed or "listed" not in folder.state:
             _list_inputs(absolute, config, folder)
         folder.remember(adapter=model.adapter_label)
         work = Assignment(absolute, model, folder.manifest, folder.attempts)
         manifest = Manifest(folder.manifest)
         shards = CaptionShards(folder.captions, config.output.format)
-        tracker = _start_tracking(absolute, folder, uri, model, manifest)
-        try:
-            running = _caption_missing(work, manifest, shards, folder, tracker)
-        except BaseException:
-            with suppress(TrackingError):
-                tracker.close()
-                tracker.finish("FAILED")
-            raise
-        return _sum_up(work, manifest, shards, folder, tracker, savings_of=model_config, running=running)
-
-
-class EngineDiedError(SkipVisionError):
-    """An engine does not live long enough to write anything."""
+        description = _description(absolute, model, manifest)
+        # Ray is left after the MLflow run has ended, because stopping it takes seconds.
+        with ExitStack() as ray, tracked_run(config, folder, *description) as run:
+            progress = _caption_missing(work, manifest, shards, folder, run, ray)
+            run.advice = (
+                f"The captions are complete in {folder.captions}. Run the same job again to record them"
+            )
+            summary = _sum_up(work, model_config, manifest, shards, folder, progress)
+            record(run, summary, progress.engines(), manifest, shards, absolute)
+        result = {**summary, "mlflow_uri": run.uri, "mlflow_run_id": run.run_id}
+        folder.remember(result=result)
+        return {**result, "already_finished": False}
 
 
 # ------------------------------------------------------------------------------------ before captioning
 
 
-def _absolute(config: CaptionConfig) -> CaptionConfig:
-    """The configuration with every path absolute: readers and engines run elsewhere."""
-    paths = {"source": input_path(config.input.source, "input.source")}
-    if config.input.image_root is not None:
-        paths["image_root"] = input_path(config.input.image_root, "input.image_root")
-    if config.input.keys is not None:
-        paths["keys"] = input_path(config.input.keys, "input.keys")
-    return config.model_copy(update={"input": config.input.model_copy(update=paths)})
-
-
 def _list_inputs(absolute: CaptionConfig, config: CaptionConfig, folder: CaptionFolder) -> None:
-    """Write the manifest; it and the settings are what a continued job goes by."""
-    print(f"job {config.name!r}: listing {absolute.input.source}", flush=True)
-    facts = write_manifest(absolute.input, folder.manifest, config.output.shard_rows, _say)
+    """Write the manifest. A resumed job uses this manifest, whatever the inputs are by then."""
+    say(f"job {config.name!r}: listing {absolute.input.source}")
+    facts = write_manifest(absolute.input, folder.manifest, config.output.shard_rows, say)
     for line in _described(facts):
-        _say(line)
+        say(line)
     folder.state = {}
-    folder.remember(
-        config=config.model_dump(mode="json"),
-        listed={"rows": facts.rows, "problems": facts.problems, "passed_over": facts.passed_over},
+    folder.remember_settings(
+        config, listed={"rows": facts.rows, "problems": facts.problems, "passed_over": facts.passed_over}
     )
 
 
 def _described(facts: ManifestFacts) -> Iterator[str]:
     yield f"{facts.rows:,} rows"
     if facts.problems:
-        yield "already known to be error rows: " + listed(facts.problems)
+        yield "error rows found while listing: " + listed(facts.problems)
     if facts.passed_over:
         passed = {suffix or "no suffix": count for suffix, count in facts.passed_over.items()}
-        yield "passed over, as they are no images by their names: " + listed(passed)
+        yield "files skipped because their names are not those of images: " + listed(passed)
 
 
-def _start_tracking(
-    config: CaptionConfig, folder: CaptionFolder, uri: str, model: EngineModel, manifest: Manifest
-) -> Tracker:
-    known = folder.tracked(config.tracking, "mlflow_run_id")
-    tracker = Tracker.start(
-        uri,
-        experiment=config.tracking.experiment,
-        run_name=config.name,
-        artifacts=folder.storage / "mlflow-artifacts",
-        run_id=known,
-    )
-    if known is None:
-        resolved = {**config.model_dump(mode="json"), "skip": model.skip.model_dump(mode="json")}
-        facts = {"rows": manifest.rows, "shards": manifest.shards, "adapter_version": model.adapter_label}
-        tracker.parameters({**resolved, "job": facts})
-        tracker.text(yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
-        folder.remember_tracked(config.tracking, mlflow_run_id=tracker.run_id)
-    return tracker
+def _description(
+    config: CaptionConfig, model: EngineModel, manifest: Manifest
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings and the parameters of a new MLflow run."""
+    settings = {**config.model_dump(mode="json"), "skip": model.skip.model_dump(mode="json")}
+    facts = {"rows": manifest.rows, "shards": manifest.shards, "adapter_version": model.adapter_label}
+    return settings, {**settings, "job": facts}
 
 
 # ------------------------------------------------------------------------------------------ captioning
 
 
 def _caption_missing(
-    work: Assignment, manifest: Manifest, shards: CaptionShards, folder: CaptionFolder, tracker: Tracker
+    work: Assignment,
+    manifest: Manifest,
+    shards: CaptionShards,
+    folder: CaptionFolder,
+    run: Tracker,
+    ray: ExitStack,
 ) -> CaptionProgress:
-    """Caption every shard whose file is not there."""
+    """Caption every shard that has no file yet."""
     shards.clean()
     folder.attempts.clear()
     missing = shards.missing(manifest.shards)
@@ -148,38 +137,39 @@ def _caption_missing(
     for table in shards.tables(range(manifest.shards)):
         done.add(table)
     limit = ErrorLimit(work.config.max_error_fraction, manifest.rows)
-    # Rows that were errors when they were listed may be in these shards or in those: not counted twice.
+    # Checked separately: rows with errors in the listing may be in finished shards, and must not count twice.
     limit.check(done.errors)
     limit.check(Counter(folder.state["listed"]["problems"]))
-    progress = CaptionProgress(manifest.rows, done, tracker, folder.state.get("seconds", 0.0))
+    progress = CaptionProgress(manifest.rows, done, run, folder.state.get("seconds", 0.0))
     if not missing:
         return progress
+    folder.remember(summary=None)
     if done.rows:
-        _say(f"{done.rows:,} of {manifest.rows:,} rows are there already")
-    with ray_session():
-        resources = engine_resources(node_resources(), work.config.scaling)
-        each = f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU"
-        _say(f"starting {work.config.scaling.workers} engine(s) with {each} each")
-        collected: dict[int, dict[int, Caption]] = {}
-        for written in _alive(captions(work, missing, resources)):
-            rows = collected.setdefault(written.shard, {})
-            rows.update(written.captions)
-            progress.add(written)
-            limit.check(progress.tally.errors)
-            if len(rows) == manifest.shard_rows[written.shard]:
-                shards.write(written.shard, [rows[number] for number in sorted(rows)])
-                del collected[written.shard]
-                folder.remember(seconds=round(progress.seconds, 2))
-    if collected:
+        say(f"{done.rows:,} of {manifest.rows:,} rows are captioned already")
+    ray.enter_context(ray_session())
+    resources = engine_resources(node_resources(), work.config.scaling)
+    each = f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU"
+    say(f"starting {work.config.scaling.workers} engine(s) with {each} each")
+    unfinished: dict[int, dict[int, Caption]] = {}
+    for written in _alive(captions(work, missing, resources)):
+        rows = unfinished.setdefault(written.shard, {})
+        rows.update(written.captions)
+        progress.add(written)
+        limit.check(progress.tally.errors)
+        if len(rows) == manifest.shard_rows[written.shard]:
+            shards.write(written.shard, [rows[number] for number in sorted(rows)])
+            del unfinished[written.shard]
+            folder.remember(seconds=round(progress.seconds, 2))
+    if unfinished:
         raise EngineDiedError(
-            f"rows of {len(collected)} shards were lost on the way; run the same job again to caption them"
+            f"rows of {len(unfinished)} shards were lost on the way; run the same job again to caption them"
         )
-    progress.say()
+    progress.report()
     return progress
 
 
 def _alive(stream: Iterator[Written]) -> Iterator[Written]:
-    """The stream; that an engine cannot be started is said in our words."""
+    """Yield from ``stream``; raise `EngineDiedError` if an engine cannot be started."""
     from ray.exceptions import ActorDiedError
 
     try:
@@ -187,56 +177,44 @@ def _alive(stream: Iterator[Written]) -> Iterator[Written]:
     except ActorDiedError as error:
         raise EngineDiedError(
             f"an engine could not be started: {str(error).strip().splitlines()[-1]}\n"
-            "What is captioned is safe; run the same job again to continue"
+            "The captions so far are safe; run the same job again to continue"
         ) from error
 
 
-# ------------------------------------------------------------------------------------------ the end
+# ----------------------------------------------------------------------------------------- afterwards
 
 
 def _sum_up(
     work: Assignment,
+    model_config: PretrainedConfig,
     manifest: Manifest,
     shards: CaptionShards,
     folder: CaptionFolder,
-    tracker: Tracker,
-    *,
-    savings_of: Any,
-    running: CaptionProgress,
+    progress: CaptionProgress,
 ) -> dict[str, Any]:
-    """Everything about the finished job, in MLflow and as its result."""
+    """Return the numbers of the finished job. They are kept, because a later start cannot measure rates."""
+    summary: dict[str, Any] | None = folder.state.get("summary")
+    if summary is not None:
+        return summary
     tally = Tally()
     for table in shards.tables(range(manifest.shards)):
         tally.add(table)
-    result = {
+    summary = {
         "run": folder.name,
         "captions": str(folder.captions),
         "rows": tally.rows,
         "captioned": tally.rows - tally.failed,
         "errors": dict(tally.errors.most_common()),
         "tokens": dict(tally.tokens),
-        "savings": savings(savings_of, work.model.skip, tally),
-        "rows_per_second": round(running.rate, 3),
-        "seconds": round(running.seconds, 2),
-        "mean_running": round(running.engines().get("engine/mean_running", 0.0), 2),
+        "savings": savings(model_config, work.model.skip, tally),
+        "rows_per_second": round(progress.rate, 3),
+        "seconds": round(progress.seconds, 2),
+        "mean_running": round(progress.engines().get("engine/mean_running", 0.0), 2),
         "model": work.model.label,
         "adapter": work.model.adapter_label,
-        "mlflow_uri": tracker.uri,
-        "mlflow_run_id": tracker.run_id,
     }
-    try:
-        record(tracker, result, running.engines(), manifest, shards, work.config)
-        tracker.finish("FINISHED")
-    except TrackingError as error:
-        raise TrackingError(
-            f"{error}\nThe captions are complete in {folder.captions}. Run the same job again to record them"
-        ) from error
-    folder.remember(result=result)
-    _say(f"{result['captioned']:,} captions and {tally.failed:,} error rows in {folder.captions}")
+    folder.remember(summary=summary)
+    say(f"{summary['captioned']:,} captions and {tally.failed:,} error rows in {folder.captions}")
     if tally.failed:
-        _say("error rows: " + listed(tally.errors))
-    return {**result, "already_finished": False}
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+        say("error rows: " + listed(tally.errors))
+    return summary

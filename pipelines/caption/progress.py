@@ -53,9 +53,9 @@ class CaptionProgress:
         if self._first is None:  # there is no rate yet
             self._first, self._said = (self._last, self.tally.rows), self._last
         elif self._last - self._said >= _SAY_SECONDS:
-            self.say()
+            self.report()
 
-    def say(self) -> None:
+    def report(self) -> None:
         """One line for people, and the same as metrics."""
         self._said = time.monotonic()
         rate = self.rate

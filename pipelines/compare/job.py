@@ -298,7 +298,7 @@ def _track(result: dict[str, Any], full: dict[str, Any], skip: dict[str, Any]) -
         tracker = Tracker(run["result"]["mlflow_uri"], run["result"]["mlflow_run_id"])
         shares = {f"test/exact_match/{task}": v for task, v in result["exact_match"][name].items()}
         tracker.metrics({**shares, **more}, 0)
-        tracker.hand_in()
+        tracker.upload()
         if name == "skip":
             for path in (result["table"], result["picture"]):
                 tracker.store(Path(path))

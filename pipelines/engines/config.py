@@ -6,13 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipelines.shared.paths import ArtifactPath, ModelPath
 from pipelines.shared.sections import Section
 
 
 class BaseModelSection(Section):
     """The base model, which stays frozen."""
 
-    path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
+    path: ModelPath = Field(description="folder of the base model and its processor, or a Hugging Face id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="dtype of the frozen weights; auto = as stored, but half-precision weights become the "
@@ -26,8 +27,8 @@ class BaseModelSection(Section):
 class ModelSection(Section):
     """What writes the captions."""
 
-    path: str = Field(description="folder of the base model and its processor, or a Hugging Face id")
-    adapter: str | None = Field(
+    path: ModelPath = Field(description="folder of the base model and its processor, or a Hugging Face id")
+    adapter: ArtifactPath | None = Field(
         None,
         description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
         "MLflow; null = the base model as it is",

@@ -13,23 +13,7 @@ from pipelines.cluster.resources import node_resources, worker_resources
 from pipelines.engines.loading import check_known, load_processor
 from pipelines.finetune.config import FinetuneConfig, ScalingSection
 from pipelines.finetune.learner import prepare
-from pipelines.shared.paths import input_path, model_path, output_path
 from skipvision.errors import ConfigError
-
-
-def absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with every path absolute, as workers run elsewhere; `ConfigError` if one is wrong."""
-    data = config.data
-    paths: dict[str, str | None] = {"train": input_path(data.train, "data.train")}
-    if data.validation is not None:
-        paths["validation"] = input_path(data.validation, "data.validation")
-    if data.image_root is not None:
-        paths["image_root"] = input_path(data.image_root, "data.image_root")
-    model = config.model.model_copy(update={"path": model_path(config.model.path, "model.path")})
-    storage = str(output_path(config.storage, "storage"))
-    return config.model_copy(
-        update={"data": data.model_copy(update=paths), "model": model, "storage": storage}
-    )
 
 
 def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]:

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from pipelines.data.training_rows import CheckImages, OnBadRow
 from pipelines.engines.config import BaseModelSection
-from pipelines.shared.sections import JobConfig, Section
-from pipelines.tracking.config import TrainingTrackingConfig
+from pipelines.shared.paths import InputPath
+from pipelines.shared.sections import Section
+from pipelines.tracking.config import TrackedConfig, TrainingTrackingConfig
 from skipvision.config import SkipConfig
 
 DECODER_LINEARS = (
@@ -21,9 +22,9 @@ DECODER_LINEARS = (
 class DataSection(Section):
     """Training and validation rows: LLaVA JSON, chat JSONL or parquet."""
 
-    train: str = Field(description="file, pattern or fsspec URL of the training rows")
-    validation: str | None = Field(None, description="the same for evaluation; null = none is done")
-    image_root: str | None = Field(
+    train: InputPath = Field(description="file, pattern or fsspec URL of the training rows")
+    validation: InputPath | None = Field(None, description="the same for evaluation; null = none is done")
+    image_root: InputPath | None = Field(
         None, description="folder that relative image paths start at; null = the folder of the rows' file"
     )
     check_images: CheckImages = Field(
@@ -113,7 +114,7 @@ class ScalingSection(Section):
     )
 
 
-class FinetuneConfig(JobConfig):
+class FinetuneConfig(TrackedConfig):
     """A fine-tuning run; one that is there already under its name is resumed, or refused if it differs."""
 
     resume_with_changes: bool = Field(

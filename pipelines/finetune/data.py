@@ -19,6 +19,7 @@ from pipelines.data.training_rows import apply_bad_row_policy, read_training_row
 from pipelines.finetune.batches import LengthGroupedBatches, row_lengths
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.folder import FinetuneFolder
+from pipelines.shared.files import write_text
 from skipvision.errors import DataError
 
 
@@ -52,7 +53,7 @@ def read_data(config: FinetuneConfig, folder: FinetuneFolder, processor: Process
     A run that has begun keeps the rows that it began with: an image that has become unreadable since is met,
     and listed, by the step that needs it.
     """
-    if folder.begun and folder.rows.exists():
+    if folder.has_work and folder.rows.exists():
         return _read_again(config, folder)
     data, source = config.data, config.data.validation
     train = _read(config, data.train, processor)
@@ -71,7 +72,7 @@ def keep_choice(data: FinetuneData, folder: FinetuneFolder) -> None:
     """Write down which rows a run begins with, for `read_data` when it is resumed."""
     train = {row.key: length for row, length in zip(data.rows, data.lengths, strict=True)}
     choice = {"train": train, "validation": [row.key for row in data.validation]}
-    folder.rows.write_text(json.dumps(choice))
+    write_text(folder.rows, json.dumps(choice))
 
 
 class _Measured(NamedTuple):

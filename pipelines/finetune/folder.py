@@ -1,23 +1,22 @@
-"""The folder of one fine-tuning run, and which of its settings may differ when it is resumed.
+"""The folder of a fine-tuning run, and the settings that may differ when the run is resumed.
 
 ::
 
-    <storage>/<name>/run.json       configuration, data fingerprint, MLflow run, result once there is one
-                     lock           held by the job that works on the run, while it does
-                     rows.json      which rows the run trains and is evaluated on
+    <storage>/<name>/run.json       settings, fingerprint of the data, MLflow run, and finally the result
+                     lock           held by the process that works on the run
+                     rows.json      keys of the training and validation rows
                      rejects.jsonl  rows that could not be used
-                     checkpoints/   Ray Train's
-                     adapter/       the result
+                     checkpoints/   Ray Train's checkpoints
+                     adapter/       the trained adapter
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pipelines.shared.folder import JobFolder, meant
-from pipelines.shared.sections import flatten
+from pipelines.shared.folder import JobFolder
 
 MAY_DIFFER = frozenset(
     {
@@ -28,7 +27,7 @@ MAY_DIFFER = frozenset(
         *("evaluation.every", "evaluation.batch_size"),
     }
 )
-"""Settings that do not change what a training computes."""
+"""Settings that do not change the trained weights."""
 
 MAY_CHANGE = tuple(
     f"training.{name}"
@@ -36,17 +35,13 @@ MAY_CHANGE = tuple(
         *("learning_rate", "warmup", "final_learning_rate", "weight_decay", "max_grad_norm", "precision"),
     )
 )
-"""Settings of the optimiser, with which an unfinished run may go on if that is asked for."""
-
-PATHS = ("data.train", "data.validation", "data.image_root", "model.path")
-"""Settings that are the same if they lead to the same file."""
+"""Settings of the optimiser, which an unfinished run may change with ``resume_with_changes``."""
 
 
 class FinetuneFolder(JobFolder):
     """Run ``name`` under ``storage``, new or resumed."""
 
     may_differ: ClassVar[frozenset[str]] = MAY_DIFFER
-    paths: ClassVar[tuple[str, ...]] = PATHS
 
     def __init__(self, storage: Path, name: str) -> None:
         super().__init__(storage, name)
@@ -56,15 +51,14 @@ class FinetuneFolder(JobFolder):
         self.adapter = self.path / "adapter"
 
     @property
-    def begun(self) -> bool:
-        return "trained" in self.state or any(self.checkpoints.glob("checkpoint_*"))
+    def trained(self) -> bool:
+        """Whether the training is complete; the adapter may still have to be uploaded."""
+        return "trained" in self.state
+
+    @property
+    def has_work(self) -> bool:
+        return self.trained or any(self.checkpoints.glob("checkpoint_*"))
 
     @property
     def may_change(self) -> Collection[str]:
-        return () if "trained" in self.state else MAY_CHANGE
-
-
-def real_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the settings that are paths lead now."""
-    settings = flatten(config)
-    return {name: meant(settings.get(name)) for name in PATHS}
+        return () if self.trained else MAY_CHANGE

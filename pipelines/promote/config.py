@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipelines.evaluation.gate import Budget
+from pipelines.shared.paths import ArtifactPath, OutputPath
 from pipelines.shared.sections import Section
 from pipelines.tracking.config import TrackingConfig
 
@@ -14,7 +15,9 @@ from pipelines.tracking.config import TrackingConfig
 class ItemsSection(Section):
     """Scored items of one system."""
 
-    items: str = Field(description="items.parquet of a scoring job, or runs:/RUN_ID of its MLflow run")
+    items: ArtifactPath = Field(
+        description="items.parquet of a scoring job, or runs:/RUN_ID of its MLflow run"
+    )
     system: str | None = Field(
         None, description="label of the system there; null = the one that is what is needed"
     )
@@ -43,5 +46,7 @@ class PromoteConfig(Section):
     reference: ReferenceSection
     alias: str = Field("champion", description="alias that moves to the candidate if it passes")
     budget: Budget = Budget()
-    storage: str = Field("runs", description="folder of runs, with MLflow's database if tracking.uri is null")
+    storage: OutputPath = Field(
+        "runs", description="folder of runs, with MLflow's database if tracking.uri is null"
+    )
     tracking: TrackingConfig = TrackingConfig()

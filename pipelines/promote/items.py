@@ -12,7 +12,6 @@ import skipvision as sv
 from pipelines.engines.model import adapter_digest
 from pipelines.evaluation.items import Item, read_items, read_systems
 from pipelines.promote.config import ItemsSection
-from pipelines.shared.paths import input_path
 from pipelines.tracking.registry import ModelVersion, Registry
 from skipvision.errors import ConfigError
 
@@ -76,7 +75,7 @@ def items_file(section: ItemsSection, registry: Registry, folder: Path) -> Path:
     if section.items.startswith("runs:/"):
         folder.mkdir()
         return registry.artifact(section.items.removeprefix("runs:/"), ITEMS, folder)
-    return Path(input_path(section.items, "items"))
+    return Path(section.items)
 
 
 def items_of(needed: NeededSystem, file: Path, section: ItemsSection) -> tuple[list[Item], dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +25,10 @@ from pipelines.promote.items import (
     items_file,
     items_of,
 )
-from pipelines.shared.paths import output_path
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.registry import ModelVersion, Registry
 from pipelines.tracking.run import Tracker
+from pipelines.tracking.tracked import ended
 from skipvision.errors import ConfigError, SkipVisionError
 
 __all__ = ["PromoteConfig", "run_promote"]
@@ -83,7 +82,8 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
         DataError: the items cannot be read or paired, or the reference has errors of its own.
         TrackingError: MLflow cannot be reached, or does not take the decision.
     """
-    storage = output_path(config.storage, "storage")
+    absolute = config.resolved()
+    storage = Path(absolute.storage)
     registry = Registry(config.tracking.absolute_uri(storage))
     candidate = registry.find(config.candidate.model)
     before = registry.holder(candidate.name, config.alias)
@@ -97,29 +97,40 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
         )
     decision = Decision(candidate, champion, config, datetime.now(UTC).isoformat(timespec="seconds"))
     # Before there is a run: a mistake in the settings is no decision, and must not stand in for the last one.
-    decision.verdicts = _judged(decision, registry)
+    decision.verdicts = _judged(decision, absolute, registry)
     tracker = Tracker.start(
         registry.uri,
         experiment=config.tracking.experiment,
         run_name=f"{candidate.name}/{candidate.version} as {config.alias}",
         artifacts=storage / "mlflow-artifacts",
     )
-    try:
-        _insist_on_all(decision)
-        decision.outcome, decision.reason = "passed", "Every slice stays within its budget."
-        _record(decision, registry, tracker)  # no alias moves without its evidence
-        _move(decision, registry)
-        decision.outcome = "promoted"
-    except SkipVisionError as error:
-        decision.outcome, decision.reason = "refused", str(error)
-        raise
-    finally:
-        print(decision.markdown(), flush=True)
-        _conclude(decision, registry, tracker)
+    refusal: SkipVisionError | None = None
+    with ended(tracker):
+        settings = config.model_dump(mode="json")
+        tracker.describe(settings, settings)
+        try:
+            _decide(decision, registry, tracker)
+        except SkipVisionError as error:
+            decision.outcome, decision.reason, refusal = "refused", str(error), error
+        finally:
+            if decision.reason:  # otherwise the job was stopped before it decided anything
+                print(decision.markdown(), flush=True)
+                _conclude(decision, registry, tracker)
+    if refusal is not None:
+        raise refusal
     return {**decision.evidence(), "mlflow_uri": registry.uri, "mlflow_run_id": tracker.run_id}
 
 
-def _judged(decision: Decision, registry: Registry) -> list[Verdict]:
+def _decide(decision: Decision, registry: Registry, tracker: Tracker) -> None:
+    """Move the alias, after recording why; raise `RefusedError` if the candidate does not pass."""
+    _insist_on_all(decision)
+    decision.outcome, decision.reason = "passed", "Every slice stays within its budget."
+    _record(decision, registry, tracker)  # no alias moves without its evidence
+    _move(decision, registry)
+    decision.outcome = "promoted"
+
+
+def _judged(decision: Decision, absolute: PromoteConfig, registry: Registry) -> list[Verdict]:
     config, champion = decision.config, decision.champion
     sides: dict[str, list[Item]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -130,9 +141,12 @@ def _judged(decision: Decision, registry: Registry) -> list[Verdict]:
         }
         if champion is not None and config.reference.against == "champion":
             needed["reference"] = RegisteredSystem(champion, registry, place / "champion-model")
-        for side, section in (("candidate", config.candidate), ("reference", config.reference)):
+        for side, given, section in (
+            ("candidate", config.candidate, absolute.candidate),
+            ("reference", config.reference, absolute.reference),
+        ):
             file = items_file(section, registry, place / side)
-            sides[side], decision.items[side] = items_of(needed[side], file, section)
+            sides[side], decision.items[side] = items_of(needed[side], file, given)
     check_comparable(*(decision.items[side]["made_with"] for side in ("candidate", "reference")))
     return judge(sides["reference"], sides["candidate"], config.budget)
 
@@ -181,13 +195,10 @@ def _has_alias(decision: Decision, registry: Registry) -> bool | None:
 
 
 def _conclude(decision: Decision, registry: Registry, tracker: Tracker) -> None:
-    """Record the decision as it is in the end; the run fails if MLflow does not take it."""
+    """Record the final decision; a `TrackingError` says whether the alias has moved."""
     try:
         _record(decision, registry, tracker)
-        tracker.finish("FINISHED")
     except TrackingError as error:
-        with suppress(TrackingError):
-            tracker.finish("FAILED")
         moved = decision.outcome == "promoted" or _has_alias(decision, registry)
         alias = {
             True: "has moved",
@@ -216,9 +227,9 @@ def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
             f"worst/{verdict.slice}": verdict.worst,
         }
     tracker.metrics(numbers, 0)  # all at once: MLflow may have one name for two slices
-    tracker.hand_in()
+    tracker.upload()
     gate = f"promotion/{decision.config.alias}"
-    registry.note(
+    registry.tag(
         decision.candidate,
         {
             f"{gate}/outcome": decision.outcome,

@@ -9,8 +9,8 @@ from pydantic import Field, StringConstraints, model_validator
 from pipelines.caption.config import ScalingSection
 from pipelines.engines.config import ModelSection
 from pipelines.score.rules.judge_endpoint import JudgeConfig
-from pipelines.shared.sections import EngineSection, JobConfig, Section
-from pipelines.tracking.config import TrackingConfig
+from pipelines.shared.sections import EngineSection, Section
+from pipelines.tracking.config import TrackedConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
 
@@ -48,7 +48,7 @@ class DatasetSection(Section):
     limit: int | None = Field(None, ge=1, description="max items, taken from the beginning; null = all")
 
 
-class ScoreConfig(JobConfig):
+class ScoreConfig(TrackedConfig):
     """A scoring job. An existing job of the same name is continued; other settings are refused."""
 
     systems: dict[Name, SystemSection] = Field(min_length=1, description="the systems, by label")
@@ -74,7 +74,6 @@ class ScoreConfig(JobConfig):
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals of differences")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of an interval")
-    tracking: TrackingConfig = TrackingConfig()
     scaling: ScalingSection = ScalingSection()
 
     @model_validator(mode="after")

@@ -17,22 +17,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import BaseModel
+
 from pipelines.shared.folder import JobFolder
 
 
 class ScoreFolder(JobFolder):
     """Job ``name`` under ``storage``, new or continued."""
 
-    reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence", "tracking")
+    reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence")
     """Settings of the report alone: with others it is made anew, from the same answers."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
         {
-            *("scaling", "storage", "engine", "max_error_fraction", *reported),
+            *("scaling", "storage", "engine", "max_error_fraction", "tracking", *reported),
             *("judge.parallel", "judge.timeout", "judge.api_key_env", "judge.base_url"),
         }
     )
-    advice: ClassVar[str] = "; a further system or dataset needs a job of another name"
+    hint: ClassVar[str] = "; a further system or dataset needs a job of another name"
 
     def __init__(self, storage: Path, name: str) -> None:
         super().__init__(storage, name)
@@ -42,8 +44,13 @@ class ScoreFolder(JobFolder):
         self.picture = self.path / "comparison.png"
 
     @property
-    def begun(self) -> bool:
+    def has_work(self) -> bool:
         return self.answers.exists()
+
+    def is_reported(self, config: BaseModel) -> bool:
+        """Return whether the report was made with the `reported` settings of ``config``."""
+        before, now = self.state.get("config", {}), config.model_dump(mode="json")
+        return all(before.get(name) == now[name] for name in self.reported)
 
     def questions(self, dataset: str) -> Path:
         """The file of indices that are asked."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from pipelines.score.points import Prediction, Scored, mean_score, score_answers
 from pipelines.score.report import Comparison, compare, markdown, metrics, picture
 from pipelines.score.rules.judge import Judge
 from pipelines.shared.error_limit import ErrorLimit
-from pipelines.shared.paths import output_path
-from pipelines.tracking.client import TrackingError
+from pipelines.shared.files import write_text
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import is_registered
 from pipelines.tracking.run import Tracker
+from pipelines.tracking.tracked import finished_result, tracked_runs
 from skipvision.errors import ConfigError
 
 __all__ = ["ScoreConfig", "run_score"]
@@ -56,7 +56,7 @@ class _Job:
 def run_score(config: ScoreConfig) -> dict[str, Any]:
     """Score, go on, or only report the job ``config.name``; returns its result.
 
-    A finished job whose `ScoreFolder.reported` settings differ now is compared and recorded anew.
+    A finished job whose `ScoreFolder.reported` settings have changed is compared and recorded again.
 
     The result holds ``items`` (a file for each system), ``score`` (mean points by system and dataset,
     fractions), ``totals`` (what benchmarks publish beside), ``difference`` (by system and dataset, to the
@@ -74,24 +74,25 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
         TrackingError: MLflow cannot be reached, or does not take the results.
     """
     started = time.monotonic()
-    folder = ScoreFolder(output_path(config.storage, "storage"), config.name)
+    folder = ScoreFolder(config.storage_path, config.name)
     with folder.claimed():
-        folder.resumes(config.model_dump(mode="json"))
-        job = _found(config, folder)
-        if result := _finished(config, folder):
-            print(f"job {folder.finished_already(config.tracking, folder.table)}", flush=True)
+        folder.resume(config)
+        config.resolved()  # reports every path that leads nowhere; names of systems keep the paths as given
+        job = _read(config, folder)
+        if folder.is_reported(config) and (result := finished_result(config, folder, folder.table)):
             return {**result, "already_finished": True}
         job = _begin(job)
-        trackers = _start_tracking(job)
-        try:
-            _answer_missing(job)
+        parameters = {label: _parameters(job, label) for label in job.models}
+        # Ray is left after the MLflow runs have ended, because stopping it takes seconds.
+        with (
+            ExitStack() as ray,
+            tracked_runs(config, folder, config.model_dump(mode="json"), parameters) as runs,
+        ):
+            _answer_missing(job, ray)
             scored = {label: _scored(job, label) for label in config.systems}
-            result = _sum_up(job, scored, trackers)
-        except BaseException:
-            for tracker in trackers.values():
-                with suppress(TrackingError):
-                    tracker.finish("FAILED")
-            raise
+            comparisons = _compared(job, scored)
+            _record(job, scored, comparisons, runs)
+        result = _result(job, scored, comparisons, runs)
         result["seconds"] = round(time.monotonic() - started, 2)
         folder.remember(result=result)
         return {**result, "already_finished": False}
@@ -100,15 +101,8 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------- before answering
 
 
-def _finished(config: ScoreConfig, folder: ScoreFolder) -> dict[str, Any] | None:
-    """The result, if there is one and the report would not come out otherwise now."""
-    before, now = folder.state.get("config", {}), config.model_dump(mode="json")
-    result: dict[str, Any] | None = folder.state.get("result")
-    return result if all(before.get(name) == now[name] for name in folder.reported) else None
-
-
-def _found(config: ScoreConfig, folder: ScoreFolder) -> _Job:
-    """Read everything and insist that it is what an earlier start has read."""
+def _read(config: ScoreConfig, folder: ScoreFolder) -> _Job:
+    """Read datasets and models, and check that they are those of the job's first start."""
     datasets = tuple(
         read_dataset(one.name, one.path, rule=one.rule, instruction=one.instruction, limit=one.limit)
         for one in config.datasets
@@ -129,7 +123,7 @@ def _found(config: ScoreConfig, folder: ScoreFolder) -> _Job:
         if not folder.state.get("result"):
             check_model(models[label])
     files = of_files(datasets, models.values())
-    folder.insist_on_same(files)
+    folder.require_same_files(files)
     return _Job(config, folder, uri, datasets, models, files)
 
 
@@ -143,8 +137,8 @@ def _begin(job: _Job) -> _Job:
         limit = ErrorLimit(config.max_error_fraction, len(dataset.questions))
         problems = [f"{one.problem} (row {one.index})" for one in dataset.unusable]
         limit.check(Counter(problem.partition(":")[0] for problem in problems), *problems[:1])
-    folder.remember(
-        config=config.model_dump(mode="json"),
+    folder.remember_settings(
+        config,
         adapters={label: model.adapter_label for label, model in job.models.items()},
         files=job.files,
         result=None,
@@ -157,31 +151,15 @@ def _begin(job: _Job) -> _Job:
     return replace(job, judge=judge)
 
 
-def _start_tracking(job: _Job) -> dict[str, Tracker]:
-    """One run in MLflow for each system."""
-    known = dict(job.folder.tracked(job.config.tracking, "mlflow_run_ids") or {})
-    trackers = {}
-    for label, model in job.models.items():
-        trackers[label] = tracker = Tracker.start(
-            job.uri,
-            experiment=job.config.tracking.experiment,
-            run_name=f"{job.config.name}.{label}",
-            artifacts=job.folder.storage / "mlflow-artifacts",
-            run_id=known.get(label),
-        )
-        if label in known:
-            continue
-        tracker.parameters(
-            {
-                "system": {"label": label, "reference": job.config.reference, **_stands_for(model)},
-                "sampling": job.config.sampling.model_dump(mode="json"),
-                "datasets": ", ".join(dataset.name for dataset in job.datasets),
-                "judge": job.config.judge and job.config.judge.model,
-            }
-        )
-        known[label] = tracker.run_id
-        job.folder.remember_tracked(job.config.tracking, mlflow_run_ids=known)
-    return trackers
+def _parameters(job: _Job, label: str) -> dict[str, Any]:
+    """Return the parameters of a system's MLflow run."""
+    config = job.config
+    return {
+        "system": {"label": label, "reference": config.reference, **_stands_for(job.models[label])},
+        "sampling": config.sampling.model_dump(mode="json"),
+        "datasets": ", ".join(dataset.name for dataset in job.datasets),
+        "judge": config.judge and config.judge.model,
+    }
 
 
 def _stands_for(model: EngineModel) -> dict[str, str | None]:
@@ -203,8 +181,8 @@ def _made_with(job: _Job, label: str) -> dict[str, str | None]:
 # ------------------------------------------------------------------------------------------ answering
 
 
-def _answer_missing(job: _Job) -> None:
-    """Caption the questions of every dataset with every system, as far as that is not done."""
+def _answer_missing(job: _Job, ray: ExitStack) -> None:
+    """Caption the questions of every dataset with every system, unless that is done already."""
     done = list(job.folder.state.get("answered", []))
     missing = [
         (label, dataset)
@@ -212,12 +190,13 @@ def _answer_missing(job: _Job) -> None:
         for dataset in job.datasets
         if [label, dataset.name] not in done
     ]
-    with ray_session() if missing else nullcontext():
-        for number, (label, dataset) in enumerate(missing, start=1):
-            print(f"{number}/{len(missing)} {label} answers {dataset.name}", flush=True)
-            run_caption(_captioning(job, label, dataset))
-            done.append([label, dataset.name])
-            job.folder.remember(answered=done)
+    if missing:
+        ray.enter_context(ray_session())
+    for number, (label, dataset) in enumerate(missing, start=1):
+        print(f"{number}/{len(missing)} {label} answers {dataset.name}", flush=True)
+        run_caption(_captioning(job, label, dataset))
+        done.append([label, dataset.name])
+        job.folder.remember(answered=done)
 
 
 def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
@@ -276,13 +255,16 @@ def _all_items(scored: Mapping[str, Scored]) -> list[Item]:
     return [item for one in scored.values() for item in one.items]
 
 
-def _sum_up(
-    job: _Job, scored: Mapping[str, Mapping[str, Scored]], trackers: Mapping[str, Tracker]
-) -> dict[str, Any]:
-    """Compare with the reference; table, picture and result, here and in MLflow."""
-    config, folder = job.config, job.folder
-    reference = scored[config.reference]
-    comparisons: dict[str, dict[str, Comparison]] = {
+_Scored = Mapping[str, Mapping[str, Scored]]
+"""Scored items by system and dataset."""
+_Compared = Mapping[str, Mapping[str, Comparison]]
+"""Comparisons with the reference by system and dataset."""
+
+
+def _compared(job: _Job, scored: _Scored) -> _Compared:
+    """Compare every system with the reference."""
+    config, reference = job.config, scored[job.config.reference]
+    return {
         label: {
             name: compare(
                 reference[name].items, one.items, resamples=config.resamples, confidence=config.confidence
@@ -292,21 +274,29 @@ def _sum_up(
         for label, datasets in scored.items()
         if label != config.reference
     }
+
+
+def _record(job: _Job, scored: _Scored, comparisons: _Compared, runs: Mapping[str, Tracker]) -> None:
+    """Write table and picture, and upload them with the items and numbers to each system's run."""
+    config, folder = job.config, job.folder
     left_out = {dataset.name: dict(dataset.left_out) for dataset in job.datasets}
-    folder.table.write_text(markdown(config, scored, comparisons, left_out), encoding="utf-8")
+    write_text(folder.table, markdown(config, scored, comparisons, left_out))
     picture(config, scored, comparisons, folder.picture)
     print(f"\n{folder.table.read_text(encoding='utf-8')}", flush=True)
-    try:
-        for label, tracker in trackers.items():
-            tracker.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
-            for path in (folder.items(label), folder.table, folder.picture):
-                tracker.store(path)
-            tracker.finish("FINISHED")
-    except TrackingError as error:
-        raise TrackingError(
-            f"{error}\nThe items are complete in {folder.items(config.reference).parents[1]}. Run the same "
-            "job again to record them; nothing is asked twice"
-        ) from error
+    for label, run in runs.items():
+        run.advice = (
+            f"The items are complete in {folder.items(config.reference).parents[1]}. Run the same job again "
+            "to record them; no question is asked twice"
+        )
+        run.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
+        for path in (folder.items(label), folder.table, folder.picture):
+            run.store(path)
+
+
+def _result(
+    job: _Job, scored: _Scored, comparisons: _Compared, runs: Mapping[str, Tracker]
+) -> dict[str, Any]:
+    config, folder = job.config, job.folder
     return {
         "run": config.name,
         "items": {label: str(folder.items(label)) for label in scored},
@@ -326,9 +316,9 @@ def _sum_up(
             label: {name: sum(item.error is not None for item in one.items) for name, one in datasets.items()}
             for label, datasets in scored.items()
         },
-        "left_out": left_out,
+        "left_out": {dataset.name: dict(dataset.left_out) for dataset in job.datasets},
         "table": str(folder.table),
         "picture": str(folder.picture),
         "mlflow_uri": job.uri,
-        "mlflow_run_ids": {label: tracker.run_id for label, tracker in trackers.items()},
+        "mlflow_run_ids": {label: run.run_id for label, run in runs.items()},
     }

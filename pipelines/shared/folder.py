@@ -1,9 +1,9 @@
-"""The folder of one job: who is using it, what it was started with, what came out.
+"""The folder of one job: which process works on it, which settings it was started with, and its result.
 
 ::
 
-    <storage>/<name>/run.json       configuration, MLflow run, result once there is one
-                     lock           held by the process that works on the job, while it does
+    <storage>/<name>/run.json       settings, MLflow run, and the result once the job is finished
+                     lock           held by the process that works on the job
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import BaseModel
+
 from pipelines.shared.files import write_text
-from pipelines.shared.paths import input_path
+from pipelines.shared.paths import real_paths
 from pipelines.shared.sections import flatten
-from pipelines.tracking.config import TrackingConfig
 from skipvision.errors import ConfigError
 
 _ABSENT = object()
 
 
 class JobFolder:
-    """Job ``name`` under ``storage``, new or resumed."""
+    """Job ``name`` under ``storage``, new or resumed.
 
-    may_differ: ClassVar[frozenset[str]] = frozenset()
-    """Settings that do not change what a run computes, by dotted names; a section's is for all of it."""
+    ``state`` is the content of ``run.json`` while the folder is claimed.
+    """
 
-    paths: ClassVar[tuple[str, ...]] = ()
-    """Settings that are the same if they lead to the same file."""
+    may_differ: ClassVar[frozenset[str]] = frozenset({"storage", "tracking"})
+    """Dotted names of settings that do not change the result; a section's name covers all its fields."""
 
-    advice: ClassVar[str] = ""
-    """What else to say to whom other settings are refused."""
+    hint: ClassVar[str] = ""
+    """Added to the error when a job is started with different settings."""
 
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
@@ -43,21 +44,26 @@ class JobFolder:
         self.state: dict[str, Any] = {}
         self.changes: list[str] = []
 
+    # ---------------------------------------------------------------------------------------- claim
+
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """The folder, for this process alone; the claim ends with the process, however that ends.
+        """Claim the folder for this process, until the block or the process ends.
 
-        A folder that nothing was put into is gone afterwards.
+        A folder that is still empty is removed.
+
+        Raises:
+            ConfigError: another process has claimed it, or it cannot be written to.
         """
-        made = [self.path, *(path for path in self.path.parents if not path.exists())]
+        created = [self.path, *(path for path in self.path.parents if not path.exists())]
         with self._locked() as lock:
             try:
                 self.state = self._read()
                 yield
             finally:
                 lock.unlink(missing_ok=True)
-                with suppress(OSError):  # there is something in it
-                    for path in made:
+                with suppress(OSError):  # not empty
+                    for path in created:
                         path.rmdir()
 
     @contextmanager
@@ -77,49 +83,75 @@ class JobFolder:
                         f"run {self.name!r} in {self.storage} is being worked on by another job; wait for "
                         "it, or choose another name"
                     ) from None
-                # A job that ended just now may have taken the file away between our opening and locking it.
+                # The previous owner may have removed the file after we opened and before we locked it.
                 if file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno())):
                     yield file
                     return
 
-    def resumes(self, config: Mapping[str, Any], *, with_changes: bool = False) -> bool:
-        """Whether something was done already; a run with other settings is refused, unless nothing was.
+    # ------------------------------------------------------------------------------------- settings
+
+    @property
+    def has_work(self) -> bool:
+        """Whether work exists that results under other settings or data would mix with."""
+        return False
+
+    @property
+    def may_change(self) -> Collection[str]:
+        """Settings with which an unfinished job may be resumed if the user says so."""
+        return ()
+
+    def resume(self, config: BaseModel, *, with_changes: bool = False) -> bool:
+        """Return whether an earlier start of the job, with these settings, is resumed.
+
+        An earlier start with other settings that has done no work is forgotten.
 
         Args:
-            config: the settings, paths as they were given.
-            with_changes: those of ``may_change`` may differ in an unfinished run; ``changes`` lists them.
+            config: the settings, with paths as the user gave them.
+            with_changes: accept other values of `may_change`; ``changes`` then lists them.
+
+        Raises:
+            ConfigError: the settings differ and work exists.
         """
-        if not self.state:
+        if "config" not in self.state:
             return False
-        old, new = (comparable(settings, self.may_differ) for settings in (self.state["config"], config))
-        known = self.state.get("paths", {})
-        differing = {
-            name: f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
-            for name in sorted({*old, *new})
-            if old.get(name, _ABSENT) != new.get(name, _ABSENT)
-            and not (name in self.paths and known.get(name, _ABSENT) == meant(new.get(name)))
-        }
-        self.changes = [line.strip() for line in differing.values()]
-        changeable = set(differing) <= set(self.may_change)
-        if not differing or (self.begun and with_changes and changeable):
+        differences = self._differences(config)
+        self.changes = [line.strip() for line in differences.values()]
+        changeable = set(differences) <= set(self.may_change)
+        if not differences or (self.has_work and with_changes and changeable):
             return True
-        if self.begun:
-            also = ", resume it with these by --resume_with_changes true" if changeable else ""
+        if self.has_work:
+            resume = ", resume it with these by --resume_with_changes true" if changeable else ""
             raise ConfigError(
                 f"run {self.name!r} exists in {self.storage} with other settings:\n"
-                + "\n".join(differing.values())
-                + f"\nSet them back to resume it{also}, choose another name, or delete its folder"
-                + self.advice
+                + "\n".join(differences.values())
+                + f"\nSet them back to resume it{resume}, choose another name, or delete its folder"
+                + self.hint
             )
         self.state, self.changes = {}, []
         return False
 
-    def insist_on_same(self, files: Mapping[str, str]) -> None:
-        """Raise `ConfigError` if files, by name with their fingerprints, are not those this run began with.
+    def _differences(self, config: BaseModel) -> dict[str, str]:
+        """Return a line for each setting that differs; paths to the same file are equal."""
+        settings = config.model_dump(mode="json")
+        old, new = (comparable(one, self.may_differ) for one in (self.state["config"], settings))
+        old_paths, new_paths = self.state.get("paths", {}), real_paths(config)
+        return {
+            name: f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
+            for name in sorted({*old, *new})
+            if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+            and not (name in new_paths and old_paths.get(name) == new_paths[name])
+        }
 
-        They are in ``run.json`` as ``files``. A run that has done nothing yet begins with what is there now.
+    def require_same_files(self, files: Mapping[str, str]) -> None:
+        """Check the fingerprints of the files that the job reads against those of its first start.
+
+        Args:
+            files: fingerprints by the files' names. They are ``files`` in ``run.json``.
+
+        Raises:
+            ConfigError: a file has changed and work exists.
         """
-        known = self.state.get("files", {}) if self.begun else {}
+        known = self.state.get("files", {}) if self.has_work else {}
         for name, fingerprint in files.items():
             if known.get(name, fingerprint) != fingerprint:
                 raise ConfigError(
@@ -127,61 +159,32 @@ class JobFolder:
                     "now): restore it, or choose another name"
                 )
 
-    def tracks(self, tracking: TrackingConfig) -> bool:
-        """Whether these are the settings under which the run is in MLflow."""
-        known = self.state.get("tracked_in") or self.state.get("config", {}).get("tracking")
-        return known in (None, tracking.model_dump())
-
-    def tracked(self, tracking: TrackingConfig, name: str) -> Any:
-        """What `remember_tracked` was given under ``name``; None if the settings name another MLflow now."""
-        return self.state.get(name) if self.tracks(tracking) else None
-
-    def finished_already(self, tracking: TrackingConfig, result: Path) -> str:
-        """What to say of a run that has its result, and of which nothing is recorded again."""
-        elsewhere = "" if self.tracks(tracking) else "; it was recorded with other `tracking`, and not again"
-        return f"{self.name!r} is finished already: {result}{elsewhere}"
-
-    def remember_tracked(self, tracking: TrackingConfig, **runs: Any) -> None:
-        """Write values to ``run.json`` that hold in this MLflow and experiment, as the ids of runs do."""
-        self.remember(tracked_in=tracking.model_dump(), **runs)
-
-    @property
-    def begun(self) -> bool:
-        """Whether some work is done that other settings or data would mix with."""
-        raise NotImplementedError
-
-    @property
-    def may_change(self) -> Collection[str]:
-        """Settings with which an unfinished job may go on if that is asked for."""
-        return ()
+    # ---------------------------------------------------------------------------------------- state
 
     def remember(self, **values: Any) -> None:
-        """Write to ``run.json``; values are JSON."""
+        """Write JSON values to ``run.json``."""
         state = {**self.state, **values}
         write_text(self.path / "run.json", json.dumps(state, indent=2) + "\n")
         self.state = state
 
+    def remember_settings(self, config: BaseModel, **values: Any) -> None:
+        """Write the settings, and further values, to ``run.json``."""
+        paths = {**real_paths(config), **self.state.get("paths", {})}
+        self.remember(config=config.model_dump(mode="json"), paths=paths, **values)
+
     def _read(self) -> dict[str, Any]:
         file = self.path / "run.json"
-        state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if "mlflow_run_id" in state and "tracking" in state.get("config", {}):
+            state.setdefault("tracked_in", state["config"]["tracking"])  # written by an earlier version
         return state
 
 
-def meant(path: Any) -> Any:
-    """The real path of an input; what leads nowhere here, or to a URL, stays as it is."""
-    if path is None or "://" in path:
-        return path
-    try:
-        return os.path.realpath(input_path(path, ""))
-    except ConfigError:
-        return path
-
-
-def comparable(config: Mapping[str, Any], may_differ: Collection[str]) -> dict[str, object]:
-    """The settings that change what a run computes, by dotted names."""
+def comparable(settings: Mapping[str, Any], may_differ: Collection[str]) -> dict[str, object]:
+    """Return the settings that change a job's result, by dotted names."""
     return {
         name: value
-        for name, value in flatten(config).items()
+        for name, value in flatten(settings).items()
         if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
     }
 

@@ -1,9 +1,12 @@
-"""Where a job's relative paths lead.
+"""Resolve a job's relative paths.
 
-Under ``ray job submit`` a job runs in a throw-away copy of the project: what it writes there is lost
-with the copy, and which folder the copy was made of cannot be known. So relative paths are resolved
-against ``$SKIPVISION_HOME`` if that is set, otherwise against the working directory; only that inside
-a Ray job the latter is refused for outputs (inputs may well have travelled with the copy).
+Under ``ray job submit`` a job runs in a temporary copy of the project: output written there is lost, and
+nobody knows which folder was copied. Relative paths therefore start at ``$SKIPVISION_HOME`` if it is set, and
+otherwise at the working directory. Inside a Ray job the working directory serves inputs only, because inputs
+may be part of the copy.
+
+A setting that is a path has one of the types `InputPath`, `ModelPath`, `AdapterPath`, `OutputPath` and
+`OutputFolder`. `resolve_paths` makes all of them absolute at once.
 """
 
 from __future__ import annotations
@@ -11,26 +14,46 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel
 
 from skipvision.errors import ConfigError
 
+M = TypeVar("M", bound=BaseModel)
+
 HOME = "SKIPVISION_HOME"
-"""Environment variable: the folder that relative paths are resolved against."""
+"""Environment variable: the folder that relative paths start at."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A model on the Hugging Face hub: ``owner/name``."""
 
+_IN_MLFLOW = ("models:/", "runs:/")
+
 
 def in_ray_job() -> bool:
-    """Whether this process is the entry point of a ``ray job submit``."""
+    """Return whether this process is the entry point of a ``ray job submit``."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+# ------------------------------------------------------------------------------------------- one path
+
+
 def output_path(path: str | Path, field: str) -> Path:
-    """The absolute local path something is written to; ``field`` is the setting to name in an error."""
+    """Return the absolute local path of an output.
+
+    Args:
+        path: the setting's value.
+        field: the setting's name, for errors.
+
+    Raises:
+        ConfigError: ``path`` is a URL, or is relative in a Ray job without ``$SKIPVISION_HOME``.
+    """
     if "://" in str(path):
         raise ConfigError(f"{field} = {path}: give a folder that every node sees, not a URL")
     path = Path(path).expanduser()
@@ -47,7 +70,11 @@ def output_path(path: str | Path, field: str) -> Path:
 
 
 def output_folder(path: str | Path, field: str) -> Path:
-    """`output_path` of a folder, which is made if it is not there; `ConfigError` if it cannot be one."""
+    """Return the `output_path` of a folder and create it.
+
+    Raises:
+        ConfigError: also if the folder cannot be created.
+    """
     folder = output_path(path, field)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +84,13 @@ def output_folder(path: str | Path, field: str) -> Path:
 
 
 def input_path(path: str, field: str) -> str:
-    """The absolute path of an existing file or folder, or a pattern with ``*`` that matches; URLs pass.
+    """Return the absolute path of an existing file or folder, or of a pattern with ``*`` that matches one.
 
-    A relative path may lie in ``$SKIPVISION_HOME`` or in the working directory, in this order.
+    A relative path is searched for in ``$SKIPVISION_HOME`` and then in the working directory. URLs are
+    returned unchanged.
+
+    Raises:
+        ConfigError: nothing exists there.
     """
     if "://" in path:
         return path
@@ -69,15 +100,18 @@ def input_path(path: str, field: str) -> str:
     for candidate in candidates:
         if candidate.exists() or ("*" in path and _matches(candidate)):
             return str(candidate)
-    looked = " nor ".join(dict.fromkeys(map(str, candidates)))
+    searched = " nor ".join(dict.fromkeys(map(str, candidates)))
     hint = f"; give an absolute path, or set {HOME}" if in_ray_job() and not given.is_absolute() else ""
-    raise ConfigError(f"{field} = {path}: there is no {looked}{hint}")
+    raise ConfigError(f"{field} = {path}: there is no {searched}{hint}")
 
 
 def model_path(path: str, field: str) -> str:
-    """The absolute folder of a model; or a Hugging Face id, as it is.
+    """Return the absolute folder of a model, or a Hugging Face id unchanged.
 
-    What could be either, like ``models/mine``, is a path if there is a folder ``models``.
+    ``models/mine`` could be either: it is a path if a folder ``models`` exists.
+
+    Raises:
+        ConfigError: the folder does not exist.
     """
     try:
         return input_path(path, field)
@@ -86,14 +120,18 @@ def model_path(path: str, field: str) -> str:
         bases = [Path(os.environ.get(HOME, ".")).expanduser(), Path.cwd()]
         is_path = folder != Path() and any((base / folder).is_dir() for base in bases)
         if is_path or not _HUB_ID.fullmatch(path):
-            near = [found for base in bases for found in _like(base / folder, Path(path).name)]
+            near = [match for base in bases for match in _similar_names(base / folder, Path(path).name)]
             hint = f"; did you mean {folder / near[0]}?" if near else ""
             raise ConfigError(f"{error}{hint}") from None
     return path
 
 
-def _like(folder: Path, name: str) -> list[str]:
-    """What the folder holds under nearly that name."""
+def artifact_path(path: str, field: str) -> str:
+    """Return `input_path`, or ``models:/…`` and ``runs:/…``, which name something in MLflow, unchanged."""
+    return path if path.startswith(_IN_MLFLOW) else input_path(path, field)
+
+
+def _similar_names(folder: Path, name: str) -> list[str]:
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return get_close_matches(name, names, n=1)
 
@@ -103,8 +141,117 @@ def _matches(pattern: Path) -> bool:
 
 
 def copy_into(folder: Path, files: Iterable[str | Path]) -> None:
-    """Copies of files in a folder; those that lie there stay as they are."""
+    """Copy files into a folder, except those that are in it already."""
     for file in map(Path, files):
         copy = folder / file.name
         if not (copy.exists() and copy.samefile(file)):
             shutil.copy(file, copy)
+
+
+# -------------------------------------------------------------------------------------- all of a job
+
+
+@dataclass(frozen=True)
+class PathField:
+    """Marks a field of a settings model as a path.
+
+    Attributes:
+        resolve: takes the value and the field's name; returns the absolute path or raises `ConfigError`.
+        is_input: whether the job reads from it.
+    """
+
+    resolve: Callable[[str, str], str | Path]
+    is_input: bool
+
+
+InputPath = Annotated[str, PathField(input_path, is_input=True)]
+ModelPath = Annotated[str, PathField(model_path, is_input=True)]
+ArtifactPath = Annotated[str, PathField(artifact_path, is_input=True)]
+OutputPath = Annotated[str, PathField(output_path, is_input=False)]
+OutputFolder = Annotated[str, PathField(output_folder, is_input=False)]
+
+
+def resolve_paths(config: M) -> M:
+    """Return a copy of a job's settings in which every path is absolute.
+
+    Raises:
+        ConfigError: lists every path that leads nowhere.
+    """
+    problems: list[str] = []
+
+    def resolve(field: PathField, value: str, name: str) -> str:
+        try:
+            return str(field.resolve(value, name))
+        except ConfigError as problem:
+            problems.append(str(problem))
+            return value
+
+    resolved: M = _map_model(config, "", resolve)
+    if len(problems) > 1:
+        raise ConfigError(f"{len(problems)} problems with paths" + "\n  ".join(["", *problems]))
+    if problems:
+        raise ConfigError(problems[0])
+    return resolved
+
+
+def real_paths(config: BaseModel) -> dict[str, str]:
+    """Return the real path of every input, by the field's dotted name.
+
+    URLs, Hugging Face ids and paths that lead nowhere stay as they are.
+    """
+    found: dict[str, str] = {}
+
+    def note(field: PathField, value: str, name: str) -> str:
+        if field.is_input:
+            found[name] = _real_path(value)
+        return value
+
+    _map_model(config, "", note)
+    return found
+
+
+def _real_path(path: str) -> str:
+    if "://" in path:
+        return path
+    try:
+        return os.path.realpath(input_path(path, ""))
+    except ConfigError:
+        return path
+
+
+_Change = Callable[[PathField, str, str], str]
+
+
+def _map_model(model: M, prefix: str, change: _Change) -> M:
+    """Return a copy of ``model`` with ``change(field, value, dotted name)`` for each path in it."""
+    update = {}
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        changed = _map_value(info.annotation, info.metadata, value, prefix + name, change)
+        if changed is not value:
+            update[name] = changed
+    return model.model_copy(update=update)
+
+
+def _map_value(annotation: Any, metadata: Iterable[Any], value: Any, name: str, change: _Change) -> Any:
+    """Return ``value``, declared as ``annotation`` and ``metadata``, with the paths in it changed."""
+    if value is None:
+        return None
+    if isinstance(value, BaseModel):
+        return _map_model(value, f"{name}.", change)
+    for mark in metadata:
+        if isinstance(mark, PathField):
+            return change(mark, value, name)
+    kind, inner = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _map_value(inner[0], inner[1:], value, name, change)
+    if kind in (Union, UnionType):
+        for member in inner:
+            value = _map_value(member, (), value, name, change)
+    elif isinstance(value, list | tuple) and inner:
+        return type(value)(
+            _map_value(inner[0], (), one, f"{name}.{number}", change) for number, one in enumerate(value)
+        )
+    elif isinstance(value, Mapping) and inner:
+        return {key: _map_value(inner[1], (), one, f"{name}.{key}", change) for key, one in value.items()}
+    return value

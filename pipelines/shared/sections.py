@@ -1,54 +1,72 @@
-"""What the settings of several jobs share."""
+"""Sections that the settings of several jobs have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.shared.paths import OutputPath, output_path, resolve_paths
+
 
 class Section(BaseModel):
-    """Part of a job's settings: frozen, no unknown fields, no infinities."""
+    """Part of a job's settings: frozen, without unknown fields or infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def resolved(self) -> Self:
+        """Return a copy in which every path is absolute, as processes on other nodes need it.
+
+        Raises:
+            ConfigError: lists every path that leads nowhere.
+        """
+        return resolve_paths(self)
+
 
 class JobConfig(Section):
-    """A job that has a folder, and can be continued there."""
+    """Settings of a job that has a folder and can be resumed there."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="the job's name: its folder, and its name in MLflow",
     )
-    storage: str = Field(
+    storage: OutputPath = Field(
         "runs",
         description="folder for all runs, seen by every node; a relative path starts at $SKIPVISION_HOME or, "
         "outside of Ray jobs, in the working directory",
     )
 
+    @property
+    def storage_path(self) -> Path:
+        """The absolute folder of all runs."""
+        return output_path(self.storage, "storage")
+
 
 class EngineSection(Section):
-    """One engine, which writes many answers at once; arguments of `skipvision.Engine`."""
+    """One engine, which generates several answers at once; arguments of `skipvision.Engine`."""
 
-    max_sequences: int = Field(16, ge=1, description="answers written at once, at most")
+    max_sequences: int = Field(16, ge=1, description="max answers generated at once")
     kv_budget_bytes: int = Field(
-        2**30, ge=1, description="bytes for the keys and values of all answers being written"
+        2**30, ge=1, description="bytes for the keys and values of all answers being generated"
     )
     prefill_tokens: int = Field(
-        4096, ge=1, description="prompt tokens read in one step, at most, while others are being written"
+        4096, ge=1, description="max prompt tokens processed in one step while other answers are generated"
     )
     prefix_cache_bytes: int = Field(
         0,
         ge=0,
-        description="bytes for images that several requests ask about, to read them once; 0 = none",
+        description="bytes for the images that several requests share, so that each is processed once; "
+        "0 = none",
     )
     compile_decoding: bool = Field(
-        False, description="compile the steps that write: a minute at the start, less for each token then"
+        False, description="compile the decoding steps: a minute at the start, less time per token later"
     )
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one with dotted names."""
+    """Return nested mappings as one mapping with dotted names."""
     flat: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

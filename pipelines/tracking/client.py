@@ -1,4 +1,4 @@
-"""The connection to MLflow, and what happens when it does not answer."""
+"""The connection to MLflow, retries, and the error when it does not answer."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ T = TypeVar("T")
 
 
 class TrackingError(SkipVisionError):
-    """MLflow could not be reached, or refused what it was given."""
+    """MLflow did not answer, or refused a value."""
 
 
 def connect(uri: str, *, existing: bool = False) -> MlflowClient:
-    """A client of the tracking server and registry at ``uri``.
+    """Return a client of the tracking server and model registry at ``uri``.
+
+    A sqlite file that does not exist is created.
 
     Raises:
-        ConfigError: with ``existing``, ``uri`` is a sqlite file that is not there; without, it is made.
+        ConfigError: with ``existing``, the sqlite file does not exist.
     """
-    quieten()
+    configure_mlflow()
     from mlflow import MlflowClient
 
     file = sqlite_file(uri)
     if file is not None:
         if existing and not file.exists():
             raise ConfigError(
-                f"there is no {file}, in which MLflow's models were to be looked up: mend the address of "
-                "MLflow, or the storage that it lies in"
+                f"there is no {file} to look up models in: correct the address of MLflow, or the storage "
+                "that contains the file"
             )
         file.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def quieten() -> None:
-    """Before MLflow is imported: what it says, to whom, and how long it keeps trying."""
-    # Its own patience of several minutes per call would stop the training it watches.
+def configure_mlflow() -> None:
+    """Set how much MLflow logs and how long it retries; call this before importing it."""
+    # By default MLflow retries a call for several minutes, which would stop the training it records.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -51,12 +53,12 @@ def quieten() -> None:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a sqlite store, relative where the URI is; None for other stores."""
+    """Return the file of a sqlite store, relative if the URI is relative; None for other stores."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def unless_exists(create: Callable[[], object]) -> None:
-    """Create something, or find that another job has done so in the meantime."""
+    """Call ``create``, and ignore MLflow's error if another job has created the same object."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -66,25 +68,32 @@ def unless_exists(create: Callable[[], object]) -> None:
             raise
 
 
-def with_retries(call: Callable[[], T], doing: str, pauses: tuple[float, ...]) -> T:
-    """What ``call`` returns, tried again after each pause (seconds); `TrackingError` if it always fails.
+def with_retries(call: Callable[[], T], action: str, pauses: tuple[float, ...]) -> T:
+    """Return the result of ``call``, which is tried again after each pause (seconds).
 
-    Settings that are wrong (`ConfigError`) are no failure of MLflow's.
+    Args:
+        call: calls MLflow.
+        action: completes "MLflow failed at …".
+        pauses: none means one try.
+
+    Raises:
+        TrackingError: every try failed.
+        ConfigError: ``call`` raised it; it is not retried.
     """
     for pause in (*pauses, None):
         try:
             return call()
         except ConfigError:
             raise
-        # The stores behind the client raise their own errors as well as MLflow's.
+        # The stores behind the client raise errors of their own as well as MLflow's.
         except Exception as error:
             if pause is None:
-                raise TrackingError(f"MLflow failed at {doing}: {brief(error)}") from error
+                raise TrackingError(f"MLflow failed at {action}: {brief(error)}") from error
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 def brief(error: Exception) -> str:
-    """The type and first line of an error."""
+    """Return the type and the first line of an error."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Settings of tracking."""
+"""The tracking section of the jobs' settings."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.shared.sections import JobConfig
 from pipelines.tracking.client import sqlite_file
 
 
 class TrackingConfig(BaseModel):
-    """Where runs are recorded, and under which names."""
+    """Where a job's MLflow run is recorded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,7 +22,7 @@ class TrackingConfig(BaseModel):
     experiment: str = Field("skip-vision", description="MLflow experiment the run belongs to")
 
     def absolute_uri(self, storage: Path) -> str:
-        """The URI to use; a sqlite file's relative path is taken from ``storage``, never from the cwd."""
+        """Return the URI to connect to; a relative sqlite file starts at ``storage``."""
         if self.uri is None:
             return f"sqlite:///{storage / 'mlflow.db'}"
         file = sqlite_file(self.uri)
@@ -29,13 +30,19 @@ class TrackingConfig(BaseModel):
 
 
 class TrainingTrackingConfig(TrackingConfig):
-    """What else a run that makes an adapter records."""
+    """Where a fine-tuning run is recorded, and under which name its adapter is registered."""
 
     registered_model: str | None = Field(
         "skip-vision",
-        description="name the adapter is registered under as a model version; null = not at all",
+        description="name of the registered model that the adapter becomes a version of; null = none",
     )
-    alias: str = Field("candidate", description="alias that moves to the newly registered version")
+    alias: str = Field("candidate", description="alias that moves to the new version")
     system_metrics_seconds: float = Field(
         10.0, ge=0, description="seconds between samples of CPU, memory, disk, network and GPU use; 0 = none"
     )
+
+
+class TrackedConfig(JobConfig):
+    """Settings of a job that has a folder and is recorded in MLflow."""
+
+    tracking: TrackingConfig = TrackingConfig()

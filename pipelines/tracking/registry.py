@@ -1,4 +1,4 @@
-"""Versions of registered models: which one a name means, who holds an alias, and moving it."""
+"""Versions of registered models: find one by a name, see and move the aliases, fetch the files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from skipvision.errors import ConfigError, SkipVisionError
 T = TypeVar("T")
 
 _NO_SUCH_MODEL = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's codes for names, versions and aliases that it does not know."""
+"""MLflow's error codes for unknown names, versions and aliases."""
 
 _VERSION = re.compile(r"models:/(?P<model>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 _RUN = re.compile(r"runs:/(?P<run>[^/]+)")
 
 
 class AliasMovedError(SkipVisionError):
-    """Somebody else has moved an alias in the meantime."""
+    """Another client moved an alias in the meantime."""
 
 
 @dataclass(frozen=True)
@@ -45,118 +45,118 @@ class Registry:
     """
 
     def __init__(self, uri: str) -> None:
-        """Raises `ConfigError` if ``uri`` is a sqlite file that is not there."""
+        """Raises `ConfigError` if ``uri`` is a sqlite file that does not exist."""
         self.uri = uri
         self._client = connect(uri, existing=True)
 
     def find(self, name: str) -> ModelVersion:
-        """The version that ``models:/NAME/VERSION``, ``models:/NAME@ALIAS`` or ``runs:/RUN_ID`` means.
+        """Return the version named ``models:/NAME/VERSION``, ``models:/NAME@ALIAS`` or ``runs:/RUN_ID``.
 
         Raises:
-            ConfigError: it means none, or a run that registered several.
+            ConfigError: no such version exists, or the run registered several.
         """
         if run := _RUN.fullmatch(name):
             return self._registered_by(run["run"])
-        wanted = _VERSION.fullmatch(name)
-        if wanted is None:
+        match = _VERSION.fullmatch(name)
+        if match is None:
             raise ConfigError(
                 f"{name!r} names no model version: write models:/NAME/VERSION, models:/NAME@ALIAS or "
                 "runs:/RUN_ID"
             )
-        model, alias, version = wanted["model"], wanted["alias"], wanted["version"]
+        model, alias, version = match["model"], match["alias"], match["version"]
         if alias is not None:
             version = self.holder(model, alias)
             if version is None:
                 raise ConfigError(f"{name}: no version of {model!r} at {self.uri} has the alias {alias!r}")
         filter_ = f"name = '{model}' and version_number = {version}"
-        if not self._ask(f"looking for {name}", lambda: self._client.search_model_versions(filter_)):
+        if not self._call(f"looking for {name}", lambda: self._client.search_model_versions(filter_)):
             raise ConfigError(f"{name}: the registry at {self.uri} has no such version")
         return ModelVersion(model, version)
 
     def holder(self, model: str, alias: str) -> str | None:
-        """The version of ``model`` that has the alias now, if one has."""
-        found = self._ask(
+        """Return the version of ``model`` that has the alias, or None."""
+        models = self._call(
             f"looking for {model}",
             lambda: self._client.search_registered_models(f"name = '{model}'"),
         )
-        return next((str(entry.aliases[alias]) for entry in found if alias in entry.aliases), None)
+        return next((str(entry.aliases[alias]) for entry in models if alias in entry.aliases), None)
 
     def move(self, alias: str, to: ModelVersion, *, expected: str | None) -> None:
-        """Give ``to`` the alias, provided that ``expected`` still holds it.
+        """Give ``to`` the alias if version ``expected`` (None: no version) still has it.
 
-        The registry has no such operation: between looking and moving a moment remains.
+        MLflow has no atomic operation for this: another client may move the alias between check and move.
 
         Raises:
-            AliasMovedError: another version holds it.
+            AliasMovedError: a different version has the alias.
         """
         now = self.holder(to.name, alias)
         if now != expected:
             raise AliasMovedError(
-                f"the alias {alias!r} of {to.name!r} moved from {_called(expected)} to {_called(now)} in the "
-                "meantime, against which nothing was compared: run the job again"
+                f"the alias {alias!r} of {to.name!r} moved from {_holder_name(expected)} to "
+                f"{_holder_name(now)} in the meantime, and nothing was compared with that: run the job again"
             )
-        self._ask(
+        self._call(
             f"moving {alias} to {to}",
             lambda: self._client.set_registered_model_alias(to.name, alias, to.version),
         )
 
-    def note(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
+    def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Tag a version."""
         for key, value in tags.items():
             write = partial(self._client.set_model_version_tag, version.name, version.version, key, value)
-            self._ask(f"noting {key} on {version}", write)
+            self._call(f"setting the tag {key} of {version}", write)
 
     def fetch(self, version: ModelVersion, folder: Path) -> None:
-        """Put a version's files into ``folder``."""
+        """Download a version's files into ``folder``."""
         fetch_model(self.uri, str(version), folder)
 
     def artifact(self, run_id: str, name: str, folder: Path) -> Path:
-        """A copy, in ``folder``, of an artifact of a run."""
+        """Download an artifact of a run into ``folder`` and return its path."""
         return Path(
-            self._ask(
+            self._call(
                 f"fetching {name} of run {run_id}",
                 lambda: self._client.download_artifacts(run_id, name, str(folder)),
             )
         )
 
     def _registered_by(self, run_id: str) -> ModelVersion:
-        found = self._ask(
+        versions = self._call(
             f"looking for the model of run {run_id}",
             lambda: self._client.search_model_versions(f"run_id = '{run_id}'"),
         )
-        if len(found) != 1:
-            names = ", ".join(f"models:/{one.name}/{one.version}" for one in found)
+        if len(versions) != 1:
+            names = ", ".join(f"models:/{one.name}/{one.version}" for one in versions)
             raise ConfigError(
                 f"runs:/{run_id}: the run registered {names}; name one of them"
-                if found
+                if versions
                 else f"runs:/{run_id}: the run at {self.uri} registered no model version"
             )
-        return ModelVersion(found[0].name, str(found[0].version))
+        return ModelVersion(versions[0].name, str(versions[0].version))
 
-    def _ask(self, doing: str, call: Callable[[], T]) -> T:
-        return with_retries(call, f"{doing} at {self.uri}", pauses=(1.0, 4.0))
+    def _call(self, action: str, call: Callable[[], T]) -> T:
+        return with_retries(call, f"{action} at {self.uri}", pauses=(1.0, 4.0))
 
 
-def _called(version: str | None) -> str:
-    return "nobody" if version is None else f"version {version}"
+def _holder_name(version: str | None) -> str:
+    return "no version" if version is None else f"version {version}"
 
 
 def is_registered(source: str) -> bool:
-    """Whether an adapter is given as a model in MLflow's registry, and not as a folder."""
+    """Return whether an adapter is a model in MLflow's registry rather than a folder."""
     return source.startswith("models:/")
 
 
 def exact_model(uri: str, name: str) -> str:
-    """``models:/NAME/VERSION`` of a registered model that is given so, or as ``models:/NAME@ALIAS``.
+    """Return ``models:/NAME/VERSION`` for that name or for ``models:/NAME@ALIAS``.
 
     Raises:
-        ConfigError: it names no model, or none that MLflow has.
-        TrackingError: MLflow does not say.
+        ConfigError: the name is malformed, or MLflow does not have the model.
+        TrackingError: MLflow does not answer.
     """
-    wanted = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
-    if wanted is None:
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
+    if match is None:
         raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
-    model, alias, version = wanted.groups()
+    model, alias, version = match.groups()
 
     def look_up() -> str:
         client = connect(uri, existing=True)
@@ -176,12 +176,12 @@ def exact_model(uri: str, name: str) -> str:
 
 
 def fetch_model(uri: str, name: str, folder: Path) -> str:
-    """Put the files of a registered model into ``folder``; returns `exact_model` of its name.
+    """Download a registered model into ``folder`` and return its `exact_model` name.
 
-    Files that are there already are not fetched again.
+    A version that is in the folder already is not downloaded again.
     """
     exact = exact_model(uri, name)
-    note = folder / ".registered"
+    marker = folder / ".registered"
 
     def fetch() -> None:
         from mlflow.artifacts import download_artifacts
@@ -193,9 +193,9 @@ def fetch_model(uri: str, name: str, folder: Path) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as copies:
             copy = Path(download_artifacts(artifact_uri=source, dst_path=copies, tracking_uri=uri))
-            (copy / note.name).write_text(exact)
+            (copy / marker.name).write_text(exact)
             copy.rename(folder)
 
-    if not note.exists() or note.read_text() != exact:
+    if not marker.exists() or marker.read_text() != exact:
         with_retries(fetch, f"fetching {name} from {uri}", pauses=())
     return exact

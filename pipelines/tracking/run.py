@@ -1,9 +1,4 @@
-"""MLflow, and the only file that imports it (inside functions: the import takes seconds).
-
-Rules when MLflow cannot be reached: at the start of a run that is an error at once, before anything
-is spent; while a run goes on, metrics wait in memory and a warning says so; at the end what is
-missing is an error that says how to hand it in, and nothing that was trained is lost.
-"""
+"""One MLflow run: parameters, metrics, artifacts and registered models."""
 
 from __future__ import annotations
 
@@ -15,10 +10,19 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
 
 from pipelines.shared.sections import flatten
-from pipelines.tracking.client import TrackingError, brief, connect, quieten, unless_exists, with_retries
+from pipelines.tracking.client import (
+    TrackingError,
+    brief,
+    configure_mlflow,
+    connect,
+    unless_exists,
+    with_retries,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,24 +31,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MAX_NAME = 240
+"""MLflow accepts metric names of 250 characters."""
+
 
 class Tracker:
-    """One MLflow run, open in this process; other processes may have it open too.
+    """One MLflow run, opened by this process; several processes may record in the same run.
 
-    `metrics`, `flush`, `watch_system` and `close` never raise and never hold up their caller for long; all
+    `metrics`, `flush`, `watch_system` and `close` never raise and do not delay their caller for long. All
     other methods raise `TrackingError` when MLflow does not answer after a few tries.
+
+    ``advice`` is added to a `TrackingError` at the end of the job: where the results are, and what to do.
     """
 
     def __init__(
         self, uri: str, run_id: str, *, flush_seconds: float = 2.0, retry_seconds: float = 60.0
     ) -> None:
         self.uri, self.run_id = uri, run_id
+        self.resumed = False
+        self.advice = ""
         self._flush_seconds, self._retry_seconds = flush_seconds, retry_seconds
-        # Bounded: with a server that stays away for days, the oldest values go.
+        # Bounded: if a server is away for days, the oldest values are dropped.
         self._waiting: deque[Metric] = deque(maxlen=200_000)
         self._next_flush = self._away_until = 0.0
         self._monitor: SystemMetricsMonitor | None = None
-        self._refused = ""
+        self._refusal = ""
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -54,7 +65,15 @@ class Tracker:
     def start(
         cls, uri: str, *, experiment: str, run_name: str, artifacts: Path, run_id: str | None = None
     ) -> Tracker:
-        """A new run, or ``run_id`` again. ``artifacts`` is where artifacts go if no server decides that."""
+        """Start a run, or resume ``run_id``.
+
+        Args:
+            uri: MLflow's tracking URI.
+            experiment: created if it does not exist.
+            run_name: name of a new run.
+            artifacts: folder for artifacts where no server decides that.
+            run_id: the run to resume.
+        """
 
         def begin() -> str:
             client = connect(uri)
@@ -64,37 +83,44 @@ class Tracker:
             identity = _experiment_id(client, uri, experiment, artifacts)
             return str(client.create_run(identity, run_name=run_name).info.run_id)
 
-        return cls(uri, with_retries(begin, f"starting the run at {uri}", pauses=()))
+        run = cls(uri, with_retries(begin, f"starting the run at {uri}", pauses=()))
+        run.resumed = run_id is not None
+        return run
 
     # ------------------------------------------------------------------------------------- strict
+
+    def describe(self, settings: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+        """Record parameters, and a job's settings as ``config.yaml``."""
+        self.parameters(parameters)
+        self.text(yaml.safe_dump(dict(settings), sort_keys=False), "config.yaml")
 
     def parameters(self, values: Mapping[str, object]) -> None:
         """Record parameters; nested mappings become dotted names."""
         from mlflow.entities import Param
 
-        params = [Param(name, str(value)) for name, value in flatten(values).items()]
+        params = [Param(name, str(value)) for name, value in _with_valid_names(flatten(values)).items()]
         for start in range(0, len(params), 100):  # MLflow's limit per call
-            self._insist(
+            self._call(
                 "recording parameters",
                 partial(self._client.log_batch, self.run_id, params=params[start : start + 100]),
             )
 
     def text(self, text: str, file: str) -> None:
         """Store a text as an artifact."""
-        self._insist(f"storing {file}", lambda: self._client.log_text(self.run_id, text, file))
+        self._call(f"storing {file}", lambda: self._client.log_text(self.run_id, text, file))
 
-    def note(self, name: str, text: str) -> None:
+    def tag(self, name: str, text: str) -> None:
         """Tag the run."""
-        self._insist(f"noting {name}", lambda: self._client.set_tag(self.run_id, name, text))
+        self._call(f"setting the tag {name}", lambda: self._client.set_tag(self.run_id, name, text))
 
     def store(self, path: Path) -> None:
         """Store a file or folder as an artifact under its own name."""
-        self._insist(f"storing {path}", lambda: self._log(path))
+        self._call(f"storing {path}", lambda: self._log(path))
 
     def register(self, folder: Path, name: str, alias: str) -> str:
-        """Store a folder and make it a new version of the registered model ``name``; returns the version.
+        """Store a folder, make it a version of the registered model ``name``, and return the version.
 
-        A version this run has registered already is used again, so that it can be called twice.
+        A second call of the same run returns the version of the first.
         """
 
         def register() -> str:
@@ -110,20 +136,20 @@ class Tracker:
             client.set_registered_model_alias(name, alias, version.version)
             return str(version.version)
 
-        return self._insist(f"registering {folder} as {name}", register)
+        return self._call(f"registering {folder} as {name}", register)
 
-    def hand_in(self) -> None:
-        """Hand in all metrics that wait."""
+    def upload(self) -> None:
+        """Upload all waiting metrics."""
         if missing := self.close():
             raise TrackingError(
-                f"MLflow at {self.uri} did not take {missing} values of run {self.run_id}: {self._refused}"
+                f"MLflow at {self.uri} did not take {missing} values of run {self.run_id}: {self._refusal}"
             )
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the run; it is not FINISHED while metrics wait."""
+        """End the run. It can be FINISHED only after all metrics are uploaded."""
         if status == "FINISHED":
-            self.hand_in()
-        self._insist("ending the run", lambda: self._client.set_terminated(self.run_id, status))
+            self.upload()
+        self._call("ending the run", lambda: self._client.set_terminated(self.run_id, status))
 
     def _log(self, path: Path) -> None:
         if path.is_dir():
@@ -131,29 +157,32 @@ class Tracker:
         else:
             self._client.log_artifact(self.run_id, str(path))
 
-    def _insist(self, doing: str, call: Callable[[], T]) -> T:
-        return with_retries(call, f"{doing} (run {self.run_id} at {self.uri})", pauses=(1.0, 4.0))
+    def _call(self, action: str, call: Callable[[], T]) -> T:
+        return with_retries(call, f"{action} (run {self.run_id} at {self.uri})", pauses=(1.0, 4.0))
 
     # ------------------------------------------------------------------------------------ lenient
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record the values of one step; they leave in batches, later if MLflow is away.
+        """Record the values of one step. They are uploaded in batches, and later if MLflow is away.
 
-        What MLflow refuses in a name becomes an underscore.
+        Characters that MLflow refuses in a name become underscores.
         """
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._waiting.extend(
-            Metric(name, float(value), now, step) for name, value in _acceptable(values).items()
+            Metric(name, float(value), now, step) for name, value in _with_valid_names(values).items()
         )
         if time.monotonic() >= self._next_flush:
             self.flush()
 
     def watch_system(self, seconds: float) -> None:
-        """Sample this machine's CPU, memory, disk, network and GPUs until `close`, behind earlier samples."""
+        """Sample CPU, memory, disk, network and GPUs of this machine until `close`.
+
+        The samples continue those of an earlier start.
+        """
         try:
-            quieten()
+            configure_mlflow()
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self._monitor = SystemMetricsMonitor(
@@ -164,7 +193,7 @@ class Tracker:
             warnings.warn(f"no system metrics: {brief(error)}", stacklevel=2)
 
     def close(self) -> int:
-        """Hand in what waits; returns how many values MLflow never got. The run itself stays open."""
+        """Upload waiting metrics and return how many values MLflow did not take. The run stays open."""
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
@@ -173,47 +202,43 @@ class Tracker:
         return len(self._waiting)
 
     def flush(self) -> None:
-        """Hand in what waits, unless MLflow was away a moment ago."""
+        """Upload waiting metrics, unless MLflow has just failed."""
         if time.monotonic() < self._away_until:
             return
         try:
             while self._waiting:
-                some = list(islice(self._waiting, 1000))  # MLflow's limit per call
-                self._client.log_batch(self.run_id, metrics=some)
-                for _ in some:
+                batch = list(islice(self._waiting, 1000))  # MLflow's limit per call
+                self._client.log_batch(self.run_id, metrics=batch)
+                for _ in batch:
                     self._waiting.popleft()
             self._next_flush = time.monotonic() + self._flush_seconds
-        # Whatever a tracking server and the network can do wrong must not end a training run.
+        # No error of a tracking server or of the network may end a training run.
         except Exception as error:
             self._next_flush = self._away_until = time.monotonic() + self._retry_seconds
-            self._refused = brief(error)
+            self._refusal = brief(error)
             warnings.warn(
-                f"MLflow at {self.uri} does not take metrics ({brief(error)}); the run goes on, and "
+                f"MLflow at {self.uri} does not take metrics ({brief(error)}); the run continues, and "
                 f"{len(self._waiting)} values wait for the next try",
                 stacklevel=3,
             )
 
 
-_LONGEST_NAME = 240
-"""MLflow takes 250 characters."""
-
-
-def _acceptable(values: Mapping[str, float]) -> dict[str, float]:
-    """The values under names that MLflow takes; two names that become the same one stay two."""
-    found: dict[str, float] = {}
+def _with_valid_names(values: Mapping[str, T]) -> dict[str, T]:
+    """Return the values under names that MLflow accepts; different names stay different."""
+    valid: dict[str, T] = {}
     for name, value in values.items():
         parts = re.sub(r"[^\w\-. /]", "_", name).split("/")
-        path = "/".join("_" if part in ("", ".", "..") else part for part in parts)[:_LONGEST_NAME]
+        path = "/".join("_" if part in ("", ".", "..") else part for part in parts)[:_MAX_NAME]
         path = f"{path}_" if path.endswith("/") else path
-        while path in found:
+        while path in valid:
             path += "_"
-        found[path] = value
-    return found
+        valid[path] = value
+    return valid
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str, artifacts: Path) -> str:
     if client.get_experiment_by_name(name) is None:
-        # Without a server MLflow would put artifacts into the working directory.
+        # Without a server MLflow would store artifacts in the working directory.
         location = None if uri.startswith(("http://", "https://", "databricks")) else artifacts.as_uri()
         unless_exists(lambda: client.create_experiment(name, artifact_location=location))
     return str(client.get_experiment_by_name(name).experiment_id)

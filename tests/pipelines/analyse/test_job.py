@@ -97,14 +97,16 @@ def test_without_the_bound_from_spectral_norms(config, storage):
 )
 def test_what_is_refused(config, changes, error, says):
     with pytest.raises(error, match=says):
-        run_analyse(AnalyseConfig(**{**config, **changes}))
+        run_analyse(AnalyseConfig(**{**config, "name": "refused", **changes}))
 
 
 def test_rows_without_images_are_refused(config, tmp_path):
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     (tmp_path / "text.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     with pytest.raises(sv.DataError, match="no row has an image"):
-        run_analyse(AnalyseConfig(**{**config, "data": str(tmp_path / "text.jsonl"), "skip": {}}))
+        run_analyse(
+            AnalyseConfig(**{**config, "name": "text", "data": str(tmp_path / "text.jsonl"), "skip": {}})
+        )
 
 
 def test_a_run_that_fails_says_so_in_mlflow(config, storage):

@@ -242,14 +242,21 @@ def test_savings_are_counted_and_predicted_alike(straight):
     assert 0 < savings["prefill_flops_predicted"] < 1
 
 
-def test_a_finished_job_says_so(straight, settings, capsys):
+def test_a_finished_job_says_so_and_is_recorded_elsewhere_without_work(
+    straight, settings, capsys, monkeypatch
+):
+    monkeypatch.setattr("pipelines.caption.job.ray_session", lambda: 1 / 0)
     again = run_caption(CaptionConfig.model_validate(settings))
     assert again == {**straight, "already_finished": True}
-    said = capsys.readouterr().out
-    assert "'straight' is finished already" in said
-    assert "recorded" not in said
-    run_caption(changed(settings, tracking={"experiment": "elsewhere"}))
-    assert "; it was recorded with other `tracking`, and not again\n" in capsys.readouterr().out
+    assert "job 'straight' is finished already" in capsys.readouterr().out
+    moved = run_caption(changed(settings, tracking={"experiment": "elsewhere"}))
+    assert moved["mlflow_run_id"] != straight["mlflow_run_id"]
+    assert {**moved, "mlflow_run_id": straight["mlflow_run_id"]} == straight
+    client = mlflow_client(moved)
+    run = client.get_run(moved["mlflow_run_id"])
+    assert client.get_experiment(run.info.experiment_id).name == "elsewhere"
+    assert run.data.metrics["captioned"] == ROWS - len(BAD)
+    run_caption(CaptionConfig.model_validate(settings))  # and back, in a third run
 
 
 def test_the_same_name_with_other_settings_is_refused(straight, settings):

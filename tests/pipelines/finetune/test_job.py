@@ -208,17 +208,15 @@ def test_a_finished_run_says_so(straight, settings, capsys):
     started = time.monotonic()
     again = run_finetune(FinetuneConfig.model_validate(settings))
     assert again == {**straight, "already_finished": True}
-    said = changed(
+    may_differ = changed(
         settings,
         data={"train": os.path.relpath(settings["data"]["train"])},
         training={"log_every": 1, "keep_checkpoints": 1},
-        tracking={"alias": "other", "registered_model": None},
     )
-    assert run_finetune(said) == again
+    assert run_finetune(may_differ) == again
     assert time.monotonic() - started < 2
     first, other = capsys.readouterr().out.splitlines()
-    assert first.startswith("run 'straight' is finished already")
-    assert other == f"{first}; it was recorded with other `tracking`, and not again"
+    assert first == other == f"job 'straight' is finished already: {straight['adapter']}"
 
 
 def test_the_same_name_with_other_settings_is_refused(straight, settings):
@@ -262,6 +260,15 @@ def test_a_killed_worker_and_an_absent_registry_change_nothing(straight, setting
     assert result["model_version"].startswith("tiny/")
     assert_resumed(result)
     assert result["loss"] == straight["loss"]
+
+    elsewhere = {"experiment": "elsewhere", "registered_model": None}
+    moved = run_finetune(changed(settings, name="worker-killed", tracking=elsewhere))
+    client = mlflow_client(moved)
+    run = client.get_run(moved["mlflow_run_id"])
+    assert moved["mlflow_run_id"] != result["mlflow_run_id"]
+    assert client.get_experiment(run.info.experiment_id).name == "elsewhere"
+    assert run.data.metrics["loss"] == pytest.approx(straight["loss"])
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"adapter", "config.yaml"}
 
 
 def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):

@@ -166,7 +166,7 @@ def test_no_alias_moves_without_its_numbers(storage, registry):
 @pytest.mark.parametrize("away", [False, True])
 def test_an_alias_that_moved_although_mlflow_said_nothing_has_moved(storage, registry, monkeypatch, away):
     """The answer to moving it is lost; and MLflow is away from then on, or is not."""
-    ask, lost = Registry._ask, []
+    ask, lost = Registry._call, []
 
     def ask_and_lose(self: Registry, doing: str, call: Any) -> Any:
         if lost and away:
@@ -178,9 +178,11 @@ def test_an_alias_that_moved_although_mlflow_said_nothing_has_moved(storage, reg
         return answer
 
     with monkeypatch.context() as patched:
-        patched.setattr(Registry, "_ask", ask_and_lose)
+        patched.setattr(Registry, "_call", ask_and_lose)
         if away:
-            with pytest.raises(TrackingError, match=r"no answer to noting .*\n.*'champion' may have moved"):
+            with pytest.raises(
+                TrackingError, match=r"no answer to setting the tag .*\n.*'champion' may have moved"
+            ):
                 promote(storage, before=GOOD, after=SAME)
         else:
             assert promote(storage, before=GOOD, after=SAME)["outcome"] == "promoted"
@@ -232,7 +234,7 @@ def test_a_folder_that_is_not_there_is_not_made(storage, tmp_path):
 )
 def test_a_mistake_is_no_decision(storage, registry, changes, error, says):
     """What the last decision noted stays."""
-    registry.note(ModelVersion("ours", "2"), {"promotion/champion/outcome": "earlier"})
+    registry.tag(ModelVersion("ours", "2"), {"promotion/champion/outcome": "earlier"})
     systems = {
         "old": {**made_by(1), **changes.get("old", {})},
         "new": {**made_by(2), **changes.get("new", {})},

@@ -187,7 +187,7 @@ def test_metrics_of_any_name_arrive(uri, storage):
 
 def test_who_only_reads_makes_no_registry(tmp_path):
     uri = TrackingConfig().absolute_uri(tmp_path / "typo")
-    with pytest.raises(ConfigError, match=r"there is no .*typo/mlflow\.db.* mend the address"):
+    with pytest.raises(ConfigError, match=r"there is no .*typo/mlflow\.db.* correct the address"):
         Registry(uri)
     with pytest.raises(ConfigError, match=r"there is no .*typo/mlflow\.db"):
         fetch_model(uri, "models:/ours@champion", tmp_path / "adapter")
