@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.compare.job import CompareConfig, run_compare
+from pipelines.compare.config import CompareConfig
+from pipelines.compare.job import run_compare
 from pipelines.shared.config import load_config, run_job
 
 

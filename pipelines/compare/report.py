@@ -1,4 +1,4 @@
-"""A comparison for people: a Markdown table and a picture."""
+"""The report of a comparison: Markdown tables and a figure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipelines.evaluation.tables import markdown_table
 from skipvision.errors import ConfigError
 
 _COLUMNS = {
-    "full untuned": "full, before",
-    "skip untuned": "skip, before",
+    "full untuned": "full, untuned",
+    "skip untuned": "skip, untuned",
     "full": "full, tuned",
     "skip": "skip, tuned",
 }
@@ -31,7 +31,7 @@ _COSTS = {
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Both tables: what the answers are worth, and what they cost."""
+    """Return the accuracy table and the cost table."""
     return f"{_accuracy_table(result)}\n{_cost_table(result)}"
 
 
@@ -47,8 +47,8 @@ def _accuracy_table(result: Mapping[str, Any]) -> str:
     return (
         f"{markdown_table(header, lines)}\n\n"
         f"{result['rows']} questions about {result['images']} test images; "
-        f"intervals by bootstrap over images; where fewer than {FEW_CHANGES} changed, at least the exact "
-        "binomial bounds.\n"
+        f"intervals by bootstrap over images; where fewer than {FEW_CHANGES} images changed, they are at "
+        "least the exact binomial bounds.\n"
     )
 
 
@@ -70,18 +70,18 @@ def _cost_table(result: Mapping[str, Any]) -> str:
 
 
 def check_marked(file: Path) -> None:
-    """Refuse a file without the two marks that the demo's table stands between."""
-    _around(file)
+    """Raise `ConfigError` unless the file has the two marks that enclose the demo's table."""
+    _outside_marks(file)
 
 
 def renew_marked(file: Path, table: str) -> None:
-    """Put the table between the marks, in place of what stands there."""
-    before, after = _around(file)
+    """Replace the text between the marks by the table."""
+    before, after = _outside_marks(file)
     file.write_text(f"{before}{_BEGIN}\n{table}{_END}{after}")
 
 
-def _around(file: Path) -> tuple[str, str]:
-    """What stands before and behind the marks."""
+def _outside_marks(file: Path) -> tuple[str, str]:
+    """Return the text before and after the marks."""
     try:
         text = file.read_text()
     except OSError as error:
@@ -89,12 +89,12 @@ def _around(file: Path) -> tuple[str, str]:
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not (begin and end):
-        raise ConfigError(f"readme = {file}: it has no line {_BEGIN} with a line {_END} behind it")
+        raise ConfigError(f"readme = {file}: it needs a line {_BEGIN} and a line {_END} after it")
     return before, after
 
 
 def picture(result: Mapping[str, Any], path: Path) -> None:
-    """Exact match per task as bars, and the cost ratios beside them, as a PNG."""
+    """Draw exact match per task and the cost ratios as two bar charts, and save them as a PNG."""
     shares = result["exact_match"]
     columns = [name for name in _COLUMNS if name in shares]
     tasks = [*(task for task in result["difference"] if task != OVERALL), OVERALL]

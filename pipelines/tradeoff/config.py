@@ -1,4 +1,4 @@
-"""Everything a trade-off job can be told."""
+"""Settings of the trade-off job."""
 
 from __future__ import annotations
 
@@ -13,74 +13,75 @@ from skipvision.config import SkipConfig
 
 
 class AdapterSection(Section):
-    """One way the base model was tuned."""
+    """An adapter, or the base model without one, and Skip-Vision under it."""
 
-    path: str | None = Field(None, description="folder of the adapter; null = the base model as it came")
+    path: str | None = Field(None, description="folder of the adapter; null = the base model")
     other_seeds: tuple[str, ...] = Field(
         (),
-        description="folders of adapters that the same fine-tune gave under other seeds; answers of all are "
-        "pooled; times and the grid are the first one's; select=random draws another pattern under each",
+        description="folders of adapters from the same fine-tune under other seeds: their answers are "
+        "pooled; times and grid use the first adapter only; select=random draws a pattern for each seed",
     )
     skip: SkipConfig | None = Field(
         None,
-        description="what Skip-Vision is here; null = as the adapter was trained, or the defaults. Where "
-        "points have other sizes, its retained and skipped keep their ratio",
+        description="SkipConfig of Skip-Vision; null = as the adapter was trained, or the defaults. "
+        "Points of other sizes keep the ratio of its retained and skipped tokens",
     )
     reference: str | None = Field(
-        None, description="adapter under which full tokens are what this one is compared with; null = itself"
+        None, description="adapter whose full-token answers are the reference; null = this adapter"
     )
 
 
 class GridSection(Section):
-    """Skip-Vision with each of these retained and each of these skipped tokens, under every adapter."""
+    """A grid of Skip-Vision sizes under every adapter: all pairs of retained and skipped tokens."""
 
     retained: tuple[int, ...] = Field((16, 32, 64, 128), description="numbers of retained tokens")
     skipped: tuple[int, ...] = Field((0, 32, 64), description="numbers of skipped tokens")
 
 
 class TradeoffConfig(JobConfig):
-    """What accuracy costs: baselines at equal FLOPs, and a grid of Skip-Vision, on one base model."""
+    """Accuracy against cost on one base model: baselines at equal FLOPs, and a grid of Skip-Vision."""
 
     model: BaseModelSection
     adapters: dict[str, AdapterSection] = Field(
-        {"untuned": AdapterSection()}, min_length=1, description="under these labels"
+        {"untuned": AdapterSection()}, min_length=1, description="adapters by label"
     )
-    test: str = Field(
-        "data/shapes/test.json", description="rows that are asked: LLaVA JSON, JSONL or parquet"
-    )
-    rows: int = Field(300, ge=1, description="rows asked at most, the tasks in equal shares")
-    batch_size: int = Field(50, ge=1, description="rows per forward pass")
-    max_new_tokens: int = Field(96, ge=1, description="tokens of an answer, at most")
-    methods: tuple[str, ...] = Field(tuple(BASELINES), description="of skipvision.baselines")
+    test: str = Field("data/shapes/test.json", description="test rows: LLaVA JSON, JSONL or parquet")
+    rows: int = Field(300, ge=1, description="max test rows, in equal shares per task")
+    batch_size: int = Field(50, ge=1, description="max answers that an engine generates at once")
+    max_new_tokens: int = Field(96, ge=1, description="max tokens of an answer")
+    kv_budget_bytes: int = Field(2**30, ge=1, description="bytes for keys and values of these answers")
+    methods: tuple[str, ...] = Field(tuple(BASELINES), description="methods of skipvision.baselines")
     fractions: tuple[float, ...] = Field(
-        (0.25, 0.3, 0.5), description="shares of the full prefill FLOPs, without the vision tower, to spend"
+        (0.25, 0.3, 0.5), description="budgets: shares of the full prefill FLOPs without the vision tower"
     )
     grid: GridSection = GridSection()
     latency_rounds: int = Field(
-        9, ge=0, description="times that the first token is waited for at each point; 0 = not measured"
+        9, ge=0, description="measurements of the time to the first token at each point; 0 = none"
     )
-    cpus_per_task: float = Field(1, gt=0, description="CPUs of a Ray task, each of which scores one point")
-    report: str | None = Field(None, description="folder that also gets the table and the pictures")
+    cpus_per_task: float = Field(1, gt=0, description="CPUs of a Ray task; a task scores one point")
+    report: str | None = Field(None, description="folder to copy the table and the figures to")
 
     @field_validator("adapters")
     @classmethod
     def _first_seed(cls, value: dict[str, AdapterSection]) -> dict[str, AdapterSection]:
         if wrong := [label for label, one in value.items() if one.other_seeds and one.path is None]:
-            raise ValueError(f"{', '.join(wrong)}: other_seeds without a path, which is the first")
+            raise ValueError(
+                f"{', '.join(wrong)}: other_seeds needs a path, which is the adapter of the first seed"
+            )
         return value
 
     @field_validator("methods")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [name for name in value if name not in BASELINES]:
-            raise ValueError(f"no {', '.join(unknown)}; there are {', '.join(BASELINES)}")
+            raise ValueError(f"unknown: {', '.join(unknown)}; known methods: {', '.join(BASELINES)}")
         return value
 
     @field_validator("fractions")
     @classmethod
     def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if wrong := [share for share in value if not 0 < share <= 1]:
-            raise ValueError(f"{wrong}: shares are above 0 and at most 1")
+            raise ValueError(f"{wrong}: a budget is above 0 and at most 1")
         return value
 
     @model_validator(mode="after")
@@ -89,13 +90,13 @@ class TradeoffConfig(JobConfig):
             reference = self.adapters.get(adapter.reference or label)
             if reference is None:
                 raise ValueError(
-                    f"adapters.{label}.reference: no adapter {adapter.reference!r}; there are "
+                    f"adapters.{label}.reference: no adapter {adapter.reference!r}; choose from "
                     f"{', '.join(self.adapters)}"
                 )
             own, theirs = len(adapter.other_seeds), len(reference.other_seeds)
             if theirs not in (0, own):
                 raise ValueError(
-                    f"adapters.{label}: {own} other seeds, and {theirs} of {adapter.reference!r}, which it "
-                    "is compared with seed by seed: give it as many, or none"
+                    f"adapters.{label} has {own} other seeds and its reference {adapter.reference!r} has "
+                    f"{theirs}: they are paired seed by seed, so give the reference {own} or none"
                 )
         return self

@@ -1,4 +1,4 @@
-"""A trade-off for people: a Markdown table, the curves, and the paper's points beside predicted ones."""
+"""The report of a trade-off: tables, curves, and published next to predicted FLOPs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from typing import Any
 
 from pipelines.evaluation.figures import SKIP_COLOUR, hide_box, save, subplots
 from pipelines.evaluation.items import OVERALL
-from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION, Found
+from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION
 from pipelines.tradeoff.published import PUBLISHED, llava_with
+from pipelines.tradeoff.results import PointResult
 from pipelines.tradeoff.table import table
 from skipvision import SkipConfig, predict_cost
 from skipvision.baselines import BASELINES
 
 _TEXT = 16
-"""Tokens of text that the paper's FLOPs agree with."""
+"""Text tokens in a prompt; with this number the prediction agrees with the paper's FLOPs."""
 _COSTS = {
-    "language_flops": "prefill FLOPs behind the tower, %",
+    "language_flops": "prefill FLOPs after the tower, %",
     "latency": "time to the first token, %",
     "kv_bytes": "KV bytes, %",
 }
 
 _COLOURS = ("blue", "cyan", "green", "red", "purple", "brown", "pink", "olive")
-"""Of the baselines; orange is Skip-Vision's, and grey the grid's."""
+"""Colours of the baselines. Skip-Vision is orange, the grid grey."""
 
 
-def write_report(found: Sequence[Found], folder: Path, *, rows: int, text_tokens: int) -> dict[str, str]:
+def write_report(
+    results: Sequence[PointResult], folder: Path, *, rows: int, text_tokens: int
+) -> dict[str, str]:
     """Table, numbers and pictures into a folder, by whose name theirs begin; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {
@@ -38,34 +41,36 @@ def write_report(found: Sequence[Found], folder: Path, *, rows: int, text_tokens
         "picture": folder / f"{folder.name}.png",
         "published": folder / "tradeoff_published.png",
     }
-    paths["table"].write_text(table(found, rows=rows, text_tokens=text_tokens))
-    paths["numbers"].write_text(json.dumps([asdict(one) | _skip(one) for one in found], indent=1) + "\n")
-    save(curves(found), paths["picture"], dpi=110)
+    paths["table"].write_text(table(results, rows=rows, text_tokens=text_tokens))
+    paths["numbers"].write_text(
+        json.dumps([asdict(one) | _json_point(one) for one in results], indent=1) + "\n"
+    )
+    save(curves(results), paths["picture"], dpi=110)
     _published(paths["published"])
     print(f"\n{paths['table'].read_text()}", flush=True)
     return {name: str(path) for name, path in paths.items()}
 
 
-def _skip(one: Found) -> dict[str, Any]:
+def _json_point(one: PointResult) -> dict[str, Any]:
     skip = one.point.skip
     return {"point": {**asdict(one.point), "skip": None if skip is None else skip.model_dump()}}
 
 
-def curves(found: Sequence[Found]) -> Any:
-    """A figure: overall accuracy against each cost, a row of panels for each adapter."""
-    labels = list(dict.fromkeys(one.point.adapter for one in found))
-    costs = {name: title for name, title in _COSTS.items() if getattr(found[0], name) is not None}
+def curves(results: Sequence[PointResult]) -> Any:
+    """Draw overall accuracy against each cost, in one row of panels per adapter."""
+    labels = list(dict.fromkeys(one.point.adapter for one in results))
+    costs = {name: title for name, title in _COSTS.items() if getattr(results[0], name) is not None}
     size = (4.6 * len(costs), 3.4 * len(labels) + 0.8)
     figure, axes = subplots(len(labels), len(costs), size=size, squeeze=False, sharey="row")
     for row, label in zip(axes, labels, strict=True):
-        own = [one for one in found if one.point.adapter == label]
+        own = [one for one in results if one.point.adapter == label]
         for axis, (cost, title) in zip(row, costs.items(), strict=True):
             _panel(axis, own, cost)
             axis.set_xlabel(title)
             hide_box(axis)
         row[0].set_title(label, loc="left", fontsize=10)
         row[0].set_ylabel("exact match, %")
-    shown = {}  # what some panels lack is in others
+    shown = {}  # a panel may lack some of the methods
     for axis in axes.flat:
         handles, names = axis.get_legend_handles_labels()
         shown |= dict(zip(names, handles, strict=True))
@@ -75,8 +80,8 @@ def curves(found: Sequence[Found]) -> Any:
     return figure
 
 
-def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
-    def line(some: Sequence[Found], **style: Any) -> None:
+def _panel(axis: Any, own: Sequence[PointResult], cost: str) -> None:
+    def line(some: Sequence[PointResult], **style: Any) -> None:
         ordered = sorted(some, key=lambda one: getattr(one, cost))
         axis.plot(
             [100 * getattr(one, cost) for one in ordered],
@@ -86,9 +91,9 @@ def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
 
     grid = [one for one in own if one.point.method == GRID]
     retained = sorted({one.point.skip.retained for one in grid if one.point.skip})
-    for place, count in enumerate(retained):
+    for rank, count in enumerate(retained):
         chosen = [one for one in grid if one.point.skip and one.point.skip.retained == count]
-        shade = 0.75 - 0.6 * place / max(len(retained) - 1, 1)
+        shade = 0.75 - 0.6 * rank / max(len(retained) - 1, 1)
         line(chosen, color=str(shade), lw=1, marker=".", ms=4, label=f"N_r = {count}")
     full = next(one for one in own if one.point.method == FULL)
     compared_with = 100 * full.gap[OVERALL].reference
@@ -103,7 +108,7 @@ def _panel(axis: Any, own: Sequence[Found], cost: str) -> None:
 
 
 def _published(path: Path) -> None:
-    """Predicted prefill FLOPs over N_r for some N_s, with the paper's points, for both decoders."""
+    """Draw predicted prefill FLOPs over N_r for some N_s, with the paper's points, for both decoders."""
     decoders = list(dict.fromkeys(point.decoder for point in PUBLISHED))
     figure, axes = subplots(1, len(decoders), size=(11, 4), sharey=True)
     for axis, decoder in zip(axes, decoders, strict=True):
@@ -112,11 +117,11 @@ def _published(path: Path) -> None:
             shares = [100 * _predicted(decoder, count, skipped, 576) for count in counts]
             axis.plot(counts, shares, marker=".", label=f"predicted, 576 tokens, N_s = {skipped}")
         for point in (point for point in PUBLISHED if point.decoder == decoder):
-            said = f"{point.retained} + {point.skipped} of {point.tokens}"
+            label = f"{point.retained} + {point.skipped} of {point.tokens}"
             own = 100 * _predicted(decoder, point.retained, point.skipped, point.tokens)
             axis.plot(point.retained, own, "o", color=SKIP_COLOUR, fillstyle="none", ms=9)
             axis.annotate(
-                said, (point.retained, own), textcoords="offset points", xytext=(8, -10), fontsize=8
+                label, (point.retained, own), textcoords="offset points", xytext=(8, -10), fontsize=8
             )
             if point.flops is not None:
                 axis.plot(point.retained, 100 * point.flops, "x", color="black", ms=8)

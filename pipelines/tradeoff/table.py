@@ -1,4 +1,4 @@
-"""The points of a trade-off as Markdown: what each costs and scores, and what it loses by task."""
+"""The results of a trade-off as Markdown tables: costs and accuracy of each point, and losses by task."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ from collections.abc import Mapping, Sequence
 from pipelines.evaluation.items import OVERALL
 from pipelines.evaluation.paired import FEW_CHANGES, Paired
 from pipelines.evaluation.tables import markdown_table
-from pipelines.tradeoff.points import FULL, GRID, Found
+from pipelines.tradeoff.points import FULL, GRID
+from pipelines.tradeoff.results import PointResult
+
+_NOTES = (
+    "{rows} questions, with {text_tokens} text tokens on average. Exact match in %. Kept: retained + "
+    "skipped visual tokens. Costs in % of full tokens: prefill FLOPs after the vision tower (and the "
+    "budget, if any), prefill FLOPs with the tower, and KV bytes are predicted; time to the first token"
+    " is measured (median [quartiles] of the ratio to full tokens in the same round). − full: "
+    "difference to full tokens under the reference adapter. Skip-Vision − this: difference between "
+    "Skip-Vision and the row, under the same adapter and budget. Brackets hold 95 % intervals, each on "
+    "its own, by bootstrap over images and, where there are several, over seeds of the fine-tune. With "
+    "one seed they say nothing about other seeds; with two or three they are still too narrow. Where "
+    "fewer than {few} images changed, counting all seeds of an image once, they are at least the exact "
+    "binomial bounds.\n"
+)
 
 
-def table(found: Sequence[Found], *, rows: int, text_tokens: int) -> str:
-    """Of each adapter all points, and the intervals by task of those that are not of the grid."""
+def table(results: Sequence[PointResult], *, rows: int, text_tokens: int) -> str:
+    """List all points of each adapter, then the intervals by task of those that are not in the grid."""
     blocks = []
-    for label in dict.fromkeys(one.point.adapter for one in found):
-        own = [one for one in found if one.point.adapter == label]
+    for label in dict.fromkeys(one.point.adapter for one in results):
+        own = [one for one in results if one.point.adapter == label]
         seeds = len(own[0].by_seed)
         blocks.append(f"**{label}**" + (f", {seeds} seeds" if seeds > 1 else ""))
         blocks.append(_points(own))
         if compared := [one for one in own if one.point.method not in (FULL, GRID)]:
             blocks += [f"**{label}**: − full, by task", _by_task(compared)]
-    return "\n\n".join(blocks) + (
-        f"\n\n{rows} questions, {text_tokens} tokens of text on average; exact match in %. Kept: retained + "
-        "skipped visual tokens. Costs in % of full tokens: prefill FLOPs behind the vision tower (of those "
-        "that may be spent, if there is such a limit), with the tower, "
-        "KV bytes (these three predicted), and time to the first token (measured: median [quartiles] of the "
-        "ratio to full tokens in the same round). − full: what is gained against full tokens, those of the "
-        "adapter that this one is compared with. Skip-Vision − this: what Skip-Vision gains against the row, "
-        "under the same adapter, where both may spend the same. In brackets intervals of 95 %, each for "
-        "itself, by bootstrap over images and, where there are several, seeds of the fine-tune; of one seed "
-        "they say nothing about others, and of two or three they are still too narrow. Where fewer than "
-        f"{FEW_CHANGES} images changed, all seeds of an image together, they are at least the exact binomial "
-        "bounds.\n"
-    )
+    blocks.append(_NOTES.format(rows=rows, text_tokens=text_tokens, few=FEW_CHANGES))
+    return "\n\n".join(blocks)
 
 
-def _points(own: Sequence[Found]) -> str:
+def _points(own: Sequence[PointResult]) -> str:
     tasks = list(own[0].accuracy)
     columns = {
         "method": [one.point.method for one in own],
@@ -52,7 +55,7 @@ def _points(own: Sequence[Found]) -> str:
     return _markdown({head: cells for head, cells in columns.items() if any(cells)})
 
 
-def _by_task(own: Sequence[Found]) -> str:
+def _by_task(own: Sequence[PointResult]) -> str:
     tasks = [task for task in own[0].gap if task != OVERALL]
     return _markdown(
         {
@@ -63,12 +66,12 @@ def _by_task(own: Sequence[Found]) -> str:
     )
 
 
-def _flops(one: Found) -> str:
+def _flops(one: PointResult) -> str:
     budget = one.point.budget
     return _percent(one.language_flops) + ("" if budget is None else f" of {100 * budget:g}")
 
 
-def _latency(one: Found) -> str:
+def _latency(one: PointResult) -> str:
     if one.latency is None or one.latency_quartiles is None:
         return ""
     return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * share for share in (one.latency, *one.latency_quartiles)))

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
-from pipelines.compare.job import CompareConfig, differences, run_compare
+from pipelines.compare.config import CompareConfig
+from pipelines.compare.job import differences, run_compare
 from pipelines.compare.report import markdown
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.evaluation.exact_match import Answer
@@ -111,7 +112,7 @@ def test_the_readme_gets_the_table_between_its_marks_and_nothing_else_changes(st
 def test_a_readme_without_marks_is_refused_before_anything_is_asked(storage, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- /demo table --> <!-- demo table -->")
-    with pytest.raises(ConfigError, match=r"README.md: it has no line <!-- demo table -->"):
+    with pytest.raises(ConfigError, match=r"README.md: it needs a line <!-- demo table -->"):
         compare(storage, Path("nowhere.json"), readme=str(readme))
     with pytest.raises(ConfigError, match=r"no.md: No such file"):
         compare(storage, Path("nowhere.json"), readme=str(tmp_path / "no.md"))

@@ -23,8 +23,9 @@ from pipelines.evaluation.paired import Paired
 from pipelines.tradeoff import job as tradeoff
 from pipelines.tradeoff.config import TradeoffConfig
 from pipelines.tradeoff.job import digests, run_tradeoff
-from pipelines.tradeoff.points import Found, Point
+from pipelines.tradeoff.points import Point
 from pipelines.tradeoff.report import curves
+from pipelines.tradeoff.results import PointResult
 from skipvision.errors import AdapterError, ConfigError
 
 SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
@@ -128,7 +129,7 @@ def test_other_points_rounds_or_cpus_are_timed_anew(given, tmp_path, monkeypatch
     ]:
         config = TradeoffConfig(**{**given, "adapters": {"a": {}}, **changes})
         for _ in range(2):
-            seconds = tradeoff._timed(some, tmp_path / "times", config, ())
+            seconds = tradeoff._time_points(some, tmp_path / "times", config, ())
             assert list(seconds.values()) == [[0.5] * config.latency_rounds] * len(some)
     assert timed == [(2, 2, 1.5), (2, 1, 1.5), (2, 2, 4), (1, 2, 1.5)]
 
@@ -200,10 +201,10 @@ def _answered(files: list[Path], right: dict[str, list[int]]) -> None:
 def test_the_picture_says_what_each_line_is():
     """In the second row of panels the adapter's own full tokens are not what it is compared with."""
 
-    def found(label: str, method: str, share: float, **point: Any) -> Found:
+    def found(label: str, method: str, share: float, **point: Any) -> PointResult:
         gap = Paired(share - 0.9, -1, 1, None, 0.9, share, 10, 10, 0, 0)
         cost = 1.0 if method == "full" else 0.3
-        return Found(
+        return PointResult(
             Point(label, (None,), method, None, **point),
             *(cost, cost, cost, None, None, None),
             {"overall": share},
@@ -252,15 +253,15 @@ def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, sh
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"methods": ["fast"]}, ValidationError, "no fast; there are random, uniform"),
-        ({"fractions": [0.5, 25]}, ValidationError, r"\[25.0\]: shares are above 0"),
+        ({"methods": ["fast"]}, ValidationError, "unknown: fast; known methods: random, uniform"),
+        ({"fractions": [0.5, 25]}, ValidationError, r"\[25.0\]: a budget is above 0"),
         ({"adapters": {"a": {"reference": "b"}}}, ValidationError, "adapters.a.reference: no adapter 'b'"),
         ({"adapters": {}}, ValidationError, "at least 1"),
-        ({"adapters": {"a": {"other_seeds": ["b"]}}}, ValidationError, "a: other_seeds without a path"),
+        ({"adapters": {"a": {"other_seeds": ["b"]}}}, ValidationError, "a: other_seeds needs a path"),
         (
             {"adapters": {"a": {"path": "x", "other_seeds": ["y"]}, "b": {"path": "x", "reference": "a"}}},
             ValidationError,
-            "b: 0 other seeds, and 1 of 'a'",
+            "b has 0 other seeds and its reference 'a' has 1",
         ),
         ({"test": "nowhere.json"}, ConfigError, "test = nowhere.json"),
         ({"adapters": {"a": {"path": "models"}}}, AdapterError, "models is not a Skip-Vision adapter"),

@@ -1,0 +1,64 @@
+"""Answers of an engine to training rows: what the endpoint would return to the last question of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from pipelines.data.chat import content_parts
+from pipelines.data.images import ImageError
+from pipelines.data.rows import TrainingRow
+from pipelines.evaluation.exact_match import Answer
+from skipvision.config import SkipConfig
+from skipvision.engine import Engine, Request, Sampling
+
+
+def answer_rows(
+    engine: Engine,
+    rows: Sequence[TrainingRow],
+    *,
+    skip: SkipConfig | Literal["full"] | None = None,
+    max_new_tokens: int = 128,
+) -> list[Answer]:
+    """Answer each row's last question greedily, with its earlier turns as context, in the order of rows.
+
+    Args:
+        engine: runs the requests under its default adapter.
+        rows: each ends in the expected answer.
+        skip: SkipConfig of all requests; "full" skips nothing, None uses the adapter's or the engine's own.
+        max_new_tokens: max length of an answer.
+
+    Raises:
+        ImageError: an image cannot be opened.
+        SkipVisionError: the engine refuses a request, or cannot complete it.
+    """
+    texts: dict[int, str] = {}
+    failures: list[Exception] = []
+
+    def requests() -> Iterator[Request]:
+        for index, row in enumerate(rows):
+            if failures:
+                return  # the engine finishes what it has, and is idle for its next user
+            try:
+                request = request_for(row, max_new_tokens=max_new_tokens)
+            except ImageError as error:
+                failures.append(error)
+                return
+            yield replace(request, skip=skip, key=index)
+
+    for completion in engine.run(requests()):
+        if completion.error is not None:
+            failures.append(completion.error)
+        else:
+            texts[completion.key] = completion.text.strip()
+    if failures:
+        raise failures[0]
+    return [Answer(row.key, row.task, row.messages[-1].text, texts[index]) for index, row in enumerate(rows)]
+
+
+def request_for(row: TrainingRow, *, max_new_tokens: int) -> Request:
+    """Return a greedy request for a row's last question. Raise `ImageError` if an image cannot be opened."""
+    chat = [{"role": m.role, "content": content_parts(m.text)} for m in row.messages[:-1]]
+    images = [image.open() for image in row.images]
+    return Request(chat, images, sampling=Sampling(max_new_tokens=max_new_tokens))

@@ -1,0 +1,95 @@
+"""Ray tasks of a trade-off: answer the test rows at one point, and time the points of one adapter.
+
+Both run `skipvision.Engine` as the endpoint does: the adapter is not merged, and weights and arithmetic have
+the dtype that serving chooses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import skipvision as sv
+from pipelines.data.rows import TrainingRow
+from pipelines.engines.config import BaseModelSection
+from pipelines.engines.model import EngineModel, load_engine
+from pipelines.evaluation.answering import answer_rows, request_for
+from pipelines.evaluation.items import Item
+from pipelines.score.fingerprints import of_images
+from pipelines.shared.sections import EngineSection
+from pipelines.tradeoff.config import TradeoffConfig
+from pipelines.tradeoff.points import Point, skip_vision_shape
+from skipvision.engine import Engine, Request
+
+
+def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[TrainingRow]) -> list[Item]:
+    """Answer every row at a point under one seed; an exact match scores 1."""
+    engine = _engine_for(point, seed, config)
+    skip = point.under(seed) or "full"
+    answers = answer_rows(engine, rows, skip=skip, max_new_tokens=config.max_new_tokens)
+    groups = [of_images(row.images[:1]) if row.images else row.key for row in rows]
+    return [
+        Item("test", row.key, point.method, row.task, group, answer.answer, float(answer.correct))
+        for row, group, answer in zip(rows, groups, answers, strict=True)
+    ]
+
+
+def first_token_seconds(
+    some: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
+) -> list[list[float]]:
+    """Return seconds to the first token: for each point of one adapter a list over rounds.
+
+    A round answers one row at every point in turn, so the row and other load on the machine affect all points
+    of a round alike: compare times within a round. Each request runs alone in an idle engine. The clock runs
+    from its submission to its first token, so it covers the vision tower, the plan, the prefill and the
+    choice of the token, but not the rendering, tokenizing and image preprocessing before. The first round is
+    a warm-up and is dropped.
+    """
+    engine = _engine_for(some[0], 0, config)
+    seconds: list[list[float]] = [[] for _ in some]
+    for number in range(config.latency_rounds + 1):
+        request = engine.prepare(request_for(rows[number % len(rows)], max_new_tokens=1))
+        for point, own in zip(some, seconds, strict=True):
+            own.append(_seconds(engine, replace(request, skip=point.skip or "full")))
+    return [own[1:] for own in seconds]
+
+
+def _seconds(engine: Engine, request: Request) -> float:
+    started = time.perf_counter()
+    [completion] = engine.run([request])
+    taken = time.perf_counter() - started
+    if completion.error is not None:
+        raise completion.error
+    return taken
+
+
+def _engine_for(point: Point, seed: int, config: TradeoffConfig) -> Engine:
+    summary_tokens = skip_vision_shape(config.adapters[point.adapter]).summary_tokens
+    settings = EngineSection(max_sequences=config.batch_size, kv_budget_bytes=config.kv_budget_bytes)
+    return _engine(config.model, point.paths[seed], summary_tokens, settings)
+
+
+@lru_cache(maxsize=1)
+def _engine(
+    base: BaseModelSection, adapter: str | None, summary_tokens: int, settings: EngineSection
+) -> Engine:
+    """Load an engine and keep it for the next point of this process.
+
+    A request may use no summary tokens or the engine's number, so the engine has the number of Skip-Vision.
+    """
+    model = EngineModel(
+        base=base.path,
+        label=base.path,
+        adapter=None if adapter is None else Path(adapter),
+        adapter_label=None,
+        skip=sv.SkipConfig.full().model_copy(update={"summary_tokens": summary_tokens}),
+        dtype=base.dtype,
+        attention=base.attention,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_engine(model, settings, device)
