@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.analyse.job import AnalyseConfig, run_analyse
+from pipelines.analyse.config import AnalyseConfig
+from pipelines.analyse.job import run_analyse
 from pipelines.shared.config import load_config, run_job
 
 

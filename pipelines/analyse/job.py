@@ -1,4 +1,4 @@
-"""What the FFN does to visual tokens, and the error of skipping it: of a base model, and as it was tuned."""
+"""Measure what the FFN does to visual tokens, and the error of skipping it, before and after tuning."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 import skipvision as sv
-from pipelines.analyse.pictures import picture_errors, picture_heat, picture_ratios
+from pipelines.analyse.config import AnalyseConfig
+from pipelines.analyse.folder import AnalysisFolder
+from pipelines.analyse.report import medians, write_report
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import Collator
 from pipelines.data.rows import TrainingRow
@@ -23,77 +23,24 @@ from pipelines.data.training_rows import read_training_rows
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import load_frozen, load_processor
 from pipelines.evaluation.exact_match import pick_rows
-from pipelines.evaluation.tables import markdown_table
-from pipelines.shared.files import write_text
-from pipelines.shared.folder import JobFolder
-from pipelines.shared.paths import InputPath, OutputFolder, copy_into
-from pipelines.tracking.config import TrackedConfig
+from pipelines.shared.paths import copy_into
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
 from skipvision.analysis import error_bound, ffn_ratios
 from skipvision.errors import ConfigError, DataError
 
-ERRORS = {
-    "moved": "output moved by this omission",
-    "measured": "error, measured",
-    "summed": "bound, omissions added up",
-    "composite": "bound, later layers together",
-    "local": "bound, layer by layer",
-    "worst": "bound, worst case",
-}
-"""What is reported of each layer and of the output, and how the table calls it."""
-
-
-class AnalyseConfig(TrackedConfig):
-    """What is measured, on which data."""
-
-    model: BaseModelSection = Field(description="the base model")
-    adapter: InputPath | None = Field(
-        None, description="folder of a fine-tuned adapter, which is then measured too; null = none"
-    )
-    skip: sv.SkipConfig | None = Field(
-        None,
-        description="which visual tokens are retained, all others being skipped; null = as the adapter "
-        "was trained",
-    )
-    data: InputPath = Field(description="rows to measure on: LLaVA JSON, chat JSONL or parquet")
-    ratio_rows: int = Field(64, ge=1, description="rows for the FFN ratios, the tasks in equal shares")
-    bound_rows: int = Field(4, ge=1, description="rows for the error and its bounds")
-    batch_size: int = Field(8, ge=1, description="rows per forward pass")
-    worst_case: bool = Field(
-        True,
-        description="also bound the error from spectral norms, which only layers like Llama's allow",
-    )
-    report: OutputFolder | None = Field(None, description="folder that also gets the table and the pictures")
-    threads: int = Field(0, ge=0, description="torch threads; 0 = as many as there are CPUs")
-
-
-class AnalysisFolder(JobFolder):
-    """Job ``name`` under ``storage``, new or resumed."""
-
-    may_differ: ClassVar[frozenset[str]] = frozenset({"storage", "tracking", "report", "threads"})
-
-    def __init__(self, storage: Path, name: str) -> None:
-        super().__init__(storage, name)
-        self.numbers = self.path / "analysis.json"
-        self.table = self.path / "analysis_table.md"
-        self.pictures = tuple(
-            self.path / name for name in ("ffn_ratios.png", "ffn_heat.png", "skip_errors.png")
-        )
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.state.get("measured"))
-
 
 def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
-    """Measure, draw and record, or report the finished job; returns medians over prompts, and the files.
+    """Measure, write the report, and record it in MLflow; or report that the job is finished.
+
+    Returns:
+        The MLflow run, the files, and the median errors at the output.
 
     Raises:
-        ConfigError: model, adapter or data do not exist, no settings say which tokens are retained, or an
-            earlier start had other settings.
+        ConfigError: the model, the adapter or the data do not exist, no setting says which tokens are
+            retained, or the job was started with other settings.
         DataError: no row has an image.
-        UnsupportedModelError: the model's kind is not supported.
+        UnsupportedModelError: the analysis does not support this kind of model.
         TrackingError: MLflow does not answer.
     """
     torch.set_num_threads(config.threads or usable_cpus())
@@ -107,58 +54,45 @@ def run_analyse(config: AnalyseConfig) -> dict[str, Any]:
             result = _complete(config, absolute, folder)
             folder.remember(result=result)
     if absolute.report is not None:
-        copy_into(Path(absolute.report), [folder.table, *folder.pictures])
+        copy_into(Path(absolute.report), [folder.table, *folder.figures])
     return {**result, "already_finished": finished}
 
 
 def _complete(config: AnalyseConfig, absolute: AnalyseConfig, folder: AnalysisFolder) -> dict[str, Any]:
-    """Measure, unless that is done, and record; returns the job's result."""
+    """Measure, unless that is done already, record the results, and return the job's result."""
     adapter = None if absolute.adapter is None else Path(absolute.adapter)
-    skip = _retaining(absolute, adapter)
+    skip = _skip_config(absolute, adapter)
     rows = [row for row in _rows(absolute.data) if row.images]
     if not rows:
         raise DataError(f"data = {config.data}: no row has an image")
     settings = {**config.model_dump(mode="json"), "skip": skip.model_dump(mode="json")}
     with tracked_run(config, folder, settings, settings) as run:
         if not folder.has_work:
-            found = {
-                name: _measure(name, absolute.model, folder_of, skip, rows, absolute)
-                for name, folder_of in {"base": None, "tuned": adapter}.items()
-                if name == "base" or folder_of is not None
+            measured = {
+                name: _measure(name, absolute.model, path, skip, rows, absolute)
+                for name, path in {"base": None, "tuned": adapter}.items()
+                if name == "base" or path is not None
             }
-            _write({"skip": skip.model_dump(), "variants": found}, folder)
+            write_report({"skip": skip.model_dump(), "variants": measured}, folder)
             folder.remember(measured=True)
-        found = json.loads(folder.numbers.read_text())["variants"]
-        files = [folder.numbers, folder.table, *folder.pictures]
+        variants = json.loads(folder.numbers.read_text())["variants"]
+        files = [folder.numbers, folder.table, *folder.figures]
         run.advice = f"The analysis is complete in {folder.path}. Run the same job again to record it"
-        _record(run, found, files)
+        _record(run, variants, files)
     return {
         "mlflow_uri": run.uri,
         "mlflow_run_id": run.run_id,
         "files": [str(file) for file in files],
-        "variants": {name: {"output": medians(variant)[-1]} for name, variant in found.items()},
+        "variants": {name: {"output": medians(variant)[-1]} for name, variant in variants.items()},
     }
 
 
-def medians(variant: Mapping[str, Any]) -> list[dict[str, float | None]]:
-    """Errors behind each layer, and last at the output: medians over prompts."""
-    places = zip(*([*prompt["layers"], prompt["output"]] for prompt in variant["bounds"]), strict=True)
-    return [
-        {
-            name: None if prompts[0][name] is None else median(prompt[name] for prompt in prompts)
-            for name in ERRORS
-            if name in prompts[0]
-        }
-        for prompts in places
-    ]
-
-
-def _retaining(config: AnalyseConfig, adapter: Path | None) -> sv.SkipConfig:
+def _skip_config(config: AnalyseConfig, adapter: Path | None) -> sv.SkipConfig:
     own = None if adapter is None else sv.read_adapter(adapter)["skip"]
     skip = config.skip or own
     if skip is None:
         raise ConfigError(
-            "skip is null, and there is no adapter that was trained with Skip-Vision: give, say, "
+            "skip is null, and no adapter was trained with Skip-Vision: set it, for example with "
             "--skip.retained 0.25"
         )
     return skip
@@ -167,7 +101,7 @@ def _retaining(config: AnalyseConfig, adapter: Path | None) -> sv.SkipConfig:
 def _rows(source: str) -> list[TrainingRow]:
     data = read_training_rows(source)
     if data.rejects:
-        print(f"{source}: {len(data.rejects)} rows cannot be used and are left out", flush=True)
+        print(f"{source}: ignoring {len(data.rejects)} unusable rows", flush=True)
     return data.rows
 
 
@@ -202,41 +136,12 @@ def _measure(
     return {"ratios": asdict(ratios), "bounds": bounds}
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """A table for each variant: a line for each layer, and one for the output."""
-    blocks = []
-    for name, variant in found.items():
-        header = [name, "FFN ratio, visual", "FFN ratio, text", *ERRORS.values()]
-        lines = []
-        ratios, errors = variant["ratios"], medians(variant)
-        for number, error in enumerate(errors):
-            at_end = number == len(errors) - 1
-            means = ["", ""] if at_end else [f"{ratios[k]['mean'][number]:.3f}" for k in ("visual", "text")]
-            values = ["" if error.get(key) is None else f"{error[key]:.3g}" for key in ERRORS]
-            lines.append(["output" if at_end else f"layer {number}", *means, *values])
-        blocks.append(markdown_table(header, lines) + "\n")
-    return "\n".join(blocks)
-
-
-def _write(result: dict[str, Any], folder: AnalysisFolder) -> None:
-    """Write the numbers, the table and the pictures."""
-    found = result["variants"]
-    write_text(folder.numbers, json.dumps(result, indent=1) + "\n")
-    write_text(folder.table, markdown(found))
-    ratios, heat, errors = folder.pictures
-    picture_ratios(found, ratios)
-    picture_heat(found, heat)
-    picture_errors({name: medians(variant) for name, variant in found.items()}, errors)
-    names = ", ".join(file.name for file in (folder.numbers, folder.table, *folder.pictures))
-    print(f"\n{folder.table.read_text()}\nin {folder.path}: {names}", flush=True)
-
-
-def _record(tracker: Tracker, found: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Curves over layers in place of steps; and the files."""
-    for name, variant in found.items():
+def _record(tracker: Tracker, variants: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Record curves, whose steps are layers, and the files."""
+    for name, variant in variants.items():
         ratios = variant["ratios"]
         for number, error in enumerate(medians(variant)):
-            values = {f"{name}/error/{place}": value for place, value in error.items() if value is not None}
+            values = {f"{name}/error/{kind}": value for kind, value in error.items() if value is not None}
             if number < len(ratios["visual"]["mean"]):
                 values |= {f"{name}/ffn_ratio/{k}": ratios[k]["mean"][number] for k in ("visual", "text")}
             tracker.metrics(values, number)

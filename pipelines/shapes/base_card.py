@@ -1,4 +1,4 @@
-"""The base model's card: how it was made, how it learnt, and what it can do on the held-out test split."""
+"""Write the model card: the recipe, training curves, and accuracy on the test split."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, __version__
 
 from pipelines.data.training_rows import read_training_rows
-from pipelines.evaluation.exact_match import accuracy_by_task, evaluate_exact_match
+from pipelines.evaluation.answering import answer_rows
+from pipelines.evaluation.exact_match import accuracy_by_task
 from pipelines.evaluation.items import OVERALL
 from pipelines.shapes.base_config import BaseModelConfig
 from pipelines.shapes.files import ShapesConfig, write_shapes
+from skipvision.config import SkipConfig
+from skipvision.engine import Engine
 
 AIM = 0.9
-"""Exact match over all tasks that the model was meant to reach."""
+"""Target for exact match over all tasks."""
 _STILL_RISING = 10.0
 _CHECKS_TO_JUDGE = 6
 COMMAND = "python jobs/train_base.py --config jobs/configs/train_base.yaml"
@@ -27,7 +30,7 @@ COMMAND = "python jobs/train_base.py --config jobs/configs/train_base.yaml"
 def write_card(
     config: BaseModelConfig, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> dict[str, Any]:
-    """Evaluate on test scenes drawn as files, plot the losses, and write ``README.md`` beside the weights."""
+    """Evaluate on test scenes, plot the losses, and write ``README.md`` next to the weights."""
     exact = _exact_match(config, model, processor)
     logs = {stage: _read_log(config.work_dir / f"{stage}.jsonl") for stage in ("vision", "language")}
     _plot(logs, config.output / "training.png")
@@ -47,14 +50,15 @@ def write_card(
 def _exact_match(
     config: BaseModelConfig, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> dict[str, float]:
-    """Greedy exact match per task, float32, on test scenes that went through real image files."""
+    """Return exact match per task of greedy answers in float32, on test scenes read from image files."""
     with tempfile.TemporaryDirectory() as folder:
         scenes = ShapesConfig(
             output=Path(folder), seed=config.seed, train=0, validation=0, test=config.test_scenes
         )
         write_shapes(scenes)
         rows = read_training_rows(f"{folder}/test.json").rows
-        answers = evaluate_exact_match(model, processor, rows, batch_size=50)
+        with Engine(model, processor, SkipConfig.full(), max_sequences=50) as engine:
+            answers = answer_rows(engine, rows)
     return accuracy_by_task(answers)
 
 
@@ -83,9 +87,11 @@ def _plot(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def judged(exact: dict[str, float], checks: list[dict[str, float]]) -> str:
-    """Whether the model reached `AIM`; if not, by what it was missed and what the training log says of why.
+    """State whether the model reached `AIM`; if not, the gap and what the training log shows about it.
 
-    ``checks`` are validation accuracies per task in the order of steps.
+    Args:
+        exact: exact match per task and overall.
+        checks: validation accuracies per task, in the order of steps.
     """
     overall = 100 * exact[OVERALL]
     if exact[OVERALL] >= AIM:
@@ -110,7 +116,7 @@ def judged(exact: dict[str, float], checks: list[dict[str, float]]) -> str:
 
 
 def _card(config: BaseModelConfig, facts: dict[str, Any], verdict: str) -> str:
-    exact = facts["exact_match"]
+    exact, minutes, size = facts["exact_match"], facts["minutes"], f"{facts['parameters']:,}"
     table = "\n".join(f"| {task} | {100 * share:.1f} |" for task, share in exact.items() if task != OVERALL)
     return f"""---
 license: apache-2.0
@@ -120,32 +126,32 @@ library_name: transformers
 
 # shapes-llava
 
-A LLaVA of {facts["parameters"]:,} parameters that describes and answers questions about *shapes* scenes
-(224 × 224 pixels, 256 visual tokens): small enough for a repository and a laptop, real enough that
-skipping visual tokens costs something. It knows nothing else.
+A LLaVA with {size} parameters that describes *shapes* scenes (224 × 224 pixels, 256 visual tokens) and answers
+questions about them. It is small enough for a repository and a laptop, and real enough that skipping visual
+tokens costs accuracy. It knows nothing else.
 
     model = AutoModelForImageTextToText.from_pretrained("models/shapes-llava")
     processor = AutoProcessor.from_pretrained("models/shapes-llava")
 
-## How it was made
+## Training
 
     {COMMAND}
 
-From scratch, seed {config.seed}, {facts["hardware"]}, bfloat16 autocast:
-{facts["minutes"]["vision"]} minutes for
-{config.vision_images:,} images whose patches were classified (vision tower), then
-{facts["minutes"]["language"]} minutes for {config.language_images:,} images with {config.questions} packed
-questions each (everything). Only scenes of the train split were shown; scenes are split by a hash
-of what they show, so no test scene can be met in training.
+The model was trained from scratch with seed {config.seed} on {facts["hardware"]},
+bfloat16 autocast. The vision tower first learnt to classify the patches of
+{config.vision_images:,} images ({minutes["vision"]} minutes). Then all
+weights were trained on {config.language_images:,} images with {config.questions} packed
+questions each ({minutes["language"]} minutes). Training used only scenes of the train split. A hash of
+a scene's content decides its split, so no test scene occurs in training.
 
 ![losses and validation accuracy](training.png)
 
-From step {config.digits_from} of the second stage, digits weigh {config.digit_weight:g} times as much in the
-loss: until then everything but reading the number had been learnt.
+From step {config.digits_from} of the second stage on, digits have {config.digit_weight:g} times the weight
+in the loss, because until then the model had learnt everything except reading the number.
 
-## What it can do
+## Accuracy
 
-Exact match of greedy answers (float32) to {config.test_scenes} scenes of the test split, one question of
+Exact match of greedy answers (float32) on {config.test_scenes} scenes of the test split, with one question of
 every task each:
 
 | task | exact match, % |

@@ -1,4 +1,4 @@
-"""Scenes as training examples of the base model: labelled patches, and packed questions."""
+"""Training examples of the base model: labelled patches, and packed questions about one scene."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pipelines.shapes.scenes import (
     TASKS,
     Scene,
     Split,
-    ask,
     digit_centres,
+    question_for,
     render,
     sample_scene,
 )
 
 PATCH_LABELS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "size": len(SIZES) + 1, "digit": 11}
-"""Stage 1's per-patch classification targets and their class counts; class 0 is "none"."""
+"""The per-patch classification targets of stage 1 and their numbers of classes; class 0 is "none"."""
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """(256, 4) class of every patch in the order of `PATCH_LABELS`."""
+    """Return the (256, 4) classes of all patches, in the order of `PATCH_LABELS`."""
     labels = np.zeros((PATCHES_PER_SIDE, PATCHES_PER_SIDE, len(PATCH_LABELS)), dtype=np.int64)
     middle = (np.arange(PATCHES_PER_SIDE) + 0.5) * PATCH_SIZE
     for thing in scene.things:
@@ -47,14 +47,18 @@ def patch_labels(scene: Scene) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Branch:
-    """One question of a packed row: its token ids and which of them are the answer."""
+    """One question of a packed row: token ids, and the index at which the answer starts."""
 
     ids: list[int]
     answer_start: int
 
 
 class SceneRows(Dataset):
-    """Scenes ``start … stop`` of a split as training examples of one stage."""
+    """Scenes ``start`` to ``stop - 1`` of a split as training examples of one stage.
+
+    ``packed`` adds questions to the patch labels (stage 2). Scenes before ``easy_until`` have at most two
+    objects.
+    """
 
     def __init__(
         self,
@@ -88,20 +92,20 @@ class SceneRows(Dataset):
         tasks = ["caption", *(TASKS[1 + i % (len(TASKS) - 1)] for i in range(self.config.questions - 1))]
         row["branches"] = [
             encode_branch(self.processor.tokenizer, question.prompt, question.answer)
-            for question in (ask(scene, task, rng) for task in tasks)
+            for question in (question_for(scene, task, rng) for task in tasks)
         ]
         return row
 
 
 def normalised(processor: LlavaProcessor, image: Image.Image) -> torch.Tensor:
-    """(3, 224, 224): what the image processor makes of an image that has the right size already."""
+    """Return (3, 224, 224) pixels as the image processor would, for an image that needs no resizing."""
     images = processor.image_processor
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
     return ((pixels - torch.tensor(images.image_mean)) / torch.tensor(images.image_std)).permute(2, 0, 1)
 
 
 def encode_branch(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> Branch:
-    """The chat template's tokens behind the image for one question and its answer."""
+    """Return the tokens that the chat template puts after the image, for one question and its answer."""
     question = tokenizer(f"\n{prompt} ASSISTANT:", add_special_tokens=False).input_ids
     reply = tokenizer(f" {answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
     return Branch(question + reply, len(question))
@@ -109,15 +113,15 @@ def encode_branch(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) 
 
 @dataclass
 class PackedBatch:
-    """B images with their packed questions; L is the longest row, P the tokens up to the last visual one.
+    """B images with their packed questions; L is the longest row, P the shared prefix with all visual tokens.
 
     Attributes:
         pixel_values: (B, 3, 224, 224).
         patch_labels: (B, 256, 4).
         ids: (B, L − P).
-        targets: (B, L − P), IGNORED where nothing is asked.
-        branch: (B, L) number of the question, 0 for the image, −1 for padding.
-        positions: (B, L); every question starts right behind the image.
+        targets: (B, L − P), IGNORED where no answer token is predicted.
+        branch: (B, L) number of the question; 0 is the image, −1 padding.
+        positions: (B, L); every question starts right after the image.
     """
 
     pixel_values: torch.Tensor
@@ -129,7 +133,7 @@ class PackedBatch:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, 1, L, L) bool: causal, own question and the image only."""
+        """Return (B, 1, L, L) bool: causal, and limited to the image and the token's own question."""
         length = self.branch.shape[1]
         query, key = self.branch[:, :, None], self.branch[:, None, :]
         causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -137,7 +141,7 @@ class PackedBatch:
 
 
 def collate_packed(rows: list[dict[str, object]], prefix: int, pad: int) -> PackedBatch:
-    """Lay each image's questions one after another behind ``prefix`` shared tokens."""
+    """Pack each image's questions one after another, after ``prefix`` shared tokens."""
     lengths = [sum(len(branch.ids) for branch in row["branches"]) for row in rows]  # type: ignore[attr-defined]
     longest = -(-(prefix + max(lengths)) // 32) * 32 - prefix
     count = len(rows)
@@ -152,7 +156,7 @@ def collate_packed(rows: list[dict[str, object]], prefix: int, pad: int) -> Pack
         for number, branch in enumerate(row["branches"], start=1):  # type: ignore[arg-type]
             end = at + len(branch.ids)
             ids[r, at:end] = torch.tensor(branch.ids)
-            # Position i predicts token i + 1 of its own question.
+            # Position i predicts token i + 1 of the same question.
             answer = torch.tensor(branch.ids[branch.answer_start :])
             targets[r, at + branch.answer_start - 1 : end - 1] = answer
             branch_of[r, prefix + at : prefix + end] = number

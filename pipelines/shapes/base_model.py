@@ -1,16 +1,16 @@
-"""The small base model, trained from scratch on shapes: `models/shapes-llava/`.
+"""Train the small base model `models/shapes-llava` from scratch on shapes.
 
-Two stages make it affordable on two cores:
+Two stages make the training affordable on two cores:
 
-1. *vision*: the CLIP tower alone learns, from a linear head on every patch, which object (shape,
-   colour, size) or digit the patch belongs to.
-2. *language*: tower, projector and decoder together answer questions, and the patch loss goes on
-   beside it; the patch head is thrown away at the end. Questions about one image
-   share its visual tokens: they are packed behind the image in one row and a mask keeps each from
-   seeing the others, so one pass over 256 visual tokens pays for a dozen independent questions.
+1. *vision*: the CLIP tower alone learns to classify every patch, through a linear head: the object (shape,
+   colour, size) or digit that the patch belongs to.
+2. *language*: tower, projector and decoder learn to answer questions; the patch loss continues as a second
+   loss, and the patch head is dropped at the end. Questions about one image share its visual tokens: they
+   are packed after the image in one row, and a mask hides them from each other. One pass over 256 visual
+   tokens thus serves a dozen independent questions.
 
-Everything is drawn from the train split; the validation split is watched, the test split is only
-ever read by the evaluation at the end.
+Training uses only the train split. The validation split is evaluated during training, and the test split
+once, for the model card.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipelines.shared.paths import output_path
 
 
 def train_base_model(config: BaseModelConfig) -> dict[str, object]:
-    """Train (or resume) both stages; write model, processor and card; returns what the card says."""
+    """Train or resume both stages, write model, processor and card, and return the card's facts."""
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

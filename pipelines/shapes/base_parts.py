@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from pipelines.shapes.scenes import IMAGE_SIZE, TASKS, ask, sample_scene
+from pipelines.shapes.scenes import IMAGE_SIZE, TASKS, question_for, sample_scene
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -38,13 +38,13 @@ PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 
 
 def build_tokenizer(seed: int, vocabulary: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from questions and answers; any text can be written in it."""
+    """Train a byte-level BPE tokenizer on questions and answers; it can encode any text."""
 
     def corpus() -> Iterator[str]:
         for index in range(3000):
             scene, rng = sample_scene(seed, "train", index)
             for task in TASKS:
-                question = ask(scene, task, rng)
+                question = question_for(scene, task, rng)
                 yield f"USER: \n{question.prompt} ASSISTANT: {question.answer}"
 
     tokenizer = Tokenizer(models.BPE())
@@ -70,7 +70,7 @@ def build_tokenizer(seed: int, vocabulary: int = 512) -> PreTrainedTokenizerFast
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """LLaVA's processor for `IMAGE_SIZE` images, chat template included."""
+    """Return LLaVA's processor for `IMAGE_SIZE` images, with the chat template."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
@@ -85,7 +85,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """LLaVA in small: 256 visual tokens; FFN and attention weigh in a layer as they do in Llama-3-8B."""
+    """Return a small LLaVA with 256 visual tokens and Llama-3-8B's ratio of FFN to attention cost."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,

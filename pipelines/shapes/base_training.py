@@ -1,4 +1,4 @@
-"""The base model's two training stages, each resumable at any step."""
+"""The two training stages of the base model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Stage:
         partial.replace(self.path)
 
     def update(self, loss: torch.Tensor, **measured: object) -> None:
-        """One optimiser step; logs every 50th, checkpoints by the clock and at the end."""
+        """Run one optimiser step. Log every 50th step; save a checkpoint every few minutes and at the end."""
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
         self.optimizer.step()
@@ -115,14 +115,14 @@ def _single_thread(_: int) -> None:
 
 
 def patch_loss(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
-    """Cross-entropy of the patch head's (B, 256, classes) scores, and accuracy where there is something."""
+    """Return the loss of the patch head's (B, 256, classes) scores, and accuracies on patches of objects."""
     losses, right = [], {}
     columns = scores.float().split(list(PATCH_LABELS.values()), dim=-1)
     for name, column, target in zip(PATCH_LABELS, columns, labels.unbind(-1), strict=True):
         losses.append(F.cross_entropy(column.flatten(0, 1), target.flatten()))
-        there = target > 0
-        right[f"{name}_accuracy"] = round((column.argmax(-1) == target)[there].float().mean().item(), 3)
-    # Digits cover two or three patches of 256: their share of the mean would be lost otherwise.
+        labelled = target > 0
+        right[f"{name}_accuracy"] = round((column.argmax(-1) == target)[labelled].float().mean().item(), 3)
+    # Digits cover two or three patches of 256: without a weight, the mean would hide their loss.
     *rest, digits = losses
     return sum(rest, start=digits * 4), right
 
@@ -130,7 +130,7 @@ def patch_loss(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
 def train_vision(
     config: BaseModelConfig, model: LlavaForConditionalGeneration, head: nn.Module, processor: LlavaProcessor
 ) -> None:
-    """Stage 1: the vision tower learns to say of every patch what it belongs to."""
+    """Run stage 1: the vision tower learns to classify every patch."""
     tower = model.model.vision_tower
     parameters = [([*tower.parameters(), *head.parameters()], config.vision_learning_rate)]
     steps = config.vision_images // config.vision_batch
@@ -150,13 +150,13 @@ def train_vision(
 def train_language(
     config: BaseModelConfig, model: LlavaForConditionalGeneration, head: nn.Module, processor: LlavaProcessor
 ) -> None:
-    """Stage 2: tower, projector and decoder answer packed questions."""
+    """Run stage 2: tower, projector and decoder learn to answer packed questions."""
     tower = [*model.model.vision_tower.parameters(), *head.parameters()]
     rest = [p for name, p in model.named_parameters() if ".vision_tower." not in name]
     steps = config.language_images // config.language_batch
     parameters = [(tower, config.tower_learning_rate), (rest, config.language_learning_rate)]
     stage = Stage(config, "language", parameters, {"model": model, "head": head}, steps)
-    first = config.vision_images  # scenes that stage 1 has not shown
+    first = config.vision_images  # stage 1 used the scenes before
     prefix_ids = torch.tensor(processor.tokenizer("USER: ", add_special_tokens=False).input_ids)
     prefix, pad = len(prefix_ids) + PATCHES_PER_SIDE**2, processor.tokenizer.pad_token_id
 
@@ -185,7 +185,7 @@ def train_language(
         patches, measured = patch_loss(scores, batch.patch_labels)
         if (stage.step + 1) % 200 == 0 or stage.step + 1 == steps:
             measured["validation"] = forced_accuracy(config, model, validation, prefix_ids)
-        # A digit is one patch of 256: reading it is learnt last, and not at all beside what is easier.
+        # A digit is one patch of 256. Without a weight, easier tasks dominate and reading is never learnt.
         boost = config.digit_weight if stage.step >= config.digits_from else 1.0
         weights = torch.where(torch.isin(targets, digits), boost, 1.0)
         answers = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
@@ -203,7 +203,7 @@ def forced_accuracy(
     batches: list[PackedBatch],
     prefix_ids: torch.Tensor,
 ) -> dict[str, float]:
-    """Share of answers per task whose every token is the most likely one (what greedy decoding would say)."""
+    """Return the share of answers per task whose tokens are all the most likely, as in greedy decoding."""
     model.eval()
     right: dict[str, list[bool]] = {task: [] for task in TASKS}
     for batch in batches:
@@ -221,7 +221,7 @@ def forced_accuracy(
 
 
 def visual_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(B, 256, vision hidden): the features LLaVA projects, without CLIP's class token."""
+    """Return the (B, 256, vision hidden) features that LLaVA projects, without CLIP's class token."""
     hidden: torch.Tensor = model.model.vision_tower(pixel_values).last_hidden_state
     return hidden[:, 1:]
 
@@ -229,7 +229,7 @@ def visual_features(model: LlavaForConditionalGeneration, pixel_values: torch.Te
 def packed_logits(
     model: LlavaForConditionalGeneration, batch: PackedBatch, features: torch.Tensor, prefix_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (S, V) and targets (S,) of the S supervised positions of a packed batch."""
+    """Return logits (S, V) and targets (S,) of the S supervised positions of a packed batch."""
     count = len(batch.ids)
     embed = model.get_input_embeddings()
     visual = model.model.multi_modal_projector(features)

@@ -1,16 +1,15 @@
-"""Shapes as files: images and LLaVA JSON in a folder, as any user's own data set would lie there.
+"""Write the shapes data set to disk: image files and LLaVA JSON.
 
 ::
 
-    <output>/shapes.json                       what the pictures were drawn with
+    <output>/shapes.json                       seed and image settings
     <output>/{train,validation,test}.json      LLaVA JSON; image paths relative to <output>
-    <output>/{validation,test}.tsv             VLMEvalKit's table, images in it; if `tsv` is set
+    <output>/{validation,test}.tsv             VLMEvalKit's table with embedded images, if `tsv` is set
     <output>/images/<split>/000000.png …       PNG at even indices, JPEG at odd ones
 
-A train row holds several questions of different tasks about one image (task ``mixed``). Validation
-and test hold one row per image and task, so that every row counts for one task and all tasks weigh
-the same. Rows and pixels are a pure function of the configuration; a run that was cut off goes on
-where it stopped.
+A train row holds several questions of different tasks about one image (task ``mixed``). Validation and test
+hold one row per image and task, so each row belongs to one task and all tasks weigh the same. Rows and pixels
+are a pure function of the settings. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pipelines.shapes.scenes import (
     Question,
     Scene,
     Split,
-    ask,
+    question_for,
     render,
     sample_scene,
 )
@@ -41,16 +40,16 @@ from pipelines.shared.paths import output_path
 from skipvision.errors import ConfigError
 
 JPEG_QUALITY = 95
-"""Quality of the JPEG files, written without chroma subsampling: small shapes keep their colour."""
+"""Quality of the JPEG files. They have no chroma subsampling, so that small shapes keep their colour."""
 _PROGRESS_SECONDS = 2.0
 
 
 class ShapesConfig(BaseModel):
-    """Everything that decides what a shapes data set contains."""
+    """Settings of a shapes data set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    output: Path = Field(description="folder the data set is written to")
+    output: Path = Field(description="folder of the data set")
     seed: int = Field(0, ge=0, description="seed of scenes and questions")
     train: int = Field(4000, ge=0, description="train images, one row each")
     validation: int = Field(50, ge=0, description="validation images, one row per task each")
@@ -59,14 +58,15 @@ class ShapesConfig(BaseModel):
         2, ge=1, le=len(TASKS), description="questions of different tasks in one train row"
     )
     tsv: bool = Field(
-        False, description="write validation and test as tables with base64 images too, for scoring"
+        False, description="also write validation and test as tables with base64 images, for scoring"
     )
 
 
 def write_shapes(config: ShapesConfig) -> dict[str, object]:
-    """Write the data set and say what is there: per split its file, images, images drawn now, and rows.
+    """Write the data set. Return each split's file and its numbers of images, newly drawn images and rows.
 
-    Raises `ConfigError` if the folder holds pictures that were drawn with another seed.
+    Raises:
+        ConfigError: the folder holds images of another seed.
     """
     output = output_path(config.output, "output")
     _claim(output, config.seed)
@@ -76,7 +76,7 @@ def write_shapes(config: ShapesConfig) -> dict[str, object]:
 
 
 def _claim(output: Path, seed: int) -> None:
-    """Existing images are kept, so a folder must never mix two sources of images."""
+    """Record the seed in the folder. Existing images are kept, so a folder must not mix two seeds."""
     path = output / "shapes.json"
     ours = json.dumps({"seed": seed, "image_size": IMAGE_SIZE, "jpeg_quality": JPEG_QUALITY}) + "\n"
     theirs = path.read_text() if path.exists() else None
@@ -84,7 +84,7 @@ def _claim(output: Path, seed: int) -> None:
         _write_text(path, ours)
     elif theirs != ours:
         raise ConfigError(
-            f"{output} holds shapes drawn with {theirs.strip()}, not with {ours.strip()}: "
+            f"output = {output} holds shapes drawn with {theirs.strip()}, not with {ours.strip()}: "
             "choose another output folder, or delete this one"
         )
 
@@ -102,7 +102,7 @@ def _write_split(config: ShapesConfig, output: Path, split: Split, count: int) -
             rows.append({"id": name, "image": image, "task": task, "conversations": _turns(questions)})
         if time.monotonic() - shown > _PROGRESS_SECONDS or index + 1 == count:
             shown = time.monotonic()
-            print(f"shapes: {split} {index + 1}/{count} images, {drawn} of them drawn now", flush=True)
+            print(f"shapes: {split} {index + 1}/{count} images, {drawn} newly drawn", flush=True)
     path = output / f"{split}.json"
     lines = ",\n".join(json.dumps(row) for row in rows)
     _write_text(path, f"[\n{lines}\n]\n")
@@ -114,13 +114,13 @@ def _write_split(config: ShapesConfig, output: Path, split: Split, count: int) -
 def _conversations(
     split: Split, scene: Scene, rng: np.random.Generator, turns: int
 ) -> list[tuple[str, list[Question]]]:
-    """The task and the questions of each of the scene's rows."""
+    """Return the task and the questions of each row about a scene."""
     if split != "train":
-        return [(task, [ask(scene, task, rng)]) for task in TASKS]
+        return [(task, [question_for(scene, task, rng)]) for task in TASKS]
     tasks = [TASKS[i] for i in rng.permutation(len(TASKS))[:turns]]
-    # The caption goes last: behind it every other answer could be copied instead of seen.
+    # The caption comes last: after it, every other answer could be copied from it.
     tasks.sort(key=lambda task: task == "caption")
-    return [(tasks[0] if turns == 1 else "mixed", [ask(scene, task, rng) for task in tasks])]
+    return [(tasks[0] if turns == 1 else "mixed", [question_for(scene, task, rng) for task in tasks])]
 
 
 def _turns(questions: list[Question]) -> list[dict[str, str]]:
@@ -133,7 +133,10 @@ def _turns(questions: list[Question]) -> list[dict[str, str]]:
 
 
 def _draw(scene: Scene, path: Path) -> bool:
-    """Whether the image had to be drawn: a file under its final name is complete."""
+    """Draw the image unless its file exists, and return whether it was drawn.
+
+    Files get their final name when they are complete.
+    """
     if path.exists():
         return False
     image: Image.Image = render(scene)

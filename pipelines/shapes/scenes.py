@@ -1,10 +1,10 @@
-"""Shapes: little scenes drawn on demand, the data set on which everything here can be tried.
+"""Shapes: small synthetic scenes, with questions and answers, drawn on demand.
 
 A scene has one to four objects (shape, colour, size) and one short number, each in its own cell of a
 3 × 3 grid. Scene number ``index`` of a split is a pure function of ``(seed, split, index)``.
 
-The three splits share no scene, whatever the seeds and counts: a scene's split is decided by a hash
-of what it shows, and the sampler redraws until the hash agrees (`split_of`).
+The three splits share no scene, whatever the seeds and counts: a hash of a scene's content decides its split
+(`split_of`), and the sampler redraws until it gets a scene of the split it needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLOURS = {
     "orange": (240, 130, 25),
 }
 SIZES = {"small": (12, 15), "large": (22, 27)}
-"""Radius of an object in pixels: smallest and largest."""
+"""Smallest and largest radius of an object in pixels."""
 PLACES = (
     "top left", "top", "top right",
     "left", "centre", "right",
@@ -52,7 +52,7 @@ _SUPERSAMPLE = 2
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, which cell it is in, and where exactly (pixels)."""
+    """One object of a scene: its look, its cell, and its centre and radius in pixels."""
 
     shape: str
     colour: str
@@ -68,7 +68,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in reading order, a number and where it is written."""
+    """One picture before it is drawn: objects in reading order, a number, and the background colour."""
 
     things: tuple[Thing, ...]
     number: str
@@ -78,14 +78,14 @@ class Scene:
 
     @property
     def signature(self) -> str:
-        """What the scene shows, without the jitter of positions: scenes with one signature are one scene."""
+        """Return the scene's content as text, without the jitter of positions."""
         things = ";".join(f"{t.shape},{t.colour},{t.size},{t.cell}" for t in self.things)
         return f"{things}|{self.number},{self.number_cell}"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a scene with its only right answer."""
+    """A question about a scene, with its only right answer."""
 
     task: Task
     prompt: str
@@ -93,7 +93,7 @@ class Question:
 
 
 def split_of(scene: Scene) -> Split:
-    """The split a scene belongs to: 80 % train, 10 % validation, 10 % test, by hash of its signature."""
+    """Return a scene's split by a hash of its signature: 80 % train, 10 % validation, 10 % test."""
     bucket = hashlib.sha256(scene.signature.encode()).digest()[0] % 10
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
 
@@ -101,9 +101,9 @@ def split_of(scene: Scene) -> Split:
 def sample_scene(
     seed: int, split: Split, index: int, *, objects: tuple[int, int] = (1, 4)
 ) -> tuple[Scene, np.random.Generator]:
-    """Scene ``index`` of a split, with at least ``objects[0]`` and at most ``objects[1]`` objects.
+    """Return scene ``index`` of a split, with between ``objects[0]`` and ``objects[1]`` objects.
 
-    The generator is returned for whatever else is drawn about the scene (its questions).
+    Also return the random generator: the scene's questions are drawn from it next.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     while True:
@@ -156,7 +156,7 @@ def _jittered_centre(
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of `IMAGE_SIZE` × `IMAGE_SIZE` pixels."""
+    """Draw the scene as an RGB image of `IMAGE_SIZE` × `IMAGE_SIZE` pixels."""
     side = IMAGE_SIZE * _SUPERSAMPLE
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
@@ -179,7 +179,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def digit_centres(scene: Scene) -> list[tuple[str, float, float]]:
-    """Each digit of the number with the pixel coordinates (x, y) of its middle."""
+    """Return each digit of the number with the pixel coordinates (x, y) of its centre."""
     font = _font(FONT_SIZE * _SUPERSAMPLE)
     x, y = scene.number_centre
     left = x - font.getlength(scene.number) / _SUPERSAMPLE / 2
@@ -224,24 +224,24 @@ def _draw_shape(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
 
 
 def caption(scene: Scene) -> str:
-    """Everything in the scene in reading order, the number included."""
+    """Describe everything in the scene in reading order, including the number."""
     parts = [(t.cell, f"a {t.size} {t.colour} {t.shape} at the {t.place}") for t in scene.things]
     parts.append((scene.number_cell, f"the number {scene.number} at the {PLACES[scene.number_cell]}"))
     phrases = [phrase for _, phrase in sorted(parts)]
     return f"{', '.join(phrases[:-1])} and {phrases[-1]}."
 
 
-def ask(scene: Scene, task: Task, rng: np.random.Generator) -> Question:
-    """One question of a task; every scene has a question of every task."""
-    prompt, answer = _ASK[task](scene, rng)
+def question_for(scene: Scene, task: Task, rng: np.random.Generator) -> Question:
+    """Draw a question of a task; every scene has a question of every task."""
+    prompt, answer = _QUESTIONS[task](scene, rng)
     return Question(task, prompt, answer)
 
 
-def _ask_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _caption_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return _one_of(rng, ["Describe the image.", "What is in the picture?"]), caption(scene)
 
 
-def _ask_colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _colour_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     thing = _one_of(rng, scene.things)
     prompts = [f"What colour is the shape at the {thing.place}?"]
     if sum(t.shape == thing.shape for t in scene.things) == 1:
@@ -249,7 +249,7 @@ def _ask_colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return _one_of(rng, prompts), thing.colour
 
 
-def _ask_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _shape_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     thing = _one_of(rng, scene.things)
     prompts = [f"What shape is at the {thing.place}?"]
     if sum(t.colour == thing.colour for t in scene.things) == 1:
@@ -257,11 +257,11 @@ def _ask_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return _one_of(rng, prompts), thing.shape
 
 
-def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _count_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     kind = rng.integers(3)
     if kind == 0:
         return "How many shapes are there?", str(len(scene.things))
-    # Mostly something that is there, so that zero is not the safe answer.
+    # Mostly an object of the scene: otherwise zero would be the safe answer.
     present = _one_of(rng, scene.things) if rng.random() < 0.7 else None
     if kind == 1:
         shape = present.shape if present else _one_of(rng, SHAPES)
@@ -270,7 +270,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return f"How many {colour} shapes are there?", str(sum(t.colour == colour for t in scene.things))
 
 
-def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _place_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     kinds = [(t.colour, t.shape) for t in scene.things]
     unique = [t for t in scene.things if kinds.count((t.colour, t.shape)) == 1]
     if not unique or rng.random() < 0.2:
@@ -279,17 +279,17 @@ def _ask_place(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return f"Where is the {thing.colour} {thing.shape}?", thing.place
 
 
-def _ask_number(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _number_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return _one_of(rng, ["What number is written?", "Read the number."]), scene.number
 
 
-_ASK = {
-    "caption": _ask_caption,
-    "colour": _ask_colour,
-    "shape": _ask_shape,
-    "count": _ask_count,
-    "place": _ask_place,
-    "number": _ask_number,
+_QUESTIONS = {
+    "caption": _caption_question,
+    "colour": _colour_question,
+    "shape": _shape_question,
+    "count": _count_question,
+    "place": _place_question,
+    "number": _number_question,
 }
 
 

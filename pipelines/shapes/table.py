@@ -1,4 +1,4 @@
-"""Shapes as a table of questions in VLMEvalKit's format."""
+"""Write shapes questions as a table in VLMEvalKit's format."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _COLUMNS = ("index", "image", "image_path", "question", "answer", "category")
 
 
 def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows of one question each, as they stand in the LLaVA JSON of ``folder``; indices count from 0.
+    """Write LLaVA JSON rows of one question each; ``folder`` holds their images, and indices count from 0.
 
-    An image stands in the first row about it; later ones have that row's index in its place.
+    The first row about an image embeds it. Later rows hold the index of that row instead.
     """
     first: dict[str, int] = {}
     partial = path.with_name(f".{path.name}.partial")

@@ -11,7 +11,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
-from pipelines.analyse.job import AnalyseConfig, markdown, medians, run_analyse
+from pipelines.analyse.config import AnalyseConfig
+from pipelines.analyse.job import run_analyse
+from pipelines.analyse.report import markdown, medians
 
 
 @pytest.fixture(scope="module")

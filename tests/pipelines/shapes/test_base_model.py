@@ -16,7 +16,7 @@ from pipelines.shapes.base_examples import SceneRows, collate_packed, encode_bra
 from pipelines.shapes.base_model import train_base_model
 from pipelines.shapes.base_parts import build_model, build_processor, build_tokenizer
 from pipelines.shapes.base_training import packed_logits, visual_features
-from pipelines.shapes.scenes import TASKS, ask, digit_centres, render, sample_scene
+from pipelines.shapes.scenes import TASKS, digit_centres, question_for, render, sample_scene
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def test_a_packed_question_gets_the_logits_it_gets_alone(parts):
         for index in range(2):
             scene, rng = sample_scene(config.seed, "validation", index)
             for task in [TASKS[0], *TASKS[1:4]]:
-                question = ask(scene, task, rng)
+                question = question_for(scene, task, rng)
                 chat = [
                     {
                         "role": "user",

@@ -21,11 +21,11 @@ from pipelines.shapes.scenes import (
     SPLITS,
     TASKS,
     digit_centres,
+    question_for,
     render,
     sample_scene,
     split_of,
 )
-from pipelines.shapes.scenes import ask as ask_about
 from skipvision.errors import ConfigError
 
 PATCH = 14
@@ -196,7 +196,7 @@ def test_every_answer_is_right_and_every_question_has_only_one(task):
     prompts, answers = set(), set()
     for index in range(600):
         scene, rng = sample_scene(11, "train", index)
-        question = ask_about(scene, task, rng)
+        question = question_for(scene, task, rng)
         assert question.task == task
         assert question.answer == answers_from(scene, question.prompt), question.prompt
         prompts.add(question.prompt)

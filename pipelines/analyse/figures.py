@@ -1,4 +1,4 @@
-"""Pictures of FFN ratios, and of errors and their bounds, by layer."""
+"""Figures of FFN ratios, errors and error bounds, by layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _AT_OUTPUT = {
 }
 
 
-def picture_ratios(found: Mapping[str, Any], path: Path) -> None:
-    """Mean, middle half and nine tenths of tokens, as curves over layers; a panel for each variant."""
-    figure, panels = _panels(len(found))
-    for axis, (name, variant) in zip(panels, found.items(), strict=True):
+def draw_ratios(variants: Mapping[str, Any], path: Path) -> None:
+    """Draw the mean ratio over layers, with bands for half and nine tenths of the tokens, per variant."""
+    figure, panels = _panels(len(variants))
+    for axis, (name, variant) in zip(panels, variants.items(), strict=True):
         for kind, colour in _KINDS.items():
             spread = variant["ratios"][kind]
             layers = range(len(spread["mean"]))
@@ -41,35 +41,35 @@ def picture_ratios(found: Mapping[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def picture_heat(found: Mapping[str, Any], path: Path) -> None:
-    """Histograms of the ratios as a heat map over layers; visual above text, a column for each variant."""
-    figure, grid = subplots(2, len(found), size=(4.6 * len(found) + 1, 6), squeeze=False, sharex=True)
-    for column, (name, variant) in enumerate(found.items()):
+def draw_ratio_heat(variants: Mapping[str, Any], path: Path) -> None:
+    """Draw histograms of the ratios as heat maps over layers: visual above text, a column per variant."""
+    figure, grid = subplots(2, len(variants), size=(4.6 * len(variants) + 1, 6), squeeze=False, sharex=True)
+    for column, (name, variant) in enumerate(variants.items()):
         edges = variant["ratios"]["edges"]
         for row, kind in enumerate(_KINDS):
             axis, histogram = grid[row][column], variant["ratios"][kind]["histogram"]
-            places = [layer - 0.5 for layer in range(len(histogram) + 1)]
-            mesh = axis.pcolormesh(places, edges, list(zip(*histogram, strict=True)), cmap="magma_r")
+            bounds = [layer - 0.5 for layer in range(len(histogram) + 1)]
+            mesh = axis.pcolormesh(bounds, edges, list(zip(*histogram, strict=True)), cmap="magma_r")
             axis.set_yscale("log")
             _dress(axis, f"{name}, {kind} tokens", len(histogram), "‖FFN‖ / ‖h‖")
             figure.colorbar(mesh, ax=axis, label="share of tokens")
     save(figure, path)
 
 
-def picture_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], path: Path) -> None:
-    """Measured error and its bounds over layers, the output last; a panel for each variant."""
+def draw_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], path: Path) -> None:
+    """Draw the measured error and its bounds over layers, the output last, in a panel per variant."""
     figure, panels = _panels(len(errors))
-    for axis, (name, places) in zip(panels, errors.items(), strict=True):
+    for axis, (name, layers) in zip(panels, errors.items(), strict=True):
         for kind, (label, colour, style) in _ERRORS.items():
-            values = [place[kind] for place in places]
+            values = [layer[kind] for layer in layers]
             if None not in values:
                 axis.plot(range(len(values)), values, style, color=colour, marker="o", label=label)
         for kind, (label, colour, style) in _AT_OUTPUT.items():
-            axis.plot(len(places) - 1, places[-1][kind], style, color=colour, markersize=9, label=label)
+            axis.plot(len(layers) - 1, layers[-1][kind], style, color=colour, markersize=9, label=label)
         axis.axhline(2, color="#c9d1db", linewidth=1, zorder=0)
         axis.set_yscale("log")
-        _dress(axis, name, len(places), "error / ‖h‖")
-        axis.set_xticks([*axis.get_xticks()[:-1], len(places) - 1])
+        _dress(axis, name, len(layers), "error / ‖h‖")
+        axis.set_xticks([*axis.get_xticks()[:-1], len(layers) - 1])
         axis.set_xticklabels([f"{int(tick)}" for tick in axis.get_xticks()[:-1]] + ["output"])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, path)
