@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, __versio
 from pipelines.data.training_rows import read_training_rows
 from pipelines.evaluation.answering import answer_rows
 from pipelines.evaluation.exact_match import accuracy_by_task
+from pipelines.evaluation.figures import save, subplots
 from pipelines.evaluation.items import OVERALL
 from pipelines.shapes.base_config import BaseModelConfig
 from pipelines.shapes.files import ShapesConfig, write_shapes
@@ -67,12 +68,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _plot(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, axes = subplots(1, 3, size=(13, 3.6))
     for axis, key, stage in ((axes[0], "loss", "vision"), (axes[1], "answer_loss", "language")):
         axis.semilogy([e["step"] for e in logs[stage]], [e[key] for e in logs[stage]])
         axis.set(title=f"{stage}: {key.replace('_', ' ')}", xlabel="step")
@@ -82,8 +78,7 @@ def _plot(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes[2].plot([entry["step"] for entry in checked], shares, label=task)
     axes[2].set(title="language: validation exact match, %", xlabel="step", ylim=(0, 100))
     axes[2].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, dpi=110)
 
 
 def judged(exact: dict[str, float], checks: list[dict[str, float]]) -> str:
