@@ -11,13 +11,13 @@ from pipelines.shared.sections import Section
 
 
 class BaseModelSection(Section):
-    """The base model, which stays frozen."""
+    """A frozen base model: to fine-tune, or to measure."""
 
     path: ModelPath = Field(description="folder of the base model and its processor, or a Hugging Face id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="dtype of the frozen weights; auto = as stored, but half-precision weights become the "
-        "dtype that training.precision computes in",
+        description="dtype of the frozen weights; auto = as stored, but half-precision weights are cast "
+        "to the dtype of the arithmetic (training.precision)",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation"

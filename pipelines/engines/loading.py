@@ -1,4 +1,4 @@
-"""Base models and their processors, from a folder or a Hugging Face id."""
+"""Load base models and their processors, from a folder or by a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HUB_SECONDS = 10
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: as told, or bfloat16 where the hardware multiplies it natively."""
+    """Return the dtype of matrix products: for "auto", bfloat16 if the hardware multiplies it natively."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -27,45 +27,45 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_flags() -> set[str]:
-    """What the CPU says it can do; nothing where it is not asked the Linux way."""
+    """Return the CPU's feature flags; empty on systems without /proc/cpuinfo."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def check_known(path: str, field: str) -> None:
-    """Raise `ConfigError` for a model that is neither here nor on the hub; ``field`` is the setting to name.
+    """Raise `ConfigError`, naming the setting ``field``, if a model is neither local nor on the hub.
 
-    The hub is asked once: transformers asks for each file, again and again.
+    This sends one request to the hub; transformers would send several for each file.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        raise ConfigError(f"{field} = {path}: this folder holds no model, as it has no config.json")
+        raise ConfigError(f"{field} = {path}: this folder holds no model, because it has no config.json")
     if Path(path).exists() or isinstance(try_to_load_from_cache(path, "config.json"), str):
         return
     try:
         HfApi().model_info(path, timeout=_HUB_SECONDS)
     except RepositoryNotFoundError:
         raise ConfigError(
-            f"{field} = {path}: there is no such folder, and no such model on the hub, or it is private; "
-            "see the spelling, or log in to the hub"
+            f"{field} = {path}: neither a folder here nor a public model on the hub; check the spelling, or "
+            "log in to the hub if the model is private"
         ) from None
-    except HfHubHTTPError:  # a mirror that knows files only
+    except HfHubHTTPError:  # a mirror may serve files but no model info
         return
-    except Exception as error:  # of whichever HTTP client the hub's library uses
+    except Exception as error:  # the hub's library may use any HTTP client
         raise ConfigError(
-            f"{field} = {path}: there is no such folder, no such model in the hub's cache, and the hub "
-            f"does not answer ({error or type(error).__name__}); give the folder of a model"
+            f"{field} = {path}: neither a folder here nor a model in the hub's cache, and the hub does not "
+            f"answer ({error or type(error).__name__}); give the folder of a model"
         ) from None
 
 
 def load_base(path: str, dtype: torch.dtype | None, attention: str, device: torch.device) -> nn.Module:
-    """The base model on a device; ``dtype`` None = the one it is stored in.
+    """Load a base model to a device, in its stored dtype if ``dtype`` is None.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be run so.
+        ConfigError: the model does not exist, or does not support these settings.
     """
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -73,12 +73,12 @@ def load_base(path: str, dtype: torch.dtype | None, attention: str, device: torc
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path = {path}: {error}") from error
-    placed: nn.Module = model.to(device)
-    return placed
+    loaded: nn.Module = model.to(device)
+    return loaded
 
 
 def load_frozen(config: BaseModelSection, compute: torch.dtype, device: torch.device) -> nn.Module:
-    """The base model on a device, in its stored dtype, or as ``config.dtype`` says."""
+    """Load a base model for training or measuring; stored half-precision weights are cast to ``compute``."""
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model = load_base(config.path, dtype, config.attention, device)
     if dtype is None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
@@ -87,7 +87,7 @@ def load_frozen(config: BaseModelSection, compute: torch.dtype, device: torch.de
 
 
 def load_processor(path: str) -> ProcessorMixin:
-    """The processor beside a model."""
+    """Load the processor that is stored with a model. Raise `ConfigError` if that is not possible."""
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The model that captions: found and pinned before a job starts, loaded where an engine runs."""
+"""The model of an engine: found and pinned before a job starts, loaded where the engine runs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from skipvision.errors import AdapterError, ConfigError
 
 @dataclass(frozen=True)
 class EngineModel:
-    """A base model, perhaps an adapter, and how visual tokens are skipped.
+    """A base model with an optional adapter, and the SkipConfig it runs under.
 
     Attributes:
-        base: folder or Hugging Face id.
-        label: how the settings name it.
-        adapter: folder; None = the base model as it is.
-        adapter_label: how the result names the adapter: with its version or a digest of its files.
-        skip: of all captions.
-        dtype: of weights and arithmetic; auto = what the hardware likes.
-        attention: implementation.
+        base: folder or Hugging Face id of the base model.
+        label: the base model as the settings name it.
+        adapter: folder of the adapter; None = the base model alone.
+        adapter_label: the adapter in results: its registered version, or its folder with a digest.
+        skip: default SkipConfig of the engine's requests.
+        dtype: dtype of weights and arithmetic; "auto" = bfloat16 where the hardware multiplies it natively.
+        attention: attention implementation.
     """
 
     base: str
@@ -47,8 +47,8 @@ class EngineModel:
     attention: str
 
 
-class Asked(Protocol):
-    """The part of a job's settings that says which model it is about."""
+class ModelSettings(Protocol):
+    """The settings of a job that choose its model."""
 
     @property
     def model(self) -> ModelSection: ...
@@ -56,23 +56,23 @@ class Asked(Protocol):
     def skip(self) -> sv.SkipConfig | Literal["full"] | None: ...
 
 
-def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None) -> EngineModel:
-    """The model that the settings name, with its adapter on this machine.
+def find_model(config: ModelSettings, registry: str, downloads: Path, pinned: str | None) -> EngineModel:
+    """Find the model that the settings name, and download its adapter if it is registered in MLflow.
 
     Args:
-        config: settings.
-        registry: MLflow's URI.
-        downloads: folder for an adapter from there.
-        pinned: what the adapter was when the job began; an alias may have moved since.
+        config: settings of the job.
+        registry: URI of MLflow.
+        downloads: folder for a registered adapter.
+        pinned: label of the adapter when the job began; its alias may have moved since. None = a new job.
 
     Raises:
-        ConfigError: there is no such model or adapter, or the adapter has changed since.
+        ConfigError: the model or adapter does not exist, or the adapter has changed since the job began.
         AdapterError: the folder holds no adapter.
-        TrackingError: MLflow does not have it.
+        TrackingError: MLflow does not have the adapter.
     """
     given = config.model
     base = given.path
-    with suppress(ConfigError):  # then it is a Hugging Face id, or loading it says that it is nothing
+    with suppress(ConfigError):  # it may be a Hugging Face id; loading reports what does not exist
         base = input_path(given.path, "model.path")
     folder: Path | None = None
     label: str | None = None
@@ -82,7 +82,7 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
     elif given.adapter is not None:
         folder = Path(input_path(given.adapter, "model.adapter"))
         label = f"{given.adapter}@{adapter_digest(folder)}"
-    _insist_on_same(given, label, pinned)
+    _check_unchanged(given, label, pinned)
     skip: Any = config.skip
     if skip is None and folder is not None:
         skip = sv.read_adapter(folder)["skip"]
@@ -98,25 +98,28 @@ def find_model(config: Asked, registry: str, downloads: Path, pinned: str | None
 
 
 def insist_on_same_adapter(given: ModelSection, registry: str, pinned: str | None) -> None:
-    """For a job that is finished: raise `ConfigError` if its adapter's alias means another version now."""
+    """Raise `ConfigError` if the adapter of a finished job is an alias that has moved to another version."""
     if given.adapter is not None and is_registered(given.adapter):
-        _insist_on_same(given, exact_model(registry, given.adapter), pinned)
+        _check_unchanged(given, exact_model(registry, given.adapter), pinned)
 
 
-def _insist_on_same(given: ModelSection, now: str | None, pinned: str | None) -> None:
+def _check_unchanged(given: ModelSection, now: str | None, pinned: str | None) -> None:
     if pinned is not None and now != pinned:
         raise ConfigError(
             f"model.adapter = {given.adapter} has changed since this job began ({pinned} then, {now} now): "
-            "restore it, or choose another name"
+            "restore it, or choose another name for the job"
         )
 
 
 def check_model(model: EngineModel) -> PretrainedConfig:
-    """Try everything but the base model's weights, so that a mistake is an error now and not every engine's.
+    """Check all but the base model's weights, so that errors appear before any engine starts.
+
+    Returns:
+        The config of the base model.
 
     Raises:
-        ConfigError: there is no such base model, or it cannot be asked or run so.
-        AdapterError: the adapter's files are damaged, or made for another model.
+        ConfigError: the base model does not exist, has no chat template, or does not support the settings.
+        AdapterError: the adapter's files are damaged or belong to another model.
     """
     try:
         config = AutoConfig.from_pretrained(model.base)
@@ -131,16 +134,17 @@ def check_model(model: EngineModel) -> PretrainedConfig:
     processor: Any = load_processor(model.base)
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
-            f"model.path = {model.label}: {type(processor).__name__} has no chat template for prompts"
+            f"model.path = {model.label}: {type(processor).__name__} has no chat template: "
+            "choose a model with one"
         )
     return config
 
 
 def _check_adapter(base: nn.Module, folder: Path) -> None:
-    """Put an adapter on a model that has no weights."""
+    """Load an adapter onto a model without weights. Raise `AdapterError` if that fails."""
     incomplete = "Found missing adapter keys"
     with warnings.catch_warnings():
-        # Of its weights, which there is nothing to be copied into.
+        # The model is on the meta device, so the adapter's weights have nowhere to go.
         warnings.filterwarnings("ignore", ".*non-meta parameter in the checkpoint to a meta", UserWarning)
         warnings.filterwarnings("error", incomplete, UserWarning)
         try:
@@ -148,21 +152,21 @@ def _check_adapter(base: nn.Module, folder: Path) -> None:
         except UserWarning as warning:
             if not str(warning).startswith(incomplete):
                 raise
-            raise AdapterError(f"{folder} is an incomplete adapter: {warning}") from None
+            raise AdapterError(f"{folder}: the adapter is incomplete: {warning}") from None
 
 
 def load_engine(model: EngineModel, settings: EngineSection, device: torch.device) -> Engine:
-    """The engine, with everything loaded."""
+    """Load base model, adapter and processor, and return their engine. It ends with `Engine.close`."""
     transformers.utils.logging.disable_progress_bar()
     dtype = arithmetic(model.dtype, device)
     base = load_base(model.base, dtype, model.attention, device)
-    whole = base if model.adapter is None else sv.load_adapter(base, model.adapter).to(device, dtype)
+    tuned = base if model.adapter is None else sv.load_adapter(base, model.adapter).to(device, dtype)
     processor = load_processor(model.base)
-    return Engine(whole, processor, model.skip, **settings.model_dump())
+    return Engine(tuned, processor, model.skip, **settings.model_dump())
 
 
 def adapter_digest(folder: Path) -> str:
-    """Eight hexadecimal digits of an adapter's files."""
+    """Return eight hexadecimal digits that identify the contents of an adapter's files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file() and not file.name.startswith("."):

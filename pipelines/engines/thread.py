@@ -1,6 +1,7 @@
-"""An engine that many threads may ask at once: what one's requests leave free, another's fill.
+"""One engine for many threads, whose requests share its batches.
 
-The engine belongs to its thread: what others want is put in its inbox, and it is asked between two steps.
+The engine runs in a thread of its own. Other threads put calls into the thread's inbox, and the thread runs
+them between two steps.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from skipvision.errors import SkipVisionError
 T = TypeVar("T")
 
 Outcome = Completion | SkipVisionError
-"""How a request ended; an error of ours is why it was refused before it began."""
+"""The result of a request: its completion, or the error for which the engine refused it."""
 
 Deliver = Callable[[Chunk | BaseException], None]
-"""Takes a request's chunks, in the engine's thread; an exception is the end of the engine itself."""
+"""Receives a request's chunks in the engine's thread; an exception means that the engine itself failed."""
 
-_Question = tuple[Callable[[Engine], Any], Future[Any]]
+_Call = tuple[Callable[[Engine], Any], Future[Any]]
 
 _IDLE_SECONDS = 1.0
-"""An engine without work is alive as well, and says so this often."""
+"""Interval at which an idle engine renews `EngineThread.stepped`, its sign of life."""
 
 
 class EngineThread:
-    """Runs one engine until it is stopped.
+    """A thread that runs one engine until `stop`.
 
     Args:
-        make: makes the engine, in the thread.
-        failed: called in the thread when the engine has failed, before those who wait hear of it.
+        make: builds the engine; called in the thread.
+        failed: called in the thread with the engine's failure, before waiting threads get it.
 
     Attributes:
-        stepped: when the engine last finished a step, or had nothing to do (`time.monotonic`).
+        stepped: time of the last step, or of the last check without work (`time.monotonic`).
     """
 
     def __init__(
         self, make: Callable[[], Engine], failed: Callable[[BaseException], None] | None = None
     ) -> None:
         self.stepped = time.monotonic()
-        self._inbox: SimpleQueue[_Question | None] = SimpleQueue()
+        self._inbox: SimpleQueue[_Call | None] = SimpleQueue()
         self._listeners: dict[int, Deliver] = {}
         self._ready: Future[None] = Future()
         self._failed = failed
@@ -55,26 +56,26 @@ class EngineThread:
         self._thread.start()
 
     def wait_until_ready(self) -> None:
-        """Return when the engine has been made; raises what went wrong with it."""
+        """Wait until the engine exists. Raise the error of ``make`` if it failed."""
         self._ready.result()
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the thread, if something did."""
+        """The exception that ended the thread; None while it runs."""
         return self._failure
 
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
-        """What a function says of the engine, between two steps; or what ended the engine."""
-        answer: Future[T] = Future()
+        """Run a function on the engine between two steps; the future gets its result, or its failure."""
+        result: Future[T] = Future()
         with self._lock:
             if self._failure is not None:
-                answer.set_exception(self._failure)
+                result.set_exception(self._failure)
             else:
-                self._inbox.put((function, answer))
-        return answer
+                self._inbox.put((function, result))
+        return result
 
     def submit(self, request: Request, deliver: Deliver) -> Future[int]:
-        """Its number, once the engine has taken it; its chunks are delivered from then on."""
+        """Submit a request; the future holds its number, and its chunks go to ``deliver``."""
 
         def submit(engine: Engine) -> int:
             number = engine.submit(request)
@@ -84,7 +85,7 @@ class EngineThread:
         return self.call(submit)
 
     def cancel(self, number: int) -> None:
-        """Forget a request; nothing more of it is delivered."""
+        """Cancel a request; none of its later chunks are delivered."""
 
         def forget(engine: Engine) -> None:
             self._listeners.pop(number, None)
@@ -93,18 +94,18 @@ class EngineThread:
         self.call(forget)
 
     def answer(self, requests: Sequence[Request]) -> list[Outcome]:
-        """Wait until all of them have ended.
+        """Run requests and wait until all have ended; results come in the order of the requests.
 
-        An error of the engine itself, not of one request, is raised in every thread that waits.
+        A failure of the engine itself is raised in every thread that waits.
         """
         return [future.result() for future in [self._answer(request) for request in requests]]
 
     def statistics(self) -> Statistics:
-        """Of the engine."""
+        """Return the engine's statistics."""
         return self.call(Engine.statistics).result()
 
     def stop(self) -> None:
-        """End the thread; what runs is dropped."""
+        """End the thread and drop its running requests."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -117,17 +118,17 @@ class EngineThread:
             elif item.completion is not None:
                 outcome.set_result(item.completion)
 
-        def taken(number: Future[int]) -> None:
+        def submitted(number: Future[int]) -> None:
             error = number.exception()
             if isinstance(error, SkipVisionError):
                 outcome.set_result(error)
             elif error is not None:
                 outcome.set_exception(error)
 
-        self.submit(request, deliver).add_done_callback(taken)
+        self.submit(request, deliver).add_done_callback(submitted)
         return outcome
 
-    # ------------------------------------------------------------------------------- in the thread
+    # --------------------------------------------------------------------------- run in the thread
 
     def _run(self, make: Callable[[], Engine]) -> None:
         try:
@@ -141,25 +142,25 @@ class EngineThread:
             with engine:
                 self._work(engine)
             self._end(RuntimeError("the engine's thread was stopped"))
-        except BaseException as error:  # whoever waits must hear of it, whatever it is
+        except BaseException as error:  # every waiting thread must get it, whatever it is
             if self._failed is not None:
                 self._failed(error)
             self._end(error)
 
     def _work(self, engine: Engine) -> None:
         while True:
-            for question in self._questions(wait=not engine.busy):
-                if question is None:
+            for call in self._calls(wait=not engine.busy):
+                if call is None:
                     return
-                _ask(engine, *question)
+                _run_call(engine, *call)
             for chunk in engine.step() if engine.busy else ():
-                over = chunk.completion is not None
-                deliver = self._listeners.pop(chunk.id, None) if over else self._listeners.get(chunk.id)
+                ended = chunk.completion is not None
+                deliver = self._listeners.pop(chunk.id, None) if ended else self._listeners.get(chunk.id)
                 if deliver is not None:
                     deliver(chunk)
             self.stepped = time.monotonic()
 
-    def _questions(self, *, wait: bool) -> Iterator[_Question | None]:
+    def _calls(self, *, wait: bool) -> Iterator[_Call | None]:
         with suppress(Empty):
             if wait:
                 yield self._inbox.get(timeout=_IDLE_SECONDS)
@@ -169,17 +170,17 @@ class EngineThread:
     def _end(self, error: BaseException) -> None:
         with self._lock:
             self._failure = error
-        for question in self._questions(wait=False):
-            if question is not None and question[1].set_running_or_notify_cancel():
-                question[1].set_exception(error)
+        for call in self._calls(wait=False):
+            if call is not None and call[1].set_running_or_notify_cancel():
+                call[1].set_exception(error)
         for deliver in self._listeners.values():
             deliver(error)
 
 
-def _ask(engine: Engine, function: Callable[[Engine], Any], answer: Future[Any]) -> None:
-    if not answer.set_running_or_notify_cancel():
-        return  # who asked has gone
+def _run_call(engine: Engine, function: Callable[[Engine], Any], result: Future[Any]) -> None:
+    if not result.set_running_or_notify_cancel():
+        return  # the caller has cancelled it
     try:
-        answer.set_result(function(engine))
+        result.set_result(function(engine))
     except BaseException as error:
-        answer.set_exception(error)
+        result.set_exception(error)
