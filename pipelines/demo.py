@@ -1,4 +1,4 @@
-"""The demo: a fine-tune with full tokens and with Skip-Vision on a local Ray, compared; then it captions."""
+"""The demo: fine-tune with full tokens and with Skip-Vision on a local Ray, compare, and caption images."""
 
 from __future__ import annotations
 
@@ -23,61 +23,76 @@ _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 class DemoConfig(BaseModel):
-    """The demo runs as it is; this is for trying variations of it."""
+    """Settings for variations of the demo; the defaults are the demo itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     storage: Path = Field(Path("runs"), description="folder for runs, MLflow's database and the comparison")
-    fresh: bool = Field(False, description="forget the demo's earlier runs instead of resuming them")
+    fresh: bool = Field(False, description="delete the demo's earlier runs instead of resuming them")
     readme: str | None = Field(
-        None, description="file whose demo table is renewed: between `<!-- demo table -->` and its end mark"
+        None, description="file whose demo table is updated, between `<!-- demo table -->` and its end mark"
     )
     overrides: list[str] = Field(
-        [], description="passed on to both fine-tuning jobs, e.g. [--training.max_steps, 20]"
+        [], description="options for both fine-tuning jobs, e.g. [--training.max_steps, 20]"
     )
 
 
 def run_demo(config: DemoConfig) -> dict[str, object]:
-    """Draw the data, fine-tune twice by ``ray job submit``, compare, caption: ten minutes on two cores."""
+    """Draw the data, fine-tune twice, compare, and caption, each as a Ray job: ten minutes on two cores."""
     started = time.monotonic()
     storage = output_path(config.storage, "storage")
     if config.fresh:
         for run in (*_RUNS, _CAPTIONS):
             shutil.rmtree(storage / run, ignore_errors=True)
     with local_ray() as ray:
-        _say(started, f"Ray runs at {ray.dashboard}")
-        _job(ray, started, "data: draw image files", "make_shapes.py", "shapes_demo.yaml")
+        _log(started, f"Ray runs at {ray.dashboard}")
+        _submit(ray, started, "draw the data", "make_shapes.py", "shapes_demo.yaml")
         tuning = ["--storage", str(storage), *config.overrides]
         full = ["--name", _RUNS[0], "--skip", "null"]
-        _job(ray, started, "fine-tune with full tokens", "finetune.py", "finetune_demo.yaml", *full, *tuning)
+        _submit(
+            ray, started, "fine-tune with full tokens", "finetune.py", "finetune_demo.yaml", *full, *tuning
+        )
         skip = ["--name", _RUNS[1]]
-        _job(ray, started, "fine-tune with Skip-Vision", "finetune.py", "finetune_demo.yaml", *skip, *tuning)
+        _submit(
+            ray, started, "fine-tune with Skip-Vision", "finetune.py", "finetune_demo.yaml", *skip, *tuning
+        )
         renew = ["--readme", str(output_path(config.readme, "readme"))] if config.readme else []
-        _job(ray, started, "compare", "compare.py", "compare_demo.yaml", "--storage", str(storage), *renew)
+        _submit(
+            ray,
+            started,
+            "compare both on test images",
+            "compare.py",
+            "compare_demo.yaml",
+            "--storage",
+            str(storage),
+            *renew,
+        )
         adapter = ["--model.adapter", str(storage / _RUNS[1] / "adapter"), "--storage", str(storage)]
-        _job(ray, started, "caption a folder with that adapter", "caption.py", "caption_demo.yaml", *adapter)
-    _show(storage / _CAPTIONS / "captions")
-    _say(started, "done; the Ray that the demo started is stopped")
+        _submit(
+            ray, started, "caption a folder with that adapter", "caption.py", "caption_demo.yaml", *adapter
+        )
+    _print_captions(storage / _CAPTIONS / "captions")
+    _log(started, "done; the demo has stopped its Ray")
     uri = f"sqlite:///{storage / 'mlflow.db'}"
     mlflow = Path(sys.executable).with_name("mlflow")
     print(f"Runs, curves, adapters and the comparison in MLflow: {mlflow} ui --backend-store-uri {uri}")
     return {"storage": str(storage), "mlflow_uri": uri, "seconds": round(time.monotonic() - started)}
 
 
-def _job(ray: LocalRay, started: float, title: str, script: str, settings: str, *options: str) -> None:
-    _say(started, title)
+def _submit(ray: LocalRay, started: float, title: str, script: str, settings: str, *options: str) -> None:
+    _log(started, title)
     ray.submit(
         ["python", f"jobs/{script}", "--config", f"{_CONFIGS}/{settings}", *options],
         environment={HOME: os.environ.get(HOME, str(ROOT)), **_QUIET},
     )
 
 
-def _show(captions: Path) -> None:
-    """The first few, for people."""
+def _print_captions(captions: Path) -> None:
+    """Print the first few captions."""
     print()
     for row in pq.read_table(captions).slice(0, _SHOWN).to_pylist():
         print(f"  {row['key']}  {row['text'] or row['error']}", flush=True)
 
 
-def _say(started: float, text: str) -> None:
+def _log(started: float, text: str) -> None:
     print(f"\n=== {time.monotonic() - started:4.0f} s  {text}", flush=True)

@@ -1,4 +1,4 @@
-"""The analysis job: what it writes, what it records, and what it refuses before it measures."""
+"""The analysis job: its files, its MLflow run, and the settings it rejects before it measures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapter(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
-    """One for all: MLflow takes seconds to make its tables."""
+    """One storage for all tests, because MLflow takes seconds to create its tables."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -47,12 +47,12 @@ def config(tiny_model, shapes_data, storage):
     }
 
 
-def test_base_and_tuned_are_measured_drawn_and_recorded(config, adapter, storage):
+def test_base_and_tuned_models_are_measured_drawn_and_recorded(config, adapter, storage):
     result = run_analyse(AnalyseConfig(**config, adapter=str(adapter)))
     folder = storage / "mine"
     for name in ("ffn_ratios.png", "ffn_heat.png", "skip_errors.png"):
-        with Image.open(folder / name) as picture:
-            assert min(picture.size) > 300
+        with Image.open(folder / name) as figure:
+            assert min(figure.size) > 300
     found = json.loads((folder / "analysis.json").read_text())
     assert found["skip"]["retained"] == 0.25
     assert (folder / "analysis_table.md").read_text() == markdown(found["variants"])
@@ -77,17 +77,17 @@ def test_base_and_tuned_are_measured_drawn_and_recorded(config, adapter, storage
     assert found["variants"]["base"]["ratios"] != found["variants"]["tuned"]["ratios"]
 
 
-def test_without_the_bound_from_spectral_norms(config, storage):
-    """And reported into the job's own folder, where the report lies already."""
+def test_the_bound_from_spectral_norms_is_optional(config, storage):
+    """The report folder is the job's own folder, which holds the files already."""
     own = {"name": "other", "report": str(storage / "other")}
     run_analyse(AnalyseConfig(**{**config, **own}, skip={"retained": 4}, worst_case=False))
     found = json.loads((storage / "other" / "analysis.json").read_text())
     assert list(found["variants"]) == ["base"]
-    assert {place["worst"] for place in medians(found["variants"]["base"])} == {None}
+    assert {layer["worst"] for layer in medians(found["variants"]["base"])} == {None}
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "error", "message"),
     [
         ({}, sv.ConfigError, "skip is null"),
         ({"adapter": "none"}, sv.ConfigError, "adapter = none"),
@@ -97,12 +97,12 @@ def test_without_the_bound_from_spectral_norms(config, storage):
         ({"report": __file__, "skip": {}}, sv.ConfigError, r"report = .*\.py: File exists; give a folder"),
     ],
 )
-def test_what_is_refused(config, changes, error, says):
-    with pytest.raises(error, match=says):
-        run_analyse(AnalyseConfig(**{**config, "name": "refused", **changes}))
+def test_unusable_settings_are_rejected(config, changes, error, message):
+    with pytest.raises(error, match=message):
+        run_analyse(AnalyseConfig(**{**config, "name": "rejected", **changes}))
 
 
-def test_rows_without_images_are_refused(config, tmp_path):
+def test_rows_without_images_are_rejected(config, tmp_path):
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     (tmp_path / "text.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     with pytest.raises(sv.DataError, match="no row has an image"):
@@ -111,7 +111,7 @@ def test_rows_without_images_are_refused(config, tmp_path):
         )
 
 
-def test_a_run_that_fails_says_so_in_mlflow(config, storage):
+def test_a_failure_ends_the_mlflow_run_as_failed(config, storage):
     with pytest.raises(sv.ConfigError):
         run_analyse(AnalyseConfig(**{**config, "name": "failing"}, skip={"retained": 4, "select": "views"}))
     client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")

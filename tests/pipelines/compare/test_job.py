@@ -1,4 +1,4 @@
-"""Two tuned adapters compared: answers are paired, costs measured, everything recorded."""
+"""The compare job: paired answers, measured costs, the report, and the MLflow records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SKIP = {"retained": 4, "skipped": 4, "summary_tokens": 1}
 
 @pytest.fixture
 def storage(tiny_model: Path, tmp_path: Path) -> Path:
-    """A folder as two finished runs leave it: ``full`` and ``skip``."""
+    """A storage folder with two finished runs, ``full`` and ``skip``."""
     for name, skip in (("full", None), ("skip", SKIP)):
         config = FinetuneConfig.model_validate(
             {
@@ -64,11 +64,11 @@ def compare(storage: Path, test: Path, **changes: Any) -> dict[str, Any]:
     return run_compare(CompareConfig(**{**given, "max_new_tokens": 3, **changes}))
 
 
-def test_everything_is_measured_and_recorded(storage, shapes_data):
+def test_accuracy_and_costs_are_measured_and_recorded(storage, shapes_data):
     result = compare(storage, shapes_data / "test.json")
     assert result["rows"] == 6
     assert set(result["exact_match"]) == {"full untuned", "skip untuned", "full", "skip"}
-    # 16 visual tokens became 4 retained and a summary for each group.
+    # 16 visual tokens become 4 retained tokens and one summary token per group.
     assert result["ratios"]["kv_bytes_per_image"] == pytest.approx(6 / 16)
     for side in result["costs"].values():
         assert side["prefill_flops"] == pytest.approx(side["prefill_flops_predicted"], rel=0.02)
@@ -89,7 +89,7 @@ def _run_id(storage: Path, name: str = "skip") -> str:
     return str(json.loads((storage / name / "run.json").read_text())["result"]["mlflow_run_id"])
 
 
-def test_the_full_token_run_has_its_own_test_metrics(storage, shapes_data):
+def test_each_run_gets_its_own_test_metrics(storage, shapes_data):
     result = compare(storage, shapes_data / "test.json", untuned=False)
     tracked = Tracker(uri=f"sqlite:///{storage}/mlflow.db", run_id="")._client
     for name in ("full", "skip"):
@@ -98,7 +98,7 @@ def test_the_full_token_run_has_its_own_test_metrics(storage, shapes_data):
         assert shares == {f"test/exact_match/{t}": v for t, v in result["exact_match"][name].items()} != {}
 
 
-def test_the_readme_gets_the_table_between_its_marks_and_nothing_else_changes(storage, shapes_data):
+def test_only_the_text_between_the_readmes_marks_is_replaced(storage, shapes_data):
     readme = storage / "README.md"
     readme.write_text("# Title\n\n<!-- demo table -->\n| old |\n<!-- /demo table -->\n\nProse.\n")
     for _ in range(2):
@@ -109,7 +109,7 @@ def test_the_readme_gets_the_table_between_its_marks_and_nothing_else_changes(st
         )
 
 
-def test_a_readme_without_marks_is_refused_before_anything_is_asked(storage, tmp_path):
+def test_a_readme_without_marks_is_rejected_before_the_evaluation(storage, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- /demo table --> <!-- demo table -->")
     with pytest.raises(ConfigError, match=r"README.md: it needs a line <!-- demo table -->"):
@@ -119,19 +119,19 @@ def test_a_readme_without_marks_is_refused_before_anything_is_asked(storage, tmp
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"skip": "nobody"}, "no finished"),
         ({"full": "skip"}, "skip: null"),
         ({"test": "nowhere.json"}, "nowhere.json"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(storage, shapes_data, changes, says):
-    with pytest.raises(ConfigError, match=says):
+def test_unusable_runs_or_rows_are_rejected(storage, shapes_data, changes, message):
+    with pytest.raises(ConfigError, match=message):
         compare(storage, changes.pop("test", shapes_data / "test.json"), **changes)
 
 
-def test_runs_that_differ_elsewhere_are_refused(storage, shapes_data):
+def test_runs_with_other_training_settings_are_rejected(storage, shapes_data):
     file = storage / "full" / "run.json"
     state = json.loads(file.read_text())
     state["config"]["training"]["learning_rate"] = 0.5
@@ -140,8 +140,8 @@ def test_runs_that_differ_elsewhere_are_refused(storage, shapes_data):
         compare(storage, shapes_data / "test.json")
 
 
-def test_differences_are_paired_and_drawn_by_image():
-    """One image of four rows: however large the difference within it, rows are not independent."""
+def test_differences_are_paired_by_row_and_resampled_by_image():
+    """Both rows of an image fail together, so the interval is that of 40 images, not of 80 rows."""
     rows, full, skip = [], [], []
     for image in range(40):
         for task in ("a", "b"):
@@ -150,11 +150,13 @@ def test_differences_are_paired_and_drawn_by_image():
             skip.append(Answer("", task, "yes", "no" if image < 10 else "yes"))
     found = differences(rows, {"full": full, "skip": skip})
     assert found["overall"].difference == pytest.approx(-0.25)
-    # Binomial with 40 independent images, not with 80 rows.
+    # The binomial standard error with 40 independent images.
     spread = 1.96 * np.sqrt(0.25 * 0.75 / 40)
     assert found["overall"].low == pytest.approx(-0.25 - spread, abs=0.03)
     assert found["overall"].high == pytest.approx(-0.25 + spread, abs=0.03)
     assert found["a"].difference == found["b"].difference == pytest.approx(-0.25)
     alike = differences(rows, {"full": full, "skip": full})["overall"]
     assert alike.difference == 0
-    assert -alike.low == alike.high == pytest.approx(1 - 0.025 ** (1 / 40)), "nothing seen is not nothing"
+    assert -alike.low == alike.high == pytest.approx(1 - 0.025 ** (1 / 40)), (
+        "no change among 40 images does not exclude one"
+    )

@@ -1,4 +1,4 @@
-"""The model of a job, tried without its weights: damaged adapters are found before Ray is started."""
+"""A damaged adapter is reported before Ray starts, without the base model's weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sv.save_adapter(model, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
-def cut_short(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
 
@@ -41,28 +41,28 @@ def with_weights(change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] 
     return damage
 
 
-def cut_summary(folder: Path) -> None:
+def empty_summary(folder: Path) -> None:
     (folder / "skip_summary.safetensors").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
-        (cut_short, "its files are damaged"),
-        (cut_summary, "summary layer cannot be read"),
+        (truncate, "its files are damaged"),
+        (empty_summary, "summary layer cannot be read"),
         (with_weights(lambda name, value: (name, value[:1].contiguous())), "does not fit this model"),
         (with_weights(lambda name, value: None if "lora_B" in name else (name, value)), "lora_B"),
         (with_weights(lambda name, value: (name.replace("q_proj", "v_proj"), value)), "q_proj"),
     ],
-    ids=["cut short", "no summary", "other shapes", "a part is missing", "other names"],
+    ids=["truncated", "no summary", "other shapes", "missing tensors", "other names"],
 )
-def test_a_damaged_adapter_is_found_without_the_base_models_weights(
-    tiny_model, adapter, tmp_path, damage, says
+def test_a_damaged_adapter_is_reported_without_the_base_models_weights(
+    tiny_model, adapter, tmp_path, damage, message
 ):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     skip = sv.read_adapter(folder)["skip"]
     model = EngineModel(str(tiny_model), "tiny", folder, "label", skip, "float32", "sdpa")
     assert check_model(model).model_type == "llava"
     damage(folder)
-    with pytest.raises(AdapterError, match=says):
+    with pytest.raises(AdapterError, match=message):
         check_model(model)

@@ -1,4 +1,4 @@
-"""The base model's training: packed questions are independent, and a stage that was cut off goes on."""
+"""The base model's training: packed questions are independent, and an interrupted stage resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parts():
 
 
 def test_a_packed_question_gets_the_logits_it_gets_alone(parts):
-    """Against the model's own forward on what the processor makes of picture and chat template."""
+    """The reference is the model's own forward pass on the processor's output for image and chat."""
     model, processor = parts
     config = BaseModelConfig(questions=4)
     rows = [SceneRows(config, processor, "validation", i, i + 1, packed=True)[0] for i in range(2)]
@@ -61,7 +61,7 @@ def test_a_packed_question_gets_the_logits_it_gets_alone(parts):
     assert at == len(targets) == int((batch.targets != IGNORED).sum())
 
 
-def test_patch_labels_name_what_is_drawn_there():
+def test_patch_labels_name_the_objects_drawn_there():
     scene, _ = sample_scene(0, "train", 3)
     labels = patch_labels(scene).reshape(16, 16, 4)
     for thing in scene.things:
@@ -72,7 +72,7 @@ def test_patch_labels_name_what_is_drawn_there():
     assert (labels[..., 3] > 0).sum() == len(scene.number)
 
 
-def test_a_branch_is_what_the_chat_template_says(parts):
+def test_a_branch_has_the_tokens_of_the_chat_template(parts):
     _, processor = parts
     branch = encode_branch(processor.tokenizer, "Read the number.", "347")
     chat = [
@@ -84,7 +84,7 @@ def test_a_branch_is_what_the_chat_template_says(parts):
     assert processor.tokenizer.decode(branch.ids[branch.answer_start :]) == " 347</s>"
 
 
-def test_the_card_says_plainly_when_the_aim_was_missed_and_why():
+def test_the_card_states_a_missed_aim_and_its_reason():
     exact = {"caption": 0.8, "count": 0.7, "shape": 0.99, "overall": 0.83}
     checks = [{"caption": 0.1 * step, "count": 0.69, "shape": 0.9} for step in range(9)]
     verdict = judged(exact, checks)
@@ -95,7 +95,7 @@ def test_the_card_says_plainly_when_the_aim_was_missed_and_why():
     assert judged({"shape": 0.99, "overall": 0.99}, []) == "The aim was 90 % overall; it was reached."
 
 
-def test_the_card_of_the_model_that_is_shipped_says_so_too():
+def test_the_shipped_models_card_states_the_same_verdict():
     card = (ROOT / "models" / "shapes-llava" / "README.md").read_text()
     cells = re.findall(r"^\| \**(\w+)\** \| \**([\d.]+)\** \|$", card, flags=re.MULTILINE)
     shares = {"overall" if task == "all" else task: float(share) / 100 for task, share in cells}
@@ -103,7 +103,7 @@ def test_the_card_of_the_model_that_is_shipped_says_so_too():
 
 
 @pytest.mark.slow
-def test_training_goes_on_where_it_stopped_and_writes_a_card(tmp_path):
+def test_training_resumes_where_it_stopped_and_writes_a_card(tmp_path):
     def config(**changes: object) -> BaseModelConfig:
         settings = {
             "output": tmp_path / "model",

@@ -1,4 +1,4 @@
-"""Scenes, their questions, and the files they become."""
+"""Scenes, their questions, and the files of the data set."""
 
 import json
 import re
@@ -44,13 +44,13 @@ def scenes(count, split="train", seed=3):
 
 
 def only(values):
-    """The single value; two of them would make the question ambiguous."""
+    """Return the only value; with two, the question would be ambiguous."""
     (value,) = values
     return value
 
 
 def answers_from(scene, prompt):
-    """The answer to a prompt, worked out from the scene by other means than the generator's."""
+    """Work out the answer to a prompt from the scene, independently of the generator."""
     grid = {thing.cell: (thing.size, thing.colour, thing.shape) for thing in scene.things}
     assert len(grid) == len(scene.things), "two objects in one cell"
     assert scene.number_cell not in grid, "an object under the number"
@@ -82,7 +82,7 @@ def answers_from(scene, prompt):
         return str(sum(colour == match[1] for _, colour, _ in grid.values()))
     if match := re.fullmatch(r"How many ([a-z]+) are there\?", prompt):
         return str(sum(shape == PLURALS[match[1]] for _, _, shape in grid.values()))
-    raise AssertionError(f"a question nobody knows: {prompt!r}")
+    raise AssertionError(f"unknown question: {prompt!r}")
 
 
 # ------------------------------------------------------------------------------------------- scenes
@@ -109,7 +109,7 @@ def test_splits_share_no_scene_whatever_the_seed():
     assert sum(map(len, shown.values())) > 5900, "nearly all scenes should differ"
 
 
-def test_the_split_depends_on_what_is_shown_and_not_on_where_exactly():
+def test_the_split_depends_on_the_content_and_not_on_exact_positions():
     for scene in scenes(50):
         nudged = tuple(
             replace(t, centre=(t.centre[0] + 1, t.centre[1]), radius=t.radius - 1) for t in scene.things
@@ -120,7 +120,7 @@ def test_the_split_depends_on_what_is_shown_and_not_on_where_exactly():
     assert len(set(signatures)) == len(signatures)
 
 
-def test_scenes_vary_in_all_they_show():
+def test_scenes_vary_in_every_attribute():
     things = [thing for scene in scenes(400) for thing in scene.things]
     assert {thing.shape for thing in things} == set(SHAPES)
     assert {thing.colour for thing in things} == set(COLOURS)
@@ -129,7 +129,7 @@ def test_scenes_vary_in_all_they_show():
     assert {len(scene.number) for scene in scenes(50)} == {2, 3}
 
 
-def test_everything_stays_in_its_cell():
+def test_objects_and_numbers_stay_in_their_cells():
     side = IMAGE_SIZE / 3
     for scene in scenes(300):
         boxes = [(t.cell, *t.centre, t.radius, t.radius) for t in scene.things]
@@ -149,7 +149,7 @@ def test_everything_stays_in_its_cell():
 # ------------------------------------------------------------------------------------------ drawing
 
 
-def test_objects_are_drawn_in_their_colour_where_the_scene_says():
+def test_objects_are_drawn_in_their_colour_at_their_centre():
     for scene in scenes(60):
         pixels = np.asarray(render(scene))
         assert pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
@@ -175,7 +175,7 @@ def test_digits_are_at_least_a_patch_apart():
             assert right - left >= PATCH
 
 
-def test_digits_are_drawn_where_they_are_said_to_be():
+def test_digits_are_drawn_at_their_reported_centres():
     for scene in scenes(60):
         row, column = divmod(scene.number_cell, 3)
         side = IMAGE_SIZE // 3
@@ -226,7 +226,7 @@ def rows_of(folder, split):
     return json.loads((folder / f"{split}.json").read_text())
 
 
-def test_the_summary_says_what_is_there(written):
+def test_the_summary_matches_the_files(written):
     folder, summary = written
     assert summary["folder"] == str(folder)
     expected = {"train": (24, 24), "validation": (3, 18), "test": (4, 24)}
@@ -267,7 +267,7 @@ def test_images_are_real_files_of_both_kinds_and_show_their_scene(written, split
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_conversations_are_llava_and_answer_rightly(written, split):
+def test_conversations_are_llava_with_right_answers(written, split):
     folder, _ = written
     for row in rows_of(folder, split):
         assert row.keys() == {"id", "image", "task", "conversations"}
@@ -287,7 +287,7 @@ def test_ids_are_unique(written):
     assert len(set(ids)) == len(ids)
 
 
-def test_held_out_rows_ask_one_question_and_weigh_the_tasks_alike(written):
+def test_held_out_rows_have_one_question_and_equal_shares_of_tasks(written):
     folder, _ = written
     rows = rows_of(folder, "test")
     assert all(len(row["conversations"]) == 2 for row in rows)
@@ -330,13 +330,13 @@ def test_running_again_draws_only_what_is_missing(tmp_path):
     assert untouched.stat().st_mtime_ns == stamp
 
 
-def test_an_interrupted_image_is_never_seen_under_its_name(tmp_path, monkeypatch):
-    def cut_off(image, path, **options):
+def test_an_interrupted_image_never_has_its_final_name(tmp_path, monkeypatch):
+    def interrupted(image, path, **options):
         Path(path).write_bytes(b"half an image")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", cut_off)
+        patch.setattr(Image.Image, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_shapes(config(tmp_path))
     assert not (tmp_path / "train.json").exists()
@@ -345,7 +345,7 @@ def test_an_interrupted_image_is_never_seen_under_its_name(tmp_path, monkeypatch
         Image.open(tmp_path / name).load()
 
 
-def test_a_folder_of_another_seed_is_refused(written):
+def test_a_folder_of_another_seed_is_rejected(written):
     folder, _ = written
     with pytest.raises(ConfigError, match=r'"seed": 2.*choose another output folder'):
         write_shapes(config(folder, seed=3))
@@ -356,7 +356,7 @@ def test_progress_is_visible(tmp_path, capsys):
     assert "train 24/24 images" in capsys.readouterr().out
 
 
-def test_the_job_writes_what_its_config_says(tmp_path):
+def test_the_job_follows_its_config(tmp_path):
     root = Path(__file__).parents[2]
     command = [
         sys.executable,

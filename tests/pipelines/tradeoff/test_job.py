@@ -1,4 +1,4 @@
-"""The trade-off job on a tiny model: every point scored once, timed, reported; and what it refuses."""
+"""The trade-off job on a tiny model: points are scored once, timed, and reported."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
 @pytest.mark.usefixtures("local_ray")
 def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     result = run_tradeoff(TradeoffConfig(**given, report=str(tmp_path)))
-    said = capsys.readouterr().out
-    # Of each adapter: full tokens, a grid of two, methods at one share of two; and one as it was tuned.
+    printed = capsys.readouterr().out
+    # Per adapter: full tokens, a grid of two, two methods at one of two budgets; and one point as tuned.
     assert result["points"] == 2 * (1 + 2 + 2) + 1
-    assert said.count("10.0% cannot be had with this model") == 4
-    assert "11 points, 11 to be scored on 6 rows each" in said
+    assert printed.count("10.0% cannot be had with this model") == 4
+    assert "11 points, 11 to be scored on 6 rows each" in printed
     numbers = {
         (one["point"]["adapter"], one["point"]["method"], json.dumps(one["point"]["skip"])): one
         for one in json.loads(Path(result["numbers"]).read_text())
@@ -80,9 +80,9 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
         gap = one["gap"]["overall"]
         assert gap["items"] == 6
         if (label, method) == ("untuned", "full"):
-            assert gap["low"] == gap["difference"] == gap["high"] == 0, "nothing differs from itself"
+            assert gap["low"] == gap["difference"] == gap["high"] == 0, "a point does not differ from itself"
         else:
-            assert gap["low"] < gap["difference"] < gap["high"], "of one image nothing is certain"
+            assert gap["low"] < gap["difference"] < gap["high"], "one image leaves everything open"
         if method == "full":
             assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
         elif "grid" not in method and method != "as tuned":
@@ -102,15 +102,15 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     files[0].unlink()
     capsys.readouterr()
     again = run_tradeoff(TradeoffConfig(**given))
-    said = capsys.readouterr().out
-    assert "11 points, 1 to be scored" in said
-    assert "timing" not in said
+    printed = capsys.readouterr().out
+    assert "11 points, 1 to be scored" in printed
+    assert "timing" not in printed
     assert again["found"] == result["found"]
-    assert Path(again["table"]).read_text() == table, "times included"
+    assert Path(again["table"]).read_text() == table, "the times are reused"
     assert sorted((Path(given["storage"]) / "tradeoff/points").iterdir()) == files
 
 
-def test_other_points_rounds_or_cpus_are_timed_anew(given, tmp_path, monkeypatch):
+def test_other_points_rounds_or_cpus_are_timed_again(given, tmp_path, monkeypatch):
     timed = []
 
     def measured(tasks: Any, cpus: float) -> Any:
@@ -135,7 +135,7 @@ def test_other_points_rounds_or_cpus_are_timed_anew(given, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, adapter, tmp_path):
+def test_answers_of_several_seeds_are_pooled_and_paired_by_seed(given, adapter, tmp_path):
     weights = adapter / "adapter_model.safetensors"
     shutil.copytree(adapter, tmp_path / "second")
     tensors = {name: -value for name, value in load_file(weights).items()}
@@ -153,10 +153,10 @@ def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, a
         "latency_rounds": 0,
     }
     run_tradeoff(TradeoffConfig(**settings))
-    # Full tokens and three methods, one of them as tuned, under two seeds: the three labels share them.
+    # Full tokens and three methods under two seeds; all labels share these answers, and so does `as tuned`.
     files = sorted((tmp_path / "seeds/points").iterdir())
     assert len(files) == 8
-    _answered(files, {"full": [6, 6], "norm": [3, 0], "skip-vision": [6, 3]})
+    _set_scores(files, {"full": [6, 6], "norm": [3, 0], "skip-vision": [6, 3]})
     result = run_tradeoff(TradeoffConfig(**settings))
     found = {
         (each["point"]["adapter"], each["point"]["method"]): each
@@ -170,14 +170,14 @@ def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, a
     assert found["beside", "as tuned"]["gap"] == pooled["gap"]
     behind = found["tuned", "norm"]["behind"]
     assert (behind["difference"], behind["other"], behind["items"]) == (0.5, 0.75, 12)
-    assert behind["low"] < 0 < 0.5 < behind["high"], "one image says little"
+    assert behind["low"] < 0 < 0.5 < behind["high"], "one image proves little"
     assert all(found["tuned", name]["behind"] is None for name in ("full", "as tuned", "skip-vision"))
     assert result["table"] == str(tmp_path / "seeds/seeds_table.md")
     table = Path(result["table"]).read_text()
     assert "**tuned**, 2 seeds" in table
     assert table.count("by seed") == 2
     assert "latency |" not in table
-    # A grid of 11 places at most has 9, and these are what is paid for.
+    # The budget allows a grid of 11 tokens; the largest square grid within it has 9.
     assert found["tuned", "downscaled"]["point"]["skip"]["skipped"] == 11
     assert re.search(r"\| downscaled \| 0 \+ 9 \| \d\d\.\d of 80 \|", table)
     assert f"+50.0 [{100 * behind['low']:+.1f}, {100 * behind['high']:+.1f}] |\n" in table
@@ -190,18 +190,18 @@ def test_answers_under_several_seeds_are_pooled_and_paired_seed_by_seed(given, a
     assert "| full" not in by_task
 
 
-def _answered(files: list[Path], right: dict[str, list[int]]) -> None:
-    """Give each method's points, under each seed, so many right answers; 0 where nothing is said."""
+def _set_scores(files: list[Path], right: dict[str, list[int]]) -> None:
+    """Rewrite the scores: each method has the given number of right answers under each seed, others none."""
     for file in files:
         items = read_items(file)
         many = right[items[0].system].pop() if items[0].system in right else 0
         write_items(file, [replace(item, score=float(at < many)) for at, item in enumerate(items)])
 
 
-def test_the_picture_says_what_each_line_is():
-    """In the second row of panels the adapter's own full tokens are not what it is compared with."""
+def test_the_figure_names_every_line_and_draws_each_reference():
+    """The reference of the second adapter is another adapter's full tokens, not its own."""
 
-    def found(label: str, method: str, share: float, **point: Any) -> PointResult:
+    def result(label: str, method: str, share: float, **point: Any) -> PointResult:
         gap = Paired(share - 0.9, -1, 1, None, 0.9, share, 10, 10, 0, 0)
         cost = 1.0 if method == "full" else 0.3
         return PointResult(
@@ -215,16 +215,16 @@ def test_the_picture_says_what_each_line_is():
 
     figure = curves(
         [
-            found("a long label of the first adapter", "full", 0.9),
-            found("a long label of the first adapter", "norm", 0.5, budget=0.3),
-            found("second", "full", 0.8),
-            found("second", "as tuned", 0.7),
+            result("a long label of the first adapter", "full", 0.9),
+            result("a long label of the first adapter", "norm", 0.5, budget=0.3),
+            result("second", "full", 0.8),
+            result("second", "as tuned", 0.7),
         ]
     )
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["reference: full tokens", "norm", "as tuned"]
     panels = figure.axes
-    assert len(panels) == 2 * 2, "time was not measured"
+    assert len(panels) == 2 * 2, "no panel for latency, which was not measured"
     for panel in panels:
         [line] = [line for line in panel.lines if line.get_linestyle() == ":"]
         assert line.get_ydata()[0] == pytest.approx(90)
@@ -235,7 +235,7 @@ def test_the_picture_says_what_each_line_is():
 @pytest.mark.parametrize(
     "file", ["model/model.safetensors", "adapter/adapter_config.json", "the first image"]
 )
-def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, shapes_data, tmp_path, file):
+def test_points_are_named_by_the_contents_of_files(given, tiny_model, adapter, shapes_data, tmp_path, file):
     for source, name in ((tiny_model, "model"), (adapter, "adapter"), (shapes_data, "data")):
         shutil.copytree(source, tmp_path / name)
     rows = read_rows(str(tmp_path / "data/test.json"))
@@ -243,7 +243,7 @@ def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, sh
     point = Point("tuned", (str(tmp_path / "adapter"),) * 2, "random", skip)
     config = TradeoffConfig(**{**given, "model": {"path": str(tmp_path / "model")}})
     before = digests([point], config, rows)
-    assert len(set(before.values())) == 2  # each seed draws its own places
+    assert len(set(before.values())) == 2  # each seed draws another pattern
     assert digests([point], config, rows) == before
     changed = Path(str(rows[0].images[0])) if "image" in file else tmp_path / file
     changed.write_bytes(changed.read_bytes() + b" ")
@@ -251,7 +251,7 @@ def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, sh
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "error", "message"),
     [
         ({"methods": ["fast"]}, ValidationError, "unknown: fast; known methods: random, uniform"),
         ({"fractions": [0.5, 25]}, ValidationError, r"\[25.0\]: a budget is above 0"),
@@ -269,6 +269,6 @@ def test_points_are_named_by_what_is_in_the_files(given, tiny_model, adapter, sh
         ({"report": f"{__file__}/here"}, ConfigError, "report = .*here: Not a directory"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_asked(given, changes, error, says):
-    with pytest.raises(error, match=says):
+def test_unusable_settings_are_rejected_before_the_evaluation(given, changes, error, message):
+    with pytest.raises(error, match=message):
         run_tradeoff(TradeoffConfig(**{**given, **changes}))
