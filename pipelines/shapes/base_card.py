@@ -121,9 +121,9 @@ library_name: transformers
 
 # shapes-llava
 
-A LLaVA with {size} parameters that describes *shapes* scenes (224 × 224 pixels, 256 visual tokens) and answers
-questions about them. It is small enough for a repository and a laptop, and real enough that skipping visual
-tokens costs accuracy. It knows nothing else.
+A LLaVA with {size} parameters that describes *shapes* scenes (224 × 224 pixels, 256 visual tokens) and
+answers questions about them. It is small enough for a repository and a laptop, and real enough that skipping
+visual tokens costs accuracy. It knows nothing else.
 
     model = AutoModelForImageTextToText.from_pretrained("models/shapes-llava")
     processor = AutoProcessor.from_pretrained("models/shapes-llava")
