@@ -1,9 +1,10 @@
-"""The REST endpoint on Ray Serve: the protocol of OpenAI's chat completions, images included.
+"""The REST endpoint on Ray Serve: OpenAI's chat completions, images included.
 
-    client ── HTTP ──► Ingress (`api`: keys, media, templates; on CPUs)
-                         └─► EngineReplica (`replica`: one engine, in a thread of its own) …, scaled apart
+    client ─ HTTP ─► Ray's proxy (`front` inside)
+                       └─► ingress replica: keys, images, templates; on CPUs
+                             └─► engine replicas: one engine each, in its own thread; scaled by load
 
-Read in this order: `config`, `schemas`, `replica`, `engine_stream`, `api`, `answers`, `app`; `media`,
-`addresses`, `keys`, and `front` inside Ray's proxies, are what stands between the internet and the rest;
-`page` is a client of it in the browser.
+Read in this order: `config`, `chat` (requests and responses), `ingress` (routes, admission, dispatch to
+engines), `replica` (the engine's side), `app` (the deployments), `deploy`. `media` fetches images by URL,
+`keys` checks API keys, `observe` measures, and `page` is a client in the browser.
 """

@@ -1,6 +1,6 @@
-"""The application that Ray Serve runs::
+"""The Ray Serve application: one ingress deployment, and one deployment of engines for each model.
 
-serve run serve.app:build model=models/shapes-llava adapter=runs/demo/adapter
+Start it with ``serve run serve.app:build model=models/shapes-llava adapter=runs/demo/adapter``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from ray import cloudpickle
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
@@ -28,57 +26,50 @@ from serve.keys import KeyRing
 from serve.replica import autoscaling as scaling
 from serve.replica.replica import EngineReplica
 from skipvision import read_adapter
-from skipvision.errors import ConfigError
 
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
-"""One JSON object a line, with the request's id; `serve.ingress.middleware` writes the access log."""
+"""JSON lines with the request's id. `serve.ingress.middleware` writes the access log."""
 
-
-_MESSAGES = {"env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}}
-"""Between ingress and engine go the pixels of many images; Ray's limit is 4 MiB."""
+_LARGE_MESSAGES = {"env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}}
+"""A request carries the pixels of many images from ingress to engine; Ray's default limit is 4 MiB."""
 
 _SPARE = 100
-"""Requests at an ingress beyond those that it takes on."""
+"""Requests that reach an ingress beyond its limit, to be refused by it or to need no engine."""
 
 
 def build(arguments: dict[str, Any]) -> ray_serve.Application:
-    """The ingress and an engine deployment for each model.
+    """Build the application from the arguments of ``serve run``.
 
     Args:
-        arguments: settings (`ServeConfig`); sections with dots, ``limits.images=4``.
+        arguments: settings (`ServeConfig`); fields of sections with dots, ``limits.images=4``.
 
     Raises:
-        ConfigError: settings that are wrong, all of them named.
+        SkipVisionError: settings are invalid, or a model, an adapter or the keys cannot be read.
     """
-    try:
-        config = serve_config(arguments)
-    except ValidationError as error:
-        lines = [_complaint(problem) for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
-    return application(config)
+    return application(serve_config(arguments))
 
 
 def application(config: ServeConfig) -> ray_serve.Application:
-    """The same, of settings that are read already.
+    """Build the application.
 
     Raises:
-        SkipVisionError: a model, an adapter or the keys are not there, or cannot be read.
+        SkipVisionError: a model, an adapter or the keys cannot be read.
     """
-    config = _found(config)
+    config = _resolved(config)
     engines = [_engines(config, section) for section in config.models]
     ingress = ray_serve.deployment(
         name="ingress",
         num_replicas=config.ingresses,
-        # Those that `serve.ingress.guard` refuses, and those that need no engine, need a place, too.
+        # Requests that `serve.ingress.guard` refuses, or that need no engine, also take a slot.
         max_ongoing_requests=config.limits.open_requests + _SPARE,
         max_queued_requests=_SPARE,
-        backpressure_config=_full(config),
-        # Three times without an answer, and another one takes its place.
+        backpressure_config=_backpressure(config),
+        # Ray Serve replaces an ingress after three failed checks.
         health_check_period_s=5,
         health_check_timeout_s=10,
-        # Longer than any request takes: who is told to go answers first what it has.
+        # Longer than any request takes: a stopping ingress finishes its requests first.
         graceful_shutdown_timeout_s=config.limits.request_seconds + GRACE_SECONDS,
-        ray_actor_options={"num_cpus": 0.25, "runtime_env": _MESSAGES},
+        ray_actor_options={"num_cpus": 0.25, "runtime_env": _LARGE_MESSAGES},
         logging_config=_LOGS,
     )(ray_serve.ingress(lambda: http_app(config))(Ingress))
     return ingress.bind(config, *engines)
@@ -86,12 +77,36 @@ def application(config: ServeConfig) -> ray_serve.Application:
 
 def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Application:
     wanted, limits = section.scaling, config.limits
-    # The controller, which calls it, does not have this project on its path.
+    deployment = ray_serve.deployment(
+        name=f"engine-{section.served_name}",
+        # The engine has its own queue, from which it fills free rows.
+        max_ongoing_requests=section.engine.max_sequences + limits.queued_requests,
+        # These wait at each ingress while no engine has room.
+        max_queued_requests=limits.queued_requests,
+        backpressure_config=_backpressure(config),
+        autoscaling_config=_autoscaling(section),
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=limits.request_seconds + GRACE_SECONDS,
+        ray_actor_options={
+            "num_cpus": wanted.cpus_per_engine,
+            "num_gpus": wanted.gpus_per_engine,
+            "runtime_env": _LARGE_MESSAGES,
+        },
+        logging_config=_LOGS,
+    )(EngineReplica)
+    tracer = config.traces, f"{config.name}-engine"
+    return deployment.bind(section, config.tracking_uri, config.adapter_poll_s, tracer)
+
+
+def _autoscaling(section: ModelSection) -> AutoscalingConfig:
+    wanted = section.scaling
+    # The controller calls the policy but may not have this package installed: send the code.
     cloudpickle.register_pickle_by_value(scaling)
     with warnings.catch_warnings():
-        # Ray 2.60 warns of the interval, but has no other way yet to set it for one deployment.
+        # Ray 2.60 deprecates the interval but offers no other way to set it for one deployment.
         warnings.simplefilter("ignore", DeprecationWarning)
-        autoscaling = AutoscalingConfig(
+        return AutoscalingConfig(
             min_replicas=wanted.min_engines,
             max_replicas=wanted.max_engines,
             initial_replicas=max(wanted.min_engines, 1),
@@ -104,46 +119,26 @@ def _engines(config: ServeConfig, section: ModelSection) -> ray_serve.Applicatio
                 policy_kwargs={"target": wanted.target_load, "rows": section.engine.max_sequences},
             ),
         )
-    deployment = ray_serve.deployment(
-        name=f"engine-{section.served_name}",
-        # The engine queues by itself, and needs to see what waits to fill its rows.
-        max_ongoing_requests=section.engine.max_sequences + limits.queued_requests,
-        # At each ingress, while no engine has room.
-        max_queued_requests=limits.queued_requests,
-        backpressure_config=_full(config),
-        autoscaling_config=autoscaling,
-        health_check_period_s=10,
-        health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=limits.request_seconds + GRACE_SECONDS,
-        ray_actor_options={
-            "num_cpus": wanted.cpus_per_engine,
-            "num_gpus": wanted.gpus_per_engine,
-            "runtime_env": _MESSAGES,
-        },
-        logging_config=_LOGS,
-    )(EngineReplica)
-    tracer = config.traces, f"{config.name}-engine"
-    return deployment.bind(section, config.tracking_uri, config.adapter_poll_s, tracer)
 
 
-def _full(config: ServeConfig) -> BackpressureConfig:
-    """Ray's response when a queue is full, where `serve.ingress.guard` did not answer before."""
+def _backpressure(config: ServeConfig) -> BackpressureConfig:
+    """Return Ray's response to a full queue, for requests that `serve.ingress.guard` admitted."""
     return BackpressureConfig(status_code=429, retry_after_s=config.limits.retry_after_s)
 
 
-def _found(config: ServeConfig) -> ServeConfig:
-    """With whole paths, as replicas run elsewhere; what is wrong is said now, and not by each of them."""
+def _resolved(config: ServeConfig) -> ServeConfig:
+    """Return the settings with absolute paths for the replicas. Raise now what each replica would raise."""
     keys = config.keys_file
     if keys is not None:
-        # The file itself: a copy of it would go on admitting those who are taken out of it.
+        # Not a copy: removing a key from the file must revoke it.
         keys = str(output_path(keys, "keys_file"))
         KeyRing(keys)
-    models = [_found_model(model) for model in config.models]
+    models = [_resolved_model(model) for model in config.models]
     sources = {source for model in models for source in model.adapters.values() if is_registered(source)}
     registry = config.tracking_uri
     if registry is not None:
         registry = _absolute_registry(registry)
-        _look_up(registry, sources)
+        _check_registered(registry, sources)
     return config.model_copy(update={"models": models, "keys_file": keys, "tracking_uri": registry})
 
 
@@ -152,17 +147,17 @@ def _absolute_registry(uri: str) -> str:
     return uri if file is None else f"sqlite:///{output_path(file, 'tracking_uri')}"
 
 
-def _look_up(registry: str, sources: Iterable[str]) -> None:
-    """Raise `ConfigError` for what the registry does not have; engines wait for one that is away."""
+def _check_registered(registry: str, sources: Iterable[str]) -> None:
+    """Raise `ConfigError` if the registry lacks an adapter. Only warn if it is down: engines wait for it."""
     for source in sorted(sources):
         try:
             exact_model(registry, source)
         except TrackingError as error:
             warnings.warn(f"{error}; requests for it are 503 until engines can load it", stacklevel=2)
-            return  # what did not answer once may take a minute not to answer again
+            return  # a registry that is down takes up to a minute for each call
 
 
-def _found_model(model: ModelSection) -> ModelSection:
+def _resolved_model(model: ModelSection) -> ModelSection:
     path, adapters = model_path(model.path, "model"), dict(model.adapters)
     check_known(path, "model")
     for name, source in adapters.items():
@@ -170,10 +165,3 @@ def _found_model(model: ModelSection) -> ModelSection:
             adapters[name] = input_path(source, f"adapter {name}")
             read_adapter(adapters[name])
     return model.model_copy(update={"path": path, "adapters": adapters})
-
-
-def _complaint(problem: ErrorDetails) -> str:
-    """One wrong setting; the whole tree is no value to name."""
-    name = ".".join(map(str, problem["loc"]))
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name} = {problem['input']!r}: {message}" if name else message

@@ -1,45 +1,49 @@
-"""Settings of a deployment: what is served, by how many engines, to whom."""
+"""Settings of a deployment: its models, the number of engines, limits and access."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipelines.shared.sections import EngineSection, Section
 from pipelines.tracking.registry import is_registered
 from serve.media.config import MediaConfig
 from skipvision import SkipConfig
+from skipvision.errors import ConfigError
+from skipvision.problems import problem_lines
 
 Proxy = Literal["ray", "haproxy"]
 
 
 class ServingEngineSection(EngineSection):
-    """Of each engine; people ask about an image more than once."""
+    """Settings of each engine. Unlike jobs, an endpoint caches images: users ask about one several times."""
 
     prefix_cache_bytes: int = Field(
-        2**28, ge=0, description="bytes for images that may be asked about again, to read them once; 0 = none"
+        2**28, ge=0, description="cache for images of earlier requests, so that each is encoded once (bytes)"
     )
 
 
 class ScalingSection(Section):
-    """How many engines there are, and when there are more."""
+    """How many engines run, and what each reserves."""
 
     min_engines: int = Field(
         1, ge=0, description="engines that run without requests (count); 0 = start on demand"
     )
-    max_engines: int = Field(1, ge=1, description="engines that run at most (count)")
+    max_engines: int = Field(1, ge=1, description="max engines (count)")
     target_load: float = Field(
         1.0,
         gt=0,
-        description="load of each engine aimed at: 1 = as many requests as it has rows or memory for",
+        description="target load of each engine: 1 = as many requests as it has rows or memory for",
     )
     upscale_delay_s: float = Field(
-        5.0, ge=0, description="load must last this long before engines are added (s)"
+        5.0, ge=0, description="how long load must stay high before engines are added (s)"
     )
-    downscale_delay_s: float = Field(60.0, ge=0, description="before engines are taken away (s)")
-    interval_s: float = Field(1.0, gt=0, description="time between measurements (s)")
+    downscale_delay_s: float = Field(
+        60.0, ge=0, description="how long load must stay low before engines are removed (s)"
+    )
+    interval_s: float = Field(1.0, gt=0, description="time between load measurements (s)")
     cpus_per_engine: float = Field(1.0, gt=0, description="CPUs of each engine (count)")
     gpus_per_engine: float = Field(0.0, ge=0, description="GPUs of each engine (count or fraction)")
 
@@ -54,34 +58,40 @@ class ModelSection(Section):
     """One base model with its adapters."""
 
     path: str = Field(description="folder, or Hugging Face id, of the base model")
-    name: str | None = Field(None, description="what clients call it; by default the last part of the path")
+    name: str | None = Field(None, description="name for clients; default: the last part of the path")
     adapters: dict[str, str] = Field(
         default_factory=dict,
-        description="adapters by the name that clients use: folders, or models:/name@alias in MLflow",
+        description="adapters by their name for clients: folders, or models:/name@alias in MLflow",
     )
     skip: SkipConfig | None = Field(
         None,
-        description="SkipConfig of the base model; none given = all tokens. Adapters have their own",
+        description="SkipConfig of the base model; default: all tokens. Adapters bring their own",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of weights and arithmetic")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="implementation")
-    engine: ServingEngineSection = Field(default_factory=ServingEngineSection, description="of each engine")
-    scaling: ScalingSection = Field(default_factory=ScalingSection, description="how many engines")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type of weights and arithmetic"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention implementation"
+    )
+    engine: ServingEngineSection = Field(
+        default_factory=ServingEngineSection, description="settings of each engine"
+    )
+    scaling: ScalingSection = Field(default_factory=ScalingSection, description="number of engines")
 
     @property
     def served_name(self) -> str:
-        """What clients call the base model."""
+        """Name of the base model for clients."""
         return self.name or Path(self.path).name
 
 
 class LimitSection(Section):
-    """What one deployment takes on."""
+    """Limits on requests and on their number."""
 
     queued_requests: int = Field(
         64,
         ge=1,
-        description="requests that wait at each engine for its rows, and again at each ingress for an engine "
-        "with room, before others get 429 (count)",
+        description="requests that wait at each engine for a free row, and again at each ingress for an "
+        "engine with room, before others get 429 (count)",
     )
     open_requests: int = Field(
         256,
@@ -89,59 +99,61 @@ class LimitSection(Section):
         description="requests at each ingress, from upload to answer, before others get 429 (count)",
     )
     request_seconds: float = Field(
-        120.0, gt=0, description="time for an answer, from arrival; what is there then is the end (s)"
+        120.0,
+        gt=0,
+        description="time from a request's arrival until its answer is cut off (s)",
     )
-    max_new_tokens: int = Field(1024, ge=1, description="most tokens of an answer (tokens)")
-    images: int = Field(16, ge=0, description="most images of a request (count)")
+    max_new_tokens: int = Field(1024, ge=1, description="max length of an answer (tokens)")
+    images: int = Field(16, ge=0, description="max images of a request (count)")
     pixels: int = Field(
-        50_000_000, ge=1, description="most pixels of all images of a request together (pixels)"
+        50_000_000, ge=1, description="max pixels of all images of a request together (pixels)"
     )
     prepare_threads: int = Field(
         2,
         ge=1,
-        description="requests whose images are decoded and scaled at once in each ingress; each may take "
-        "the memory of its pixels several times over (threads)",
+        description="requests whose images each ingress decodes and resizes at once; each may take "
+        "several times the memory of its pixels (threads)",
     )
-    body_mib: float = Field(32.0, gt=0, description="largest body of a request (MiB)")
+    body_mib: float = Field(32.0, gt=0, description="max size of a request's body (MiB)")
     retry_after_s: int = Field(1, ge=1, description="Retry-After of a 429 (s)")
 
 
 class ServeConfig(Section):
     """A deployment. ``model`` and ``adapter`` name one model; ``models`` several, or one with settings."""
 
-    name: str = Field("skipvision", description="of the application on the cluster")
-    host: str = Field("127.0.0.1", description="address that is listened on; 0.0.0.0 = all (jobs/deploy.py)")
-    port: int = Field(8000, ge=1, le=65535, description="port that is listened on (jobs/deploy.py)")
+    name: str = Field("skipvision", description="name of the application on the cluster")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 = all (jobs/deploy.py)")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on (jobs/deploy.py)")
     proxy: Proxy = Field(
         "ray",
-        description="what listens there: Ray's own, which makes good what a dying ingress leaves behind, or "
-        "HAProxy, which comes with Ray and takes less time (jobs/deploy.py)",
+        description="HTTP proxy: Ray's own, which retries requests of an ingress that dies, or HAProxy, "
+        "which comes with Ray and is faster (jobs/deploy.py)",
     )
-    model: str | None = Field(None, description="folder or Hugging Face id of the one model that is served")
+    model: str | None = Field(None, description="folder or Hugging Face id of a single model")
     adapter: str | None = Field(
-        None, description="its adapter: folder, or models:/name@alias; served as 'adapter'"
+        None, description="its adapter: folder, or models:/name@alias; its name for clients is 'adapter'"
     )
     models: list[ModelSection] = Field(default_factory=list, description="models with their settings")
     media: MediaConfig = Field(default_factory=MediaConfig, description="images by URL")
-    limits: LimitSection = Field(default_factory=LimitSection, description="what the deployment takes on")
-    keys_file: str | None = Field(None, description="API keys (serve.keys); none = everyone may ask")
+    limits: LimitSection = Field(default_factory=LimitSection, description="limits on requests")
+    keys_file: str | None = Field(None, description="API keys (serve.keys); none = open to everyone")
     cors_origins: list[str] = Field(
-        default_factory=list, description="web origins that may ask; none by default"
+        default_factory=list, description="web origins that browsers may send requests from; none by default"
     )
     ingresses: int = Field(1, ge=1, description="HTTP replicas (count)")
     adapter_poll_s: float = Field(
-        30.0, gt=0, description="time between looks whether an MLflow alias has moved (s)"
+        30.0, gt=0, description="time between checks whether an MLflow alias has moved (s)"
     )
     tracking_uri: str | None = Field(None, description="MLflow's URI for models:/ adapters")
     traces: str | None = Field(
         None,
-        description="collector of OpenTelemetry's traces, http://collector:4318/v1/traces; none = no traces",
+        description="OpenTelemetry collector of traces, http://collector:4318/v1/traces; none = no traces",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _one_model(cls, data: Any) -> Any:
-        """``model`` and ``adapter`` are a short way to write the first of ``models``."""
+        """Turn ``model`` and ``adapter`` into the first of ``models``."""
         if not isinstance(data, dict) or data.get("model") is None:
             return data
         models = data.get("models") or []
@@ -154,35 +166,42 @@ class ServeConfig(Section):
     @model_validator(mode="after")
     def _something_to_serve(self) -> Self:
         if self.adapter is not None:
-            raise ValueError("adapter without model: name the base model, too")
+            raise ValueError("adapter without model: name its base model too")
         if not self.models:
             raise ValueError("nothing to serve: give model=FOLDER, or models")
         names = [name for model in self.models for name in (model.served_name, *model.adapters)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"names used twice: {', '.join(twice)}; clients choose by name")
+            raise ValueError(f"names used twice: {', '.join(twice)}; clients choose a model by its name")
         sources = [source for model in self.models for source in model.adapters.values()]
         registered = [source for source in sources if is_registered(source)]
         if registered and self.tracking_uri is None:
-            raise ValueError(f"{', '.join(registered)} without tracking_uri: say which MLflow has it")
+            raise ValueError(f"{', '.join(registered)} without tracking_uri: name the MLflow to load it from")
         return self
 
     def served(self) -> dict[str, tuple[int, str | None]]:
-        """For each name that clients use: number of the model, and adapter or None for the base model."""
-        found: dict[str, tuple[int, str | None]] = {}
+        """Map each name for clients to the index of its model, and to an adapter or None."""
+        targets: dict[str, tuple[int, str | None]] = {}
         for number, model in enumerate(self.models):
-            found[model.served_name] = number, None
-            found |= {adapter: (number, adapter) for adapter in model.adapters}
-        return found
+            targets[model.served_name] = number, None
+            targets |= {adapter: (number, adapter) for adapter in model.adapters}
+        return targets
 
 
 def serve_config(arguments: dict[str, Any]) -> ServeConfig:
-    """The settings of `serve run serve.app:build …`; flat keys with dots are sections."""
+    """Read the settings of ``serve run serve.app:build``, whose dotted keys name fields of sections.
+
+    Raises:
+        ConfigError: one line for each invalid setting.
+    """
     tree: dict[str, Any] = {}
     for name, value in arguments.items():
         *path, last = name.split(".")
-        place = tree
+        section = tree
         for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
-    return ServeConfig.model_validate(tree)
+            section = section.setdefault(part, {})
+        section[last] = value
+    try:
+        return ServeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problem_lines(error, ServeConfig, tree))) from error

@@ -1,4 +1,4 @@
-"""Putting an endpoint on a cluster, and saying when it answers; what `jobs/deploy.py` does."""
+"""Deploy an endpoint on a cluster and report where it listens: the work of `jobs/deploy.py`."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ from serve.ingress.dispatch import GRACE_SECONDS
 from skipvision.errors import ConfigError, SkipVisionError
 
 _ALWAYS = {
-    # What makes an engine fail is said once, by `DeploymentError`; Ray's log has the tracebacks.
+    # `DeploymentError` reports once why an engine fails; Ray's log has the tracebacks.
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
-    # Ray asks every 10 s whether a proxy lives; nobody can ask anything while none does.
+    # Ray's default of 10 s is too long: no request is answered while a proxy is dead.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
 _HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # HAProxy knows at once that a replica is to go; Ray's 30 s are for load balancers that do not.
+    # HAProxy learns at once that a replica stops. Ray's 30 s are for load balancers that poll.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
 _ENVIRONMENT: dict[Proxy, dict[str, str]] = {"ray": _ALWAYS, "haproxy": _ALWAYS | _HAPROXY}
-"""Of the controller, which starts proxies and replicas in its own; what is set already is left."""
+"""Environment variables of Ray Serve's controller, which proxies and replicas inherit (Ray 2.60.0)."""
 
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _RAISED = re.compile(r"^[\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
-"""An exception, as a traceback ends with it."""
+"""The last line of a traceback."""
 
 
 class DeploymentError(SkipVisionError):
-    """An application that did not come up."""
+    """The application did not start."""
 
 
 def run_deploy(config: ServeConfig) -> dict[str, Any]:
-    """Deploy; returns where it answers, and what.
+    """Deploy an endpoint. Return its URL and the names of its models.
 
-    On a cluster that is there already (a Ray job, or ``$RAY_ADDRESS``) the application stays when this
-    process ends; ``serve shutdown`` ends it. A Ray that was started here lives as long as this process: until
-    Ctrl-C or SIGTERM, after which the requests in hand are answered.
+    On a running cluster (in a Ray job, or with ``$RAY_ADDRESS``) the application outlives this process;
+    ``serve shutdown`` stops it. Otherwise this process starts Ray and runs until Ctrl-C or SIGTERM. It then
+    finishes the open requests and stops Ray.
 
     Raises:
-        ConfigError: settings that cannot be honoured.
-        DeploymentError: the application did not come up.
+        ConfigError: the settings cannot be honoured.
+        DeploymentError: the application did not start.
     """
     app = application(config)
     joined = in_ray_job() or "RAY_ADDRESS" in os.environ
     with ray_session():
         start(config.host, config.port, config.proxy)
-        # Of every start it says that it connects to a Serve that exists; all else is said here.
+        # Hides a line at every start about connecting to the Serve instance that `start` made.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             ray_serve.run(app, name=config.name, route_prefix="/")
         except RuntimeError as error:
-            reasons = "; ".join(_reasons(config.name)) or error
-            raise DeploymentError(f"{config.name!r} did not come up: {reasons}") from error
+            reasons = "; ".join(_failures(config.name)) or error
+            raise DeploymentError(f"{config.name!r} did not start: {reasons}") from error
         url = f"http://{config.host}:{config.port}"
         print(f"{', '.join(config.served())} at {url}/v1", flush=True)
         if not joined:
@@ -76,44 +76,44 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
 
 
 def start(host: str, port: int, proxy: Proxy = "ray") -> None:
-    """Start Ray Serve where it does not run yet.
+    """Start Ray Serve on this cluster unless it already runs.
 
     Args:
-        host: address that its proxies listen on.
-        port: likewise.
-        proxy: as `ServeConfig.proxy`.
+        host: address that the proxies listen on.
+        port: port that they listen on.
+        proxy: as in `ServeConfig.proxy`.
 
     Raises:
-        ConfigError: it runs at another address.
+        ConfigError: Ray Serve already runs at another address.
     """
     if _compat.serve_is_running():
-        print("Ray Serve runs on this cluster already, and keeps the proxy that it has", flush=True)
+        print("Ray Serve already runs on this cluster and keeps its proxy", flush=True)
     environment = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT[proxy].items()}
     ray_serve.start(
         http_options={"host": host, "port": port},
         controller_options={"runtime_env": {"env_vars": environment}},
     )
-    # One that ran before keeps its own address, whatever is asked for.
+    # A running Ray Serve ignores the options and keeps its address.
     running = _compat.serve_address()
     if running != (host, port):
         raise ConfigError(
-            f"host = {host}, port = {port}: Ray Serve runs on this cluster already, at "
-            f"{running.host}:{running.port}, and has one address: give that, or end it and all its "
-            "applications with `serve shutdown` first"
+            f"host = {host}, port = {port}: Ray Serve already runs on this cluster at "
+            f"{running.host}:{running.port}, and has one address: use it, or stop Ray Serve and all its "
+            "applications first with `serve shutdown`"
         )
 
 
-def _reasons(name: str) -> list[str]:
-    """Why deployments of an application do not run; of a traceback, what it ends with."""
+def _failures(name: str) -> list[str]:
+    """Return one line for each failed deployment of an application; a traceback's last line."""
     application = ray_serve.status().applications.get(name)
-    found = {} if application is None else application.deployments
-    messages = {name: each.message for name, each in found.items() if each.status in _FAILED}
-    return [f"{name}: {(_RAISED.findall(said) or [said])[-1]}" for name, said in messages.items()]
+    deployments = {} if application is None else application.deployments
+    messages = {name: each.message for name, each in deployments.items() if each.status in _FAILED}
+    return [f"{name}: {(_RAISED.findall(text) or [text])[-1]}" for name, text in messages.items()]
 
 
 def drain(config: ServeConfig) -> None:
-    """Take no more requests, and return when those in hand are answered, or their time is over."""
-    # ray_serve.shutdown() alone ends the proxies at once; ray_serve.delete() waits a minute at most.
+    """Stop taking requests, and return once the open ones are answered or past their deadline."""
+    # ray_serve.shutdown() alone would kill the proxies at once.
     _compat.begin_delete(config.name)
     end = time.monotonic() + config.limits.request_seconds + GRACE_SECONDS
     while config.name in ray_serve.status().applications and time.monotonic() < end:
@@ -121,9 +121,9 @@ def drain(config: ServeConfig) -> None:
 
 
 def _wait_for_interrupt() -> None:
-    """Until Ctrl-C, or SIGTERM, which `pipelines.shared.stopping` makes the same."""
-    print("Ctrl-C ends it", flush=True)
+    """Return on Ctrl-C or SIGTERM, which `pipelines.shared.stopping` turns into `KeyboardInterrupt`."""
+    print("stop it with Ctrl-C", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        print("answering the requests in hand …", flush=True)
+        print("finishing the open requests …", flush=True)

@@ -1,15 +1,15 @@
-"""What can go wrong before a request reaches the engine::
+"""Errors of the endpoint that are not the engine's::
 
     SkipVisionError
     ├── InputError
-    │   ├── MediaError           an image of a request that cannot be had or used; `code` says why
-    │   └── SchemaError          a JSON schema that no answer can be written to
-    ├── AuthenticationError      no API key, or none that is known
-    ├── OverloadedError          more requests at once than are allowed; later they may be
-    ├── NotLoadedError           an adapter that its engine does not have yet
-    └── DeadlineError            nothing was written when the time for the answer was over
+    │   ├── MediaError           an image of a request cannot be fetched or used; `code` is the reason
+    │   └── SchemaError          no answer can follow the JSON schema
+    ├── AuthenticationError      no API key, or an unknown one
+    ├── OverloadedError          too many requests at once; try again later
+    ├── NotLoadedError           the engine has not loaded the adapter yet
+    └── DeadlineError            nothing was generated before the deadline
 
-Messages go to clients: they name what the client sent, never what lies behind the server.
+Messages go to clients. They name what the client sent, and reveal nothing about the internal network.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import ClassVar, Literal
 from skipvision.errors import InputError, SkipVisionError
 
 MediaCode = Literal[
-    "media_url_invalid",  # not a URL that is understood: its scheme, base64, credentials
-    "media_host_not_allowed",  # host, port or address that nothing is fetched from
-    "media_unreachable",  # no connection, not an answer with an image, or one that breaks off
+    "media_url_invalid",  # malformed URL, scheme or base64, or a URL with credentials
+    "media_host_not_allowed",  # host, port or address
+    "media_unreachable",  # no connection, a response without an image, or an interrupted one
     "media_timeout",
     "media_too_large",  # bytes or pixels
-    "media_format",  # not an image of an allowed format, or a damaged one
+    "media_format",  # not an image of an allowed format, or a damaged image
 ]
 
 
 class MediaError(InputError):
-    """An image of a request that cannot be had or used.
+    """An image of a request cannot be fetched or used.
 
     Attributes:
-        code: why, for programs.
+        code: machine-readable reason.
     """
 
     def __init__(self, message: str, code: MediaCode) -> None:
@@ -44,23 +44,23 @@ class MediaError(InputError):
 
 
 class SchemaError(InputError):
-    """A JSON schema that no answer can be written to."""
+    """No answer can follow the JSON schema of a request."""
 
     code: ClassVar = "invalid_json_schema"
     param: ClassVar = "response_format"
 
 
 class AuthenticationError(SkipVisionError):
-    """No API key, or none that is known."""
+    """The request has no API key, or an unknown one."""
 
     code: ClassVar = "invalid_api_key"
 
 
 class OverloadedError(SkipVisionError):
-    """More requests at once than are allowed.
+    """More requests run at once than are allowed.
 
     Attributes:
-        retry_after: seconds after which trying again makes sense.
+        retry_after: when to try again (s).
     """
 
     def __init__(self, message: str, retry_after: float) -> None:
@@ -69,10 +69,10 @@ class OverloadedError(SkipVisionError):
 
 
 class NotLoadedError(SkipVisionError):
-    """An adapter that its engine does not have yet.
+    """The engine has not loaded the adapter yet.
 
     Attributes:
-        retry_after: seconds after which trying again makes sense.
+        retry_after: when to try again (s).
     """
 
     code: ClassVar = "adapter_not_loaded"
@@ -83,9 +83,9 @@ class NotLoadedError(SkipVisionError):
 
 
 class DeadlineError(SkipVisionError):
-    """Nothing was written when the time for the answer was over."""
+    """Nothing was generated before the deadline of the request."""
 
     code: ClassVar = "timeout"
 
-    def __init__(self, message: str = "there was no answer in the time for one: try again") -> None:
+    def __init__(self, message: str = "no answer within the time limit: try again") -> None:
         super().__init__(message)

@@ -1,14 +1,15 @@
-"""What Ray's HTTP proxies do with requests whose ingress dies over them, and with errors of their own.
+"""Middleware inside Ray's HTTP proxies: retry requests whose ingress dies, report errors in OpenAI's format.
 
-Ray's proxy says nothing to a request whose replica dies: its server then writes a plain 500, or cuts the
-stream. Its own errors are plain text. A proxy that is started with
+When a replica dies, Ray's proxy answers its requests with a plain 500, or cuts off the stream. Ray's own
+errors are plain text. Start a proxy with
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front:middlewares
 
-in its environment gives such a request to another ingress as long as nothing of the answer was sent, ends a
-stream that had begun with an error event, and says all else as OpenAI does. Only the paths of an application
-at ``/`` are touched: others on the cluster have their own ways. Behind HAProxy it stands in each ingress,
-where there is nobody else to ask. Proxies import this module: it stays light.
+in its environment, and it retries such a request on another ingress while nothing of the answer has been
+sent, ends an interrupted stream with an error event, and reports Ray's errors in OpenAI's format. Only the
+paths of an application at ``/`` are handled; other applications on the cluster are left alone. With HAProxy,
+Ray puts the middleware into each ingress, where it cannot retry. Proxies import this module, so it must stay
+light. The proxy's behaviour is that of Ray 2.60.0.
 """
 
 from __future__ import annotations
@@ -25,49 +26,48 @@ from ray.util import metrics
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 
-from serve.problem import Problem, again_after, errors, internal_error, overloaded
+from serve.problem import Problem, error_counter, internal_error, overloaded, retry_after
 from serve.sse import event
 
 logger = logging.getLogger("ray.serve")
 
 AGE = b"x-skipvision-age"
-"""Header of a request that is given to another ingress: seconds since it came."""
+"""Header of a retried request: seconds since the proxy received it."""
 
 _KEPT_BYTES = 2**28
 
 _OURS = re.compile(r"/(healthz|metrics|openapi\.json|page/.*|v1/.*)?", re.DOTALL)
 _REPEATABLE = re.compile(r"/v1/(chat/completions|overlay)")
-"""What is posted there changes nothing, and may be done twice."""
+"""Paths whose POST requests have no side effects, so that they may be sent twice."""
 
 _ID = re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
-"""Request ids of clients that are kept; they stand in every line of the log."""
+"""Client request ids that are kept. They appear in every line of the log, so they must be short and plain."""
 
 _CONTROLS = (
     *(b"x-request-timeout-seconds", b"x-request-disconnect-disabled"),
     *(b"serve-multiplexed-model-id", b"x-session-id", AGE),
 )
-"""Headers that Ray's proxy and our ingress obey, and that clients shall not set."""
+"""Headers that control Ray's proxy or our ingress, and are removed from clients' requests."""
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray puts around its proxy, or, behind HAProxy, around each ingress."""
-    alone = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    return [Middleware(Front, tries=1 if alone else 2)]
+    """Return the middleware that Ray wraps around its proxy or, with HAProxy, around each ingress."""
+    inside_ingress = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    return [Middleware(Front, tries=1 if inside_ingress else 2)]
 
 
 class Front:
-    """ASGI middleware.
+    """ASGI middleware around Ray's proxy.
 
     Args:
         app: Ray's proxy.
-        tries: ingresses that a request is given to at most. Not many: it may be what they die of.
-        kept_bytes: of bodies that are kept, to give them to another ingress; requests beyond are given to one
-            only.
+        tries: max ingresses that one request is sent to; few, because the request may be what kills them.
+        kept_bytes: memory for the bodies of requests that may be retried; requests beyond it are not retried.
     """
 
     def __init__(self, app: Any, tries: int, kept_bytes: int = _KEPT_BYTES) -> None:
-        self._app, self._tries, self._room = app, tries, _Room(kept_bytes)
-        self._moved = metrics.Counter(
+        self._app, self._tries, self._budget = app, tries, _Budget(kept_bytes)
+        self._retries = metrics.Counter(
             "skipvision_front_retries", "requests given to another ingress, because theirs had died"
         )
 
@@ -76,51 +76,51 @@ class Front:
         if scope["type"] != "http" or not _OURS.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
-        headers = [each for each in scope["headers"] if _passes(*each)]
-        body, begin, missing = _Body(receive, self._room), time.monotonic(), _lost
-        answer = _Answer(send, body.forget)
-        if self._tries == 1 or not _repeatable(scope):
+        headers = [each for each in scope["headers"] if _is_forwarded(*each)]
+        body, begin, missing = _Body(receive, self._budget), time.monotonic(), _ingress_died
+        response = _Response(send, body.forget)
+        if self._tries == 1 or not _is_repeatable(scope):
             body.forget()
         try:
             for last in (*[False] * (self._tries - 1), True):
-                one = {**scope, "headers": headers}
-                await self._app(one, body.reader(), answer.send)
-                headers = one["headers"]  # with the id that Ray has given it
-                if last or answer.begun or body.gone or not body.whole or _ending():
+                attempt = {**scope, "headers": headers}
+                await self._app(attempt, body.reader(), response.send)
+                headers = attempt["headers"]  # Ray has added a request id
+                if last or response.begun or body.gone or not body.whole or _is_cancelled():
                     break
-                self._moved.inc()
+                self._retries.inc()
                 headers = [*headers, (AGE, f"{time.monotonic() - begin:.3f}".encode())]
-                await asyncio.sleep(0)  # the reader before is being cancelled
+                await asyncio.sleep(0)  # lets the cancelled reader of the last attempt end
         except Exception:
             missing = internal_error
-            if not body.gone:  # Ray may trip over one that leaves
+            if not body.gone:  # Ray's proxy may fail on a client that disconnects
                 logger.exception("failed on a request")
         finally:
             body.forget()
         if not body.gone:
-            said = await answer.close(missing, Headers(raw=headers).get("x-request-id"))
-            if said is not None:
-                errors().inc(tags={"kind": said.kind})
+            problem = await response.close(missing, Headers(raw=headers).get("x-request-id"))
+            if problem is not None:
+                error_counter().inc(tags={"kind": problem.kind})
 
 
-def _passes(name: bytes, value: bytes) -> bool:
+def _is_forwarded(name: bytes, value: bytes) -> bool:
     if name == b"x-request-id":
         return _ID.fullmatch(value) is not None
     return name.lower().replace(b"_", b"-") not in _CONTROLS
 
 
-def _repeatable(scope: Any) -> bool:
+def _is_repeatable(scope: Any) -> bool:
     return scope["method"] in ("GET", "HEAD", "OPTIONS") or _REPEATABLE.fullmatch(scope["path"]) is not None
 
 
-def _ending() -> bool:
-    """The proxy itself is: it cancels its requests, and Ray does not hand that on."""
+def _is_cancelled() -> bool:
+    """Return whether the proxy shuts down: it cancels its requests, and Ray's code swallows the exception."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
-class _Room:
-    """Bytes that are left for bodies."""
+class _Budget:
+    """Memory that is left for request bodies (bytes)."""
 
     def __init__(self, left: int) -> None:
         self.left = left
@@ -130,34 +130,34 @@ class _Body:
     """A request's body, which can be read again until it is forgotten.
 
     Attributes:
-        gone: the client is.
-        whole: nothing of it has been forgotten.
+        gone: the client has disconnected.
+        whole: nothing has been forgotten, so the body can be read again.
     """
 
-    def __init__(self, receive: Any, room: _Room) -> None:
-        self._receive, self._room = receive, room
+    def __init__(self, receive: Any, budget: _Budget) -> None:
+        self._receive, self._budget = receive, budget
         self._messages: list[Any] = []
         self.gone, self.whole = False, True
 
     def reader(self) -> Any:
-        """From its beginning."""
-        place = 0
+        """Return an ASGI ``receive`` that reads from the beginning."""
+        position = 0
 
-        async def receiving() -> Any:
-            nonlocal place
-            if place < len(self._messages):
-                message = self._messages[place]
+        async def receive() -> Any:
+            nonlocal position
+            if position < len(self._messages):
+                message = self._messages[position]
             else:
                 message = await self._receive()
                 self._keep(message)
-            place += 1
+            position += 1
             return message
 
-        return receiving
+        return receive
 
     def forget(self) -> None:
-        """It will not be read again."""
-        self._room.left += sum(len(message.get("body", b"")) for message in self._messages)
+        """Free the memory of the body, which is not read again."""
+        self._budget.left += sum(len(message.get("body", b"")) for message in self._messages)
         self._messages, self.whole = [], False
 
     def _keep(self, message: Any) -> None:
@@ -165,37 +165,37 @@ class _Body:
             self.gone = True
         elif self.whole:
             self._messages.append(message)
-            self._room.left -= len(message.get("body", b""))
-            if self._room.left < 0:
+            self._budget.left -= len(message.get("body", b""))
+            if self._budget.left < 0:
                 self.forget()
 
 
-class _Answer:
-    """What is sent to the client.
+class _Response:
+    """Passes a response on to the client, and replaces or completes it if it is an error or breaks off.
 
     Args:
-        send: to the client.
-        begins: called before anything is sent.
+        send: ASGI ``send`` of the client.
+        on_begin: called before the first message is sent.
 
     Attributes:
-        begun: something has been sent, or is known to be.
+        begun: the response has begun, so the request must not be retried.
     """
 
-    def __init__(self, send: Any, begins: Callable[[], None]) -> None:
-        self._send, self._begins = send, begins
+    def __init__(self, send: Any, on_begin: Callable[[], None]) -> None:
+        self._send, self._on_begin = send, on_begin
         self._problem: Problem | None = None
         self._stream = self._over = False
         self._tail = b"\n\n"
         self.begun = False
 
     async def send(self, message: Any) -> None:
-        """One message of the application, or of Ray's proxy."""
+        """Pass on one message of the application, or note that Ray's proxy reports an error."""
         if not self.begun:
             self.begun = True
-            self._begins()
+            self._on_begin()
             headers = Headers(raw=message["headers"])
             self._stream = headers.get("content-type", "").startswith("text/event-stream")
-            self._problem = _said_by_ray(message["status"], headers)
+            self._problem = _error_of_proxy(message["status"], headers)
         if self._problem is not None:
             return
         if message["type"] == "http.response.body":
@@ -204,47 +204,47 @@ class _Answer:
         await self._send(message)
 
     async def close(self, missing: Callable[[], Problem], request_id: str | None) -> Problem | None:
-        """Say what is still to be said.
+        """Send an error if there is no complete response.
 
         Args:
-            missing: what has become of the request if nobody has said it.
-            request_id: of the answer.
+            missing: makes the error for a request without a response, or with an interrupted stream.
+            request_id: id for the response.
 
         Returns:
-            The error that was sent, if one was.
+            The error that was sent, or None.
         """
         if not self.begun or self._problem is not None:
-            said = self._problem or missing()
-            response = said.response()
+            problem = self._problem or missing()
+            response = problem.response()
             if request_id is not None:
                 response.headers["x-request-id"] = request_id
             await response({"type": "http"}, None, self._send)  # type: ignore[arg-type]
-            return said
+            return problem
         if not self._stream or self._over:
             return None
-        said, begun = missing(), "" if self._tail == b"\n\n" else "\n\n"
-        events = begun + event(said.body()) + event("[DONE]")
+        problem, separator = missing(), "" if self._tail == b"\n\n" else "\n\n"
+        events = separator + event(problem.body()) + event("[DONE]")
         await self._send({"type": "http.response.body", "body": events.encode(), "more_body": False})
-        return said
+        return problem
 
 
-def _lost() -> Problem:
-    message = "the server lost this request with the process that had it: try again"
-    return Problem(503, message, "server_error", code="ingress_died", headers=again_after(1))
+def _ingress_died() -> Problem:
+    message = "the server process that handled this request died: try again"
+    return Problem(503, message, "server_error", code="ingress_died", headers=retry_after(1))
 
 
-def _said_by_ray(status: int, headers: Headers) -> Problem | None:
-    """An error of the proxy: no room, no application, or none that lives."""
-    # Applications say how long their texts are; Ray does not.
+def _error_of_proxy(status: int, headers: Headers) -> Problem | None:
+    """Return the error that Ray's proxy reports; None if the response is the application's."""
+    # The application always sets Content-Length on plain text; Ray's proxy does not.
     if not headers.get("content-type", "").startswith("text/plain") or "content-length" in headers:
         return None
     after = headers.get("retry-after", "")
     seconds = int(after) if after.isdigit() else 1
     if status == 408:
-        return Problem(504, "there was no answer in the time for one", "server_error", code="timeout")
+        return Problem(504, "no answer within the time limit", "server_error", code="timeout")
     if status == 429:
-        return overloaded("all places are taken: try again", seconds)
-    if status in (404, 503):  # 404: there is no application, because it starts or ends
-        message = "nobody is there to answer: try again"
-        return Problem(503, message, "server_error", code="unavailable", headers=again_after(seconds))
+        return overloaded("the server is full: try again", seconds)
+    if status in (404, 503):  # 404: the application is starting or stopping
+        message = "the application is not running: try again"
+        return Problem(503, message, "server_error", code="unavailable", headers=retry_after(seconds))
     return None

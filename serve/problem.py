@@ -1,4 +1,4 @@
-"""An answer that is an error, as OpenAI's clients read it; needs nothing that is slow to import."""
+"""Error responses in OpenAI's format. Proxies import this module, so it must stay light."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from starlette.responses import Response
 
 @dataclass
 class Problem(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
         status: HTTP status.
-        message: what was wrong, with what value, and what to do.
-        type: OpenAI's kind of error.
-        param: field of the request that is wrong.
-        code: for programs to tell errors apart.
-        headers: of the response.
+        message: what was wrong, with which value, and what to do.
+        type: OpenAI's type of error.
+        param: the invalid field of the request.
+        code: machine-readable reason.
+        headers: headers of the response.
     """
 
     status: int
@@ -35,39 +35,39 @@ class Problem(Exception):
 
     @property
     def kind(self) -> str:
-        """The most exact name that it has."""
+        """The code, or the type if it has none; labels metrics and spans."""
         return self.code or self.type
 
     def body(self) -> dict[str, Any]:
-        """The error object."""
+        """Return OpenAI's error object."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> Response:
-        """The whole answer."""
-        # In ASCII: what the client sent need not be UTF-8.
+        """Return the HTTP response."""
+        # ASCII, because a quoted value may contain half a surrogate pair.
         content = json.dumps(self.body())
         return Response(content, self.status, dict(self.headers), media_type="application/json")
 
 
 def internal_error() -> Problem:
-    """What says nothing of itself to a client."""
-    message = "the server failed on this request; its log says why"
+    """Return the response to an unexpected error, which hides its details from the client."""
+    message = "the server failed on this request; see its log"
     return Problem(500, message, "server_error", code="internal_error")
 
 
-def overloaded(message: str, retry_after: float) -> Problem:
-    """Too many requests."""
-    headers = again_after(retry_after)
+def overloaded(message: str, seconds: float) -> Problem:
+    """Return the response to a request over a limit (429)."""
+    headers = retry_after(seconds)
     return Problem(429, message, "rate_limit_error", code="overloaded", headers=headers)
 
 
-def again_after(seconds: float) -> dict[str, str]:
-    """The header that says when to try again."""
+def retry_after(seconds: float) -> dict[str, str]:
+    """Return the Retry-After header."""
     return {"Retry-After": str(math.ceil(seconds))}
 
 
 @cache
-def errors() -> metrics.Counter:
-    """Those that were sent, by kind."""
-    return metrics.Counter("skipvision_errors", "answers that are errors, by kind", ("kind",))
+def error_counter() -> metrics.Counter:
+    """Return the counter of error responses."""
+    return metrics.Counter("skipvision_errors", "error responses, by kind", ("kind",))

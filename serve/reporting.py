@@ -1,4 +1,4 @@
-"""What each error is to a client: its `Problem`."""
+"""Map every exception to the `Problem` that a client gets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve.errors import AuthenticationError, DeadlineError, NotLoadedError, OverloadedError
-from serve.problem import Problem, again_after, errors, internal_error, overloaded
+from serve.problem import Problem, error_counter, internal_error, overloaded, retry_after
 from skipvision.errors import (
     ConfigError,
     GenerationError,
@@ -21,7 +21,7 @@ logger = logging.getLogger("ray.serve")
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What an error of ours is to a client; one that is not ours says nothing of itself."""
+    """Return the response to an exception. Unexpected exceptions reveal nothing about themselves."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, AuthenticationError):
@@ -30,15 +30,15 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, OverloadedError):
         return overloaded(str(error), error.retry_after)
     if isinstance(error, NotLoadedError):
-        headers = again_after(error.retry_after)
+        headers = retry_after(error.retry_after)
         return Problem(503, str(error), "server_error", code=error.code, headers=headers)
     if isinstance(error, DeadlineError):
         return Problem(504, str(error), "server_error", code=error.code)
     if isinstance(error, BackPressureError):
-        message = "all engines have as many requests as they take: try again"
+        message = "all engines are full: try again"
         return overloaded(message, error.retry_after_s or 1)
     if isinstance(error, (RayActorError, DeploymentUnavailableError)):
-        message = "no engine lives to answer this: try again"
+        message = "no engine is alive: try again"
         return Problem(503, message, "server_error", code="engine_died")
     code = getattr(error, "code", None)
     if isinstance(error, InputError):
@@ -56,9 +56,9 @@ def problem_of(error: BaseException) -> Problem:
 
 
 def reported(error: BaseException) -> Problem:
-    """What the client is told. It is counted, and what is not our own goes to the log whole."""
+    """Return the response to an exception, after counting it; log unexpected ones with their traceback."""
     problem = problem_of(error)
-    errors().inc(tags={"kind": problem.kind})
+    error_counter().inc(tags={"kind": problem.kind})
     if problem.status == 500 and not isinstance(error, Problem):
         logger.error("request failed", exc_info=error)
     return problem

@@ -116,6 +116,8 @@ def _complaints(
 def _required(name: str, fields: Mapping[str, Field]) -> list[str]:
     """Return the field itself or, if it is a section, the fields it requires."""
     inside = [n for n, f in fields.items() if n.startswith(f"{name}.") and f.default is PydanticUndefined]
+    if any(n.startswith(f"{name}.*") for n in inside):  # a list or mapping, which may be empty
+        return [name]
     return inside or [name]
 
 

@@ -1,1 +1,1 @@
-"""OpenAI's chat completions: schemas, requests, responses."""
+"""OpenAI's chat completions: schemas, and the translation of requests and responses to the engine's terms."""

@@ -1,4 +1,4 @@
-"""The tokens of one answer with their log probabilities, as far as they are its text."""
+"""OpenAI's ``logprobs``: the tokens of an answer's text with their log probabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skipvision.engine import TokenLogprob
 
 @dataclass(frozen=True)
 class _Placed:
-    """A token, and the characters of the answer that it is."""
+    """A token and its characters, from ``begin`` to ``end``, in the answer; ``first`` begins the answer."""
 
     token: TokenLogprob
     begin: int
@@ -22,10 +22,10 @@ class _Placed:
 
 
 class Logprobs:
-    """OpenAI's ``logprobs.content`` of one answer while it is written.
+    """Produces ``logprobs.content`` of one answer during generation.
 
-    Special tokens are left out, and so are those of a stop text: tokens are held back as long as the engine
-    holds their text back.
+    Special tokens and the tokens of a stop text are left out. Tokens are held back while the engine holds
+    back their text.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -38,18 +38,18 @@ class Logprobs:
     def push(
         self, tokens: Sequence[TokenLogprob], text: str, finish_reason: str | None
     ) -> list[dict[str, Any]]:
-        """Tokens that were written, and the text that became certain; returns what can be told."""
+        """Add generated tokens, and the text that has become final. Return the entries that can be sent."""
         self._sent += len(text)
         words = [token for token in tokens if not self._vocabulary.special(token.token_id)]
         self._held += [self._place(token) for token in words]
         if finish_reason is None:
-            told = [placed for placed in self._held if placed.end <= self._sent]
-        elif finish_reason == "stop" and len(words) == len(tokens):  # by a stop text
-            told = [placed for placed in self._held if placed.begin < self._sent]
+            ready = [placed for placed in self._held if placed.end <= self._sent]
+        elif finish_reason == "stop" and len(words) == len(tokens):  # ended by a stop text
+            ready = [placed for placed in self._held if placed.begin < self._sent]
         else:
-            told = self._held
-        self._held = self._held[len(told) :]
-        return [self._content(placed) for placed in told]
+            ready = self._held
+        self._held = self._held[len(ready) :]
+        return [self._content(placed) for placed in ready]
 
     def _place(self, token: TokenLogprob) -> _Placed:
         begin, first, self._begun = self._read, not self._begun, True
@@ -60,13 +60,13 @@ class Logprobs:
     def _content(self, placed: _Placed) -> dict[str, Any]:
         token = placed.token
         return {
-            **self._named(token.token_id, token.logprob, placed.first),
-            "top_logprobs": [self._named(*other, placed.first) for other in token.top],
+            **self._entry(token.token_id, token.logprob, placed.first),
+            "top_logprobs": [self._entry(*other, placed.first) for other in token.top],
         }
 
-    def _named(self, token: int, logprob: float, first: bool) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float, first: bool) -> dict[str, Any]:
         data = self._vocabulary.bytes_of(token, first)
-        # JSON has no −∞; OpenAI writes −9999 for what is all but impossible.
+        # JSON has no −∞; OpenAI sends −9999 instead.
         return {
             "token": data.decode(errors="replace"),
             "logprob": max(logprob, -9999.0),

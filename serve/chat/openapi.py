@@ -1,4 +1,4 @@
-"""What answers hold, for the OpenAPI page; `serve.chat.response` writes them."""
+"""Schemas of responses for the OpenAPI page. `serve.chat.response` produces the responses themselves."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pydantic import BaseModel, Field
 
 
 class ErrorObject(BaseModel):
-    """What was wrong."""
+    """An error in OpenAI's format."""
 
     message: str
     type: str
-    param: str | None = Field(description="field of the request")
-    code: str | None = Field(description="for programs to tell errors apart")
+    param: str | None = Field(description="the invalid field of the request")
+    code: str | None = Field(description="machine-readable reason")
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is an error."""
+    """Body of every error response."""
 
     error: ErrorObject
 
 
 class AssistantMessage(BaseModel):
-    """What the model wrote."""
+    """The generated message."""
 
     role: Literal["assistant"]
     content: str
@@ -31,7 +31,7 @@ class AssistantMessage(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have been taken."""
+    """A candidate for the next token."""
 
     token: str
     logprob: float
@@ -39,20 +39,20 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """One that was."""
+    """A generated token."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChoiceLogprobs(BaseModel):
-    """Tokens of one answer."""
+    """Log probabilities of one answer's tokens."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One of the answers."""
 
     index: int
     message: AssistantMessage
@@ -61,27 +61,27 @@ class ChatChoice(BaseModel):
 
 
 class VisualTokens(BaseModel):
-    """What became of the images' tokens."""
+    """Counts of the images' tokens."""
 
     total: int
     retained: int
     skipped: int = Field(description="after merging")
-    cached: int = Field(description="entries that the images left in the KV cache")
+    cached: int = Field(description="entries of the images in the KV cache after prefill")
 
 
 class ChatUsage(BaseModel):
-    """Tokens of one request."""
+    """Token counts of one request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     visual_tokens: VisualTokens
-    kv_bytes: int = Field(description="keys and values of the prompt (bytes)")
-    prefix_hit: bool = Field(description="the images came from the prefix cache")
+    kv_bytes: int = Field(description="size of the prompt's keys and values (bytes)")
+    prefix_hit: bool = Field(description="whether the images came from the prefix cache")
 
 
 class ChatCompletion(BaseModel):
-    """An answer in one piece."""
+    """A whole response."""
 
     id: str
     object: Literal["chat.completion"]
@@ -97,32 +97,32 @@ def _error(description: str) -> dict[str, Any]:
 
 KEYED: dict[int | str, dict[str, Any]] = {
     401: _error("no API key, or an unknown one"),
-    429: _error("too many requests at once; Retry-After says when"),
+    429: _error("too many requests at once; try again after Retry-After"),
     500: _error("the server failed"),
-    503: _error("nobody lives to answer; Retry-After says when to ask"),
+    503: _error("no process is alive to answer; try again after Retry-After"),
 }
-"""Where keys are asked for."""
+"""Error responses of routes that need a key."""
 
 METRICS = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **KEYED}
-"""Of the page for Prometheus."""
+"""Responses of the page for Prometheus."""
 
 NAMED = {
     **KEYED,
     404: _error("there is no such model"),
-    503: _error("nobody lives to answer, or no engine has the adapter yet; Retry-After says when to ask"),
+    503: _error("no process is alive to answer, or the adapter is not loaded; try again after Retry-After"),
 }
-"""Where a model is named."""
+"""Error responses of routes that name a model."""
 
-ASKED = {
-    400: _error("a request that is wrong; param says where"),
-    413: _error("a body that is too large"),
-    504: _error("no engine answered in time"),
+WITH_BODY = {
+    400: _error("an invalid request; param names the field"),
+    413: _error("the body is too large"),
+    504: _error("no answer within the time limit"),
     **NAMED,
 }
-"""Where there is a body."""
+"""Error responses of routes with a body."""
 
 HEALTH: dict[int | str, dict[str, Any]] = {
-    503: {"description": "a model has no engine that answers", "content": {"application/json": {}}}
+    503: {"description": "a model has no engine that responds", "content": {"application/json": {}}}
 }
 
 CHAT = {
@@ -131,5 +131,5 @@ CHAT = {
         "description": "the answer; with stream, its chunks as server-sent events",
         "content": {"text/event-stream": {}},
     },
-    **ASKED,
+    **WITH_BODY,
 }

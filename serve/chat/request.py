@@ -1,4 +1,4 @@
-"""What a chat completion's body asks for, in the engine's terms."""
+"""Translate the body of a chat completion to the engine's terms."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ _UNSUPPORTED = (
     *("frequency_penalty", "presence_penalty", "logit_bias"),
     *("tools", "functions", "audio", "web_search_options"),
 )
-"""Fields that would change the answer, if they were not refused."""
+"""Fields that are refused because ignoring them would change the answer."""
 
 
 def conversation(body: ChatRequest, vocabulary: Vocabulary) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Messages for the processor's template, and the URLs of their images in order, by field."""
+    """Return messages for the processor's template, and the URLs of their images, in order, by field."""
     messages: list[dict[str, Any]] = []
     urls: dict[str, str] = {}
     for turn, message in enumerate(body.messages):
-        said: list[dict[str, Any]] = []
-        for place, part in enumerate(_parts(message)):
+        content: list[dict[str, Any]] = []
+        for index, part in enumerate(_parts(message)):
             if isinstance(part, ImagePart):
-                urls[f"messages.{turn}.content.{place}.image_url.url"] = part.image_url.url
-                said.append({"type": "image"})
+                urls[f"messages.{turn}.content.{index}.image_url.url"] = part.image_url.url
+                content.append({"type": "image"})
             else:
-                said.append({"type": "text", "text": part.text})
+                content.append({"type": "text", "text": part.text})
         role = "system" if message.role == "developer" else message.role
-        messages.append({"role": role, "content": _harmless(said, vocabulary)})
+        messages.append({"role": role, "content": _escaped(content, vocabulary)})
     return messages, urls
 
 
-def _harmless(said: Iterable[dict[str, Any]], vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Without special tokens, texts side by side as one."""
+def _escaped(content: Iterable[dict[str, Any]], vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Join adjacent texts, and escape special tokens in them."""
     parts: list[dict[str, Any]] = []
-    for kind, run in groupby(said, itemgetter("type")):
+    for kind, run in groupby(content, itemgetter("type")):
         if kind == "text":
             parts.append({"type": "text", "text": "".join(part["text"] for part in run)})
         else:
             parts += run
     texts = [part for part in parts if part["type"] == "text"]
-    for part, text in zip(texts, vocabulary.harmless([part["text"] for part in texts]), strict=True):
+    for part, text in zip(texts, vocabulary.escape([part["text"] for part in texts]), strict=True):
         part["text"] = text
     return parts
 
@@ -66,10 +66,11 @@ def _parts(message: Message) -> list[TextPart | ImagePart]:
 
 
 def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -> None:
-    """Raise for texts that no tokens could fit in, were each the longest: to count them takes long."""
+    """Raise `Problem` for texts that are too long whatever their tokens, without tokenizing them."""
     parts = [part for message in body.messages for part in _parts(message)]
     characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
     if characters > positions * vocabulary.longest:
+        # OpenAI's words: clients match them.
         message = (
             f"This model's maximum context length is {positions} tokens. However, your messages have "
             f"{characters} characters, which no {positions} tokens hold. Please reduce the length of the "
@@ -78,18 +79,18 @@ def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -
         raise Problem(400, message, param="messages", code="context_length_exceeded")
 
 
-def prepared(processor: Any, request: EngineRequest, pictures: Mapping[str, EncodedImage]) -> EngineRequest:
-    """With the images, and ready for an engine."""
-    images = []
-    for param, picture in pictures.items():
+def prepared(processor: Any, request: EngineRequest, images: Mapping[str, EncodedImage]) -> EngineRequest:
+    """Decode a request's images, apply the template and tokenize."""
+    decoded = []
+    for param, image in images.items():
         with blamed_on(param):
-            images.append(picture.open())
-    return prepare(processor, replace(request, images=images))
+            decoded.append(image.open())
+    return prepare(processor, replace(request, images=decoded))
 
 
 @contextlib.contextmanager
 def blamed_on(param: str) -> Iterator[None]:
-    """Say of an image which field named it."""
+    """Raise an image's `MediaError` as a problem of the field that names the image."""
     try:
         yield
     except MediaError as error:
@@ -97,7 +98,7 @@ def blamed_on(param: str) -> Iterator[None]:
 
 
 def refuse_unsupported(body: ChatRequest) -> None:
-    """Raise for what cannot be done."""
+    """Raise `Problem` for fields that are not supported, or that need another field."""
     for name in _UNSUPPORTED:
         value = getattr(body, name)
         if value:
@@ -111,35 +112,46 @@ def refuse_unsupported(body: ChatRequest) -> None:
         message = "stream_options without stream=true: leave it out"
         raise Problem(400, message, param="stream_options", code="invalid_value")
     if body.top_logprobs is not None and not body.logprobs:
-        raise Problem(400, "top_logprobs without logprobs=true", param="top_logprobs", code="invalid_value")
+        message = "top_logprobs without logprobs=true: set it, too"
+        raise Problem(400, message, param="top_logprobs", code="invalid_value")
 
 
 def schema(body: ChatRequest) -> str | None:
-    """The JSON schema that the answer shall follow, as JSON."""
+    """Return the JSON schema that the answer must follow, as JSON; None = free text."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
         return _ANY_OBJECT
     if wanted.json_schema is None:
-        message = "response_format of type json_schema without json_schema"
+        message = "response_format of type json_schema without json_schema: send the schema"
         raise Problem(400, message, param="response_format", code="invalid_value")
     return json.dumps(wanted.json_schema.schema_)
 
 
-def sampling(body: ChatRequest, most: int, room: int) -> Sampling:
-    """How the answer is written; ``most`` tokens are allowed, ``room`` are left by the prompt."""
-    asked = body.max_completion_tokens or body.max_tokens
-    if asked is not None and asked > most:
+def sampling(body: ChatRequest, max_new_tokens: int, room: int) -> Sampling:
+    """Return the sampling settings of a request.
+
+    Args:
+        body: the request.
+        max_new_tokens: the deployment's limit (tokens).
+        room: positions that the prompt leaves for the answer (tokens).
+
+    Raises:
+        Problem: the answer is longer than the limit, or does not fit.
+    """
+    wanted = body.max_completion_tokens or body.max_tokens
+    if wanted is not None and wanted > max_new_tokens:
         name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        raise Problem(400, f"{name}={asked}: at most {most} here", param=name, code="invalid_value")
-    if (asked or 1) > room:
+        message = f"{name}={wanted}: at most {max_new_tokens} here"
+        raise Problem(400, message, param=name, code="invalid_value")
+    if (wanted or 1) > room:
         message = (
-            f"{asked or 1} tokens of answer, but the messages leave {max(room, 0)} of this model's positions"
+            f"an answer of {wanted or 1} tokens; only {max(room, 0)} of this model's positions are left"
         )
         raise Problem(400, f"{message}: shorten them", param="messages", code="context_length_exceeded")
     return Sampling(
-        max_new_tokens=asked if asked is not None else min(most, room),
+        max_new_tokens=wanted if wanted is not None else min(max_new_tokens, room),
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k,

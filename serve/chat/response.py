@@ -1,4 +1,4 @@
-"""What the engine wrote, as chat completions and their chunks."""
+"""Format the engine's output as chat completions and their chunks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from serve.chat.vocabulary import Vocabulary
 from skipvision.engine import Choice, Chunk, Completion, TokenLogprob, Usage
 
 _FINISH = {"stop": "stop", "length": "length", "deadline": "length", "cancelled": "stop"}
-"""OpenAI's names of why an answer ended."""
+"""OpenAI's finish reason for each of the engine's."""
 
 
 @dataclass
 class ChatResponse:
-    """Writes one request's responses.
+    """The response to one request, whole or in chunks.
 
     Attributes:
-        id: of the completion.
-        created: Unix time.
-        model: name that the client used.
-        vocabulary: of the model.
-        logprobs: the client wants them.
+        id: id of the completion.
+        created: Unix time (s).
+        model: model name from the request.
+        vocabulary: tokens of the model.
+        logprobs: whether the request wants log probabilities.
     """
 
     id: str
@@ -43,7 +43,7 @@ class ChatResponse:
         return cls(id_, int(time.time()), body.model, vocabulary, bool(body.logprobs))
 
     def completion(self, completion: Completion) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole response."""
         return {
             **self._head("chat.completion"),
             "choices": [self._choice(choice) for choice in completion.choices],
@@ -51,22 +51,22 @@ class ChatResponse:
         }
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
-        """The first chunk of each choice, which says who speaks."""
+        """Return the first chunk of each choice, which has the role."""
         return [
             self._delta(index, {"role": "assistant", "content": ""}, None, None) for index in range(choices)
         ]
 
     def chunk(self, chunk: Chunk) -> dict[str, Any] | None:
-        """What a step added; None if there is nothing to say yet."""
-        told = self._logprobs(chunk.index, chunk.logprobs or (), chunk.text, chunk.finish_reason)
-        if not chunk.text and chunk.finish_reason is None and not (told and told["content"]):
+        """Return what a step added to a choice; None if nothing can be sent yet."""
+        logprobs = self._logprobs(chunk.index, chunk.logprobs or (), chunk.text, chunk.finish_reason)
+        if not chunk.text and chunk.finish_reason is None and not (logprobs and logprobs["content"]):
             return None
         reason = None if chunk.finish_reason is None else _FINISH.get(chunk.finish_reason)
         delta = {"content": chunk.text} if chunk.text else {}
-        return self._delta(chunk.index, delta, reason, told)
+        return self._delta(chunk.index, delta, reason, logprobs)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        """The chunk behind the last, with the usage."""
+        """Return the chunk after the last one, which has the usage."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(usage)}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -106,18 +106,18 @@ class ChatResponse:
         return {"content": choice.push(tokens, text, reason), "refusal": None}
 
 
-def _usage(found: Usage) -> dict[str, Any]:
-    """OpenAI's usage, and what became of the visual tokens."""
+def _usage(usage: Usage) -> dict[str, Any]:
+    """Return OpenAI's usage, with the counts of visual tokens."""
     return {
-        "prompt_tokens": found.prompt_tokens,
-        "completion_tokens": found.completion_tokens,
-        "total_tokens": found.prompt_tokens + found.completion_tokens,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "visual_tokens": {
-            "total": found.visual_total,
-            "retained": found.visual_retained,
-            "skipped": found.visual_skipped,
-            "cached": found.visual_cached,
+            "total": usage.visual_total,
+            "retained": usage.visual_retained,
+            "skipped": usage.visual_skipped,
+            "cached": usage.visual_cached,
         },
-        "kv_bytes": found.kv_bytes,
-        "prefix_hit": found.prefix_hit,
+        "kv_bytes": usage.kv_bytes,
+        "prefix_hit": usage.prefix_hit,
     }

@@ -1,8 +1,8 @@
-"""Requests and responses of chat completions, as OpenAI's clients write and read them.
+"""Requests for chat completions, as OpenAI's clients send them.
 
-Field names and meanings: https://platform.openai.com/docs/api-reference/chat. Fields of theirs that change
-nothing here are ignored (``user``, ``metadata`` …); those that would change the answer and are not supported
-are refused, and so are fields that nobody knows.
+Field names and meanings: https://platform.openai.com/docs/api-reference/chat. Fields that have no effect here
+are ignored (``user``, ``metadata`` …). Unsupported fields that would change the answer are refused, as are
+unknown fields.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ IGNORED = "accepted and ignored"
 NOT_SUPPORTED = "not supported"
 
 MAX_SCHEMA_DEPTH = 64
-"""Objects and lists inside one another in a JSON schema."""
+"""Max nesting of objects and lists in a JSON schema."""
 
 MAX_SCHEMA_BYTES = 2**16
-"""Of a JSON schema, written without blanks."""
+"""Max size of a JSON schema as compact JSON (bytes)."""
 
 MAX_MESSAGES = 2048
-"""Messages of a request, and parts of a message."""
+"""Max messages of a request, and max parts of a message."""
 
 _MAX_FIELDS = 100
-"""Of an object. What is wrong with a field costs more than the field: there must not be millions."""
+"""Max fields of an object. Validation errors cost more than the fields, so there must not be millions."""
 
 _MAX_STOP = 1024
-"""Characters of a text that ends an answer."""
+"""Max length of a stop text (characters)."""
 
 _Bounded = Field(max_length=MAX_MESSAGES, fail_fast=True)
 
@@ -51,7 +51,7 @@ class _Strict(BaseModel):
     @classmethod
     def _countable(cls, value: Any) -> Any:
         if isinstance(value, dict) and len(value) > _MAX_FIELDS:
-            raise ValueError(f"an object of {len(value):,} fields; {_MAX_FIELDS} are allowed")
+            raise ValueError(f"an object of {len(value):,} fields; at most {_MAX_FIELDS} are allowed")
         return value
 
 
@@ -60,12 +60,12 @@ def _whole_characters(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
-        raise ValueError(f"{half!r} at {error.start} is half a character: send both surrogates") from error
+        raise ValueError(f"{half!r} at {error.start} is half a surrogate pair: send both halves") from error
     return text
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
-"""What can be written as UTF-8."""
+"""A string that can be encoded as UTF-8."""
 
 
 class ImageUrl(_Strict):
@@ -91,7 +91,7 @@ class ImagePart(_Strict):
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
-# Told apart before they are read: what is wrong is said of the one that was meant, not of both.
+# Discriminated before validation, so that errors are about the alternative that was meant.
 _StringOrList = Discriminator(lambda value: "list" if isinstance(value, list) else "string")
 Content = Annotated[
     Annotated[Text, Tag("string")] | Annotated[list[Part], _Bounded, Tag("list")], _StringOrList
@@ -113,7 +113,7 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
     name: str | None = Field(None, description=IGNORED)
-    # What an answer of OpenAI's clients holds, and is sent back with the next turn.
+    # Clients send the fields of an answer back with the next turn.
     refusal: str | None = Field(None, description=IGNORED)
     annotations: list[Any] | None = Field(None, description=IGNORED)
     audio: None = Field(None, description=NOT_SUPPORTED)
@@ -122,7 +122,7 @@ class Message(_Strict):
 
 
 class JsonSchema(_Strict):
-    """A JSON schema that the answer shall have."""
+    """A JSON schema that the answer must follow."""
 
     name: str
     description: str | None = Field(None, description=IGNORED)
@@ -136,22 +136,22 @@ class JsonSchema(_Strict):
         for _ in range(MAX_SCHEMA_DEPTH + 1):
             branches = [each for each in inside if isinstance(each, (dict, list))]
             size = sum(map(len, branches))
-            if size > MAX_SCHEMA_BYTES:  # each is one at least; to write all of them would take seconds
+            if size > MAX_SCHEMA_BYTES:  # each takes a byte or more; serializing them all would take seconds
                 break
             inside = [
                 leaf for each in branches for leaf in (each.values() if isinstance(each, dict) else each)
             ]
         else:
             if branches:
-                raise ValueError(f"a schema may be {MAX_SCHEMA_DEPTH} levels deep at most")
+                raise ValueError(f"the schema is too deep; at most {MAX_SCHEMA_DEPTH} levels are allowed")
             size = len(json.dumps(value, separators=(",", ":")))
         if size > MAX_SCHEMA_BYTES:
-            raise ValueError(f"a schema of {size:,} bytes or more; {MAX_SCHEMA_BYTES:,} are allowed")
+            raise ValueError(f"a schema of {size:,} bytes or more; at most {MAX_SCHEMA_BYTES:,} are allowed")
         return value
 
 
 class ResponseFormat(_Strict):
-    """What the answer shall look like."""
+    """Format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -160,7 +160,7 @@ class ResponseFormat(_Strict):
 class StreamOptions(_Strict):
     """Options of a streamed answer."""
 
-    include_usage: bool = Field(False, description="send one more chunk, with the usage, at the end")
+    include_usage: bool = Field(False, description="send a final chunk with the usage")
     include_obfuscation: bool = Field(False, description=IGNORED)
 
 
@@ -169,11 +169,11 @@ class ChatRequest(_Strict):
 
     model: str
     messages: Annotated[list[Message], _Bounded] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="most tokens of an answer (older name)")
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="most tokens of an answer")
-    temperature: float | None = Field(None, ge=0, le=2, description="1 if not given")
-    top_p: float | None = Field(None, ge=0, le=1, description="1 if not given")
-    n: int | None = Field(None, ge=1, le=128, description="answers; 1 if not given")
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="max tokens of an answer (older name)")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="max tokens of an answer")
+    temperature: float | None = Field(None, ge=0, le=2, description="default 1")
+    top_p: float | None = Field(None, ge=0, le=1, description="default 1")
+    n: int | None = Field(None, ge=1, le=128, description="number of answers; default 1")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | None = None
     logprobs: bool | None = None
@@ -189,8 +189,8 @@ class ChatRequest(_Strict):
     audio: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
     web_search_options: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
     modalities: list[Literal["text"]] | None = Field(None, description="only text is supported")
-    tool_choice: Literal["none", "auto"] | None = Field(None, description="without tools there is no choice")
-    function_call: Literal["none", "auto"] | None = Field(None, description="without functions, likewise")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="no effect without tools")
+    function_call: Literal["none", "auto"] | None = Field(None, description="no effect without functions")
     metadata: dict[str, Any] | None = Field(None, description=IGNORED)
     parallel_tool_calls: bool | None = Field(None, description=IGNORED)
     prediction: dict[str, Any] | None = Field(None, description=IGNORED)
@@ -203,9 +203,9 @@ class ChatRequest(_Strict):
     verbosity: str | None = Field(None, description=IGNORED)
     skip: Skip | None = Field(
         None,
-        description="SkipConfig of this request, in place of the deployment's; 'full' skips nothing",
+        description="SkipConfig of this request instead of the deployment's; 'full' skips nothing",
     )
     repetition_penalty: float = Field(
-        1.0, ge=0.1, le=10, description="not OpenAI's; divides logits of seen tokens"
+        1.0, ge=0.1, le=10, description="not in OpenAI's API; divides logits of earlier tokens"
     )
-    top_k: int = Field(0, ge=0, lt=2**31, description="not OpenAI's; 0 = all tokens")
+    top_k: int = Field(0, ge=0, lt=2**31, description="not in OpenAI's API; 0 = all tokens")

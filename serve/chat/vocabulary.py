@@ -1,4 +1,4 @@
-"""A tokenizer's tokens: the bytes that each stands for, and texts that hold none of the special ones."""
+"""A tokenizer's tokens: the bytes of each, and texts in which special tokens are escaped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Vocabulary:
         processor: with a fast Hugging Face tokenizer.
 
     Attributes:
-        longest: characters of the longest token.
+        longest: length of the longest token (characters).
     """
 
     def __init__(self, processor: Any) -> None:
@@ -27,36 +27,37 @@ class Vocabulary:
         self._tokens = llguidance.hf.from_tokenizer(self._tokenizer)
         added = self._tokenizer.added_tokens_decoder
         self._special = {number: token.content for number, token in added.items() if token.special}
-        # Placeholders of images and videos need not be special tokens.
+        # The placeholders of images and videos are not always special tokens.
         placeholders = (value for name, value in vars(processor).items() if name.endswith("_token"))
         words = {word for word in (*self._special.values(), *placeholders) if word and len(str(word)) > 1}
         longest_first = sorted(map(str, words), key=len, reverse=True)
         self._reserved = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def special(self, token: int) -> bool:
-        """It is no text."""
+        """Return whether a token is special, so that it has no text."""
         return token in self._special
 
     def bytes_of(self, token: int, first: bool) -> bytes:
-        """What a token adds to a text; UTF-8, but one character may be several tokens.
+        """Return the UTF-8 bytes that a token adds to a text. A character may span several tokens.
 
         Args:
             token: id.
-            first: it begins the text.
+            first: whether the token begins the text.
         """
-        found = bytes(self._tokens.decode_bytes([token]))
-        # Decoders that read words as "▁word" drop the blank that a text begins with.
-        if first and found.startswith(b" ") and not self._tokenizer.decode([token]).startswith(" "):
-            return found[1:]
-        return found
+        data = bytes(self._tokens.decode_bytes([token]))
+        # Decoders of "▁word" tokens drop the blank at the beginning of a text.
+        if first and data.startswith(b" ") and not self._tokenizer.decode([token]).startswith(" "):
+            return data[1:]
+        return data
 
-    def harmless(self, texts: Sequence[str]) -> list[str]:
-        """The same to a reader, but special tokens in them are ordinary text to tokenizer and processor.
+    def escape(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts with special tokens broken up by an invisible character.
 
-        Nor do they make one together: templates may put side by side what stood around an image.
+        Tokenizer and processor then treat them as ordinary text. Special tokens that arise when a template
+        joins the texts around an image are broken up too.
         """
-        found = [self._reserved.sub(lambda one: one[0][:1] + _JOINER + one[0][1:], text) for text in texts]
-        # Templates may trim them.
-        if any(self._reserved.search("".join(map(how, found))) for how in (str, str.strip)):
-            found[1:] = [_JOINER + text for text in found[1:]]
-        return found
+        escaped = [self._reserved.sub(lambda m: m[0][:1] + _JOINER + m[0][1:], text) for text in texts]
+        # A template may strip the texts before it joins them.
+        if any(self._reserved.search("".join(map(join, escaped))) for join in (str, str.strip)):
+            escaped[1:] = [_JOINER + text for text in escaped[1:]]
+        return escaped

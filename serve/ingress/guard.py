@@ -1,4 +1,4 @@
-"""Who comes in: those with a key, and not too many at once."""
+"""Admission: requests need a key, and only so many run at once."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from serve.keys import KeyRing
 from serve.reporting import reported
 
 _OPEN = ("/", "/healthz")
-"""What needs no key, nor do the page's files: the page, and the question whether all is well."""
+"""Paths that need no key: the page (with its files below /page/) and the health check."""
 
 
 class Guard:
-    """ASGI middleware: decides by a request's head, before anything of its body is read.
+    """ASGI middleware that admits a request by its headers, before its body is read.
 
-    All that engines are asked for is posted; only that counts against a limit.
+    Only POST requests, which need an engine, count against the limit.
 
     Args:
-        app: what answers.
-        keys: of those who may come in.
-        most: requests at the same time.
-        retry_after: seconds after which those beyond shall try again.
+        app: the application.
+        keys: API keys.
+        max_open: max requests at once.
+        retry_after: when refused clients may try again (s).
     """
 
-    def __init__(self, app: Any, keys: KeyRing, most: int, retry_after: int) -> None:
+    def __init__(self, app: Any, keys: KeyRing, max_open: int, retry_after: int) -> None:
         self._app, self._keys = app, keys
-        self._most, self._retry_after, self._running = most, retry_after, 0
+        self._max_open, self._retry_after, self._open = max_open, retry_after, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request, or say why not."""
+        """Answer one request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -43,32 +43,30 @@ class Guard:
 
     @asynccontextmanager
     async def _admitted(self, scope: Any) -> AsyncIterator[None]:
-        path, key = scope["path"].removeprefix(scope.get("root_path", "")), _key(scope)
+        path, key = scope["path"].removeprefix(scope.get("root_path", "")), _bearer_token(scope)
         if path in _OPEN or path.startswith("/page/"):
             yield
         elif scope["method"] != "POST":
             self._keys.authenticate(key)
             yield
         else:
-            async with self._keys.admitted(key, self._retry_after), self._place():
+            async with self._keys.admitted(key, self._retry_after), self._slot():
                 yield
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        if self._running >= self._most:
+    async def _slot(self) -> AsyncIterator[None]:
+        if self._open >= self._max_open:
             raise OverloadedError(
-                f"{self._running} requests are open, and no more are taken: try again",
-                self._retry_after,
+                f"{self._open} requests are open, which is the limit: try again", self._retry_after
             )
-        self._running += 1
+        self._open += 1
         try:
             yield
         finally:
-            self._running -= 1
+            self._open -= 1
 
 
-def _key(scope: Any) -> str | None:
-    """The bearer token that a request came with."""
-    given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-    kind, _, key = given.partition(" ")
-    return key.strip() if kind.lower() == "bearer" else None
+def _bearer_token(scope: Any) -> str | None:
+    value = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+    scheme, _, token = value.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None

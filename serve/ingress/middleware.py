@@ -1,4 +1,4 @@
-"""Around every request: its size, what nobody foresaw, its line in the log, its counts."""
+"""The outermost middleware: limit of the body, unexpected errors, access log, request metrics."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ logger = logging.getLogger("ray.serve")
 
 _AGE = re.compile(rb"\d{1,9}\.\d{3}")
 
+_DISCONNECTED = 499
+"""Status in log and metrics of a request whose client left before the response."""
+
 
 class AccessLog:
-    """ASGI middleware.
+    """ASGI middleware that logs and counts every request.
 
-    Refuses bodies that are too large while they arrive, answers errors that nothing else has answered,
-    writes one line to the log when the answer is over, and counts. Request ids are Ray Serve's
-    (``X-Request-ID``, the client's own if it sends one that `serve.front` lets through): they stand in the
-    answer and in every line of the log. ``scope["arrived"]`` is when it came (`time.monotonic`), to another
-    ingress before this one if that has died.
+    It also refuses bodies over the limit while they arrive, and responds to exceptions that nothing else has
+    handled. Ray Serve sets the request id, or keeps the client's ``X-Request-ID`` if `serve.front` accepts
+    it; the id is in the response and in every line of the log. ``scope["arrived"]`` is the time of arrival
+    (`time.monotonic`), at an earlier ingress if that one died.
 
     Args:
-        app: what answers.
-        max_body: bytes.
+        app: the application.
+        max_body: max size of a body (bytes).
     """
 
     def __init__(self, app: Any, max_body: int) -> None:
@@ -45,63 +47,77 @@ class AccessLog:
         )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request."""
+        """Answer one request, then log and count it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status, read, over = time.monotonic(), 0, _announced(scope), False
+        begin = time.monotonic()
         scope["arrived"] = begin - _age(scope)
-
-        async def sending(message: Any) -> None:
-            nonlocal status
-            if over:
-                return  # what the application makes of a body that was cut off
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        async def receiving() -> Any:
-            nonlocal read, over
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._max_body:
-                over = True
-                return {"type": "http.disconnect"}
-            return message
-
+        exchange = _Exchange(receive, send, self._max_body, _content_length(scope))
         try:
-            if read > self._max_body:
-                over = True
-            else:
-                read = 0
-                await self._app(scope, receiving, sending)
+            if not exchange.too_large:
+                await self._app(scope, exchange.receive, exchange.send)
         except Exception as error:
-            if status:
-                raise  # what was sent is no answer, and cannot be taken back
-            if not over:
-                await reported(error).response()(scope, receive, sending)
+            if exchange.status:
+                raise  # part of the response has been sent and cannot be taken back
+            if not exchange.too_large:
+                await reported(error).response()(scope, receive, exchange.send)
         finally:
-            if over and not status:
-                over = False
+            if exchange.too_large and not exchange.status:
                 problem = Problem(
                     413, f"the body is larger than {self._max_body} bytes: send fewer or smaller images"
                 )
-                await reported(problem).response()(scope, receive, sending)
-            seconds = time.monotonic() - begin
-            route = route_template(scope)
-            tags = {"route": route, "status": str(status or 499)}
-            self._requests.inc(tags=tags)
-            self._seconds.observe(seconds, tags=tags)
-            line = {"method": scope["method"], "status": status or 499, "seconds": round(seconds, 4)}
-            logger.info("answered", extra={**line, "path": route, "bytes_read": read})
+                exchange.too_large = False
+                await reported(problem).response()(scope, receive, exchange.send)
+            self._log(scope, exchange, time.monotonic() - begin)
+
+    def _log(self, scope: Any, exchange: _Exchange, seconds: float) -> None:
+        route, status = route_template(scope), exchange.status or _DISCONNECTED
+        tags = {"route": route, "status": str(status)}
+        self._requests.inc(tags=tags)
+        self._seconds.observe(seconds, tags=tags)
+        line = {"method": scope["method"], "status": status, "seconds": round(seconds, 4)}
+        logger.info("answered", extra={**line, "path": route, "bytes_read": exchange.read})
+
+
+class _Exchange:
+    """One request's body and response on their way through the middleware.
+
+    Attributes:
+        read: bytes of the body so far; the announced number if that is over the limit.
+        status: status of the response; 0 until it begins.
+        too_large: the body is over the limit. What the application then sends is dropped.
+    """
+
+    def __init__(self, receive: Any, send: Any, max_body: int, announced: int) -> None:
+        self._receive, self._send, self._max_body = receive, send, max_body
+        self.status, self.too_large = 0, announced > max_body
+        self.read = announced if self.too_large else 0
+
+    async def receive(self) -> Any:
+        """Receive one message; pretend that the client left once the body is too large."""
+        message = await self._receive()
+        self.read += len(message.get("body", b""))
+        if self.read > self._max_body:
+            self.too_large = True
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Send one message of the response."""
+        if self.too_large:
+            return
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
 
 
 def _age(scope: Any) -> float:
-    """Seconds that another ingress had it; no more than a client can do to itself."""
+    """Return the seconds that an earlier ingress had the request. A client could only harm itself with it."""
     age = dict(scope["headers"]).get(AGE, b"0")
     return float(age) if _AGE.fullmatch(age) else 0.0
 
 
-def _announced(scope: Any) -> int:
+def _content_length(scope: Any) -> int:
     length = dict(scope["headers"]).get(b"content-length", b"0")
     return int(length) if length.isdigit() else 0

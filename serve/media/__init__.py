@@ -1,1 +1,1 @@
-"""Images of requests, from data URLs and allowed hosts."""
+"""The images of requests, from data URLs and allowed hosts."""

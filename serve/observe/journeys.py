@@ -1,13 +1,13 @@
-"""What becomes of requests, stage by stage, as metrics and as spans.
+"""The stages of a request, as metrics and as spans.
 
-    ingress   media    images fetched and decoded
-              prepare  template, tokenizer, image processor
-    engine    queue    until its prefill begins
+    ingress   media    fetch the images
+              prepare  template, tokenizer, image decoding and processing
+    engine    queue    until the prefill begins
               prefill  until the first token
-              decode   until the last
+              decode   until the last token
     between   rest     HTTP, Ray, waiting for an engine with room
 
-The first two and the last are the framework's time, the others the engine's.
+Media, prepare and rest are the framework's time; queue, prefill and decode the engine's.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _TOKEN_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
 class Journeys:
-    """Those of one ingress replica.
+    """Metrics and spans of all requests of one ingress replica.
 
     Args:
-        tracer: of its spans.
-        seconds: that each request may take.
+        tracer: sends the spans.
+        seconds: time limit of each request (s).
     """
 
     def __init__(self, tracer: Tracer, seconds: float) -> None:
@@ -60,13 +60,13 @@ class Journeys:
     def begin(
         self, model: str, arrived: float, traceparent: str | None, name: str = "chat"
     ) -> Iterator[Journey]:
-        """A request's, while it is answered.
+        """Begin the journey of a request, whose span ends with the context.
 
         Args:
-            model: that it names.
-            arrived: when it came (`time.monotonic`).
-            traceparent: the client's.
-            name: of its span.
+            model: model that the request names.
+            arrived: time of its arrival (`time.monotonic`).
+            traceparent: the client's W3C trace context.
+            name: name of the span.
         """
         journey = Journey(self, model, self.tracer.start(name, traceparent, model=model), arrived)
         error: str | None = None
@@ -83,12 +83,12 @@ class Journeys:
 
 
 class Journey:
-    """One request.
+    """The stages of one request.
 
     Attributes:
-        span: of all of it.
-        until: when its time is over (`time.monotonic`).
-        error: why it ended before its time, where no exception says it.
+        span: span of the whole request.
+        until: deadline (`time.monotonic`).
+        error: kind of an error that is not raised, because the response has already begun.
     """
 
     error: str | None = None
@@ -102,7 +102,7 @@ class Journey:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """One of the ingress, while it lasts."""
+        """Time one stage of the ingress."""
         span = self._journeys.tracer.start(name, self.span.traceparent)
         begin, error = time.monotonic(), None
         try:
@@ -115,34 +115,34 @@ class Journey:
             self._observe(name, time.monotonic() - begin)
 
     def mark_first_token(self) -> None:
-        """Its first token is here."""
+        """Note that the first token has arrived here."""
         self._first = time.monotonic()
 
     def finish(self, completion: Completion) -> None:
-        """The engine has ended it."""
+        """Record the engine's stages and tokens once the engine has finished."""
         timing, now = completion.timing, time.monotonic()
         for name, begin, end in engine_stages(timing):
             self._observe(name, end - begin)
         self._observe("rest", max(now - self._arrived - sum(self._stages.values()), 0.0))
-        tags, of = self._tags, self._journeys
+        tags, metrics_of = self._tags, self._journeys
         saved = completion.usage.visual_total - completion.usage.visual_cached
-        if saved > 0:  # Ray's counters take nothing else
-            of.saved.inc(saved, tags=tags)
+        if saved > 0:  # Ray's counters reject 0
+            metrics_of.saved.inc(saved, tags=tags)
         if timing.first_token is not None:
-            # An answer in one piece is here right after its last token.
+            # An answer in one piece arrives right after its last token.
             first = self._first or now - (timing.total - timing.first_token)
-            of.first_token.observe(first - self._arrived, tags=tags)
+            metrics_of.first_token.observe(first - self._arrived, tags=tags)
             later = max((len(choice.token_ids) for choice in completion.choices), default=0) - 1
             if later > 0:
-                of.output_token.observe((timing.total - timing.first_token) / later, tags=tags)
+                metrics_of.output_token.observe((timing.total - timing.first_token) / later, tags=tags)
 
     def count_retry(self) -> None:
-        """It goes to another engine."""
+        """Count that the request is sent to another engine."""
         self._journeys.retries.inc(tags=self._tags)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Its stages for the client (ms)."""
+        """The stages as a Server-Timing header (ms)."""
         stages = (f"{name};dur={1000 * seconds:.2f}" for name, seconds in self._stages.items())
         return {"Server-Timing": ", ".join(stages)}
 
@@ -152,7 +152,7 @@ class Journey:
 
 
 def engine_stages(timing: Timing) -> list[tuple[str, float, float]]:
-    """Those that a request has reached: name, begin and end (seconds since submission)."""
+    """Return the stages that a request reached, as name, begin and end (seconds since submission)."""
     first = timing.total if timing.first_token is None else timing.first_token
     stages = [
         ("queue", 0.0, timing.queued),

@@ -1,4 +1,4 @@
-"""``GET /metrics``: what the nodes of the cluster measure of this project and of Ray Serve, as one page."""
+"""``GET /metrics``: the Prometheus metrics of all nodes, this project's and Ray Serve's, as one page."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Iterable
 import aiohttp
 import ray
 
-_OURS = ("ray_skipvision_", "ray_serve_")
-_SECONDS = 5.0
+_PREFIXES = ("ray_skipvision_", "ray_serve_")
+_TIMEOUT_SECONDS = 5.0
 
 
-async def exposition() -> str:
-    """Prometheus text of all nodes; a node that does not answer is left out."""
+async def metrics_page() -> str:
+    """Return the Prometheus text of all nodes. A node that does not respond is left out."""
     urls = [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in await asyncio.to_thread(ray.nodes)
         if node["Alive"] and node.get("MetricsExportPort")
     ]
-    timeout = aiohttp.ClientTimeout(total=_SECONDS)
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        pages = await asyncio.gather(*(_page(session, url) for url in urls))
-    return merged(pages)
+        pages = await asyncio.gather(*(_fetch(session, url) for url in urls))
+    return merge(pages)
 
 
-def merged(pages: Iterable[str]) -> str:
-    """Metrics of this project and of Ray Serve, each described once, the samples of all pages behind."""
+def merge(pages: Iterable[str]) -> str:
+    """Merge Prometheus pages: one description per metric, followed by the samples of all pages."""
     described: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for page in pages:
@@ -39,11 +39,11 @@ def merged(pages: Iterable[str]) -> str:
                     lines.append(line)
             elif line and not line.startswith("#"):
                 samples.setdefault(name, []).append(line)
-    wanted = [name for name in described if name.startswith(_OURS) and name in samples]
+    wanted = [name for name in described if name.startswith(_PREFIXES) and name in samples]
     return "".join(f"{line}\n" for name in wanted for line in (*described[name], *samples[name]))
 
 
-async def _page(session: aiohttp.ClientSession, url: str) -> str:
+async def _fetch(session: aiohttp.ClientSession, url: str) -> str:
     try:
         async with session.get(url) as response:
             return await response.text()

@@ -1,4 +1,4 @@
-"""Spans for OpenTelemetry, if a collector is named; without one nothing of it is imported."""
+"""OpenTelemetry spans. Without a collector, OpenTelemetry is not imported."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from skipvision.errors import ConfigError
 
 
 class Tracer:
-    """Sends spans to a collector, from a thread of its own: one that is away loses spans, not requests.
+    """Sends spans to a collector from its own thread. A collector that is down loses spans, not requests.
 
-    What is sampled, and how spans are batched, is set by OpenTelemetry's own environment variables
-    (``OTEL_TRACES_SAMPLER``, ``OTEL_BSP_SCHEDULE_DELAY`` …).
+    OpenTelemetry's environment variables set sampling and batching (``OTEL_TRACES_SAMPLER``,
+    ``OTEL_BSP_SCHEDULE_DELAY`` …).
 
     Args:
         collector: OTLP over HTTP, ``http://collector:4318/v1/traces``; None = no spans.
-        service: what they are said to come from.
+        service: OpenTelemetry's service name.
 
     Raises:
-        ConfigError: there is a collector, but OpenTelemetry is not installed.
+        ConfigError: a collector is given but OpenTelemetry is not installed.
     """
 
     def __init__(self, collector: str | None, service: str) -> None:
@@ -40,13 +40,13 @@ class Tracer:
         self._tracer = self._provider.get_tracer("skipvision")
 
     def start(self, name: str, parent: str | None, begin: float | None = None, **about: Any) -> Span:
-        """A span that has begun.
+        """Start a span.
 
         Args:
-            name: what is done.
-            parent: W3C ``traceparent`` of the span that it is part of.
+            name: name of the operation.
+            parent: W3C ``traceparent`` of the parent span.
             begin: Unix time (s); None = now.
-            about: attributes.
+            about: attributes of the span.
         """
         if self._tracer is None:
             return Span(None, parent)
@@ -54,28 +54,28 @@ class Tracer:
 
         context = TraceContextTextMapPropagator().extract({"traceparent": parent} if parent else {})
         span = self._tracer.start_span(name, context, attributes=about, start_time=_nanoseconds(begin))
-        found = span.get_span_context()
-        return Span(span, f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}")
+        ids = span.get_span_context()
+        return Span(span, f"00-{ids.trace_id:032x}-{ids.span_id:016x}-{ids.trace_flags:02x}")
 
     def close(self) -> None:
-        """Send what waits."""
+        """Send the spans that wait."""
         if self._tracer is not None:
             self._provider.shutdown()
 
 
 class Span:
-    """One thing that takes time.
+    """A timed operation.
 
     Args:
-        span: OpenTelemetry's; None = nothing is recorded.
-        traceparent: its name for those that are part of it, here or elsewhere.
+        span: OpenTelemetry's span; None = nothing is recorded.
+        traceparent: W3C trace context for child spans.
     """
 
     def __init__(self, span: Any, traceparent: str | None) -> None:
         self._span, self.traceparent = span, traceparent
 
     def end(self, error: str | None = None, at: float | None = None, **about: Any) -> None:
-        """It is over, now or ``at`` that Unix time; ``error`` says why it failed."""
+        """End the span, now or ``at`` a Unix time; ``error`` marks it as failed."""
         if self._span is None:
             return
         from opentelemetry.trace import Status, StatusCode

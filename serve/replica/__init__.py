@@ -1,1 +1,1 @@
-"""The engine side of the endpoint."""
+"""The engine replica: one engine in a thread, its adapters, grammars and load."""

@@ -1,4 +1,4 @@
-"""The adapters of one engine, of the versions that their registry names now."""
+"""Keep an engine's adapters at the versions that the registry's aliases name."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from skipvision.errors import SkipVisionError
 
 logger = logging.getLogger("ray.serve")
 
-_AWAY = "its registry does not answer"
-_WRONG = "its registry has none that can be loaded"
+_REGISTRY_DOWN = "its registry does not respond"
+_NOT_LOADABLE = "its registry has no version that can be loaded"
 
 
 @dataclass(frozen=True)
 class Version:
-    """An adapter as it is served now.
+    """A version of an adapter.
 
     Attributes:
-        name: the engine's, which knows several versions while one takes over from another.
+        name: the engine's name for this version; an engine may hold two versions during a change.
         source: folder, or registered model with its version.
     """
 
@@ -38,76 +38,75 @@ class Version:
 
 
 class ServedAdapters:
-    """Those of one engine.
+    """The adapters of one engine.
 
     Args:
-        sources: folders, or ``models:/NAME@ALIAS``, by the name that clients use.
+        sources: folder, or ``models:/NAME@ALIAS``, of each adapter by its name for clients.
         registry: MLflow's URI.
-        poll_seconds: time between looks.
+        poll_seconds: time between updates (s).
 
     Attributes:
-        versions: what new requests run under, by the name that clients use.
-        missing: why the others cannot be had, as clients may read it.
+        versions: version for new requests by the adapter's name for clients.
+        missing: reason, for clients, for each adapter that is not loaded.
     """
 
     def __init__(self, sources: Mapping[str, str], registry: str | None, poll_seconds: float) -> None:
         self._sources, self._registry, self._poll_seconds = sources, registry or "", poll_seconds
         self._retired: set[str] = set()
         self.versions: dict[str, Version] = {}
-        self.missing = dict.fromkeys(sources, _AWAY)
+        self.missing = dict.fromkeys(sources, _REGISTRY_DOWN)
 
     @property
     def registered(self) -> dict[str, str]:
-        """Those whose version may change."""
+        """The adapters from a registry, whose version may change."""
         return {name: source for name, source in self._sources.items() if is_registered(source)}
 
     def version(self, name: str) -> Version:
-        """What new requests run under; raises `NotLoadedError`."""
+        """Return the version for new requests. Raise `NotLoadedError`."""
         version = self.versions.get(name)
         if version is None:
-            raise NotLoadedError(
-                f"the adapter {name!r} is not loaded yet: {self.missing.get(name, _AWAY)}; try again later",
-                self._poll_seconds,
-            )
+            reason = self.missing.get(name, _REGISTRY_DOWN)
+            message = f"the adapter {name!r} is not loaded yet: {reason}; try again later"
+            raise NotLoadedError(message, self._poll_seconds)
         return version
 
     def load(self, engine: EngineThread) -> None:
-        """Load all that can be had; those of a registry that cannot, at a later `look`.
+        """Load all adapters at the start; a later `update` loads those that the registry cannot provide now.
 
         Raises:
-            SkipVisionError: an adapter in a folder that is wrong.
+            SkipVisionError: an adapter in a folder cannot be loaded.
         """
-        away = False
+        down = False
         for name, source in self._sources.items():
-            # A registry that did not answer may take minutes not to answer again.
-            if away and is_registered(source):
+            # Each call to a registry that is down may take minutes.
+            if down and is_registered(source):
                 continue
             try:
                 self._follow(name, engine)
             except SkipVisionError as error:
                 if not is_registered(source):
                     raise
-                away = self._missed(name, error)
+                down = self._record_failure(name, error)
 
-    def look(self, engine: EngineThread) -> None:
-        """Serve the versions that aliases name now; those of before as long as they have requests."""
-        # Those since the last look: a request may be on its way to what has been retired just now.
-        self._forget(engine)
+    def update(self, engine: EngineThread) -> None:
+        """Load the versions that aliases name now, and remove older versions that have no requests."""
+        # Removes what earlier updates retired: requests may still be on their way to the latest.
+        self._remove_retired(engine)
         for name in self.registered:
             try:
                 self._follow(name, engine)
             except Exception as error:
-                # What is served goes on being served; the next look may do better.
-                if self._missed(name, error):
+                # The served version stays; the next update tries again.
+                if self._record_failure(name, error):
                     return
 
-    def _missed(self, name: str, error: Exception) -> bool:
-        """Whether the registry does not answer, and may take a minute not to answer again."""
-        away = isinstance(error, TrackingError)
-        logger.warning("adapter %s (%s) could not be had", name, self._sources[name], exc_info=error)
+    def _record_failure(self, name: str, error: Exception) -> bool:
+        """Log and record why an adapter is missing. Return whether the registry is down."""
+        down = isinstance(error, TrackingError)
+        logger.warning("adapter %s (%s) could not be loaded", name, self._sources[name], exc_info=error)
         if name in self.missing:
-            self.missing = {**self.missing, name: _AWAY if away else _WRONG}
-        return away
+            self.missing = {**self.missing, name: _REGISTRY_DOWN if down else _NOT_LOADABLE}
+        return down
 
     def _follow(self, name: str, engine: EngineThread) -> None:
         new, old = self._version(name), self.versions.get(name)
@@ -116,36 +115,35 @@ class ServedAdapters:
         if new.name not in engine.call(lambda engine: engine.adapters).result():
             with self._files(new) as folder:
                 engine.call(partial(Engine.add_adapter, name=new.name, folder=folder)).result()
-        # New ones: others read them meanwhile.
+        # New dictionaries, because other threads read the old ones.
         self.versions = {**self.versions, name: new}
-        self.missing = {one: why for one, why in self.missing.items() if one != name}
+        self.missing = {other: why for other, why in self.missing.items() if other != name}
         if old is not None:
             self._retired = (self._retired | {old.name}) - {new.name}
-        logger.info("adapter %s: %s in place of %s", name, new.source, old.source if old else "none")
+        logger.info("adapter %s: %s replaces %s", name, new.source, old.source if old else "none")
 
-    def _forget(self, engine: EngineThread) -> None:
-        """What has no requests any more goes."""
+    def _remove_retired(self, engine: EngineThread) -> None:
         for old in list(self._retired):
-            with suppress(SkipVisionError):
+            with suppress(SkipVisionError):  # it still has requests
                 engine.call(partial(Engine.remove_adapter, name=old)).result()
                 self._retired.remove(old)
 
     def _version(self, name: str) -> Version:
-        """The version that is to be served now; its files stay where they are."""
+        """Return the version to serve now, without fetching its files."""
         source = self._sources[name]
         if is_registered(source):
             source = exact_model(self._registry, source)
-        # PEFT keeps an adapter's weights in modules of its name, which may have no dot in it.
-        called = quote(f"{name}@{source.rsplit('/', 1)[-1]}").replace(".", "%2E")
-        return Version(called, source)
+        # PEFT names modules after the adapter, so the name must not contain a dot.
+        engine_name = quote(f"{name}@{source.rsplit('/', 1)[-1]}").replace(".", "%2E")
+        return Version(engine_name, source)
 
     @contextmanager
     def _files(self, version: Version) -> Iterator[Path]:
-        """An adapter's folder, while it is loaded; a registry's is a copy that goes right afterwards."""
+        """Provide an adapter's folder for loading: for a registered one a temporary copy."""
         if not is_registered(version.source):
             yield Path(version.source)
             return
-        with tempfile.TemporaryDirectory(prefix="skipvision-adapter-") as place:
-            folder = Path(place, "adapter")
+        with tempfile.TemporaryDirectory(prefix="skipvision-adapter-") as parent:
+            folder = Path(parent, "adapter")
             fetch_model(self._registry, version.source, folder)
             yield folder

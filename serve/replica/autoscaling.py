@@ -1,4 +1,4 @@
-"""How many engines: by what limits them, not by how many requests are open."""
+"""The number of engines by their load, which is relative to what limits them: rows or memory."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 class ByLoad:
     """Ray Serve's autoscaling policy: as many engines as bring the load of each to a target.
 
-    The load is what `EngineReplica.record_autoscaling_stats` reports, and a row for each request that waits
-    at an ingress (there is no engine, or all are full). For any request there is one engine at least.
+    The total load is the sum of what `EngineReplica.record_autoscaling_stats` reports, plus one row for each
+    request that waits at an ingress because no engine runs or has room. While there are requests, at least
+    one engine is wanted.
 
     Args:
-        target: load of each engine aimed at.
-        rows: answers that an engine writes at once.
+        target: wanted load of each engine.
+        rows: sequences that an engine generates at once.
     """
 
     def __init__(self, target: float, rows: int) -> None:
         self.target, self.rows = target, rows
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """The number wanted; Ray Serve keeps it within its limits and waits its delays."""
+        """Return the wanted number of engines; Ray Serve applies limits and delays to it."""
         loads = (context.aggregated_metrics or {}).get("load", {})
         load = sum(loads.values()) + context.total_queued_requests / self.rows
         wanted = math.ceil(load / self.target - 1e-9)

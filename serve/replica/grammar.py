@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: which tokens may come next, by llguidance."""
+"""Constrain answers to a JSON schema: llguidance decides which tokens may come next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Grammars:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         vocabulary: number of logits.
-        ending: tokens that end an answer.
+        ending: ids of the tokens that end an answer.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: list[int]) -> None:
@@ -29,30 +29,30 @@ class Grammars:
         self._compiled = lru_cache(maxsize=64)(self._compile)
 
     def adjuster(self, schema: str) -> Callable[[], Adjust]:
-        """What makes, for each answer, the function that leaves only logits of tokens that may come next.
+        """Return a factory that makes one function per answer, which masks the logits of forbidden tokens.
 
-        It may take a second; any thread can do it.
+        Compiling may take a second; it is thread-safe.
 
         Args:
-            schema: as JSON.
+            schema: the schema as JSON.
 
         Raises:
-            SchemaError: it cannot be followed.
+            SchemaError: no answer can follow the schema.
         """
         matcher = self._compiled(schema)
         return lambda: _adjust(matcher.deep_copy())
 
     def _compile(self, schema: str) -> llguidance.LLMatcher:
         try:
-            # Blanks that are free would be written without end.
+            # With free whitespace a model may generate blanks without end.
             grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 schema, overrides={"whitespace_flexible": False}
             )
-            wrong = llguidance.LLMatcher.validate_grammar(grammar, self._tokens)
-        except ValueError as error:  # JSON as Python reads it, which the library does not
+            problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokens)
+        except ValueError as error:  # Python accepts JSON that llguidance does not, such as NaN
             raise _refused(str(error)) from error
-        if wrong:
-            raise _refused(wrong)
+        if problem:
+            raise _refused(problem)
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()
@@ -62,19 +62,19 @@ class Grammars:
 
 
 def _adjust(matcher: llguidance.LLMatcher) -> Adjust:
-    places = torch.arange(32, dtype=torch.int32)
+    bit_positions = torch.arange(32, dtype=torch.int32)
     read = 0
 
-    def adjust(written: list[int], logits: torch.Tensor) -> torch.Tensor:
+    def adjust(generated: list[int], logits: torch.Tensor) -> torch.Tensor:
         nonlocal read
-        for token in written[read:]:
+        for token in generated[read:]:
             matcher.consume_token(token)
-        read = len(written)
+        read = len(generated)
         mask = None if matcher.is_error() else matcher.compute_bitmask()
         if mask is None or matcher.is_error():
-            raise _refused("it became too complex while the answer was written")
+            raise _refused("it became too complex during the answer")
         bits = torch.frombuffer(bytearray(mask), dtype=torch.int32)
-        allowed = ((bits[:, None] >> places) & 1).bool().flatten()[: len(logits)]
+        allowed = ((bits[:, None] >> bit_positions) & 1).bool().flatten()[: len(logits)]
         missing = torch.zeros(max(len(logits) - len(allowed), 0), dtype=torch.bool)
         return logits.masked_fill(~torch.cat([allowed, missing]).to(logits.device), -torch.inf)
 
@@ -82,7 +82,7 @@ def _adjust(matcher: llguidance.LLMatcher) -> Adjust:
 
 
 def _refused(reason: str) -> SchemaError:
-    """The library's own words are shortened: they may quote the whole grammar."""
+    """Return an error with a shortened reason: llguidance may quote the whole grammar."""
     line = reason.partition("\n")[0]
     short = line if len(line) <= 200 else f"{line[:199]}…"
     return SchemaError(f"response_format: this JSON schema cannot be followed: {short}")

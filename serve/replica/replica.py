@@ -1,4 +1,4 @@
-"""The engine as a Ray Serve deployment: one replica, one engine."""
+"""The Ray Serve deployment of an engine: one replica, one engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from serve.observe.tracing import Tracer
 from serve.replica.adapters import ServedAdapters
 from serve.replica.grammar import Grammars
 from serve.replica.messages import Served, State, Work
-from serve.replica.stream import ask, stream
+from serve.replica.stream import call, stream
 from skipvision import SkipConfig
 from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
 from skipvision.errors import SkipVisionError
@@ -33,16 +33,16 @@ from skipvision.plan import TokenPlan
 logger = logging.getLogger("ray.serve")
 
 _STUCK_SECONDS = 60.0
-"""An engine whose step takes longer than this is taken for dead."""
+"""An engine whose step takes longer than this is considered dead (s)."""
 
 
 class EngineReplica:
     """Answers requests with one engine.
 
     Args:
-        section: the model and how it is run.
-        registry: MLflow's URI, for adapters from there.
-        poll_seconds: time between looks whether an alias has moved, or an adapter can be had now.
+        section: settings of the model and its engines.
+        registry: MLflow's URI, for registered adapters.
+        poll_seconds: time between checks for moved aliases and for adapters that failed to load (s).
         traces: arguments of `Tracer`.
     """
 
@@ -64,14 +64,15 @@ class EngineReplica:
         tasks = [self._watch_adapters(poll_seconds)] if self._adapters.registered else []
         self._tasks = [asyncio.get_event_loop().create_task(task) for task in (*tasks, self._report())]
 
-    # ------------------------------------------------------------------------ what the ingress calls
+    # --------------------------------------------------------------------------- called by ingresses
 
     async def stream(self, work: Work, *, whole: bool = False) -> AsyncIterator[Chunk | SkipVisionError]:
-        """The chunks of one request, or only the last one; or, as the last item, why the engine refuses it.
+        """Yield the chunks of one request, or only the last one if ``whole``.
 
-        A refusal is an item and not raised: Ray would wrap it, and it is no failure of the replica.
+        If the engine refuses the request, the last item is its error. The error is not raised, because Ray
+        would wrap it and the replica has not failed.
         """
-        request, written = work.request, False
+        request, begun = work.request, False
         try:
             left = work.until - time.time()
             if left <= 0:
@@ -82,21 +83,21 @@ class EngineReplica:
                 request = replace(request, adjust=adjuster)
             async for chunk in stream(self._engine, self._named(request), whole=whole):
                 done = chunk.completion
-                written = written or bool(done.usage.completion_tokens if done else chunk.token_ids)
-                if chunk.finish_reason == "deadline" and not written:
+                begun = begun or bool(done.usage.completion_tokens if done else chunk.token_ids)
+                if chunk.finish_reason == "deadline" and not begun:
                     raise DeadlineError
                 if done is None:
                     yield chunk
                 else:
                     self._trace(done, work.traceparent)
-                    # The request came from there; its tensors need not go back.
+                    # The ingress has the request: do not send its tensors back.
                     bare = replace(done.request, inputs=None, images=(), adjust=None, prompt="")
                     yield replace(chunk, completion=replace(done, request=bare, error=_sendable(done.error)))
         except SkipVisionError as error:
             yield error
 
     async def answer(self, work: Work) -> Completion | SkipVisionError:
-        """The whole answer; or why there is none."""
+        """Return the whole answer, or the error if the engine refuses the request."""
         async for item in self.stream(work, whole=True):
             if isinstance(item, SkipVisionError):
                 return item
@@ -105,32 +106,32 @@ class EngineReplica:
         raise RuntimeError("the engine ended a request without completing it")
 
     async def plan(self, work: Work) -> TokenPlan | SkipVisionError:
-        """What would become of the tokens of a request's prompt; or why that cannot be said."""
-        # One after the other: answers that are being written wait for one of them at a time.
+        """Return the token plan of a request's prompt, or the error if the engine refuses the request."""
+        # One at a time, so that running answers wait for at most one plan between two steps.
         async with self._planning:
             try:
                 request = self._named(work.request)
-                return await ask(self._engine, partial(_plan, request=request, until=work.until))
+                return await call(self._engine, partial(_plan, request=request, until=work.until))
             except SkipVisionError as error:
                 return error
 
     def _named(self, request: Request) -> Request:
-        """The request with the engine's name for its adapter."""
+        """Return the request with the engine's name of its adapter."""
         name = request.adapter
         return replace(request, adapter=BASE if name is None else self._adapters.version(name).name)
 
     def _trace(self, done: Completion, parent: str | None) -> None:
-        """The engine's stages of a request that has just ended, as spans."""
+        """Send the engine's stages of a finished request as spans."""
         submitted = time.time() - done.timing.total
         for name, begin, end in engine_stages(done.timing):
             self._tracer.start(name, parent, submitted + begin).end(at=submitted + end)
 
     async def served(self) -> Served:
-        """What can be asked for."""
-        return await ask(self._engine, self._served)
+        """Return the adapters and SkipConfigs that requests can use."""
+        return await call(self._engine, self._served)
 
     def _served(self, engine: Engine) -> Served:
-        # Copies, for another thread changes them: at first what is missing, for it may be loaded just now.
+        # Copies, because another thread changes both; `missing` first, so that no adapter is in neither.
         missing, versions = dict(self._adapters.missing), dict(self._adapters.versions)
         skip = engine.configs
         return Served(
@@ -140,34 +141,34 @@ class EngineReplica:
         )
 
     async def state(self) -> State:
-        """How it is."""
+        """Return the engine's state."""
         return State(await self.statistics(), dict(self._adapters.missing))
 
     async def statistics(self) -> Statistics:
-        """Of the engine."""
-        return await ask(self._engine, Engine.statistics)
+        """Return the engine's counters."""
+        return await call(self._engine, Engine.statistics)
 
     def seconds_since_step(self) -> float:
-        """Seconds since the engine finished a step, or had nothing to do."""
+        """Return the seconds since the engine last finished a step or was idle."""
         return time.monotonic() - self._engine.stepped
 
-    # --------------------------------------------------------------------------- what Ray Serve calls
+    # ---------------------------------------------------------------------------- called by Ray Serve
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """How full the engine is, by what limits it: rows, or memory; 1 = no more fits beside what runs."""
-        now = await ask(self._engine, Engine.statistics)
+        """Report the load relative to the scarcer of rows and memory; 1 = full."""
+        now = await call(self._engine, Engine.statistics)
         return {"load": load_of(now)}
 
     async def check_health(self) -> None:
-        """Raise if the engine hangs: Ray Serve then starts another replica."""
+        """Raise if the engine hangs; Ray Serve then replaces the replica."""
         if self.seconds_since_step() > _STUCK_SECONDS:
             raise RuntimeError(f"the engine has not finished a step for {self.seconds_since_step():.0f} s")
 
     def __del__(self) -> None:
-        """Called before the process ends."""
+        """Send the remaining spans. Ray Serve calls this before the process ends."""
         self._tracer.close()
 
-    # --------------------------------------------------------------------------------------- making
+    # ----------------------------------------------------------------------- in the engine's thread
 
     def _make(self) -> Engine:
         section = self._section
@@ -180,28 +181,28 @@ class EngineReplica:
         self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
         return engine
 
-    # ------------------------------------------------------------------------------------- meanwhile
+    # -------------------------------------------------------------------------- background tasks
 
     async def _watch_adapters(self, seconds: float) -> None:
         while True:
-            await asyncio.to_thread(self._adapters.look, self._engine)
+            await asyncio.to_thread(self._adapters.update, self._engine)
             await asyncio.sleep(seconds)
 
     async def _report(self) -> None:
         while True:
-            self._gauges.set(await ask(self._engine, Engine.statistics))
+            self._gauges.set(await call(self._engine, Engine.statistics))
             await asyncio.sleep(1.0)
 
 
 def load_of(now: Statistics) -> float:
-    """Answers that run and wait against those that can run, by rows; or by KV bytes if those are scarcer."""
-    answers = now.running + now.waiting_answers
+    """Return running and waiting sequences relative to the rows, or to the KV memory if that is scarcer."""
+    sequences = now.running + now.waiting_answers
     bytes_each = now.kv_bytes_reserved / now.running if now.running else 0.0
-    return max(answers / now.max_sequences, answers * bytes_each / now.kv_bytes_budget)
+    return max(sequences / now.max_sequences, sequences * bytes_each / now.kv_bytes_budget)
 
 
 class _Gauges:
-    """Ray's metrics of one engine, found at its node's metrics port."""
+    """The counters of one engine as Ray metrics, which its node exports."""
 
     def __init__(self, model: str) -> None:
         tags = {"model": model, "replica": ray_serve.get_replica_context().replica_tag}
@@ -223,16 +224,16 @@ class _Gauges:
 
 
 def _plan(engine: Engine, request: Request, until: float) -> TokenPlan:
-    # It has waited for other plans, and for a step.
+    # The deadline may have passed while other plans and steps ran.
     if time.time() >= until:
         raise DeadlineError
     return engine.plan(request)
 
 
 def _end_process(error: BaseException) -> None:
-    """An engine that has failed answers nothing more: as long as its process lived, it would be asked.
+    """End the process of a failed engine, which would still be sent requests as long as the process lived.
 
-    Ray tells those who wait, who ask another engine, and starts a new one.
+    Ray raises an error in the waiting ingresses, which retry on another engine, and starts a new replica.
     """
     logger.critical("the engine has failed: its process ends", exc_info=error)
     logging.shutdown()
@@ -240,7 +241,7 @@ def _end_process(error: BaseException) -> None:
 
 
 def _sendable(error: Exception | None) -> Exception | None:
-    """An error as it can leave this process: ours as they are, others by what they say."""
+    """Return an error that can be pickled: our own unchanged, others as a `RuntimeError`."""
     if error is None or isinstance(error, SkipVisionError):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""asyncio's way to an engine that runs in a thread."""
+"""Call an engine that runs in a thread from asyncio."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from skipvision.engine import Chunk, Engine, Request
 T = TypeVar("T")
 
 
-async def ask(thread: EngineThread, function: Callable[[Engine], T]) -> T:
-    """What a function says of the engine, between two steps."""
+async def call(thread: EngineThread, function: Callable[[Engine], T]) -> T:
+    """Run a function of the engine between two of its steps, and return its result."""
     return await asyncio.wrap_future(thread.call(function))
 
 
 async def stream(thread: EngineThread, request: Request, *, whole: bool = False) -> AsyncIterator[Chunk]:
-    """The chunks of one request. Leaving the iteration, or being cancelled, cancels the request at once.
+    """Yield the chunks of one request. Leaving the iteration, or cancellation, cancels the request at once.
 
     Args:
-        thread: the engine's.
-        request: prepared.
-        whole: give only the last chunk, which completes it: every other one would wake this loop, for which
-            the engine waits.
+        thread: thread of the engine.
+        request: tokenized, with processed images.
+        whole: yield only the last chunk, which has the completion. Each other chunk would wake this event
+            loop, and the engine would wait for the interpreter meanwhile.
 
     Raises:
-        SkipVisionError: the engine refuses it.
+        SkipVisionError: the engine refuses the request.
     """
     loop = asyncio.get_running_loop()
     chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
@@ -37,7 +37,7 @@ async def stream(thread: EngineThread, request: Request, *, whole: bool = False)
     def deliver(item: Chunk | BaseException) -> None:
         if whole and isinstance(item, Chunk) and item.completion is None:
             return
-        # The loop may be gone when the client's connection is.
+        # The loop may be closed by the time the client has disconnected.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(chunks.put_nowait, item)
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
     ("settings", "said"),
     [
         ({"keys_file": "nope.yaml"}, r"the keys file /.*nope\.yaml cannot be read .*every node"),
-        ({"keys_file": "wrong.yaml"}, r"the keys file .*wrong\.yaml is wrong: keys: Field required"),
+        ({"keys_file": "wrong.yaml"}, r"the keys file .*wrong\.yaml is invalid: keys: is required"),
         ({"model": "owner/nope"}, "model = owner/nope: .* the hub does not answer"),
         ({"model": "empty"}, r"model = .*empty: this folder holds no model"),
         ({"adapter": "nope"}, "adapter adapter = nope: there is no"),
@@ -107,7 +107,7 @@ def test_what_only_replicas_find_is_said_in_a_line(message, said, monkeypatch, e
     monkeypatch.setattr(ray_serve, "run", failing)
     monkeypatch.setattr(ray_serve, "status", lambda: SimpleNamespace(applications=applications))
     port = httpx.URL(endpoint.url).port
-    with pytest.raises(DeploymentError, match=rf"'skipvision' did not come up: engine-a: [^\n]*{said}$"):
+    with pytest.raises(DeploymentError, match=rf"'skipvision' did not start: engine-a: [^\n]*{said}$"):
         run_deploy(serve_config({"model": str(endpoint.model), "port": port}))
 
 
@@ -120,7 +120,7 @@ def test_a_deployment_that_fails_ends_with_one_line_that_says_why(tiny_model, tm
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: 'skipvision' did not come up: engine-tiny-llava: skipvision.errors.Config")
+    assert last.startswith("error: 'skipvision' did not start: engine-tiny-llava: skipvision.errors.Config")
     assert "FlashAttention2" in last
     assert "Traceback" not in done.stdout + done.stderr
 

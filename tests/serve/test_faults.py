@@ -263,7 +263,7 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
             assert info.value.response.headers["retry-after"] == "1"
         body = {"model": "team/shapes", "messages": asking()}
         assert httpx.post(f"{url}/v1/overlay", json=body).status_code == 503
-        away = "its registry does not answer"
+        away = "its registry does not respond"
         assert (state()["status"], state()["not_loaded"]) == ("ok", {"team/shapes": away})
         card = client.models.retrieve("team/shapes")
         assert (card.source, card.skip, card.not_loaded) == ("models:/shapes@champion", None, away)

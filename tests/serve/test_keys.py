@@ -47,7 +47,7 @@ def test_keys_are_known_by_their_owners(file):
 )
 def test_other_keys_are_refused_and_not_shown(file, change):
     wrong = change(add_key(file, "alice"))
-    with pytest.raises(AuthenticationError, match="not known") as caught:
+    with pytest.raises(AuthenticationError, match="is unknown") as caught:
         KeyRing(file).authenticate(wrong)
     assert wrong not in str(caught.value)
     assert caught.value.code == "invalid_api_key"
@@ -95,7 +95,7 @@ def test_a_key_has_no_more_requests_running_than_its_limit(file):
             for key in (limited, limited, free, free, free):
                 await stack.enter_async_context(ring.admitted(key, 7))
             with pytest.raises(
-                OverloadedError, match="'limited' has 2 requests running, its limit is 2"
+                OverloadedError, match="'limited' has 2 requests running; its limit is 2"
             ) as caught:
                 async with ring.admitted(limited, 7):
                     pass
@@ -147,7 +147,7 @@ def test_a_file_that_became_unreadable_locks_nobody_out(file, caplog):
         for _ in range(2):
             assert ring.authenticate(alice).name == "alice"
         assert [record.message.partition(":")[0] for record in caplog.records] == [
-            "the API keys stay as they were"
+            "the API keys stay unchanged"
         ]
     bob = add_key(file, "bob")
     assert ring.authenticate(bob).name == "bob"
@@ -160,10 +160,10 @@ ENTRY = {"name": "a", "sha256": "0" * 64}
     ("text", "message"),
     [
         (None, "cannot be read on .*: No such file"),
-        ("", "is wrong: the whole"),
+        ("", "is invalid: should be a valid dict"),
         ("keys: [", "neither YAML nor JSON"),
         (b"\xff\xfe\xff", "neither YAML nor JSON"),
-        ("key: []", "is wrong: keys: Field required"),
+        ("key: []", "is invalid: keys: is required"),
         (json.dumps({"keys": [{"name": "a", "sha256": "sk-skip-secret"}]}), r"keys\.0\.sha256"),
         (json.dumps({"keys": [{**ENTRY, "key": "sk-skip-secret"}]}), r"keys\.0\.key"),
         (json.dumps({"keys": [{**ENTRY, "max_concurrent": 0}]}), r"keys\.0\.max_concurrent"),

@@ -267,8 +267,8 @@ def test_settings_of_the_page_are_the_requests(endpoint, driver, photo):
     [
         ({}, "No engine has said yet what red runs under", None, {"retained": 4, "skipped": 6, "merged": 6}),
         (
-            {"not_loaded": "its registry does not answer"},
-            "red is not loaded yet: its registry does not answer.",
+            {"not_loaded": "its registry does not respond"},
+            "red is not loaded yet: its registry does not respond.",
             "2",
             {"retained": 2, "skipped": 6, "merged": 8},
         ),

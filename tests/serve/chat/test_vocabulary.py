@@ -53,11 +53,11 @@ def test_the_bytes_of_all_tokens_are_those_of_the_text(make):
 def test_special_tokens_of_a_text_become_text():
     tokenizer = letters()
     vocabulary = Vocabulary(SimpleNamespace(tokenizer=tokenizer, image_token="<picture>"))
-    (harmless,) = vocabulary.harmless(["a <image></s> b <picture>"])
+    (harmless,) = vocabulary.escape(["a <image></s> b <picture>"])
     assert not any(map(vocabulary.special, tokenizer(harmless).input_ids))
     assert "<picture>" not in harmless
     assert harmless.replace("\N{WORD JOINER}", "") == "a <image></s> b <picture>"
-    assert vocabulary.harmless(["a < b > c", "</s"]) == ["a < b > c", "</s"]
+    assert vocabulary.escape(["a < b > c", "</s"]) == ["a < b > c", "</s"]
 
 
 @pytest.mark.parametrize("texts", [["</", "s>"], ["<", "im", "age", "> ", "<pad>"]])

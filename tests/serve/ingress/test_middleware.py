@@ -19,7 +19,7 @@ from serve.app import build
 from serve.config import ServeConfig, serve_config
 from serve.front import AGE
 from serve.ingress.middleware import AccessLog
-from serve.observe.metrics_page import merged
+from serve.observe.metrics_page import merge
 from serve.replica.autoscaling import ByLoad
 from serve.replica.replica import load_of
 from skipvision import ConfigError
@@ -121,7 +121,7 @@ def test_pages_of_several_nodes_become_one():
     ]
     one = "\n".join(lines)
     two = one.replace('n="1"} 1', 'n="2"} 5')
-    assert merged([one, two, ""]).splitlines() == [
+    assert merge([one, two, ""]).splitlines() == [
         "# HELP ray_skipvision_a of a",
         "# TYPE ray_skipvision_a gauge",
         'ray_skipvision_a{n="1"} 1',

@@ -76,7 +76,7 @@ def test_an_alias_is_followed_there_and_back_and_nothing_stays_of_what_has_gone(
     def name(version: int) -> str:
         client.set_registered_model_alias("shapes", "champion", str(version))
         for _ in range(2):
-            served.look(engine)
+            served.update(engine)
         return served.versions["shapes"].source
 
     client.set_registered_model_alias("shapes", "champion", "1")
@@ -113,11 +113,11 @@ def test_what_a_registry_that_is_away_holds_is_loaded_when_it_is_back(
     sources = {"shapes": "models:/shapes@champion", "one": "models:/shapes/1", "plain": str(adapters["blue"])}
     served = ServedAdapters(sources, f"http://127.0.0.1:{port}", 2.5)
     served.load(engine)
-    served.look(engine)
+    served.update(engine)
     assert served.version("plain").name in there(engine)
-    assert served.missing == dict.fromkeys(("shapes", "one"), "its registry does not answer")
+    assert served.missing == dict.fromkeys(("shapes", "one"), "its registry does not respond")
     with pytest.raises(
-        NotLoadedError, match="'shapes' is not loaded yet: its registry does not answer"
+        NotLoadedError, match="'shapes' is not loaded yet: its registry does not respond"
     ) as info:
         served.version("shapes")
     problem = problem_of(info.value)
@@ -128,12 +128,12 @@ def test_what_a_registry_that_is_away_holds_is_loaded_when_it_is_back(
     )
     with mlflow_server(registry, port, tmp_path / "server.log"):
         for _ in range(600):
-            served.look(engine)
+            served.update(engine)
             if not served.missing:
                 break
             time.sleep(0.1)
     assert served.version("shapes").source == "models:/shapes/2"
-    served.look(engine)
+    served.update(engine)
     assert there(engine) == [BASE, *(served.version(name).name for name in ("plain", "shapes", "one"))]
 
 
@@ -157,7 +157,7 @@ def test_clients_may_call_an_adapter_what_they_like(registry, engine):
 def test_what_a_registry_cannot_give_costs_nothing_else(registry, adapters, engine, source):
     served = ServedAdapters({"shapes": source, "plain": str(adapters["blue"])}, registry, 1)
     served.load(engine)
-    assert served.missing == {"shapes": "its registry has none that can be loaded"}
+    assert served.missing == {"shapes": "its registry has no version that can be loaded"}
     assert served.version("plain").name in there(engine)
 
 
@@ -170,9 +170,9 @@ def test_a_damaged_adapter_does_not_end_what_runs(registry, engine):
     client = MlflowClient(registry, registry)
     client.set_registered_model_alias("shapes", "champion", "3")
     served = ServedAdapters({"shapes": "models:/shapes@champion"}, registry, 1)
-    served.look(engine)
-    assert served.missing == {"shapes": "its registry has none that can be loaded"}
+    served.update(engine)
+    assert served.missing == {"shapes": "its registry has no version that can be loaded"}
     assert there(engine) == [BASE]
     client.set_registered_model_alias("shapes", "champion", "1")
-    served.look(engine)
+    served.update(engine)
     assert served.version("shapes").source == "models:/shapes/1"
