@@ -1,6 +1,6 @@
 """The page at ``/``: one question about an image, answered with all visual tokens and with Skip-Vision.
 
-It asks the API as any client would, from the browser: this module only hands out its files.
+The page is a client of the API in the browser. This module only serves its files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 FOLDER = Path(__file__).parent
 
-_KINDS = {
+_MEDIA_TYPES = {
     "page.css": "text/css",
     "page.js": "text/javascript",
     "api.js": "text/javascript",
@@ -23,7 +23,7 @@ _KINDS = {
 }
 
 _HEADERS = {
-    # Nothing from elsewhere, nothing inline; data: and blob: are the image that was chosen, and the icon.
+    # No other hosts, nothing inline. data: and blob: are the chosen image and the icon.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -33,18 +33,18 @@ _HEADERS = {
 
 
 def page_routes() -> APIRouter:
-    """The page and its files. They need no API key: it is typed into the page."""
+    """Return the routes of the page and its files. They need no API key: users type it into the page."""
     routes = APIRouter()
 
     @routes.get("/", response_class=FileResponse)
     async def page() -> FileResponse:
-        """A page to try it: one question, answered with all visual tokens and with Skip-Vision."""
+        """Show a page to try the endpoint: one question, answered with all visual tokens and with fewer."""
         return FileResponse(FOLDER / "index.html", media_type="text/html", headers=_HEADERS)
 
     @routes.get("/page/{name}", include_in_schema=False, response_class=FileResponse)
     async def file(name: str) -> FileResponse:
-        if name not in _KINDS:
+        if name not in _MEDIA_TYPES:
             raise HTTPException(404, "Not Found")
-        return FileResponse(FOLDER / name, media_type=_KINDS[name], headers=_HEADERS)
+        return FileResponse(FOLDER / name, media_type=_MEDIA_TYPES[name], headers=_HEADERS)
 
     return routes

@@ -1,4 +1,4 @@
-// One of the two panes: an answer, and what it took.
+// One of the two panes: an answer and its numbers.
 
 const milliseconds = (value) =>
   value < 1000 ? `${Math.round(value)} ms` : `${(value / 1000).toFixed(value < 10000 ? 2 : 1)} s`;
@@ -12,19 +12,19 @@ const bytes = (value) => {
 const count = (value) => value.toLocaleString("en");
 
 const NUMBERS = {
-  first: { label: "First token", written: milliseconds, compared: true },
-  total: { label: "Whole answer", written: milliseconds, compared: true },
-  prompt: { label: "Prompt tokens", written: count },
-  visual: { label: "Visual tokens", written: count },
-  retained: { label: "on the full path", written: count, compared: true, part: true },
-  skipped: { label: "skipping the FFN", written: count, part: true },
-  cached: { label: "kept in the KV cache", written: count, compared: true, part: true },
-  kv: { label: "Keys and values", written: bytes, compared: true },
-  answer: { label: "Answer tokens", written: count },
+  first: { label: "First token", format: milliseconds, compared: true },
+  total: { label: "Whole answer", format: milliseconds, compared: true },
+  prompt: { label: "Prompt tokens", format: count },
+  visual: { label: "Visual tokens", format: count },
+  retained: { label: "on the full path", format: count, compared: true, part: true },
+  skipped: { label: "skipping the FFN", format: count, part: true },
+  cached: { label: "kept in the KV cache", format: count, compared: true, part: true },
+  kv: { label: "Keys and values", format: bytes, compared: true },
+  answer: { label: "Answer tokens", format: count },
 };
 
-/** What a stream's usage says, by the names above. */
-const told = (usage) => ({
+/** A stream's usage under the names above. */
+const numbersOf = (usage) => ({
   prompt: usage.prompt_tokens,
   visual: usage.visual_tokens.total,
   retained: usage.visual_tokens.retained,
@@ -35,7 +35,7 @@ const told = (usage) => ({
 });
 
 export class Pane {
-  /** `against`: the pane whose numbers this one's are compared with. */
+  /** `against`: the pane to compare the numbers with. */
   constructor(root, against = null) {
     this.root = root;
     this.against = against;
@@ -63,11 +63,11 @@ export class Pane {
     }
   }
 
-  /** Write an answer while it arrives; throws what went wrong with it, having said so. */
-  async write(chunks) {
+  /** Show an answer while it arrives. Shows an error, and throws it again. */
+  async show(chunks) {
     const begin = performance.now();
     this.root.dataset.state = "writing";
-    this.root.ariaBusy = true; // read out when it is whole
+    this.root.ariaBusy = true; // screen readers wait for the whole answer
     try {
       for await (const chunk of chunks) {
         const text = chunk.choices[0]?.delta.content;
@@ -90,10 +90,10 @@ export class Pane {
   #ended(usage, total) {
     this.prefixHit = usage.prefix_hit;
     this.#number("total", total);
-    for (const [name, value] of Object.entries(told(usage))) this.#number(name, value);
+    for (const [name, value] of Object.entries(numbersOf(usage))) this.#number(name, value);
     if (!this.text.textContent) this.text.textContent = "(an empty answer)";
     this.note.textContent = usage.prefix_hit
-      ? "The image came from the prefix cache: it was asked about before."
+      ? "The image came from the prefix cache: an earlier question used it."
       : "";
     if (this.against) this.#compare();
   }
@@ -102,16 +102,16 @@ export class Pane {
     this.numbers[name] = value;
     const cell = this.cells.get(name);
     cell.dataset.value = value;
-    cell.replaceChildren(NUMBERS[name].written(value));
+    cell.replaceChildren(NUMBERS[name].format(value));
   }
 
-  /** Numbers as multiples of the other pane's; not seconds, if one alone had to read the image. */
+  /** Show numbers as multiples of the other pane's; times only if both or neither had the image cached. */
   #compare() {
-    const alike = this.prefixHit === this.against.prefixHit;
+    const sameCache = this.prefixHit === this.against.prefixHit;
     for (const [name, value] of Object.entries(this.numbers)) {
-      const { compared, written } = NUMBERS[name];
+      const { compared, format } = NUMBERS[name];
       const other = this.against.numbers[name];
-      if (!compared || !other || (written === milliseconds && !alike)) continue;
+      if (!compared || !other || (format === milliseconds && !sameCache)) continue;
       add(this.cells.get(name), "small").textContent = `× ${(value / other).toFixed(2)}`;
     }
   }

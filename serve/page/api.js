@@ -1,28 +1,28 @@
-// The API as the page uses it. Paths are relative: the application may live below a prefix.
+// A client of the API. Paths are relative because the application may have a route prefix.
 
-/** An error object of the API, or a server that cannot be reached. */
+/** An error that the API reports, or a server that cannot be reached. */
 export class ApiError extends Error {
   constructor(status, error) {
-    super(error?.message ?? `the server answers with status ${status}`);
+    super(error?.message ?? `the server responded with status ${status}`);
     this.status = status;
   }
 }
 
-/** Talks to the server that the page came from; the key is held here and nowhere else. */
+/** Calls the server that the page came from. Only this object holds the API key. */
 export class Api {
   key = "";
 
-  /** The names that requests can give: [{id, parent}, …]. */
+  /** The models that requests can name: [{id, parent}, …]. */
   async models() {
     return JSON.parse(await this.#text("v1/models")).data;
   }
 
-  /** A model's card as text: in JavaScript's numbers 1 (a count) and 1.0 (a fraction) are one. */
+  /** A model's card as text, because JavaScript's numbers do not tell 1 (a count) from 1.0 (a fraction). */
   async model(name) {
     return this.#text(`v1/models/${encodeURIComponent(name)}`);
   }
 
-  /** What becomes of the patches of the images in `body`. */
+  /** The fates of the patches of the images in `body`. */
   async overlay(body, signal) {
     return JSON.parse(await this.#text("v1/overlay", body, signal)).data;
   }
@@ -63,7 +63,7 @@ export class Api {
       throw new ApiError(0, { message: `the server cannot be reached (${error.message})` });
     }
     if (response.ok) return response;
-    const told = await response.json().catch(() => ({}));
-    throw new ApiError(response.status, told.error);
+    const content = await response.json().catch(() => ({}));
+    throw new ApiError(response.status, content.error);
   }
 }

@@ -1,54 +1,54 @@
-// The patches of an image over the image: which are retained, skipped, merged (and where), dropped.
+// The patches of an image, drawn over it: retained, skipped, merged into another, or dropped.
 
 const FATES = {
   retained: "Retained: attention and FFN",
-  skipped: "Skipped: attention alone",
-  merged: "Merged into another",
+  skipped: "Skipped: attention only",
+  merged: "Merged into another token",
   dropped: "Dropped",
 };
 
-const LINES = "Lines to where all merged";
+const LINES = "Lines from merged patches to their tokens";
 
-/** Draws overlays into `panels`, their layers' switches into `legend`, and says in `told` what is pointed at. */
+/** Draws overlays into `panels`, switches for their layers into `legend`, and describes a patch in `status`. */
 export class OverlayView {
-  constructor(panels, legend, told) {
-    Object.assign(this, { panels, legend, told });
+  constructor(panels, legend, status) {
+    Object.assign(this, { panels, legend, status });
     this.hidden = new Set(["lines"]);
     panels.addEventListener("pointerover", (event) => this.#point(event.target.dataset?.patch));
     panels.addEventListener("pointerleave", () => this.#point(undefined));
     panels.addEventListener("keydown", (event) => this.#step(event));
   }
 
-  /** Show an image without anything over it. */
+  /** Show an image without an overlay. */
   clear(url) {
     this.url = url;
     this.panels.replaceChildren(this.#panel());
     this.panels.hidden = false;
     this.legend.hidden = true;
-    this.told.textContent = "";
+    this.status.textContent = "";
   }
 
-  /** Put what the API says of the image over it. */
+  /** Draw the API's overlay over the image. */
   show(overlay) {
-    this.patches = placed(overlay);
+    this.patches = locate(overlay);
     this.groups = Map.groupBy(
       this.patches.filter(({ into }) => into !== null),
       ({ into }) => into,
     );
-    const drawn = panelsOf(overlay.views).map((views) => {
+    const drawings = panelsOf(overlay.views).map((views) => {
       const panel = this.#panel();
       panel.append(this.#drawing(overlay.size, views));
       return panel;
     });
-    this.panels.replaceChildren(...drawn);
-    this.#write();
-    this.told.textContent = "Point at a patch, or move with the arrow keys.";
+    this.panels.replaceChildren(...drawings);
+    this.#drawLegend();
+    this.status.textContent = "Point at a patch, or move with the arrow keys.";
   }
 
   #panel() {
     const panel = document.createElement("div");
     const image = document.createElement("img");
-    Object.assign(image, { src: this.url, alt: "The image that is asked about" });
+    Object.assign(image, { src: this.url, alt: "The chosen image" });
     panel.className = "panel";
     panel.append(image);
     return panel;
@@ -56,7 +56,7 @@ export class OverlayView {
 
   #drawing([width, height], views) {
     const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "img" });
-    drawing.setAttribute("aria-label", "Patches of the image; arrow keys move from one to the next");
+    drawing.setAttribute("aria-label", "Patches of the image; move between them with the arrow keys");
     const here = this.patches.filter(({ view, box }) => box && views.includes(view));
     const layers = Object.fromEntries(
       ["dropped", "merged", "skipped", "retained", "lines"].map((name) => [
@@ -66,8 +66,8 @@ export class OverlayView {
     );
     for (const patch of here) {
       const [left, top, right, bottom] = patch.box;
-      const place = { x: left, y: top, width: right - left, height: bottom - top };
-      patch.shape = svg("rect", { ...place, "data-patch": patch.number });
+      const rectangle = { x: left, y: top, width: right - left, height: bottom - top };
+      patch.shape = svg("rect", { ...rectangle, "data-patch": patch.number });
       layers[patch.fate].append(patch.shape);
       const into = this.patches[patch.into];
       if (into?.box && views.includes(into.view)) {
@@ -79,8 +79,8 @@ export class OverlayView {
     return drawing;
   }
 
-  /** A switch for each layer that has something in it. */
-  #write() {
+  /** Draw a switch for each layer that is not empty. */
+  #drawLegend() {
     const counts = Object.groupBy(this.patches, ({ fate }) => fate);
     const rows = Object.entries(FATES).filter(([fate]) => counts[fate]);
     const switches = rows.map(([fate, label]) => this.#switch(fate, label, counts[fate].length));
@@ -122,10 +122,10 @@ export class OverlayView {
       line?.classList.add("group");
     }
     this.at.shape.classList.add("at");
-    this.told.textContent = this.#said(this.at);
+    this.status.textContent = this.#describe(this.at);
   }
 
-  #said(patch) {
+  #describe(patch) {
     const where = (other) => `row ${other.row + 1}, column ${other.column + 1}`;
     const start = `${where(patch).replace("r", "R")}: ${patch.fate}`;
     if (patch.into !== null) {
@@ -139,9 +139,9 @@ export class OverlayView {
 
   /** Move to the next patch in the direction of an arrow key. */
   #step(event) {
-    const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    const direction = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     const drawing = event.target.closest("svg");
-    if (!way || !drawing) return;
+    if (!direction || !drawing) return;
     event.preventDefault();
     const here = this.patches.filter(({ shape }) => shape && drawing.contains(shape));
     if (!here.includes(this.at)) return this.#point(here[0]?.number);
@@ -149,8 +149,8 @@ export class OverlayView {
     const ahead = here
       .map((patch) => {
         const [dx, dy] = [middle(patch.box)[0] - x, middle(patch.box)[1] - y];
-        const along = dx * way[0] + dy * way[1];
-        const aside = Math.abs(dx * way[1]) + Math.abs(dy * way[0]);
+        const along = dx * direction[0] + dy * direction[1];
+        const aside = Math.abs(dx * direction[1]) + Math.abs(dy * direction[0]);
         return { number: patch.number, along, far: along + 3 * aside };
       })
       .filter(({ along }) => along > 0.5);
@@ -158,9 +158,9 @@ export class OverlayView {
   }
 }
 
-/** Each patch with its number, its view, and its row and column there. */
-function placed({ views, patches }) {
-  const places = views.flatMap((view, index) => {
+/** Return the patches with their number, view, row and column. */
+function locate({ views, patches }) {
+  const positions = views.flatMap((view, index) => {
     const width = view.columns + view.row_end;
     const lead = Array(view.lead).fill({ view: index, row: -1, column: -1 });
     const grid = Array.from({ length: view.rows * width }, (_, number) => ({
@@ -170,10 +170,10 @@ function placed({ views, patches }) {
     }));
     return [...lead, ...grid];
   });
-  return patches.map((patch, number) => ({ ...patch, ...places[number], number }));
+  return patches.map((patch, number) => ({ ...patch, ...positions[number], number }));
 }
 
-/** Numbers of the views, in panels whose views do not overlap. */
+/** Distribute views over panels so that those of a panel do not overlap; returns their numbers. */
 function panelsOf(views) {
   const panels = [];
   views.forEach((view, number) => {

@@ -1,4 +1,4 @@
-// What happens when: an image is chosen, a model, a question asked.
+// Handles events: choosing an image or a model, and asking a question.
 
 import { Pane } from "./answer.js";
 import { Api, ApiError } from "./api.js";
@@ -13,14 +13,14 @@ const skip = new Pane(at("skip"), full);
 const view = new OverlayView(at("panels"), at("legend"), at("pointed"));
 let image = null;
 let running = null;
-let asked = Promise.resolve();
+let lastRun = Promise.resolve();
 
 // ------------------------------------------------------------------------------------------ the image
 
 async function choose(file) {
   if (!file) return;
   running?.abort();
-  await asked;
+  await lastRun;
   try {
     image = await dataUrl(file);
   } catch (error) {
@@ -64,7 +64,7 @@ async function listModels() {
     const models = await api.models();
     const options = models.map(({ id, parent }) => new Option(parent ? `${id} (${parent})` : id, id));
     at("model").replaceChildren(...options);
-    // What an adapter was trained for shows with an adapter.
+    // An adapter shows Skip-Vision as it was trained; the base model may not.
     at("model").value = (models.find(({ parent }) => parent) ?? models[0]).id;
     complain(null);
     await showModel();
@@ -74,11 +74,11 @@ async function listModels() {
   }
 }
 
-/** Show what the model runs under; with `typed` but for what has been typed. */
-async function showModel(typed = false) {
+/** Show the model's SkipConfig. With `keepEdits`, fields that the user has changed stay. */
+async function showModel(keepEdits = false) {
   const name = at("model").value;
   const card = await api.model(name);
-  if (name === at("model").value) settings.show(card, typed);
+  if (name === at("model").value) settings.show(card, keepEdits);
 }
 
 at("model").addEventListener("change", () => showModel().catch(complain));
@@ -92,23 +92,23 @@ function useKey() {
 at("key").addEventListener("change", useKey);
 at("key").addEventListener("keydown", (event) => {
   if (event.key !== "Enter") return;
-  event.preventDefault(); // it is the key that is sent, not yet a question
+  event.preventDefault(); // use the key; do not submit the question
   useKey();
 });
 for (const name of ["retained", "skipped"]) at(name).addEventListener("input", settings.explain);
-// A field that is wrong must be seen.
+// Show an invalid field even if its section is closed.
 at("skipping").addEventListener("invalid", () => (at("skipping").open = true), true);
 
 // --------------------------------------------------------------------------------------- the question
 
-/** A request's body as JSON text, but for its SkipConfig and last brace. */
+/** A request's body as JSON text, without its SkipConfig and last brace. */
 function question() {
   const part = { type: "image_url", image_url: { url: image } };
   const request = {
     model: at("model").value,
     messages: [{ role: "user", content: [part, { type: "text", text: at("question").value }] }],
     temperature: 0,
-    max_completion_tokens: Number(at("most").value),
+    max_completion_tokens: Number(at("max-tokens").value),
     stream: true,
     stream_options: { include_usage: true },
   };
@@ -125,13 +125,13 @@ async function ask() {
   full.clear();
   skip.clear();
   skip.root.dataset.state = "waiting";
-  await full.write(api.chat(`${request},"skip":"full"}`, signal));
+  await full.show(api.chat(`${request},"skip":"full"}`, signal));
   if (settings.assumed && name === at("model").value) {
-    await showModel(true); // an engine has answered, which knows
+    await showModel(true); // an engine runs now, and reports its SkipConfig
     chosen = settings.asJson();
   }
   const reduced = `${request},"skip":${chosen}}`;
-  await skip.write(api.chat(reduced, signal));
+  await skip.show(api.chat(reduced, signal));
   const [overlay] = await api.overlay(reduced, signal);
   if (!signal.aborted) view.show(overlay);
 }
@@ -139,10 +139,10 @@ async function ask() {
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) running.abort();
-  else asked = run();
+  else lastRun = run();
 });
 
-/** Ask, and show what goes wrong; the button stops it meanwhile. */
+/** Ask, and show errors. Meanwhile the button stops the answers. */
 async function run() {
   running = new AbortController();
   at("ask").textContent = "Stop";

@@ -1,36 +1,36 @@
-// The fields of a SkipConfig that the page shows; the others stay what the model runs under.
+// The fields of a SkipConfig on the page. The other fields keep the model's values.
 
 const field = (name) => document.getElementById(name);
 
-/** A SkipConfig's own values, as a card has them. */
+/** The defaults of SkipConfig, in the form of a model's card. */
 const DEFAULTS = '{"skip": {"retained": 100, "skipped": 156, "select": "similarity", "merge": "similarity"}}';
 
 let others = {};
 
-/** The fields show defaults: no engine has said yet what the model runs under. */
+/** Whether the fields show defaults because no engine has reported the model's SkipConfig yet. */
 export let assumed = false;
 
 /**
- * Fill the fields with the SkipConfig in a model's card, or with the defaults if it has none yet; with `typed`
- * only those that nobody has changed since they were filled with defaults.
+ * Fill the fields with the SkipConfig in a model's card, or with the defaults if the card has none. With
+ * `keepEdits`, fields that no longer have their default stay.
  */
-export function show(card, typed = false) {
+export function show(card, keepEdits = false) {
   const { id, skip, not_loaded: reason } = JSON.parse(card);
   const { retained, skipped, ...rest } = skip ?? {};
   const before = texts(DEFAULTS);
   for (const [name, text] of Object.entries(texts(skip ? card : DEFAULTS))) {
-    if (!typed || field(name).value === before[name]) field(name).value = text;
+    if (!keepEdits || field(name).value === before[name]) field(name).value = text;
   }
   others = rest;
   assumed = !skip;
   field("assumed").hidden = !assumed;
   field("assumed").textContent = reason
-    ? `${id} is not loaded yet: ${reason}. The settings are a SkipConfig’s defaults until it is.`
-    : `No engine has said yet what ${id} runs under: the settings are a SkipConfig’s defaults until one has.`;
+    ? `${id} is not loaded yet: ${reason}. Until it is, these are the default settings.`
+    : `No engine has reported the settings of ${id} yet. Until one does, these are the default settings.`;
   explain();
 }
 
-/** The fields' values in a card, amounts as they are written there. */
+/** The fields' values in a card; amounts as text, spelled as in the card. */
 function texts(card) {
   const { select, merge } = JSON.parse(card).skip;
   const [retained, skipped] = ["retained", "skipped"].map(
@@ -39,18 +39,18 @@ function texts(card) {
   return { retained, skipped, select, merge };
 }
 
-/** The SkipConfig as JSON text: amounts go out as they were typed, 1 a count and 1.0 a fraction. */
+/** The SkipConfig as JSON text. Amounts keep their spelling: 1 is a count, 1.0 a fraction. */
 export function asJson() {
   const amounts = ["retained", "skipped"].map((name) => `"${name}":${field(name).value}`);
   const chosen = { ...others, select: field("select").value, merge: field("merge").value };
   return `${JSON.stringify(chosen).slice(0, -1)},${amounts.join()}}`;
 }
 
-/** Say what the amounts mean. */
+/** Explain the amounts. */
 export function explain() {
-  const said = ["retained", "skipped"].map((name) => `${name} ${amount(field(name).value)}`);
-  field("amounts").textContent = `Of an image’s tokens: ${said.join(", ")}. A whole number is a count; ` +
-    "with a decimal point it is a fraction.";
+  const amounts = ["retained", "skipped"].map((name) => `${name} ${amount(field(name).value)}`);
+  field("amounts").textContent = `Tokens of an image: ${amounts.join(", ")}. A whole number is a count; ` +
+    "a number with a decimal point is a fraction.";
 }
 
 function amount(text) {

@@ -1,4 +1,4 @@
-"""A real browser without a window, and the endpoint's page in it as a person uses it."""
+"""A headless browser, and the endpoint's page in it as a user operates it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
-MISSING = "the page is tested in a real browser: install chromium and chromium-driver (Debian's names)"
+MISSING = "the page is tested in a browser: install chromium and chromium-driver (Debian's names)"
 
 
 @contextmanager
 def browser(width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Any]:
-    """A Chromium that notes what it loads and what its console says."""
+    """Start a Chromium that records its requests and its console."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
-    # The sandbox needs more rights than containers have; the pages are our own.
+    # The sandbox needs privileges that containers lack. The pages are our own.
     for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -44,7 +44,7 @@ class Page:
 
     Args:
         driver: the browser.
-        url: of the application, with its slash.
+        url: the application's URL, with its trailing slash.
     """
 
     def __init__(self, driver: Any, url: str) -> None:
@@ -52,11 +52,11 @@ class Page:
         driver.get(url)
 
     def find(self, selector: str) -> Any:
-        """The element."""
+        """Return the first element that matches a CSS selector."""
         return self.driver.find_element("css selector", selector)
 
     def until(self, condition: str, seconds: float = 60) -> None:
-        """Wait for what JavaScript says."""
+        """Wait until a JavaScript expression is true."""
         from selenium.webdriver.support.wait import WebDriverWait
 
         WebDriverWait(self.driver, seconds).until(
@@ -64,11 +64,11 @@ class Page:
         )
 
     def ready(self) -> None:
-        """Wait until models and settings are there."""
+        """Wait until the page shows the model's settings."""
         self.until("document.getElementById('retained').value !== ''")
 
     def ask(self, image: Path, question: str) -> None:
-        """Choose an image and press Ask; returns when all is there, or went wrong."""
+        """Choose an image and press Ask. Return when answers and overlay are complete or have failed."""
         self.find("#file").send_keys(str(image.resolve()))
         self.find("#question").clear()
         self.find("#question").send_keys(question)
@@ -76,28 +76,28 @@ class Page:
         self.until("document.getElementById('ask').textContent === 'Ask'")
 
     def numbers(self, pane: str) -> dict[str, float]:
-        """What a pane says, unrounded."""
+        """Return the numbers of a pane, unrounded."""
         cells = self.driver.find_elements("css selector", f"#{pane} [data-value]")
         return {cell.get_attribute("data-number"): float(cell.get_attribute("data-value")) for cell in cells}
 
     def counts(self) -> dict[str, int]:
-        """Patches by fate, as the legend says."""
+        """Return the number of patches by fate, from the legend."""
         cells = self.driver.find_elements("css selector", "[data-count]")
         return {cell.get_attribute("data-count"): int(cell.text) for cell in cells}
 
     def point(self, selector: str) -> str:
-        """Move the mouse over something in the overlay; what the page says of it."""
+        """Move the mouse over an element of the overlay, and return its description on the page."""
         from selenium.webdriver import ActionChains
 
         ActionChains(self.driver).move_to_element(self.find(selector)).perform()
         return str(self.find("#pointed").text)
 
-    def complaints(self) -> list[str]:
-        """What the console said, since the last look."""
+    def console(self) -> list[str]:
+        """Return the lines of the console since the last call."""
         return [line["message"] for line in self.driver.get_log("browser")]
 
     def loaded(self) -> list[str]:
-        """URLs that were asked for, since the last look."""
+        """Return the requested URLs since the last call."""
         events = [json.loads(line["message"])["message"] for line in self.driver.get_log("performance")]
         return [
             event["params"]["request"]["url"]
@@ -105,7 +105,7 @@ class Page:
             if event["method"] == "Network.requestWillBeSent"
         ]
 
-    def picture(self) -> bytes:
-        """The whole page as PNG."""
+    def screenshot(self) -> bytes:
+        """Return the whole page as PNG."""
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
         return base64.b64decode(shot["data"])

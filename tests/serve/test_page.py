@@ -184,7 +184,7 @@ def test_a_question_is_answered_twice(endpoint, driver, photo):
     page.find("#legend label").click()
     assert "no-retained" in page.find("#panels").get_attribute("class")
 
-    assert page.complaints() == []
+    assert page.console() == []
     loaded = page.loaded()
     assert f"{endpoint.url}/v1/overlay" in loaded
     assert [url for url in loaded if not url.startswith((endpoint.url, "data:"))] == []
@@ -223,8 +223,8 @@ def test_an_answer_may_be_stopped(endpoint, driver, photo):
     page.ready()
     page.find("#file").send_keys(str(photo))
     page.until("document.querySelector('#panels img') !== null")
-    page.find("#most").clear()
-    page.find("#most").send_keys("400")
+    page.find("#max-tokens").clear()
+    page.find("#max-tokens").send_keys("400")
     page.driver.execute_script(
         """const stop = (_, observer) => { observer.disconnect(); document.getElementById("ask").click(); };
         const answer = document.querySelector("#full .answer");
@@ -265,7 +265,12 @@ def test_settings_of_the_page_are_the_requests(endpoint, driver, photo):
 @pytest.mark.parametrize(
     ("reason", "said", "typed", "counts"),
     [
-        ({}, "No engine has said yet what red runs under", None, {"retained": 4, "skipped": 6, "merged": 6}),
+        (
+            {},
+            "No engine has reported the settings",
+            None,
+            {"retained": 4, "skipped": 6, "merged": 6},
+        ),
         (
             {"not_loaded": "its registry does not respond"},
             "red is not loaded yet: its registry does not respond.",
