@@ -1,1 +1,1 @@
-"""An adapter's files: LoRA weights, summary layer and SkipConfig, saved and loaded together."""
+"""Save and load adapters: LoRA weights, summary layer and SkipConfig in one folder."""

@@ -1,8 +1,8 @@
-"""One folder holds what fine-tuning made: LoRA, summary layer, and the SkipConfig they were made for.
+"""The files of an adapter folder: LoRA, summary layer, and the SkipConfig that they were trained with.
 
 adapter_config.json  adapter_model.safetensors    PEFT's own files, summary layer included
 skip_config.json                                  SkipConfig (null: full tokens), shapes, versions
-skip_summary.safetensors                          the summary layer, if there is one
+skip_summary.safetensors                          the summary layer, if it has one
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = 1
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """What `save_adapter` noted about an adapter; ``skip`` is its `SkipConfig`, None for full tokens."""
+    """Read an adapter's ``skip_config.json``; ``skip`` is its `SkipConfig`, or None for full tokens."""
     path = Path(folder) / SKIP_CONFIG
     if not path.exists():
         raise AdapterError(f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}")
@@ -46,40 +46,42 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
 
 
 def summary_weights(folder: Path, hidden_size: int, summary_tokens: int) -> dict[str, torch.Tensor]:
-    """The saved summary layer; raises `AdapterError` unless it is one of this size."""
+    """Read the weights of the saved summary layer; raises `AdapterError` unless they have this size."""
     path = folder / SUMMARY_WEIGHTS
     try:
         weights = load_file(path)
     except (FileNotFoundError, SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: the adapter's summary layer cannot be read: {error}") from error
     expected = SummaryLayer(hidden_size, summary_tokens, device="meta").state_dict()
-    sizes, needed = ({name: tuple(w.shape) for name, w in one.items()} for one in (weights, expected))
-    if sizes != needed:
-        raise AdapterError(f"{path} does not fit the adapter's settings: it holds {sizes}, not {needed}")
+    shapes, needed = ({name: tuple(w.shape) for name, w in one.items()} for one in (weights, expected))
+    if shapes != needed:
+        raise AdapterError(f"{path} does not fit the adapter's settings: it has {shapes}, not {needed}")
     return weights
 
 
-def difference(saved: SkipConfig | None, asked: SkipConfig | None) -> str:
-    """In words, field by field, how a saved SkipConfig differs from the one asked for."""
-    if saved is None or asked is None:
-        return f"it has {_said(saved)}, not {_said(asked)}"
-    before, now = saved.model_dump(), asked.model_dump()
+def difference(saved: SkipConfig | None, expected: SkipConfig | None) -> str:
+    """Describe, field by field, how a saved SkipConfig differs from the expected one."""
+    if saved is None or expected is None:
+        return f"it has {_described(saved)}, not {_described(expected)}"
+    found, wanted = saved.model_dump(), expected.model_dump()
     return ", ".join(
-        f"{name} is {before[name]!r}, not {now[name]!r}" for name in before if before[name] != now[name]
+        f"{name} is {found[name]!r}, not {wanted[name]!r}" for name in found if found[name] != wanted[name]
     )
 
 
-def _said(config: SkipConfig | None) -> str:
+def _described(config: SkipConfig | None) -> str:
     return "none (full tokens)" if config is None else repr(config)
 
 
 def replace(partial: Path, folder: Path) -> None:
-    """Move the new folder into place; the old one goes only when the new one is there."""
+    """Rename ``partial`` to ``folder``. An old adapter there is deleted only after the new one is in place."""
     if not folder.exists():
         partial.rename(folder)
         return
     if not (folder / SKIP_CONFIG).exists() and any(folder.iterdir()):
-        raise AdapterError(f"{folder} exists and is not an adapter: it is not overwritten")
+        raise AdapterError(
+            f"{folder} exists and is not an adapter, so it is not overwritten: choose another folder"
+        )
     old = partial.with_name(f"{partial.name}-old")
     folder.rename(old)
     try:

@@ -1,4 +1,4 @@
-"""Adapters: what fine-tuning made, put into one folder and back onto a model."""
+"""Save an adapter from a fine-tuned model, and load it onto its base model."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ from skipvision.summary import SummaryLayer
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Path:
-    """Save LoRA weights, summary layer and SkipConfig of a fine-tuned model together.
+    """Save LoRA weights, summary layer and SkipConfig of a fine-tuned model in one folder.
 
-    The folder is written beside its place and moved there whole, so a crash leaves no half adapter.
+    The files are written to a temporary folder, which is then renamed, so a crash leaves no partial adapter.
 
     Args:
         model: a PEFT model, with or without Skip-Vision attached, or a bare model with it attached.
-        folder: destination; an adapter that is there already is replaced.
-        name: which of several PEFT adapters; by default the active one.
+        folder: destination; an existing adapter there is replaced.
+        name: PEFT adapter to save; None = the active one.
 
     Raises:
-        AdapterError: the model has neither PEFT adapters nor Skip-Vision: nothing to save; or no adapter
-            of that name; or its weights are sharded over processes.
+        AdapterError: the model has neither a PEFT adapter nor Skip-Vision, or no adapter of that name; its
+            weights are sharded over processes; or the folder holds something else.
     """
-    # Not what DistributedDataParallel or torch.compile put around it.
+    # Look inside the wrappers of DistributedDataParallel and torch.compile.
     model = next((m for m in model.modules() if isinstance(m, (PeftModel, PreTrainedModel))), model)
     attachment = attachment_of(model)
     if attachment is None and not isinstance(model, PeftModel):
@@ -96,44 +96,46 @@ def load_adapter(
     is_trainable: bool = False,
     name: str = "default",
 ) -> nn.Module:
-    """Put a saved adapter on its base model: PEFT around it, Skip-Vision attached as it was trained.
+    """Load a saved adapter onto its base model, and attach Skip-Vision as the adapter was trained.
 
-    On a PEFT model the adapter is added beside those that are there; ``model.set_adapter(name)`` switches
-    to it, LoRA and summary layer together.
+    A PEFT model gets the adapter in addition to its others; ``model.set_adapter(name)`` switches LoRA and
+    summary layer together.
 
     Args:
-        model: the base model, or a PEFT model; if Skip-Vision is attached, then as the adapter was trained.
-        folder: what `save_adapter` wrote.
-        config: if given, what the caller believes the adapter was trained with.
-        is_trainable: keep LoRA and summary trainable, to go on fine-tuning; else LoRA has the model's dtype.
-        name: what PEFT is to call the adapter.
+        model: the base model, or a PEFT model. If Skip-Vision is attached, its SkipConfig must be the one that
+            the adapter was trained with.
+        folder: an adapter from `save_adapter`.
+        config: the SkipConfig that the caller expects; checked if given.
+        is_trainable: keep LoRA and summary layer trainable, to continue fine-tuning. Otherwise LoRA gets the
+            model's dtype.
+        name: PEFT's name for the adapter.
 
     Returns:
-        The PEFT model, or ``model`` itself where the adapter has no LoRA; `attachment_of` finds the
-        attachment. An adapter of a full-token fine-tune attaches nothing.
+        The PEFT model, or ``model`` itself if the adapter has no LoRA. `attachment_of` returns the attachment.
+        An adapter that was fine-tuned with full tokens attaches nothing.
 
     Raises:
-        AdapterError: the folder is missing, damaged, made for a decoder of another width or number of
-            layers or with modules of other shapes, or trained with another SkipConfig than ``config`` or
-            than the model has attached; or the name is taken. The model is as it was.
+        AdapterError: the folder is missing or damaged; the decoder has another width, number of layers or
+            module shapes; the SkipConfig differs from ``config`` or from the attached one; or the name is in
+            use. The model is unchanged then.
 
     Warns:
-        UserWarning: the adapter fits, but the base model that it was trained on had another name.
+        UserWarning: the adapter fits, but was trained on a base model of another name.
     """
     folder = Path(folder)
     saved = read_adapter(folder)
     skip = saved["skip"]
     _check_config(folder, skip, config)
     _check_shape(model, folder, saved)
-    # Everything is looked at before anything is put on the model.
+    # Check everything before changing the model.
     weights = None
     if skip is not None and skip.summary_tokens:
         weights = summary_weights(folder, saved["hidden_size"], skip.summary_tokens)
     attached = attachment_of(model)
     if attached is not None or isinstance(model, PeftModel):
-        _check_beside(model, folder, saved, name)
+        _check_addition(model, folder, saved, name)
     if isinstance(model, PeftModel):
-        _load_lora_beside(model, folder, is_trainable, name)
+        _add_lora(model, folder, is_trainable, name)
     else:
         if saved["lora"]:
             model = _load_lora(model, folder, is_trainable, name)
@@ -147,7 +149,7 @@ def load_adapter(
 
 
 def unload_adapters(model: nn.Module) -> None:
-    """Take PEFT out of the model that it was put around; the base model's own summary layer stays."""
+    """Remove PEFT from the base model that it wrapped; the base model keeps its own summary layer."""
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, BaseTunerLayer):
@@ -173,8 +175,7 @@ def _name_of(model: PeftModel, name: str | None) -> str:
     names = list(model.active_adapters) if name is None else [name]
     if len(names) != 1 or names[0] not in model.peft_config:
         raise AdapterError(
-            f"one adapter is saved at a time, not {names}: this model has {list(model.peft_config)}; say "
-            "which with name="
+            f"one adapter is saved at a time, not {names}: choose one of {list(model.peft_config)} with name="
         )
     return names[0]
 
@@ -195,14 +196,14 @@ def _check_whole(model: nn.Module) -> None:
 def _save_lora(model: PeftModel, name: str, folder: Path) -> None:
     model.save_pretrained(str(folder), selected_adapters=[name])
     own = folder / name
-    if name != "default":  # which PEFT alone does not put into a folder of its own
+    if name != "default":  # PEFT saves every other adapter in a subfolder
         for path in own.iterdir():
             path.rename(folder / path.name)
         own.rmdir()
 
 
 def _share(folder: Path) -> None:
-    """What the umask allows for any file, for the weights too: safetensors and mkdtemp keep others out."""
+    """Set the permissions of the umask: safetensors and mkdtemp exclude all other users."""
     mode = (folder / SKIP_CONFIG).stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(mode)
@@ -212,21 +213,21 @@ def _share(folder: Path) -> None:
 def _warn_if_frozen(model: nn.Module, summary: SummaryLayer) -> None:
     inside = getattr(dissect(model).decoder, SUMMARY)
     frozen = not any(parameter.requires_grad for parameter in summary.parameters())
-    # An adapter that was loaded to be used is frozen as a whole, and its summary was trained.
+    # A loaded adapter is frozen as a whole, and its summary layer was trained before.
     tuned = any(parameter.requires_grad for parameter in model.parameters())
     if isinstance(model, PeftModel) and frozen and tuned and not isinstance(inside, AdapterSummaries):
         warnings.warn(
-            "the summary layer was attached before get_peft_model, which froze it: what is saved was not "
-            "trained. Attach after get_peft_model",
+            "the summary layer was attached before get_peft_model, which froze it, so the saved one is not "
+            "trained: attach after get_peft_model",
             stacklevel=3,
         )
 
 
-def _check_config(folder: Path, saved: SkipConfig | None, believed: SkipConfig | None) -> None:
-    if believed is not None and saved != believed:
+def _check_config(folder: Path, saved: SkipConfig | None, expected: SkipConfig | None) -> None:
+    if expected is not None and saved != expected:
         raise AdapterError(
-            f"{folder} was trained with another SkipConfig: {difference(saved, believed)}. Leave config out "
-            "to run the adapter as it was trained, or train one under the config that you want"
+            f"{folder} was trained with another SkipConfig: {difference(saved, expected)}. Leave config out "
+            "to run the adapter as it was trained, or train another adapter with this config"
         )
 
 
@@ -234,19 +235,19 @@ def _check_shape(model: nn.Module, folder: Path, saved: dict[str, Any]) -> None:
     anatomy, name = dissect(model), _base_name(model)
     if anatomy.hidden_size != saved["hidden_size"]:
         raise AdapterError(
-            f"{folder} was made for a decoder of hidden size {saved['hidden_size']} "
-            f"(base model {saved['base_model']!r}), but this model's is {anatomy.hidden_size}"
+            f"{folder} was trained on a decoder of hidden size {saved['hidden_size']} "
+            f"(base model {saved['base_model']!r}), but this model has {anatomy.hidden_size}"
         )
     if len(anatomy.layers) != saved["layers"]:
         raise AdapterError(
-            f"{folder} was made for a decoder of {saved['layers']} layers (base model "
-            f"{saved['base_model']!r}), but this model's has {len(anatomy.layers)}"
+            f"{folder} was trained on a decoder of {saved['layers']} layers (base model "
+            f"{saved['base_model']!r}), but this model has {len(anatomy.layers)}"
         )
-    # The last part alone: a folder may have moved.
+    # Compare the last part only: the folder may have moved.
     if name and saved["base_model"] and Path(name).name != Path(saved["base_model"]).name:
         warnings.warn(
-            f"{folder} was trained on the base model {saved['base_model']!r}, but this one is {name!r}: it "
-            "fits, but it does what it was trained for on its own base model only",
+            f"{folder} was trained on the base model {saved['base_model']!r}, but this one is {name!r}: "
+            "the shapes fit, but the adapter only works as trained on its own base model",
             stacklevel=3,
         )
 
@@ -255,7 +256,7 @@ def _base_name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "name_or_path", "") or ""
 
 
-def _check_beside(model: nn.Module, folder: Path, saved: dict[str, Any], name: str) -> None:
+def _check_addition(model: nn.Module, folder: Path, saved: dict[str, Any], name: str) -> None:
     attachment = attachment_of(model)
     attached = None if attachment is None else attachment.config
     full = SkipConfig.full()
@@ -263,21 +264,23 @@ def _check_beside(model: nn.Module, folder: Path, saved: dict[str, Any], name: s
         raise AdapterError(
             f"{folder} was trained with another SkipConfig than this model has attached: "
             f"{difference(saved['skip'], attached)}. Adapters of one model share its attachment: load this "
-            "one on a base model of its own"
+            "one on another copy of the base model"
         )
     if not saved["lora"]:
-        raise AdapterError(f"{folder} has no LoRA, only a summary layer: load it on a base model of its own")
+        raise AdapterError(
+            f"{folder} has no LoRA, only a summary layer: load it on another copy of the base model"
+        )
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise AdapterError(
-            f"this model has an adapter {name!r} already: give this one another name=, or delete_adapter() "
-            "that one"
+            f"this model has an adapter {name!r} already: give this one another name=, or call "
+            "delete_adapter() first"
         )
 
 
 def _load_lora(model: nn.Module, folder: Path, is_trainable: bool, name: str) -> PeftModel:
     with summary_aside(model, dissect(model).decoder):
         try:
-            with _told(folder):
+            with _adapter_errors(folder):
                 loaded = PeftModel.from_pretrained(
                     model,
                     str(folder.absolute()),
@@ -288,17 +291,17 @@ def _load_lora(model: nn.Module, folder: Path, is_trainable: bool, name: str) ->
         except AdapterError:
             unload_adapters(model)
             raise
-        # Its summary layer is put in place here, not by PEFT.
+        # `load_adapter` loads the summary layer itself, without PEFT.
         withdraw_notes(loaded.peft_config)
     return loaded
 
 
-def _load_lora_beside(model: PeftModel, folder: Path, is_trainable: bool, name: str) -> None:
+def _add_lora(model: PeftModel, folder: Path, is_trainable: bool, name: str) -> None:
     summaries = getattr(dissect(model).decoder, SUMMARY, None)
     try:
         if isinstance(summaries, AdapterSummaries):
             summaries.not_read = name
-        with _told(folder):
+        with _adapter_errors(folder):
             model.load_adapter(
                 str(folder.absolute()),
                 name,
@@ -315,15 +318,15 @@ def _load_lora_beside(model: PeftModel, folder: Path, is_trainable: bool, name: 
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Say what PEFT cannot read as an `AdapterError`."""
+def _adapter_errors(folder: Path) -> Iterator[None]:
+    """Raise `AdapterError` for any error of PEFT while it reads the folder."""
     for name in PEFT_FILES:
-        # PEFT would take the folder's name for that of a repository and ask the internet for the file.
+        # Without the file PEFT would look for a repository of the folder's name on the internet.
         if not (folder / name).exists():
             raise AdapterError(f"{folder} is an incomplete adapter: it has no {name}")
     try:
         with warnings.catch_warnings():
-            # PEFT still asks transformers by an old name.
+            # PEFT still uses the old name of this property of transformers.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
@@ -331,6 +334,6 @@ def _told(folder: Path) -> Iterator[None]:
 
 
 def _summary(model: nn.Module, name: str) -> SummaryLayer | None:
-    """The summary layer of the adapter of that name, or of the bare model."""
+    """Return the summary layer of this adapter, or of the bare model."""
     module = getattr(dissect(model).decoder, SUMMARY, None)
     return None if module is None else summary_of_adapter(module, name)

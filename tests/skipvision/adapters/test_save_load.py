@@ -1,4 +1,4 @@
-"""What fine-tuning made travels in one folder, or is refused with a reason."""
+"""An adapter comes back from its folder as it was saved, or is rejected with a reason."""
 
 import json
 import os
@@ -67,15 +67,15 @@ def test_a_round_trip_gives_the_same_logits(saved):
 
 
 @pytest.mark.filterwarnings("always")
-def test_loading_says_nothing(saved, recwarn):
-    """PEFT's use of a name that transformers is giving up is no concern of who loads an adapter."""
+def test_loading_warns_of_nothing(saved, recwarn):
+    """PEFT's use of a deprecated property of transformers is not the caller's concern."""
     folder, _ = saved
     model = load_adapter(tiny_llava(), folder)
     load_adapter(model, folder, name="second")
     assert not [str(warning.message) for warning in recwarn]
 
 
-def test_the_folder_says_what_is_in_it(saved):
+def test_the_folder_describes_its_content(saved):
     folder, _ = saved
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".md") == FILES
     assert read_adapter(folder)["skip"] == CONFIG
@@ -86,7 +86,7 @@ def test_the_folder_says_what_is_in_it(saved):
 
 
 @pytest.mark.parametrize("name", ["no-summary", "three-summaries", "ffn-ratio"])
-def test_every_config_comes_back(name, tmp_path):
+def test_every_config_survives_a_round_trip(name, tmp_path):
     model = fine_tuned(CONFIGS[name])
     loaded = load_adapter(tiny_llava(), save_adapter(model, tmp_path / "a"), config=CONFIGS[name])
     assert attachment_of(loaded).config == CONFIGS[name]
@@ -118,7 +118,7 @@ def test_nothing_to_save(tmp_path):
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_to_train_on_or_to_use(saved, is_trainable):
+def test_is_trainable_decides_which_weights_require_gradients(saved, is_trainable):
     folder, expected = saved
     model = load_adapter(tiny_llava(), folder, is_trainable=is_trainable)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -132,24 +132,24 @@ def test_to_train_on_or_to_use(saved, is_trainable):
     assert torch.equal(logits(model.eval()), expected)
 
 
-# ------------------------------------------------------------------------------------ refusals
+# ---------------------------------------------------------------------------------- rejections
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder(tmp_path):
     with pytest.raises(
         AdapterError, match=r"nowhere is not a Skip-Vision adapter: it has no skip_config\.json"
     ):
         load_adapter(tiny_llava(), tmp_path / "nowhere")
 
 
-def test_another_skip_config_than_asked_for(saved):
+def test_another_skip_config_than_expected(saved):
     folder, _ = saved
-    asked = CONFIG.model_copy(update={"retained": 7, "merge": "pool"})
+    expected = CONFIG.model_copy(update={"retained": 7, "merge": "pool"})
     with pytest.raises(AdapterError, match="retained is 5, not 7, merge is 'similarity', not 'pool'"):
-        load_adapter(tiny_llava(), folder, config=asked)
+        load_adapter(tiny_llava(), folder, config=expected)
 
 
-def test_a_full_token_adapter_asked_to_skip(tmp_path):
+def test_a_full_token_adapter_where_a_skip_config_is_expected(tmp_path):
     folder = save_adapter(fine_tuned(None), tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"it has none \(full tokens\), not SkipConfig"):
         load_adapter(tiny_llava(), folder, config=CONFIG)
@@ -157,13 +157,13 @@ def test_a_full_token_adapter_asked_to_skip(tmp_path):
 
 def test_a_base_model_of_another_width(saved):
     folder, _ = saved
-    with pytest.raises(AdapterError, match=r"hidden size 32 .*but this model's .*64"):
+    with pytest.raises(AdapterError, match=r"hidden size 32 .*but this model has 64"):
         load_adapter(tiny_llava(hidden_size=64), folder)
 
 
 @pytest.mark.parametrize("layers", [2, 4])
 def test_a_base_model_of_another_depth(saved, layers):
-    """Half of the adapter, or an adapter on half of the layers, would pass for the whole."""
+    """PEFT alone would load half of the adapter, or adapt half of the layers."""
     folder, _ = saved
     with pytest.raises(AdapterError, match="layers"):
         load_adapter(tiny_llava(num_hidden_layers=layers), folder)
@@ -183,23 +183,23 @@ def test_a_missing_file(saved, name):
         load_adapter(tiny_llava(), folder)
 
 
-def test_missing_weights_are_not_looked_for_on_the_internet(saved, monkeypatch):
-    """PEFT takes a relative folder without weights for the name of a repository."""
+def test_missing_weights_are_not_searched_on_the_internet(saved, monkeypatch):
+    """PEFT mistakes a relative folder without weights for the name of a repository."""
     folder, _ = saved
     (folder / "adapter_model.safetensors").unlink()
     folder.rename(folder.with_name("out"))
     monkeypatch.chdir(folder.parent.parent)
-    asked = []
+    requests = []
 
-    def ask(*args, **kwargs):
-        asked.append(args)
+    def request(*args, **kwargs):
+        requests.append(args)
         raise OSError("no internet in tests")
 
     for name in ("file_exists", "hf_hub_download"):
-        monkeypatch.setattr(f"peft.utils.save_and_load.{name}", ask)
+        monkeypatch.setattr(f"peft.utils.save_and_load.{name}", request)
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
         load_adapter(tiny_llava(), f"{folder.parent.name}/out")
-    assert asked == []
+    assert requests == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe nonsense", b'{"format": 1, "skip": 7}'])
@@ -220,7 +220,7 @@ def test_a_truncated_file(saved, name):
         load_adapter(tiny_llava(), folder)
 
 
-def test_a_format_of_the_future(saved):
+def test_an_unknown_format(saved):
     folder, _ = saved
     written = json.loads((folder / "skip_config.json").read_text())
     (folder / "skip_config.json").write_text(json.dumps({**written, "format": 2}))
@@ -237,7 +237,7 @@ def test_a_skip_config_with_an_unknown_field(saved):
         read_adapter(folder)
 
 
-def test_a_refused_summary_leaves_the_base_model_usable(saved):
+def test_a_rejected_summary_leaves_the_base_model_usable(saved):
     folder, _ = saved
     (folder / "skip_summary.safetensors").unlink()
     base = tiny_llava()
@@ -269,7 +269,7 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert read_adapter(tmp_path)["skip"] == CONFIG
 
 
-def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "thesis.txt").write_text("years of work")
     with pytest.raises(AdapterError, match="exists and is not an adapter"):
@@ -282,8 +282,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("killer", ["save_pretrained", "rename", "rmtree"])
-def test_whoever_is_killed_while_saving_leaves_a_whole_adapter(saved, killer, monkeypatch):
-    """Either the old one or the new one is there, at every moment."""
+def test_a_kill_while_saving_leaves_a_whole_adapter(saved, killer, monkeypatch):
+    """At every moment the folder holds either the old adapter or the new one."""
     folder, expected = saved
     model = fine_tuned(seed=1)
     new = logits(model)
@@ -296,14 +296,14 @@ def test_whoever_is_killed_while_saving_leaves_a_whole_adapter(saved, killer, mo
     elif killer == "rename":
         rename, deaths = Path.rename, []
 
-        def die_at_the_last(self, target):
+        def die_at_the_last_step(self, target):
             if Path(target) == folder and not deaths:
                 deaths.append(target)
                 raise Killed
             return rename(self, target)
 
-        monkeypatch.setattr(Path, "rename", die_at_the_last)
-        monkeypatch.setattr(Path, "replace", die_at_the_last)
+        monkeypatch.setattr(Path, "rename", die_at_the_last_step)
+        monkeypatch.setattr(Path, "replace", die_at_the_last_step)
     else:
         rmtree = shutil.rmtree
 
@@ -321,7 +321,7 @@ def test_whoever_is_killed_while_saving_leaves_a_whole_adapter(saved, killer, mo
     assert torch.equal(loaded, expected) or torch.equal(loaded, new)
 
 
-def test_others_may_read_the_weights_if_the_umask_says_so(tmp_path):
+def test_the_umask_decides_who_may_read_the_weights(tmp_path):
     before = os.umask(0o027)
     try:
         folder = save_adapter(fine_tuned(), tmp_path / "adapter")
@@ -333,7 +333,7 @@ def test_others_may_read_the_weights_if_the_umask_says_so(tmp_path):
     }
 
 
-def test_a_summary_that_peft_froze_is_told_of(tmp_path):
+def test_a_summary_that_peft_froze_is_warned_about(tmp_path):
     model = tiny_llava()
     attach(model, CONFIG)
     model = with_lora(model)
@@ -344,7 +344,7 @@ def test_a_summary_that_peft_froze_is_told_of(tmp_path):
     save_adapter(model, tmp_path / "adapter")
 
 
-def test_a_base_model_of_another_name_is_told_of(saved):
+def test_a_base_model_of_another_name_is_warned_about(saved):
     folder, _ = saved
     description = json.loads((folder / "skip_config.json").read_text())
     description["base_model"] = "/models/one"
