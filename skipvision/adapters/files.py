@@ -74,7 +74,7 @@ def _described(config: SkipConfig | None) -> str:
 
 
 def replace(partial: Path, folder: Path) -> None:
-    """Rename ``partial`` to ``folder``. An old adapter there is deleted only after the new one is in place."""
+    """Rename ``partial`` to ``folder``; an old adapter there is deleted once the new one is in place."""
     if not folder.exists():
         partial.rename(folder)
         return

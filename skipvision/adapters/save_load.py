@@ -102,8 +102,8 @@ def load_adapter(
     summary layer together.
 
     Args:
-        model: the base model, or a PEFT model. If Skip-Vision is attached, its SkipConfig must be the one that
-            the adapter was trained with.
+        model: the base model, or a PEFT model. If Skip-Vision is attached, then with the SkipConfig that the
+            adapter was trained with.
         folder: an adapter from `save_adapter`.
         config: the SkipConfig that the caller expects; checked if given.
         is_trainable: keep LoRA and summary layer trainable, to continue fine-tuning. Otherwise LoRA gets the
@@ -111,8 +111,8 @@ def load_adapter(
         name: PEFT's name for the adapter.
 
     Returns:
-        The PEFT model, or ``model`` itself if the adapter has no LoRA. `attachment_of` returns the attachment.
-        An adapter that was fine-tuned with full tokens attaches nothing.
+        The PEFT model, or ``model`` itself if the adapter has no LoRA. `attachment_of` returns its
+        attachment. An adapter that was fine-tuned with full tokens attaches nothing.
 
     Raises:
         AdapterError: the folder is missing or damaged; the decoder has another width, number of layers or

@@ -1,8 +1,8 @@
-"""What Skip-Vision does to a model and its images, measured and drawn.
+"""Measure and draw the effect of Skip-Vision on a model and its images.
 
-`patches_of` makes an `Overlay` of a plan: which patches of an image are retained, skipped, merged, dropped.
-`ffn_ratios` says how much each layer's FFN changes visual and text tokens: why it can be skipped.
-`error_bound` bounds and measures the error that skipping it makes (docs/analysis.md).
+`patches_of` turns a plan into an `Overlay`: which patches of an image are retained, skipped, merged, dropped.
+`ffn_ratios` measures how much each layer's FFN changes visual and text tokens, and so why it can be skipped.
+`error_bound` bounds and measures the error of skipping it (docs/analysis.md).
 """
 
 from skipvision.analysis.bound import ErrorBound, Errors, LayerErrors, OutputErrors, error_bound

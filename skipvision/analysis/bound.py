@@ -1,12 +1,12 @@
-"""The error that skipping the FFN makes: bounded, and measured (docs/analysis.md has the mathematics).
+"""Bound and measure the error of skipping the FFN (docs/analysis.md has the mathematics).
 
-Skip-FFN leaves out the update u of layer l for the skipped tokens. So behind the layer, where e is the error
-before it and f the layer as it is when it skips,
+Skip-FFN omits the update u of a layer for the skipped tokens. With the error e before the layer, and f the
+layer with Skip-FFN, the error after it is
 
     e' = f(h + e) − f(h) − u        ‖e'‖ ≤ Lip(f) ‖e‖ + ‖u‖
 
-`worst_case` takes Lip(f) from the layer's weights and the size of what it multiplies; `local` from Jacobians,
-and follows each u alone through the layers behind it.
+`worst_case` takes Lip(f) from the layer's weights and from the size of its activations. `local` takes it from
+Jacobians, and also follows each u separately through all later layers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from skipvision.errors import InputError
 
 @dataclass(frozen=True)
 class Errors:
-    """‖h̃ − h‖ / ‖h‖ over all tokens of a prompt at one place of the decoder; from 2 on, nothing is said.
+    """‖h̃ − h‖ / ‖h‖ over all tokens of a prompt at one point of the decoder. A bound above 2 says nothing.
 
     Attributes:
-        measured: h̃ with Skip-FFN, h with full tokens.
+        measured: with h̃ from Skip-FFN and h from full tokens.
         local: bound from the product of the layers' Jacobian norms.
-        worst: bound from spectral norms; None if it was not asked for.
+        worst: bound from spectral norms; None without ``worst_case``.
     """
 
     measured: float
@@ -44,14 +44,16 @@ class Errors:
 
 @dataclass(frozen=True)
 class LayerErrors(Errors):
-    """Behind one layer.
+    """Errors after one layer.
 
     Attributes:
-        omitted: ‖u‖ / ‖h‖, the update that the layer's skipped tokens go without.
-        moved: how far it alone moves the decoder's output, through later layers as they skip; relative.
-        jacobian: largest norm of the layer's Jacobian that was found.
-        attention: Lipschitz constant of attention and its norm, in the largest error over tokens; or None.
-        ffn: of the FFN and its norm; or None.
+        omitted: ‖u‖ / ‖h‖, the size of the update that the layer's skipped tokens miss.
+        moved: relative change of the decoder's output by this omission alone, through later layers with
+            Skip-FFN.
+        jacobian: largest measured norm of the layer's Jacobian.
+        attention: Lipschitz constant of attention with its norm layer, in the maximum norm over tokens; or
+            None.
+        ffn: Lipschitz constant of the FFN with its norm layer; or None.
     """
 
     omitted: float
@@ -63,11 +65,11 @@ class LayerErrors(Errors):
 
 @dataclass(frozen=True)
 class OutputErrors(Errors):
-    """Behind the decoder's last norm.
+    """Errors after the decoder's last norm.
 
     Attributes:
-        composite: bound from the Jacobians of all layers behind each omitted update together.
-        summed: bound from what each omitted update alone does to the output; the sum of ``moved``.
+        composite: bound from the Jacobian of all layers after each omitted update, taken together.
+        summed: bound from the effect of each omitted update alone: the sum of ``moved``.
     """
 
     composite: float
@@ -76,13 +78,13 @@ class OutputErrors(Errors):
 
 @dataclass(frozen=True)
 class ErrorBound:
-    """Of one prompt.
+    """Errors of skipping the FFN for one prompt.
 
     Attributes:
-        layers: in order.
-        output: behind the decoder's last norm.
-        tokens: of the prompt.
-        skipped: of these, the ones that bypass the FFN.
+        layers: errors after each layer, in order.
+        output: errors after the decoder's last norm.
+        tokens: number of tokens of the prompt.
+        skipped: number of tokens that bypass the FFN.
     """
 
     layers: tuple[LayerErrors, ...]
@@ -94,30 +96,30 @@ class ErrorBound:
 def error_bound(
     model: nn.Module, inputs: Mapping[str, Any], config: SkipConfig, *, worst_case: bool = True
 ) -> ErrorBound:
-    """Bound and measure what Skip-FFN alone changes: the same tokens, none merged, summarised or forgotten.
+    """Bound and measure the effect of Skip-FFN alone: no token is merged, summarised or uncached.
 
     Args:
-        model: in eval mode; with LoRA, its weights are taken together. Skip-Vision may be attached.
+        model: in eval mode. LoRA weights count as merged. Skip-Vision may be attached.
         inputs: one prompt with an image, without padding, on the model's device.
-        config: says which tokens are retained; all other visual tokens are skipped.
-        worst_case: bound it from spectral norms too, which takes layers of a kind that is known.
+        config: decides which tokens are retained; all other visual tokens are skipped.
+        worst_case: also compute the bound from spectral norms, which supports fewer kinds of layers.
 
     Raises:
-        UnsupportedModelError: the model's layers, or what is between them, are not of a kind that is known.
-        InputError: there is more than one row, padding, or no image; or the model is in training mode.
+        UnsupportedModelError: the model's layers, or operations between them, are of an unsupported kind.
+        InputError: the inputs have several rows, padding, or no image; or the model is in training mode.
     """
     if model.training:
-        raise InputError("the model is in training mode, in which runs differ by dropout: call model.eval()")
+        raise InputError("the model is in training mode, where dropout makes runs differ: call model.eval()")
     layers = dissect(model).layers
     parts = [Parts.of(layer, number) for number, layer in enumerate(layers)] if worst_case else []
     watched = [module for part in parts for module in part.watched]
     with run_twice(model, inputs, config, watched) as pair:
         worst = bound_worst_case(pair, parts) if worst_case else None
         local = local_bounds(pair)
-    found, length = [], float(pair.full.output.norm())
+    errors, length = [], float(pair.full.output.norm())
     for number, (full, bypass) in enumerate(zip(pair.full.hidden[1:], pair.bypass.hidden[1:], strict=True)):
         size = float(full.norm())
-        found.append(
+        errors.append(
             LayerErrors(
                 measured=float((bypass - full).norm()) / size,
                 local=local.errors[number] / size,
@@ -136,4 +138,4 @@ def error_bound(
         composite=local.composite / length,
         summed=fsum(local.moved) / length,
     )
-    return ErrorBound(tuple(found), output, pair.skipped.numel(), int(pair.skipped.sum()))
+    return ErrorBound(tuple(errors), output, pair.skipped.numel(), int(pair.skipped.sum()))

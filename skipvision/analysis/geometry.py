@@ -1,12 +1,12 @@
-"""Which pixels of an image each of its visual tokens was made from, by the family's way of cutting it.
+"""Which pixels of an image each visual token covers.
 
-How a family cuts an image is one word in `skipvision.anatomy.families`:
+That depends on how the family's processor cuts images, the ``geometry`` of `skipvision.anatomy.families`:
 
     square           one resize (and centre crop) to the tower's size: one view
-    grid             resized to whole patches, as many as the image asks for: one view
-    tiles            resized to whole tiles, cut row by row; then the whole image
-    canvas           the same on the canvas of tiles that is closest in shape
-    any_resolution   the whole image; then a padded canvas, the padding cut off, a mark behind each row
+    grid             resized to a multiple of the patch size, by the image's own size: one view
+    tiles            resized to a multiple of the tile size and cut row by row; then the whole image
+    canvas           as tiles, on the canvas of tiles with the closest aspect ratio
+    any_resolution   the whole image; then a padded canvas without its padding, with a mark after each row
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class View:
     """A grid of visual tokens over a part of an image, or over all of it.
 
     Attributes:
-        rows: of tokens.
-        columns: of tokens.
-        box: what the grid covers; it may reach beyond the image, where that was padded.
-        lead: tokens before the grid that cover nothing (a class token).
-        row_end: tokens behind each row that cover nothing (marks).
+        rows: rows of tokens.
+        columns: columns of tokens.
+        box: area that the grid covers. It exceeds the image where the image was padded.
+        lead: number of tokens before the grid that cover no pixels (a class token).
+        row_end: number of tokens after each row that cover no pixels (marks).
     """
 
     rows: int
@@ -53,11 +53,11 @@ class View:
 
     @property
     def tokens(self) -> int:
-        """How many it has."""
+        """Number of visual tokens in the view."""
         return self.lead + self.rows * (self.columns + self.row_end)
 
     def boxes(self, size: Size) -> list[Box | None]:
-        """What each token covers of an image of ``size``, in order; None where that is nothing."""
+        """Return the box of each token in an image of ``size``, in order; None if it covers no pixels."""
         left, top, right, bottom = self.box
         width, height = (right - left) / self.columns, (bottom - top) / self.rows
         boxes: list[Box | None] = [None] * self.lead
@@ -85,26 +85,26 @@ def views_of(
     sizes: Sequence[Size],
     visual: int,
 ) -> list[tuple[View, ...]]:
-    """The views of each image, in the order of their tokens.
+    """Return the views of each image, in the order of their tokens.
 
     Args:
         config: of the model.
-        processor: that made the inputs, or its image processor.
-        inputs: what it made.
-        sizes: of the images, in the order of the prompt.
-        visual: visual tokens in the prompts, together.
+        processor: the processor that produced the inputs, or its image processor.
+        inputs: the processor's output.
+        sizes: of the images, in the order of the prompts.
+        visual: number of visual tokens in all prompts.
 
     Raises:
-        UnsupportedModelError: how the family cuts images is not known, or not with these settings.
-        InputError: the views do not have the prompts' number of visual tokens.
+        UnsupportedModelError: the geometry of this family, or of these settings, is not known.
+        InputError: the views and the prompts have different numbers of visual tokens.
     """
     geometry = family_of(config).geometry
     if geometry is None:
         known = [name for name, family in FAMILIES.items() if family.geometry]
         raise UnsupportedModelError(
-            f"how {config.model_type} cuts an image into visual tokens is not known: it is for "
+            f"the pixels of each visual token are not known for {config.model_type}, only for "
             f"{', '.join(known)}",
-            "where visual tokens lie in an image is not known",
+            "the pixels of its visual tokens are not known",
         )
     image_processor = getattr(processor, "image_processor", processor)
     cut = _Cut(config, image_processor, inputs, visual // max(len(sizes), 1))
@@ -112,16 +112,16 @@ def views_of(
     found = sum(view.tokens for image in views for view in image)
     if found != visual:
         raise InputError(
-            f"images of {list(sizes)} pixels are cut into {found} visual tokens by this "
-            f"{type(image_processor).__name__}, but the prompt has {visual}: pass the processor's own "
-            "output, made without other settings, and the images it was made from"
+            f"this {type(image_processor).__name__} cuts images of {list(sizes)} pixels into {found} visual "
+            f"tokens, but the prompt has {visual}: pass the output of this processor without other settings, "
+            "and the sizes of the images that it processed"
         )
     return views
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """What there is to know of one call of a processor; ``each`` is visual tokens a picture on average."""
+    """One call of a processor; ``each`` is the mean number of visual tokens of an image."""
 
     config: Any
     image_processor: Any
@@ -134,7 +134,7 @@ class _Cut:
 
     @property
     def tower(self) -> int:
-        """Pixels along a side of what the tower takes; towers speak of squares, some in two numbers."""
+        """Side of the tower's square input in pixels; some configs give it as a pair."""
         side = self.config.vision_config.image_size
         return int(side if isinstance(side, int) else side[0])
 
@@ -142,7 +142,7 @@ class _Cut:
         height, width = self.inputs["pixel_values"].shape[-2:]
         box = _cropped(self.image_processor, size, (width, height))
         side = isqrt(self.each)
-        # A tower whose size is no multiple of its patch leaves a rim out.
+        # If the size is no multiple of the patch size, the tower ignores a rim at the right and bottom.
         rim = self.patch * (width // self.patch) / width, self.patch * (height // self.patch) / height
         return (View(side, side, _part(box, (0, 0, *rim)), lead=self.each - side**2),)
 
@@ -180,7 +180,7 @@ class _Cut:
         scale = min(canvas_width / width, canvas_height / height)
         fitted = min(ceil(width * scale), canvas_width), min(ceil(height * scale), canvas_height)
         left, top = (canvas_width - fitted[0]) // 2, (canvas_height - fitted[1]) // 2
-        # The image lies in the middle of the canvas; of what was padded, whole features are cut off.
+        # The image is in the middle of the canvas. Whole rows or columns of padding are removed.
         if width / height > columns / rows:
             cut = (rows - int(round(height * (columns / width), 7))) // 2
             kept = (0, cut, columns, rows - cut)
@@ -207,7 +207,7 @@ _CUTS: dict[Geometry, Callable[[_Cut, int, Size], tuple[View, ...]]] = {
 
 
 def _tiled(rows: int, columns: int, side: int, size: Size) -> tuple[View, ...]:
-    """Tiles of ``side`` × ``side`` tokens row by row, then the whole image; only that if it is one tile."""
+    """Tiles of ``side`` × ``side`` tokens row by row, then the whole image; a single tile is only that."""
     whole = View(side, side, _whole(size))
     if rows * columns <= 1:
         return (whole,)
@@ -222,8 +222,8 @@ def _tiled(rows: int, columns: int, side: int, size: Size) -> tuple[View, ...]:
     return (*tiles, whole)
 
 
-def _cropped(settings: Any, size: Size, made: Size) -> Box:
-    """The part of an image that was made into ``made`` pixels by padding, resizing and cropping it."""
+def _cropped(settings: Any, size: Size, output: Size) -> Box:
+    """The part of an image that padding, resizing and cropping turn into ``output`` pixels."""
     width, height = size
     left = top = 0.0
     if getattr(settings, "do_pad", False):
@@ -233,10 +233,10 @@ def _cropped(settings: Any, size: Size, made: Size) -> Box:
     cropped = resized
     if getattr(settings, "do_center_crop", False):
         cropped = settings.crop_size["width"], settings.crop_size["height"]
-    if cropped != made:
+    if cropped != output:
         raise UnsupportedModelError(
-            f"{type(settings).__name__} made {made} pixels of an image of {size}, where its settings say "
-            f"{cropped}: how it cuts images is not known",
+            f"{type(settings).__name__} turned an image of {size} pixels into {output}, but its settings say "
+            f"{cropped}: the pixels of each visual token are not known",
             "the image processor's settings are not known",
         )
     across, down = width / resized[0], height / resized[1]
@@ -250,15 +250,15 @@ def _cropped(settings: Any, size: Size, made: Size) -> Box:
 
 
 def _resized(settings: Any, size: Size) -> Size:
-    wanted = {name: value for name, value in dict(settings.size).items() if value}
-    if wanted.keys() == {"height", "width"}:
-        return wanted["width"], wanted["height"]
-    if wanted.keys() == {"shortest_edge"}:
-        short, edge = min(size), wanted["shortest_edge"]
+    target = {name: value for name, value in dict(settings.size).items() if value}
+    if target.keys() == {"height", "width"}:
+        return target["width"], target["height"]
+    if target.keys() == {"shortest_edge"}:
+        short, edge = min(size), target["shortest_edge"]
         width, height = (edge if side == short else int(edge * side / short) for side in size)
         return width, height
     raise UnsupportedModelError(
-        f"{type(settings).__name__} has size={wanted}: how it resizes images is not known",
+        f"{type(settings).__name__} has size={target}: how it resizes images is not known",
         "the image processor's settings are not known",
     )
 
@@ -268,7 +268,7 @@ def _whole(size: Size) -> Box:
 
 
 def _part(box: Box, fractions: Box) -> Box:
-    """The part of a box that is given in fractions of it."""
+    """The part of a box that ``fractions`` of its width and height describe."""
     left, top, right, bottom = box
     x0, y0, x1, y1 = fractions
     width, height = right - left, bottom - top

@@ -1,8 +1,8 @@
-"""How far the two halves of a decoder layer can carry an error: Lipschitz constants from spectral norms.
+"""Lipschitz constants of the two halves of a decoder layer, from spectral norms.
 
 Neither half is Lipschitz everywhere: dot-product attention is not (Kim, Papamakarios, Mnih 2021), nor is a
-product of a gate and a value. Both are where what they multiply stays in a ball; its radius is measured, over
-the two runs that are compared (docs/analysis.md has the mathematics). Errors are one number a token, (T,).
+product of a gate and a value. Both are on bounded activations, and the bound is measured over the two runs
+that are compared (docs/analysis.md has the mathematics). Errors have one number for each token, (T,).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _CLOSE = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The modules of one layer whose mathematics is known.
+    """The modules of one supported layer.
 
     Attributes:
-        layer: it.
+        layer: the layer itself.
         norms: before attention, and before the FFN.
-        projections: to queries, keys and values, and out.
-        linear: of the FFN: gate, up and down; or up and down.
-        activation: of the FFN.
+        projections: query, key, value and output projections.
+        linear: the FFN's gate, up and down projections; or up and down.
+        activation: the FFN's activation.
     """
 
     layer: Layer
@@ -52,7 +52,7 @@ class Parts:
 
     @classmethod
     def of(cls, layer: Layer, number: int) -> Parts:
-        """Find them; raises `UnsupportedModelError` if there are others, or some are missing."""
+        """Find the modules; raises `UnsupportedModelError` if some are missing, or others have weights."""
         attention, mlp = layer.attention, layer.mlp
         _refuse_others(layer.whole, {*_NORMS, *_names_of(layer.whole, attention, mlp)}, number)
         _refuse_others(attention, set(_PROJECTIONS), number)
@@ -71,23 +71,24 @@ class Parts:
 
     @property
     def watched(self) -> list[nn.Module]:
-        """The modules whose outputs the constants are taken from."""
+        """Modules whose outputs are needed for the constants."""
         return [self.layer.attention, self.layer.mlp, *self.projections[:3], *self.linear[:-1]]
 
 
 class Normed:
-    """A norm between two runs: how much an error grows by it, token by token.
+    """How much a norm layer amplifies the error between two runs, token by token.
 
-    With z the (centred) input and one entry √(d ε) more, RMSNorm and LayerNorm are √d · z / ‖z‖ before their
-    scale; and ‖z/‖z‖ − z′/‖z′‖‖ ≤ 2 ‖z − z′‖ / (‖z‖ + ‖z′‖) for any two vectors (Dunkl, Williams 1964).
+    Append the entry √(d ε) to the (centred) input and call it z. Before their scale, RMSNorm and LayerNorm
+    are √d · z / ‖z‖, and any two vectors have ‖z/‖z‖ − z′/‖z′‖‖ ≤ 2 ‖z − z′‖ / (‖z‖ + ‖z′‖) (Dunkl, Williams
+    1964).
 
     Args:
         norm: RMSNorm or LayerNorm.
         one: (1, T, H) its inputs in one run.
-        other: (1, T, H) in the other.
+        other: (1, T, H) its inputs in the other run.
 
     Raises:
-        UnsupportedModelError: it computes something else.
+        UnsupportedModelError: the module computes something else.
     """
 
     def __init__(self, norm: nn.Module, one: torch.Tensor, other: torch.Tensor) -> None:
@@ -98,19 +99,19 @@ class Normed:
         ]
         self.factor = 2 * sqrt(self._width) / (lengths[0] + lengths[1])
 
-    def grown(self, error: torch.Tensor) -> torch.Tensor:
-        """(T,) error of what the norm gives before its scale, which is never longer than √d."""
+    def bound(self, error: torch.Tensor) -> torch.Tensor:
+        """Bound the (T,) error after the norm, before its scale. No such output is longer than √d."""
         return (self.factor * error).clamp(max=2 * sqrt(self._width))
 
 
 class AttentionBound:
-    """Attention behind its norm, between two runs.
+    """How much attention after its norm amplifies the error between two runs.
 
     Args:
-        parts: of the layer.
-        norm: before attention.
-        runs: both.
-        stretch: by which rotary embeddings lengthen queries and keys; 1 where they only turn them.
+        parts: modules of the layer.
+        norm: bound of the norm before attention.
+        runs: both runs.
+        stretch: factor by which rotary embeddings scale queries and keys; 1 if they only rotate.
     """
 
     def __init__(self, parts: Parts, norm: Normed, runs: Sequence[Run], stretch: float = 1.0) -> None:
@@ -138,73 +139,73 @@ class AttentionBound:
         self._head_out = spectral_norm(out.unflatten(1, (-1, width)).transpose(0, 1))
         self._scaling = float(attention.scaling) * stretch**2
 
-    def grown(self, error: torch.Tensor) -> torch.Tensor:
-        """(T,) error of what attention adds, for an error of its normed input."""
+    def bound(self, error: torch.Tensor) -> torch.Tensor:
+        """Bound the (T,) error of the output, for a (T,) error of the normed input."""
         return self._through(error, limit=2.0)
 
     def constant(self) -> float:
-        """Its Lipschitz constant, in the largest error over tokens."""
+        """Lipschitz constant of attention, in the maximum norm over tokens."""
         return float(self._through(torch.ones_like(self._query[:1]), limit=float("inf"))[0])
 
     def _through(self, error: torch.Tensor, limit: float) -> torch.Tensor:
-        most = error.max()
-        # Logits move by at most this; softmax is 1-Lipschitz from the largest entry to the sum of all.
+        largest = error.max()
+        # Bound of the logits' change. Softmax is 1-Lipschitz from the maximum norm to the sum norm.
         logits = self._scaling * (
-            self._query * self._keys * error[:, None] + self._queries * self._key * most
+            self._query * self._keys * error[:, None] + self._queries * self._key * largest
         )
-        moved = self._value * most + self._values * logits.clamp(max=limit)
+        moved = self._value * largest + self._values * logits.clamp(max=limit)
         return torch.minimum(self._out * moved.norm(dim=1), (moved * self._head_out).sum(dim=1))
 
 
 def ffn_constant(parts: Parts, norm: Normed, runs: Sequence[Run]) -> float:
-    """Lipschitz constant of the FFN behind its norm's scale, on inputs as large as in the runs."""
+    """Lipschitz constant of the FFN with its norm's scale, on inputs as large as in the two runs."""
     *entries, down = parts.linear
     states = [torch.cat([run.seen[module].double().flatten() for run in runs]) for module in entries]
     inner = runs[0].seen[entries[0]].shape[-1]
     norms = [float(spectral_norm(_matrix(module, runs[0].output) * norm.scale)) for module in entries]
-    slope, most = _steepest(parts.activation, states[0])
+    slope, largest = _slope_and_value(parts.activation, states[0])
     last = float(spectral_norm(_matrix(down, runs[0].output, inner)))
     if len(entries) == 1:
         return last * slope * norms[0]
-    return last * (slope * norms[0] * float(states[1].abs().max()) + most * norms[1])
+    return last * (slope * norms[0] * float(states[1].abs().max()) + largest * norms[1])
 
 
-def _steepest(activation: nn.Module, inputs: torch.Tensor) -> tuple[float, float]:
-    """The largest slope of an activation between its smallest and largest input, and its largest value."""
+def _slope_and_value(activation: nn.Module, inputs: torch.Tensor) -> tuple[float, float]:
+    """Largest slope and largest absolute value of an activation over the range of its inputs."""
     grid = torch.linspace(float(inputs.min()), float(inputs.max()), 20001, dtype=torch.double)
     grid = grid.to(inputs.device).requires_grad_()
     with torch.enable_grad():
         value = activation(grid)
         [slope] = torch.autograd.grad(value.sum(), grid)
-    # A thousandth for what lies between the points of the grid.
+    # Add a thousandth for values between the points of the grid.
     return 1.001 * float(slope.abs().max()), 1.001 * float(value.detach().abs().max())
 
 
 def _matrix(module: nn.Module, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
-    """(out, in) what a linear module, with its adapter, multiplies with: what it makes of unit vectors."""
+    """(out, in) matrix of a linear module and its adapter, computed from unit vectors."""
     inputs = torch.eye(width or like.shape[-1], dtype=like.dtype, device=like.device)
     with torch.no_grad():
         return (module(inputs) - module(torch.zeros_like(inputs[:1]))).mT.double()
 
 
 def _formula(norm: Any, example: torch.Tensor) -> tuple[torch.Tensor, float, bool]:
-    """Scale, ε, and whether the mean is taken away, of a norm; found by trying."""
+    """Scale, ε, and whether the norm subtracts the mean. Each combination is tried on an example."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     epsilon = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
     if isinstance(weight, torch.Tensor) and isinstance(epsilon, float):
         with torch.no_grad():
-            given = norm(example).double()
+            expected = norm(example).double()
             for centred in (False, True):
                 vector = _centred(example.double(), centred)
                 unit = vector / (vector.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
                 for scale in (weight.double(), 1 + weight.double()):
-                    made = unit * scale if bias is None else unit * scale + bias.double()
-                    if float((made - given).norm()) < _CLOSE * float(given.norm()):
+                    computed = unit * scale if bias is None else unit * scale + bias.double()
+                    if float((computed - expected).norm()) < _CLOSE * float(expected.norm()):
                         return scale.detach(), epsilon, centred
     raise UnsupportedModelError(
-        f"{type(norm).__name__} is neither RMSNorm nor LayerNorm with one weight an entry: how it changes an "
-        "error is not known",
-        "a norm that is not known",
+        f"{type(norm).__name__} is neither RMSNorm nor LayerNorm with elementwise weights: no error bound is "
+        "known for it",
+        "an unknown kind of norm",
     )
 
 
@@ -221,7 +222,7 @@ def _names_of(module: nn.Module, *children: nn.Module) -> list[str]:
 
 
 def _refuse_others(module: nn.Module, known: set[str], number: int) -> None:
-    """Raise `UnsupportedModelError` unless the children of a module that have weights are those known."""
+    """Raise `UnsupportedModelError` if other children of the module than the known ones have weights."""
     names = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
     needed = {name for name in known if name not in _ACTIVATIONS}
     if names != needed:
@@ -230,8 +231,8 @@ def _refuse_others(module: nn.Module, known: set[str], number: int) -> None:
 
 def _unknown(module: nn.Module, number: int, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"layer {number}: {type(module).__name__} is made of {what}; a bound from spectral norms is known "
+        f"layer {number}: {type(module).__name__} has {what}; a bound from spectral norms is known "
         f"for {' and '.join(_NORMS)}, attention of {', '.join(_PROJECTIONS)}, and an FFN of "
-        f"{' or of '.join(', '.join(names) for names in _LINEAR)}; worst_case=False leaves it out",
-        "layers of a kind that no bound is known for",
+        f"{' or of '.join(', '.join(names) for names in _LINEAR)}; pass worst_case=False",
+        "layers without a known bound",
     )

@@ -1,7 +1,7 @@
-"""The error of skipping the FFN, bounded where the two runs are: from Jacobians, and by what omissions do.
+"""The local bound of the error of skipping the FFN: from Jacobians at the two runs that are compared.
 
-Mean values along the straight way between two points are taken for their largest at both ends and halfway:
-so these are bounds as far as Jacobians change no more than that on the way, which is not proven.
+The mean value theorem needs the largest Jacobian norm on the line between two points. It is evaluated at both
+ends and in the middle, so the result is a bound if no norm in between is larger, which is not proven.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from skipvision.analysis.spectral import jacobian_norm
 
 @dataclass(frozen=True)
 class Local:
-    """What Jacobians say.
+    """Errors, bounds and Jacobian norms, all absolute.
 
     Attributes:
-        errors: bound of ‖e‖, over all tokens, behind each layer: the product of the layers' Jacobian norms.
-        output: the same behind the decoder's last norm.
-        composite: bound of ‖e‖ there from the Jacobians of all later layers together.
+        errors: bound of ‖e‖ over all tokens after each layer, from the product of the Jacobian norms.
+        output: the same bound after the decoder's last norm.
+        composite: bound of ‖e‖ after the last norm, from the Jacobian of all later layers taken together.
         omitted: ‖u‖ of each layer.
         jacobians: norm of each layer's Jacobian.
-        moved: how far each layer's omitted update alone moves the output.
+        moved: change of the output by each layer's omitted update alone.
     """
 
     errors: list[float]
@@ -38,7 +38,7 @@ class Local:
 
 
 def local_bounds(pair: Pair) -> Local:
-    """Propagate the updates that skipped tokens go without through the layers behind."""
+    """Propagate the omitted updates of skipped tokens through the later layers."""
     full, bypass = pair.full.hidden, pair.bypass.hidden
     with torch.no_grad():
         updates = [after - layer(h) for h, after, layer in zip(full, full[1:], pair.layers, strict=False)]
@@ -53,7 +53,7 @@ def local_bounds(pair: Pair) -> Local:
     return Local(
         errors=errors,
         output=last * error,
-        composite=fsum(most for _, most in carried),
+        composite=fsum(bound for _, bound in carried),
         omitted=[float(update.norm()) for update in updates],
         jacobians=jacobians,
         moved=[moved for moved, _ in carried],
@@ -61,10 +61,10 @@ def local_bounds(pair: Pair) -> Local:
 
 
 def _carried(pair: Pair, number: int, update: torch.Tensor) -> tuple[float, float]:
-    """How far a layer's omitted update moves the output, through all later layers as they skip; and could.
+    """Return the change of the output by a layer's omitted update, and its bound.
 
-    With G these layers and H the full run, the two outputs differ by the sum over layers of
-    G(H − u) − G(H), no more and no less. Only skipped tokens have a u, so only their error enters.
+    With G the later layers with Skip-FFN and H the full run, the difference of the two outputs is exactly the
+    sum over layers of G(H − u) − G(H). Only skipped tokens have a u, so only their error enters.
     """
     if not bool(update.any()):
         return 0.0, 0.0
@@ -83,5 +83,5 @@ def _carried(pair: Pair, number: int, update: torch.Tensor) -> tuple[float, floa
 
 
 def _between(one: torch.Tensor, other: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Both ends and the middle; one point where they are one."""
+    """Both ends and the middle, or a single point if the ends are equal."""
     return [one] if torch.equal(one, other) else [one, (one + other) / 2, other]

@@ -1,4 +1,4 @@
-"""The overlay: a plan seen on the image it was made for."""
+"""The overlay: a plan shown on its image."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from skipvision.plan import TokenPlan
 
 @dataclass(frozen=True)
 class Overlay:
-    """What becomes of each patch of one image.
+    """The fate of each patch of one image.
 
     Attributes:
         size: width and height of the image, in pixels.
-        views: the grids of patches over it, in the order of their tokens; tiles each have their own.
-        patches: every visual token, in the order in which they stand in the prompt.
+        views: grids of patches over the image, in the order of their tokens; each tile is a view.
+        patches: one for each visual token, in the order of the prompt.
     """
 
     size: Size
@@ -34,13 +34,13 @@ class Overlay:
 
     @property
     def counts(self) -> dict[Fate, int]:
-        """How many visual tokens have each fate."""
+        """Number of visual tokens by fate."""
         found = Counter(patch.fate for patch in self.patches)
         every: tuple[Fate, ...] = ("retained", "skipped", "merged", "dropped")
         return {fate: found[fate] for fate in every}
 
     def as_json(self) -> dict[str, Any]:
-        """Itself in what ``json.dumps`` takes; boxes are [left, top, right, bottom] in pixels."""
+        """Return the overlay for ``json.dumps``; boxes are [left, top, right, bottom] in pixels."""
         return {
             "size": list(self.size),
             "views": [asdict(view) | {"box": list(view.box)} for view in self.views],
@@ -51,19 +51,19 @@ class Overlay:
         }
 
     def draw(self, image: Image.Image, side: int = 896) -> Image.Image:
-        """The image with its patches marked, and a legend; views that overlap are drawn side by side.
+        """Draw the patches over the image, with a legend. Overlapping views get a panel each.
 
         Args:
-            image: the one that the processor was given.
-            side: pixels of the longer side of each panel.
+            image: the image that the processor received.
+            side: longer side of each panel, in pixels.
 
         Raises:
-            InputError: the image is of another size, or ``side`` is not positive.
+            InputError: the image has another size than the overlay, or ``side`` is not positive.
         """
         if image.size != self.size:
-            raise InputError(f"the image is of {image.size} pixels, the overlay for one of {self.size}")
+            raise InputError(f"the image has {image.size} pixels, but the overlay is for {self.size}")
         if side < 1:
-            raise InputError(f"side={side}: a picture has at least one pixel")
+            raise InputError(f"side={side}: expected at least one pixel")
         return paint(image, self.views, self.patches, self.counts, side)
 
 
@@ -74,24 +74,24 @@ def patches_of(
     processor: Any,
     config: PretrainedConfig,
 ) -> tuple[Overlay, ...]:
-    """The overlay of each image of a batch, in the order of the prompts.
+    """Return the overlay of each image of a batch, in the order of the prompts.
 
     Args:
-        plan: of the batch; ``skip.plan`` behind a call of an attached model.
-        inputs: the call's ``input_ids`` (B, T), pixels and what the processor put beside them.
-        sizes: width and height of the images that the processor was given (``image.size``).
+        plan: of the batch: ``skip.plan`` after a call of an attached model.
+        inputs: inputs of that call: ``input_ids`` (B, T), pixels, and other outputs of the processor.
+        sizes: width and height of the images that the processor received (``image.size``).
         processor: the model's processor, or its image processor.
         config: of the model.
 
     Raises:
-        UnsupportedModelError: how the family cuts images is not known.
+        UnsupportedModelError: the pixels of each visual token are not known for this family.
         InputError: the inputs do not belong to these images or this plan.
     """
     ids = inputs["input_ids"]
     if ids.shape != plan.merged_into.shape:
         raise InputError(
-            f"input_ids are {tuple(ids.shape)}, the plan is of {tuple(plan.merged_into.shape)}: pass the "
-            "inputs of the call that the plan was made in"
+            f"input_ids are {tuple(ids.shape)}, but the plan is for {tuple(plan.merged_into.shape)}: pass "
+            "the inputs of the call that produced the plan"
         )
     visual = (ids == config.image_token_id).to(plan.merged_into.device)
     views = views_of(config, processor, inputs, sizes, int(visual.sum()))

@@ -1,4 +1,4 @@
-"""``python -m skipvision overlay``: a picture of what a model does with the patches of an image."""
+"""``python -m skipvision overlay``: draw which patches of an image a model retains, skips and merges."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from skipvision.errors import InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options: every field of SkipConfig is one."""
-    parser.add_argument("image", type=Path, help="the picture to look at")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="picture to write, .png or another")
-    parser.add_argument("--model", required=True, help="folder or name of the model")
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter, whose SkipConfig is then used")
-    parser.add_argument("--prompt", default="Describe the image.", help="what is asked about the image")
-    parser.add_argument("--side", type=int, default=896, help="pixels of the picture's longer side")
-    parser.add_argument("--json", action="store_true", help="print the overlay as JSON too")
+    """Add the command's options: its own, and one for each field of SkipConfig."""
+    parser.add_argument("image", type=Path, help="image file")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="image file to create, .png or another format"
+    )
+    parser.add_argument("--model", required=True, help="folder or Hugging Face name of the model")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter; its SkipConfig is used")
+    parser.add_argument("--prompt", default="Describe the image.", help="question about the image")
+    parser.add_argument("--side", type=int, default=896, help="longer side of the drawing, in pixels")
+    parser.add_argument("--json", action="store_true", help="print the overlay as JSON")
     for name, field in SkipConfig.model_fields.items():
         parser.add_argument(f"--{name}", type=_value, metavar="VALUE", help=field.description)
 
@@ -43,9 +45,9 @@ def run(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in SkipConfig.model_fields}
     given = {name: value for name, value in given.items() if value is not None}
     if options.adapter is None:
-        SkipConfig(**given)  # refused before the model is loaded
+        SkipConfig(**given)  # report errors before loading the model
     _check_output(options.output)
-    image = _opened(options.image)
+    image = _open(options.image)
     overlay = _overlay(options.model, options.adapter, given, image, options.prompt)
     try:
         overlay.draw(image, options.side).save(options.output)
@@ -75,13 +77,13 @@ def _overlay(
     with torch.no_grad():
         model.eval()(**inputs, use_cache=False)
     if attachment.plan is None:
-        raise InputError(f"the prompt that {type(processor).__name__} made holds no image")
+        raise InputError(f"the prompt that {type(processor).__name__} produced has no image")
     [overlay] = patches_of(attachment.plan, inputs, [image.size], processor, config)
     return overlay
 
 
 def _attached(model: Any, given: dict[str, Any]) -> Attachment:
-    """The adapter's attachment with these fields changed, or one of these fields alone."""
+    """Return the adapter's attachment with these fields changed, or a new one with these fields."""
     attachment = attachment_of(model)
     if attachment is None:
         return attach(model, SkipConfig(**given))
@@ -91,26 +93,26 @@ def _attached(model: Any, given: dict[str, Any]) -> Attachment:
     return attachment
 
 
-def _opened(path: Path) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            # As it was held: photographs say how they are to be turned.
+            # Photographs store their orientation.
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no image that can be read: {error}") from error
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _check_output(path: Path) -> None:
     Image.init()
     kinds = [kind for kind, name in Image.registered_extensions().items() if name in Image.SAVE]
     if path.suffix.lower() not in kinds:
-        raise InputError(f"--output {path}: {path.suffix or 'no suffix'!r} is no kind of picture; use .png")
+        raise InputError(f"--output {path}: {path.suffix or 'no suffix'!r} is not an image format: use .png")
     if not path.parent.is_dir():
-        raise InputError(f"--output {path}: there is no folder {path.parent}")
+        raise InputError(f"--output {path}: the folder {path.parent} does not exist")
 
 
 def _value(text: str) -> Any:
-    """1 is a count, 1.0 a fraction, true a switch; anything else is a word."""
+    """Parse a value: 1 is a count, 1.0 a fraction, true a boolean, anything else text."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -1,4 +1,4 @@
-"""Patches painted over their image."""
+"""Draw the patches of an overlay over its image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OUTLINE: dict[Fate, Colour] = {
     "dropped": (0, 0, 0),
 }
 _VEIL: dict[Fate, int] = {"retained": 0, "skipped": 0, "merged": 130, "dropped": 220}
-"""How much of a patch its colour hides, of 255."""
+"""Opacity of the colour over a patch, of 255."""
 _EDGE: Colour = (0, 0, 0)
 _LINE = 160
 _GAP = 8
@@ -34,20 +34,20 @@ def paint(
     counts: Mapping[Fate, int],
     side: int,
 ) -> Image.Image:
-    """The image once for each panel of views, its patches marked by fate.
+    """Draw the image once for each panel of views, with its patches marked by fate.
 
-    Patches that were merged into one share its colour, and have a line to it.
+    Merged patches have the colour of the patch that they are merged into, and a line to it.
     """
     scale = side / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     panels = _panels(views)
     canvas = Image.new("RGB", (len(panels) * (size[0] + _GAP) - _GAP, size[1] + _LEGEND), "white")
-    places = _panel_of_each_token(views, panels)
+    panel_of = _panel_of_each_token(views, panels)
     hues = {into: _colour(number) for number, into in enumerate(sorted(_hosts(patches)))}
     boxes = [_scaled(patch.box, image.size, size) for patch in patches]
     for panel in range(len(panels)):
         canvas.paste(image.convert("RGB").resize(size), (panel * (size[0] + _GAP), 0))
-    at = [_shifted(box, place * (size[0] + _GAP)) for box, place in zip(boxes, places, strict=True)]
+    at = [_shifted(box, panel * (size[0] + _GAP)) for box, panel in zip(boxes, panel_of, strict=True)]
     _veil(canvas, patches, at, hues)
     _outline(ImageDraw.Draw(canvas), patches, at, hues)
     _legend(canvas, counts, size[1])
@@ -55,7 +55,7 @@ def paint(
 
 
 def _panels(views: Sequence[View]) -> list[list[int]]:
-    """Numbers of the views, in panels whose views do not overlap."""
+    """Distribute the views over panels so that the views of a panel do not overlap; returns their indices."""
     panels: list[list[int]] = []
     for number, view in enumerate(views):
         free = (panel for panel in panels if not any(_overlap(view.box, views[n].box) for n in panel))
@@ -70,12 +70,12 @@ def _panels(views: Sequence[View]) -> list[list[int]]:
 def _overlap(one: Box, other: Box) -> bool:
     across = min(one[2], other[2]) - max(one[0], other[0])
     down = min(one[3], other[3]) - max(one[1], other[1])
-    # Tiles that touch may do so by a rounding error more.
+    # Adjacent tiles may overlap by a rounding error.
     return across > 1e-6 and down > 1e-6
 
 
 def _panel_of_each_token(views: Sequence[View], panels: Sequence[Sequence[int]]) -> list[int]:
-    panel_of = {number: place for place, panel in enumerate(panels) for number in panel}
+    panel_of = {number: index for index, panel in enumerate(panels) for number in panel}
     return [panel_of[number] for number, view in enumerate(views) for _ in range(view.tokens)]
 
 
@@ -84,7 +84,7 @@ def _hosts(patches: Sequence[Patch]) -> set[int]:
 
 
 def _colour(number: int) -> Colour:
-    """Neighbours get hues far apart: steps of the golden ratio."""
+    """Step the hue by the golden ratio, so that consecutive numbers get distinct colours."""
     red, green, blue = colorsys.hsv_to_rgb(number * 0.61803398875 % 1, 0.75, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -106,7 +106,7 @@ def _veil(
     boxes: Sequence[Box | None],
     hues: Mapping[int, Colour],
 ) -> None:
-    """What leaves, under the colour of where it went, and a line to there."""
+    """Cover merged and dropped patches, and draw a line from each merged patch to its target."""
     veil = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(veil)
     for patch, box in zip(patches, boxes, strict=True):
@@ -126,14 +126,14 @@ def _outline(
     boxes: Sequence[Box | None],
     hues: Mapping[int, Colour],
 ) -> None:
-    """What stays: by its path, and inside in the colour of what came into it."""
+    """Outline retained and skipped patches, with an inner ring in the colour of patches merged into them."""
     for number, (patch, box) in enumerate(zip(patches, boxes, strict=True)):
         if box is None or patch.fate in ("merged", "dropped"):
             continue
         left, top, right, bottom = _pixels(box)
         rings: list[Colour] = [_EDGE, _OUTLINE[patch.fate], _OUTLINE[patch.fate]]
         rings += [hues[number]] * 2 if number in hues else []
-        # As many as leave half of a small patch to be seen.
+        # Fewer rings on small patches, so that half of the patch stays visible.
         for ring, colour in enumerate(rings[: max(1, min(right - left, bottom - top) // 4)]):
             draw.rectangle((left + ring, top + ring, right - ring, bottom - ring), outline=colour)
 
@@ -153,7 +153,7 @@ def _legend(canvas: Image.Image, counts: Mapping[Fate, int], top: int) -> None:
 
 
 def _pixels(box: Box) -> tuple[int, int, int, int]:
-    """The last row and column belong to the neighbour."""
+    """Round to pixels, without the last row and column: they belong to the neighbour."""
     left, top, right, bottom = (round(edge) for edge in box)
     return left, top, max(left, right - 1), max(top, bottom - 1)
 

@@ -1,4 +1,4 @@
-"""What a plan does with each visual token of each image."""
+"""The fate of each visual token of each image under a plan."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Patch:
     """One visual token of an image.
 
     Attributes:
-        fate: what becomes of it.
-        into: where it is merged, number of the token of the same image it ends in; else None.
-        box: the pixels it was made from; None for a mark that stands for no pixels.
+        fate: whether it is retained, skipped, merged or dropped.
+        into: index in the same image of the token that it is merged into; else None.
+        box: the pixels that it covers; None for a mark without pixels.
     """
 
     fate: Fate
@@ -32,23 +32,23 @@ class Patch:
 def fates(
     plan: TokenPlan, visual: torch.Tensor, counts: Sequence[int]
 ) -> list[list[tuple[Fate, int | None]]]:
-    """What becomes of each visual token, and the token of its image that it is merged into.
+    """Return, for each image, the fate of each visual token and the index of the token it is merged into.
 
     Args:
         plan: of the batch.
-        visual: (B, T) True where a visual token stands.
-        counts: visual tokens of each image, in order; together as many as are True.
+        visual: (B, T) True for visual tokens.
+        counts: number of visual tokens of each image, in order; their sum is that of ``visual``.
     """
     length = visual.shape[1]
     into = plan.merged_into
-    stands = torch.take_along_dim(plan.source, into.clamp(min=0), dim=1)
+    host = torch.take_along_dim(plan.source, into.clamp(min=0), dim=1)
     role = torch.take_along_dim(plan.roles.long(), into.clamp(min=0), dim=1)
-    row, place = visual.nonzero(as_tuple=True)
+    row, column = visual.nonzero(as_tuple=True)
     found = zip(
-        (row * length + place).tolist(),
-        (row * length + stands[row, place]).tolist(),
-        into[row, place].tolist(),
-        role[row, place].tolist(),
+        (row * length + column).tolist(),
+        (row * length + host[row, column]).tolist(),
+        into[row, column].tolist(),
+        role[row, column].tolist(),
         strict=True,
     )
     images: list[list[tuple[Fate, int | None]]] = []
@@ -59,9 +59,9 @@ def fates(
     return images
 
 
-def _fate(at: int, stands: int, into: int, role: int, number: dict[int, int]) -> tuple[Fate, int | None]:
+def _fate(at: int, host: int, into: int, role: int, number: dict[int, int]) -> tuple[Fate, int | None]:
     if into < 0:
         return "dropped", None
-    if stands != at:
-        return "merged", number[stands]
+    if host != at:
+        return "merged", number[host]
     return ("skipped" if role == TokenRole.SKIPPED else "retained"), None

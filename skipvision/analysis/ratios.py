@@ -1,4 +1,4 @@
-"""How much each layer's FFN changes visual and text tokens: what skipping it is founded on."""
+"""How much each layer's FFN changes visual and text tokens: the reason why it can be skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipvision.config import SkipConfig
 from skipvision.errors import InputError
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""What `Spread.quantiles` holds of each layer."""
+"""Levels of `Spread.quantiles`."""
 
 _BINS = 48
 
@@ -27,10 +27,10 @@ class Spread:
     """FFN ratios of one kind of token, by layer.
 
     Attributes:
-        tokens: how many were measured.
-        mean: of each layer.
-        quantiles: of each layer, as many as `QUANTILES`.
-        histogram: of each layer, the share of tokens in each bin of `FfnRatios.edges`.
+        tokens: number of measured tokens.
+        mean: mean of each layer.
+        quantiles: for each layer, the values at the levels of `QUANTILES`.
+        histogram: for each layer, the share of tokens in each bin of `FfnRatios.edges`.
     """
 
     tokens: int
@@ -41,12 +41,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class FfnRatios:
-    """‖h′ − h‖ / ‖h‖ of visual and of text tokens: h′ a layer's output, h the same without its FFN's.
+    """‖h′ − h‖ / ‖h‖ of visual and text tokens: h′ is a layer's output, h the same without its FFN.
 
     Attributes:
-        visual: of placeholders of images.
-        text: of all other tokens.
-        edges: of the histograms' bins, in equal steps of the logarithm.
+        visual: ratios of visual tokens.
+        text: ratios of all other tokens.
+        edges: edges of the histograms' bins, in equal logarithmic steps.
     """
 
     visual: Spread
@@ -56,32 +56,32 @@ class FfnRatios:
 
 @torch.no_grad()
 def ffn_ratios(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> FfnRatios:
-    """Measure every layer on some data, with full tokens; Skip-Vision may be attached, and rests meanwhile.
+    """Measure the FFN ratios of every layer with full tokens. An attached Skip-Vision is paused meanwhile.
 
     Args:
         model: any supported model, in eval mode.
-        batches: what its processor makes of prompts with images, on the model's device.
+        batches: inputs of prompts with images, on the model's device.
 
     Raises:
-        UnsupportedModelError: the model has not the shape that Skip-Vision knows.
-        InputError: there are no visual tokens, or no others, in the batches.
+        UnsupportedModelError: the model is not supported.
+        InputError: the batches have no visual tokens, or no text tokens.
     """
     anatomy = dissect(model)
     visual: list[torch.Tensor] = []
     text: list[torch.Tensor] = []
     for batch in batches:
         ids = batch["input_ids"]
-        given = batch.get("attention_mask")
-        there = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
-        is_visual = (ids == anatomy.image_token_id) & there
+        mask = batch.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        is_visual = (ids == anatomy.image_token_id) & real
         with full_tokens(model), _measuring(anatomy.layers) as found:
             model(**{**batch, "use_cache": False})
         ratios = torch.stack(found).float().cpu()
         visual.append(ratios[:, is_visual.cpu()])
-        text.append(ratios[:, (there & ~is_visual).cpu()])
+        text.append(ratios[:, (real & ~is_visual).cpu()])
     if not sum(part.shape[1] for part in visual) or not sum(part.shape[1] for part in text):
         raise InputError(
-            f"{len(visual)} batches hold not both visual and text tokens: pass prompts with images"
+            f"{len(visual)} batches lack visual tokens or text tokens: pass prompts with text and images"
         )
     together = torch.cat(visual, dim=1), torch.cat(text, dim=1)
     edges = _edges(torch.cat(together, dim=1))
@@ -91,7 +91,7 @@ def ffn_ratios(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> FfnRat
 
 @contextmanager
 def full_tokens(model: nn.Module) -> Iterator[None]:
-    """Whatever is attached to the model skips nothing in the ``with`` block."""
+    """Run the model with full tokens in the ``with`` block, even if Skip-Vision is attached."""
     attachment = attachment_of(model)
     with nullcontext() if attachment is None else attachment.using(SkipConfig.full()):
         yield
@@ -99,7 +99,7 @@ def full_tokens(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _measuring(layers: Iterable[Layer]) -> Iterator[list[torch.Tensor]]:
-    """Collects (B, T) ratios of each layer that runs in the ``with`` block."""
+    """Collect the (B, T) ratios of each layer that runs in the ``with`` block."""
     found: list[torch.Tensor] = []
 
     def hook(mlp: nn.Module) -> Any:
@@ -120,19 +120,19 @@ def _measuring(layers: Iterable[Layer]) -> Iterator[list[torch.Tensor]]:
 
 
 def _edges(ratios: torch.Tensor) -> torch.Tensor:
-    """Bins from the smallest ratio to the largest; what is 0 is counted with the smallest."""
+    """Edges of bins from the smallest positive ratio to the largest. Zeros count in the first bin."""
     some = ratios[ratios > 0]
     low, high = (some.min().log10(), some.max().log10()) if some.numel() else (torch.tensor(0.0),) * 2
     return torch.logspace(float(low) - 1e-3, float(high) + 1e-3, _BINS + 1)
 
 
 def _spread(ratios: torch.Tensor, edges: torch.Tensor) -> Spread:
-    """(layers, tokens) in numbers."""
-    places = (torch.bucketize(ratios, edges) - 1).clamp(0, len(edges) - 2)
+    """Summarise (layers, tokens) ratios."""
+    bins = (torch.bucketize(ratios, edges) - 1).clamp(0, len(edges) - 2)
     histogram = torch.zeros(len(ratios), len(edges) - 1)
-    histogram.scatter_add_(1, places, torch.ones_like(ratios))
+    histogram.scatter_add_(1, bins, torch.ones_like(ratios))
     ranked = ratios.sort(dim=1).values
-    # As torch.quantile, which takes no more than 16 million numbers, does it with "nearest".
+    # As torch.quantile with "nearest", which is limited to 16 million numbers.
     at = [round(share * (ratios.shape[1] - 1)) for share in QUANTILES]
     return Spread(
         tokens=ratios.shape[1],

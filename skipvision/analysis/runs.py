@@ -1,4 +1,4 @@
-"""One prompt twice: with every token on the full path, and with some bypassing the FFN and nothing else."""
+"""Run a prompt twice: with every token on the full path, and with Skip-FFN alone."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one run left.
+    """Hidden states of one run.
 
     Attributes:
-        hidden: (1, T, H) before the first layer, and behind each.
-        output: (1, T, H) behind the decoder's last norm.
-        seen: (1, T or fewer, …) outputs of other modules that were asked for.
+        hidden: (1, T, H) before the first layer, and after each layer.
+        output: (1, T, H) after the decoder's last norm.
+        seen: (1, T or fewer, …) outputs of the watched modules.
     """
 
     hidden: list[torch.Tensor]
@@ -46,8 +46,8 @@ class Pair:
         final_norm: the decoder's last norm.
         full: every token on the full path.
         bypass: the same tokens; those of ``skipped`` bypass the FFN.
-        skipped: (T,) True for them.
-        layers: the layers as functions of hidden states (1, T, H), as the second run called them.
+        skipped: (T,) True for tokens that bypass the FFN.
+        layers: each layer as a function of hidden states (1, T, H), with the second run's other arguments.
     """
 
     anatomy: Anatomy
@@ -59,7 +59,7 @@ class Pair:
 
 
 def bypass_only(config: SkipConfig) -> SkipConfig:
-    """A config that retains the same tokens and merges, summarises and forgets none of the others."""
+    """Return a config that retains the same tokens, skips all others, and changes nothing but the FFN."""
     return config.model_copy(
         update={
             "skipped": 1.0,
@@ -76,18 +76,17 @@ def bypass_only(config: SkipConfig) -> SkipConfig:
 def run_twice(
     model: nn.Module, inputs: Mapping[str, Any], config: SkipConfig, watched: list[nn.Module]
 ) -> Iterator[Pair]:
-    """Run a prompt with full tokens, and with Skip-FFN alone; `Pair.layers` work in the ``with`` block.
+    """Run a prompt with full tokens and with Skip-FFN alone. `Pair.layers` work inside the ``with`` block.
 
     Args:
         model: in eval mode; Skip-Vision may be attached.
         inputs: one row.
-        config: says which tokens are retained.
-        watched: modules whose outputs are kept too.
+        config: decides which tokens are retained.
+        watched: other modules whose outputs to keep.
 
     Raises:
-        UnsupportedModelError: hidden states are changed between the layers, or behind them, in ways that
-            are not known.
-        InputError: there is more than one row, padding, or no image.
+        UnsupportedModelError: the decoder changes hidden states between its layers, or has no final norm.
+        InputError: the inputs have several rows, padding, or no image.
     """
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
@@ -97,8 +96,8 @@ def run_twice(
     norm = next((getattr(anatomy.decoder, n) for n in _FINAL_NORMS if hasattr(anatomy.decoder, n)), None)
     if norm is None:
         raise UnsupportedModelError(
-            f"{type(anatomy.decoder).__name__} has none of {', '.join(_FINAL_NORMS)}: what is behind its "
-            "layers is not known",
+            f"{type(anatomy.decoder).__name__} has none of {', '.join(_FINAL_NORMS)}: its final norm is not "
+            "known",
             "no final norm",
         )
     with full_tokens(model):
@@ -106,9 +105,11 @@ def run_twice(
     with _bypassing(model, bypass_only(config)) as attachment:
         bypass, calls = _run(model, inputs, anatomy, norm, watched)
         if attachment.plan is None:
-            raise InputError("the prompt holds no image: there is nothing that could bypass the FFN")
+            raise InputError(
+                "the prompt has no image, so no token can bypass the FFN: pass a prompt with an image"
+            )
         functions = [
-            _replayed(layer.whole, args, kwargs)
+            _as_function(layer.whole, args, kwargs)
             for layer, (args, kwargs) in zip(anatomy.layers, calls, strict=True)
         ]
         skipped = attachment.plan.roles[0] == TokenRole.SKIPPED
@@ -158,18 +159,18 @@ def _run(
     for number, (one, next_one) in enumerate(zip(after[:-1], before[1:], strict=True)):
         if one.shape != next_one.shape or not torch.equal(one, next_one):
             raise UnsupportedModelError(
-                f"hidden states are changed between layers {number} and {number + 1} of "
-                f"{type(anatomy.decoder).__name__}: what that does to an error is not known",
+                f"{type(anatomy.decoder).__name__} changes hidden states between layers {number} and "
+                f"{number + 1}: no error bound is known for that",
                 "hidden states are changed between layers",
             )
     return Run([before[0], *after], seen[norm], seen), calls
 
 
-def _replayed(
+def _as_function(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     def call(hidden: torch.Tensor) -> torch.Tensor:
-        # Other kernels of attention cannot be differentiated twice.
+        # Only this attention kernel can be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
             return hidden_of(layer(hidden, *args, **kwargs))
 

@@ -1,4 +1,4 @@
-"""Largest singular values: of matrices, from above; of a function's Jacobian, by power iteration."""
+"""Largest singular values: an upper bound for matrices, an estimate for Jacobians."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 
 
 def spectral_norm(matrix: torch.Tensor, rounds: int = 9) -> torch.Tensor:
-    """(…, m, n) → (…): an upper bound of each matrix's largest singular value, by less than half a percent.
+    """(…, m, n) → (…): upper bound of each matrix's largest singular value, at most half a percent too large.
 
-    Power iteration comes to it from below, which would make a bound that is none. Squaring the Gram matrix
-    instead is power iteration on all vectors at once, 2^rounds steps of it, and its Frobenius norm is never
-    too small: ‖W‖ ≤ ‖(WᵀW)^(2^k)‖_F^(1 / 2^(k+1)), and at most rank^(1 / 2^(k+2)) times too large.
+    Power iteration approaches the value from below, so it gives no upper bound. Squaring the Gram matrix
+    ``rounds`` times is power iteration on all vectors at once, and its Frobenius norm is never too small:
+    ‖W‖ ≤ ‖(WᵀW)^(2^k)‖_F^(1 / 2^(k+1)), at most rank^(1 / 2^(k+2)) times too large.
     """
     wide = matrix.double()
     gram = wide @ wide.mT if wide.shape[-2] < wide.shape[-1] else wide.mT @ wide
     logarithm = torch.zeros(gram.shape[:-2], dtype=gram.dtype, device=gram.device)
-    for done in range(rounds + 1):
+    for power in range(rounds + 1):
         size = torch.linalg.matrix_norm(gram).clamp(min=torch.finfo(gram.dtype).tiny)
-        logarithm = logarithm + size.log() / 2 ** (done + 1)
+        logarithm = logarithm + size.log() / 2 ** (power + 1)
         gram = gram / size[..., None, None]
-        if done < rounds:
+        if power < rounds:
             gram = gram @ gram
     return logarithm.exp()
 
@@ -34,9 +34,9 @@ def jacobian_norm(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> float:
-    """Spectral norm of a function's Jacobian at a point, by power iteration with its jvp and vjp.
+    """Estimate the spectral norm of a function's Jacobian at a point by power iteration, from below.
 
-    It comes from below, and ends when a round changes it by less than ``tolerance`` of itself.
+    The iteration ends when a round changes the estimate by less than a fraction ``tolerance``.
     """
     generator = torch.Generator(at.device).manual_seed(seed)
     direction = torch.randn(at.shape, generator=generator, dtype=at.dtype, device=at.device)
@@ -44,12 +44,12 @@ def jacobian_norm(
     with torch.enable_grad():
         point = at.detach().requires_grad_()
         value = function(point)
-        # The vjp is linear in what is pulled back, so its own derivative by that is the jvp.
-        given = torch.zeros_like(value, requires_grad=True)
-        [pulled] = torch.autograd.grad(value, point, given, create_graph=True)
+        # The vjp is linear in its vector, so its derivative by that vector gives the jvp.
+        vector = torch.zeros_like(value, requires_grad=True)
+        [pulled] = torch.autograd.grad(value, point, vector, create_graph=True)
         for _ in range(rounds):
             direction = direction / direction.norm().clamp(min=torch.finfo(at.dtype).tiny)
-            [pushed] = torch.autograd.grad(pulled, given, direction, retain_graph=True)
+            [pushed] = torch.autograd.grad(pulled, vector, direction, retain_graph=True)
             before, norm = norm, float(pushed.norm())
             if norm == 0.0 or abs(norm - before) < tolerance * norm:
                 break

@@ -1,4 +1,4 @@
-"""The error of skipping the FFN, bounded from spectral norms: whatever the error, on inputs of this size."""
+"""The worst-case bound of the error of skipping the FFN, from spectral norms and activation sizes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _CLOSE = 1e-2
 
 @dataclass(frozen=True)
 class WorstCase:
-    """What spectral norms say.
+    """Bounds and Lipschitz constants, all absolute.
 
     Attributes:
-        errors: bound of ‖e‖, over all tokens, behind each layer.
-        output: the same behind the decoder's last norm.
-        attention: Lipschitz constant of each attention and its norm, in the largest error over tokens.
-        ffn: of each layer's FFN and its norm.
+        errors: bound of ‖e‖ over all tokens after each layer.
+        output: the same bound after the decoder's last norm.
+        attention: Lipschitz constant of each attention with its norm, in the maximum norm over tokens.
+        ffn: Lipschitz constant of each layer's FFN with its norm.
     """
 
     errors: list[float]
@@ -33,10 +33,10 @@ class WorstCase:
 
 @torch.no_grad()
 def worst_case(pair: Pair, parts: Sequence[Parts]) -> WorstCase:
-    """Carry the error of each token through the halves of each layer.
+    """Propagate the error of each token through attention and FFN of each layer.
 
     Raises:
-        UnsupportedModelError: a layer is more than the sum of its halves, or has a norm that is not known.
+        UnsupportedModelError: a layer is not h + attention + FFN, or its norms are of an unknown kind.
     """
     runs = pair.full, pair.bypass
     rotary = getattr(pair.anatomy.decoder, "rotary_emb", None)
@@ -51,26 +51,26 @@ def worst_case(pair: Pair, parts: Sequence[Parts]) -> WorstCase:
         norms = Normed(part.norms[0], *before), Normed(part.norms[1], *middle)
         attend = AttentionBound(part, norms[0], runs, stretch)
         feed = ffn_constant(part, norms[1], runs)
-        error = error + attend.grown(norms[0].grown(error))
+        error = error + attend.bound(norms[0].bound(error))
         omitted = update[0][0].double().norm(dim=-1)
-        error = error + torch.where(pair.skipped, omitted, feed * norms[1].grown(error))
+        error = error + torch.where(pair.skipped, omitted, feed * norms[1].bound(error))
         errors.append(float(error.norm()))
         attention.append(attend.constant() * float(norms[0].factor.max()))
         ffn.append(feed * float(norms[1].factor.max()))
     last = Normed(pair.final_norm, *(run.hidden[-1] for run in runs))
-    output = float(last.scale.abs().max()) * float(last.grown(error).norm())
+    output = float(last.scale.abs().max()) * float(last.bound(error).norm())
     return WorstCase(errors, output, attention, ffn)
 
 
 def _check_sum(
     pair: Pair, number: int, middle: Sequence[torch.Tensor], update: Sequence[torch.Tensor]
 ) -> None:
-    """Raise `UnsupportedModelError` unless a layer adds what attention returns, then what the FFN does."""
+    """Raise `UnsupportedModelError` unless the layer's output is h + attention + FFN."""
     for run, halfway, added in zip((pair.full, pair.bypass), middle, update, strict=True):
         after = run.hidden[number + 1]
         if float((halfway + added - after).norm()) > _CLOSE * float(after.norm()):
             raise UnsupportedModelError(
-                f"layer {number} is not h + attention + FFN: what it does to what they return is not known; "
-                "worst_case=False leaves the bound from spectral norms out",
-                "layers that are not a sum of their halves",
+                f"layer {number} is not h + attention + FFN, so no bound from spectral norms is known: pass "
+                "worst_case=False",
+                "layers that are not the sum of attention and FFN",
             )

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and their inputs, built in the process for tests."""
+"""Tiny random models of every family and inputs for them, built in process: for tests."""
 
 from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 

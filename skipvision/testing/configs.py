@@ -1,4 +1,4 @@
-"""Configs of every image-text-to-text family, shrunk until a model of it is built in a blink."""
+"""Configs of every image-text-to-text family, shrunk so that models are built in milliseconds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SIZES: dict[str, Any] = {
     "sliding_window": 20,
     "sliding_window_size": 20,
     "attention_chunk_size": 20,
-    # recurrence in its place
+    # recurrence instead of attention
     "linear_num_heads": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -105,7 +105,7 @@ SIZES: dict[str, Any] = {
     "num_res_blocks": 1,
     "num_embeddings": 10,
     "codebook_size": 10,
-    # towers for sound
+    # audio towers
     "n_mel_bins": 4,
     "mel_vocab_size": 16,
     "downsample_hidden_size": 16,
@@ -136,17 +136,17 @@ SIZES: dict[str, Any] = {
     "resampler_n_heads": 4,
     "resampler_head_dim": 16,
 }
-"""Every size that any section of any config may have, and its tiny value."""
+"""Tiny values of the sizes that the sections of configs have."""
 
 PAD, BOS, EOS = 0, 1, 2
 FIRST_SPECIAL = 3
-"""From here on, an id for each special token that a config names."""
+"""First id of the special tokens that a config names."""
 FIRST_CODE = 20
-"""Ids of what a picture is made of, in families whose towers have a codebook."""
+"""First id of the image codes, in families whose towers have a codebook."""
 FIRST_MARK = 30
-"""Ids of marks that processors put around placeholders and that no config names."""
+"""First id of the marks that processors put around placeholders but no config names."""
 FIRST_WORD = 40
-"""Ids below are not words."""
+"""First id of ordinary words."""
 
 _ENDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 _CODES = range(FIRST_CODE, FIRST_CODE + 10)
@@ -163,7 +163,7 @@ _WINDOWED_THEN_ENCODED = {
     "vision.sam.window_size": 4,
     "vision.sam.downsample_channels": [16, 64],
 }
-# The checkpoints' configs name these, the class does not.
+# In the configs of checkpoints, but not defaults of the class.
 _VISION_ENDS = {"vision_start_token_id": FIRST_CODE, "vision_end_token_id": FIRST_CODE + 1}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -227,10 +227,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "inkling_mm_model": {"vision.patch_size": 2},
     "internvl": _FOUR_PATCHES_A_TOKEN,
     "kimi_k25": _ALL_HEADS_CACHED,
-    # As its checkpoints, not as the class by itself.
+    # As in its checkpoints; the default of the class differs.
     "lfm2_vl": {"text.layer_types": ["conv", "conv", "full_attention"]},
     "llama4": _FOUR_PATCHES_A_TOKEN | {"text.moe_layers": [1], "vision.intermediate_size": 256},
-    # As its checkpoints, not as the class by itself.
+    # As in its checkpoints; the default of the class differs.
     "minimax_m3_vl": {"text.layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
     "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
     "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},
@@ -271,17 +271,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "unlimited_ocr": _WINDOWED_THEN_ENCODED | _ALL_HEADS_CACHED,
     "vipllava": {"vision_feature_layers": [-2, -1]},
 }
-"""What a family needs otherwise; ``vision.patch_size`` is that field of its ``vision_config``."""
+"""Fields that differ from `SIZES` in a family; ``vision.patch_size`` is a field of its ``vision_config``."""
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The family's default config with tiny sizes and small token ids."""
+    """Return the family's default config with tiny sizes and small token ids."""
     cls = CONFIG_MAPPING[model_type]
     return _shrink(cls, _special_tokens(cls), EXCEPTIONS.get(model_type, {}))
 
 
 def _special_tokens(cls: type[PretrainedConfig]) -> dict[str, Any]:
-    """A small id for each special token that the config names."""
+    """Assign a small id to each special token that the config names."""
     unused = itertools.count(FIRST_SPECIAL)
     tokens: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
@@ -295,15 +295,15 @@ def _special_tokens(cls: type[PretrainedConfig]) -> dict[str, Any]:
 def _shrink(
     cls: type[PretrainedConfig], options: Mapping[str, Any], exceptions: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """A section of a config, and the sections within.
+    """Build a section of a config with tiny sizes, and its subsections.
 
     Args:
-        cls: of the section.
-        options: with which the section around it makes this one.
-        exceptions: what is not as in `SIZES`.
+        cls: class of the section.
+        options: arguments that the parent section passes to it.
+        exceptions: fields that differ from `SIZES`.
     """
-    held = vars(cls(**options))
-    full = held | {name: held.get(other) for name, other in cls.attribute_map.items()}
+    defaults = vars(cls(**options))
+    full = defaults | {name: defaults.get(other) for name, other in cls.attribute_map.items()}
     names = {field.name for field in dataclasses.fields(cls)} | options.keys()
     tiny = {
         name: _like(full[name], size)
@@ -326,19 +326,19 @@ def _shrink(
 
 
 def _within(section: str, exceptions: Mapping[str, Any]) -> dict[str, Any]:
-    """The exceptions that concern this section."""
+    """Return the exceptions of this section."""
     start = section.removesuffix("_config") + "."
     return {name.removeprefix(start): value for name, value in exceptions.items() if name.startswith(start)}
 
 
 def _like(full: Any, size: Any) -> Any:
-    """Sizes that a config keeps in a list, one a level, stay in one."""
+    """Return the size, or a list of it where the config has a list with one value for each level."""
     if not isinstance(full, (list, tuple)):
         return size
     return type(full)(size if isinstance(size, list) else [size] * len(full))
 
 
 def _first_two_kinds_and_last(layers: list[Any]) -> list[Any]:
-    """What each of the layers is, for `LAYERS` = 3 of them."""
+    """Reduce a list of layer kinds to `LAYERS` = 3."""
     other = next((kind for kind in layers if kind != layers[0]), layers[0])
     return [layers[0], other, layers[-1]]

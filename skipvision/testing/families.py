@@ -24,29 +24,29 @@ from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.testing.configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
 from skipvision.testing.prompts import ONE_TOKEN_TYPE, TOKEN_TYPES, frame_of
 
-_ACROSS = "its decoder attends to pictures across, they are no tokens of its own"
-_BESIDE = "its decoder puts the pictures in by itself, at positions given beside the prompt"
+_CROSS_ATTENTION = "its decoder reads images by cross-attention, not as tokens of its own"
+_OWN_POSITIONS = "its decoder inserts the images itself, at positions given next to the prompt"
 
 UNSUPPORTED = {
-    "blip": _ACROSS,
-    "diffusion_gemma": "it refines a canvas of words and does not write one after the other",
-    "evolla": "it reads proteins, not pictures",
-    "florence2": _ACROSS,
-    "git": "pictures come before the prompt, which has no placeholders for them",
-    "idefics": _ACROSS,
-    "instructblipvideo": "it takes videos, not pictures",
-    "kosmos-2": _BESIDE,
-    "kosmos-2.5": _BESIDE,
-    "mistral4": "it takes text only",
-    "mllama": _ACROSS,
-    "pi0": "it answers with actions, not words",
-    "pix2struct": _ACROSS,
-    "pp_formulanet": _ACROSS,
-    "t5gemma2": _ACROSS,
-    "udop": _ACROSS,
-    "vision-encoder-decoder": _ACROSS,
+    "blip": _CROSS_ATTENTION,
+    "diffusion_gemma": "it refines a canvas of words instead of generating them in order",
+    "evolla": "it reads proteins, not images",
+    "florence2": _CROSS_ATTENTION,
+    "git": "images come before the prompt, which has no placeholders for them",
+    "idefics": _CROSS_ATTENTION,
+    "instructblipvideo": "it reads videos, not images",
+    "kosmos-2": _OWN_POSITIONS,
+    "kosmos-2.5": _OWN_POSITIONS,
+    "mistral4": "it reads text only",
+    "mllama": _CROSS_ATTENTION,
+    "pi0": "it generates actions, not words",
+    "pix2struct": _CROSS_ATTENTION,
+    "pp_formulanet": _CROSS_ATTENTION,
+    "t5gemma2": _CROSS_ATTENTION,
+    "udop": _CROSS_ATTENTION,
+    "vision-encoder-decoder": _CROSS_ATTENTION,
 }
-"""Families without visual tokens among their decoder's, and why."""
+"""Families whose decoders have no visual tokens, and the reason."""
 
 FAMILIES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - UNSUPPORTED.keys()))
 """All other image-text-to-text families of the installed transformers, by model_type."""
@@ -57,22 +57,22 @@ Row = Sequence[int | str]
 def tiny_model(
     model_type: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """A model of the family with random weights, in eval mode: three decoder layers, under a million weights.
+    """Build a model of a family with random weights, in eval mode: 3 decoder layers, under a million weights.
 
     Args:
         model_type: one of `FAMILIES`.
-        dtype: of all weights but those that the family always keeps in float32.
-        attention: attention implementation; by default "sdpa" where the family has it, else "eager".
+        dtype: of all weights except those that the family always keeps in float32.
+        attention: attention implementation; None = "sdpa" if the family supports it, else "eager".
         seed: of the weights.
 
     Raises:
-        UnsupportedModelError: there is no such family, it is `UNSUPPORTED`, it needs a package that is
-            not installed, or it does not have this attention.
+        UnsupportedModelError: the family does not exist, is `UNSUPPORTED`, needs a package that is not
+            installed, or does not support this attention.
     """
     if model_type not in FAMILIES:
         reason = UNSUPPORTED.get(model_type, "transformers has no such image-text-to-text family")
         raise UnsupportedModelError(
-            f"there is no tiny {model_type!r}: {reason}; there are {', '.join(FAMILIES)}", reason
+            f"no tiny {model_type!r}: {reason}; choose from {', '.join(FAMILIES)}", reason
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -80,23 +80,23 @@ def tiny_model(
             model = AutoModelForImageTextToText.from_config(
                 tiny_config(model_type),
                 attn_implementation=attention,
-                # torch has no grouped matrix product in double precision.
+                # torch has no grouped matrix product in float64.
                 experts_implementation="eager" if dtype == torch.float64 else None,
             )
         except (ImportError, ValueError) as error:
             raise UnsupportedModelError(
                 f"a tiny {model_type!r} with attention={attention!r} cannot be built here: {error}",
-                _why_not_built(error),
+                _build_failure(error),
             ) from error
-        # Hugging Face's small initial weights make every FFN update negligible; tests must see them.
+        # With Hugging Face's small initial weights FFN updates are negligible and no test could see them.
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]
                 parameter.data.normal_(0, 0.6 / math.sqrt(fan_in))
-    # Random weights would now and then say "<image>".
+    # Random weights would sometimes generate "<image>".
     model.generation_config.suppress_tokens = list(range(FIRST_SPECIAL, FIRST_WORD))
     model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
-    # Not `model.to`, which would take the imaginary part of complex buffers away.
+    # `model.to` would drop the imaginary part of complex buffers.
     exact = modules_kept_in_float32(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and not any(part in name for part in exact):
@@ -112,36 +112,36 @@ def tiny_batch(
     seed: int = 0,
     row_numbers: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Inputs of a `tiny_model`, as its family's processor would make them.
+    """Build inputs for a `tiny_model`, as its family's processor would.
 
     ``[[3, "image", 4], [5], ["image", 2, "small image", 3]]`` is a row of three words, an image and four
     words; a row of five words; and a row with two images. ``"small image"`` and ``"large image"`` have
     fewer and more visual tokens where the family has images of several sizes.
 
     Args:
-        model: gives the number of visual tokens of each image, the device and the dtype of pixels.
-        rows: text counts and images.
+        model: decides the number of visual tokens of each image, and the device and dtype of pixels.
+        rows: for each row, numbers of words and names of images.
         padding: side on which shorter rows are padded, "left" or "right".
         seed: of words and pixels.
-        row_numbers: stand for the rows' places in seeding: ``tiny_batch(model, [rows[i]],
+        row_numbers: numbers that replace the rows' indices in seeding: ``tiny_batch(model, [rows[i]],
             row_numbers=[i])`` is row i of ``tiny_batch(model, rows)`` without padding.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` (B, T); pixels and all that the family wants beside them.
+        ``input_ids`` and ``attention_mask`` (B, T), pixels, and the family's other inputs.
 
     Raises:
-        InputError: a row part or a side of padding that there is not; or rows with none or several
-            images where the family takes one.
+        InputError: a part of a row or the padding side is unknown; or a row has no image or several, but
+            the family takes exactly one.
     """
     if padding not in ("left", "right"):
-        raise InputError(f"padding={padding!r}: it is 'left' or 'right'")
+        raise InputError(f"padding={padding!r}: expected 'left' or 'right'")
     config = model.config
     numbers = range(len(rows)) if row_numbers is None else row_numbers
     seeds = [(seed, number) for number in numbers]
-    pictures = [_pictures(model, row, seeds) for row, seeds in zip(rows, seeds, strict=True)]
+    images = [_images(model, row, seeds) for row, seeds in zip(rows, seeds, strict=True)]
     lines = [
-        torch.tensor(_line(model, row, images, _random(*seeds)))
-        for row, images, seeds in zip(rows, pictures, seeds, strict=True)
+        torch.tensor(_line(model, row, shown, _random(*seeds)))
+        for row, shown, seeds in zip(rows, images, seeds, strict=True)
     ]
     batch = {
         "input_ids": pad_sequence(lines, True, PAD, padding),
@@ -150,13 +150,13 @@ def tiny_batch(
     for name, fields in TOKEN_TYPES.items():
         if name in _arguments(model.forward):
             named = torch.tensor([getattr(config, field) for field in fields])
-            told_apart = config.model_type not in ONE_TOKEN_TYPE
-            batch[name] = torch.isin(batch["input_ids"], named).long() * told_apart
-    batch |= collate(config.model_type, pictures)
+            distinguishes_images = config.model_type not in ONE_TOKEN_TYPE
+            batch[name] = torch.isin(batch["input_ids"], named).long() * distinguishes_images
+    batch |= collate(config.model_type, images)
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def _why_not_built(error: Exception) -> str:
+def _build_failure(error: Exception) -> str:
     package = re.search(r"requires the (\S+) library", str(error))
     if package:
         return f"not tried here: needs {package[1]}"
@@ -168,16 +168,16 @@ def _arguments(function: Any) -> Container[str]:
 
 
 def _random(*numbers: int) -> torch.Generator:
-    """A random stream of its own for each sequence of numbers."""
-    return torch.Generator().manual_seed(sum(number * 1009**place for place, number in enumerate(numbers)))
+    """Return a generator seeded by a sequence of numbers."""
+    return torch.Generator().manual_seed(sum(number * 1009**power for power, number in enumerate(numbers)))
 
 
-def _pictures(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> list[Picture]:
-    """The pictures of one row."""
+def _images(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> list[Picture]:
+    """Build the images of one row."""
     family = model.config.model_type
     scales = [_scale(part) for part in row if isinstance(part, str)]
     if family in ONE_A_ROW and len(scales) != 1:
-        raise InputError(f"row {list(row)} has {len(scales)} images: {family} takes one in each row")
+        raise InputError(f"row {list(row)} has {len(scales)} images: {family} takes exactly one in each row")
     recipe = recipe_of(family, _arguments(model.base_model.get_image_features))
     return [
         recipe(Request(model.config, scale, len(scales), _random(*seeds, number), model.dtype))
@@ -187,14 +187,14 @@ def _pictures(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> list[
 
 def _scale(part: str) -> int:
     if part not in SCALES:
-        raise InputError(f"a row holds {part!r}: its parts are numbers of words, and {', '.join(SCALES)}")
+        raise InputError(f"a row has {part!r}: expected a number of words, or one of {', '.join(SCALES)}")
     return SCALES[part]
 
 
-def _line(model: PreTrainedModel, row: Row, pictures: Sequence[Picture], words: torch.Generator) -> list[int]:
-    """Token ids of one row."""
+def _line(model: PreTrainedModel, row: Row, images: Sequence[Picture], words: torch.Generator) -> list[int]:
+    """Return the token ids of one row."""
     line: list[int] = []
-    following = iter(pictures)
+    following = iter(images)
     for part in row:
         if isinstance(part, str):
             line += _framed(model, next(following))
@@ -204,27 +204,24 @@ def _line(model: PreTrainedModel, row: Row, pictures: Sequence[Picture], words: 
     return line
 
 
-def _framed(model: PreTrainedModel, picture: Picture) -> list[int]:
-    """A picture's placeholders and the marks around them."""
+def _framed(model: PreTrainedModel, image: Picture) -> list[int]:
+    """Return an image's placeholders with the marks around them."""
     frame = frame_of(model.config)
-    marks = {name: FIRST_MARK + place for place, name in enumerate(frame.names)}
+    marks = {name: FIRST_MARK + index for index, name in enumerate(frame.names)}
 
     def ids(names: Sequence[str]) -> list[int]:
         return [_field(model.config, name, marks[name]) for name in names]
 
-    segment = ids(frame.lead) + [model.config.image_token_id] * (_tokens(model, picture) // picture.segments)
+    segment = ids(frame.lead) + [model.config.image_token_id] * (_tokens(model, image) // image.segments)
     return (
-        ids(frame.before)
-        + segment
-        + (ids(frame.between) + segment) * (picture.segments - 1)
-        + ids(frame.after)
+        ids(frame.before) + segment + (ids(frame.between) + segment) * (image.segments - 1) + ids(frame.after)
     )
 
 
 @torch.no_grad()
-def _tokens(model: PreTrainedModel, picture: Picture) -> int:
-    """Visual tokens of a picture: as many as the model makes features of it."""
-    vision = collate(model.config.model_type, [[picture]])
+def _tokens(model: PreTrainedModel, image: Picture) -> int:
+    """Count the visual tokens of an image: the features that the model computes for it."""
+    vision = collate(model.config.model_type, [[image]])
     on_device = {name: value.to(model.device) for name, value in vision.items()}
     base: Any = model.base_model
     output = base.get_image_features(**on_device, return_dict=True)

@@ -33,7 +33,7 @@ def tiny_llava(
         dtype: of all weights.
         side: patches per side; an image has side² visual tokens.
         seed: of the weights.
-        attention: attention implementation.
+        attention: attention implementation of transformers.
         text_options: fields of the decoder's config that differ from the tiny default.
     """
     vision = CLIPVisionConfig(
@@ -69,11 +69,11 @@ def tiny_llava(
         model: LlavaForConditionalGeneration = AutoModelForImageTextToText.from_config(
             config, attn_implementation=attention
         )
-        # Hugging Face's small initial weights make every FFN update negligible; tests must see them.
+        # With Hugging Face's small initial weights FFN updates are negligible and no test could see them.
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data.normal_(0, 0.6 / parameter.shape[-1] ** 0.5)
-    # Random weights would now and then say "<image>".
+    # Random weights would sometimes generate "<image>".
     model.generation_config.suppress_tokens = [IMAGE_TOKEN]
     model.eval().to(dtype=dtype)
     return model

@@ -1,4 +1,4 @@
-"""What stands around the placeholders of a picture in a prompt, and which inputs tell them from words."""
+"""The marks around an image's placeholders in a prompt, and the inputs that distinguish them from words."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class Frame:
-    """Tokens around a picture's placeholders: names of config fields, or of marks that have none.
+    """Tokens around an image's placeholders, by config field, or by any other name without one.
 
     Attributes:
-        before: ahead of the picture.
-        lead: ahead of each segment.
+        before: before the image.
+        lead: before each segment.
         between: between two segments.
-        after: behind the picture.
+        after: after the image.
     """
 
     before: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ FRAMES: dict[str, Frame] = {
     "smolvlm": _EACH_NAMED,
     "step3p7": _BETWEEN_ENDS,
 }
-"""How families frame a picture, by model_type; the others as `frame_of` says."""
+"""Frames by model_type; `frame_of` has the rule for all other families."""
 
 PAIRS = {
     "vision_start_token_id": "vision_end_token_id",
@@ -69,11 +69,11 @@ PAIRS = {
     "boi_token_index": "eoi_token_index",
     "boi_token_id": "eoi_token_id",
 }
-"""Names under which configs keep the tokens that begin and end a picture."""
+"""Config fields of the tokens that begin and end an image."""
 
 
 def frame_of(config: PretrainedConfig) -> Frame:
-    """The family's frame; one whose config names tokens that begin and end a picture puts them there."""
+    """Return the family's frame. By default, tokens that begin and end an image by its config frame it."""
     pairs = (Frame(before=(start,), after=(end,)) for start, end in PAIRS.items() if hasattr(config, start))
     return FRAMES.get(config.model_type) or next(pairs, Frame())
 
@@ -83,7 +83,7 @@ TOKEN_TYPES = {
     "mm_token_type_ids": ("image_token_id",),
     "moe_mm_token_type_ids": ("image_start_token_id", "image_token_id", "image_end_token_id"),
 }
-"""Inputs that tell (1) the tokens that these config fields name from all others (0)."""
+"""Inputs that are 1 at the tokens of these config fields, and 0 elsewhere."""
 
 ONE_TOKEN_TYPE = {"paligemma"}
-"""Families whose token types tell prompt (0) from answer instead."""
+"""Families whose token types are 0 in the prompt and 1 in the answer instead."""

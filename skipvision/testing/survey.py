@@ -1,7 +1,7 @@
-"""Which image-text-to-text families of the installed transformers are supported: each is tried.
+"""Find out which image-text-to-text families of the installed transformers are supported, by trying each.
 
-A family is supported if a tiny random model of it gives its own logits bit for bit where nothing is skipped;
-runs a ragged batch reduced by a plan; and generates from a cache of the planned length.
+A family is supported if a tiny random model of it returns the same logits, bit for bit, when nothing is
+skipped; runs a ragged batch that a plan reduces; and generates from a cache of the planned length.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _NEW = 4
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about one family.
+    """Support and traits of one family. The traits are only set if it is supported.
 
     Attributes:
         family: its model_type.
-        reason: why it is not supported, in a few words; None if it is. The others are of supported families.
-        images: "one size" or "several sizes", by visual tokens, which always stand at placeholders; "tiles",
-            each of which is an image of its own; or "tiles, joined", which together are one image.
-        views: where the view of the whole image stands among its high-resolution crops: "first" or
-            "last"; None if there is one view.
-        mrope: positions have three axes.
-        deepstack: early layers add further visual features.
+        reason: why it is not supported, in a few words; None if it is.
+        images: "one size" or "several sizes", counted in visual tokens; "tiles", if each tile counts as an
+            image; or "tiles, joined", if the tiles of an image count as one.
+        views: position of the view of the whole image among the high-resolution crops: "first" or "last";
+            None with a single view.
+        mrope: whether positions have three axes.
+        deepstack: whether early layers add further visual features.
         attention: kinds of attention layers: "full", "sliding", "chunked".
-        experts: some of the feed-forward networks are mixtures of experts.
+        experts: whether some FFNs are mixtures of experts.
     """
 
     family: str
@@ -60,12 +60,12 @@ class Finding:
 
     @property
     def supported(self) -> bool:
-        """Everything that was tried worked."""
+        """Whether all trials succeeded."""
         return self.reason is None
 
     @property
     def traits(self) -> dict[str, str]:
-        """What a user may want to know of a supported family, by heading; empty where there is nothing."""
+        """Traits of a supported family by table heading; empty text for an absent trait."""
         return {
             "images": self.images,
             "views": f"whole image {self.views}" if self.views else "",
@@ -77,22 +77,22 @@ class Finding:
 
 
 def survey(family: str) -> Finding:
-    """Try one family; never raises for what the family cannot do."""
+    """Try one family. A failure is returned as the reason, not raised."""
     try:
         with warnings.catch_warnings():
-            # Another library's, about random weights and tiny sizes.
+            # Other libraries warn about random weights and tiny sizes.
             warnings.simplefilter("ignore")
             return _try(family)
     except UnsupportedModelError as error:
         return Finding(family, error.reason)
     except SkipVisionError as error:
         return Finding(family, str(error))
-    except Exception as error:  # a family that fails in its own way must not end the survey of the others
+    except Exception as error:  # must not end the survey of the other families
         return Finding(family, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
-    """One line for each family."""
+    """Return one line for each family."""
     width = max((len(finding.family) for finding in findings), default=0)
     return [f"{finding.family:{width}}  {_verdict(finding)}" for finding in findings]
 
@@ -103,7 +103,7 @@ def _verdict(finding: Finding) -> str:
 
 
 def markdown(findings: Sequence[Finding]) -> str:
-    """How many are supported; what these are like; why the others are not."""
+    """Return the tables of supported and other families as Markdown."""
     columns = Finding("").traits
     supported = [_row(f.family, *f.traits.values()) for f in findings if f.supported]
     others = [_row(f.family, str(f.reason)) for f in findings if not f.supported]
@@ -119,7 +119,7 @@ def _row(*cells: str) -> str:
 
 
 def count(findings: Sequence[Finding]) -> str:
-    """How many are supported, in words."""
+    """Describe how many families are supported."""
     supported = sum(finding.supported for finding in findings)
     of = f"{len(findings)} image-text-to-text families of transformers {__version__}"
     return f"{supported} of {of} are supported"
@@ -145,7 +145,7 @@ def _try(family: str) -> Finding:
 
 @torch.no_grad()
 def _identity(model: PreTrainedModel, anatomy: Anatomy, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Nothing skipped ≡ the untouched model, bit for bit; returns what the decoder was called with."""
+    """Check that nothing skipped ≡ the untouched model, bit for bit; returns the decoder's arguments."""
     seen: dict[str, Any] = {}
 
     def see(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -156,28 +156,28 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, batch: dict[str, torch.T
     handle.remove()
     with attach(model, SkipConfig.full()) as skip:
         attached = model(**batch).logits
-    _demand(skip.plan is not None and skip.plan.is_identity, "its images are not found")
-    _demand(torch.equal(attached, untouched), "it gives other logits where nothing is skipped")
+    _check(skip.plan is not None and skip.plan.is_identity, "its images are not found")
+    _check(torch.equal(attached, untouched), "its logits change although nothing is skipped")
     return seen
 
 
 @torch.no_grad()
 def _reduction(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
-    """A reduced forward, and generation from a pruned cache."""
+    """Check a reduced forward pass, and generation from a pruned cache."""
     generate: Any = model.generate
     with attach(model, _CONFIG) as skip:
         logits = model(**batch).logits
-        _demand(_applied(skip.plan), "no plan is applied to its images")
-        _demand(
+        _check(_applied(skip.plan), "no plan is applied to its images")
+        _check(
             bool(logits[batch["attention_mask"].bool()].isfinite().all()), "its reduced logits are not finite"
         )
         answer = generate(
             **batch, max_new_tokens=_NEW, min_new_tokens=_NEW, do_sample=False, return_dict_in_generate=True
         )
-        _demand(_applied(skip.plan), "it generates without a plan")
+        _check(_applied(skip.plan), "it generates without a plan")
         prompt = 0 if skip.plan is None else int(skip.plan.cache_mask.sum(dim=1).max())
         planned, cached = prompt + _NEW - 1, answer.past_key_values.get_seq_length()
-        _demand(cached == planned, f"its cache has {cached} entries, not the {planned} that were planned")
+        _check(cached == planned, f"its cache has {cached} entries, not the {planned} that were planned")
 
 
 def _applied(plan: TokenPlan | None) -> bool:
@@ -186,7 +186,7 @@ def _applied(plan: TokenPlan | None) -> bool:
 
 @torch.no_grad()
 def _images(model: PreTrainedModel, anatomy: Anatomy) -> str:
-    """What an image becomes."""
+    """Classify the sizes of images, as in `Finding.images`."""
     batches = [tiny_batch(model, [[size]]) for size in ("small image", "image", "large image")]
     entries = [encoded_sizes(anatomy.outer, batch) for batch in batches]
     if any(len(sizes) > 1 for sizes in entries):
@@ -194,6 +194,6 @@ def _images(model: PreTrainedModel, anatomy: Anatomy) -> str:
     return "one size" if len({sum(sizes) for sizes in entries}) == 1 else "several sizes"
 
 
-def _demand(kept: bool, reason: str) -> None:
-    if not kept:
+def _check(condition: bool, reason: str) -> None:
+    if not condition:
         raise UnsupportedModelError(f"Skip-Vision does not work with this model: {reason}", reason)

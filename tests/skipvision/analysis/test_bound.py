@@ -1,4 +1,4 @@
-"""The bound holds whatever the weights; its pieces are nearly reached; it is exact where it can be."""
+"""The bound holds for any weights, its parts are nearly tight, and it is exact where that is possible."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def prompt(model, seed=0):
     return tiny_batch(model, [[3, "image", 5]], seed=seed)
 
 
-def holds(found):
-    for place in (*found.layers, found.output):
-        assert place.measured <= place.local * (1 + 1e-3), found
-        assert place.measured <= place.worst * (1 + 1e-9), found
+def check_bound(found):
+    for errors in (*found.layers, found.output):
+        assert errors.measured <= errors.local * (1 + 1e-3), found
+        assert errors.measured <= errors.worst * (1 + 1e-9), found
     assert found.output.measured <= found.output.composite * (1 + 1e-3), found
     assert found.output.measured <= found.output.summed * (1 + 1e-9), found
     assert found.output.summed <= found.output.composite * (1 + 1e-3), found
@@ -51,7 +51,7 @@ def test_the_bound_holds(family, seed, scale, retained, select):
     for parameter in dissect(model).decoder.parameters():
         if parameter.ndim > 1:
             parameter.data *= scale
-    holds(error_bound(model, prompt(model, seed), sv.SkipConfig(retained=retained, select=select)))
+    check_bound(error_bound(model, prompt(model, seed), sv.SkipConfig(retained=retained, select=select)))
 
 
 def test_layers_with_layer_norm_and_without_a_gate():
@@ -64,21 +64,21 @@ def test_layers_with_layer_norm_and_without_a_gate():
     model = AutoModelForImageTextToText.from_config(config).double().eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    holds(error_bound(model, prompt(tiny_model("llava", dtype=torch.float64)), CONFIG))
+    check_bound(error_bound(model, prompt(tiny_model("llava", dtype=torch.float64)), CONFIG))
 
 
-def test_rotary_embeddings_that_stretch_what_they_turn_count():
+def test_the_scaling_of_rotary_embeddings_counts():
     constants = []
     for stretch in (1.0, 10.0):
         model = tiny_model("llava", dtype=torch.float64)
         dissect(model).decoder.rotary_emb.attention_scaling = stretch  # as YaRN's
         found = error_bound(model, prompt(model), CONFIG)
-        holds(found)
+        check_bound(found)
         constants.append(found.layers[-1].attention)
     assert constants[1] > 10 * constants[0]
 
 
-def test_behind_the_first_layer_that_skips_it_is_exact():
+def test_the_bound_is_exact_after_the_first_layer():
     model = tiny_model("llava", dtype=torch.float64)
     found = error_bound(model, prompt(model), CONFIG)
     first = found.layers[0]
@@ -92,23 +92,23 @@ def test_nothing_skipped_makes_no_error():
     model = tiny_model("llava", dtype=torch.float64)
     found = error_bound(model, prompt(model), sv.SkipConfig(retained=1.0))
     assert found.output.composite == found.output.summed == pytest.approx(0, abs=1e-12)
-    for place in (*found.layers, found.output):
-        assert (place.measured, place.local, place.worst) == pytest.approx((0, 0, 0), abs=1e-12)
+    for errors in (*found.layers, found.output):
+        assert (errors.measured, errors.local, errors.worst) == pytest.approx((0, 0, 0), abs=1e-12)
 
 
-def test_lora_counts_as_if_it_were_merged():
+def test_lora_counts_as_merged():
     model = get_peft_model(
         tiny_model("llava", dtype=torch.float64),
         LoraConfig(target_modules=r".*language_model.*(q|v|down)_proj", init_lora_weights=False),
     ).eval()
     batch = prompt(model)
-    beside = error_bound(model, batch, CONFIG)
+    unmerged = error_bound(model, batch, CONFIG)
     merged = error_bound(model.merge_and_unload(), batch, CONFIG)
-    for one, other in zip(beside.layers, merged.layers, strict=True):
+    for one, other in zip(unmerged.layers, merged.layers, strict=True):
         assert vars(one) == pytest.approx(vars(other), rel=1e-6)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged():
     model = tiny_model("llava")
     batch = prompt(model)
     before = model(**batch).logits
@@ -122,17 +122,17 @@ def test_the_model_is_left_as_it_was():
     assert alone == error_bound(model, batch, CONFIG)
 
 
-def test_what_no_bound_is_known_for_has_the_local_one():
+def test_layers_of_an_unknown_kind_have_the_local_bound_only():
     model = tiny_model("gemma3", dtype=torch.float64)
     with pytest.raises(sv.UnsupportedModelError, match="pre_feedforward_layernorm"):
         error_bound(model, prompt(model), CONFIG)
     found = error_bound(model, prompt(model), CONFIG, worst_case=False)
-    for place in (*found.layers, found.output):
-        assert place.measured <= place.local * (1 + 1e-3)
-        assert place.worst is None
+    for errors in (*found.layers, found.output):
+        assert errors.measured <= errors.local * (1 + 1e-3)
+        assert errors.worst is None
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_unsuitable_inputs_and_models_are_rejected():
     model = tiny_model("llava")
     with pytest.raises(sv.InputError, match="one row"):
         error_bound(model, tiny_batch(model, [[3, "image"], [3, "image"]]), CONFIG)
@@ -145,11 +145,11 @@ def test_what_cannot_be_compared_is_refused():
         error_bound(model, prompt(model), CONFIG, worst_case=False)
 
 
-# ------------------------------------------------------------------------------------------- its pieces
+# ------------------------------------------------------------------------------------------- its parts
 
 
 @pytest.mark.parametrize("norm", [LlamaRMSNorm(6, eps=0.05), nn.LayerNorm(6, eps=0.05)])
-def test_a_norm_carries_no_error_further_than_is_said(norm):
+def test_no_error_after_a_norm_exceeds_its_bound(norm):
     norm = norm.double()
     torch.manual_seed(0)
     nn.init.normal_(norm.weight, 1.0, 0.3)
@@ -160,13 +160,13 @@ def test_a_norm_carries_no_error_further_than_is_said(norm):
         bound = Normed(norm, one, other)
         with torch.no_grad():
             moved = ((norm(one) - norm(other)) / bound.scale)[0].norm(dim=-1)
-        ratio = moved / bound.grown((one - other)[0].norm(dim=-1))
+        ratio = moved / bound.bound((one - other)[0].norm(dim=-1))
         closest = max(closest, float(ratio.max()))
-        assert bool((ratio <= 1 + 1e-4).all())  # RMSNorm goes through float32
+        assert bool((ratio <= 1 + 1e-4).all())  # RMSNorm computes in float32
     assert closest > 0.95
 
 
-def test_a_norm_of_another_kind_is_refused():
+def test_a_norm_of_another_kind_is_rejected():
     class Doubled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -187,7 +187,7 @@ def linear(weight):
 
 
 def runs_of(modules, inputs):
-    """What two runs on these (T, H) inputs leave of the modules."""
+    """Stand-ins for two `Run`s of the modules on these (T, H) inputs."""
     with torch.no_grad():
         return [
             SimpleNamespace(seen={module: module(x[None]) for module in modules}, output=x[None])
@@ -198,7 +198,7 @@ def runs_of(modules, inputs):
 UNSCALED = SimpleNamespace(scale=torch.ones(1, dtype=torch.double))
 
 
-def test_attention_carries_no_error_further_than_is_said_and_sometimes_half_as_far():
+def test_no_error_of_attention_exceeds_its_bound_and_some_reach_half_of_it():
     generator = torch.Generator().manual_seed(0)
     closest = 0.0
     for trial in range(300):
@@ -207,7 +207,7 @@ def test_attention_carries_no_error_further_than_is_said_and_sometimes_half_as_f
         query, key, value, out = (linear(weight) for weight in weights)
         one = torch.randn(3, 2, generator=generator, dtype=torch.double)
         step = 10 ** (-3 * float(torch.rand(1, generator=generator)))
-        # Of every other trial's tokens only the last moves: then keys and values alone do, for the others.
+        # In every other trial only the last token moves, so the others change by its key and value alone.
         moving = torch.tensor([[trial % 2], [trial % 2], [1]])
         other = one + step * moving * torch.randn(3, 2, generator=generator, dtype=torch.double)
         runs = runs_of([query, key, value], [one, other])
@@ -218,21 +218,21 @@ def test_attention_carries_no_error_further_than_is_said_and_sometimes_half_as_f
         stretch = 1.0 + trial % 2 / 2
         bound = AttentionBound(parts, UNSCALED, runs, stretch)
         with torch.no_grad():
-            given = [
+            outputs = [
                 out((0.7 * stretch**2 * query(x) @ key(x).mT).softmax(dim=-1) @ value(x))
                 for x in (one, other)
             ]
-        moved = (given[0] - given[1]).norm(dim=-1)
-        said = bound.grown((one - other).norm(dim=-1))
-        assert bool((moved <= said).all())
-        assert float(said.max()) <= bound.constant() * float((one - other).norm(dim=-1).max()) * (1 + 1e-9)
-        closest = max(closest, float((moved / said).max()))
+        moved = (outputs[0] - outputs[1]).norm(dim=-1)
+        limit = bound.bound((one - other).norm(dim=-1))
+        assert bool((moved <= limit).all())
+        assert float(limit.max()) <= bound.constant() * float((one - other).norm(dim=-1).max()) * (1 + 1e-9)
+        closest = max(closest, float((moved / limit).max()))
     assert closest > 0.4
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.ReLU()])
-def test_the_ffn_carries_no_error_further_than_is_said_and_sometimes_nearly_as_far(gated, activation):
+def test_no_error_of_the_ffn_exceeds_its_bound_and_some_nearly_reach_it(gated, activation):
     generator = torch.Generator().manual_seed(0)
     closest = 0.0
     for _ in range(30):

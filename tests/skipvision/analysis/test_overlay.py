@@ -1,4 +1,4 @@
-"""The overlay's boxes are where the pixels of a token come from, and its fates are the plan's."""
+"""A box of the overlay covers the pixels of its token, and the fates match the plan."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ CASES = {
 
 
 def inputs_of(model, processor, image):
-    """What the family's processor would make of one image between words; as many placeholders as features."""
+    """Inputs of one image between words, with as many placeholders as the model has features."""
     nested = isinstance(processor, (Idefics3ImageProcessorPil, SmolVLMImageProcessorPil))
-    made = dict(processor([[image]] if nested else [image], return_tensors="pt"))
-    made.pop("num_patches", None)
-    made.pop("num_crops", None)
-    features = model.base_model.get_image_features(**made, return_dict=True).pooler_output
+    outputs = dict(processor([[image]] if nested else [image], return_tensors="pt"))
+    outputs.pop("num_patches", None)
+    outputs.pop("num_crops", None)
+    features = model.base_model.get_image_features(**outputs, return_dict=True).pooler_output
     count = sum(feature.shape[:-1].numel() for feature in features)
     ids = torch.tensor([[20, 21] + [model.config.image_token_id] * count + [22]])
     types = (ids == model.config.image_token_id).long()
     arguments = inspect.signature(model.forward).parameters
-    wanted = {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in arguments}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **made, **wanted}
+    extra = {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in arguments}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **outputs, **extra}
 
 
 def embeds_of(model, inputs):
-    """(N, H) the visual tokens that reach the decoder."""
+    """(N, H) visual tokens that reach the decoder."""
     seen = []
     decoder = dissect(model).decoder
     handle = decoder.register_forward_pre_hook(
@@ -83,7 +83,7 @@ def embeds_of(model, inputs):
 
 
 def without_attention_in_the_tower(model):
-    """Each patch by itself: a token changes with its own pixels alone."""
+    """Disable attention, so that a token only depends on its own pixels."""
     for name, module in model.named_modules():
         if "vis" in name and type(module).__name__.endswith("Attention"):
             module.register_forward_hook(
@@ -102,7 +102,7 @@ def overlaps(box, spot, margin):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bright_spot_changes_the_tokens_whose_boxes_it_lies_in_and_no_others(case):
+def test_a_bright_spot_changes_only_the_tokens_whose_boxes_it_touches(case):
     family, processor = CASES[case]
     model = without_attention_in_the_tower(tiny_model(family))
     for size in SIZES:
@@ -126,14 +126,14 @@ def test_a_bright_spot_changes_the_tokens_whose_boxes_it_lies_in_and_no_others(c
                     assert differs, (size, spot, patch)
                     found += 1
                 elif differs:
-                    # A resized pixel is mixed from some around it, by the family's filter.
+                    # Resizing mixes a pixel with its neighbours.
                     assert overlaps(patch.box, spot, -2.5 * max(1, *size) / SIDE), (size, spot, patch)
         assert found
 
 
 @pytest.fixture(scope="module")
 def tiny_folder(request):
-    # The fixture's name is a function's here.
+    # `tiny_model` is a function in this module, so the fixture needs another name.
     return request.getfixturevalue("tiny_model")
 
 
@@ -145,7 +145,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_fates_are_the_plans_with_several_images_in_a_batch(config):
+def test_fates_match_the_plan_with_several_images_in_a_batch(config):
     model = tiny_model("llava")
     token = model.config.image_token_id
     images = [Image.new("RGB", size) for size in SIZES]
@@ -171,8 +171,8 @@ def test_fates_are_the_plans_with_several_images_in_a_batch(config):
             if patch.fate == "dropped":
                 assert into == -1
                 continue
-            stands = number if patch.into is None else patch.into
-            assert int(plan.source[row, into]) == begin + stands
+            host = number if patch.into is None else patch.into
+            assert int(plan.source[row, into]) == begin + host
             role = plan.roles[row, into]
             if patch.fate == "merged":
                 assert patch.into != number
@@ -191,29 +191,29 @@ def overlay_of_noise(config):
     return image, overlay
 
 
-def test_the_drawing_hides_what_is_dropped_and_shows_what_is_retained():
+def test_the_drawing_hides_dropped_patches_and_shows_retained_ones():
     image, overlay = overlay_of_noise(sv.SkipConfig(retained=4, skipped=0, merge="drop"))
-    picture = overlay.draw(image, side=480)
-    assert picture.width == 480
+    drawing = overlay.draw(image, side=480)
+    assert drawing.width == 480
     plain = image.resize((480, 320))
     for patch in overlay.patches:
         left, top, right, bottom = (round(edge * 4) for edge in patch.box)
         inside = (left + 6, top + 6, right - 6, bottom - 6)
-        difference = ImageChops.difference(picture.crop(inside), plain.crop(inside)).convert("L")
+        difference = ImageChops.difference(drawing.crop(inside), plain.crop(inside)).convert("L")
         changed = difference.getextrema()[1] > 40
         assert changed == (patch.fate == "dropped")
 
 
-def test_the_json_form_says_it_all():
+def test_the_json_form_has_every_patch():
     _, overlay = overlay_of_noise(sv.SkipConfig(retained=4, skipped=4))
     again = json.loads(json.dumps(overlay.as_json()))
     assert again["size"] == [120, 80]
     assert [(view["rows"], view["columns"]) for view in again["views"]] == [(4, 4)]
-    for patch, told in zip(overlay.patches, again["patches"], strict=True):
-        assert (patch.fate, patch.into, list(patch.box)) == (told["fate"], told["into"], told["box"])
+    for patch, read in zip(overlay.patches, again["patches"], strict=True):
+        assert (patch.fate, patch.into, list(patch.box)) == (read["fate"], read["into"], read["box"])
 
 
-def test_views_of_tiles_and_of_the_whole_image_are_drawn_side_by_side():
+def test_tiles_and_the_whole_image_are_drawn_in_two_panels():
     family, processor = CASES["idefics3"]
     model = tiny_model(family)
     image = Image.new("RGB", SIZES[0], "gray")
@@ -225,25 +225,25 @@ def test_views_of_tiles_and_of_the_whole_image_are_drawn_side_by_side():
     assert overlay.draw(image, side=120).width == 248
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_rejected():
     image, overlay = overlay_of_noise(sv.SkipConfig(retained=4, skipped=4))
     with pytest.raises(sv.InputError, match="side=0"):
         overlay.draw(image, side=0)
-    with pytest.raises(sv.InputError, match=r"\(10, 10\) pixels, the overlay for one of \(120, 80\)"):
+    with pytest.raises(sv.InputError, match=r"\(10, 10\) pixels, but the overlay is for \(120, 80\)"):
         overlay.draw(Image.new("RGB", (10, 10)))
     model = tiny_model("llava")
     inputs = inputs_of(model, CROPPED, image)
     with sv.attach(model, sv.SkipConfig(retained=4, skipped=4)) as skip, torch.no_grad():
         model(**inputs)
     plan, config = skip.plan, model.config
-    with pytest.raises(sv.InputError, match="inputs of the call that the plan was made in"):
+    with pytest.raises(sv.InputError, match="inputs of the call that produced the plan"):
         patches_of(plan, {"input_ids": torch.ones(1, 3, dtype=torch.long)}, [(120, 80)], CROPPED, config)
     with pytest.raises(sv.InputError, match="but the prompt has 16"):
         patches_of(plan, inputs, [(120, 80)] * 3, CROPPED, config)
     other = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    with pytest.raises(sv.UnsupportedModelError, match="where its settings say"):
+    with pytest.raises(sv.UnsupportedModelError, match="but its settings say"):
         patches_of(plan, inputs, [(120, 80)], other, config)
-    with pytest.raises(sv.UnsupportedModelError, match="janus cuts an image"):
+    with pytest.raises(sv.UnsupportedModelError, match="not known for janus"):
         patches_of(plan, inputs, [(120, 80)], CROPPED, tiny_model("janus").config)
 
 
@@ -253,30 +253,30 @@ def test_the_command_draws_and_counts(tiny_folder, tmp_path, capsys):
     options = ["--retained", "4", "--skipped", "0.25", "--select", "norm", "--side", "240"]
     main(["overlay", "--model", str(tiny_folder), *options, str(source), "-o", str(output)])
     assert "retained 4, skipped 4, merged 8, dropped 0" in capsys.readouterr().out
-    with Image.open(output) as picture:
-        assert picture.width == 240
+    with Image.open(output) as drawing:
+        assert drawing.width == 240
     main(["overlay", "--model", str(tiny_folder), "--json", str(source), "-o", str(output)])
     assert len(json.loads(capsys.readouterr().out)["patches"]) == 16
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
         (["--retained", "1.5"], "retained=1.5"),
         (["--model", "{folder}"], "cannot be loaded"),
         (["--adapter", "{folder}"], "not a Skip-Vision adapter"),
-        (["-o", "{folder}/out.xyz"], "'.xyz' is no kind of picture"),
-        (["-o", "{folder}/none/out.png"], "there is no folder"),
+        (["-o", "{folder}/out.xyz"], "'.xyz' is not an image format"),
+        (["-o", "{folder}/none/out.png"], "does not exist"),
         (["--prompt", "two <image>"], "the processor rejects"),
-        (["{folder}/in.txt"], "is no image that can be read"),
+        (["{folder}/in.txt"], "cannot be read as an image"),
     ],
 )
-def test_the_command_says_what_is_wrong(changed, says, tiny_folder, tmp_path, capsys):
-    (tmp_path / "in.txt").write_text("no picture")
+def test_the_command_reports_errors(changed, message, tiny_folder, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("not an image")
     Image.new("RGB", (120, 80)).save(tmp_path / "in.png")
     changed = [text.format(folder=tmp_path) for text in changed]
     image = [] if len(changed) == 1 else [str(tmp_path / "in.png")]
     with pytest.raises(SystemExit) as ended:
         main(["overlay", "--model", str(tiny_folder), "-o", str(tmp_path / "out.png"), *image, *changed])
     assert ended.value.code == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err

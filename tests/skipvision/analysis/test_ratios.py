@@ -1,4 +1,4 @@
-"""FFN ratios are what the FFN adds, beside what was there, of the tokens that they are said to be of."""
+"""FFN ratios are the size of the FFN's output relative to its input, for visual and for text tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def expected(model, batch):
     found = []
 
     def measure(layer, args, output):
-        # What post_attention_layernorm is given is h; the FFN adds the rest.
+        # The input of post_attention_layernorm is h; the FFN adds the rest.
         found.append((output - middle[0]).norm(dim=-1) / middle[0].norm(dim=-1))
         middle.clear()
 
@@ -59,16 +59,16 @@ def test_the_ratios_of_a_plain_decoder(attached):
 def test_batches_are_one_sample():
     model = tiny_model("llava")
     one, other = tiny_batch(model, ROWS[:1], seed=1), tiny_batch(model, ROWS[1:], seed=2)
-    apart = [ffn_ratios(model, [batch]) for batch in (one, other)]
+    separate = [ffn_ratios(model, [batch]) for batch in (one, other)]
     together = ffn_ratios(model, [one, other])
-    tokens = [found.visual.tokens for found in apart]
+    tokens = [found.visual.tokens for found in separate]
     for layer, mean in enumerate(together.visual.mean):
-        weighted = sum(n * found.visual.mean[layer] for n, found in zip(tokens, apart, strict=True))
+        weighted = sum(n * found.visual.mean[layer] for n, found in zip(tokens, separate, strict=True))
         assert mean == pytest.approx(weighted / sum(tokens), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama4", "qwen3_vl"])
-def test_families_whose_layers_are_made_otherwise(family):
+def test_families_with_other_layer_structures(family):
     model = tiny_model(family)
     found = ffn_ratios(model, [tiny_batch(model, [[4, "image", 3]])])
     assert len(found.visual.mean) == 3
@@ -83,9 +83,9 @@ def test_an_ffn_that_does_nothing():
     assert found.visual.mean == found.text.mean == [0.0] * 3
 
 
-def test_data_without_images_are_refused():
+def test_data_without_images_are_rejected():
     model = tiny_model("llava")
-    with pytest.raises(sv.InputError, match="prompts with images"):
+    with pytest.raises(sv.InputError, match="lack visual tokens or text tokens"):
         ffn_ratios(model, [tiny_batch(model, [[6]])])
     with pytest.raises(sv.InputError, match="0 batches"):
         ffn_ratios(model, [])

@@ -1,4 +1,4 @@
-"""Singular values: a bound that is one, and what power iteration finds of a Jacobian."""
+"""The upper bound of singular values is tight, and power iteration finds a Jacobian's norm."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from skipvision.analysis.spectral import jacobian_norm, spectral_norm
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (40, 3), (64, 64), (2, 5, 30, 20)])
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
-def test_never_too_small_and_hardly_too_large(shape, scale):
+def test_the_bound_is_never_too_small_and_hardly_too_large(shape, scale):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.double) * scale
     ratio = spectral_norm(matrix) / torch.linalg.matrix_norm(matrix, ord=2)
     assert bool((ratio >= 1 - 1e-12).all())
     assert bool((ratio < 1.005).all())
 
 
-def test_equal_singular_values_cost_the_most_and_little():
+def test_equal_singular_values_are_the_worst_case_of_the_bound():
     assert 1.0 <= float(spectral_norm(torch.eye(512))) < 1.005
 
 
@@ -25,7 +25,7 @@ def test_a_matrix_of_zeros():
     assert float(spectral_norm(torch.zeros(3, 4))) < 1e-100
 
 
-def test_the_jacobian_of_a_function_with_one_that_is_known():
+def test_the_jacobian_norm_matches_the_dense_jacobian():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 12, generator=generator, dtype=torch.double)
     at = torch.randn(3, 12, generator=generator, dtype=torch.double)

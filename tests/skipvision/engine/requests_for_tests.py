@@ -1,4 +1,4 @@
-"""Requests to a tiny LLaVA, and what `generate` answers to each alone."""
+"""Requests to a tiny LLaVA, and the answer of `generate` to each alone."""
 
 import functools
 
@@ -41,7 +41,7 @@ def inputs_of(row, seed=0):
 
 @functools.cache
 def words(text="llama", dtype=F64, **options):
-    """A model that says all sorts of things, and never stops by itself."""
+    """A model that generates varied tokens and has no EOS."""
     model = tiny_llava(text=text, dtype=dtype, seed=3 if text == "llama" else 15, **options)
     model.generation_config.eos_token_id = None
     return model
@@ -49,11 +49,11 @@ def words(text="llama", dtype=F64, **options):
 
 @functools.cache
 def alone(row, name="counts", tokens=8, seed=0, text="llama"):
-    """Ids that `generate` writes to one row by itself."""
+    """Ids that `generate` returns for one row alone."""
     model, inputs = words(text), inputs_of(row, seed)
     with attach(model, CONFIGS[name]):
-        written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return tuple(written[0, inputs["input_ids"].shape[1] :].tolist())
+        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def request(row, name=None, tokens=8, seed=0, **options):
@@ -74,8 +74,28 @@ def ids_of(completion):
 
 
 def drain(engine):
-    """All chunks until nothing is left."""
+    """Step until the engine is idle; returns all chunks."""
     chunks = []
     while engine.busy:
         chunks += engine.step()
     return chunks
+
+
+class Letters:
+    """A processor that only decodes: every id is a letter."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(97 + token % 26) for token in ids)
+
+
+def one(engine, request):
+    """The completion of a single request; raises its error."""
+    (completion,) = engine.run([request])
+    if completion.error is not None:
+        raise completion.error
+    return completion
+
+
+def text_of(ids):
+    """The text that `Letters` decodes."""
+    return Letters().decode(ids, True)

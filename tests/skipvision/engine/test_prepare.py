@@ -1,4 +1,4 @@
-"""From text and pictures: a real processor, a real checkpoint, and what users type."""
+"""Requests of text and images, with a real processor and a real checkpoint."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def parts(tiny_model):
     return model.eval(), AutoProcessor.from_pretrained(tiny_model)
 
 
-def picture(seed, size=(70, 50)):
+def noise(seed, size=(70, 50)):
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -30,22 +30,22 @@ def chat(text, images=1):
 
 def test_text_and_messages_are_answered_as_generate_does(parts):
     model, processor = parts
-    asked = [
-        Request("<image> what is it?", [picture(0)], key="text"),
-        Request(chat("what is it?"), [picture(1)], key="chat"),
-        Request(chat("which is it?", 2), [picture(2), picture(3, (40, 90))], key="two"),
+    requests = [
+        Request("<image> what is it?", [noise(0)], key="text"),
+        Request(chat("what is it?"), [noise(1)], key="chat"),
+        Request(chat("which is it?", 2), [noise(2), noise(3, (40, 90))], key="two"),
         Request("only words", key="words"),
     ]
     with Engine(model, processor, CONFIG) as engine:
-        completions = {c.key: c for c in engine.run(asked)}
-    for request in asked:
+        completions = {c.key: c for c in engine.run(requests)}
+    for request in requests:
         prompt = request.prompt
         if not isinstance(prompt, str):
             prompt = processor.apply_chat_template(prompt, add_generation_prompt=True)
         inputs = processor(text=[prompt], images=list(request.images) or None, return_tensors="pt")
         with attach(model, CONFIG):
-            written = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        answer = written[0, inputs["input_ids"].shape[1] :]
+            output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        answer = output[0, inputs["input_ids"].shape[1] :]
         completion = completions[request.key]
         assert completion.error is None
         assert completion.choices[0].token_ids == tuple(answer.tolist())
@@ -54,9 +54,9 @@ def test_text_and_messages_are_answered_as_generate_does(parts):
         assert completion.usage.visual_total == 16 * len(request.images)
 
 
-def test_prepared_elsewhere_it_is_the_same(parts):
+def test_a_request_prepared_elsewhere_has_the_same_answer(parts):
     model, processor = parts
-    request = Request(chat("what is it?"), [picture(0)], sampling=Sampling(max_new_tokens=9))
+    request = Request(chat("what is it?"), [noise(0)], sampling=Sampling(max_new_tokens=9))
     ready = prepare(processor, request)
     assert ready.inputs is not None
     assert all(isinstance(value, torch.Tensor) and len(value) == 1 for value in ready.inputs.values())
@@ -69,11 +69,11 @@ def test_prepared_elsewhere_it_is_the_same(parts):
     assert (here.text, bool(there.text)) == ("", True)
 
 
-def test_a_template_that_writes_the_beginning_gets_no_second_one(parts):
+def test_a_template_with_a_bos_token_gets_no_second_one(parts):
     _, processor = parts
     tokenizer = processor.tokenizer
     tokenizer.bos_token = "<pad>"
-    asked = []
+    special = []
 
     class Watched:
         tokenizer = processor.tokenizer
@@ -82,23 +82,23 @@ def test_a_template_that_writes_the_beginning_gets_no_second_one(parts):
             return "<pad>" + processor.apply_chat_template(messages, **options)
 
         def __call__(self, **options):
-            asked.append(options.get("add_special_tokens", True))
+            special.append(options.get("add_special_tokens", True))
             return processor(**options)
 
     try:
-        prepare(Watched(), Request(chat("hm"), [picture(0)]))
-        prepare(Watched(), Request("<pad><image> hm", [picture(0)]))
+        prepare(Watched(), Request(chat("hm"), [noise(0)]))
+        prepare(Watched(), Request("<pad><image> hm", [noise(0)]))
     finally:
         tokenizer.bos_token = None
-    assert asked == [False, True]
+    assert special == [False, True]
 
 
-def test_what_the_processor_refuses_is_an_input_error(parts):
+def test_an_error_of_the_processor_is_an_input_error(parts):
     model, processor = parts
     with Engine(model, processor, CONFIG) as engine:
         good, bad = (
-            Request(chat("hm"), [picture(0)], key="good"),
-            Request(chat("hm", 2), [picture(0)], key="bad"),
+            Request(chat("hm"), [noise(0)], key="good"),
+            Request(chat("hm", 2), [noise(0)], key="bad"),
         )
         completions = {c.key: c for c in engine.run([good, bad, good])}
     assert completions["good"].error is None

@@ -1,4 +1,4 @@
-"""The tiny models of all families: that they and their inputs are what a conformance suite takes them for."""
+"""The tiny models of all families, and their inputs, are a sound basis for a conformance suite."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ROWS = [[3, "image", 4], [5], ["image", 2, "small image", 3], [2, "large image",
 ROWS_OF_ONE = [[3, "image", 4], ["small image", 2], [2, "large image", 1]]
 LAYERS = {"nemotron_h_omni": 4}  # one block of each kind
 UNEQUAL = {
-    "emu3": "its tower sees the pixels by which a picture is padded to the batch's largest",
-    "hunyuan_vl": "its position ids number the images of the whole batch, not of a row",
+    "emu3": "its tower sees the padding of an image to the largest of the batch",
+    "hunyuan_vl": "its position ids number the images of the whole batch, not of each row",
 }
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -54,7 +54,7 @@ def test_models_are_small_finite_and_in_eval_mode(family):
 
 
 @families
-def test_as_many_placeholders_as_features_and_nothing_that_the_model_does_not_take(family):
+def test_placeholders_match_features_and_the_model_accepts_every_input(family):
     model = model_of(family)
     batch = tiny_batch(model, rows_of(family))
     assert batch.keys() <= inspect.signature(model.forward).parameters.keys()
@@ -70,7 +70,7 @@ def test_as_many_placeholders_as_features_and_nothing_that_the_model_does_not_ta
 
 
 @families
-def test_a_row_is_the_same_alone_and_in_a_batch_of_either_padding(family):
+def test_a_row_is_the_same_alone_and_in_a_batch_with_either_padding(family):
     model, rows = model_of(family), rows_of(family)
     batches = {padding: tiny_batch(model, rows, padding=padding) for padding in ("left", "right")}
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_generation_and_gradients(family):
 
 
 @families
-def test_the_pictures_matter(family):
+def test_images_change_the_logits(family):
     model = model_of(family)
     row = [["image", 2]]
     one, other = (tiny_batch(model, row, row_numbers=[number]) for number in (0, 1))
@@ -137,7 +137,7 @@ def test_token_types():
     assert row["mm_token_type_ids"][0, between].tolist() == [0] + [1] * 16 + [0]
 
 
-def test_what_frames_a_picture():
+def test_frames_of_images():
     def shape(family, row):
         """Placeholders as i, marks as |, words as w."""
         model = model_of(family)
@@ -152,7 +152,7 @@ def test_what_frames_a_picture():
     assert shape("mistral3", ["large image"]) == "iiiiii|" * 4
 
 
-def test_pictures_in_company():
+def test_batches_of_several_images():
     model = model_of("llava_onevision")
     batch = tiny_batch(model, [["image"], [3], ["image", "image"]])
     assert batch["batch_num_images"].tolist() == [1, 2]
@@ -182,7 +182,7 @@ def test_building_leaves_the_callers_random_state_alone():
 
 
 @pytest.mark.parametrize("family", ["llama4", "llava", "qwen3_vl_moe"])
-def test_double_precision_is_the_same_model_on_the_same_pictures(family):
+def test_double_precision_is_the_same_model_on_the_same_images(family):
     exact = tiny_model(family, dtype=torch.float64)
     assert exact.dtype == torch.float64
     batch = tiny_batch(exact, ROWS)
@@ -207,20 +207,20 @@ def test_attention():
     assert model_of("llava").config._attn_implementation == "sdpa"
 
 
-def test_attention_that_a_family_does_not_have():
+def test_attention_that_a_family_does_not_support():
     assert model_of("got_ocr2").config._attn_implementation == "eager"
     with pytest.raises(UnsupportedModelError, match="'got_ocr2' with attention='sdpa'"):
         tiny_model("got_ocr2", attention="sdpa")
 
 
-def test_a_family_that_transformers_does_not_have():
+def test_a_family_that_does_not_exist():
     with pytest.raises(UnsupportedModelError, match="no tiny 'llama': transformers has no such"):
         tiny_model("llama")
 
 
 def test_a_family_without_visual_tokens():
     with pytest.raises(
-        UnsupportedModelError, match="no tiny 'mllama': its decoder attends to pictures across"
+        UnsupportedModelError, match="no tiny 'mllama': its decoder reads images by cross-attention"
     ):
         tiny_model("mllama")
 
@@ -236,7 +236,7 @@ def test_wrong_rows():
         tiny_batch(model_of("llava"), [["video"]])
     with pytest.raises(InputError, match="padding='middle'"):
         tiny_batch(model_of("llava"), [[3]], padding="middle")
-    with pytest.raises(InputError, match="has 0 images: blip-2 takes one"):
+    with pytest.raises(InputError, match="has 0 images: blip-2 takes exactly one"):
         tiny_batch(model_of("blip-2"), [[3]])
 
 

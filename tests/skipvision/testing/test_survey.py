@@ -1,4 +1,4 @@
-"""The command that tries every family, the table it wrote, and the reasons it gives."""
+"""The command that tries every family, its table in the docs, and its reasons."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from skipvision import InputError, SkipConfig, TokenRole, UnsupportedModelError,
 from skipvision.__main__ import main
 from skipvision.kv_cache import compact
 from skipvision.testing.configs import EXCEPTIONS, tiny_config
-from skipvision.testing.families import UNSUPPORTED, _why_not_built, tiny_batch, tiny_model
+from skipvision.testing.families import UNSUPPORTED, _build_failure, tiny_batch, tiny_model
 from skipvision.testing.survey import EVERY, Finding, count, lines, markdown, survey
 from tests.skipvision.family_table import OTHERS, ROOT, ROWS, SUPPORTED, TABLE
 
 SAMPLE = ["gemma3", "idefics3", "internvl", "llava_next", "mllama", "qwen3_5", "qwen3_vl_moe"]
 NEVER_BUILT = {"diffusion_gemma", "evolla", "pi0"}
-"""Families of which transformers itself makes no tiny generating model."""
+"""Families of which transformers cannot build a tiny generating model."""
 
 
 @pytest.mark.parametrize("family", SAMPLE)
-def test_the_tables_line_of_some_families(family):
+def test_the_table_rows_of_some_families(family):
     assert ROWS[family] in markdown([survey(family)])
 
 
@@ -32,14 +32,12 @@ def test_the_tables_line_of_some_families(family):
 @pytest.mark.timeout(1800)
 def test_the_whole_table():
     findings = [survey(family) for family in EVERY]
-    assert markdown(findings) == TABLE, (
-        "python -m skipvision families --markdown prints the table as it is now"
-    )
+    assert markdown(findings) == TABLE, "python -m skipvision families --markdown prints the current table"
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_the_tables_word_for_tiles(family):
-    """Counts are per tile where tiles stand apart, per picture where they are joined."""
+def test_the_table_entry_for_tiles(family):
+    """Counts are per tile if each tile is an image, and per image if tiles are joined."""
     model, config = tiny_model(family), SkipConfig(retained=2, skipped=1, merge="drop", summary_tokens=0)
     with torch.no_grad(), attach(model, config) as skip:
         model(**tiny_batch(model, [["large image", 4]]))
@@ -47,11 +45,11 @@ def test_the_tables_word_for_tiles(family):
     assert (entries > 1) == (ROWS[family].split(" | ")[1] == "tiles")
 
 
-def test_a_package_that_is_missing_is_named():
-    assert _why_not_built(ImportError("\nXModel requires the timm library but")) == (
+def test_a_missing_package_is_named():
+    assert _build_failure(ImportError("\nXModel requires the timm library but")) == (
         "not tried here: needs timm"
     )
-    assert _why_not_built(ValueError("no SDPA but eager")) == "not built here: no SDPA"
+    assert _build_failure(ValueError("no SDPA but eager")) == "not built here: no SDPA"
 
 
 def test_the_table_has_every_family():
@@ -59,47 +57,47 @@ def test_the_table_has_every_family():
 
 
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
-def test_pages_name_the_tables_number(page):
+def test_pages_have_the_same_count_as_the_table(page):
     numbers = re.findall(r"(\d+) of the (\d+)\s+image-text-to-text\s+families", (ROOT / page).read_text())
     assert numbers == [(str(len(SUPPORTED)), str(len(EVERY)))]
 
 
-def test_no_reason_is_an_accident():
+def test_no_reason_is_an_exception_name():
     for family in OTHERS:
         assert not re.search(r"\w(Error|Exception)\b", ROWS[family]), ROWS[family]
 
 
-# ------------------------------------------------------------------------------------- what it notices
+# ------------------------------------------------------------------------------------- detection
 
 
-def test_a_cache_that_is_not_pruned_is_noticed(monkeypatch):
-    # By its name in sys.modules: the package's attribute is the function.
+def test_an_unpruned_cache_is_detected(monkeypatch):
+    # By its name in sys.modules: the package attribute may be a function of the same name.
     monkeypatch.setattr(
         sys.modules["skipvision.reduction"], "compact", lambda cache, keep: compact(cache, keep | True)
     )
     assert "entries, not the" in survey("llava").reason
 
 
-def test_a_difference_where_nothing_is_skipped_is_noticed(monkeypatch):
+def test_changed_logits_without_skipping_are_detected(monkeypatch):
     def disturb(model, config):
         model.get_output_embeddings().weight.data += 1e-3
         return attach(model, config)
 
     monkeypatch.setattr("skipvision.testing.survey.attach", disturb)
-    assert survey("llava").reason == "it gives other logits where nothing is skipped"
+    assert survey("llava").reason == "its logits change although nothing is skipped"
 
 
-def test_images_that_are_not_found_are_noticed(monkeypatch):
+def test_missing_images_are_detected(monkeypatch):
     monkeypatch.setattr("skipvision.testing.survey._ROWS", [[3], [5]])
     assert survey("llava").reason == "its images are not found"
 
 
-def test_a_plan_that_is_not_applied_is_noticed(monkeypatch):
+def test_a_plan_that_is_not_applied_is_detected(monkeypatch):
     monkeypatch.setattr("skipvision.testing.survey._CONFIG", SkipConfig(retained=1.0, skipped=0))
     assert survey("llava").reason == "no plan is applied to its images"
 
 
-def test_a_family_that_fails_in_its_own_way_does_not_end_the_survey(monkeypatch):
+def test_an_unexpected_error_does_not_end_the_survey(monkeypatch):
     def fail(*args, **kwargs):
         raise IndexError("list index out of range\nsecond line")
 
@@ -107,12 +105,12 @@ def test_a_family_that_fails_in_its_own_way_does_not_end_the_survey(monkeypatch)
     assert survey("llava") == Finding("llava", "IndexError: list index out of range")
 
 
-# --------------------------------------------------------------------------------- refused by its shape
+# --------------------------------------------------------------------------------- rejected by structure
 
 
 @pytest.mark.parametrize("family", sorted(UNSUPPORTED.keys() - NEVER_BUILT))
 @pytest.mark.filterwarnings("ignore")
-def test_a_family_without_visual_tokens_is_refused_by_its_shape_too(family):
+def test_a_family_without_visual_tokens_is_rejected_by_its_structure(family):
     model = AutoModelForImageTextToText.from_config(tiny_config(family))
     with pytest.raises(UnsupportedModelError) as refusal:
         attach(model, SkipConfig())
@@ -134,14 +132,14 @@ GEMMA4 = {
 
 
 @pytest.mark.parametrize("reason", GEMMA4)
-def test_checkpoints_of_a_supported_family_that_are_built_otherwise(reason, monkeypatch):
+def test_checkpoints_of_a_supported_family_with_an_unsupported_structure(reason, monkeypatch):
     monkeypatch.setitem(EXCEPTIONS, "gemma4", EXCEPTIONS["gemma4"] | GEMMA4[reason])
     with pytest.raises(UnsupportedModelError) as refusal:
         attach(tiny_model("gemma4"), SkipConfig())
     assert refusal.value.reason == reason
 
 
-def test_an_input_that_the_encoder_needs_is_missed_by_name():
+def test_a_missing_input_of_the_encoder_is_named():
     model = tiny_model("molmo2")
     batch = tiny_batch(model, [["image", 3]])
     del batch["image_grids"]
@@ -175,7 +173,7 @@ def test_the_command_prints_the_pages_tables(capsys):
     assert capsys.readouterr().out == markdown([survey("mllama")])
 
 
-def test_unknown_names_are_refused_with_close_ones(capsys):
+def test_unknown_names_are_rejected_with_suggestions(capsys):
     with pytest.raises(SystemExit) as end:
         main(["families", "lava", "qwen2_vl", "zzz"])
     assert end.value.code == 2
