@@ -158,7 +158,7 @@ def test_fine_tuning_prints_its_progress_and_nothing_else(home):
     expected = [
         r"run 'mine': checking the model and the data …",
         r"run 'mine': 40 rows, 2 steps, MLflow at sqlite:///.*/runs/mlflow.db",
-        r"starting a Ray on this machine, for this run alone …",
+        r"starting Ray on this machine for this run …",
         r"waiting for a worker with \d+ CPU to start and to load the model …",
         r"training begins: 2 steps",
         r"step 2/2  loss \d\.\d{4}  [\d.]+ images/s",

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster have, and how many workers fit."""
+"""The resources of a cluster's nodes, and how many workers fit on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from skipvision.errors import ResourceError
 
 
 def node_resources() -> list[dict[str, float]]:
-    """What each living node of the cluster has in total; without one, what a Ray started here would have."""
+    """Return the total resources of each live node; without a cluster, those of a Ray started here."""
     import ray
 
     if not ray.is_initialized():
@@ -20,32 +20,37 @@ def node_resources() -> list[dict[str, float]]:
 
 
 def fitting_workers(nodes: Sequence[Mapping[str, float]], demand: Mapping[str, float]) -> int:
-    """How many workers that need ``demand`` each fit on the nodes; a worker is never split over two."""
+    """Return how many workers with this demand fit on the nodes; a worker runs on one node."""
     needed = {name: amount for name, amount in demand.items() if amount > 0}
     if not needed:
-        raise ValueError("a worker that needs nothing fits any number of times")
+        raise ValueError(f"demand={dict(demand)} is empty: any number of workers fits")
     return sum(min(int(node.get(name, 0) / amount) for name, amount in needed.items()) for node in nodes)
 
 
 def worker_resources(
     nodes: Sequence[Mapping[str, float]], workers: int, cpus: int | None, gpus: int | None
 ) -> dict[str, float]:
-    """What each of the workers gets; refused now if the cluster cannot hold them, as Ray would wait for ever.
+    """Return the resources of each worker: ``{"CPU": …, "GPU": …}``.
 
-    ``cpus`` null shares all CPUs out evenly; ``gpus`` null is one if the cluster has any, else none.
+    Args:
+        nodes: resources of each node.
+        workers: how many workers must fit.
+        cpus: CPUs of each worker; None = the largest equal share.
+        gpus: GPUs of each worker; None = 1 if any node has one, otherwise 0.
+
+    Raises:
+        ResourceError: the workers do not fit. Ray would wait forever.
     """
     if gpus is None:
         gpus = int(any(node.get("GPU", 0) >= 1 for node in nodes))
-    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    # With nothing prescribed, the largest share of CPUs with which all workers still fit.
-    for share in [cpus] if cpus is not None else range(max(most, 1), 0, -1):
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    for share in [cpus] if cpus is not None else range(max(largest, 1), 0, -1):
         demand = {"CPU": float(share), "GPU": float(gpus)}
         if fitting_workers(nodes, demand) >= workers:
             return demand
-    has = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-    fit = fitting_workers(nodes, demand)
+    listed = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
     raise ResourceError(
-        f"{workers} workers with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each were asked for, but "
-        f"the cluster holds {fit} (its nodes: {has or 'none'}). Lower scaling.workers, "
-        "scaling.cpus_per_worker or scaling.gpus_per_worker, or add nodes"
+        f"{workers} workers with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each do not fit: the cluster "
+        f"holds {fitting_workers(nodes, demand)} (its nodes: {listed or 'none'}). Lower "
+        "scaling.workers, scaling.cpus_per_worker or scaling.gpus_per_worker, or add nodes"
     )

@@ -1,4 +1,4 @@
-"""Joining or starting a Ray, and asking it for no more than it has."""
+"""Join a Ray cluster, or start one on this machine for the length of a job."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pipelines.shared.paths import in_ray_job
 from pipelines.shared.stopping import handlers_kept
 
 ROOT = Path(__file__).parents[2]
-"""The repository: what Ray's workers must be able to import from."""
+"""The repository's root: Ray's workers import from here."""
 
-_SPEECH = {
+_LOGGING = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # the workers' lines are the job's own
-    "RAY_FLUSH_DRIVER_LOGS": "1",  # and are to be seen at once, also in a pipe
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "PreemptionWatcher|PlacementGroupCleaner",  # Ray Train's, of themselves
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # workers' lines look like the job's own
+    "RAY_FLUSH_DRIVER_LOGS": "1",  # and appear at once, also in a pipe
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PreemptionWatcher|PlacementGroupCleaner",  # Ray Train's internal actors
 }
-"""What Ray is to say; it looks when it is imported."""
+"""What Ray logs. Ray reads these variables when it is imported."""
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """A connection to Ray for the length of the block.
+    """Connect to Ray for the length of the block.
 
-    One that is there already is used and left alone; a Ray job joins its own cluster; ``$RAY_ADDRESS``
-    is joined; otherwise a local Ray is started and stopped again. A Ray that merely happens to run on
-    this machine is never joined.
+    An existing connection is used and kept open. A Ray job joins its own cluster. Otherwise ``$RAY_ADDRESS``
+    is joined, if it is set, or a local Ray is started and stopped. Other Rays on this machine are never
+    joined.
     """
     ray = _ray()
     if ray.is_initialized():
@@ -48,21 +48,21 @@ def ray_session() -> Iterator[None]:
 def _connect() -> None:
     ray = _ray()
     if in_ray_job():
-        # The job knows its Ray's address; its other processes must too, where several run.
+        # Several Rays may run here: the job's other processes need its Ray's address, too.
         known = {name: os.environ[name] for name in ["RAY_ADDRESS"] if name in os.environ}
         ray.init(logging_level="WARNING", runtime_env={"env_vars": known})
     elif address := os.environ.get("RAY_ADDRESS"):
-        print(f"joining the Ray at {address} …", flush=True)
+        print(f"joining Ray at {address} …", flush=True)
         ray.init(logging_level="WARNING", runtime_env={"working_dir": str(ROOT)})
     else:
-        print("starting a Ray on this machine, for this run alone …", flush=True)
-        _start_here()
+        print("starting Ray on this machine for this run …", flush=True)
+        _start_local()
 
 
-def _start_here() -> None:
-    """A Ray whose own processes find it, also where several run; left alone, Ray tells nobody its port."""
+def _start_local() -> None:
+    """Start Ray on a known port, so that its processes find it even if several Rays run."""
     ray = _ray()
-    # Without a mode Ray may write a token that every later cluster of this user then demands.
+    # Without a mode, Ray may write a token that every later cluster of this user demands.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     port = os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
@@ -82,8 +82,8 @@ def _start_here() -> None:
 
 
 def _ray() -> ModuleType:
-    """Ray, told what to say."""
-    for name, value in _SPEECH.items():
+    """Import Ray with our logging settings."""
+    for name, value in _LOGGING.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -91,12 +91,12 @@ def _ray() -> ModuleType:
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
 
 
-def ray_is_there() -> bool:
-    """Whether `ray_session` joins a Ray, which takes a second, or has to start one."""
+def ray_is_running() -> bool:
+    """Return whether `ray_session` joins a Ray, which takes a second, or starts one."""
     ray = _ray()
     return ray.is_initialized() or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cluster.session import ray_is_there, ray_session
+from pipelines.cluster.session import ray_is_running, ray_session
 from pipelines.data.rejects import count_rejects, rejected_rows
 from pipelines.finetune.checks import check_model, check_workers
 from pipelines.finetune.config import FinetuneConfig
@@ -103,7 +103,7 @@ def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, 
     absolute = config.resolved()
     print(f"run {config.name!r}: checking the model and the data …", flush=True)
     processor, parameters = check_model(absolute)
-    if ray_is_there():
+    if ray_is_running():
         ray.enter_context(ray_session())
     check_workers(absolute.scaling)
     data = read_data(absolute, folder, processor)

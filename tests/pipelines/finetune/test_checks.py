@@ -24,7 +24,7 @@ def settings(tiny_model: Path, shapes_data: Path, tmp_path: Path, monkeypatch) -
     def started() -> None:
         raise AssertionError("Ray is started")
 
-    monkeypatch.setattr(finetune, "ray_is_there", lambda: False)
+    monkeypatch.setattr(finetune, "ray_is_running", lambda: False)
     monkeypatch.setattr(finetune, "ray_session", started)
     return {
         "name": "run",

@@ -82,10 +82,10 @@ def yaml_file(tmp_path: Path):
     return write
 
 
-# ----------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------- reading settings
 
 
-def test_without_arguments_the_defaults_hold():
+def test_without_arguments_the_defaults_apply():
     assert load() == Job()
 
 
@@ -101,37 +101,37 @@ def test_a_section_given_in_part_keeps_its_own_defaults(yaml_file):
     assert load("--training.schedule", "constant").training.learning_rate == 2e-4
 
 
-def test_an_override_brings_an_absent_section_into_being(yaml_file):
+def test_an_override_creates_an_absent_section(yaml_file):
     assert load("--skip.skipped", "64").skip == Skip(skipped=64)
     assert load("--config", yaml_file("skip: null"), "--skip.skipped", "64").skip == Skip(skipped=64)
     assert load("--config", yaml_file("skip: {skipped: 64}"), "--skip", "null").skip is None
 
 
 @pytest.mark.parametrize("word", ["1e-3", "0.001", "1.0e-3", "+1E-3"])
-def test_numbers_are_numbers_however_they_are_written(word, yaml_file):
+def test_every_notation_of_a_number_is_a_number(word, yaml_file):
     assert load("--training.learning_rate", word).training.learning_rate == 0.001
     job = load("--config", yaml_file(f"skip: {{retained: {word}}}"))
     assert job.skip == Skip(retained=0.001)
 
 
 @pytest.mark.parametrize("word", ["007", "off", "2026-01-31", "1e5", "1_000", "null x", "~/[x]"])
-def test_a_text_field_takes_the_words_as_typed(word):
+def test_a_text_field_takes_its_words_literally(word):
     assert load("--name", word).name == word
     assert load("--folder", word).folder == Path(word)
 
 
-def test_text_as_typed_does_not_hide_other_problems():
+def test_literal_text_does_not_hide_other_problems():
     message = problem("--name", "007", "--workers", "many")
     assert "workers = 'many'" in message
     assert "name" not in message
 
 
-def test_null_is_not_taken_for_a_text():
+def test_null_is_not_text():
     assert load("--folder", "null").folder is None
     assert "name = None" in problem("--name", "null")
 
 
-def test_a_negative_number_is_a_value_and_the_last_of_two_counts():
+def test_a_negative_number_is_a_value_and_the_last_of_two_values_counts():
     assert load("--skip.skipped", "3", "--skip.skipped", "-1").skip == Skip(skipped=-1)
 
 
@@ -144,10 +144,10 @@ def test_an_empty_file_sets_nothing(yaml_file):
     assert load("--config", yaml_file("# nothing yet\n")) == Job()
 
 
-# ---------------------------------------------------------------------------------- what is turned down
+# ------------------------------------------------------------------------------------ wrong settings
 
 
-def test_everything_that_is_wrong_is_told_at_once(yaml_file):
+def test_all_problems_are_reported_together(yaml_file):
     file = yaml_file(
         """
         training: {learning_rate: -1, schedule: cosinus, betas: [0.9, x], lerning_rate: 3}
@@ -171,21 +171,21 @@ def test_everything_that_is_wrong_is_told_at_once(yaml_file):
     }
 
 
-def test_fields_that_do_not_go_together_are_named_by_the_model():
+def test_a_problem_between_fields_has_the_models_own_message():
     assert "more than 8 workers need data" in problem("--workers", "9")
 
 
-def test_an_unknown_field_in_an_element_is_found():
+def test_an_unknown_field_in_a_list_element_is_reported():
     assert "data.0.wieght = 2: no such field; did you mean data.*.weight?" in problem(
         "--data", "[{path: a, wieght: 2}]"
     )
 
 
-def test_an_unknown_field_like_no_other_points_to_the_help():
+def test_an_unknown_field_that_resembles_no_other_refers_to_the_help():
     assert "xyzzy = 1: no such field; --help lists the fields" in problem("--xyzzy", "1")
 
 
-def test_a_required_field_is_asked_for():
+def test_a_missing_required_field_is_reported():
     with pytest.raises(ConfigError, match=r"from the defaults\n  seed: is required"):
         load_config(Reader, [], description=None)
 
@@ -208,7 +208,7 @@ def test_a_long_value_is_shortened():
         (["--name", "a", "--name.x", "3"], "--name.x: name is 'a', which has no fields; set --name"),
     ],
 )
-def test_a_wrong_command_line_says_how_to_write_it(argv, message):
+def test_a_wrong_command_line_is_reported_with_the_right_form(argv, message):
     assert message in problem(*argv)
 
 
@@ -217,23 +217,23 @@ def test_a_wrong_command_line_says_how_to_write_it(argv, message):
     [
         ("name: a\nworkers: [1", "is not valid YAML: line 2, column 12: expected ',' or ']'"),
         ("name: a\nworkers: 1\nname: b", "is not valid YAML: line 3, column 1: 'name' is given twice"),
-        ("- name: a", "must hold `field: value` lines, not a list"),
-        ("name", "must hold `field: value` lines, not a str"),
+        ("- name: a", "must have `field: value` lines; it holds a list"),
+        ("name", "must have `field: value` lines; it holds a str"),
         (b"name: \xff", "is not valid YAML: "),
         ("name: !!python/object:os.system x", "is not valid YAML: line 1, column 7"),
     ],
 )
-def test_a_broken_file_is_named_with_the_place(text, message, yaml_file):
+def test_a_broken_file_is_reported_with_line_and_column(text, message, yaml_file):
     file = yaml_file(text)
     assert problem("--config", file).startswith(f"{file} {message}")
 
 
-def test_a_merge_key_is_not_a_key_given_twice(yaml_file):
+def test_a_merge_key_is_no_repeated_key(yaml_file):
     text = "data:\n  - &first {path: a, weight: 2}\n  - {<<: *first, path: b}"
     assert load("--config", yaml_file(text)).data[1] == Data(path=Path("b"), weight=2)
 
 
-def test_a_missing_file_is_named_with_where_it_was_sought(tmp_path, monkeypatch):
+def test_a_missing_file_is_reported_with_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         problem("--config", "job.yaml") == f"cannot read job.yaml (in {tmp_path}): No such file or directory"
@@ -241,23 +241,23 @@ def test_a_missing_file_is_named_with_where_it_was_sought(tmp_path, monkeypatch)
     assert "Is a directory" in problem("--config", str(tmp_path))
 
 
-# -------------------------------------------------------------------------------- what fine-tuning is told
+# --------------------------------------------------------------------------- settings of fine-tuning
 
 
 def finetune_problems(*argv: str) -> list[str]:
-    given = ["--name", "x", "--model.path", "m", "--data.train", "t.json", *argv]
+    options = ["--name", "x", "--model.path", "m", "--data.train", "t.json", *argv]
     with pytest.raises(ConfigError) as caught:
-        load_config(FinetuneConfig, given, description=None)
+        load_config(FinetuneConfig, options, description=None)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
-def test_a_required_field_of_a_section_that_is_missing_is_named():
+def test_required_fields_of_a_missing_section_are_reported():
     with pytest.raises(ConfigError) as caught:
         load_config(FinetuneConfig, ["--name", "x"], description=None)
     assert "\n  model.path: is required\n  data.train: is required" in str(caught.value)
 
 
-def test_a_word_for_a_section_is_taken_for_a_misspelt_null():
+def test_a_word_in_place_of_a_section_may_be_a_misspelt_null():
     (line,) = finetune_problems("--skip", "nul")
     assert line == (
         "skip = 'nul': should be null or a section with the fields skip.retained, skip.skipped, "
@@ -300,7 +300,7 @@ def test_a_word_for_a_section_is_taken_for_a_misspelt_null():
         (["--training.max_grad_norm", ".nan"], ["training.max_grad_norm = nan: should be a finite number"]),
     ],
 )
-def test_wrong_settings_of_the_method_are_told_field_by_field(argv, lines):
+def test_wrong_fields_of_the_skip_config_are_reported_one_by_one(argv, lines):
     assert finetune_problems(*argv) == lines
 
 
@@ -308,7 +308,7 @@ def test_wrong_settings_of_the_method_are_told_field_by_field(argv, lines):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--workers", "x", "--help"]])
-def test_help_lists_every_field_and_ends_well(argv, capsys):
+def test_help_lists_every_field_and_exits_with_status_0(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         load(*argv)
     assert caught.value.code == 0
@@ -330,8 +330,8 @@ def test_help_lists_every_field_and_ends_well(argv, capsys):
         assert line + "\n" in text + "\n"
 
 
-def test_help_shows_what_is_allowed_and_not_how_that_is_checked(capsys):
-    """SkipConfig's counts are ``Annotated`` with validators, which mean nothing to a reader."""
+def test_help_shows_types_without_their_validators(capsys):
+    """The counts of `SkipConfig` are ``Annotated`` with validators, which would only confuse a reader."""
     with pytest.raises(SystemExit):
         load_config(FinetuneConfig, ["--help"], description=None)
     text = capsys.readouterr().out
@@ -357,7 +357,7 @@ def test_the_results_are_one_line_of_strict_json(capsys):
 
 
 @pytest.mark.parametrize(("error", "status"), [(ConfigError("odd"), 2), (DataError("odd"), 1)])
-def test_our_errors_are_messages_with_a_status(error, status, capsys):
+def test_errors_of_ours_are_messages_with_an_exit_status(error, status, capsys):
     def main(argv: list[str]) -> dict[str, object]:
         raise error
 
