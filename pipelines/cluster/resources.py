@@ -50,7 +50,7 @@ def worker_resources(
             return demand
     listed = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
     raise ResourceError(
-        f"{workers} workers with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each do not fit: the cluster "
-        f"holds {fitting_workers(nodes, demand)} (its nodes: {listed or 'none'}). Lower "
+        f"{workers} workers with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each do not fit: the "
+        f"cluster holds {fitting_workers(nodes, demand)} (its nodes: {listed or 'none'}). Lower "
         "scaling.workers, scaling.cpus_per_worker or scaling.gpus_per_worker, or add nodes"
     )
