@@ -1,7 +1,7 @@
-"""How often engines have begun a piece of work, in files that outlive them.
+"""Counts of how often engines have started a piece of work, in files that outlive the engines.
 
-Ray gives the blocks of an engine that died to the next one, for ever. If it is a row that kills engines,
-this is how the job finds it and gets past it.
+Ray gives the blocks of a dead engine to the next one, without end. If a row kills engines, the counts show
+it, and the job can exclude the row.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from pathlib import Path
 
 
 class Attempts:
-    """One small file for each piece of work that is in hand; ``folder`` is seen by every node."""
+    """One small file for each piece of work in progress, in a folder that every node sees."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def begin(self, piece: str) -> int:
-        """Count an attempt; returns how many have failed before."""
+        """Count an attempt and return the number of failed attempts before it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / piece).open("ab") as file:
             file.write(b".")
             return file.tell() - 1
 
     def end(self, piece: str) -> None:
-        """It is done, or given up."""
+        """Remove the count of a piece that is finished or abandoned."""
         (self.folder / piece).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget what an earlier start of the job has counted."""
+        """Remove all counts, those of an earlier start of the job included."""
         shutil.rmtree(self.folder, ignore_errors=True)

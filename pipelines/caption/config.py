@@ -1,4 +1,4 @@
-"""Everything a captioning job can be told."""
+"""The settings of a captioning job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipvision.engine.requests import Sampling
 
 
 class InputSection(Section):
-    """What is captioned. The inputs are listed once, at the job's first start."""
+    """The inputs, which are listed once, at the first start of the job."""
 
     source: InputPath = Field(
         description="a folder of images (searched recursively), an image, a JSON, JSONL or parquet file, a "
@@ -26,30 +26,30 @@ class InputSection(Section):
     )
     prompt: str | None = Field(
         "Describe the image.",
-        description="what is asked; {column} stands for a row's value, {{ for a brace, <image> for an image "
-        "where images are not to come first; null = each row's own `conversations` or `messages`, up to the "
-        "last user's",
+        description="the prompt; {column} is replaced by the row's value, {{ by a brace; <image> is the "
+        "position of an image, if images do not come first; null = each row's own `conversations` or "
+        "`messages`, up to the user's last message",
     )
     system: str | None = Field(None, description="system message before the prompt; null = none")
     key: str | None = Field(
         None,
-        description="column that names rows in the result; null = `id`, if there is one, else a file's path "
-        "below the folder, or file and number of the row",
+        description="column with the keys of rows in the result; null = `id` if it exists, else the file's "
+        "path below the folder, or file and row number",
     )
     image: str | None = Field(
         None,
-        description="column of images: paths, URLs, bytes, or lists of these; in a tar the extension, as in "
-        "jpg; null = `image` or `images`, in a tar any image file",
+        description="column of images: paths, URLs, bytes, or lists of these; in a tar the extension, such "
+        "as jpg; null = `image` or `images`, and in a tar any image file",
     )
     image_root: InputPath | None = Field(
-        None, description="folder that relative image paths start at; null = that of the rows' file"
+        None, description="folder that relative image paths start at; null = the folder of the file of rows"
     )
-    limit: int | None = Field(None, ge=1, description="rows taken, at most; null = all")
+    limit: int | None = Field(None, ge=1, description="max rows; null = all")
     keys: InputPath | None = Field(
-        None, description="file with a key on each line: only these rows are taken; null = all"
+        None, description="file with a key on each line: only these rows are captioned; null = all"
     )
     max_pixels: int = Field(
-        MAX_PIXELS, ge=1, description="width × height above which an image is not decoded but an error row"
+        MAX_PIXELS, ge=1, description="max width × height; a row with a larger image is an error row"
     )
 
     @field_validator("prompt")
@@ -61,61 +61,64 @@ class InputSection(Section):
 
 
 class OutputSection(Section):
-    """Files of captions, in <storage>/<name>/captions."""
+    """Files of captions in <storage>/<name>/captions."""
 
     format: Literal["parquet", "jsonl"] = Field("parquet", description="format of the files")
     shard_rows: int = Field(
         1000,
         ge=1,
-        description="rows of a file; what a killed job loses are the rows of unfinished files, one or two a "
-        "reader",
+        description="rows per file; a killed job loses its unfinished files, one or two per reader",
     )
 
 
 class ScalingSection(Section):
-    """Ray's share; these settings may differ when a job is resumed."""
+    """Engines and readers on Ray. A resumed job may change these settings."""
 
     workers: int = Field(1, ge=1, description="engines, each with the whole model")
     cpus_per_worker: float | None = Field(
-        None, gt=0, description="CPUs of each; null = 1 beside a GPU, else all that readers leave, shared out"
+        None,
+        gt=0,
+        description="CPUs of each engine; null = 1 with a GPU, else all that readers leave, divided",
     )
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs of each; null = one if the cluster has any, else none"
+        None, ge=0, description="GPUs of each engine; null = one if the cluster has any, else none"
     )
     readers: int = Field(
-        1, ge=1, description="processes that open and prepare images; more where engines wait for them"
+        1, ge=1, description="processes that open and prepare images; add some if engines wait for them"
     )
     cpus_per_reader: float = Field(0.5, gt=0, description="CPUs of each reader")
-    threads_per_reader: int = Field(4, ge=1, description="images a reader opens at once")
+    threads_per_reader: int = Field(4, ge=1, description="images that a reader opens at once")
     max_failures: int = Field(
-        3, ge=1, description="times that an engine dies over a row alone until it becomes an error row"
+        3, ge=1, description="deaths of an engine over the same row after which it becomes an error row"
     )
 
 
 class CaptionConfig(TrackedConfig):
-    """A captioning job; one that is there already under its name is continued, or refused if it differs."""
+    """A captioning job. An existing job of the same name is resumed; other settings are refused."""
 
     model: ModelSection
     input: InputSection
     skip: SkipConfig | Literal["full"] | None = Field(
         None,
-        description="how visual tokens are skipped; null = as the adapter was trained; full, or null without "
-        "an adapter = not at all",
+        description="how visual tokens are skipped; null = as in the adapter's training; full, or null "
+        "without an adapter = no skipping",
     )
-    sampling: Sampling = Field(Sampling(), description="how captions are written")
+    sampling: Sampling = Field(Sampling(), description="how captions are generated")
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
     max_error_fraction: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="the job stops with an error as soon as more than this share of all rows are error rows",
+        description="the job fails as soon as a larger share of all rows are error rows",
     )
-    samples: int = Field(24, ge=0, description="rows shown with their pictures in MLflow")
+    samples: int = Field(24, ge=0, description="rows shown with their images in MLflow")
     scaling: ScalingSection = ScalingSection()
 
     @model_validator(mode="after")
     def _one_text_a_row(self) -> Self:
         if self.sampling.n != 1 or self.sampling.logprobs is not None:
-            raise ValueError("sampling.n and sampling.logprobs have no place in a result of one text a row")
+            raise ValueError(
+                "sampling.n must be 1 and sampling.logprobs null: the result has one text per row"
+            )
         return self

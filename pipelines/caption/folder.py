@@ -1,13 +1,13 @@
-"""The folder of one captioning job, and the files of captions in it.
+"""The folder of a captioning job, and the files of captions in it.
 
 ::
 
-    <storage>/<name>/run.json            configuration, what was listed, MLflow run, result once there is one
-                     lock                held by the job that works on it
+    <storage>/<name>/run.json            settings, summary of the listing, MLflow run, and finally the result
+                     lock                held by the process that works on the job
                      manifest.parquet    every row of the inputs; its row groups are the shards
-                     adapter/            the adapter, if it came out of MLflow
-                     attempts/           blocks of rows that engines are working on
-                     captions/000000.parquet …    the result: one file a shard, there only if complete
+                     adapter/            the adapter, if it is from MLflow
+                     attempts/           blocks of rows that engines work on
+                     captions/000000.parquet …    the result: one file per complete shard
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _COUNTED = (
 
 
 class CaptionFolder(JobFolder):
-    """Job ``name`` under ``storage``, new or continued."""
+    """Job ``name`` under ``storage``, new or resumed."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
         {"scaling", "storage", "engine", "max_error_fraction", "samples", "tracking"}
@@ -67,11 +67,11 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Rows with an error."""
+        """Number of rows with an error."""
         return self.errors.total()
 
     def add(self, table: pa.Table) -> None:
-        """Count the rows of one file."""
+        """Add the rows of one file."""
         self.rows += table.num_rows
         for entry in pc.value_counts(table["error_kind"].drop_null()).to_pylist():
             self.errors[entry["values"]] += entry["counts"]
@@ -80,27 +80,27 @@ class Tally:
 
 
 class CaptionShards:
-    """The files of captions."""
+    """The files of captions, one per shard, in a folder."""
 
     def __init__(self, folder: Path, kind: Literal["parquet", "jsonl"]) -> None:
         self.folder, self.kind = folder, kind
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, shard: int) -> Path:
-        """Where a shard's captions are, or will be."""
+        """Return the path of a shard's file, whether or not it exists."""
         return self.folder / f"{shard:06d}.{self.kind}"
 
     def clean(self) -> None:
-        """Remove what a killed job left half written."""
+        """Remove the incomplete files of a killed job."""
         for partial in self.folder.glob(".*.partial"):
             partial.unlink()
 
     def missing(self, shards: int) -> list[int]:
-        """Shards that are still to be captioned."""
+        """Return the shards without a file."""
         return [shard for shard in range(shards) if not self.path(shard).exists()]
 
     def write(self, shard: int, captions: Sequence[Caption]) -> None:
-        """Put a shard's captions into their file, which appears whole or not at all."""
+        """Write a shard's captions to its file, which appears complete or not at all."""
         with atomic(self.path(shard)) as partial, partial.open("wb") as file:
             if self.kind == "parquet":
                 pq.write_table(caption_table(captions), file, compression="zstd")
@@ -109,7 +109,7 @@ class CaptionShards:
                 file.write("".join(f"{line}\n" for line in lines).encode())
 
     def read(self, shard: int) -> pa.Table:
-        """The captions of a file."""
+        """Return the captions of a shard."""
         path = self.path(shard)
         if self.kind == "parquet":
             return pq.read_table(path, schema=CAPTION_SCHEMA)
@@ -117,5 +117,5 @@ class CaptionShards:
             return pa.Table.from_pylist([json.loads(line) for line in lines], CAPTION_SCHEMA)
 
     def tables(self, shards: Sequence[int]) -> Iterator[pa.Table]:
-        """Those of several shards that are there."""
+        """Yield the captions of those shards that have a file."""
         return (self.read(shard) for shard in shards if self.path(shard).exists())

@@ -21,7 +21,7 @@ from pipelines.caption.progress import CaptionProgress
 from pipelines.caption.report import record, savings
 from pipelines.caption.resources import engine_resources
 from pipelines.caption.rows import Caption
-from pipelines.caption.stages import Assignment, Written, captions
+from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model
@@ -151,14 +151,14 @@ def _caption_missing(
     each = f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU"
     say(f"starting {work.config.scaling.workers} engine(s) with {each} each")
     unfinished: dict[int, dict[int, Caption]] = {}
-    for written in _alive(captions(work, missing, resources)):
-        rows = unfinished.setdefault(written.shard, {})
-        rows.update(written.captions)
-        progress.add(written)
+    for block in _alive(captions(work, missing, resources)):
+        rows = unfinished.setdefault(block.shard, {})
+        rows.update(block.captions)
+        progress.add(block)
         limit.check(progress.tally.errors)
-        if len(rows) == manifest.shard_rows[written.shard]:
-            shards.write(written.shard, [rows[number] for number in sorted(rows)])
-            del unfinished[written.shard]
+        if len(rows) == manifest.shard_rows[block.shard]:
+            shards.write(block.shard, [rows[number] for number in sorted(rows)])
+            del unfinished[block.shard]
             folder.remember(seconds=round(progress.seconds, 2))
     if unfinished:
         raise EngineDiedError(
@@ -168,7 +168,7 @@ def _caption_missing(
     return progress
 
 
-def _alive(stream: Iterator[Written]) -> Iterator[Written]:
+def _alive(stream: Iterator[CaptionedBlock]) -> Iterator[CaptionedBlock]:
     """Yield from ``stream``; raise `EngineDiedError` if an engine cannot be started."""
     from ray.exceptions import ActorDiedError
 

@@ -1,8 +1,8 @@
-"""The manifest: every row of the inputs, listed once, cut into shards.
+"""The manifest: a list of every row of the inputs, divided into shards.
 
-One parquet file whose row groups are the shards. It is written once, at a job's first start, and from then
-on says what the job is about, whatever becomes of the inputs' listing. Keys in it are unique: a row whose
-key an earlier one has gets ``key#2`` and so on, and a problem that says so.
+It is one parquet file whose row groups are the shards. The job writes it at its first start and reads it at
+every later start, even if files were added to the inputs since. Its keys are unique: a row with the key of an
+earlier row becomes ``key#2`` and so on, and has a problem.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from pipelines.data.sources import Wanted, read_inputs
 from pipelines.shared.files import atomic
 from skipvision.errors import ConfigError, DataError
 
-_LOOKED_AT = 256
-"""First rows, in some of which every column that is asked for must be."""
-_SAID_EVERY = 100_000
+_FIRST_ROWS = 256
+"""Every column in the settings must occur in some of this many first rows."""
+_REPORT_EVERY = 100_000
 
 
 @dataclass(frozen=True)
 class ManifestFacts:
-    """What was listed: rows, those with a problem already by its kind, files passed over by their suffix."""
+    """The number of rows, of rows with a problem by kind, and of skipped files by suffix."""
 
     rows: int
     problems: Mapping[str, int]
@@ -43,7 +43,7 @@ class ManifestFacts:
 
 
 class Manifest:
-    """A manifest that is there."""
+    """An existing manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +56,7 @@ class Manifest:
         return len(self.shard_rows)
 
     def shard(self, number: int, max_pixels: int) -> list[CaptionRow]:
-        """The rows of one shard."""
+        """Return the rows of one shard."""
         with pq.ParquetFile(self.path) as file:
             return manifest_rows(file.read_row_group(number), max_pixels)
 
@@ -64,13 +64,13 @@ class Manifest:
 def write_manifest(
     settings: InputSection, path: Path, shard_rows: int, say: Callable[[str], None] = print
 ) -> ManifestFacts:
-    """List all inputs; the file appears at ``path`` only when it is complete.
+    """List all inputs in the file ``path``, which appears when it is complete.
 
-    Needs the memory of one shard, and eight bytes a row.
+    This needs memory for one shard, and eight bytes per row.
 
     Raises:
-        ConfigError: the prompt, the key or the images are to come from a column that no row has.
-        DataError: a file cannot be read at all, or there is no row.
+        ConfigError: no row has the column of the prompt, the key or the images.
+        DataError: a file cannot be read at all, or there are no rows.
     """
     listing = _Listing(settings)
     hashes = array("q")
@@ -81,7 +81,7 @@ def write_manifest(
             hashes.append(hash(row.key))
             if row.problem:
                 problems[row.problem.kind] += 1
-            if number % _SAID_EVERY == 0:
+            if number % _REPORT_EVERY == 0:
                 say(f"{number:,} rows listed")
             yield row
 
@@ -116,7 +116,7 @@ def _write(path: Path, rows: Iterable[CaptionRow], shard_rows: int) -> None:
 
 
 class _Listing:
-    """Inputs as rows of the manifest."""
+    """Converts records of the inputs to rows of the manifest."""
 
     def __init__(self, settings: InputSection) -> None:
         self.settings = settings
@@ -128,28 +128,30 @@ class _Listing:
         self.records, self.passed_over = read_inputs(settings.source, wanted)
 
     def rows(self) -> Iterator[CaptionRow]:
-        first = list(islice(self.records, _LOOKED_AT))
+        first = list(islice(self.records, _FIRST_ROWS))
         self._check_columns([record.value for record in first if isinstance(record.value, dict)])
         return (_writable(self._row(record)) for record in chain(first, self.records))
 
     def hint(self) -> str:
         passed = ", ".join(f"{count} × {suffix or 'no suffix'}" for suffix, count in self.passed_over.items())
-        return f" (files passed over: {passed}; a pattern with * takes what it matches)" if passed else ""
+        return (
+            f" (files skipped: {passed}; a pattern with * takes every file that it matches)" if passed else ""
+        )
 
     def _check_columns(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A column that none of the first rows has is a mistake in the settings, not in each row."""
+        """Raise `ConfigError` for a column that none of the first rows has."""
         if not rows:
             return
         present = set().union(*rows)
-        asked = {"input.image": [self.settings.image] if self.settings.image else []}
-        asked["input.key"] = [self.settings.key] if self.settings.key else []
-        asked["input.prompt"] = list(self.template.columns) if self.template else []
-        for field, columns in asked.items():
+        wanted = {"input.image": [self.settings.image] if self.settings.image else []}
+        wanted["input.key"] = [self.settings.key] if self.settings.key else []
+        wanted["input.prompt"] = list(self.template.columns) if self.template else []
+        for field, columns in wanted.items():
             missing = [column for column in columns if column not in present]
             if missing:
                 raise ConfigError(
-                    f"{field} names column {missing[0]!r}, which no row of {self.settings.source} has; known "
-                    f"of them is: {', '.join(sorted(map(str, present))) or 'nothing'}"
+                    f"{field} names column {missing[0]!r}, which no row of {self.settings.source} has; their "
+                    f"columns are: {', '.join(sorted(map(str, present))) or 'none'}"
                 )
         if self.template is None and not present & set(CONVERSATION_COLUMNS):
             raise ConfigError(
@@ -195,13 +197,15 @@ class _Listing:
 
 
 def _writable(row: CaptionRow) -> CaptionRow:
-    """The row; names of files and texts in JSON may hold halves of characters, which no file can."""
+    """Return the row, or a row with a problem if its text is not valid Unicode and cannot be written."""
     texts = [row.key, row.source, *(m.text for m in row.messages), *map(str, row.images)]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
         key, source = (text.encode(errors="backslashreplace").decode() for text in texts[:2])
-        return CaptionRow(key, source, problem=Problem("broken record", "a text in it is not valid Unicode"))
+        return CaptionRow(
+            key, source, problem=Problem("broken record", "a text of the row is not valid Unicode")
+        )
     return row
 
 
@@ -209,7 +213,7 @@ def _writable(row: CaptionRow) -> CaptionRow:
 
 
 class _Repeated:
-    """Keys that occur more than once, found by their hashes, so that not all keys need be in memory."""
+    """Keys that occur more than once, found by their hashes, so that not all keys must be in memory."""
 
     def __init__(self, hashes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         self.all = np.sort(hashes)
@@ -219,7 +223,7 @@ class _Repeated:
         self._numbers: Counter[str] = Counter()
 
     def renamed(self, rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
-        """The rows; those whose key was used before under a new one, with the problem."""
+        """Yield the rows. A row whose key was used before gets a new key and a problem."""
         for row in rows:
             if not _within(hash(row.key), self.hashes):
                 yield row
@@ -234,7 +238,7 @@ class _Repeated:
                 yield replace(row, key=self._free(row.key))
 
     def _free(self, key: str) -> str:
-        """``key#2`` and so on: the next that is no row's own key."""
+        """Return the next of ``key#2``, ``key#3`` … that no row has as its own key."""
         while True:
             self._numbers[key] += 1
             name = f"{key}#{self._numbers[key] + 1}"

@@ -1,4 +1,4 @@
-"""How far a captioning job is, for people and for MLflow."""
+"""The progress of a captioning job, printed and recorded in MLflow."""
 
 from __future__ import annotations
 
@@ -11,53 +11,57 @@ from pipelines.shared.console import duration
 from pipelines.tracking.run import Tracker
 
 if TYPE_CHECKING:
-    from pipelines.caption.stages import Written
+    from pipelines.caption.stages import CaptionedBlock
     from skipvision.engine import Statistics
 
-_SAY_SECONDS = 5.0
+_REPORT_SECONDS = 5.0
 
 
 class CaptionProgress:
-    """Rows and errors so far, how fast they come, and how the engines are doing.
+    """Rows and errors so far, their rate, and the statistics of the engines.
 
-    ``before`` is what earlier starts of the job left, ``seconds_before`` how long they took.
+    Args:
+        rows: number of rows of the job.
+        before: rows captioned by earlier starts of the job.
+        tracker: the job's MLflow run.
+        seconds_before: seconds of earlier starts.
     """
 
     def __init__(self, rows: int, before: Tally, tracker: Tracker, seconds_before: float) -> None:
         self.rows, self.tracker = rows, tracker
         self.tally = Tally(before.rows, Counter(before.errors))
         self._before, self._seconds_before = before.rows, seconds_before
-        self._started = self._said = time.monotonic()
+        self._started = self._reported = time.monotonic()
         self._first: tuple[float, int] | None = None
         self._last = self._started
         self._engines: dict[str, Statistics] = {}
 
     @property
     def seconds(self) -> float:
-        """Spent on captioning up to the newest row, all starts of the job together."""
+        """Seconds of captioning up to the newest row, over all starts of the job."""
         return self._seconds_before + self._last - self._started
 
     @property
     def rate(self) -> float:
-        """Rows a second of this start, from its first rows to its newest."""
+        """Rows per second of this start, from its first rows to its newest."""
         if self._first is None or self._last == self._first[0]:
             return self._since_start()
         return (self.tally.rows - self._first[1]) / (self._last - self._first[0])
 
-    def add(self, written: Written) -> None:
-        """Some rows are there."""
+    def add(self, block: CaptionedBlock) -> None:
+        """Add the rows of a captioned block."""
         self._last = time.monotonic()
-        self.tally.rows += len(written.captions)
-        self.tally.errors.update(c.error_kind for c in written.captions.values() if c.error_kind)
-        self._engines[written.engine] = written.statistics
-        if self._first is None:  # there is no rate yet
-            self._first, self._said = (self._last, self.tally.rows), self._last
-        elif self._last - self._said >= _SAY_SECONDS:
+        self.tally.rows += len(block.captions)
+        self.tally.errors.update(c.error_kind for c in block.captions.values() if c.error_kind)
+        self._engines[block.engine] = block.statistics
+        if self._first is None:  # no rate yet
+            self._first, self._reported = (self._last, self.tally.rows), self._last
+        elif self._last - self._reported >= _REPORT_SECONDS:
             self.report()
 
     def report(self) -> None:
-        """One line for people, and the same as metrics."""
-        self._said = time.monotonic()
+        """Print a line of progress and record the same values as metrics."""
+        self._reported = time.monotonic()
         rate = self.rate
         left = duration((self.rows - self.tally.rows) / rate) if rate else "unknown time"
         errors = f"  {self.tally.failed:,} errors" if self.tally.failed else ""
@@ -73,7 +77,7 @@ class CaptionProgress:
         self.tracker.metrics({**values, **self.engines()}, self.tally.rows)
 
     def engines(self) -> dict[str, float]:
-        """What the engines say of themselves, summed up or averaged."""
+        """Return sums and means over the engines' statistics."""
         all_of = list(self._engines.values())
         if not all_of:
             return {}
@@ -88,7 +92,7 @@ class CaptionProgress:
             "engine/decode_tokens_per_second": _ratio(
                 sum(s.decode_tokens for s in all_of), sum(s.decode_seconds for s in all_of) / count
             ),
-            # How full their places were: max_sequences is the most there can be.
+            # At best max_sequences.
             "engine/mean_running": _ratio(
                 sum(s.decode_tokens for s in all_of), sum(s.decode_steps for s in all_of)
             ),

@@ -1,4 +1,4 @@
-"""What a captioning job leaves in MLflow: numbers, and a sample with pictures."""
+"""The MLflow record of a captioning job: numbers, and a page of samples with images."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _STYLE = (
 
 
 def savings(model_config: Any, skip: sv.SkipConfig, tally: Tally) -> dict[str, float]:
-    """Fractions of what full tokens would take: predicted for the mean row, and counted over all rows.
+    """Return costs divided by those with full tokens: predicted for the mean row, counted over all rows.
 
-    ``kv_bytes_counted`` is of the prompts' keys and values, as the engine held them. Empty without captions.
+    ``kv_bytes_counted`` is about the keys and values of the prompts in the engine. Without captions the
+    result is empty.
     """
     rows, tokens = tally.rows - tally.failed, tally.tokens
     if not rows or not tokens["visual_tokens"]:
@@ -61,7 +62,7 @@ def record(
     shards: CaptionShards,
     config: CaptionConfig,
 ) -> None:
-    """Hand in the numbers of a finished job and the sample."""
+    """Record the numbers of a finished job and the page of samples."""
     values = {
         "rows": result["rows"],
         "captioned": result["captioned"],
@@ -79,7 +80,7 @@ def record(
 
 
 def sample_page(manifest: Manifest, shards: CaptionShards, config: CaptionConfig) -> str:
-    """Rows at even distances, with thumbnails, as one HTML page without links to anything."""
+    """Return one self-contained HTML page with evenly spaced rows and their thumbnails."""
     lines = [_line(row, caption) for row, caption in _sample(manifest, shards, config)]
     head = f"<meta charset='utf-8'><title>{escape(config.name)}</title><style>{_STYLE}</style>"
     return f"<!doctype html>{head}<table>{''.join(lines)}</table>\n"
@@ -108,14 +109,14 @@ def _line(row: CaptionRow, caption: Mapping[str, Any]) -> str:
     )
     tokens = f"{caption['visual_tokens_cached']} of {caption['visual_tokens']} visual tokens cached"
     note = "" if caption["error_kind"] else f"<br><small>{tokens}</small>"
-    pictures = "" if caption["error_kind"] else "".join(map(_thumbnail, row.images))
-    return f"<tr><td>{pictures}<td>{escape(row.key)}<br><small>{prompt}</small><td>{answer}{note}"
+    images = "" if caption["error_kind"] else "".join(map(_thumbnail, row.images))
+    return f"<tr><td>{images}<td>{escape(row.key)}<br><small>{prompt}</small><td>{answer}{note}"
 
 
 def _thumbnail(source: Any) -> str:
     try:
         image: Image.Image = source.open()
-    except ImageError:  # it was there when it was captioned
+    except ImageError:  # it was readable when it was captioned
         return ""
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What of the cluster each engine gets, beside the readers."""
+"""CPUs and GPUs of the engines, next to the readers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from skipvision.errors import ResourceError
 
 
 def engine_resources(nodes: Sequence[Mapping[str, float]], scaling: ScalingSection) -> dict[str, float]:
-    """CPUs and GPUs of each engine; refused now if not all of them fit, as Ray would wait for ever.
+    """Return the CPUs and GPUs of each engine.
 
-    Without settings an engine gets a GPU and one CPU if the cluster has GPUs, otherwise the largest share of
-    CPUs, in halves, with which all engines and readers fit.
+    Without settings an engine gets a GPU and one CPU if the cluster has GPUs. Otherwise it gets the largest
+    multiple of half a CPU with which all engines and readers fit.
+
+    Raises:
+        ResourceError: engines and readers do not fit; Ray would wait for ever.
     """
     gpus = scaling.gpus_per_worker
     if gpus is None:
@@ -32,14 +35,14 @@ def engine_resources(nodes: Sequence[Mapping[str, float]], scaling: ScalingSecti
     has = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
     raise ResourceError(
         f"{scaling.workers} engines with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each and "
-        f"{scaling.readers} readers with {scaling.cpus_per_reader:g} CPU each were asked for, more than the "
+        f"{scaling.readers} readers with {scaling.cpus_per_reader:g} CPU each are more than the "
         f"cluster holds (its nodes: {has or 'none'}). Lower scaling.workers, scaling.cpus_per_worker, "
         "scaling.gpus_per_worker or scaling.readers, or add nodes"
     )
 
 
 def _fit(nodes: Sequence[Mapping[str, float]], demand: Mapping[str, float], scaling: ScalingSection) -> bool:
-    """Engines go where they can, readers to the CPUs that are left."""
+    """Return whether the engines fit, and the readers on the CPUs that are left."""
     left, engines = [], scaling.workers
     for node in nodes:
         here = min(engines, fitting_workers([node], demand))

@@ -1,4 +1,4 @@
-"""What travels through a captioning job: a row of the manifest, then a row of the result."""
+"""The rows of a captioning job: rows of the manifest, then rows of the result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipelines.data.rows import ImageSource, Message
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a row gets no caption: what it is counted as, and a sentence for the data set's owner.
+    """The reason why a row has no caption: a kind, by which errors are counted, and a sentence.
 
-    The kinds are those of `RejectKind`, and "duplicate key" (an earlier row has it), "prompt" (processor or
-    engine refuse it), "generation" (it failed while its answer was written).
+    The kinds are those of `RejectKind`, and "duplicate key" (an earlier row has the key), "prompt" (processor
+    or engine refuse the prompt), "generation" (an error while the answer was generated).
     """
 
     kind: str
@@ -26,10 +26,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class CaptionRow:
-    """One input: its unique key, what is asked, and where its images are.
+    """One input.
 
-    ``messages`` ends with a user's and holds one ``<image>`` for each of ``images``. ``source`` says where
-    the row stands. A row with a ``problem`` has neither messages nor images that could be used.
+    Attributes:
+        key: unique in the job.
+        source: file and position of the row.
+        messages: the last one is the user's; they contain one ``<image>`` for each of ``images``.
+        images: where the images are.
+        problem: the reason why the row cannot be captioned; its messages and images are then unusable.
     """
 
     key: str
@@ -41,11 +45,11 @@ class CaptionRow:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """One row of the result; columns of a row with an error are null as far as there is nothing to say.
+    """One row of the result. An error row has a key, a model, an adapter and the error.
 
-    ``prompt_tokens`` counts every visual token, as without Skip-Vision; ``visual_tokens_cached`` is how
-    many of ``visual_tokens`` (summaries included) the KV cache held. ``seconds`` run from the row's prefill
-    to its last token.
+    ``prompt_tokens`` counts every visual token, as without Skip-Vision. ``visual_tokens_cached`` is the
+    number of visual tokens and summaries in the KV cache. ``seconds`` is the time from the row's prefill to
+    its last token.
     """
 
     key: str
@@ -96,21 +100,21 @@ MANIFEST_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""Columns of the manifest; an image is the fields of its `ImageSource`."""
+"""Columns of the manifest. An image is a struct of the fields of its `ImageSource`."""
 
 
 def manifest_table(rows: Iterable[CaptionRow]) -> pa.Table:
-    """Rows as they are written to the manifest."""
+    """Convert rows to a table of the manifest."""
     return pa.Table.from_pylist([_manifest_line(row) for row in rows], MANIFEST_SCHEMA)
 
 
 def manifest_rows(table: pa.Table, max_pixels: int) -> list[CaptionRow]:
-    """Inverse of `manifest_table`; images above ``max_pixels`` will be refused when they are opened."""
+    """Convert a table of the manifest to rows. Images above ``max_pixels`` are refused when opened."""
     return [_row_of(line, max_pixels) for line in table.to_pylist()]
 
 
 def caption_table(captions: Sequence[Caption]) -> pa.Table:
-    """Captions as they are written to the result."""
+    """Convert captions to a table of the result."""
     columns = {name: [getattr(caption, name) for caption in captions] for name in CAPTION_SCHEMA.names}
     return pa.table(columns, CAPTION_SCHEMA)
 
@@ -127,7 +131,7 @@ def _manifest_line(row: CaptionRow) -> dict[str, Any]:
 
 
 def _image_line(image: Any) -> dict[str, Any]:
-    # `asdict` would copy bytes, and takes longer than all the rest.
+    # `asdict` copies the bytes of images, which takes longer than everything else.
     return {"kind": _KINDS[type(image)], **{f.name: getattr(image, f.name) for f in fields(image)}}
 
 

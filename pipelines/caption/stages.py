@@ -1,8 +1,8 @@
-"""What runs on Ray: readers open and prepare images, engines write captions; blocks of rows go between.
+"""The stages on Ray: readers open and prepare images, engines generate captions.
 
-A reader takes a whole shard and hands out blocks of a few rows; an engine has several blocks at a time,
-from whichever shard, so that it stays full while the last rows of one block are being written. Which rows
-are in a block does not depend on what happens: a task that is repeated gives the same blocks.
+A reader takes a whole shard and yields blocks of a few rows. An engine works on several blocks of any shards
+at a time, so that it stays full while the last rows of a block are generated. A reader task that is repeated
+yields the same blocks.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from skipvision.errors import InputError, SkipVisionError
 
 _BLOCKS_AT_ONCE = 12
 _ROWS_AT_ONCE = 3
-"""An engine has rows for so many times as many captions as it can write at once."""
+"""Rows waiting in an engine, as a multiple of the captions that it generates at once."""
 
 
-_MOST_TASKS = 1000
-"""Above this a reader takes several shards, one after the other: Ray Data keeps a record of every task."""
+_MAX_TASKS = 1000
+"""Max reader tasks, because Ray Data keeps a record of each. With more shards, a task reads several."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What readers and engines are told. Paths are absolute."""
+    """The work of readers and engines. Paths are absolute."""
 
     config: CaptionConfig
     model: EngineModel
@@ -57,13 +57,13 @@ class Assignment:
 
     @property
     def block_rows(self) -> int:
-        """Rows that go from a reader to an engine together."""
+        """Number of rows in a block."""
         return math.ceil(_ROWS_AT_ONCE * self.config.engine.max_sequences / _BLOCKS_AT_ONCE)
 
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """Row ``number`` of its shard: the model's inputs in the safetensors format, or what is wrong."""
+    """Row ``number`` of its shard: the model's inputs in the safetensors format, or a problem."""
 
     number: int
     key: str
@@ -73,15 +73,15 @@ class PreparedRow:
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a shard: `PreparedRow`s before an engine has seen them."""
+    """Some prepared rows of a shard."""
 
     shard: int
     rows: Sequence[PreparedRow]
 
 
 @dataclass(frozen=True)
-class Written:
-    """Captions by the number of their row in the shard, and how the engine that wrote them is doing."""
+class CaptionedBlock:
+    """The captions of a block by row number in the shard, and the statistics of their engine."""
 
     shard: int
     captions: Mapping[int, Caption]
@@ -89,19 +89,23 @@ class Written:
     statistics: Statistics
 
 
-def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, float]) -> Iterator[Written]:
-    """All rows of the shards, as they are written; needs a running Ray.
+def captions(
+    work: Assignment, shards: Sequence[int], resources: Mapping[str, float]
+) -> Iterator[CaptionedBlock]:
+    """Caption all rows of the shards and yield blocks as they are finished. Ray must run.
 
-    Raises the error of ours that kept an engine from starting; a bug is a `ray.exceptions.RayError`.
+    Raises:
+        SkipVisionError: an engine could not start.
+        ray.exceptions.RayError: a bug.
     """
     import ray.data
     from ray.data import ActorPoolStrategy
 
     scaling = work.config.scaling
     items = [{"shard": shard} for shard in shards]
-    rows = ray.data.from_items(items, override_num_blocks=min(len(shards), _MOST_TASKS))
-    # Ray Data cuts and glues blocks by their size. Each of ours is one binary value, which it cannot cut,
-    # and no two are smaller than this.
+    rows = ray.data.from_items(items, override_num_blocks=min(len(shards), _MAX_TASKS))
+    # Ray Data splits and merges blocks by size. Ours are single binary values, which cannot be split, and
+    # this size is too small for two.
     rows.context.target_max_block_size = 1
     rows.context.enable_progress_bars = False
     rows.context.print_on_execution_start = False
@@ -130,12 +134,12 @@ def captions(work: Assignment, shards: Sequence[int], resources: Mapping[str, fl
         yield from _unpacked(batch)
 
 
-def _packed(value: Block | Written | SkipVisionError) -> pa.Table:
+def _packed(value: Block | CaptionedBlock | SkipVisionError) -> pa.Table:
     return pa.table({"value": pa.array([pickle.dumps(value)], pa.large_binary())})
 
 
 def _unpacked(table: pa.Table) -> Iterator[Any]:
-    """What `_packed` in another process of the same job has packed; an error is raised."""
+    """Yield the values packed by `_packed` in another process of the job; raise those that are errors."""
     for packed in table["value"]:
         value = pickle.loads(packed.as_buffer())  # noqa: S301
         if isinstance(value, SkipVisionError):
@@ -147,7 +151,7 @@ def _unpacked(table: pa.Table) -> Iterator[Any]:
 
 
 def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
-    """The blocks of one shard, their images opened and everything the model needs prepared."""
+    """Yield the blocks of one shard with the model's inputs."""
     torch.set_num_threads(1)
     processor = _processor(work.model.base)
     shard = batch["shard"][0].as_py()
@@ -165,7 +169,7 @@ def _processor(path: str) -> Any:
 
 
 def _few_at_once(function: Any, values: Iterable[Any], threads: int) -> Iterator[Any]:
-    """Like `map`, in several threads; no more than ``threads`` results wait to be taken."""
+    """Like `map` in several threads, with max ``threads`` results waiting to be taken."""
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[Any]] = deque()
         for value in values:
@@ -177,7 +181,7 @@ def _few_at_once(function: Any, values: Iterable[Any], threads: int) -> Iterator
 
 
 def prepare_row(processor: Any, number: int, row: CaptionRow) -> PreparedRow:
-    """Open a row's images and make the model's inputs; whatever is wrong with them becomes a problem."""
+    """Open a row's images and prepare the model's inputs. An error becomes the row's problem."""
     if row.problem is not None:
         return PreparedRow(number, row.key, problem=row.problem)
     messages = [{"role": m.role, "content": content_parts(m.text)} for m in row.messages]
@@ -192,11 +196,11 @@ def prepare_row(processor: Any, number: int, row: CaptionRow) -> PreparedRow:
     return PreparedRow(number, row.key, safetensors.torch.save(tensors))
 
 
-# --------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ generating
 
 
 class CaptionActor:
-    """An engine in a process of its own; several blocks at a time, each in a thread."""
+    """An engine in its own process. It captions several blocks at a time, each in a thread."""
 
     def __init__(self, work: Assignment) -> None:
         import ray
@@ -211,7 +215,7 @@ class CaptionActor:
         try:
             self.engine = EngineThread(lambda: load_engine(work.model, work.config.engine, device))
             self.engine.wait_until_ready()
-        except SkipVisionError as error:  # raised in another process, it would reach the job as text
+        except SkipVisionError as error:  # raised here, it would reach the job as text
             self.engine = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -220,15 +224,16 @@ class CaptionActor:
         (block,) = _unpacked(batch)
         piece = f"{block.shard}-{block.rows[0].number}"
         if self.work.attempts.begin(piece) == 0:
-            made = self._answer(block.rows)
+            captions = self._answer(block.rows)
         else:
-            # An engine died with this block in hand, and others. A row at a time shows over which.
-            made = {}
+            # An engine died while it worked on this block and others. One row at a time shows which row is at
+            # fault.
+            captions = {}
             for row in block.rows:
                 with self.alone:
-                    made |= self._answer_alone(f"{piece}-{row.number}", row)
+                    captions |= self._answer_alone(f"{piece}-{row.number}", row)
         self.work.attempts.end(piece)
-        return _packed(Written(block.shard, made, self.name, self.engine.statistics()))
+        return _packed(CaptionedBlock(block.shard, captions, self.name, self.engine.statistics()))
 
     def _answer(self, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
         sound = [row for row in rows if row.problem is None]
@@ -240,17 +245,17 @@ class CaptionActor:
         return {row.number: self._caption(row, outcomes.get(row.number)) for row in rows}
 
     def _answer_alone(self, piece: str, row: PreparedRow) -> dict[int, Caption]:
-        """A row without another suspect beside it; an error row if engines have died over it too often."""
+        """Caption a row without another suspect row; after too many deaths of engines it is an error row."""
         deaths = self.work.attempts.begin(piece)
         if deaths >= self.work.config.scaling.max_failures:
-            problem = Problem("generation", f"engines died {deaths} times while they were writing this row")
+            problem = Problem("generation", f"engines died {deaths} times while they captioned this row")
             row = replace(row, problem=row.problem or problem)
-        made = self._answer([row])
+        captions = self._answer([row])
         self.work.attempts.end(piece)
-        return made
+        return captions
 
     def _sampling(self, key: str) -> Sampling:
-        """A seed for each row: its caption does not depend on where and how often it is written."""
+        """Return the sampling with a seed for the row, so that its caption is the same in every attempt."""
         sampling = self.work.config.sampling
         if sampling.seed is None or sampling.temperature == 0:
             return sampling

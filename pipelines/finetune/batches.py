@@ -1,7 +1,7 @@
-"""Which rows go into which step: batches of similar length, the same at every restart.
+"""Assign rows to steps: batches of similar length, the same after every restart.
 
-A batch is a pure function of ``(lengths, batch size, seed, step)``, so a run resumes at any step and
-on any number of workers with the batches it would have had.
+A batch is a pure function of ``(lengths, batch size, seed, step)``. A run therefore resumes at any step, and
+on any number of workers, with the batches it would have had.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
 
+from pipelines._compat import visual_token_counter
 from pipelines.data.chat import ChatFormat, encode
 from pipelines.data.rows import TrainingRow
 
@@ -23,13 +24,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _WINDOW = 64
-"""Batches within whose rows lengths are sorted: enough to cut padding, and every epoch still shuffles."""
+"""Lengths are sorted within the rows of this many batches: enough to avoid padding and still shuffle."""
 
 _PROGRESS_SECONDS = 5.0
 
 
 class LengthGroupedBatches:
-    """Global batches of row indices over shuffled epochs; the last batch of an epoch may be short."""
+    """Global batches of row indices, shuffled in every epoch. The last batch of an epoch may be short."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = np.asarray(lengths)
@@ -38,20 +39,21 @@ class LengthGroupedBatches:
 
     @property
     def per_epoch(self) -> int:
-        """Steps that show every row once."""
+        """Number of steps in an epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
     def batch(self, step: int) -> list[int]:
-        """The rows of one step (from 0), the longest first."""
+        """Return the rows of one step (from 0), the longest first."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
         return [int(row) for row in self._order[position]]
 
     def share(self, step: int, rank: int, workers: int, micro_batch_size: int | None) -> list[list[int]]:
-        """One worker's rows of a step, in forward passes of at most ``micro_batch_size`` rows.
+        """Return one worker's rows of a step, grouped into forward passes of max ``micro_batch_size`` rows.
 
-        Every n-th row of a batch sorted by length, so that all workers have about the same to do.
+        A worker gets every n-th row of the batch, which is sorted by length, so that all workers compute
+        about the same amount.
         """
         rows = self.batch(step)[rank::workers]
         size = micro_batch_size or max(1, len(rows))
@@ -68,17 +70,17 @@ class LengthGroupedBatches:
             batches += [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
         order = rng.permutation(len(batches))
         if epoch == 0:
-            # The longest batch leads: what does not fit into memory shows at the first step.
+            # The longest batch comes first, so that a lack of memory shows at the first step.
             longest = max(range(len(batches)), key=lambda b: int(self.lengths[batches[b][0]]))
             order = np.concatenate([[longest], order[order != longest]])
         return [batches[b] for b in order]
 
 
 def row_lengths(processor: ProcessorMixin, rows: Sequence[TrainingRow]) -> list[int]:
-    """Tokens of each row, visual ones included, without decoding an image.
+    """Return the number of tokens of each row, visual tokens included, without decoding an image.
 
-    Image files are opened for their size only where the processor's token count depends on it. Where it
-    takes long, it says how far it is.
+    Image files are opened for their size, and only if the processor's token count depends on it. Progress is
+    printed every few seconds.
     """
     shown = time.monotonic()
     chat = ChatFormat(processor)
@@ -107,19 +109,19 @@ def _token_ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int
 
 
 def _visual_token_counter(processor: ProcessorMixin) -> Callable[[TrainingRow], list[int]] | None:
-    """What counts a row's visual tokens per image; None if the processor cannot tell without the pixels."""
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    """Return a function that counts a row's visual tokens per image; None if that needs the pixels."""
+    count = visual_token_counter(processor)
     if count is None:
         return None
     probes = [(64, 64), (64, 1024), (1024, 64), (1500, 1500)]
-    numbers = set(count(image_sizes=probes).num_image_tokens)
+    numbers = set(count(probes))
     if len(numbers) == 1:
         constant = numbers.pop()
         return lambda row: [constant] * len(row.images)
 
     def counter(row: TrainingRow) -> list[int]:
         sizes = [image.open().size for image in row.images]
-        return list(count(image_sizes=[(h, w) for w, h in sizes]).num_image_tokens) if sizes else []
+        return count([(height, width) for width, height in sizes]) if sizes else []
 
     return counter
 
@@ -130,10 +132,10 @@ def _encoded_length(processor: ProcessorMixin, text: str, row: TrainingRow) -> i
 
 
 def prefetched(make: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """``make(item)`` for each item in order, up to ``ahead`` of them made in advance by one thread.
+    """Yield ``make(item)`` for each item in order; one thread makes up to ``ahead`` results in advance.
 
-    One thread, because fast tokenizers must not be shared between two; it suffices to open the next
-    step's images while the model computes.
+    One thread is enough to open the next step's images while the model computes, and fast tokenizers must not
+    be shared between threads.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending: deque[Future[R]] = deque()

@@ -1,7 +1,7 @@
-"""What is checked of a fine-tuning run before anything is started for it.
+"""Checks of a fine-tuning run before anything is started for it.
 
-Everything here takes seconds and needs no Ray, so that a wrong setting is answered at once and not by
-workers that have just loaded a model.
+They take seconds and need no Ray: a wrong setting is an error at once, and not after workers have loaded a
+model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from skipvision.errors import ConfigError
 
 
 def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]:
-    """Try LoRA and Skip-Vision on the model without its weights.
+    """Apply LoRA and Skip-Vision to the model without its weights.
 
-    Returns its processor, and how many ``parameters`` and ``trainable_parameters`` it has.
+    Returns:
+        the model's processor, and its numbers of ``parameters`` and ``trainable_parameters``.
+
+    Raises:
+        ConfigError: no such model, or settings that do not fit it.
     """
     check_known(config.model.path, "model.path")
     processor = load_processor(config.model.path)
@@ -37,7 +41,11 @@ def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]
 
 
 def check_workers(scaling: ScalingSection) -> dict[str, float]:
-    """What each worker gets; `ResourceError` if the cluster, or this machine without one, has too little."""
+    """Return the resources of each worker.
+
+    Raises:
+        ResourceError: the cluster, or this machine if there is none, has too few.
+    """
     if scaling.autoscaling:
         return {"CPU": float(scaling.cpus_per_worker or 1), "GPU": float(scaling.gpus_per_worker or 0)}
     return worker_resources(

@@ -1,4 +1,4 @@
-"""The rows of a fine-tuning run, measured, and what became of the others."""
+"""The rows of a fine-tuning run with their lengths, and the rows that were rejected."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ from skipvision.errors import DataError
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """What a run trains and is validated on.
+    """The training and validation rows of a run.
 
-    ``lengths`` are the tokens of each row; ``rejected`` counts rows left out of both sets by kind;
-    ``fingerprint`` tells these training rows, and how many records they were chosen from, from others; images
-    by name.
+    Attributes:
+        rows: training rows.
+        lengths: number of tokens of each training row.
+        validation: validation rows.
+        rejected: numbers of rejected rows of both sets, by kind.
+        fingerprint: digest of the training rows and of the number of records in their file. It contains the
+            names of images, not their contents.
     """
 
     rows: Sequence[TrainingRow]
@@ -39,7 +43,7 @@ class FinetuneData:
     fingerprint: str
 
     def steps(self, config: FinetuneConfig) -> int:
-        """Optimiser steps of the run."""
+        """Return the number of optimiser steps of the run."""
         training = config.training
         if training.max_steps is not None:
             return training.max_steps
@@ -48,10 +52,13 @@ class FinetuneData:
 
 
 def read_data(config: FinetuneConfig, folder: FinetuneFolder, processor: ProcessorMixin) -> FinetuneData:
-    """All usable rows; the others are listed in ``folder.rejects``, which may be a `DataError`.
+    """Return all usable rows; list the others in ``folder.rejects``.
 
-    A run that has begun keeps the rows that it began with: an image that has become unreadable since is met,
-    and listed, by the step that needs it.
+    A run with a checkpoint keeps the rows it began with. If an image has become unreadable since, the step
+    that needs it lists the row.
+
+    Raises:
+        DataError: no row is usable, or unusable rows stop the run by ``data.on_bad_row``.
     """
     if folder.has_work and folder.rows.exists():
         return _read_again(config, folder)
@@ -61,22 +68,22 @@ def read_data(config: FinetuneConfig, folder: FinetuneFolder, processor: Process
     left_out = [*train.rejects, *validation.rejects]
     rejected = apply_bad_row_policy(train.rows, left_out, data.on_bad_row, str(folder.rejects))
     if source is not None and not validation.rows:
-        raise DataError(f"data.validation = {source}: it has no row that can be used; see {folder.rejects}")
+        raise DataError(f"data.validation = {source}: it has no usable row; see {folder.rejects}")
     if rejected:
-        print(f"{len(left_out)} rows are left out, listed in {folder.rejects}: {rejected}", flush=True)
+        print(f"{len(left_out)} rows are skipped and listed in {folder.rejects}: {rejected}", flush=True)
     fingerprint = _fingerprint(train.rows, train.records)
     return FinetuneData(train.rows, train.lengths, validation.rows, rejected, fingerprint)
 
 
 def keep_choice(data: FinetuneData, folder: FinetuneFolder) -> None:
-    """Write down which rows a run begins with, for `read_data` when it is resumed."""
+    """Save the rows that a run begins with, which `read_data` reads when the run is resumed."""
     train = {row.key: length for row, length in zip(data.rows, data.lengths, strict=True)}
     choice = {"train": train, "validation": [row.key for row in data.validation]}
     write_text(folder.rows, json.dumps(choice))
 
 
 class _Measured(NamedTuple):
-    """Usable rows with their lengths, the others, and how many records both were made from."""
+    """Usable rows with their lengths, rejected rows, and the number of records in the file."""
 
     rows: list[TrainingRow]
     lengths: list[int]
@@ -85,12 +92,12 @@ class _Measured(NamedTuple):
 
 
 def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin) -> _Measured:
-    """Rows that fit into ``max_length`` with their lengths, and the others: a cut answer teaches nonsense."""
+    """Read rows and reject those above ``max_length``, because a truncated answer teaches nonsense."""
     data = config.data
     read = read_training_rows(source, image_root=data.image_root, check_images=data.check_images)
     try:
         lengths = row_lengths(processor, read.rows)
-    except ImageError:  # images were not decoded, but the processor must know their sizes
+    except ImageError:  # images were not checked, but the processor needs their sizes
         read = read_training_rows(source, image_root=data.image_root)
         lengths = row_lengths(processor, read.rows)
     measured = _Measured([], [], list(read.rejects), len(read.rows) + len(read.rejects))
@@ -105,7 +112,7 @@ def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin) -> _Me
 
 
 def _read_again(config: FinetuneConfig, folder: FinetuneFolder) -> FinetuneData:
-    """The rows that the run began with, whatever has become of their images."""
+    """Return the rows that the run began with, whether or not their images still exist."""
     choice = json.loads(folder.rows.read_text())
 
     def chosen(source: str, keys: Iterable[str]) -> tuple[list[TrainingRow], int]:
@@ -130,7 +137,7 @@ def _read_again(config: FinetuneConfig, folder: FinetuneFolder) -> FinetuneData:
 def _fingerprint(rows: Iterable[TrainingRow], records: int) -> str:
     digest = hashlib.sha256(str(records).encode())
     for row in rows:
-        # Not the images' folders: a Ray job finds them in another copy of the project each time.
+        # Without the folders of images: they differ between Ray jobs, each of which has its own copy.
         images = [posixpath.basename(str(image)) for image in row.images]
         digest.update(repr((row.key, images, row.messages)).encode())
     return digest.hexdigest()

@@ -7,13 +7,13 @@ configuration again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipelines._compat import configure_ray_train
 from pipelines.cluster.session import ray_is_running, ray_session
 from pipelines.data.rejects import count_rejects, rejected_rows
 from pipelines.finetune.checks import check_model, check_workers
@@ -198,11 +198,7 @@ def _fit(plan: _Plan, folder: FinetuneFolder, run: Tracker) -> dict[str, Any]:
     Raises:
         SkipVisionError: a worker raised it.
     """
-    # Ray Train's defaults suit runs of days: it polls its workers every two seconds, and their reports wait
-    # for that. Its print patch prints lines twice.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    configure_ray_train()
     import ray.train
 
     from pipelines.finetune.worker import Assignment

@@ -1,6 +1,6 @@
-"""What one worker knows about learning: the model it tunes, one optimiser step, one validation pass.
+"""The training of one worker without Ray: the model, one optimiser step, one validation pass.
 
-Nothing here knows of Ray; with ``torch.distributed`` running, all workers act as one.
+If ``torch.distributed`` runs, all workers compute the step together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from skipvision.errors import ConfigError
 
 
 def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
-    """LoRA and, if configured, Skip-Vision on the base model; all else is frozen."""
+    """Apply LoRA and, if configured, Skip-Vision to the base model, whose own weights are frozen."""
     torch.manual_seed(config.seed)
     lora = peft.LoraConfig(
         r=config.lora.rank,
@@ -38,7 +38,7 @@ def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
     )
     try:
         with warnings.catch_warnings():
-            # PEFT still asks transformers by an old name.
+            # PEFT 0.21 reads a deprecated attribute of transformers.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model = peft.get_peft_model(base, lora)
     except (ValueError, re.error) as error:
@@ -47,15 +47,15 @@ def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
         sv.attach(model, config.skip)
     if config.training.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        # Only the re-entrant kind needs gradients at the embeddings; the vision tower's would make it
-        # keep everything for, and take part in, a backward pass that ends nowhere.
+        # Only re-entrant checkpointing needs gradients at the embeddings. At the vision tower's embeddings
+        # they would make it keep all activations for a backward pass that updates nothing.
         model.disable_input_require_grads()
     model.train()
     return model
 
 
 def learning_rate(training: TrainingSection, step: int, steps: int) -> float:
-    """The learning rate of a step (from 0): a linear rise, then half a cosine. Needs no state."""
+    """Return the learning rate of a step (from 0): a linear rise, then half a cosine."""
     warm = int(steps * training.warmup)
     if step < warm:
         return training.learning_rate * (step + 1) / (warm + 1)
@@ -67,7 +67,7 @@ def learning_rate(training: TrainingSection, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimiser step over all workers: mean loss per learnt token, norm before clipping, what went in."""
+    """One optimiser step of all workers: mean loss per learnt token, norm before clipping, inputs."""
 
     loss: float
     grad_norm: float
@@ -78,12 +78,12 @@ class StepStats:
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-    """The summed loss over a batch's learnt tokens, and how many they are.
+    """Return the summed loss of a batch's learnt tokens, and their number.
 
-    With Skip-Vision attached, answers are learnt from what will still be in the KV cache when they are
-    given: otherwise they learn to look at skipped tokens that decoding will not have.
+    With Skip-Vision attached, answers attend only to tokens that are in the KV cache during decoding.
+    Otherwise they would learn to attend to skipped tokens, which decoding does not have.
     """
-    # Position t speaks of token t + 1; the LM head runs where something is learnt and nowhere else.
+    # Position t predicts token t + 1. The LM head runs only at positions with a target.
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     learnt = targets != IGNORED
     given: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
 
 
 class Learner:
-    """The trainable parameters of a model, and how they learn."""
+    """The trainable parameters of a model and their optimiser."""
 
     def __init__(self, model: nn.Module, config: FinetuneConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
@@ -108,9 +108,9 @@ class Learner:
         )
 
     def step(self, micro_batches: Sequence[Batch], step: int, steps: int) -> StepStats:
-        """Learn from this worker's share of a global batch (which may be nothing).
+        """Train on this worker's share of a global batch, which may be empty.
 
-        Randomness is drawn anew from (seed, step, worker), so that a resumed run repeats it.
+        The random state depends only on (seed, step, worker), so that a resumed run repeats it.
         """
         seed = np.random.SeedSequence([self.config.seed, step, _rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
@@ -127,8 +127,7 @@ class Learner:
             raise sv.SkipVisionError(
                 f"the gradient at step {step + 1} is {norm}: lower training.learning_rate, or set "
                 "training.precision to float32, and run the job again with --resume_with_changes true: it "
-                "goes on from the last checkpoint. If that only comes here again, begin anew under another "
-                "name"
+                "resumes from the last checkpoint. If the error comes back, start again under another name"
             )
         rate = learning_rate(training, step, steps)
         for group in self.optimizer.param_groups:
@@ -140,13 +139,13 @@ class Learner:
         return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images))
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """The summed loss over a batch's learnt tokens, and how many they are."""
+        """Return the summed loss of a batch's learnt tokens, and their number."""
         with self.autocast():
             return summed_loss(self.model, batch.to(self.device))
 
     @torch.no_grad()
     def validation_loss(self, batches: Iterable[Batch]) -> float:
-        """Mean loss per token over all workers' batches; NaN without any."""
+        """Return the mean loss per token over all workers' batches; NaN if there are none."""
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
@@ -157,13 +156,13 @@ class Learner:
         return float(totals[0] / totals[1])
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, where it is used."""
+        """Return a context of mixed precision, if the training uses it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the step: trainable weights and optimiser.
+        """Return trainable weights and optimiser state for a checkpoint.
 
-        Learning rate, order of rows and randomness all follow from the step.
+        Learning rate, order of rows and random state follow from the step.
         """
         return {
             "weights": {n: p.detach() for n, p in self.trainable.items()},
@@ -171,18 +170,18 @@ class Learner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Load what `state` returned."""
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _share(self, totals: torch.Tensor) -> list[float]:
-        """Give every worker the gradients of the mean loss over the whole batch; returns summed ``totals``.
+        """Give every worker the gradients of the mean loss over the whole batch; return summed ``totals``.
 
-        One sum over all workers instead of DistributedDataParallel, because a batch is weighted by its
-        learnt tokens and not by worker, because a worker may have no rows or the summary layer no image,
-        and because the trainable part is small enough to send in one piece.
+        This replaces DistributedDataParallel, for three reasons: a batch is weighted by its learnt tokens and
+        not by worker; a worker may have no rows, or no image for the summary layer; and the trainable
+        parameters are few enough for one all-reduce.
         """
         parameters = list(self.trainable.values())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -1,4 +1,4 @@
-"""How fast a run goes, for people and for its result."""
+"""Speed and remaining time of a training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.shared.console import duration
 
 @dataclass
 class Progress:
-    """How fast it goes. Evaluation and checkpoints are not step time; a restart goes on counting."""
+    """Times and losses of the steps, without validation and checkpoints. They continue after a restart."""
 
     steps: int
     step_seconds: list[float] = field(default_factory=list)
@@ -23,13 +23,13 @@ class Progress:
     _first: int = -1
 
     def start(self, done: int) -> None:
-        """The next step begins, with ``done`` steps behind it."""
+        """Start the clock of the next step; ``done`` steps are complete."""
         self._mark = time.monotonic()
         if self._first < 0:
             self._session, self._first = self._mark, done
 
     def finish(self, stats: StepStats) -> float:
-        """The seconds a step took, waiting for its images included."""
+        """Return the seconds of the step, including the wait for its images."""
         seconds = time.monotonic() - self._mark
         self.step_seconds.append(round(seconds, 4))
         if stats.learnt_tokens:
@@ -37,7 +37,7 @@ class Progress:
         return seconds
 
     def line(self, done: int, stats: StepStats) -> str:
-        """One line for people; behind the last step nothing is left to be said of time."""
+        """Return a line of progress. The line of the last step has no remaining time."""
         rate = stats.images / max(self.step_seconds[-1], 1e-4)
         line = f"step {done}/{self.steps}  loss {self.last_loss:.4f}  {rate:.1f} images/s"
         if done == self.steps:
@@ -46,7 +46,7 @@ class Progress:
         return f"{line}  {duration(max(left, 1.0))} left"
 
     def summary(self) -> dict[str, Any]:
-        """What the run's result says about time and loss."""
+        """Return steps, loss and times for the run's result."""
         return {
             "steps": self.steps,
             "loss": self.last_loss,

@@ -1,4 +1,4 @@
-"""What runs in each Ray Train worker: steps, checkpoints, evaluation, and the adapter at the end."""
+"""A Ray Train worker: steps, checkpoints, validation, and the adapter at the end."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from pipelines.tracking.run import Tracker
 from skipvision.errors import DataError, SkipVisionError
 
 _EMPTY_STEPS = 3
-"""Steps in a row without a usable row after which a run ends."""
+"""A run ends after this many consecutive steps without a usable row."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What all workers of a run are given. Paths are absolute."""
+    """The work of a run, the same for all workers. Paths are absolute."""
 
     config: FinetuneConfig
     rows: Sequence[TrainingRow]
@@ -54,7 +54,7 @@ class Assignment:
 
 
 def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
-    """The run from its last checkpoint to its end; returns what there is to say about it."""
+    """Train from the last checkpoint to the end and return the run's result."""
     context = ray.train.get_context()
     torch.set_num_threads(_threads())
     transformers.utils.logging.disable_progress_bar()
@@ -74,7 +74,7 @@ def train_worker(work: Assignment, _: dict[str, Any]) -> dict[str, Any]:
 
 
 class Worker:
-    """One of ``workers`` processes that train together; ``rank`` 0 also reports and saves."""
+    """One of ``workers`` processes that train together. Rank 0 also reports and saves."""
 
     def __init__(self, work: Assignment, rank: int, workers: int, tracker: Tracker | None) -> None:
         self.work, self.config = work, work.config
@@ -96,7 +96,7 @@ class Worker:
         done = self._restore()
         training, every = self.config.training, self.config.evaluation.every
         steps = self.work.steps
-        self._say(f"resuming behind step {done} of {steps}" if done else f"training begins: {steps} steps")
+        self._say(f"resuming after step {done} of {steps}" if done else f"training begins: {steps} steps")
         self.progress.start(done)
         for batches in self._batches(done):
             stats = self.learner.step(batches, done, self.work.steps)
@@ -108,14 +108,14 @@ class Worker:
                 self._evaluate(done)
             self.progress.start(done)
         if self.rank == 0:
-            # Before the evaluation, which opens images that may have become unreadable.
+            # Before the validation, which may fail: it opens images that may have become unreadable.
             sv.save_adapter(self.learner.model, self.work.adapter)
         return {**self.progress.summary(), **self._evaluate(done)}
 
     # ------------------------------------------------------------------------------------- steps
 
     def _batches(self, first: int) -> Iterator[list[Batch]]:
-        """This worker's share of every step from ``first`` on."""
+        """Yield this worker's share of every step from ``first`` on."""
         training = self.config.training
         order = LengthGroupedBatches(self.work.lengths, training.batch_size, self.config.seed)
 
@@ -144,19 +144,19 @@ class Worker:
             self._say(self.progress.line(done, stats))
 
     def _check_not_empty(self, done: int, stats: StepStats) -> None:
-        """One step without a usable row may be chance; several are a storage that has gone away."""
+        """Raise `DataError` after several steps without a usable row: the storage of images is gone."""
         self._empty_steps = 0 if stats.learnt_tokens else self._empty_steps + 1
         if self._empty_steps >= min(_EMPTY_STEPS, self.work.steps):
             raise DataError(
                 f"no row of the last {self._empty_steps} steps (to step {done}) could be used; the reasons "
-                f"are in {self.work.rejects}. See that the images are there, then run the same job again: it "
-                "goes on from the last checkpoint"
+                f"are in {self.work.rejects}. Restore the images, then run the same job again: it resumes "
+                "from the last checkpoint"
             )
 
     # ------------------------------------------------------------------------------- checkpoints
 
     def _restore(self) -> int:
-        """The steps that are done, with weights and optimiser as they were then."""
+        """Load the last checkpoint and return the number of completed steps."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return 0
@@ -168,7 +168,7 @@ class Worker:
         return int(state["step"])
 
     def _checkpoint(self, done: int) -> None:
-        """Ray copies the folder to the storage and only then counts it as a checkpoint."""
+        """Report a checkpoint. Ray copies the folder to the storage before it counts."""
         if self.rank:
             ray.train.report({"step": done})
             return
@@ -192,13 +192,13 @@ class Worker:
     # -------------------------------------------------------------------------------- evaluation
 
     def _evaluate(self, done: int) -> dict[str, Any]:
-        """Validation loss and exact match after ``done`` steps, each worker taking its share of the rows."""
+        """Return validation loss and exact match after ``done`` steps. Workers share the rows."""
         settings, rows = self.config.evaluation, self.work.validation
         if not rows:
             return {}
         started = time.monotonic()
-        asked = pick_rows(rows, settings.answer_rows)
-        self._say(f"validation after step {done}: {len(asked)} questions are asked …")
+        questions = pick_rows(rows, settings.answer_rows)
+        self._say(f"validation after step {done}: answering {len(questions)} questions …")
         ours = pick_rows(rows, settings.loss_rows)[self.rank :: self.workers]
         groups = [ours[i : i + settings.batch_size] for i in range(0, len(ours), settings.batch_size)]
         collate = Collator(self.processor)
@@ -210,7 +210,7 @@ class Worker:
             answers = evaluate_exact_match(
                 self.learner.model,
                 self.processor,
-                asked[self.rank :: self.workers],
+                questions[self.rank :: self.workers],
                 batch_size=settings.batch_size,
                 max_new_tokens=settings.max_new_tokens,
                 on_unreadable=self.leave_out_of_validation,
@@ -237,56 +237,56 @@ class Worker:
 
 
 class Failures(ray.train.UserCallback):
-    """What to do when workers fail; runs in Ray Train's controller.
+    """Handles failures of workers, in Ray Train's controller.
 
-    A crash is said in the job's output, and Ray Train restarts the workers. An error of our own would only
-    come again, so it ends the run.
+    After a crash Ray Train restarts the workers. A `SkipVisionError` would be raised again after a restart,
+    so it ends the run.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         del run_context
         for error in worker_exceptions.values():
             if isinstance(error, SkipVisionError):
-                raise ray.train.ControllerError(error)  # which Ray Train does not retry
+                raise ray.train.ControllerError(error)  # Ray Train does not retry it
         for rank, error in worker_exceptions.items():
             last = (str(error).strip() or type(error).__name__).splitlines()[-1]
             print(f"worker {rank} failed: {last}", flush=True)
 
 
 def _shown(results: Mapping[str, Any]) -> str:
-    """Validation's results for people."""
+    """Return the results of a validation as text."""
     parts = [f"loss {results['validation_loss']:.4f}"] if "validation_loss" in results else []
     if shares := results["exact_match"]:
         tasks = [f"{task} {share:.3f}" for task, share in shares.items() if task != OVERALL]
         parts.append(f"exact match {shares[OVERALL]:.3f}" + (f" ({', '.join(tasks)})" if tasks else ""))
-    return ", ".join(parts) or "nothing could be asked"
+    return ", ".join(parts) or "no row could be answered"
 
 
 def _batches_of(
     collate: Collator, groups: Iterable[Sequence[TrainingRow]], leave_out: LateRejects
 ) -> Iterator[Batch]:
-    """A batch of each group's readable rows, where there are any."""
+    """Yield a batch of the readable rows of each group that has any."""
     batches = (collate.readable(rows, leave_out) for rows in groups)
     return (batch for batch in batches if batch is not None)
 
 
 def _quieten() -> None:
-    """Let Ray Train say only what the job's reader does not know yet."""
-    logging.getLogger().setLevel(logging.WARNING)  # it makes that INFO, and announces every report
+    """Silence log lines of Ray Train that repeat the job's own output."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train sets INFO and announces every report
     for handler in logging.getLogger("ray.train").handlers:
         if isinstance(handler, logging.StreamHandler):
-            # Errors of ours are said by the job, once; their tracebacks are in Ray's log files.
+            # The job prints a SkipVisionError once; its traceback is in Ray's log files.
             handler.addFilter(lambda _: not isinstance(sys.exc_info()[1], SkipVisionError))
 
 
 def _threads() -> int:
-    """As many torch threads as the worker was given CPUs, which may be more than there are."""
+    """Return the number of torch threads: the CPUs assigned by Ray, which may exceed those of the machine."""
     given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     return max(1, min(int(given), usable_cpus()))
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes at most in use so far: of GPU memory, or of the process."""
+    """Return the peak use so far, in bytes: of GPU memory, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

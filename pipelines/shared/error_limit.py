@@ -1,4 +1,4 @@
-"""How many rows of a job may be errors."""
+"""A limit on the share of error rows in a job."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from skipvision.errors import DataError
 
 
 class ErrorLimit:
-    """At most a share of all rows, and never all of them."""
+    """Allows a share of all rows to be errors, but never all rows."""
 
     def __init__(self, fraction: float, rows: int) -> None:
         self.fraction, self.rows = fraction, rows
 
     def check(self, errors: Counter[str], example: str = "") -> None:
-        """Raise `DataError` if these, by kind, are more than allowed, whatever becomes of the other rows.
+        """Raise `DataError` if there are too many errors.
 
         Args:
-            errors: rows with an error.
-            example: one of them, for the message.
+            errors: numbers of error rows so far, by kind.
+            example: one of the errors, for the message.
         """
         failed = errors.total()
-        said = f" ({listed(errors)}){example and f'; {example}, for one'}"
+        kinds = f" ({listed(errors)}){example and f'; for example {example}'}"
         if self.rows and failed == self.rows:
-            raise DataError(f"all {failed} rows are errors{said}: mend the inputs or the settings")
+            raise DataError(f"all {failed} rows are errors{kinds}: correct the inputs or the settings")
         if failed > self.fraction * self.rows:
             raise DataError(
-                f"{failed} of {self.rows} rows are errors{said}, more than max_error_fraction = "
-                f"{self.fraction:g}; mend the inputs, or raise it and run the job again"
+                f"{failed} of {self.rows} rows are errors{kinds}, more than max_error_fraction = "
+                f"{self.fraction:g}; correct the inputs, or raise the limit, and run the job again"
             )
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """Counts as people read them."""
+    """Return counts as text: ``2 × missing image, 1 × prompt``."""
     return ", ".join(f"{count} × {kind}" for kind, count in counts.items())

@@ -23,6 +23,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from pipelines._compat import RAY_JOB_VARIABLE
 from skipvision.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -38,7 +39,7 @@ _IN_MLFLOW = ("models:/", "runs:/")
 
 def in_ray_job() -> bool:
     """Return whether this process is the entry point of a ``ray job submit``."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return RAY_JOB_VARIABLE in os.environ
 
 
 # ------------------------------------------------------------------------------------------- one path

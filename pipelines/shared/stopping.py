@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGHUP and Ctrl-C all become one exception, so that a job cleans up."""
+"""Turn SIGTERM, SIGHUP and Ctrl-C into one exception, so that a stopped job cleans up."""
 
 from __future__ import annotations
 
@@ -15,50 +15,51 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass
 class Stop:
-    """Which signal ended the block, and the exit status that says so to a shell."""
+    """The signal that ended a block."""
 
     signal: signal.Signals = signal.SIGINT
 
     @property
     def exit_status(self) -> int:
+        """128 + the signal's number, as shells have it."""
         return 128 + self.signal
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """In the block, the first of the signals is a `KeyboardInterrupt`; later ones do not disturb cleaning up.
+    """Raise `KeyboardInterrupt` at the first signal in the block; ignore later ones while the job cleans up.
 
-    A signal that is ignored, as SIGHUP is under ``nohup``, stays so. Outside of the main thread, where
-    Python knows no signals, this does nothing.
+    A signal that was ignored before, such as SIGHUP under ``nohup``, stays ignored. Outside of the main
+    thread, which alone receives signals in Python, this does nothing.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {one: signal.getsignal(one) for one in SIGNALS}
-    heeded = [one for one, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    handled = [one for one, handler in before.items() if handler not in (signal.SIG_IGN, None)]
 
-    def heed(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         del frame
-        for one in heeded:
-            signal.signal(one, _disregard)
+        for one in handled:
+            signal.signal(one, _ignore)
         stop.signal = signal.Signals(number)
-        # Not print: it may be what was interrupted.
+        # Not print, which may be the call that was interrupted.
         os.write(2, f"\n{stop.signal.name}: stopping and cleaning up …\n".encode())
         raise KeyboardInterrupt
 
-    for one in heeded:
-        signal.signal(one, heed)
+    for one in handled:
+        signal.signal(one, handle)
     try:
         yield stop
     finally:
-        for one in heeded:
+        for one in handled:
             signal.signal(one, before[one])
 
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Put handlers back that the block replaced: Ray's print a C++ stack and end the process at once."""
+    """Restore the handlers that the block replaces. Ray's print a C++ stack and end the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,5 +72,5 @@ def handlers_kept() -> Iterator[None]:
                 signal.signal(one, handler)
 
 
-def _disregard(number: int, frame: FrameType | None) -> None:
-    """Not SIG_IGN, which child processes would inherit."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing. Child processes would inherit SIG_IGN."""

@@ -73,7 +73,7 @@ def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_r
     tracked = Tracker(result["mlflow_uri"], result["mlflow_run_id"])._client
     assert tracked.get_run(result["mlflow_run_id"]).data.metrics["latency"] > 0
     files = {file.path for file in tracked.list_artifacts(result["mlflow_run_id"])}
-    assert files == {"skip.yaml", "evidence.json", "calibration.md", "calibration.png"}
+    assert files == {"config.yaml", "skip.yaml", "evidence.json", "calibration.md", "calibration.png"}
     seen = {part: _groups(folder, part) for part in ("rung-0", "rung-1", "held-out")}
     assert not seen["held-out"] & (seen["rung-0"] | seen["rung-1"])
     assert len(seen["rung-0"] | seen["rung-1"] | seen["held-out"]) == 4

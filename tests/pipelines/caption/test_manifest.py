@@ -106,7 +106,7 @@ def test_a_pattern_takes_what_it_matches(folder, listed):
 def test_nothing_to_caption_says_what_was_passed_over(folder, listed, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/notes.txt").write_text("no image")
-    with pytest.raises(DataError, match=r"nothing to caption \(files passed over: 1 × \.txt"):
+    with pytest.raises(DataError, match=r"nothing to caption \(files skipped: 1 × \.txt"):
         listed(tmp_path / "texts")
     with pytest.raises(DataError, match="no file matches"):
         listed(folder / "*.webp")

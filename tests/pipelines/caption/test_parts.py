@@ -329,7 +329,7 @@ def test_a_row_over_which_engines_die_becomes_an_error_row_and_no_other_does(tin
         2: "generation",
         3: None,
     }
-    assert "engines died 2 times while they were writing this row" in written.captions[2].error
+    assert "engines died 2 times while they captioned this row" in written.captions[2].error
     assert not list(work.attempts.folder.iterdir())
 
 
@@ -369,7 +369,7 @@ class Silent:
 
 
 def test_progress_says_rate_and_time_left(monkeypatch, capsys):
-    from pipelines.caption.stages import Written
+    from pipelines.caption.stages import CaptionedBlock
 
     now = [100.0]
     monkeypatch.setattr("pipelines.caption.progress.time.monotonic", lambda: now[0])
@@ -378,7 +378,7 @@ def test_progress_says_rate_and_time_left(monkeypatch, capsys):
         now[0] += 10
         captions = {row: Caption(str(row)) for row in range(40)}
         captions[0] = dataclasses.replace(captions[0], error_kind="missing image")
-        progress.add(Written(number, captions, "engine", _statistics()))
+        progress.add(CaptionedBlock(number, captions, "engine", _statistics()))
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "row 260/1,000  5 errors  4.0 rows/s  3 min 5 s left"
     assert len(lines) == 3

@@ -135,7 +135,7 @@ def test_each_system_has_its_run_in_mlflow(finished):
         assert {"accuracy/POPE/random", "items/POPE", "total/POPE/f1"} <= run.data.metrics.keys()
         assert ("difference/POPE" in run.data.metrics) == (label == "skip")
         stored = {file.path for file in client.list_artifacts(run_id)}
-        assert stored == {"items.parquet", "comparison.md", "comparison.png"}
+        assert stored == {"config.yaml", "items.parquet", "comparison.md", "comparison.png"}
     names = {run.info.run_name for run in client.search_runs([run.info.experiment_id])}
     assert {"scores.full.POPE", "scores.skip.POPE"} <= names
 

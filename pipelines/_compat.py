@@ -1,0 +1,42 @@
+"""Every private or undocumented name of another library in the jobs, and the version it was last seen in.
+
+Start here when a new version of that library breaks something.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import ProcessorMixin
+
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable of the entry point of a ``ray job submit`` (Ray 2.60.0)."""
+
+RAY_PORT_VARIABLE = "RAY_GCS_SERVER_PORT"
+"""Environment variable: the port of a Ray that ``ray.init(address="local")`` starts (Ray 2.60.0)."""
+
+
+def configure_ray_train() -> None:
+    """Set how Ray Train watches and logs; call this before importing it (Ray 2.60.0).
+
+    Its defaults suit runs of days: it polls its workers every two seconds, and their reports wait for that.
+    Its print patch prints lines twice.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+
+
+def visual_token_counter(
+    processor: ProcessorMixin,
+) -> Callable[[Sequence[tuple[int, int]]], list[int]] | None:
+    """Return a function from image sizes (height, width) to numbers of visual tokens (transformers 5.23).
+
+    None if the processor has none: then only encoding the image tells.
+    """
+    count: Any = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None:
+        return None
+    return lambda sizes: list(count(image_sizes=list(sizes)).num_image_tokens)

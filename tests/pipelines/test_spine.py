@@ -1,0 +1,522 @@
+"""Every job keeps the same promises: a table of jobs and of what may happen to them.
+
+A job is a real process or a call of its entry point, with a tiny model, a real local Ray and a real MLflow
+store. Cells that start processes or train are `slow`; every job and every scenario also has quick cells.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import ray
+import torch
+from transformers import AutoModelForImageTextToText
+
+import skipvision as sv
+from pipelines.evaluation.items import Item, write_items
+from pipelines.shared.config import run_job
+from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.registry import Registry
+from pipelines.tracking.run import Tracker
+from tests.pipelines.score.tables import PLAIN, png, table
+from tests.pipelines.tracking.test_run import no_metrics
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:MLflow at .* does not take metrics"),
+    pytest.mark.timeout(300),
+]
+ROOT = Path(__file__).parents[2]
+AWAY = "http://127.0.0.1:9"
+SKIP = {"retained": 4, "skipped": 4}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the table's scenarios need it.
+
+    Attributes:
+        settings: what its YAML file holds, apart from name, storage and experiment.
+        midway: what shows that some work is done: a pattern of files below the job's folder, or
+            ``module:name`` of a function that is called in the middle of the job.
+        work: creates in the job's folder what an earlier start would have left.
+        data: changes the data that the job reads; returns what the error must name.
+        slow: scenarios that take more than a few seconds.
+    """
+
+    settings: Callable[[Inputs], dict[str, Any]]
+    midway: str
+    work: Callable[[Path], object] = lambda _: None
+    data: Callable[[Inputs], str] = lambda _: ""
+    slow: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files that jobs read, in a folder that one test may change."""
+
+    folder: Path
+    model: Path
+    data: Path
+    adapter: Path
+    storage: Path
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def uri(self) -> str:
+        return TrackingConfig().absolute_uri(self.storage)
+
+    @property
+    def questions(self) -> Path:
+        return self.folder / "questions.tsv"
+
+
+@pytest.fixture(scope="module")
+def originals(tiny_model: Path, shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    lora = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
+    model = peft.get_peft_model(model, lora)
+    sv.attach(model, sv.SkipConfig(**SKIP))
+    adapter = sv.save_adapter(model, folder / "adapter")
+    table(
+        folder / "questions.tsv", [{"index": n, "image": png(n), **PLAIN, "answer": "red"} for n in range(8)]
+    )
+    storage = tmp_path_factory.mktemp("runs")
+    # MLflow takes seconds to create its tables: all tests share one store.
+    Tracker.start(
+        TrackingConfig().absolute_uri(storage),
+        experiment="spine",
+        run_name="first",
+        artifacts=storage / "mlflow-artifacts",
+    ).register(adapter, "ours", "candidate")
+    return Inputs(folder, tiny_model, shapes_data, adapter, storage)
+
+
+@pytest.fixture
+def inputs(originals: Inputs, tmp_path: Path) -> Inputs:
+    """A copy of the files that tests change."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(originals.folder, folder)
+    data = tmp_path / "data"
+    shutil.copytree(originals.data, data)
+    return Inputs(folder, originals.model, data, folder / "adapter", originals.storage)
+
+
+# ---------------------------------------------------------------------------------------------- the jobs
+
+
+def finetune(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": {"path": str(inputs.model)},
+        "data": {"train": str(inputs.data / "train.json"), "check_images": "none"},
+        "lora": {"rank": 2},
+        "skip": SKIP,
+        "training": {"max_steps": 12, "batch_size": 2, "checkpoint_every": 2, "precision": "float32"},
+        "tracking": {"registered_model": None, "system_metrics_seconds": 0},
+        "scaling": {"cpus_per_worker": 1},
+    }
+
+
+def caption(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": {"path": str(inputs.model), "adapter": str(inputs.adapter), "dtype": "float32"},
+        "input": {"source": str(inputs.data / "images"), "limit": 12},
+        "sampling": {"max_new_tokens": 4},
+        "output": {"shard_rows": 3},
+        "samples": 1,
+        "scaling": {"cpus_per_worker": 1},
+    }
+
+
+def score(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "systems": {"full": {"model": {"path": str(inputs.model), "dtype": "float32"}}},
+        "datasets": [{"name": "mine", "path": str(inputs.questions), "rule": "exact"}],
+        "sampling": {"max_new_tokens": 4},
+        "shard_rows": 2,
+        "resamples": 100,
+        "scaling": {"cpus_per_worker": 1},
+    }
+
+
+def calibrate(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": {"path": str(inputs.model), "dtype": "float32"},
+        "data": {"name": "mine", "path": str(inputs.questions), "rule": "exact", "max_new_tokens": 2},
+        "space": {"retained": [2, 4], "skipped": [0]},
+        "budget": {"accuracy_drop": 0.99},
+        "search": {"rungs": 1, "finalists": 1},
+        "scaling": {"cpus_per_worker": 1},
+    }
+
+
+def promote(inputs: Inputs) -> dict[str, Any]:
+    """One version of a model, judged by items of its own against full tokens."""
+    asked = {"model": "base", "weights": "w", "sampling": "greedy", "judge": None}
+    systems = {
+        "full": {**asked, "adapter": None, "skip": sv.SkipConfig.full().model_dump_json()},
+        "new": {**asked, "adapter": "models:/ours/1", "skip": sv.SkipConfig(**SKIP).model_dump_json()},
+    }
+    items = [Item("d", str(n), name, "", str(n), "", 1.0) for name in systems for n in range(200)]
+    write_items(inputs.folder / "items.parquet", items, systems)
+    file = {"items": str(inputs.folder / "items.parquet")}
+    return {
+        "candidate": {"model": "models:/ours/1", **file},
+        "reference": {"against": "full", **file},
+        "alias": "spine",
+        "budget": {"overall": 0.1},
+    }
+
+
+def analyse(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": {"path": str(inputs.model)},
+        "data": str(inputs.data / "validation.json"),
+        "skip": {"retained": 4},
+        "ratio_rows": 2,
+        "bound_rows": 1,
+        "worst_case": False,
+        "threads": 1,
+    }
+
+
+def add_row(inputs: Inputs) -> str:
+    file = inputs.data / "train.json"
+    rows = json.loads(file.read_text())
+    rows[7]["conversations"][1]["value"] = "something else"
+    file.write_text(json.dumps(rows))
+    return "train.json has changed since run"
+
+
+def change_answer(inputs: Inputs) -> str:
+    inputs.questions.write_text(inputs.questions.read_text().replace("\tred\n", "\tblue\n", 1))
+    return "dataset mine has changed since this job began"
+
+
+def change_adapter(inputs: Inputs) -> str:
+    (inputs.adapter / "note").write_text("trained further")
+    return "adapter has changed since this job began"
+
+
+def touch(name: str) -> Callable[[Path], object]:
+    def create(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+    return create
+
+
+STARTED = frozenset({"stop", "kill", "finished", "tracking"})
+JOBS = {
+    "finetune": Job(
+        finetune,
+        midway="checkpoints/checkpoint_manager_snapshot.json",
+        work=touch("checkpoints/checkpoint_00000002/state.pt"),
+        data=add_row,
+        slow=STARTED,
+    ),
+    "caption": Job(
+        caption,
+        midway="captions/0*",
+        work=touch("captions/000000.parquet"),
+        data=change_adapter,
+        slow=STARTED - {"finished", "tracking"},
+    ),
+    "score": Job(
+        score,
+        midway="answers/*/*/captions/0*",
+        work=touch("answers/full/x"),
+        data=change_answer,
+        slow=STARTED,
+    ),
+    "calibrate": Job(
+        calibrate, midway="scores/*", work=touch("scores/x.parquet"), data=change_answer, slow=STARTED
+    ),
+    "promote": Job(promote, midway="pipelines.promote.job:_insist_on_all", slow=frozenset({"kill"})),
+    "analyse": Job(analyse, midway="pipelines.analyse.job:_measure"),
+}
+NOT_APPLICABLE = {
+    ("data", "analyse"): "it measures everything in one go, so that no results can mix",
+    ("data", "promote"): "one decision has no earlier work",
+    ("finished", "promote"): "a candidate that has the alias is refused: there is nothing to decide",
+    ("tracking", "promote"): "every decision is a run of its own",
+}
+
+
+def cells(scenario: str) -> Any:
+    """Parametrise over the jobs that a scenario applies to."""
+    names = [name for name in JOBS if (scenario, name) not in NOT_APPLICABLE]
+    marks = {name: [pytest.mark.slow] if scenario in JOBS[name].slow else [] for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+@pytest.fixture
+def write(inputs: Inputs, tmp_path: Path) -> Callable[..., list[str]]:
+    """Write a job's YAML file; returns the command line that reads it."""
+
+    def write(name: str, *, job: str = "", **changes: Any) -> list[str]:
+        settings = JOBS[name].settings(inputs)
+        tracking = {**settings.get("tracking", {}), "experiment": "spine", **changes.pop("tracking", {})}
+        settings |= {"storage": str(inputs.storage), "tracking": tracking, **changes}
+        if name != "promote":
+            settings["name"] = job or f"{name}-{tmp_path.name}"
+        file = tmp_path / "settings.yaml"
+        file.write_text(json.dumps(settings))
+        return ["--config", str(file)]
+
+    return write
+
+
+def folder_of(argv: list[str]) -> Path:
+    settings = json.loads(Path(argv[1]).read_text())
+    return Path(settings["storage"]) / settings.get("name", "")
+
+
+def run(name: str, argv: list[str], capsys: Any) -> dict[str, Any]:
+    """Run a job as its file does, in this process; returns the line of results."""
+    capsys.readouterr()
+    run_job(importlib.import_module(f"jobs.{name}").main, argv)
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def refused(name: str, argv: list[str], capsys: Any) -> tuple[int, str]:
+    """Run a job that ends with an error; returns its exit status and message."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_job(importlib.import_module(f"jobs.{name}").main, argv)
+    return int(end.value.code or 0), capsys.readouterr().err
+
+
+# A job that sends itself a signal in the middle, at a file or at a call.
+ITSELF = """
+import importlib, os, sys, threading, time
+from pathlib import Path
+
+name, number, midway, folder, address, *argv = sys.argv[1:]
+
+def strike():
+    os.kill(os.getpid(), int(number))
+
+def watch():
+    while not list(Path(folder).glob(midway)):
+        time.sleep(0.01)
+    strike()
+
+if address:
+    import ray
+    ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}})
+from pipelines.shared.config import run_job
+main = importlib.import_module(f"jobs.{name}").main
+if ":" in midway:
+    module, function = midway.split(":")
+    module = importlib.import_module(module)
+    original = getattr(module, function)
+    def struck(*arguments, **named):
+        strike()
+        return original(*arguments, **named)
+    setattr(module, function, struck)
+else:
+    threading.Thread(target=watch, daemon=True).start()
+run_job(main, argv)
+"""
+
+
+def struck(name: str, argv: list[str], number: int) -> subprocess.CompletedProcess[str]:
+    """Run a job in a process of its own that gets a signal in the middle."""
+    midway, address = JOBS[name].midway, ""
+    if ":" not in midway:
+        address = ray.get_runtime_context().gcs_address
+    return subprocess.run(
+        [sys.executable, "-c", ITSELF, name, str(int(number)), midway, str(folder_of(argv)), address, *argv],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def runs_of(uri: str, argv: list[str]) -> dict[str, str]:
+    """The ids and states of a job's runs in MLflow."""
+    state = json.loads((folder_of(argv) / "run.json").read_text())
+    ids = [state["mlflow_run_id"]] if "mlflow_run_id" in state else state["mlflow_run_ids"].values()
+    client = Tracker(uri, "")._client
+    return {run_id: client.get_run(run_id).info.status for run_id in ids}
+
+
+def newest_run(uri: str) -> tuple[str, str]:
+    client = Tracker(uri, "")._client
+    experiment = client.get_experiment_by_name("spine").experiment_id
+    (run,) = client.search_runs([experiment], max_results=1)
+    return run.info.run_id, run.info.status
+
+
+@pytest.fixture
+def ray_if_needed(request: pytest.FixtureRequest) -> None:
+    """The session's Ray, for jobs that use one."""
+    name = request.getfixturevalue("name")
+    if name not in ("promote", "analyse"):
+        request.getfixturevalue("local_ray")
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray must not be started, and no model loaded."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was started")
+
+    for name in ("finetune", "caption", "score", "calibrate"):
+        monkeypatch.setattr(f"pipelines.{name}.job.ray_session", refuse)
+    monkeypatch.setattr("pipelines.finetune.job.ray_is_running", lambda: False)
+    monkeypatch.setattr("pipelines.analyse.job._measure", refuse)
+
+
+# ----------------------------------------------------------------------------------------- the scenarios
+
+
+def test_every_job_is_in_the_table():
+    """Or is no such job: it has no folder and records nothing."""
+    others = {"make_shapes", "train_base", "demo", "deploy", "compare", "tradeoff"}
+    assert {file.stem for file in (ROOT / "jobs").glob("*.py")} == JOBS.keys() | others
+
+
+@cells("wrong")
+def test_all_wrong_settings_are_reported_before_any_work(name, write, no_ray, capsys):
+    argv = write(name, nonsense=1, tracking={"uri": ["a", "list"]})
+    status, message = refused(name, argv, capsys)
+    assert status == 2
+    assert "2 problems" in message
+    assert "nonsense = 1: " in message
+    assert "tracking.uri = " in message
+
+
+@cells("path")
+def test_a_path_that_leads_nowhere_is_reported_before_any_work(name, write, inputs, no_ray, capsys):
+    shutil.rmtree(inputs.folder)
+    shutil.rmtree(inputs.data)
+    argv = write(name) if name != "promote" else []
+    if name == "promote":
+        inputs.folder.mkdir()
+        argv = write(name)
+        (inputs.folder / "items.parquet").unlink()
+    status, message = refused(name, argv, capsys)
+    assert status == 2
+    assert "there is no" in message
+    assert not (folder_of(argv) / "run.json").exists()
+
+
+@cells("away")
+def test_without_mlflow_no_work_is_started(name, write, no_ray, capsys):
+    status, message = refused(name, write(name, tracking={"uri": AWAY}), capsys)
+    assert status == 1
+    assert "MLflow failed at" in message
+    assert AWAY in message
+
+
+@cells("stop")
+@pytest.mark.usefixtures("ray_if_needed")
+def test_a_stopped_job_is_killed_in_mlflow_and_finished_by_the_next(name, write, inputs, capsys):
+    argv = write(name)
+    stopped = struck(name, argv, signal.SIGTERM)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stdout + stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    if name == "promote":
+        assert newest_run(inputs.uri)[1] == "KILLED"
+        assert run(name, argv, capsys)["outcome"] == "promoted"
+        without_alias(inputs)
+        return
+    before = runs_of(inputs.uri, argv)
+    assert set(before.values()) == {"KILLED"}
+    assert run(name, argv, capsys)["already_finished"] is False
+    assert runs_of(inputs.uri, argv) == dict.fromkeys(before, "FINISHED")
+
+
+@cells("kill")
+@pytest.mark.usefixtures("ray_if_needed")
+def test_a_job_that_was_killed_is_finished_by_the_next(name, write, inputs, capsys):
+    argv = write(name)
+    killed = struck(name, argv, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    if name == "promote":
+        assert newest_run(inputs.uri)[1] == "RUNNING"  # nobody is left to end it
+        assert run(name, argv, capsys)["outcome"] == "promoted"
+        without_alias(inputs)
+        return
+    before = runs_of(inputs.uri, argv)
+    assert set(before.values()) == {"RUNNING"}
+    run(name, argv, capsys)
+    assert runs_of(inputs.uri, argv) == dict.fromkeys(before, "FINISHED")
+
+
+@cells("finished")
+@pytest.mark.usefixtures("ray_if_needed")
+def test_a_finished_job_only_reports(name, write, capsys, request):
+    argv = write(name)
+    first = run(name, argv, capsys)
+    request.getfixturevalue("no_ray")
+    run_job(importlib.import_module(f"jobs.{name}").main, argv)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert f"job {folder_of(argv).name!r} is finished already: " in "\n".join(lines)
+    assert {**json.loads(last), "seconds": 0} == {**first, "seconds": 0, "already_finished": True}
+
+
+@cells("tracking")
+@pytest.mark.usefixtures("ray_if_needed")
+def test_with_other_tracking_settings_a_job_is_recorded_again_without_work(
+    name, write, inputs, capsys, request
+):
+    """And MLflow, which at first does not take the numbers, gets them in the end."""
+    argv = write(name)
+    run(name, argv, capsys)
+    before = runs_of(inputs.uri, argv)
+    request.getfixturevalue("no_ray")
+    argv = write(name, tracking={"experiment": "elsewhere"})
+    with no_metrics(inputs.uri):
+        status, message = refused(name, argv, capsys)
+    assert status == 1
+    assert "did not take" in message
+    assert "Run the same job again" in message
+    failed = runs_of(inputs.uri, argv)
+    assert set(failed.values()) == {"FAILED"}
+    assert not failed.keys() & before.keys()
+    run(name, argv, capsys)
+    assert runs_of(inputs.uri, argv) == dict.fromkeys(failed, "FINISHED")
+    client = Tracker(inputs.uri, "")._client
+    for run_id in failed:
+        experiment = client.get_run(run_id).info.experiment_id
+        assert client.get_experiment(experiment).name == "elsewhere"
+    assert {client.get_run(one).info.status for one in before} == {"FINISHED"}
+
+
+@cells("data")
+def test_changed_data_are_refused_by_the_name_of_the_file(name, write, inputs, no_ray, capsys):
+    argv = write(name)
+    with pytest.raises(AssertionError, match="work was started"):
+        run_job(importlib.import_module(f"jobs.{name}").main, argv)
+    JOBS[name].work(folder_of(argv))
+    before = json.loads((folder_of(argv) / "run.json").read_text())
+    changed = JOBS[name].data(inputs)
+    status, message = refused(name, argv, capsys)
+    assert status in (1, 2)
+    assert changed in message
+    assert json.loads((folder_of(argv) / "run.json").read_text()) == before
+
+
+def without_alias(inputs: Inputs) -> None:
+    Registry(inputs.uri)._client.delete_registered_model_alias("ours", "spine")
