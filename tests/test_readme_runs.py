@@ -162,9 +162,9 @@ def test_fine_tuning_prints_its_progress_and_nothing_else(home):
         r"waiting for a worker with \d+ CPU to start and to load the model …",
         r"training begins: 2 steps",
         r"step 2/2  loss \d\.\d{4}  [\d.]+ images/s",
-        r"validation after step 2: 6 questions are asked …",
+        r"validation after step 2: answering 6 questions …",
         r"validation after step 2: loss [\d.]+, exact match [\d.]+ \(caption [\d.]+, .*\), \d+ s",
-        r"handing in the adapter .* to MLflow …",
+        r"uploading the adapter .* to MLflow …",
     ]
     assert len(lines) == len(expected), done.stdout
     for line, pattern in zip(lines, expected, strict=True):
