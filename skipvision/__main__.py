@@ -22,9 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     families = commands.add_parser(
         "families",
-        help="try every model family of the installed transformers, and say which are supported",
+        help="try every model family of the installed transformers and list which are supported",
         description="Try each image-text-to-text family of the installed transformers on a tiny random "
-        "model; say what it is like if it is supported, and why not otherwise. All take a minute or two.",
+        "model. Print its properties if it is supported, and the reason if not. All families take a minute "
+        "or two.",
     )
     families.add_argument("names", nargs="*", metavar="NAME", help="model_type of a family (default: all)")
     form = families.add_mutually_exclusive_group()
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overlay = commands.add_parser(
         "overlay",
         help="draw which patches of an image are retained, skipped, merged and dropped",
-        description="Run an image through a model with Skip-Vision, and draw what became of its patches: "
-        "those that were merged have the colour of the one they went into, and a line to it.",
+        description="Run an image through a model with Skip-Vision and draw what becomes of its patches. "
+        "Merged patches have the colour of the patch they are merged into, and a line to it.",
     )
     overlay_command.add_options(overlay)
     options = parser.parse_args(arguments)
@@ -59,7 +60,7 @@ def _overlay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     try:
         overlay_command.run(options)
     except SkipVisionError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")  # how to call it is not what was wrong
+        parser.exit(2, f"{parser.prog}: {error}\n")  # without usage: the options were understood
 
 
 def _families(names: Sequence[str], as_json: bool, as_markdown: bool) -> None:

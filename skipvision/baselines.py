@@ -1,8 +1,8 @@
-"""Simpler ways to spend as much, as configs of the same library: what Skip-Vision is to be measured against.
+"""Baselines for Skip-Vision at equal cost, each a `SkipConfig`.
 
-Each drops or merges visual tokens before the first layer; what is left takes the whole decoder and stays
-in the KV cache. What the published methods of these names do besides, in the tower or between layers, is
-not repeated here: docs/tradeoff.md says of each what it has in common with them.
+A baseline drops or merges visual tokens before the first layer; the remaining ones take the whole decoder and
+stay in the KV cache. Published methods of these names also work in the tower or between layers, which the
+baselines do not: docs/tradeoff.md lists what each has in common with its namesake.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ BASELINES: dict[str, SkipConfig] = {
     "tome": _merge(retained=0, skipped=1, merge="tome"),
     "skip-vision": SkipConfig(retained=100, skipped=156),
 }
-"""Of each method the shape: ``retained`` and ``skipped`` are shares of the tokens that are left."""
+"""The shape of each method: ``retained`` and ``skipped`` are relative shares of the remaining tokens."""
 
 
 def of_size(shape: SkipConfig, tokens: int) -> SkipConfig:
-    """A method with so many visual tokens left, shared out as its ``retained`` and ``skipped`` are."""
+    """Return a method that keeps ``tokens`` visual tokens, divided as its ``retained`` and ``skipped``."""
     retained = round(tokens * shape.retained / (shape.retained + shape.skipped))
     return shape.model_copy(update={"retained": retained, "skipped": tokens - retained})
 
@@ -48,24 +48,26 @@ def at_cost(
     text_tokens: int = 64,
     visual_tokens: int | None = None,
 ) -> SkipConfig:
-    """A method with as many visual tokens as a share of the full prefill FLOPs (`language_share`) allows.
+    """Return a method with as many visual tokens as a share of the full prefill FLOPs allows.
 
     Args:
         model_config: the whole model's config.
         method: a name in `BASELINES`; or a SkipConfig, whose ``retained`` and ``skipped`` keep their ratio.
-        fraction: of the full-token prefill FLOPs behind the vision tower; 0 … 1.
+        fraction: of the full-token prefill FLOPs after the vision tower, as `language_share`; 0 … 1.
         images: images in the row.
         text_tokens: prompt tokens that are not visual.
         visual_tokens: as in `predict_cost`.
 
     Raises:
-        ConfigError: no such method, or even its fewest tokens cost more.
+        ConfigError: there is no such method, or its smallest number of tokens costs more.
     """
     if isinstance(method, str) and method not in BASELINES:
-        raise ConfigError(f"no baseline {method!r}; there are {', '.join(BASELINES)}")
+        raise ConfigError(f"no baseline {method!r}; choose one of {', '.join(BASELINES)}")
     shape = BASELINES[method] if isinstance(method, str) else method
     if not shape.retained + shape.skipped:
-        raise ConfigError(f"retained={shape.retained} and skipped={shape.skipped} leave nothing to share out")
+        raise ConfigError(
+            f"retained={shape.retained} and skipped={shape.skipped} leave no tokens: raise one of them"
+        )
     predict = partial(
         predict_cost,
         model_config,
@@ -83,23 +85,23 @@ def at_cost(
     if ratio(fewest) > fraction:
         named = repr(method) if isinstance(method, str) else f"select={shape.select!r}, merge={shape.merge!r}"
         raise ConfigError(
-            f"{named} with {fewest} visual tokens costs {ratio(fewest):.1%} of the full prefill "
-            f"behind the vision tower already: {fraction:.1%} cannot be had with this model"
+            f"{named} with {fewest} visual tokens costs {ratio(fewest):.1%} of the full prefill after the "
+            f"vision tower: {fraction:.1%} is too little for this model, use a larger fraction"
         )
     return of_size(shape, _largest(fewest, everything, lambda tokens: ratio(tokens) <= fraction))
 
 
 def language_share(cost: Cost) -> float:
-    """Prefill FLOPs as a fraction of the full-token ones, the vision tower left out on both sides.
+    """Return prefill FLOPs as a fraction of the full-token ones, both without the vision tower.
 
-    No method here makes the tower cheaper. What reading its attention costs is planning, and counts.
+    No method here makes the tower cheaper. Reading its attention is planning, and counts.
     """
     full = cost.full or cost
     return (cost.prefill_flops - cost.vision_flops) / (full.prefill_flops - full.vision_flops)
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, where all below it do."""
+    """Return the largest number that fits; all smaller ones must fit."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

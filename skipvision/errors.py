@@ -1,33 +1,33 @@
-"""What can go wrong, as one tree::
+"""The errors that the project raises on purpose, as one tree::
 
     SkipVisionError
-    ├── ConfigError            a setting, or a combination of settings, that cannot be honoured
-    ├── UnsupportedModelError  a model that Skip-Vision cannot be attached to
-    ├── InputError             inputs of one forward pass that contradict each other or the model
-    ├── AdapterError           a saved adapter that is missing, damaged or made for something else
-    ├── GenerationError        a request that the model could not answer
-    ├── DataError              a data set with nothing usable, or with a bad row that must not be skipped
-    └── ResourceError          a request for more than the cluster has
+    ├── ConfigError            a setting or a combination of settings is invalid
+    ├── UnsupportedModelError  Skip-Vision cannot be attached to a model
+    ├── InputError             inputs of a forward pass contradict each other or the model
+    ├── AdapterError           a saved adapter is missing, damaged or for another model
+    ├── GenerationError        the model cannot answer a request
+    ├── DataError              a data set has no usable row, or a bad row that must not be skipped
+    └── ResourceError          a request needs more than the cluster has
 
-Every message says what was wrong, with which value, and what to do about it.
+Every message states what is wrong, with which value, and what to do.
 """
 
 from __future__ import annotations
 
 
 class SkipVisionError(Exception):
-    """Root of all errors raised on purpose by this project."""
+    """Base class of all errors that this project raises on purpose."""
 
 
 class ConfigError(SkipVisionError, ValueError):
-    """A setting, or a combination of settings, that cannot be honoured."""
+    """A setting or a combination of settings is invalid."""
 
 
 class UnsupportedModelError(SkipVisionError, TypeError):
-    """A model that Skip-Vision cannot be attached to.
+    """Skip-Vision cannot be attached to a model.
 
     Attributes:
-        reason: why, in a few words that name no model; the whole message where there are none.
+        reason: why, in a few words that name no model; by default the whole message.
     """
 
     def __init__(self, message: str, reason: str | None = None) -> None:
@@ -36,20 +36,20 @@ class UnsupportedModelError(SkipVisionError, TypeError):
 
 
 class InputError(SkipVisionError, ValueError):
-    """Inputs of one forward pass that contradict each other or the model."""
+    """Inputs of a forward pass contradict each other or the model."""
 
 
 class AdapterError(SkipVisionError, ValueError):
-    """A saved adapter that is missing, damaged or made for something else."""
+    """A saved adapter is missing, damaged or for another model."""
 
 
 class GenerationError(SkipVisionError, RuntimeError):
-    """A request that the model could not answer."""
+    """The model cannot answer a request."""
 
 
 class DataError(SkipVisionError, ValueError):
-    """A data set with nothing usable, or with a bad row that must not be skipped."""
+    """A data set has no usable row, or a bad row that must not be skipped."""
 
 
 class ResourceError(SkipVisionError, RuntimeError):
-    """A request for more than the cluster has."""
+    """A request needs more than the cluster has."""

@@ -1,8 +1,8 @@
-"""Skip KV-cache: after prefill the skipped tokens' keys and values really leave (METHOD piece 5).
+"""Skip KV-cache: after prefill the skipped tokens' keys and values are deleted (METHOD piece 5).
 
-Keys were rotated before they were cached, so what stays needs no change. A pruned cache no longer
-has one entry per caller position; `CacheState` remembers the difference and rides on the cache
-object, so that any number of generations can be interleaved.
+Keys are rotated before they are cached, so the remaining ones need no change. A pruned cache no longer has
+one entry per caller position. `CacheState` records the difference and is stored on the cache object, so that
+any number of generations can be interleaved.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _ENTRIES = "_skip_vision_entries"
 
 
 class SettledCache(Cache):
-    """A cache whose owner says itself what the caller cannot see: calls with it pass the hooks unchanged."""
+    """A cache whose owner sets masks and positions itself: calls with it pass the hooks unchanged."""
 
 
 class _RowsLayer(DynamicLayer):
-    """First layer of a pruned cache, which knows what rows of the prefill its rows are.
+    """First layer of a pruned cache, which tracks the prefill row that each of its rows comes from.
 
     Attributes:
-        origin: (B,) number of the row that each was; None while they are as they were.
+        origin: (B,) row of the prefill; None while the rows are those of the prefill.
     """
 
     origin: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layer: DynamicLayer) -> _RowsLayer:
-        """In place of a layer, with what it holds."""
+        """Replace a layer, with its contents."""
         own = cls()
         vars(own).update(vars(layer))
         own.origin = None
@@ -66,11 +66,11 @@ class _RowsLayer(DynamicLayer):
 
 
 class Entries(NamedTuple):
-    """What a cache would hold after a prefill of the caller's whole sequence; left on it until it is pruned.
+    """The entries that a prefill of the caller's whole sequence would leave, stored on a cache until pruning.
 
     Attributes:
-        mask: (B, C + T) real entries of the cache before, and real tokens of the caller.
-        place: (B, C + T) their places among the tokens their row was fed.
+        mask: (B, C + T) real entries of the cache before, then real tokens of the caller.
+        place: (B, C + T) their indices among the tokens that their row was fed.
         shift, next_position: as in `CacheState`.
     """
 
@@ -81,29 +81,28 @@ class Entries(NamedTuple):
 
     @staticmethod
     def of(cache: Cache) -> Entries:
-        """Take what `remember` left."""
+        """Remove and return what `remember` stored on a cache."""
         entries: Entries = getattr(cache, _ENTRIES)
         delattr(cache, _ENTRIES)
         return entries
 
     def remember(self, cache: Cache) -> None:
-        """Leave it on the cache."""
+        """Store it on the cache."""
         setattr(cache, _ENTRIES, self)
 
 
 @dataclass(frozen=True, eq=False)
 class CacheState:
-    """What the caller cannot see of a pruned cache.
+    """How a pruned cache differs from the caller's sequence.
 
     Attributes:
-        mask: (B, C) which of the C entries that were cached at prefill are real; later entries are
-            the caller's, one to one.
-        caller_length: positions the caller had fed when those entries were cached.
+        mask: (B, C) real entries among the C that the prefill left; each later entry is one caller position.
+        caller_length: positions that the caller had fed when those entries were cached.
         shift: (A, B) subtracted from later position ids, on each of the A axes that positions have in this
             family; zero for positions="original".
-        next_position: (A, B) position id, shifted, of the token behind those.
-        place: (B, C) place of each entry among the tokens its row was fed, from 0.
-        fed: (B,) tokens each row had been fed.
+        next_position: (A, B) position id, shifted, of the next token after those.
+        place: (B, C) index of each entry among the tokens that its row was fed.
+        fed: (B,) tokens that each row had been fed.
     """
 
     mask: torch.Tensor
@@ -115,9 +114,9 @@ class CacheState:
 
     @staticmethod
     def of(cache: Cache | None) -> CacheState | None:
-        """The state left on a cache by `remember`, of the rows that it has by now."""
+        """Return the state that `remember` stored on a cache, for the rows that it has now."""
         state: CacheState | None = getattr(cache, _STATE, None)
-        # An emptied cache starts anew.
+        # An emptied cache has no state.
         if cache is None or state is None or cache.get_seq_length() == 0:
             return None
         first = cache.layers[0]
@@ -126,7 +125,7 @@ class CacheState:
         return state._of_rows(first.origin)
 
     def remember(self, cache: Cache) -> None:
-        """Leave the state on the cache."""
+        """Store the state on the cache."""
         setattr(cache, _STATE, self)
         if isinstance(cache.layers[0], DynamicLayer):
             cache.layers[0] = _RowsLayer.of(cache.layers[0])

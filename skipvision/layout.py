@@ -1,8 +1,7 @@
-"""The reduced sequence: what survives, in which order, as a `TokenPlan`.
+"""Layout: the surviving tokens in their order, as a `TokenPlan`.
 
-Caller positions and summary tokens are *elements*, each with a sort key; what is dropped or merged
-away has the key `_GONE`. Sorting a row by key and padding it gives the reduced row, whatever the
-layout is.
+Caller positions and summary tokens are *elements*, each with a sort key; the key of dropped and merged
+elements is `_GONE`. Sorting a row by key and padding it yields the reduced row, whatever the layout.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _GONE = torch.iinfo(torch.long).max
 
 
 class _Elements(NamedTuple):
-    """What the plan will say of each element, (B, X) each; names as in `TokenPlan`."""
+    """The plan's entries of X elements, (B, X) each, named as in `TokenPlan`."""
 
     key: torch.Tensor
     roles: torch.Tensor
@@ -39,28 +38,28 @@ def lay_out(
     target: torch.Tensor,
     config: SkipConfig,
 ) -> TokenPlan:
-    """Write a decision about the images' tokens as a plan of the whole batch.
+    """Make the plan of the whole batch from the decision about its images' tokens.
 
     Args:
-        images: where the images stand.
+        images: the images' positions in the batch.
         attention_mask: (B, T) True where the caller has a token.
         retained: (I, N) visual tokens on the full path.
         target: (I, N) the token of its own image that each ends in; −1 if dropped.
-        config: summaries, layout, and which paths are taken.
+        config: number of summaries, layout, and the paths of skipped tokens.
     """
     lands_at = _landing(images, attention_mask, target)
     tokens = _token_elements(images, lands_at, retained, config)
     summaries = _summary_elements(images, attention_mask, retained, target, config)
     elements = _Elements(*(torch.cat(pair, dim=1) for pair in zip(tokens, summaries, strict=True)))
     reduced, kept = _sorted_rows(elements, attention_mask)
-    there = reduced.roles != TokenRole.PADDING
-    full_path = there & (reduced.roles != TokenRole.SKIPPED)
+    real = reduced.roles != TokenRole.PADDING
+    full_path = real & (reduced.roles != TokenRole.SKIPPED)
     return TokenPlan(
         roles=reduced.roles.to(torch.uint8),
         source=reduced.source,
         merged_into=_merged_into(reduced.source, lands_at),
-        ffn_mask=full_path if config.skip_ffn else there,
-        cache_mask=full_path if config.skip_kv else there,
+        ffn_mask=full_path if config.skip_ffn else real,
+        cache_mask=full_path if config.skip_kv else real,
         position_source=reduced.position_source,
         summary_slot=reduced.summary_slot,
         group=reduced.group,
@@ -71,7 +70,7 @@ def lay_out(
 
 
 def _landing(images: Images, attention_mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """(B, T) caller position whose token each caller position ends in; −1 if dropped or padding."""
+    """(B, T) caller position that each caller position ends in; −1 if dropped or padding."""
     rows, length = attention_mask.shape
     at = torch.take_along_dim(images.position, target.clamp(min=0), dim=1)
     visual = images.spread(torch.where(target >= 0, at, -1), rows, _ELSEWHERE)
@@ -83,7 +82,7 @@ _ELSEWHERE = -2
 
 
 def _stride(length: int, config: SkipConfig) -> int:
-    """Keys between two caller positions: room for an image's tokens and summaries at its first one."""
+    """Distance between the keys of two caller positions: room for an image's tokens and summaries."""
     return 4 * length + 2 * config.summary_tokens + 2
 
 
@@ -99,8 +98,8 @@ def _token_elements(
     key = position * _stride(length, config)
     if config.layout == "grouped":
         first = images.spread(images.position[:, :1].expand_as(retained), rows, 0)
-        behind_retained = short * (length + config.summary_tokens)
-        key = torch.where(visual, first * _stride(length, config) + position - first + behind_retained, key)
+        after_retained = short * (length + config.summary_tokens)
+        key = torch.where(visual, first * _stride(length, config) + position - first + after_retained, key)
     none = torch.full_like(key, -1)
     on_path = torch.where(short, TokenRole.SKIPPED, TokenRole.RETAINED)
     return _Elements(
@@ -120,7 +119,7 @@ def _summary_elements(
     target: torch.Tensor,
     config: SkipConfig,
 ) -> _Elements:
-    """K summary tokens for each group that has members, an image's side by side in its row."""
+    """K summary tokens for each group that has members, adjacent for the groups of one image."""
     count, most = retained.shape
     rows, length = attention_mask.shape
     k, device = config.summary_tokens, attention_mask.device
@@ -138,7 +137,7 @@ def _summary_elements(
     key = key[:, :, None] + torch.arange(k, device=device) * (last >= 0)[:, :, None]
     position = torch.take_along_dim(images.position, last.clamp(min=0), dim=1)
 
-    # A row's n-th image has its 2K summaries in columns n · 2K …
+    # The n-th image of a row has its 2K summaries in columns n · 2K …
     nth = torch.arange(count, device=device) - torch.searchsorted(images.row, images.row)
     column = nth[:, None] * 2 * k + torch.arange(2 * k, device=device)
     columns = int(nth.max() + 1) * 2 * k
@@ -159,10 +158,10 @@ def _summary_elements(
 
 
 def _sorted_rows(elements: _Elements, attention_mask: torch.Tensor) -> tuple[_Elements, torch.Tensor]:
-    """The surviving elements of each row in order, padded to one length on the side the caller pads.
+    """Sort the surviving elements of each row and pad them to one length, on the caller's side.
 
     Returns:
-        The (B, L) elements, and the (B,) number of them that survive.
+        The (B, L) elements, and the (B,) number of survivors.
     """
     order = elements.key.argsort(dim=1, stable=True)
     kept = (elements.key != _GONE).sum(dim=1)
@@ -170,20 +169,20 @@ def _sorted_rows(elements: _Elements, attention_mask: torch.Tensor) -> tuple[_El
     pads_right = not bool(attention_mask[:, -1].all())
     padding = torch.zeros_like(kept) if pads_right else length - kept
     place = torch.arange(length, device=order.device) - padding[:, None]
-    there = (place >= 0) & (place < kept[:, None])
+    used = (place >= 0) & (place < kept[:, None])
     chosen = torch.take_along_dim(order, place.clamp(min=0), dim=1)
     rows = (
-        torch.where(there, torch.take_along_dim(values, chosen, dim=1), padded)
+        torch.where(used, torch.take_along_dim(values, chosen, dim=1), padded)
         for values, padded in zip(elements, _PADDING, strict=True)
     )
     return _Elements(*rows), kept
 
 
 def _merged_into(source: torch.Tensor, lands_at: torch.Tensor) -> torch.Tensor:
-    """(B, T) reduced index of the token each caller position ended in; −1 for none."""
+    """(B, T) reduced index of the token that each caller position ends in; −1 for none."""
     rows, length = lands_at.shape
     columns = torch.arange(source.shape[1], device=source.device).expand_as(source)
-    # One spare place takes what has no caller position: summaries and padding.
+    # An extra column takes summaries and padding, which have no caller position.
     index = torch.full((rows, length + 1), -1, dtype=torch.long, device=source.device)
     index.scatter_(1, torch.where(source >= 0, source, length), columns)
     into = torch.take_along_dim(index, lands_at.clamp(min=0), dim=1)

@@ -1,4 +1,4 @@
-"""The one noun: which token takes which path, and where every caller position ended up."""
+"""`TokenPlan`: which token takes which path, and where each caller position ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class TokenRole(IntEnum):
-    """What a token of the reduced sequence is, and so which path it takes."""
+    """The role of a token in the reduced sequence, which decides its path."""
 
     TEXT = 0
     """Not visual: attention and FFN in every layer, stays in the KV cache."""
@@ -19,30 +19,30 @@ class TokenRole(IntEnum):
     SKIPPED = 2
     """Visual, short path: attention only; leaves the KV cache after prefill."""
     SUMMARY = 3
-    """Made from a group of visual tokens: full path, stays in the KV cache."""
+    """Summarises a group of visual tokens: full path, stays in the KV cache."""
     PADDING = 4
-    """Nothing: masked everywhere."""
+    """Padding: masked everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenPlan:
-    """How one batch is reduced: B rows, T tokens a row as the caller has them, L after reduction.
+    """How a batch of B rows is reduced from T tokens per row, the caller's, to L.
 
-    All tensors are on the model's device. ``−1`` stands for "none".
+    All tensors are on the model's device; −1 means "none".
 
     Attributes:
         roles: (B, L) `TokenRole` of every reduced token, as uint8.
         source: (B, L) caller position each token came from; −1 for SUMMARY and PADDING.
-        merged_into: (B, T) reduced index each caller position ended in; −1 where it was dropped or padding.
-        ffn_mask: (B, L) tokens that pass through the feed-forward networks.
+        merged_into: (B, T) reduced index that each caller position ends in; −1 if dropped or padding.
+        ffn_mask: (B, L) tokens that enter the feed-forward networks.
         cache_mask: (B, L) tokens whose keys and values stay in the cache after prefill.
-        position_source: (B, L) caller position whose position id the token takes: its own, or for a
-            summary token that of the last token of its group; −1 for PADDING.
-        summary_slot: (B, L) for SUMMARY tokens the flat index into the summaries of all groups,
-            ``group · K + k``; −1 elsewhere.
-        group: (B, L) for RETAINED and SKIPPED tokens ``2 · image + (role is SKIPPED)``, images counted
+        position_source: (B, L) caller position whose position id the token takes: its own, or the last of
+            its group for a summary token; −1 for PADDING.
+        summary_slot: (B, L) index of a SUMMARY token among the summaries of all groups, ``group · K + k``;
+            −1 elsewhere.
+        group: (B, L) ``2 · image + (role is SKIPPED)`` for RETAINED and SKIPPED tokens, with images numbered
             row by row over the batch; −1 elsewhere.
-        removed: (B,) by how many tokens each row became shorter (negative if summaries made it longer).
+        removed: (B,) tokens that each row lost (negative if summaries made it longer).
         images: number of images in the batch.
         summary_tokens: K, summary tokens per group.
     """
@@ -71,7 +71,7 @@ class TokenPlan:
 
     @cached_property
     def is_identity(self) -> bool:
-        """True if the reduced sequence is the caller's, every token on the full path."""
+        """Whether the reduced sequence is the caller's, with every token on the full path."""
         return (
             self.source.shape == self.merged_into.shape
             and bool((self.source == self.merged_into).all())
@@ -81,7 +81,7 @@ class TokenPlan:
 
     @cached_property
     def ffn_index(self) -> torch.Tensor:
-        """(n,) flat indices into (B · L) of the tokens that pass through the feed-forward networks."""
+        """(n,) flat indices into (B · L) of the tokens that enter the feed-forward networks."""
         return self.ffn_mask.flatten().nonzero().squeeze(1)
 
     @cached_property
@@ -99,10 +99,10 @@ class TokenPlan:
         """Rows of ``values`` (B, X, H) at ``index`` (B, Y), zeros where the index is −1."""
         rows, length = values.shape[:2]
         begin = torch.arange(rows, device=index.device)[:, None] * length
-        # Whole vectors by flat index: gathering element-wise costs several times as much.
+        # Selecting whole vectors by flat index is several times cheaper than an element-wise gather.
         picked = values.flatten(0, 1).index_select(0, (begin + index.clamp(min=0)).flatten())
         return picked.unflatten(0, index.shape).masked_fill((index < 0)[..., None], 0)
 
     def to_caller(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, L, H) → (B, T, H): each caller position gets the state of the token it was merged into."""
+        """(B, L, H) → (B, T, H): each caller position takes the state of the token it was merged into."""
         return self.gather(hidden, self.merged_into)

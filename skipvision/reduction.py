@@ -38,7 +38,7 @@ from skipvision.kv_cache import CacheState, Entries, compact, keep_everything, p
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
-from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, was_put_down
+from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, reached_layers
 from skipvision.summaries import SUMMARY
 from skipvision.tokens import VisualTokens
 
@@ -103,7 +103,7 @@ class Reduction:
         if PLAN_KEYWORD not in kwargs:
             return None
         plan: TokenPlan = kwargs[PLAN_KEYWORD]
-        if not was_put_down(plan):
+        if not reached_layers(plan):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} did not pass the plan on to its layers: Skip-Vision does not work "
                 "with this model"

@@ -1,8 +1,8 @@
 """One summary layer per PEFT adapter.
 
-The layers stand in a wrapper that PEFT knows as one of its ``modules_to_save``. So PEFT itself switches
-them (``set_adapter``), says which one trains, saves and loads them with the adapter, and puts the right
-one in place when it merges or unloads.
+A wrapper that PEFT treats as one of its ``modules_to_save`` holds the layers. So PEFT itself switches them
+(``set_adapter``), decides which one trains, saves and loads them with the adapter, and leaves the right one
+when it merges or unloads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from skipvision._compat import submodules
 from skipvision.errors import ConfigError
 from skipvision.summary import SummaryLayer
 
@@ -24,18 +25,18 @@ SUMMARY = "skip_summary"
 
 
 class AdapterSummaries(ModulesToSaveWrapper):
-    """A `SummaryLayer` for each adapter, and the base model's own for when adapters are disabled.
+    """A `SummaryLayer` for each adapter, and the base model's for when adapters are disabled.
 
-    Unlike with PEFT's own wrapper, adapters need not name it in their configs: whichever is added while
-    it stands here gets a layer, a copy of the base model's, and PEFT expects one in whichever it loads.
+    Adapters need not name it in their configs, as PEFT's own wrapper requires. Every adapter that is added
+    later gets a copy of the base model's layer, and PEFT expects a layer in every adapter it loads.
 
     Args:
         summary: the base model's summary layer.
-        configs: the model's PEFT configs by adapter name; the dictionary PEFT itself uses.
+        configs: the model's PEFT configs by adapter name, in PEFT's own dictionary.
         active: the active adapters, at most one.
 
     Attributes:
-        not_read: name of an adapter that PEFT is to load without its summary layer, or None.
+        not_read: name of an adapter that PEFT should load without its summary layer, or None.
     """
 
     configs: dict[str, Any]
@@ -48,23 +49,23 @@ class AdapterSummaries(ModulesToSaveWrapper):
         self.set_adapter(active, inference_mode=any(configs[name].inference_mode for name in active))
 
     def _provide(self) -> None:
-        """Give each adapter a summary layer if it has none, and note it in its config."""
+        """Give each adapter without summary layer one, and name it in the adapter's config."""
         for name, config in list(self.configs.items()):
             if name not in self.modules_to_save:
                 self.update(name)  # type: ignore[no-untyped-call]
             noted = config.modules_to_save or []
             if SUMMARY not in noted:
-                # Two models may have been made from one config: this model's gets its own copy.
+                # Two models may share a config: this model gets a copy.
                 self.configs[name] = copy.copy(config)
                 self.configs[name].modules_to_save = [*noted, SUMMARY]
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
-        """PEFT's question before it switches, and when it has added an adapter: do you know it?"""
+        """Return as PEFT does, which calls this before it switches adapters and after it adds one."""
         self._provide()
         return super().check_set_adapter(adapter_name)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """PEFT's question before it loads: which names have your weights in a saved adapter, and here?"""
+        """Map names of weights in a saved adapter to names here; PEFT calls this before it loads one."""
         if adapter_name == self.not_read:
             return {}
         return super().adapter_state_dict_load_map(adapter_name)  # type: ignore[no-untyped-call]
@@ -72,13 +73,13 @@ class AdapterSummaries(ModulesToSaveWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What stays in this place when PEFT leaves: the merged adapter's layer, or the base model's."""
+        """Return the layer that stays when PEFT unloads: the merged adapter's, or the base model's."""
         names = (adapter_names or self.active_adapters) if merge else []
         return self.modules_to_save[names[0]] if names else self.original_module
 
 
 def place_summary(model: nn.Module, decoder: nn.Module, summary: SummaryLayer) -> None:
-    """Put a summary layer into the decoder; one for each adapter if the model has PEFT adapters.
+    """Add a summary layer to the decoder, one for each adapter if the model has PEFT adapters.
 
     Raises:
         ConfigError: several adapters are active at once, or one was loaded without its summary layer.
@@ -92,20 +93,20 @@ def place_summary(model: nn.Module, decoder: nn.Module, summary: SummaryLayer) -
     active = list(tuned.active_adapters)
     if len(active) > 1:
         raise ConfigError(
-            f"the adapters {active} are active together, but only one summary layer can be: activate one "
-            "with set_adapter(), or set summary_tokens=0"
+            f"the adapters {active} are active together, but only one summary layer can be active: select "
+            "one with set_adapter(), or set summary_tokens=0"
         )
     lost = [name for name, config in configs.items() if SUMMARY in (config.modules_to_save or [])]
     if lost:
         raise ConfigError(
-            f"the adapters {lost} come with a summary layer, for which the model had no place when they were "
-            "loaded: load them with skipvision.load_adapter, or attach first and load them then"
+            f"the adapters {lost} were loaded without their summary layer, because the model had none yet: "
+            "load them with skipvision.load_adapter, or attach first and then load them"
         )
     decoder.add_module(SUMMARY, AdapterSummaries(summary, configs, active))
 
 
 def take_summary(decoder: nn.Module) -> nn.Module:
-    """Take what `place_summary` put there out of the decoder."""
+    """Remove and return what `place_summary` added to the decoder."""
     module = decoder.get_submodule(SUMMARY)
     delattr(decoder, SUMMARY)
     if isinstance(module, AdapterSummaries):
@@ -115,8 +116,8 @@ def take_summary(decoder: nn.Module) -> nn.Module:
 
 @contextmanager
 def summary_aside(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
-    """While PEFT goes around a model, its summary layer is away; then it is one for each adapter."""
-    summary = cast(SummaryLayer | None, decoder._modules.get(SUMMARY))
+    """Remove the summary layer while PEFT wraps a model, and add one for each adapter on exit."""
+    summary = cast(SummaryLayer | None, submodules(decoder).get(SUMMARY))
     if summary is not None:
         take_summary(decoder)
     try:
@@ -127,13 +128,13 @@ def summary_aside(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
 
 
 def withdraw_notes(configs: dict[str, Any]) -> None:
-    """Take the notes about summary layers out of PEFT configs."""
+    """Remove the summary layer from the ``modules_to_save`` of PEFT configs."""
     for config in configs.values():
         config.modules_to_save = [name for name in config.modules_to_save or [] if name != SUMMARY] or None
 
 
 def summary_in_use(module: nn.Module) -> SummaryLayer:
-    """The summary layer that a call would go through now."""
+    """Return the summary layer that a call would use now."""
     if not isinstance(module, ModulesToSaveWrapper):
         layer = module
     elif module.disable_adapters or not module.active_adapters:
@@ -144,7 +145,7 @@ def summary_in_use(module: nn.Module) -> SummaryLayer:
 
 
 def summary_of_adapter(module: nn.Module, name: str) -> SummaryLayer:
-    """The summary layer of one adapter; the base model's where adapters have none of their own."""
+    """Return the summary layer of one adapter, or the base model's if it has none."""
     if not isinstance(module, ModulesToSaveWrapper):
         layer = module
     elif name in module.modules_to_save:

@@ -1,4 +1,4 @@
-"""Summary tokens: what a group of visual tokens held, in K vectors that stay (METHOD piece 3)."""
+"""Summary tokens: K vectors that stay in place of a group of visual tokens (METHOD piece 3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from skipvision.plan import TokenPlan
 
 
 class _Scores(nn.Module):
-    """K scores per token. Not an `nn.Linear`: PEFT's "all-linear" would put an adapter on that."""
+    """K scores per token. Not an `nn.Linear`, or PEFT's "all-linear" would adapt it."""
 
     def __init__(
         self, hidden_size: int, scores: int, dtype: torch.dtype, device: torch.device | str | None
@@ -26,7 +26,7 @@ class _Scores(nn.Module):
 class SummaryLayer(nn.Module):
     """K scores per token from LayerNorm + Linear; softmax over the group; weighted sum.
 
-    One layer serves all groups. The scores start at zero, so an untrained summary is the mean.
+    One layer serves all groups. Its weights start at zero, so an untrained summary is the mean.
 
     Args:
         hidden_size: H, width of the decoder.
@@ -46,16 +46,16 @@ class SummaryLayer(nn.Module):
         self.score = _Scores(hidden_size, summary_tokens, dtype, device)
 
     def forward(self, reduced: torch.Tensor, plan: TokenPlan | None) -> torch.Tensor:
-        """Fill the summary places of a merged batch.
+        """Fill the summary slots of a merged batch.
 
         Args:
-            reduced: (B, L, H) embeddings with zeros at the summary places.
-            plan: the plan that reduced them; None for a batch without images, which stays as it is but
-                whose backward reaches the layer: with gradients of zero. Processes that train together
-                wait for the gradients of each, whether its batch had images or not.
+            reduced: (B, L, H) embeddings with zeros at the summary slots.
+            plan: the plan that reduced them; None for a batch without images. Such a batch stays as it is,
+                but its backward gives the layer gradients of zero: processes that train together wait for
+                each other's gradients, whether a batch has images or not.
 
         Returns:
-            (B, L, H) with each summary token in its place.
+            (B, L, H) with each summary token in its slot.
         """
         if plan is None:
             return reduced + self._scores(reduced[:0]).sum().to(reduced.dtype)
@@ -68,9 +68,9 @@ class SummaryLayer(nn.Module):
         )
         weighted = weights[:, :, None] * tokens[:, None, :].to(weights.dtype)
         summaries = weighted.new_zeros(2 * plan.images, *weighted.shape[1:]).index_add(0, group, weighted)
-        places = (plan.summary_slot >= 0).nonzero(as_tuple=True)
-        chosen = summaries.flatten(0, 1)[plan.summary_slot[places]]
-        return reduced.index_put(places, chosen.to(reduced.dtype))
+        slots = (plan.summary_slot >= 0).nonzero(as_tuple=True)
+        chosen = summaries.flatten(0, 1)[plan.summary_slot[slots]]
+        return reduced.index_put(slots, chosen.to(reduced.dtype))
 
     def _scores(self, tokens: torch.Tensor) -> torch.Tensor:
         """(…, H) → (…, K)."""
@@ -80,7 +80,7 @@ class SummaryLayer(nn.Module):
 def _softmax_by_group(scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
     """(n, K) softmax of scores (n, K) over the tokens that share a group (n,)."""
     index = group[:, None].expand_as(scores)
-    # The shift only keeps exp in range; the softmax does not depend on it, so neither does its gradient.
+    # The shift only keeps exp in range. The softmax does not depend on it, nor does its gradient.
     shift = scores.detach().new_full((groups, scores.shape[1]), -float("inf"))
     shift = shift.scatter_reduce(0, index, scores.detach(), "amax")
     exponentials = (scores - shift[group]).exp()

@@ -1,15 +1,14 @@
-"""Attention that tokens receive in one layer, from the queries and keys of that layer itself.
+"""Attention that tokens receive in one layer, computed from the layer's own queries and keys.
 
-They are taken where transformers hands them to its attention function, behind projections, norms and
-rotations. So a layer is read in the same way whatever its family and its attention implementation are, and
-only the rows of weights that are asked for are ever computed.
+They are taken where transformers passes them to its attention function, after projections, norms and
+rotations. So layers of all families and attention implementations are read in the same way, and only the
+rows of weights that are needed are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +16,23 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from skipvision._compat import looks_up_attention, with_attention_implementation
 from skipvision.errors import UnsupportedModelError
 
 _READING = "skip_vision_reading"
-"""Name under which transformers finds, in place of an attention function, the one that reads."""
+"""Name under which transformers looks up the function that reads instead of attending."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """What one call of an attention module compares.
+    """Queries and keys of one call of an attention module.
 
     Attributes:
         query: (B, heads, Q, d).
         key: (B, groups, K, d); a group is shared by heads / groups query heads.
-        mask: (B or 1, heads or 1, Q, K) booleans or addends; None where it says nothing of single queries.
-        options: what else the attention function is given; "scaling" (d^-½ by default), "softcap", and
-            "sliding_window", the tokens up to the query's own that it sees.
+        mask: (B or 1, heads or 1, Q, K) booleans or addends; None if it does not differ by query.
+        options: other arguments of the attention function: "scaling" (d^-½ by default), "softcap", and
+            "sliding_window", the number of tokens that a query sees, up to its own.
     """
 
     query: torch.Tensor
@@ -42,16 +42,16 @@ class Attended:
 
     @torch.no_grad()
     def received(self, queries: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, K) attention that each key gets, in at least float32: the mean over heads and queries.
+        """(B, K) attention that each key receives, mean over heads and queries, in at least float32.
 
         Args:
-            queries: (B, n) places of the queries whose attention counts.
-            seen: (B, K) keys that these may see at most, beside what the mask says.
+            queries: (B, n) indices of the queries whose attention counts.
+            seen: (B, K) keys that these may see, besides the limits of the mask.
         """
         rows, heads, _, width = self.query.shape
         groups, n = self.key.shape[1], queries.shape[1]
-        asking = self._at(self.query, queries).reshape(rows, groups, -1, width)
-        compared = (asking @ self.key.transpose(2, 3)).reshape(rows, heads, n, -1)
+        selected = self._at(self.query, queries).reshape(rows, groups, -1, width)
+        compared = (selected @ self.key.transpose(2, 3)).reshape(rows, heads, n, -1)
         compared = compared.to(torch.promote_types(compared.dtype, torch.float32))
         compared = compared * (self.options.get("scaling") or width**-0.5)
         if softcap := self.options.get("softcap"):
@@ -77,10 +77,10 @@ class Attended:
 
 @torch.no_grad()
 def read(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attended:
-    """What an attention module, called with these arguments, would compare; the module does not go on.
+    """Call an attention module up to its attention function, and return queries and keys.
 
     Raises:
-        UnsupportedModelError: the module does not hand queries and keys to transformers' attention function.
+        UnsupportedModelError: the module does not pass queries and keys to transformers' attention function.
     """
     with _read_by(attention):
         try:
@@ -91,21 +91,21 @@ def read(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def check_readable(attention: nn.Module) -> None:
-    """Raise the `UnsupportedModelError` that `read` would, as far as it can be known without a call."""
-    if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
+    """Raise the `UnsupportedModelError` of `read` if it is clear without a call."""
+    if not looks_up_attention(attention):
         raise _unreadable(attention)
 
 
 def _unreadable(attention: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(attention).__name__} does not hand queries and keys to transformers' attention function: "
-        "what its tokens attend to cannot be read. Choose another select",
+        f"{type(attention).__name__} does not pass queries and keys to transformers' attention function: "
+        "the attention of its tokens cannot be read. Choose another select",
         "attention that cannot be read",
     )
 
 
 class _Read(Exception):
-    """Ends an attention module's call: what comes behind queries and keys is not asked for."""
+    """Ends an attention module's call once queries and keys are known."""
 
     def __init__(self, attended: Attended) -> None:
         super().__init__()
@@ -121,13 +121,11 @@ def _raise_read(
 
 @contextmanager
 def _read_by(attention: nn.Module) -> Iterator[None]:
-    """The module's own view of its config names the function that reads; nobody else's does."""
+    """Make the module alone, by a config of its own, look up the function that reads."""
     check_readable(attention)
     AttentionInterface.register(_READING, _raise_read)
     own: Any = attention.config
-    reading = copy(own)
-    reading._attn_implementation_internal = _READING
-    attention.config = reading
+    attention.config = with_attention_implementation(own, _READING)
     try:
         yield
     finally:

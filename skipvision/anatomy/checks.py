@@ -18,11 +18,11 @@ from transformers.cache_utils import (
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 
 DECODED_KEYWORD = "skip_vision_decoded"
-"""Keyword of a training call: (B, T) True from each row's first generated token on (see `attach`)."""
+"""Keyword of a training call: a (B, T) mask, True from each row's first generated token on (see `attach`)."""
 
 
 def refuse_states(text_config: Any) -> None:
-    """Raise `UnsupportedModelError` if a decoder's own cache has layers that cannot forget single tokens."""
+    """Raise `UnsupportedModelError` if the decoder's cache has layers that cannot forget single tokens."""
     for number, layer in enumerate(DynamicCache(config=text_config).layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             continue
@@ -30,7 +30,7 @@ def refuse_states(text_config: Any) -> None:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             reason = "linear attention or convolutions carry a state that cannot forget"
         elif isinstance(layer, DummyLayer):
-            # Such a decoder leaves out all but the last token there: what was planned for them is lost.
+            # Such a decoder feeds these layers only the last token: the plan does not fit them.
             reason = "layers that attend to another layer's KV cache"
         else:
             reason = f"KV cache of a kind that cannot be pruned ({kind})"
@@ -40,7 +40,7 @@ def refuse_states(text_config: Any) -> None:
 
 
 def check_unsharded(model: nn.Module) -> None:
-    """A summary layer that comes too late would train on each process by itself."""
+    """Raise `ConfigError` if a model is wrapped already: its summary layer would not be synchronised."""
     if not distributed.is_available():
         return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -50,26 +50,26 @@ def check_unsharded(model: nn.Module) -> None:
     late = next((m for m in model.modules() if isinstance(m, wrappers)), None)
     if late is not None:
         raise ConfigError(
-            f"{type(late).__name__} is around the model already and would not know the summary layer: attach "
+            f"{type(late).__name__} wraps the model already and would not know the summary layer: attach "
             "before the model is wrapped or sharded, or set summary_tokens=0"
         )
 
 
-def check_probing(layers: list[nn.Module], select: str) -> None:
-    """Processes that share the layers must run them equally often, whether they have an image or not."""
+def check_probing(layers: list[nn.Module], setting: str) -> None:
+    """Raise `ConfigError` if layers are sharded: every process must run them equally often."""
     if not distributed.is_available():
         return
     from torch.distributed.fsdp import FSDPModule
 
     if any(isinstance(module, FSDPModule) for layer in layers for module in layer.modules()):
         raise ConfigError(
-            f"select={select!r} runs the first layers once more where there are images, but layers sharded "
+            f"{setting} runs the first layers once more if there are images, but layers sharded "
             "by FSDP must run in every process alike: use another select, or shard the model as a whole"
         )
 
 
 def decoded_mask(given: Any, embeds: torch.Tensor | None) -> torch.Tensor | None:
-    """The caller's (B, T) mask of generated tokens, as bool; `InputError` if it cannot be one."""
+    """Return the caller's (B, T) mask of generated tokens as bool; raise `InputError` if it cannot be one."""
     if given is None or embeds is None:
         return None
     needed = tuple(embeds.shape[:2])
@@ -87,7 +87,7 @@ def decoded_mask(given: Any, embeds: torch.Tensor | None) -> torch.Tensor | None
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_plain_training() -> None:
-    """Warn that answers are trained on tokens which decoding will not have."""
+    """Warn that answers are trained on tokens that decoding will not have."""
     warnings.warn(
         "answers are trained on skipped tokens, which will have left the KV cache when they are generated: "
         f"pass use_cache=False and {DECODED_KEYWORD}=(labels != -100).cumsum(dim=1) > 0, or attach with "
@@ -97,7 +97,7 @@ def warn_of_plain_training() -> None:
 
 
 def check_mask(mask: Any, tokens: torch.Size, cache: Any) -> int:
-    """Raise `InputError` unless a mask is over the C entries of the cache and (B, T) more; returns C."""
+    """Raise `InputError` unless a mask covers the cache's C entries and (B, T) tokens; return C."""
     rows, length = tokens
     cached: int = cache.get_seq_length() if cache is not None else 0
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (rows, cached + length)):
@@ -110,7 +110,7 @@ def check_mask(mask: Any, tokens: torch.Size, cache: Any) -> int:
 
 
 def refuse_packed(call: dict[str, Any]) -> None:
-    """Several documents in one row, told apart by positions that begin again, would see each other."""
+    """Raise `InputError` for several documents in one row: reduced, they would see each other."""
     given, lengths = call.get("position_ids"), call.get("cu_seq_lens_q")
     how = None if lengths is None else f"cu_seq_lens_q={lengths.tolist()}"
     if given is not None and call.get("attention_mask") is None and _begins_again(given):
@@ -123,13 +123,13 @@ def refuse_packed(call: dict[str, Any]) -> None:
 
 
 def _begins_again(given: torch.Tensor) -> bool:
-    """Positions (…, B, T) fall, on all axes at once where they have several; within an image not all do."""
+    """Return whether positions (…, B, T) fall, on all axes at once: within an image only some do."""
     falls = given.diff(dim=-1) < 0
     return bool((falls.all(dim=0) if given.ndim == 3 else falls).any())
 
 
 def refuse_router_loss(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:
-    """The families' load-balancing loss weighs the routed tokens by the caller's mask, which has others."""
+    """Raise `InputError` for a router loss with a mask: the mask does not fit the routed tokens."""
     if kwargs.get("output_router_logits") and mask is not None:
         raise InputError(
             f"output_router_logits=True with an attention_mask of shape {tuple(mask.shape)}: only the tokens "

@@ -46,7 +46,7 @@ def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tupl
 
 
 def encoded_sizes(outer: nn.Module, call: Mapping[str, Any]) -> list[int]:
-    """The visual tokens of each entry that the images of a call are encoded to."""
+    """Return the visual tokens of each entry that the images of a call are encoded to."""
     return _sizes(outer, _encoded(outer, call)["image"])
 
 
@@ -59,7 +59,7 @@ def _sizes(outer: nn.Module, encoded: Any) -> list[int]:
 
 
 def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
-    """What is encoded already and what a call's pixels are encoded to, by modality."""
+    """Return encoded images and videos by modality: those of the call, or its pixels encoded."""
     encoded = dict(call.get("mm_encoder_outputs") or {})
     _refuse_slices(outer, encoded.get("image"))
     for modality in ("image", "video"):
@@ -75,12 +75,12 @@ def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_slices(outer: nn.Module, encoded: Any) -> None:
-    """Raise `InputError` for the parts of images that ``generate(prefill_chunk_size=…)`` hands over."""
+    """Raise `InputError` for the parts of images that ``generate(prefill_chunk_size=…)`` passes."""
     if isinstance(encoded, Mapping) and encoded.keys() <= _SLICED:
         raise InputError(
             f"encoded images hold {', '.join(encoded)} alone, as generate(prefill_chunk_size=…) cuts them: "
-            "where an image begins and ends cannot be known. Leave prefill_chunk_size "
-            f"out, or pass all that {type(outer).__name__}.get_image_features returns"
+            "where an image begins and ends cannot be known. Leave out prefill_chunk_size, "
+            f"or pass all that {type(outer).__name__}.get_image_features returns"
         )
 
 
@@ -95,27 +95,27 @@ def _refuse_missing(encoder: Any, inputs: Mapping[str, Any]) -> None:
     missing = [name for name in needed if name not in given]
     if missing:
         raise InputError(
-            f"{encoder.__qualname__} needs {', '.join(missing)} beside {', '.join(given)}: pass the "
-            "processor's output as it is"
+            f"{encoder.__qualname__} needs {', '.join(missing)} besides {', '.join(given)}: pass the "
+            "processor's output unchanged"
         )
 
 
 def _refuse_other_patches(encoder: Any, inputs: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless there are as many flattened patches as the grids ask for."""
+    """Raise `InputError` unless the number of flattened patches matches the grids."""
     grid = next((value for name, value in inputs.items() if name.endswith(_GRID)), None)
     pixels = next((inputs[name] for name in _PIXELS if inputs.get(name) is not None), None)
     if grid is None or pixels is None:
         return
-    asked = int(grid.prod(dim=-1).sum())
-    if len(pixels) != asked:
+    expected = int(grid.prod(dim=-1).sum())
+    if len(pixels) != expected:
         raise InputError(
-            f"{encoder.__qualname__} got {len(pixels)} patches of pixels, but grids {grid.tolist()} that ask "
-            f"for {asked}: pass the processor's output as it is"
+            f"{encoder.__qualname__} got {len(pixels)} patches of pixels, but grids {grid.tolist()} for "
+            f"{expected}: pass the processor's output unchanged"
         )
 
 
 def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
-    """The visual tokens of each encoded image or tile."""
+    """Return the visual tokens of each encoded image or tile."""
     features = encoded.get("pooler_output")
     if features is None:
         features = encoded.get("last_hidden_state")
@@ -129,19 +129,19 @@ def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
         raise UnsupportedModelError(
             f"{type(outer).__name__} encodes images to features of shape {tuple(features.shape)}: where one "
             "image ends and the next begins cannot be known",
-            "encoded images are not told apart",
+            "encoded images are not separated",
         )
     return features
 
 
 def brings_images(call: Mapping[str, Any]) -> bool:
-    """Whether a call comes with images, as pixels or encoded."""
+    """Return whether a call has images, as pixels or encoded."""
     encoded = (call.get("mm_encoder_outputs") or {}).get("image")
     return encoded is not None or _has_pixels(call, [name for name in _PIXELS if name not in _VIDEOS])
 
 
 def skips_videos(call: Mapping[str, Any]) -> bool:
-    """Whether a call comes with videos, whose tokens no plan is made for."""
+    """Return whether a call has videos, whose tokens are not reduced."""
     encoded = (call.get("mm_encoder_outputs") or {}).get("video")
     return encoded is not None or _has_pixels(call, _VIDEOS)
 
@@ -153,7 +153,7 @@ def _has_pixels(call: Mapping[str, Any], names: Iterable[str] = _PIXELS) -> bool
 def _no_images(placeholders: int) -> InputError:
     return InputError(
         f"input_ids hold {placeholders} image placeholders but neither pixel_values nor encoded images came "
-        "with them: pass the processor's output as it is, or a prompt without images"
+        "with them: pass the processor's output unchanged, or a prompt without images"
     )
 
 
@@ -162,13 +162,13 @@ def _takes_encoded_images(outer: nn.Module) -> bool:
 
 
 def _equal_sizes(call: Mapping[str, Any], placeholders: int) -> list[int]:
-    """Visual tokens of each image where images cannot be encoded ahead (transformers before 5.23)."""
+    """Return the visual tokens of each image if they cannot be encoded ahead (transformers before 5.23)."""
     pixels = call.get("pixel_values")
     if pixels is None:
         raise _no_images(placeholders)
     if pixels.ndim != 4 or len(pixels) == 0 or placeholders % len(pixels):
         raise InputError(
-            f"{placeholders} image placeholders cannot be shared out among pixel_values of shape "
+            f"{placeholders} image placeholders cannot be divided among pixel_values of shape "
             f"{tuple(pixels.shape)}: build input_ids and pixel_values with one processor call; images of "
             "different sizes need transformers 5.23 or newer"
         )

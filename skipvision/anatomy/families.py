@@ -1,9 +1,9 @@
-"""What Skip-Vision needs of a Hugging Face model, found by shape; and what differs between families.
+"""The parts of a Hugging Face model that Skip-Vision hooks, and what differs between model families.
 
-The common shape, which most image-text-to-text families of transformers 5.23 share: an outer model that
-encodes images by ``get_image_features``, takes them ready-made as ``mm_encoder_outputs``, puts them at
-placeholder tokens, and calls a text decoder with ``inputs_embeds``; a decoder whose layers each have
-self-attention and then a feed-forward network. A family of that shape needs nothing here.
+Most image-text-to-text families of transformers 5.23 share one shape. An outer model encodes images by
+``get_image_features`` or takes them encoded as ``mm_encoder_outputs``, puts them at placeholder tokens, and
+calls a text decoder with ``inputs_embeds``. Each decoder layer has self-attention and then a feed-forward
+network. A family of that shape declares nothing here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from skipvision._compat import submodules
 from skipvision.anatomy.checks import refuse_states
 from skipvision.anatomy.images import Images
 from skipvision.errors import UnsupportedModelError
@@ -22,20 +23,18 @@ from skipvision.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Family:
-    """What one family declares beyond the common shape.
+    """How one family departs from the common shape.
 
     Attributes:
-        tiles: what the family encodes as several entries side by side (an image cut into tiles, and a
-            thumbnail) is one image.
-        rows: what the family encodes as one entry is all the images of a row, each of ``image_seq_len``
-            visual tokens.
-        base_view: where the view of the whole image stands among its visual tokens, behind or before
-            the high-resolution crops (select="views"); None = there is one view only.
-        whole_prompt: what stands around images depends on them, so a prompt cannot be read in two parts: text
-            before an image attends to what is behind it, or marks behind an image become features of it.
-        patches: each visual token is a patch of the one square picture that its tower sees, in raster order.
-        one_by_one: its inputs point into each other, so those of several prompts cannot be put together.
-        geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = not known.
+        tiles: adjacent encoded entries (an image cut into tiles, and a thumbnail) are one image.
+        rows: an encoded entry holds all images of a row, each of ``image_seq_len`` visual tokens.
+        base_view: the view of the whole image comes before ("first") or after ("last") the high-resolution
+            crops among an image's visual tokens (select="views"); None = one view only.
+        whole_prompt: text around images depends on them, so a prompt cannot be prefilled in two parts: text
+            before an image attends to tokens after it, or marks after an image become features of it.
+        patches: each visual token is a patch of the one square image that the tower sees, in raster order.
+        one_by_one: inputs index into each other, so several prompts cannot share a batch.
+        geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = unknown.
     """
 
     tiles: bool = False
@@ -71,7 +70,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": Family(whole_prompt=True),
     "granite_docling": Family(rows=True),
 }
-"""Families that declare something, by the ``model_type`` of their config."""
+"""Families that depart from the common shape, by the ``model_type`` of their config."""
 
 _DECODERS = ("language_model", "text_model")
 _ATTENTION = ("self_attn",)
@@ -91,16 +90,17 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of one live model that hooks go on.
+    """The parts of one model that hooks are placed on.
 
     Attributes:
+        family: how its family departs from the common shape.
         outer: module that is called with ``input_ids``, encodes images, and calls the decoder.
         decoder: text decoder, called with ``inputs_embeds``.
-        layers: its layers.
+        layers: the decoder's layers.
         image_token_id: placeholder token of one visual token.
-        text_config: the decoder's.
+        text_config: the decoder's config.
         hidden_size: width of the decoder.
-        view_size: visual tokens of one view where the whole image's view comes first; else 0.
+        view_size: visual tokens of one view if the whole image's view comes first; else 0.
     """
 
     family: Family
@@ -114,12 +114,12 @@ class Anatomy:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """What the family of a model's config declares."""
+    """Return what the family of a model's config declares."""
     return FAMILIES.get(config.model_type, Family())
 
 
 def dissect(model: nn.Module) -> Anatomy:
-    """Find the parts of a model, also below PEFT, DDP or compile wrappers; raises `UnsupportedModelError`."""
+    """Find the parts of a model, also inside PEFT, DDP or compile wrappers; raise `UnsupportedModelError`."""
     base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if base is None:
         raise UnsupportedModelError(
@@ -132,15 +132,15 @@ def dissect(model: nn.Module) -> Anatomy:
     halves = tuple(_halves(layer, number) for number, layer in enumerate(layers))
     if not hasattr(outer, "get_image_features"):
         raise UnsupportedModelError(
-            f"{type(outer).__name__} has no get_image_features: how many visual tokens an image has cannot "
-            "be known",
+            f"{type(outer).__name__} has no get_image_features: the number of visual tokens of an image is "
+            "unknown",
             "no get_image_features",
         )
     image_token = getattr(base.config, "image_token_id", None)
     if image_token is None:
         raise UnsupportedModelError(
-            f"the config of {type(base).__name__} names no image_token_id: images do not stand in its prompt "
-            "as placeholder tokens",
+            f"the config of {type(base).__name__} names no image_token_id: its prompts do not hold images as "
+            "placeholder tokens",
             "no placeholder tokens",
         )
     return Anatomy(
@@ -156,17 +156,17 @@ def dissect(model: nn.Module) -> Anatomy:
 
 
 def base_view(anatomy: Anatomy, images: Images, entries: list[int]) -> torch.Tensor:
-    """(I, N) tokens of the view of the whole image; ``entries`` are the sizes that `encode` gave."""
+    """(I, N) mask of the whole image's view; ``entries`` are the sizes that `encode` returned."""
     place = torch.arange(images.valid.shape[1], device=images.valid.device)
     if anatomy.family.base_view == "first":
         return images.valid & (place < anatomy.view_size)
-    # Tiles are of one size, the whole image's thumbnail the last of them.
+    # All tiles have one size, and the last is the whole image's thumbnail.
     sizes = images.valid.sum(dim=1, keepdim=True)
     return images.valid & (place >= sizes - entries[-1])
 
 
 def check_patches(anatomy: Anatomy, sizes: list[int]) -> None:
-    """Raise `UnsupportedModelError` unless each image has the patches of the tower's one square picture."""
+    """Raise `UnsupportedModelError` unless each image has the patches of the tower's one square image."""
     expected = _patches(anatomy.outer.config)  # type: ignore[arg-type]
     if set(sizes) - {expected}:
         raise UnsupportedModelError(
@@ -182,23 +182,23 @@ def _patches(config: PretrainedConfig) -> int:
 
 
 def _find_decoder(base: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
-    """The outer module, the decoder it calls, and the decoder's layers."""
+    """Return the outer module, the decoder it calls, and the decoder's layers."""
     name = type(base).__name__
     if getattr(base.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder: its decoder attends to images across, they are no tokens of its "
-            "own that could be skipped",
+            f"{name} is an encoder-decoder: its decoder cross-attends to images, so it has no visual tokens "
+            "that could be skipped",
             "encoder-decoder",
         )
-    parts = ((outer, outer._modules.get(part)) for outer in base.modules() for part in _DECODERS)
+    parts = ((outer, submodules(outer).get(part)) for outer in base.modules() for part in _DECODERS)
     outer, decoder = next((pair for pair in parts if pair[1] is not None), (base, None))
     if decoder is None:
         raise UnsupportedModelError(
-            f"{name} has no {' or '.join(_DECODERS)}: its text decoder is not a module of its own that is "
-            "called with the images' embeddings",
-            _ATTENDS_ACROSS if _attends_across(base) else "no text decoder of its own",
+            f"{name} has no {' or '.join(_DECODERS)}: it has no text decoder module that is called "
+            "with the images' embeddings",
+            _ATTENDS_ACROSS if _attends_across(base) else "no text decoder module",
         )
-    # A causal language model as decoder: what has the layers is inside.
+    # In a causal language model, an inner module has the layers.
     for inside in ("model", "decoder"):
         if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             decoder = getattr(decoder, inside, decoder)
@@ -217,21 +217,22 @@ def _attends_across(module: nn.Module) -> bool:
 
 
 def _halves(layer: nn.Module, number: int) -> Layer:
-    attention = next((layer._modules[n] for n in _ATTENTION if n in layer._modules), None)
-    mlp = next((layer._modules[n] for n in _FEED_FORWARD if n in layer._modules), None)
-    others = [name for name in _MORE_FEED_FORWARD if name in layer._modules]
+    parts = submodules(layer)
+    attention = next((parts[name] for name in _ATTENTION if name in parts), None)
+    mlp = next((parts[name] for name in _FEED_FORWARD if name in parts), None)
+    others = [name for name in _MORE_FEED_FORWARD if name in parts]
     if attention is None or mlp is None or others:
         if _attends_across(layer):
             reason = _ATTENDS_ACROSS
         elif others:
-            reason = "experts beside the feed-forward module"
+            reason = "experts next to the feed-forward module"
         else:
             reason = (
                 f"decoder layers without {'self-attention' if attention is None else 'a feed-forward module'}"
             )
         raise UnsupportedModelError(
-            f"layer {number} of the decoder ({type(layer).__name__}) is made of "
-            f"{', '.join(layer._modules)}: only layers of self-attention and a feed-forward network can be "
+            f"layer {number} of the decoder ({type(layer).__name__}) consists of "
+            f"{', '.join(parts)}: only layers of self-attention and a feed-forward network can be "
             "skipped, and only attention can forget a token",
             reason,
         )

@@ -1,4 +1,4 @@
-"""Where the images of a batch stand among its tokens."""
+"""The positions of a batch's images among its tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from skipvision.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The visual tokens of the I images of a batch; N is the most that one of them has.
+    """The visual tokens of the I images of a batch, padded to N, the size of the largest.
 
     Attributes:
-        index: (I, N) flat positions into (B · T) of each image's visual tokens in order.
-        valid: (I, N) False behind the last token of a smaller image.
+        index: (I, N) flat index into (B · T) of each image's visual tokens in order.
+        valid: (I, N) False at padding, after the last token of a smaller image.
         sizes: tokens of each image.
         row: (I,) batch row of each image.
         length: T, the caller's length.
@@ -31,11 +31,10 @@ class Images:
     def locate(cls, visual: torch.Tensor, sizes: list[int], tiles: bool = False) -> Images:
         """Cut the True entries of ``visual`` (B, T), row by row, into images of the given sizes.
 
-        With ``tiles``, entries that stand side by side are tiles of one image.
+        With ``tiles``, adjacent entries are tiles of one image.
 
         Raises:
-            InputError: the sizes do not add up to the visual positions, or an image would stretch
-                over two rows.
+            InputError: the sizes do not add up to the visual positions, or an image would span two rows.
         """
         found = visual.flatten().nonzero().squeeze(1)
         if sum(sizes) != found.numel():
@@ -53,17 +52,17 @@ class Images:
         row = index // visual.shape[1]
         if bool(((row != row[:, :1]) & valid).any()):
             raise InputError(
-                f"images of {sizes} visual tokens would stretch over two rows of the batch: the placeholders "
+                f"images of {sizes} visual tokens would span two rows of the batch: the placeholders "
                 "of a row do not add up to whole images"
             )
         return cls(index, valid, sizes, row[:, 0].contiguous(), visual.shape[1])
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, T, …) → (I, N, …): the images' entries, arbitrary where not ``valid``."""
+        """(B, T, …) → (I, N, …): the values at the images' tokens, arbitrary at padding."""
         return values.flatten(0, 1)[self.index]
 
     def spread(self, values: torch.Tensor, rows: int, elsewhere: int) -> torch.Tensor:
-        """(I, N) → (B, T) long: the images' entries in place, ``elsewhere`` at other positions."""
+        """(I, N) → (B, T) long: the images' values at their tokens, ``elsewhere`` at other positions."""
         whole = torch.full((rows * self.length,), elsewhere, dtype=torch.long, device=values.device)
         return whole.index_put((self.index[self.valid],), values[self.valid].long()).unflatten(0, (rows, -1))
 
@@ -74,7 +73,7 @@ class Images:
 
 
 def _joined(found: torch.Tensor, sizes: list[int], length: int) -> list[int]:
-    """Sizes of runs: an entry that begins right behind the one before it, in one row, is added to it."""
+    """Add up entries that are adjacent in one row, and return the sizes of these runs."""
     begins = torch.tensor(sizes[:-1], dtype=torch.long).cumsum(0).to(found.device)
     at = found[begins]
     apart = ((at != found[begins - 1] + 1) | (at % length == 0)).tolist()

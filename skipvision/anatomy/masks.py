@@ -1,8 +1,8 @@
-"""Attention masks of a reduced sequence, where a 2-D mask of what is padding does not say enough.
+"""Attention masks of a reduced sequence, for decoders that need more than a 2-D padding mask.
 
-Three things make a decoder need more: layers that see a window or a chunk only, image tokens that see
-each other both ways, and training calls in which answers must not see skipped tokens. Distances are
-taken between the tokens' places in the caller's sequence, so a window reaches as far as it did there.
+A decoder needs more for three reasons: layers that see only a window or a chunk, image tokens that attend to
+each other both ways, and training calls in which answers must not see skipped tokens. Distances are taken
+between the tokens' indices in the caller's sequence, so a window covers the same text as there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skipvision._compat import attention_implementation
 from skipvision.errors import ConfigError
 from skipvision.plan import TokenPlan
 
@@ -21,7 +22,7 @@ _SLIDING = "sliding_attention"
 _CHUNKED = "chunked_attention"
 
 Given = torch.Tensor | dict[str, torch.Tensor | None] | None
-"""What a decoder is given as attention_mask: (B, S); (B, 1, L, S), or one such per kind of layer; or none."""
+"""A decoder's attention_mask: (B, S), (B, 1, L, S), one of the latter per kind of layer, or None."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Sight:
     """How far the layers of one decoder see.
 
     Attributes:
-        kinds: of layers there are: "full_attention", "sliding_attention", "chunked_attention".
-        by_kind: the decoder takes a dictionary of masks, one for each kind.
+        kinds: the kinds of layers: "full_attention", "sliding_attention", "chunked_attention".
+        by_kind: the decoder takes a dictionary of masks, one per kind.
         reach: window or chunk length of a kind, in tokens.
-        implementation: "sdpa" (boolean masks), "eager" (added masks), or one that takes no mask per query.
+        implementation: "sdpa" (boolean masks), "eager" (added masks), or one without masks per query.
     """
 
     kinds: tuple[str, ...]
@@ -42,7 +43,7 @@ class Sight:
 
     @classmethod
     def of(cls, decoder: nn.Module) -> Sight:
-        """Read off the decoder's config."""
+        """Read it from the decoder's config."""
         config: Any = decoder.config
         window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
         types = getattr(config, "layer_types", None)
@@ -52,34 +53,34 @@ class Sight:
             tuple(kind if kind in reach else FULL for kind in kinds) if not types else tuple(kinds),
             bool(types),
             reach,
-            getattr(config, "_attn_implementation", None),
+            attention_implementation(config),
         )
 
     @property
     def unlimited(self) -> bool:
-        """Every layer sees all that came before, so that a 2-D mask says all there is to say."""
+        """Whether every layer sees all earlier tokens, so that a 2-D mask suffices."""
         return self.kinds == (FULL,)
 
     @property
     def takes_masks(self) -> bool:
-        """The attention implementation takes a mask per query."""
+        """Whether the attention implementation takes a mask per query."""
         return self.implementation in ("sdpa", "eager")
 
     def write(self, seen: dict[str, torch.Tensor], as_dict: bool, dtype: torch.dtype) -> Given:
-        """(B, Q, K) booleans per kind in the form that the decoder takes."""
+        """Return (B, Q, K) booleans per kind in the form that the decoder takes."""
         masks = {kind: self._written(allowed, dtype) for kind, allowed in seen.items()}
         return masks if as_dict else next(iter(masks.values()))  # type: ignore[return-value]
 
     def _written(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         seen = seen[:, None]
-        # A row of a softmax must not be empty: what sees nothing is padding, and may see anything.
+        # A softmax needs an entry in each row: a query that sees nothing is padding, and may see anything.
         seen = seen | ~seen.any(dim=-1, keepdim=True)
         if self.implementation == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
     def within_reach(self, kind: str, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(B, Q, K) which keys a kind of layer can see, by (B, Q) and (B, K) places in the caller's rows."""
+        """(B, Q, K) keys that a kind of layer can see, by (B, Q) and (B, K) indices in the caller's rows."""
         if kind not in self.reach:
             return torch.ones(1, 1, 1, dtype=torch.bool, device=keys.device)
         reach, queries, keys = self.reach[kind], queries[:, :, None], keys[:, None, :]
@@ -87,12 +88,12 @@ class Sight:
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:
-    """(B, T) place of each token among those of its row, from 0; meaningless at padding."""
+    """(B, T) index of each token among the real tokens of its row; meaningless at padding."""
     return mask.long().cumsum(dim=1) - 1
 
 
 def is_per_query(given: Given) -> bool:
-    """The mask says of each query what it sees, not only which tokens are padding."""
+    """Return whether a mask differs by query, instead of marking padding alone."""
     return isinstance(given, dict) or (given is not None and given.ndim == 4)
 
 
@@ -106,17 +107,18 @@ def prefill_mask(
     dtype: torch.dtype,
     decoded: torch.Tensor | None = None,
 ) -> Given:
-    """The decoder's mask for the reduced sequence.
+    """Return the decoder's mask for the reduced sequence.
 
     Args:
         sight: of the decoder.
         plan: the reduction.
-        given: the mask that the decoder was about to get for the caller's sequence.
-        caller_places: (B, T) `places` of the caller's tokens, counted from the row's first token ever.
+        given: the decoder's mask for the caller's sequence.
+        caller_places: (B, T) `places` of the caller's tokens, counted from the first token of the row's
+            cache.
         earlier: (B, C) real entries of the cache.
         earlier_places: (B, C) their places.
         dtype: of the hidden states.
-        decoded: (B, T) generated tokens, which do not see what will have left the cache.
+        decoded: (B, T) generated tokens, which do not see tokens that leave the cache.
 
     Raises:
         ConfigError: the attention implementation takes no mask per query, but one is needed.
@@ -149,10 +151,10 @@ def prefill_mask(
 
 
 def _reduced(given: torch.Tensor, source: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """(B, L, L) what a mask over the caller's sequence, (B, 1, T, T), allows between reduced tokens.
+    """(B, L, L) pairs of reduced tokens that a mask (B, 1, T, T) over the caller's sequence allows.
 
-    What stands before sees as it did; what stands behind is seen where the caller's mask lets both see
-    each other, as within an image that is attended to both ways.
+    A token sees earlier tokens if the mask allows the pair in either order. It sees later tokens if the mask
+    lets both see each other, as within an image that is attended to both ways.
     """
     allowed = given if given.dtype == torch.bool else given == 0
     allowed = allowed[:, 0].expand(len(source), -1, -1)
@@ -171,13 +173,13 @@ def decode_mask(
     new: int,
     dtype: torch.dtype,
 ) -> Given:
-    """The decoder's mask for ``new`` tokens behind a pruned cache.
+    """Return the decoder's mask for ``new`` tokens after a pruned cache.
 
     Args:
         sight: of the decoder.
-        given: the mask that the decoder was about to get.
+        given: the decoder's mask for the caller's sequence.
         mask: (B, C + new) real entries of the cache, and of the new tokens.
-        place: (B, C + new) their places in the caller's rows.
+        place: (B, C + new) their indices in the caller's rows.
         new: tokens of this call.
         dtype: of the hidden states.
     """

@@ -1,4 +1,4 @@
-"""How the families' image processors hand over pictures."""
+"""Synthetic images in the form that each family's image processor returns, for measuring and testing."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ SIDE = 32
 """Side in pixels of the image that towers of a fixed size take."""
 
 SCALES = {"small image": 0, "image": 1, "large image": 2}
-"""Row parts that stand for a picture, and how large it is."""
+"""Row parts that are images, and the scale of each."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make.
+    """One image to generate.
 
     Attributes:
-        config: of the model.
+        config: the model's config.
         scale: 0 (small), 1 or 2 (large).
-        company: pictures in its row, itself included.
-        random: this picture's own stream of random numbers.
-        dtype: of its pixels.
-        grid: rows and columns of visual tokens where the family keeps a picture's size; by default as
-            the scale says.
+        company: images in its row, including itself.
+        random: the image's own random generator.
+        dtype: dtype of its pixels.
+        grid: rows and columns of visual tokens in a family that keeps the size of images; None = by scale.
     """
 
     config: PretrainedConfig
@@ -41,13 +40,13 @@ class Request:
 
     @property
     def vision(self) -> Any:
-        """What describes the tower."""
+        """The config of the vision tower."""
         names = ("vision_config", "vq_config")
         return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), self.config)
 
     @property
     def side(self) -> int:
-        """Of the pictures that the tower is made for."""
+        """Side in pixels of the images that the tower takes."""
         return _first(self.vision, "image_size", default=SIDE)
 
     @property
@@ -55,21 +54,21 @@ class Request:
         return _first(self.vision, "num_channels", "in_channels", default=3)
 
     def draw(self, *shape: int) -> torch.Tensor:
-        """Normally distributed pixels, the next ones of the stream; the same ones in every dtype."""
+        """Draw normally distributed pixels, the same in every dtype."""
         return torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.dtype)
 
     def pixels(self, count: int, height: int | None = None, width: int | None = None) -> torch.Tensor:
-        """(count, channels, height, width), by default the size that the tower is made for."""
+        """Draw pixels (count, channels, height, width), by default of the tower's size."""
         return self.draw(count, self.channels, height or self.side, width or self.side)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as the processor hands it over.
+    """One image as the processor returns it.
 
     Attributes:
         inputs: keyword arguments of the model, each of shape (1 or more, …).
-        segments: how many equal runs its placeholders are cut into (tiles, or rows of the picture).
+        segments: number of equal runs of its placeholders (tiles, or rows of the image).
     """
 
     inputs: dict[str, torch.Tensor]
@@ -80,32 +79,32 @@ Recipe = Callable[[Request], Picture]
 
 
 def one_size(request: Request) -> Picture:
-    """Every picture is resized to the tower's size."""
+    """Resize every image to the tower's size."""
     return Picture({"pixel_values": request.pixels(1)})
 
 
 def tiles(request: Request) -> Picture:
-    """A picture is cut into tiles of the tower's size, and shown once more as a whole."""
+    """Cut an image into tiles of the tower's size, and add a view of the whole image."""
     count = (1, 3, 5)[request.scale]
     return Picture({"pixel_values": request.pixels(count)}, segments=count)
 
 
 def tiles_by_row(request: Request) -> Picture:
-    """Like `tiles`, each with a mask of its pixels; a batch's are (row, tile, …)."""
+    """Like `tiles`, each with a pixel mask; batches are (row, tile, …)."""
     picture = tiles(request)
     mask = torch.ones_like(picture.inputs["pixel_values"][:, 0], dtype=torch.long)
     return Picture({**picture.inputs, "pixel_attention_mask": mask}, picture.segments)
 
 
 def flagged_tiles_by_row(request: Request) -> Picture:
-    """Like `tiles`, each with a flag; a batch's are (row, tile, …)."""
+    """Like `tiles`, each with a flag; batches are (row, tile, …)."""
     picture = tiles(request)
     flags = torch.ones(picture.segments, dtype=torch.bool)
     return Picture({**picture.inputs, "pixel_attention_mask": flags}, picture.segments)
 
 
 def any_resolution(request: Request) -> Picture:
-    """The whole picture and tiles of its best resolution, with its original size."""
+    """The whole image and tiles of its best resolution, with its original size."""
     side = request.side
     size = ((side + 8, side), (side - 8, 2 * side), (2 * side, 2 * side))[request.scale]
     count = 1 + (2, 2, 4)[request.scale]
@@ -114,14 +113,14 @@ def any_resolution(request: Request) -> Picture:
 
 
 def any_resolution_when_alone(request: Request) -> Picture:
-    """Like `any_resolution`; several pictures in one row are not cut into tiles."""
+    """Like `any_resolution`, but several images in one row are not cut into tiles."""
     inputs = any_resolution(request).inputs
     pixels = inputs["pixel_values"] if request.company == 1 else inputs["pixel_values"][:, :1]
     return Picture({**inputs, "pixel_values": pixels, "batch_num_images": torch.tensor([request.company])})
 
 
 def native_size(request: Request) -> Picture:
-    """Pictures keep their shape and are padded to the batch's largest."""
+    """Images keep their shape and are padded to the largest of the batch."""
     unit = _first(request.vision, "patch_size", default=8) * _first(request.config, "spatial_merge_size")
     rows, columns = _grid(request)
     size = (rows * unit, columns * unit)
@@ -130,7 +129,7 @@ def native_size(request: Request) -> Picture:
 
 
 def patches(request: Request) -> Picture:
-    """Flattened patches of all pictures in one row of vectors, with each picture's grid (t, h, w)."""
+    """Flattened patches of all images in one sequence, with each image's grid (t, h, w)."""
     vision, (rows, columns) = request.vision, _grid(request)
     merge = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size")
     grid = torch.tensor([[1, rows * merge, columns * merge]])
@@ -147,12 +146,12 @@ def square_patches(request: Request) -> Picture:
 
 
 def patches_and_merge(request: Request) -> Picture:
-    """Like `patches`, and how many of them, along a side, become one token."""
+    """Like `patches`, with the number of patches along a side that become one token."""
     return Picture({**patches(request).inputs, "image_merge_sizes": torch.tensor([1])})
 
 
 def padded_patches(request: Request) -> Picture:
-    """Flattened patches of each picture, padded to the batch's largest, with its (h, w)."""
+    """Flattened patches of each image, padded to the largest of the batch, with its (h, w)."""
     rows, columns = (side * request.config.downsample_factor for side in _grid(request))
     pixels = request.draw(1, rows * columns, request.channels * request.vision.patch_size**2)
     mask = torch.ones(1, rows * columns, dtype=torch.int32)
@@ -161,7 +160,7 @@ def padded_patches(request: Request) -> Picture:
 
 
 def patches_of_tokens(request: Request) -> Picture:
-    """One patch (height, width, channels) a token, with each picture's grid (t, h, w)."""
+    """One patch (height, width, channels) per token, with each image's grid (t, h, w)."""
     rows, columns = _grid(request)
     side = request.vision.patch_size * request.vision.spatial_merge_size
     pixels = request.draw(rows * columns, side, side, request.channels)
@@ -169,14 +168,14 @@ def patches_of_tokens(request: Request) -> Picture:
 
 
 def patches_alone(request: Request) -> Picture:
-    """One patch (frames, height, width, channels) a token, and nothing beside it."""
+    """One patch (frames, height, width, channels) per token, without a grid."""
     rows, columns = _grid(request)
     side, frames = request.vision.patch_size, request.vision.temporal_patch_size
     return Picture({"pixel_values": request.draw(rows * columns, frames, side, side, request.channels)})
 
 
 def positioned_patches(request: Request) -> Picture:
-    """Flattened patches of each picture, padded to the batch's largest, with each patch's (x, y)."""
+    """Flattened patches of each image, padded to the largest of the batch, with each patch's (x, y)."""
     pool = _first(request.vision, "pooling_kernel_size")
     rows, columns = (side * pool for side in _grid(request))
     pixels = request.draw(1, rows * columns, request.channels * request.vision.patch_size**2)
@@ -185,7 +184,7 @@ def positioned_patches(request: Request) -> Picture:
 
 
 def positioned_tokens(request: Request) -> Picture:
-    """Like `positioned_patches`, but the patches of one token come as one."""
+    """Like `positioned_patches`, with the patches of a token joined into one."""
     rows, columns = _grid(request)
     side = request.vision.patch_size * request.vision.pooling_kernel_size
     pixels = request.draw(1, rows * columns, request.channels * side**2)
@@ -194,14 +193,14 @@ def positioned_tokens(request: Request) -> Picture:
 
 
 def patches_in_rows(request: Request) -> Picture:
-    """Flattened patches of all pictures in one row of vectors; the prompt tells their rows."""
+    """Flattened patches of all images in one sequence; the prompt marks their rows."""
     rows, columns = _grid(request)
     pixels = request.draw(rows * columns, request.channels * request.vision.patch_size**2)
     return Picture({"pixel_values": pixels}, segments=rows)
 
 
 def strip(request: Request) -> Picture:
-    """Patches side by side in one strip for the whole batch, with each picture's (h, w)."""
+    """Adjacent patches in one strip for the whole batch, with each image's (h, w)."""
     rows, columns = (4 * side for side in _grid(request))
     side = request.vision.patch_size
     pixels = request.draw(rows * columns * side, request.channels, side)
@@ -211,33 +210,33 @@ def strip(request: Request) -> Picture:
 
 
 def patches_with_height_and_width(request: Request) -> Picture:
-    """Flattened patches of all pictures in one row of vectors, with each picture's grid (h, w)."""
+    """Flattened patches of all images in one sequence, with each image's grid (h, w)."""
     rows, columns = (2 * side for side in _grid(request))
     pixels = request.draw(rows * columns, request.channels * request.vision.patch_size**2)
     return Picture({"pixel_values": pixels, "image_grid_hw": torch.tensor([[rows, columns]])})
 
 
 def one_size_and_mask(request: Request) -> Picture:
-    """Every picture at the tower's size, with a mask of its pixels."""
+    """Every image at the tower's size, with a pixel mask."""
     pixels = request.pixels(1)
     return Picture({"pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0]).bool()})
 
 
 def one_size_by_row(request: Request) -> Picture:
-    """Every picture at the tower's size with a mask of its pixels; a batch's are (row, picture, …)."""
+    """Every image at the tower's size with a pixel mask; batches are (row, image, …)."""
     pixels = request.pixels(1)
     return Picture({"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, 0]).long()})
 
 
 def one_size_and_question(request: Request) -> Picture:
-    """Every picture at the tower's size, with what is asked about it."""
+    """Every image at the tower's size, with a question about it."""
     question = torch.arange(1, 5)[None]
-    asked = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
-    return Picture({**one_size(request).inputs, **asked})
+    inputs = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
+    return Picture({**one_size(request).inputs, **inputs})
 
 
 def pooled_patches(request: Request) -> Picture:
-    """Flattened patches of the whole picture and of its tiles, and the four that make up each token."""
+    """Flattened patches of the whole image and of its tiles, and the four that each token pools."""
     side = request.side // request.vision.patch_size
     count = 1 + (1, 2, 4)[request.scale]
     pixels = request.draw(count, side**2, request.channels * request.vision.patch_size**2)
@@ -255,20 +254,20 @@ def pooled_patches(request: Request) -> Picture:
 
 
 def two_resolutions(request: Request) -> Picture:
-    """Each picture twice, for a tower of low and one of high resolution."""
+    """Each image twice, for a low-resolution and a high-resolution tower."""
     side = request.config.high_res_vision_config.image_size
     high = request.pixels(1, side, side)
     return Picture({**one_size(request).inputs, "high_res_pixel_values": high})
 
 
 def _first(config: Any, *names: str, default: int = 1) -> int:
-    """The first of these sizes that the config has."""
+    """Return the first of these sizes that the config has."""
     size = next((getattr(config, name) for name in names if hasattr(config, name)), default)
     return size if isinstance(size, int) else size[0]
 
 
 def _grid(request: Request) -> tuple[int, int]:
-    """Rows and columns of visual tokens of a picture whose size the family keeps."""
+    """Return rows and columns of visual tokens in a family that keeps the size of images."""
     return request.grid or ((2, 4), (4, 4), (4, 6))[request.scale]
 
 
@@ -309,35 +308,35 @@ RECIPES: dict[str, Recipe] = {
     "smolvlm": tiles_by_row,
     "video_llama_3": patches_and_merge,
 }
-"""How families take pictures, by model_type; the others as `recipe_of` says."""
+"""The recipe of a family by its model_type; `recipe_of` covers the others."""
 
 
 def recipe_of(model_type: str, arguments: Container[str]) -> Recipe:
-    """The family's recipe; a model that asks for image grids takes `patches`, any other `one_size`."""
+    """Return the family's recipe: by default `patches` if the model takes image grids, else `one_size`."""
     return RECIPES.get(model_type, patches if "image_grid_thw" in arguments else one_size)
 
 
 BY_ROW = {"granite_docling", "idefics2", "idefics3", "smolvlm"}
-"""Families that take (row, picture, …) instead of one picture after the other."""
+"""Families that take (row, image, …) instead of all images in one dimension."""
 
 IN_A_STRIP = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
-"""Families that take (1, channels, height, all widths) instead of one picture after the other."""
+"""Families that take (1, channels, height, all widths) instead of all images in one dimension."""
 
 ONE_A_ROW = {"blip-2", "instructblip"}
-"""Families that cannot do without a picture, nor, in `generate`, with another one in the same row."""
+"""Families that need an image and, in `generate`, allow one per row."""
 
 ONCE_A_ROW = {"batch_num_images"}
-"""Inputs that have one entry for a row with pictures, not one for a picture."""
+"""Inputs that have one entry per row with images, instead of one per image."""
 
 INTO_PIXELS = {"image_token_pooling"}
-"""Inputs that count the patches of all pictures."""
+"""Inputs that index the patches of all images."""
 
 FILLERS = {"image_position_ids": -1}
-"""What smaller pictures are padded with, where it is not 0."""
+"""Padding values of smaller images, where they are not 0."""
 
 
 def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, torch.Tensor]:
-    """The vision inputs of a batch: the pictures' own, concatenated, smaller ones padded."""
+    """Return the vision inputs of a batch: those of its images concatenated, smaller ones padded."""
     first = next((picture for row in rows for picture in row), None)
     if first is None:
         return {}
@@ -367,6 +366,6 @@ def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Te
 
 
 def _pad(value: torch.Tensor, sizes: list[int], filler: int) -> torch.Tensor:
-    """Grow all but the first dimension."""
+    """Pad all but the first dimension."""
     missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
     return F.pad(value, [amount for more in reversed(missing) for amount in (0, more)], value=filler)

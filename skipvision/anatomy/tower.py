@@ -1,7 +1,7 @@
-"""Attention that patches receive in the vision tower: read there, handed on with the encoded images.
+"""Attention that patches receive in the vision tower, passed on with the encoded images.
 
-`generate` encodes images before Skip-Vision sees them. So what was read travels in the tower's output, from
-which a family makes what it returns as encoded images.
+`generate` encodes images before Skip-Vision sees them. So the attention travels in the tower's output, which
+a family turns into its encoded images.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from skipvision._compat import submodules
 from skipvision.anatomy.attention import check_readable, read
 from skipvision.anatomy.families import Anatomy
 from skipvision.anatomy.images import Images
@@ -25,13 +26,13 @@ _last = threading.local()
 
 
 def hook_tower(anatomy: Anatomy, wanted: Callable[[], bool]) -> list[RemovableHandle]:
-    """Read attention in the layer that makes the features, in calls for which it is wanted.
+    """Read attention in the layer that produces the features, in calls for which it is wanted.
 
-    As VisionZip (CVPR 2025, arXiv 2412.04467) scores patches: by the class token's attention, or where a
-    tower has none by the mean over all patches' attention.
+    As VisionZip (CVPR 2025, arXiv 2412.04467) scores patches: by the class token's attention, or by the mean
+    over all patches' attention in a tower without class token.
 
     Raises:
-        UnsupportedModelError: no such layer is found, or its attention cannot be read.
+        UnsupportedModelError: no such layer exists, or its attention cannot be read.
     """
     tower = _tower(anatomy)
     attention = _attention(tower, anatomy)
@@ -43,8 +44,8 @@ def hook_tower(anatomy: Anatomy, wanted: Callable[[], bool]) -> list[RemovableHa
             attended = read(module, args, kwargs)
             rows, _, tokens, _ = attended.query.shape
             place = torch.arange(tokens, device=attended.query.device).expand(rows, tokens)
-            asking = place[:, :1] if own else place
-            _last.received = attended.received(asking)[:, int(own) :]
+            queries = place[:, :1] if own else place
+            _last.received = attended.received(queries)[:, int(own) :]
 
     def hand_on(tower: nn.Module, args: Any, output: Any) -> None:
         if wanted():
@@ -60,7 +61,7 @@ def received(call: Mapping[str, Any], images: Images, setting: str) -> torch.Ten
     """(I, N) attention read while the images of an outer call were encoded; ``setting`` needs it.
 
     Raises:
-        InputError: nothing came with the encoded images.
+        InputError: the encoded images came without it.
     """
     encoded = (call.get("mm_encoder_outputs") or {}).get("image")
     scores: torch.Tensor | None = None if encoded is None else encoded.get(_RECEIVED)
@@ -71,7 +72,7 @@ def received(call: Mapping[str, Any], images: Images, setting: str) -> torch.Ten
         )
     if len(scores) == len(images.row):
         return scores
-    # Beams: ``generate`` has repeated rows and their encoded images, but not what it does not know.
+    # With beams, ``generate`` repeats rows and their encoded images, but not this attention.
     beams = len(images.row) // len(scores)
     first = torch.searchsorted(images.row, images.row)
     nth = torch.arange(len(images.row), device=images.row.device) - first
@@ -80,11 +81,12 @@ def received(call: Mapping[str, Any], images: Images, setting: str) -> torch.Ten
 
 
 def _tower(anatomy: Anatomy) -> nn.Module:
-    tower = next((anatomy.outer._modules[name] for name in _TOWERS if name in anatomy.outer._modules), None)
+    parts = submodules(anatomy.outer)
+    tower = next((parts[name] for name in _TOWERS if name in parts), None)
     if tower is None:
         raise UnsupportedModelError(
-            f"{type(anatomy.outer).__name__} has none of {', '.join(_TOWERS)}: its vision tower is not known",
-            "no vision tower of its own",
+            f"{type(anatomy.outer).__name__} has none of {', '.join(_TOWERS)}: its vision tower is unknown",
+            "no vision tower module",
         )
     return tower
 
@@ -93,16 +95,16 @@ _TOWERS = ("vision_tower", "vision_model", "visual")
 
 
 def _attention(tower: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """That of the layer whose output becomes the visual features; of several, of the last one."""
+    """Return the attention of the layer whose output becomes the visual features; of several, the last."""
     lists = (module for module in tower.modules() if isinstance(module, nn.ModuleList))
-    layers = [layer for layer in max(lists, key=len, default=[]) if "self_attn" in layer._modules]
+    layers = [layer for layer in max(lists, key=len, default=[]) if "self_attn" in submodules(layer)]
     chosen = getattr(anatomy.outer.config, "vision_feature_layer", -1)
-    # Hidden states are counted from what enters the first layer.
+    # Hidden states are numbered from the input of the first layer.
     places = [n - 1 if n > 0 else len(layers) + n for n in ([chosen] if isinstance(chosen, int) else chosen)]
     if not layers or not 0 <= max(places) < len(layers):
         raise UnsupportedModelError(
-            f"{type(tower).__name__} has {len(layers)} layers with self_attn, features are made by layer "
-            f"{chosen}: where to read its attention is not known",
+            f"{type(tower).__name__} has {len(layers)} layers with self_attn, features come from layer "
+            f"{chosen}: where to read its attention is unknown",
             "no layers of self-attention in the vision tower",
         )
     attention: Any = layers[max(places)].self_attn

@@ -1,6 +1,6 @@
-"""Run a model without its values: floating-point tensors are shapes alone, integers and booleans are real.
+"""Run a model without values: floating-point tensors have shapes alone, integers and booleans are real.
 
-Integers are what the meta device lacks by itself: image grids, masks and routing decide what is computed.
+The meta device by itself has no integers, but image grids, masks and routing decide what is computed.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from typing import Any, Self
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from skipvision._compat import TorchDispatchMode, tree_leaves, tree_map_only
 
 _META = torch.device("meta")
 
 
 class DryRun(TorchDispatchMode):
-    """While it is on, the meta device holds floating-point tensors only; all others are on the CPU.
+    """Keeps only floating-point tensors on the meta device, and all others on the CPU.
 
-    Where an integer is asked of a tensor without values (the best experts' numbers, say), zeros are asked.
+    Integers computed from a tensor without values, such as the indices of the best experts, are those of
+    zeros.
     """
 
     def __init__(self) -> None:
@@ -45,14 +46,14 @@ class DryRun(TorchDispatchMode):
             if all(leaf is None or _may_be_meta(leaf) for leaf in tree_leaves(shapes)):
                 return shapes
         except RuntimeError:
-            pass  # What depends on values has no shape without them.
+            pass  # The shape depends on values.
         if kwargs.get("device") == _META:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return tree_map_only(torch.Tensor, _to_meta, func(*_as_zeros(args), **_as_zeros(kwargs)))
 
 
 class _Literals(TorchFunctionMode):
-    """Values that are written down, ``torch.tensor([[1, 4, 4]], device="meta")``, are lost below this."""
+    """Keeps the values of literals such as ``torch.tensor([[1, 4, 4]], device="meta")``."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
 """FLOPs counted operation by operation: two per multiply-add of matrix products and convolutions.
 
-``torch.utils.flop_counter`` does the counting. It does not know two kinds of matrix product: fused attention
-on CPUs, and the grouped product that runs all experts of a mixture at once. Both are added here.
+``torch.utils.flop_counter`` counts them, but it knows no formula for two kinds of matrix product: fused
+attention on CPUs, and the grouped product that runs all experts of a mixture at once. Both are added here.
 """
 
 from __future__ import annotations
@@ -10,46 +10,27 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from skipvision._compat import experts_products, flop_counter, fused_cpu_attention, sdpa_flop_count
 
 
 def measure_flops(function: Callable[[], Any]) -> int:
-    """FLOPs that a call executes, fused CPU attention and grouped experts included."""
-    counter: Any = FlopCounterMode(display=False, custom_mapping=_unknown_to_torch())
-    counter.mod_tracker = _WholeOnly()
+    """Return the FLOPs that a call executes, including fused CPU attention and grouped experts."""
+    counter = flop_counter(_further_formulas())
     with counter:
         function()
     return int(counter.get_total_flops())
 
 
-class _WholeOnly:
-    """Instead of torch's tracker of modules, which fails on parameters expanded without gradients."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-def _unknown_to_torch() -> dict[Any, Callable[..., int]]:
-    cpu, experts = torch.ops.aten, torch.ops.transformers
-    # What transformers runs where torch has no grouped product; known once its models are.
-    own = {"grouped_mm_fallback": _grouped, "grouped_mm_fallback_backward": _grouped_backward}
-    formulas: dict[Any, Callable[..., int]] = {
-        cpu._scaled_dot_product_flash_attention_for_cpu: _attention,
-        cpu._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        cpu._grouped_mm: _grouped,
-    }
-    formulas |= {getattr(experts, name): count for name, count in own.items() if hasattr(experts, name)}
-    return formulas
+def _further_formulas() -> dict[Any, Callable[..., int]]:
+    attention, attention_backward = fused_cpu_attention()
+    products, products_backward = experts_products()
+    formulas: dict[Any, Callable[..., int]] = {attention: _attention, attention_backward: _attention_backward}
+    formulas |= dict.fromkeys(products, _grouped)
+    return formulas | dict.fromkeys(products_backward, _grouped_backward)
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    # Grouped keys are taken as they are; every query head does the full product.
+    # Several query heads may share a key head, but each computes a full product.
     heads = query[:2]
     return int(sdpa_flop_count(query, (*heads, *key[2:]), (*heads, *value[2:])))
 
@@ -59,8 +40,8 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
 
 
 def _grouped(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
-    """(S, K) × (E, K, N), each row with its expert's matrix; in the backward also (K, S) × (S, N)."""
-    # (E, M, K) × (K, N) shares the columns out: each meets one of the E matrices.
+    """(S, K) × (E, K, N): each row meets its expert's matrix. The backward also has (K, S) × (S, N)."""
+    # (E, M, K) × (K, N): each column meets one of the E matrices.
     shared = left[0] if len(left) > len(right) else 1
     return 2 * math.prod(left) * right[-1] // shared
 

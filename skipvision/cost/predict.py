@@ -1,8 +1,8 @@
-"""What a configuration will cost, predicted from configs alone: FLOPs and KV bytes.
+"""The cost of a configuration, predicted from configs alone: FLOPs and KV bytes.
 
-A FLOP count is two per multiply-add of matrix products and convolutions (`measure_flops`). Attention is
-counted as it is executed, over the full square of the sequence, its backward as twice its forward. What one
-token costs in a family is measured (`unit_costs`); here it is multiplied by how many there are.
+FLOPs are two per multiply-add of matrix products and convolutions (`measure_flops`). Attention counts as it
+is executed, over the full square of the sequence, and its backward as twice its forward. `units` measures the
+cost of one token, pair or image in a family; this module multiplies it by their number.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one row.
+    """The cost of one row.
 
     Attributes:
-        prefill_flops: vision tower, planning (probe included), decoder, LM head at the last position (in a
-            family that cannot leave out the others, at all of them); LoRA counted as merged.
-        decode_flops: the ``new_tokens − 1`` steps behind the prefill.
-        train_flops: one training step's forward and backward over prompt and answer, LM head at the
-            answer's positions, vision tower frozen.
+        prefill_flops: vision tower, planning (probe included), decoder, and LM head at the last position, or
+            at all positions in a family that cannot leave them out. LoRA counts as merged.
+        decode_flops: the ``new_tokens − 1`` steps after the prefill.
+        train_flops: forward and backward of one training step over prompt and answer, with the LM head at the
+            answer's positions and the vision tower frozen.
         kv_bytes: keys and values in the cache right after prefill.
-        planning_flops: the part of ``prefill_flops`` that select, merge, probe and summary take.
-        vision_flops: the part of ``prefill_flops`` that vision tower and projector take.
-        weight_bytes: of the whole model.
+        planning_flops: the part of ``prefill_flops`` for select, merge, probe and summary.
+        vision_flops: the part of ``prefill_flops`` for vision tower and projector.
+        weight_bytes: bytes of the whole model.
         sequence: length of the reduced prompt.
-        full: the same without Skip-Vision; None on the full cost itself.
+        full: the cost without Skip-Vision; None on the full cost itself.
     """
 
     prefill_flops: int
@@ -58,7 +58,7 @@ class Cost:
 
     @property
     def ratio_to_full(self) -> Ratio:
-        """Each of `Ratio`'s fields divided by the full-token cost."""
+        """Each field of `Ratio`, divided by the full-token cost."""
         full = self.full or self
         return Ratio(
             **{
@@ -79,9 +79,9 @@ def predict_cost(
     lora_rank: int = 16,
     dtype: torch.dtype | None = None,
 ) -> Cost:
-    """Predict what one row costs; needs no weights.
+    """Predict the cost of one row, without weights.
 
-    Measures the family's parts once for each model config, which takes seconds; later calls are quick.
+    The first call for a model config measures the family's parts, which takes seconds; later calls are quick.
 
     Args:
         model_config: the whole model's config (``model.config``).
@@ -89,17 +89,17 @@ def predict_cost(
         images: images in the row.
         text_tokens: prompt tokens that are not visual.
         new_tokens: tokens generated; in training, the answer's tokens.
-        visual_tokens: N per image. By default those of a picture at the size of the vision tower, cut into
-            three where the family cuts pictures into tiles or views, and 256 where it keeps a picture's
-            size. Such a family is then measured with pictures of N tokens; in any other, encoding
-            costs in proportion to N. Several are measured together: some towers see them as one sequence.
+        visual_tokens: N per image. By default, that of an image at the vision tower's size, cut into three
+            where the family cuts images into tiles or views; 256 in a family that keeps the size of images.
+            A family that keeps the size is measured with images of N tokens; in any other, encoding costs in
+            proportion to N. Several images are measured together: some towers see them as one sequence.
         lora_rank: rank of the LoRA on every linear layer of the decoder; 0 = full fine-tuning of the
             decoder.
-        dtype: of weights and KV cache; the config's by default.
+        dtype: dtype of weights and KV cache; by default the config's.
 
     Raises:
-        UnsupportedModelError: no such family, or one that Skip-Vision does not support.
-        ConfigError: a number of tokens, images or ranks that there cannot be.
+        UnsupportedModelError: Skip-Vision does not support the family.
+        ConfigError: a number of tokens, images or ranks is negative or not an integer.
     """
     _check_counts(images=images, text_tokens=text_tokens, new_tokens=new_tokens, lora_rank=lora_rank)
     if visual_tokens is not None:
@@ -118,7 +118,7 @@ def predict_cost(
 
 @dataclass(frozen=True)
 class _Row:
-    """What is in it: images (of so many visual tokens), tokens of text and of the answer."""
+    """The contents of a row: visual tokens of each image, tokens of text and of the answer."""
 
     sizes: tuple[int, ...]
     text: int
@@ -127,12 +127,12 @@ class _Row:
 
     @property
     def prompt(self) -> int:
-        """Its length as the caller has it."""
+        """Length of the unreduced prompt."""
         return sum(self.sizes) + self.text
 
 
 def _resized(sizes: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    """A picture of ``tokens`` instead: cut into tiles as it was, where these divide them."""
+    """Resize an image to ``tokens``: into tiles as before, if the tiles divide them."""
     tile = sizes[-1]
     return (
         sizes
@@ -160,13 +160,13 @@ def _cost(
     layers = unit_costs.cache(design)
     reduced = prompt != row.prompt or short > 0 or forgotten > 0
 
-    def kept(fed: int, most: float) -> int:
-        """Entries in a layer's cache; one that is pruned keeps no window."""
-        return fed if reduced else int(min(fed, most))
+    def kept(fed: int, window: float) -> int:
+        """Entries in a layer's cache; a pruned cache keeps no window."""
+        return fed if reduced else int(min(fed, window))
 
     decode = 0
     for fed in range(cached, cached + row.new - 1):
-        keys = sum(kept(fed, layer.most) + 1 for layer in layers) // len(layers)
+        keys = sum(kept(fed, layer.window) + 1 for layer in layers) // len(layers)
         decode += decoder(1, keys, 1) + head
 
     whole = prompt + row.new
@@ -177,7 +177,7 @@ def _cost(
         prefill_flops=prefill,
         decode_flops=decode,
         train_flops=train,
-        kv_bytes=element_bytes * sum(layer.values * kept(cached, layer.most) for layer in layers),
+        kv_bytes=element_bytes * sum(layer.values * kept(cached, layer.window) for layer in layers),
         planning_flops=planning,
         vision_flops=row.vision_flops,
         weight_bytes=element_bytes * unit_costs.weights(design),
@@ -211,4 +211,4 @@ def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int
 def _check_counts(**counts: object) -> None:
     wrong = [f"{name}={count!r}" for name, count in counts.items() if not isinstance(count, int) or count < 0]
     if wrong:
-        raise ConfigError(f"{', '.join(wrong)}: a whole number, 0 or more, is expected")
+        raise ConfigError(f"{', '.join(wrong)}: expected a whole number, 0 or more")

@@ -1,8 +1,8 @@
-"""What the parts of a model cost, per token and per picture: measured on the model itself, without weights.
+"""The cost of a model's parts, per token and per image, measured on the model without weights.
 
-No formula for any architecture: the model is built from its config and run, at a few short lengths and
-without values (`DryRun`), and its FLOPs are counted. So low-rank attention, mixtures of experts, layers that
-differ and towers of any kind cost what they execute.
+There is no formula for any architecture. The model is built from its config and run at a few short lengths,
+without values (`DryRun`), and its FLOPs are counted. So low-rank attention, mixtures of experts, unequal
+layers and towers of any kind cost what they execute.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from skipvision.errors import UnsupportedModelError
 _SHORT = 8
 """Tokens of the shortest run."""
 _TOKENS = 256
-"""Visual tokens of a picture in families that keep a picture's size (448 × 448 pixels at 28 a token)."""
+"""Visual tokens of an image in families that keep its size (448 × 448 pixels at 28 per token)."""
 _TRIES = 4
-"""How often a picture of another size is tried where the first has not the tokens that were asked for."""
+"""How often another size of image is tried if the first does not have the requested tokens."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """A model's config, as what measurements are remembered by."""
+    """A model's config, as the key of cached measurements."""
 
     text: str
     config: PretrainedConfig = field(compare=False)
@@ -54,7 +54,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a run: for each token, pair of query and key, and token in the feed-forward networks."""
+    """FLOPs of a run: per token, per pair of query and key, and per token in the feed-forward networks."""
 
     token: int
     pair: int
@@ -65,7 +65,7 @@ class Flops:
 
     @classmethod
     def fitted(cls, run: Callable[[int, int], Any]) -> Self:
-        """From three runs of ``run(tokens, ffn_tokens)``."""
+        """Fit three runs of ``run(tokens, ffn_tokens)``."""
         n = _SHORT
         with DryRun():
             short, long, part = (
@@ -77,7 +77,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class ProbeFlops:
-    """FLOPs of a probing run: a fixed part, and a part for each token and for each pair of tokens."""
+    """FLOPs of a probing run: a fixed part, and a part per token and per pair of tokens."""
 
     fixed: int
     token: int
@@ -98,10 +98,10 @@ class ProbeFlops:
 
 
 class CacheLayer(NamedTuple):
-    """What one layer keeps: values for each token, and of how many tokens at most."""
+    """The KV cache of one layer: values per token, and its window in tokens."""
 
     values: int
-    most: float
+    window: float
 
 
 class _Model(NamedTuple):
@@ -111,32 +111,32 @@ class _Model(NamedTuple):
 
 
 class _Enough(Exception):
-    """Ends a run: what comes behind is not asked for."""
+    """Ends a run early."""
 
 
 def weights(design: Design) -> int:
-    """Parameters of the whole model."""
+    """Count the parameters of the whole model."""
     return _model(design).weights
 
 
 def hidden_size(design: Design) -> int:
-    """Width of the decoder."""
+    """Return the width of the decoder."""
     return _model(design).anatomy.hidden_size
 
 
 def head(design: Design) -> int:
-    """FLOPs of the LM head for one token."""
+    """Count the FLOPs of the LM head for one token."""
     return 2 * _model(design).whole.get_output_embeddings().weight.numel()
 
 
 def head_sees_all(design: Design) -> bool:
-    """The family's LM head runs over the whole prompt: it has no ``logits_to_keep``."""
+    """Return whether the LM head runs over the whole prompt, for want of ``logits_to_keep``."""
     return "logits_to_keep" not in inspect.signature(_model(design).whole.forward).parameters
 
 
 @lru_cache(maxsize=64)
 def decoder(design: Design) -> Flops:
-    """One forward through the decoder."""
+    """Measure one forward through the decoder."""
     model = _model(design)
     return Flops.fitted(partial(_forward, model, model.anatomy.decoder))
 
@@ -166,10 +166,10 @@ def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
 
 @lru_cache(maxsize=64)
 def tower_attention(design: Design, count: int) -> int:
-    """Reading what patches receive in the vision tower, for the pictures of a row."""
+    """Measure how much reading the vision tower's attention adds, for the images of a row."""
     handles = hook_tower(_model(design).anatomy, lambda: True)
     try:
-        # Without its memory: the hooks are not part of the design.
+        # Uncached: the hooks are not part of the design.
         reading, _ = _shown.__wrapped__(design, count, _near_square(_TOKENS))
     finally:
         for handle in handles:
@@ -179,12 +179,12 @@ def tower_attention(design: Design, count: int) -> int:
 
 @lru_cache(maxsize=64)
 def training(design: Design, rank: int, below: bool) -> Flops:
-    """One forward and backward through the decoder.
+    """Measure one forward and backward through the decoder.
 
     Args:
-        design: of the model.
-        rank: of the LoRA on every linear layer of the decoder; 0 = the decoder itself trains.
-        below: something below the first layer trains too.
+        design: the model's.
+        rank: rank of the LoRA on every linear layer of the decoder; 0 = the decoder itself trains.
+        below: whether parameters below the first layer train too.
     """
     model = _model(design)
     anatomy = model.anatomy
@@ -208,7 +208,7 @@ def training(design: Design, rank: int, below: bool) -> Flops:
 
 @lru_cache(maxsize=64)
 def cache(design: Design) -> tuple[CacheLayer, ...]:
-    """What generation keeps of a prompt, layer by layer."""
+    """Measure the KV cache of a prompt, layer by layer."""
     model = _model(design)
     with DryRun(), torch.no_grad():
         kept = _run(model, model.anatomy.decoder, _SHORT, _SHORT, use_cache=True).past_key_values
@@ -224,22 +224,22 @@ def cache(design: Design) -> tuple[CacheLayer, ...]:
 
 @lru_cache(maxsize=64)
 def pictures(design: Design, count: int, tokens: int | None) -> tuple[int, tuple[int, ...]]:
-    """FLOPs of encoding the pictures of a row together, and the visual tokens of each image that they become.
+    """Measure the FLOPs of encoding a row's images together, and the visual tokens of each.
 
-    A family that keeps a picture's size is shown ones of ``tokens`` visual tokens; any other, what its image
-    processor makes of a picture.
+    A family that keeps the size of images gets images of ``tokens`` visual tokens; any other gets them as its
+    image processor cuts them.
     """
     if not count:
         return 0, ()
-    asked = tokens or _TOKENS
-    shown = _shown(design, count, _near_square(asked))
-    # Some families add tokens of their own, at the ends of lines say: pictures with room for them.
+    size = tokens or _TOKENS
+    shown = _shown(design, count, _near_square(size))
+    # Some families add tokens, for example at the ends of lines: try smaller images.
     for _ in range(_TRIES):
-        surplus = sum(shown[1]) // count - (tokens or asked)
+        surplus = sum(shown[1]) // count - (tokens or size)
         if tokens is None or not surplus:
             break
-        asked = max(1, asked - surplus)
-        nearer = _shown(design, count, _broad(asked))
+        size = max(1, size - surplus)
+        nearer = _shown(design, count, _broad(size))
         if abs(sum(nearer[1]) - count * tokens) < abs(sum(shown[1]) - count * tokens):
             shown = nearer
     return shown
@@ -250,7 +250,7 @@ def _shown(design: Design, count: int, grid: tuple[int, int]) -> tuple[int, tupl
     model_type, (_, anatomy, _) = design.config.model_type, _model(design)
     recipe = recipe_of(model_type, inspect.signature(anatomy.outer.get_image_features).parameters)  # type: ignore[arg-type]
     request = Request(design.config, 1, count, torch.Generator(), torch.float32, grid)
-    # Its pixels have values: towers leave out tiles that are black.
+    # Pixels have values, because towers skip black tiles.
     call = collate(model_type, [[recipe(request) for _ in range(count)]])
     sizes: list[int] = []
     with DryRun(), torch.no_grad():
@@ -263,9 +263,9 @@ def _near_square(tokens: int) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-def _broad(most: int) -> tuple[int, int]:
-    """The largest picture of at most so many tokens that is not over twice as wide as high."""
-    grids = (_near_square(tokens) for tokens in range(most, 0, -1))
+def _broad(limit: int) -> tuple[int, int]:
+    """Return the largest grid of at most ``limit`` tokens that is at most twice as wide as high."""
+    grids = (_near_square(tokens) for tokens in range(limit, 0, -1))
     return next((rows, columns) for rows, columns in grids if columns <= 2 * rows)
 
 
@@ -289,11 +289,11 @@ def _forward(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int) -> Non
 
 
 def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache: bool = False) -> Any:
-    """Give the model a text of ``tokens``, ``ffn_tokens`` of which take the FFNs; the output of ``end``."""
-    found: list[Any] = []
+    """Run a text of ``tokens``, ``ffn_tokens`` of which enter the FFNs; return the output of ``end``."""
+    outputs: list[Any] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(output)
+        outputs.append(output)
         raise _Enough
 
     with ExitStack() as stack:
@@ -303,12 +303,12 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
         try:
             model.whole(**_text(model.whole, tokens), use_cache=use_cache)
         except _Enough:
-            return found[0] if found else None
+            return outputs[0] if outputs else None
     raise UnsupportedModelError(f"{type(model.whole).__name__} does not call its {type(end).__name__}")
 
 
 def _text(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
-    """A prompt without special tokens."""
+    """Return a prompt without special tokens."""
     special = {value for value in vars(model.config).values() if isinstance(value, int)}
     word = next(number for number in count() if number not in special)
     ones = torch.ones(1, tokens, dtype=torch.long)
@@ -319,7 +319,7 @@ def _text(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _shortened(mlp: nn.Module, tokens: int, ffn_tokens: int) -> Iterator[None]:
-    """Only the first ``ffn_tokens`` enter; the others get nothing added."""
+    """Make only the first ``ffn_tokens`` tokens enter a feed-forward network, and add zeros to the others."""
 
     def cut(mlp: nn.Module, args: Any) -> Any:
         return tuple(
@@ -344,16 +344,16 @@ def _shortened(mlp: nn.Module, tokens: int, ffn_tokens: int) -> Iterator[None]:
 
 @contextmanager
 def _lora(anatomy: Anatomy, rank: int) -> Iterator[None]:
-    """Adapters beside every linear layer of the decoder, as PEFT runs them; none with rank 0."""
+    """Add LoRA to every linear layer of the decoder, as PEFT runs it; nothing with rank 0."""
 
-    def beside(linear: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def add_lora(linear: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         into = torch.empty(rank, args[0].shape[-1], device="meta", requires_grad=True)
         out = torch.empty(output.shape[-1], rank, device="meta", requires_grad=True)
         return output + F.linear(F.linear(args[0], into), out)
 
     layers: Any = anatomy.decoder.layers
     linears = [module for module in layers.modules() if type(module) is nn.Linear] if rank else []
-    handles = [linear.register_forward_hook(beside) for linear in linears]
+    handles = [linear.register_forward_hook(add_lora) for linear in linears]
     try:
         yield
     finally:

@@ -58,7 +58,7 @@ def llava_without_layers():
         (llava_without_layers, "has no decoder with a list of layers: LlamaModel"),
         (
             lambda: tiny_llava(text="gpt_neox", num_hidden_layers=1),
-            r"layer 0 of the decoder \(GPTNeoXLayer\) is made of .*attention",
+            r"layer 0 of the decoder \(GPTNeoXLayer\) consists of .*attention",
         ),
     ],
 )
@@ -137,11 +137,11 @@ def test_attention_that_cannot_be_read():
     own = model.model.language_model.layers[0].self_attn
     config = SkipConfig(retained=4, skipped=4, select="attention")
     own.forward = lambda hidden_states, **others: (hidden_states, None)
-    with attach(model, config), pytest.raises(UnsupportedModelError, match="LlamaAttention does not hand"):
+    with attach(model, config), pytest.raises(UnsupportedModelError, match="LlamaAttention does not pass"):
         model(**tiny_inputs([["image", 2]]))
     assert own.config is model.model.language_model.layers[1].self_attn.config, "what was changed is back"
     del own.config
-    with pytest.raises(UnsupportedModelError, match="LlamaAttention does not hand queries and keys"):
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention does not pass queries and keys"):
         attach(model, config)
     assert attachment_of(model) is None
 
@@ -305,7 +305,7 @@ def test_an_image_across_two_rows(model):
     )
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[word], [image]])], dim=1)
     del inputs["attention_mask"]
-    with pytest.raises(InputError, match="stretch over two rows"):
+    with pytest.raises(InputError, match="span two rows"):
         model(**inputs)
 
 
@@ -370,5 +370,5 @@ def test_a_config_that_is_none(model):
 )
 def test_costs_of_what_there_cannot_be(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=f"{name}={value}: a whole number"):
+    with pytest.raises(ConfigError, match=f"{name}={value}: expected a whole number"):
         predict_cost(tiny_llava().config, None, **wrong)

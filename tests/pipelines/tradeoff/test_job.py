@@ -65,7 +65,7 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     printed = capsys.readouterr().out
     # Per adapter: full tokens, a grid of two, two methods at one of two budgets; and one point as tuned.
     assert result["points"] == 2 * (1 + 2 + 2) + 1
-    assert printed.count("10.0% cannot be had with this model") == 4
+    assert printed.count("10.0% is too little for this model") == 4
     assert "11 points, 11 to be scored on 6 rows each" in printed
     numbers = {
         (one["point"]["adapter"], one["point"]["method"], json.dumps(one["point"]["skip"])): one

@@ -115,7 +115,7 @@ def test_images_without_placeholders(family):
 def test_no_grid(family):
     batch = tiny_batch(model_of(family), ROW)
     del batch["image_grid_thw"]
-    message = "get_image_features needs image_grid_thw beside pixel_values: pass"
+    message = "get_image_features needs image_grid_thw besides pixel_values: pass"
     refused(family, batch, message)
     refused(family, batch, message, image_grid_thw=None)
 
@@ -124,7 +124,7 @@ def test_no_grid(family):
 def test_pixels_twice(family):
     batch = tiny_batch(model_of(family), ROW)
     batch["pixel_values"] = batch["pixel_values"].repeat(2, 1)
-    refused(family, batch, r"got 128 patches of pixels, but grids \[\[1, 8, 8\]\] that ask for 64")
+    refused(family, batch, r"got 128 patches of pixels, but grids \[\[1, 8, 8\]\] for 64")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])

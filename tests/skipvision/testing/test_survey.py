@@ -122,7 +122,7 @@ GEMMA4 = {
         "text.num_kv_shared_layers": 1,
         "text.layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
-    "experts beside the feed-forward module": {
+    "experts next to the feed-forward module": {
         "text.enable_moe_block": True,
         "text.num_experts": 4,
         "text.top_k_experts": 2,
