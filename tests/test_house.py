@@ -34,12 +34,10 @@ WORDS_THAT_FIT: dict[str, str] = {
 # -------------------------------------------------------------------------------------------- structure
 
 
-@LATER
 def test_no_file_is_longer_than_400_lines():
     assert [f"{file.path}: {file.lines}" for file in HOUSE.packaged() if file.lines > 400] == []
 
 
-@LATER
 def test_no_class_is_longer_than_300_lines():
     assert [(lines, place) for lines, place in HOUSE.longest((ast.ClassDef,)) if lines > 300] == []
 
@@ -49,7 +47,6 @@ def test_the_median_file_has_140_lines_or_fewer(package):
     assert HOUSE.median(package) <= 140
 
 
-@LATER
 def test_no_files_import_each_other():
     assert cycles(HOUSE.imports) == []
 
