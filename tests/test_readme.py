@@ -112,12 +112,15 @@ def test_the_index_lists_every_page():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
 def test_the_code_uses_names_and_fields_that_exist(page):
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
+    text = (ROOT / page).read_text()
+    registered = re.findall(r'sv.register_criterion\("(\w+)"', text)
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sv":
                 assert node.attr in sv.__all__
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "SkipConfig":
                 given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+                given = {field: value for field, value in given.items() if value not in registered}
                 assert sv.SkipConfig(**given)
 
 
