@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
-"""Distributions by the names they are imported by, where these differ; pydantic always installs pydantic_core."""
+"""Distributions by their import names, where these differ; pydantic always installs pydantic_core."""
 INTEGRATIONS = "skipvision.integrations."
 """Modules that another program loads by an entry point; they import that program."""
 
