@@ -1,4 +1,4 @@
-"""What the benchmarks of the endpoint share: one on a Ray of its own, and clients that ask at set times."""
+"""Shared by the endpoint benchmarks: an endpoint on its own local Ray, and clients with timed requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROMPT = "Describe the image."
 SKIP = {"retained": 64, "skipped": 64}
 FULL = {"retained": 1.0, "skipped": 0.0, "summary_tokens": 0}
 _TRIES = 3
-"""As often as the openai client asks, unless told otherwise."""
+"""Attempts of the openai client by default."""
 
 
 # ---------------------------------------------------------------------------------------- the endpoint
@@ -44,18 +44,18 @@ _TRIES = 3
 
 @contextmanager
 def local_endpoint(*, proxy: Proxy = "ray", **settings: Any) -> Iterator[Endpoint]:
-    """An application on a Ray of this process, which ends with the block.
+    """Run the application on a local Ray that ends with the ``with`` block.
 
     Args:
         proxy: as `ServeConfig.proxy`.
-        settings: of `serve.app.build`, beside the model's own.
+        settings: of `serve.app.build`, in addition to the model's.
     """
-    # Beside the benchmark, not below it.
+    # Workers get the same priority as the benchmark.
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ray.init(
         address="local",
-        num_cpus=8,  # Ray's count of what may run; it limits nothing
+        num_cpus=8,  # only Ray's bookkeeping; it limits no process
         include_dashboard=False,
         object_store_memory=200 * 2**20,
         runtime_env={"env_vars": environment},
@@ -74,7 +74,7 @@ def local_endpoint(*, proxy: Proxy = "ray", **settings: Any) -> Iterator[Endpoin
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -82,7 +82,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where it is."""
+    """A running endpoint, by its URL."""
 
     url: str
 
@@ -93,7 +93,7 @@ class Endpoint:
         adapters: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> None:
-        """Put the application there, or another in its place."""
+        """Deploy the application, or redeploy it with other settings."""
         model = {
             "path": str(ROOT / "models" / MODEL),
             "name": MODEL,
@@ -112,17 +112,17 @@ class Endpoint:
         ray_serve.run(build({"models": [model], **settings}), name="skipvision", route_prefix="/")
 
     def statistics(self) -> Any:
-        """Of one engine."""
+        """Return the `Statistics` of one engine."""
         handle = ray_serve.get_deployment_handle(f"engine-{MODEL}", "skipvision")
         return handle.statistics.remote().result()
 
     def engines(self) -> int:
-        """How many run."""
+        """Return the number of running engines."""
         deployments = ray_serve.status().applications["skipvision"].deployments
         return int(deployments[f"engine-{MODEL}"].replica_states.get("RUNNING", 0))
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """Those of this Ray whose title has a text in it."""
+        """Return the processes of this Ray whose title contains a text."""
         found = []
         for process in psutil.Process().children(recursive=True):
             try:
@@ -133,7 +133,7 @@ class Endpoint:
         return found
 
     async def counted(self, session: aiohttp.ClientSession, name: str) -> float:
-        """A counter's sum over all replicas, as it is when the last of them has told it."""
+        """Return a counter's sum over all replicas, after the last of them has reported it."""
         await asyncio.sleep(1.5)
         async with session.get(f"{self.url}/metrics") as page:
             text = await page.text()
@@ -146,18 +146,18 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request.
+    """The outcome of one request.
 
     Attributes:
-        kind: answered whole; refused (4xx); failed (5xx, or a stream that ended with an error event); lost
-            (no answer, or one that breaks off); left (the client went away).
+        kind: answered (completely); refused (4xx); failed (5xx, or a stream that ended with an error event);
+            lost (no answer, or an incomplete one); left (the client disconnected).
         status: HTTP status; 0 = none.
-        at: when it was sent, since the load began (s).
-        seconds: until the end of the answer.
-        first: until its first token (s); streams only.
-        tokens: of the answer.
-        again: times that the client sent it again, as the openai client does.
-        stages: milliseconds by stage, as the endpoint says; answers in one piece only.
+        at: time of sending, from the start of the load (s).
+        seconds: time to the end of the answer.
+        first: time to the first token (s); streams only.
+        tokens: number of tokens of the answer.
+        again: number of retries by the client.
+        stages: milliseconds by stage, as the endpoint reports them; only without streaming.
     """
 
     kind: Literal["answered", "refused", "failed", "lost", "left"]
@@ -171,14 +171,14 @@ class Outcome:
 
     @property
     def between(self) -> float | None:
-        """Seconds from token to token, behind the first."""
+        """Mean seconds between tokens."""
         if self.first is None or self.tokens < 2:
             return None
         return (self.seconds - self.first) / (self.tokens - 1)
 
 
 def bodies(seed: int, **fields: Any) -> Iterator[dict[str, Any]]:
-    """Requests without end, each about another image."""
+    """Yield endless request bodies, over 64 different images in turn."""
     images: list[str] = []
     for number in count():
         if number < 64:
@@ -193,7 +193,7 @@ def bodies(seed: int, **fields: Any) -> Iterator[dict[str, Any]]:
 async def ask(
     session: aiohttp.ClientSession, endpoint: Endpoint, body: Mapping[str, Any], tries: int = _TRIES
 ) -> Outcome:
-    """One request, sent again after half a second if it failed before a word was read."""
+    """Send a request; retry after half a second if it failed before any text arrived."""
     begin = time.perf_counter()
     for again in range(tries):
         outcome = await _ask_once(session, f"{endpoint.url}/v1/chat/completions", body, begin)
@@ -248,13 +248,13 @@ def _stages(header: str) -> dict[str, float]:
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Times of a Poisson process (s)."""
+    """Return the arrival times of a Poisson process (s)."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, size=int(2 * rate * seconds) + 20)
     return [float(time) for time in np.cumsum(gaps) if time < seconds]
 
 
 async def offered(times: Sequence[float], send: Callable[[int], Any]) -> list[Outcome]:
-    """Send each request at its time, whether or not those before are answered; wait for all of them."""
+    """Send each request at its time, without waiting for earlier ones; return all outcomes."""
     begin = time.perf_counter()
 
     async def at(moment: float, number: int) -> Outcome:
@@ -265,22 +265,23 @@ async def offered(times: Sequence[float], send: Callable[[int], Any]) -> list[Ou
 
 
 def session(keep: bool = False) -> aiohttp.ClientSession:
-    """Connections for as many clients as there are, each used once or kept; 90 s without an answer is none.
+    """Open a client session with unlimited connections and a timeout of 90 s.
 
-    One that is kept may have been cut by the process that a fault ended; its next request would be blamed.
+    ``keep`` reuses connections. A killed process may have cut a reused one, and its next request would count
+    as lost.
     """
     connector = aiohttp.TCPConnector(limit=0, force_close=not keep)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=90))
 
 
 def tally(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """How many of each kind."""
+    """Count the outcomes of each kind."""
     kinds = ("answered", "refused", "failed", "lost", "left")
     return {kind: sum(outcome.kind == kind for outcome in outcomes) for kind in kinds}
 
 
 def machine(load: float) -> str:
-    """Where it was measured; ``load`` was the load average before."""
+    """Describe the machine; ``load`` is the load average before the measurement."""
     loads = f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after"
     return (
         f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}, ray {ray.__version__}; {loads}"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models with random weights, a clock that knows its device, samples, tables."""
+"""Shared by the benchmarks: models with random weights, device clocks, samples, tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import skipvision as sv
 from skipvision.anatomy.families import dissect
 
 FULL = "full"
-"""Name of the setting without Skip-Vision: no hook is on the model."""
+"""Name of the setting without Skip-Vision: the model has no hooks."""
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -33,7 +33,7 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a LLaVA: a CLIP tower, a projector of two layers, a Llama decoder."""
+    """Sizes of a LLaVA: a CLIP tower, a two-layer projector, a Llama decoder."""
 
     hidden: int
     intermediate: int
@@ -50,7 +50,7 @@ class Geometry:
 
     @classmethod
     def scaled(cls, hidden: int, layers: int, *, tower: int, tower_layers: int, image: int = 336) -> Self:
-        """Llama-3-8B's proportions at another width; ``tower`` is the width of the tower."""
+        """Return the proportions of Llama-3-8B at another width; ``tower`` is the tower's width."""
         heads = max(1, hidden // (64 if hidden < 2048 else 128))
         return cls(
             hidden=hidden,
@@ -67,7 +67,7 @@ class Geometry:
         )
 
     def config(self) -> LlavaConfig:
-        """The model's config; the last token of the vocabulary is the image placeholder."""
+        """Return the model's config; the last token of the vocabulary is the image placeholder."""
         vision = CLIPVisionConfig(
             hidden_size=self.tower_hidden,
             intermediate_size=self.tower_intermediate,
@@ -97,7 +97,7 @@ class Geometry:
 
 
 def build(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A LLaVA with random weights, made where and as it is wanted: no copy elsewhere, none wider."""
+    """Build a LLaVA with random weights directly on the device and in the dtype, without copies."""
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(
@@ -107,7 +107,7 @@ def build(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 def inputs_for(model: nn.Module, batch: int, text: int) -> dict[str, torch.Tensor]:
-    """Prompts of ``text`` random words around one random image each: four before it, the others behind."""
+    """Build prompts of ``text`` random words and one random image each, after the first four words."""
     weight = next(model.parameters())
     config = model.config
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def inputs_for(model: nn.Module, batch: int, text: int) -> dict[str, torch.Tenso
 
 
 def add_lora(model: nn.Module, rank: int) -> nn.Module:
-    """LoRA on every linear layer of the decoder's layers; all else frozen."""
+    """Add LoRA to every linear layer of the decoder's layers; everything else is frozen."""
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -136,12 +136,12 @@ def add_lora(model: nn.Module, rank: int) -> nn.Module:
 
 
 def setting(name: str) -> sv.SkipConfig | None:
-    """``"100+156"`` as a `SkipConfig`; None for ``"full"``."""
+    """Parse ``"100+156"`` to a `SkipConfig`, and ``"full"`` to None."""
     if name == FULL:
         return None
     match = re.fullmatch(r"(\d+)\+(\d+)", name)
     if match is None:
-        raise SystemExit(f"setting {name!r}: write RETAINED+SKIPPED, e.g. 100+156")
+        raise SystemExit(f"setting {name!r}: expected RETAINED+SKIPPED, for example 100+156")
     return sv.SkipConfig(retained=int(match[1]), skipped=int(match[2]), select="similarity")
 
 
@@ -149,40 +149,39 @@ def setting(name: str) -> sv.SkipConfig | None:
 
 
 def prefill(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
-    """One prefill as generation does it: cache filled, LM head at the last position."""
+    """Run one prefill as `generate` does: with a cache, and the LM head at the last position only."""
     with torch.no_grad():
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
 
 class LoraStep:
-    """One training step: forward, backward, AdamW on LoRA and summary. The loss is taken at the answers.
+    """One training step: forward, backward, and AdamW on LoRA and summary layer. The loss covers the answers.
 
-    With bfloat16 weights LoRA stays in float32 and products run under autocast, as PEFT and this
-    project's fine-tuning do it.
+    With bfloat16 weights LoRA stays in float32 under autocast, as in PEFT and in this project's fine-tuning.
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], answer: int) -> None:
         self.model, self.inputs = model, inputs
         ids = inputs["input_ids"]
-        # Position t speaks of token t + 1.
+        # Position t predicts token t + 1.
         self.positions = torch.arange(ids.shape[1] - answer - 1, ids.shape[1] - 1, device=ids.device)
         self.targets = ids[:, -answer:].reshape(-1)
         self.answers = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - answer).expand_as(ids)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
     def __call__(self, attachment: sv.Attachment | None) -> None:
-        """The step; the summary layer of this attachment learns with the rest."""
+        """Run the step; it also trains the summary layer of this attachment."""
         optimizers = [self.optimizer]
         if attachment is not None and attachment.summary is not None:
             optimizers.append(torch.optim.AdamW(attachment.summary.parameters(), fused=True))
         device = self.targets.device.type
         half = next(self.model.parameters()).dtype == torch.bfloat16
-        given = dict(self.inputs)
+        inputs = dict(self.inputs)
         if attachment is not None:
-            # Training as the decoding will be: answers do not see what leaves the cache before them.
-            given[sv.DECODED_KEYWORD] = self.answers
+            # As in decoding, answers do not see tokens that leave the cache before them.
+            inputs[sv.DECODED_KEYWORD] = self.answers
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            logits = self.model(**given, use_cache=False, logits_to_keep=self.positions).logits
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=self.positions).logits
         F.cross_entropy(logits.float().flatten(0, 1), self.targets).backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -193,13 +192,13 @@ class LoraStep:
 
 
 class Clock:
-    """Points in time on a device's own time line, in seconds."""
+    """A device's own clock, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """Now, as the device will come to it."""
+        """Mark the current point in the device's queue of work."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -207,20 +206,21 @@ class Clock:
         return event
 
     def settle(self) -> None:
-        """Wait until the device has done all it was asked for."""
+        """Wait until the device has finished its work."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def between(self, begin: Any, end: Any) -> float:
-        """Seconds between two marks, after `settle`."""
+        """Return the seconds between two marks, after `settle`."""
         return float(begin.elapsed_time(end)) / 1000 if self.cuda else float(end - begin)
 
 
 @dataclass
 class Sample:
-    """Seconds of one measured call: all of it, planning (select, merge, summary), and restoring.
+    """Seconds of one measured call: in total, for planning, and for restoring.
 
-    Restoring is the way back: hidden states to the caller's length, the cache compacted.
+    Planning is select, merge and summary. Restoring expands hidden states to the caller's length and compacts
+    the cache.
     """
 
     total: float
@@ -234,7 +234,7 @@ def timed(
     clock: Clock,
     call: Callable[[sv.Attachment | None], Any],
 ) -> Sample:
-    """Attach, measure one call, detach."""
+    """Measure one call with Skip-Vision attached."""
     with _attached(model, config, clock) as (attachment, marks):
         clock.settle()
         begin = clock.mark()
@@ -253,7 +253,7 @@ def timed(
 def _attached(
     model: nn.Module, config: sv.SkipConfig | None, clock: Clock
 ) -> Iterator[tuple[sv.Attachment | None, dict[str, Any]]]:
-    """Attachment with a mark before and behind each of its hooks on the decoder."""
+    """Attach Skip-Vision, with a mark before and after each of its hooks on the decoder."""
     marks: dict[str, Any] = {}
     if config is None:
         yield None, marks
@@ -266,7 +266,7 @@ def _attached(
 
         return hook
 
-    # Hooks run in the order they were registered in.
+    # Hooks run in the order of their registration.
     handles = [
         decoder.register_forward_pre_hook(note("arrived")),
         decoder.register_forward_hook(note("decoded")),
@@ -286,7 +286,7 @@ def _attached(
 def interleaved(
     cases: Mapping[str, Callable[[], Sample]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[Sample]]:
-    """Measure all cases in turn, over and over, each round beginning with another one."""
+    """Measure all cases in turn, several rounds, each starting with another case."""
     for _ in range(warm_up):
         for measure in cases.values():
             measure()
@@ -301,7 +301,7 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, lowest and highest of several values."""
+    """Median, minimum and maximum of several values."""
 
     median: float
     low: float
@@ -309,11 +309,11 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of a non-empty sequence."""
+        """Compute the spread of a non-empty sequence."""
         return cls(median(values), min(values), max(values))
 
     def text(self, scale: float = 1.0, digits: int = 0) -> str:
-        """``median (low – high)``, scaled."""
+        """Format as ``median (low – high)``, scaled."""
         middle, low, high = (f"{scale * value:,.{digits}f}" for value in (self.median, self.low, self.high))
         return f"{middle} ({low} – {high})"
 
@@ -322,46 +322,46 @@ class Spread:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
+    """Format a Markdown table; all columns except the first are right-aligned."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def today() -> str:
-    """The date, UTC."""
+    """Return the date in UTC."""
     return datetime.now(UTC).date().isoformat()
 
 
 def versions() -> str:
-    """Versions of what does the work."""
+    """Describe the versions of Python and the main libraries."""
     names = ("torch", "transformers", "peft")
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
 
 
 def processor() -> str:
-    """The CPU's name, the cores seen and the threads used."""
+    """Describe the CPU, its visible cores and torch's threads."""
     name = _cpu_info("model name") or platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively."""
+    """Return whether this CPU multiplies bfloat16 natively."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_info("flags").split())
 
 
 def _cpu_info(name: str) -> str:
-    """A field of Linux's description of the first core; empty elsewhere."""
+    """Return a field of /proc/cpuinfo for the first core; empty on other systems."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def write_part(file: Path, part: str, text: str) -> None:
-    """Replace one generated part of a page: what stands between its two marks."""
+    """Replace the generated part of a page between its two markers."""
     begin, end = f"<!-- generated: {part} -->", f"<!-- end: {part} -->"
     page = file.read_text() if file.exists() else f"{begin}\n{end}\n"
     if begin not in page or end not in page:
-        raise SystemExit(f"{file} has no marks {begin} and {end}: where is the part to go?")
+        raise SystemExit(f"{file} has no markers {begin} and {end}: add them where the part belongs")
     before, rest = page.split(begin, 1)
     after = rest.split(end, 1)[1]
     file.parent.mkdir(parents=True, exist_ok=True)

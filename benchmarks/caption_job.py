@@ -1,10 +1,10 @@
-"""The captioning job under Ray Data against the bare engine, on the same rows.
+"""Compare the captioning job under Ray Data with the bare engine, on the same rows.
 
     python -m benchmarks.caption_job --out docs/benchmarks/engine.md --part caption-job
 
-Each way runs in a process of its own with one torch thread, in turn. The job's rate is its own, from the
-first caption on; reading and preparing happen beside its engine. The bare engine once gets its rows
-ready-made, and once reads and prepares them itself.
+Each way runs in its own process with one torch thread, in turn. The rate of the job is the one that it
+reports, from its first caption on; it reads and prepares images in parallel with its engine. The bare engine
+runs once with prepared rows, and once reads and prepares them itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKENS = 96
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; with --out, write too."""
+    """Measure and print; with --out, update the page."""
     options = _options().parse_args(arguments)
     if options.bare:
         print(json.dumps(_bare(options, ready=options.bare == "ready")))
@@ -73,7 +73,7 @@ def _in_process(options: argparse.Namespace, way: str) -> float:
 
 
 def _job(options: argparse.Namespace) -> float:
-    """The job's own rate: rows a second of this start, once engines ran."""
+    """Return the rate that the job reports: rows per second once its engines run."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "jobs/caption.py", "--name", "benchmark", "--storage", folder]
         words += ["--model.path", str(options.model), "--model.dtype", "float32"]
@@ -86,7 +86,7 @@ def _job(options: argparse.Namespace) -> float:
 
 
 def _last_line(words: Sequence[str]) -> str:
-    # A session of its own: Ray's processes have one as well, and the scheduler shares cores among sessions.
+    # Linux shares cores among sessions. Ray's processes have their own, so this one gets its own as well.
     done = subprocess.run(
         words,
         cwd=ROOT,
@@ -100,7 +100,7 @@ def _last_line(words: Sequence[str]) -> str:
 
 
 def _bare(options: argparse.Namespace, ready: bool) -> float:
-    """Rows a second of `Engine.run`."""
+    """Measure rows per second of `Engine.run`."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -139,13 +139,13 @@ def _options() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--rows", type=int, default=400, help="images (default: %(default)s)")
-    add("--sequences", type=int, default=16, help="captions written at once (default: %(default)s)")
+    add("--sequences", type=int, default=16, help="captions generated at once (default: %(default)s)")
     add("--model", type=Path, default=ROOT / "models/shapes-llava", help="base model (default: %(default)s)")
     images = ROOT / "data/shapes/images/train"
     add("--images", type=Path, default=images, help="folder of images (default: %(default)s)")
-    add("--repeats", type=int, default=2, help="times each way runs (default: %(default)s)")
-    add("--bare", choices=["ready", "alone"], help="only this way, in this process; prints its rate")
-    add("--out", type=Path, help="Markdown page to write into")
+    add("--repeats", type=int, default=2, help="runs of each way (default: %(default)s)")
+    add("--bare", choices=["ready", "alone"], help="run only this way, in this process, and print its rate")
+    add("--out", type=Path, help="Markdown page to update")
     add("--part", default="caption-job", help="name of the page's part (default: %(default)s)")
     return parser
 

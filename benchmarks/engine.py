@@ -1,9 +1,9 @@
-"""What continuous batching over pruned caches gains: throughput, sequences in a budget, the decode step.
+"""The gains of continuous batching over pruned caches: throughput, sequences in a budget, decode step.
 
     python -m benchmarks.engine --dtype bfloat16 --out docs/benchmarks/engine.md
 
-Requests have one image and answers of mixed lengths, drawn once. All ways answer the same requests on the
-same random weights, in turn, several times.
+Requests have one image, and answers of mixed lengths that are drawn once. All ways answer the same requests
+with the same random weights, in turn, several times.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from benchmarks._measure import FULL, Geometry, Spread
 from skipvision.engine import Engine, Request, Sampling
 
 TEXT = 32
-"""Words of every prompt."""
+"""Number of words of every prompt."""
 
 Way = Callable[[], float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; with --out, write too."""
+    """Measure and print; with --out, update the page."""
     options = _options().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _throughput(model: Any, options: argparse.Namespace) -> str:
-    """All ways to answer the same requests."""
+    """Compare all ways to answer the same requests."""
     lengths = _lengths(options.requests, options.seed)
     requests = [
         Request(inputs=_inputs(model, number), sampling=Sampling(max_new_tokens=length))
@@ -110,7 +110,7 @@ def _throughput(model: Any, options: argparse.Namespace) -> str:
 
 
 def _static(model: Any, requests: Sequence[Request], setting: str, batch: int) -> Way:
-    """`generate` over batches in the order of the requests; each waits for its longest answer."""
+    """Run `generate` over batches of requests, in order. Each batch waits for its longest answer."""
 
     def run() -> float:
         begin = time.perf_counter()
@@ -157,7 +157,7 @@ def _under(model: nn.Module, setting: str, run: Way) -> Way:
 
 
 def _lengths(count: int, seed: int) -> list[int]:
-    """Answers as people get them: most short, a few long."""
+    """Draw lengths of answers: most are short, a few long."""
     generator = random.Random(seed)
     return [min(max(round(generator.lognormvariate(3.2, 0.8)), 4), 160) for _ in range(count)]
 
@@ -166,9 +166,9 @@ def _lengths(count: int, seed: int) -> list[int]:
 
 
 def _budget(model: Any, options: argparse.Namespace) -> str:
-    """The most sequences that run at once in one KV budget."""
+    """Find the max number of sequences that run at once in one KV budget."""
     new, budget = 32, options.budget_mib * 2**20
-    most, rows = {}, []
+    running, rows = {}, []
     for setting in (FULL, options.setting):
         config = _measure.setting(setting) or sv.SkipConfig.full()
         with Engine(
@@ -182,7 +182,7 @@ def _budget(model: Any, options: argparse.Namespace) -> str:
                 engine.submit(request)
             engine.step()
             now = engine.statistics()
-            most[setting] = now.running
+            running[setting] = now.running
             rows.append(
                 [
                     setting,
@@ -192,7 +192,7 @@ def _budget(model: Any, options: argparse.Namespace) -> str:
                     f"{now.kv_bytes_used / 2**20:.1f}",
                 ]
             )
-    ratio = most[options.setting] / most[FULL]
+    ratio = running[options.setting] / running[FULL]
     title = f"### Sequences in {options.budget_mib} MiB of keys and values, {new} new tokens each"
     predicted = int(rows[1][2]) / int(rows[0][2])
     table = _measure.table(["setting", "running", "predicted", "reserved MiB", "used MiB"], rows)
@@ -208,7 +208,7 @@ def _entries(model: Any, config: sv.SkipConfig) -> int:
 
 
 def _decode(model: Any, options: argparse.Namespace) -> str:
-    """The decode step against what reading weights and cache once takes."""
+    """Compare the decode step with the time of reading weights and cache once."""
     weights = sum(
         parameter.nbytes
         for name, parameter in model.named_parameters()
@@ -256,7 +256,7 @@ def _steps(engine: Engine, device: torch.device, count: int) -> Iterator[float]:
 
 
 def _bandwidth(size: int, device: torch.device) -> float:
-    """Bytes per second at which as many bytes as the weights have are read once: the best of several."""
+    """Measure the bandwidth of reading as many bytes as the weights have: the best of several runs."""
     values = torch.ones(size // 4, device=device)
     best = 0.0
     for _ in range(7):
@@ -269,7 +269,7 @@ def _bandwidth(size: int, device: torch.device) -> float:
 
 
 def _profile(model: Any, options: argparse.Namespace) -> str:
-    """Where a decode step's time goes, by operator."""
+    """Profile a decode step by operator."""
     config = _measure.setting(options.setting) or sv.SkipConfig.full()
     with Engine(model, None, config, max_sequences=options.batch, kv_budget_bytes=2**31) as engine:
         for _ in range(options.batch):
@@ -328,17 +328,17 @@ def _options() -> argparse.ArgumentParser:
     add("--setting", default="100+156", help="RETAINED+SKIPPED (default: %(default)s)")
     add("--requests", type=int, default=24, help="requests of the throughput part (default: %(default)s)")
     add("--batch", type=int, default=8, help="sequences at once (default: %(default)s)")
-    add("--repeats", type=int, default=3, help="times each way runs (default: %(default)s)")
+    add("--repeats", type=int, default=3, help="runs of each way (default: %(default)s)")
     add("--budget-mib", type=int, default=64, help="KV budget of the budget part (default: %(default)s)")
     add("--decode-rows", type=int, nargs="+", default=[1, 8, 32])
     add("--steps", type=int, default=20, help="decode steps timed (default: %(default)s)")
     add("--hidden", type=int, default=1024, help="width of the decoder (default: %(default)s)")
-    add("--layers", type=int, default=8, help="its layers (default: %(default)s)")
+    add("--layers", type=int, default=8, help="layers of the decoder (default: %(default)s)")
     add("--dtype", default="float32", help="default: %(default)s")
     add("--device", default="cpu", help="default: %(default)s")
     add("--threads", type=int, default=0, help="torch threads; 0 = torch's choice")
-    add("--seed", type=int, default=0, help="of the answers' lengths (default: %(default)s)")
-    add("--out", type=Path, help="Markdown page to write into")
+    add("--seed", type=int, default=0, help="seed of the answers' lengths (default: %(default)s)")
+    add("--out", type=Path, help="Markdown page to update")
     add("--part", default="engine", help="name of the page's part (default: %(default)s)")
     return parser
 

@@ -1,14 +1,14 @@
 """Prefill, LoRA step and decode step at full size on a CUDA device: full tokens against Skip-Vision.
 
-Needs torch, transformers, peft and this library. Weights are random and are made on the device.
-Every run is a piece of a few minutes and adds JSON lines to a file; ``--report`` makes the tables.
+Needs torch, transformers, peft and this library. Weights are random and created on the device.
+Every run takes a few minutes and appends JSON lines to a file; ``--report`` prints the tables.
 
     python -m benchmarks.gpu --geometry llama-3-8b --piece prefill --out gpu.jsonl
     python -m benchmarks.gpu --geometry llama-3-8b --piece train --checkpointing --out gpu.jsonl
     python -m benchmarks.gpu --geometry llama-3-8b --piece prefill --compiled --out gpu.jsonl
     python -m benchmarks.gpu --report gpu.jsonl --page docs/benchmarks/gpu.md
 
-Without a CUDA device the script itself can be tried: ``--device cpu --tiny``.
+To try the script without a CUDA device: ``--device cpu --tiny``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GEOMETRIES = {
         hidden=4096, intermediate=14336, layers=32, heads=32, key_heads=8, vocabulary=128320, **_CLIP_L
     ),
 }
-"""Vicuna-7B and Llama-3-8B behind CLIP-L/336."""
+"""CLIP-L/336 with Vicuna-7B and with Llama-3-8B."""
 
 TINY = Geometry(
     hidden=64,
@@ -66,7 +66,7 @@ Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one piece, or report on those that ran."""
+    """Run one piece, or report on earlier runs."""
     options = _options().parse_args(arguments)
     if options.report:
         text = report([json.loads(line) for line in options.report.read_text().splitlines() if line.strip()])
@@ -76,14 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: to try the script without one, add --device cpu --tiny")
+        raise SystemExit("no CUDA device: add --device cpu --tiny to try the script without one")
     if options.compiled:
-        # One graph for each layer, length and batch; dynamo's own limit would fall back to eager.
+        # One graph for each layer, length and batch. Beyond its default limit dynamo falls back to eager.
         torch._dynamo.config.recompile_limit = 1024
         torch._dynamo.config.accumulated_recompile_limit = 4096
     begin = time.perf_counter()
     for batch in options.batch:
-        gc.collect()  # the last batch's model, before the next one is made
+        gc.collect()  # free the last batch's model before the next one is built
         for record in measure(options, device, batch):
             line = json.dumps(record)
             print(line, flush=True)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace, device: torch.device, batch: int) -> list[Record]:
-    """One piece at one batch size, as one record a setting."""
+    """Measure one piece at one batch size; returns a record for each setting."""
     geometry = TINY if options.tiny else GEOMETRIES[options.geometry]
     model = _measure.build(geometry, device, getattr(torch, options.dtype))
     inputs = _measure.inputs_for(model, batch, options.text)
@@ -107,15 +107,15 @@ def measure(options: argparse.Namespace, device: torch.device, batch: int) -> li
         for name, config in settings.items()
     }
     generates = options.piece != "train"
-    before = {n: _first_word(model, c, inputs) for n, c in settings.items()} if generates else {}
+    before = {n: _first_logits(model, c, inputs) for n, c in settings.items()} if generates else {}
     if options.compiled:
         for layer in dissect(model).decoder.get_submodule("layers").children():
             layer.compile()
     for name, config in settings.items():
         records[name] |= _prepare(cases[name], device, options.compiled)
         if generates and "error" not in records[name]:
-            logits, records[name]["kv_bytes"] = _first_word(model, config, inputs)
-            # What compiling changed: nothing but rounding, or it dropped the hooks.
+            logits, records[name]["kv_bytes"] = _first_logits(model, config, inputs)
+            # Compiling may only change rounding. A larger difference means that it dropped the hooks.
             expected = before[name][0]
             records[name]["difference"] = float((logits - expected).abs().max() / expected.std())
     working = {name: case for name, case in cases.items() if "error" not in records[name]}
@@ -132,7 +132,7 @@ def _cases(
     inputs: Mapping[str, torch.Tensor],
     settings: Mapping[str, sv.SkipConfig | None],
 ) -> dict[str, Callable[[], Sample]]:
-    """For each setting, what measures it once."""
+    """Return, for each setting, a function that measures it once."""
     clock = Clock(model.device)
     if options.piece == "decode":
         return {n: partial(_decode, model, c, clock, inputs, options.steps) for n, c in settings.items()}
@@ -151,7 +151,7 @@ def _cases(
 
 
 def _describe(options: argparse.Namespace, device: torch.device, batch: int) -> Record:
-    """What all records of a run have in common."""
+    """Return the fields that all records of a run share."""
     return {
         "run": f"{time.time():.3f}",
         "date": _measure.today(),
@@ -174,7 +174,7 @@ def _decode(
     inputs: Mapping[str, torch.Tensor],
     steps: int,
 ) -> Sample:
-    """Seconds of one decode step behind a prefill, the mean of several."""
+    """Measure the mean seconds of a decode step after a prefill."""
     mask = inputs["attention_mask"]
     with torch.no_grad(), sv.attach(model, config) if config else nullcontext():
         output = _measure.prefill(model, inputs)
@@ -197,7 +197,7 @@ def _decode(
 
 
 def _prepare(case: Callable[[], Sample], device: torch.device, compiled: bool) -> Record:
-    """Warm one case up; note peak memory, and what compiling did, or why it cannot run."""
+    """Warm up one case; returns peak memory and compile statistics, or the reason why it cannot run."""
     counters.clear()
     begin = time.perf_counter()
     try:
@@ -218,10 +218,10 @@ def _prepare(case: Callable[[], Sample], device: torch.device, compiled: bool) -
     return found
 
 
-def _first_word(
+def _first_logits(
     model: nn.Module, config: sv.SkipConfig | None, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, int]:
-    """Logits behind a prefill, and the bytes of its cache."""
+    """Return the logits of a prefill and the bytes of its cache."""
     with sv.attach(model, config) if config else nullcontext():
         output = _measure.prefill(model, inputs)
         return output.logits.float(), cache_bytes(output.past_key_values)
@@ -249,7 +249,7 @@ def _predicted(
 
 
 def report(records: Sequence[Record]) -> str:
-    """All runs as Markdown, one table a run."""
+    """Format all runs as Markdown, with one table each."""
     runs: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for record in records:
         runs[record["run"], record["batch"]].append(record)
@@ -261,7 +261,7 @@ def _report_run(records: Sequence[Record]) -> str:
     work = {"prefill": "Prefill", "train": "LoRA training step", "decode": "Decode step"}[first["piece"]]
     notes = [f"batch {first['batch']}", first["dtype"], "compiled layers" if first["compiled"] else "eager"]
     if first["checkpointing"]:
-        notes.append("gradient checkpointing (what is computed again is not in the FLOPs)")
+        notes.append("gradient checkpointing (FLOPs exclude the recomputation)")
     lines = [
         f"### {work}, {first['geometry']}, {', '.join(notes)}",
         f"{first['date']}; {first['device']}; {first['versions']}; {first['text']} text tokens a row.",
@@ -347,9 +347,9 @@ def _options() -> argparse.ArgumentParser:
     add("--device", default="cuda")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--tiny", action="store_true", help="a tiny model instead of the geometry, to try the script")
-    add("--out", type=Path, help="file that JSON lines are added to")
-    add("--report", type=Path, metavar="FILE", help="make tables of such a file instead of measuring")
-    add("--page", type=Path, help="with --report: Markdown page whose generated part is to be replaced")
+    add("--out", type=Path, help="file to append JSON lines to")
+    add("--report", type=Path, metavar="FILE", help="print the tables of such a file instead of measuring")
+    add("--page", type=Path, help="with --report: Markdown page to update")
     return parser
 
 

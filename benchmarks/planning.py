@@ -1,9 +1,9 @@
-"""What deciding costs: select, merge and summary, apart from the model and as a share of its prefill.
+"""The cost of planning (select, merge, summary), by itself and as a share of a prefill.
 
     python -m benchmarks.planning --out docs/benchmarks/planning.md
 
-The first table times the steps on random embeddings of Llama-3-8B's width and sets their FLOPs against
-its prefill's. The second times real prefills of a narrower decoder.
+The first table times the steps on random embeddings of Llama-3-8B's width, and compares their FLOPs with its
+prefill. The second table times real prefills of a narrower decoder.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from skipvision.summary import SummaryLayer
 from skipvision.tokens import VisualTokens
 
 TEXT = 32
-"""Text tokens of every row."""
+"""Number of text tokens of every row."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; with --out, write too."""
+    """Measure and print; with --out, update the page."""
     options = _options().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -76,7 +76,7 @@ def _config(select: str = "similarity") -> sv.SkipConfig:
 
 
 def _part(select: str, tokens: int, batch: int, width: int, dtype: torch.dtype, repeats: int) -> list[str]:
-    """One row of the first table: a batch of rows with one image each."""
+    """Measure one row of the first table: a batch of prompts with one image each."""
     generator = torch.Generator().manual_seed(0)
     config = _config(select)
     visual = torch.zeros(batch, tokens + TEXT, dtype=torch.bool)
@@ -123,7 +123,7 @@ def _part(select: str, tokens: int, batch: int, width: int, dtype: torch.dtype, 
 def _prefill(
     select: str, tokens: int, batch: int, options: argparse.Namespace, dtype: torch.dtype
 ) -> list[str]:
-    """One row of the second table; the tower is small, so that the decoder is what counts."""
+    """Measure one row of the second table. The tower is small, so that the decoder dominates."""
     side = round(tokens**0.5)
     geometry = Geometry.scaled(options.hidden, options.layers, tower=64, tower_layers=2, image=14 * side)
     model = _measure.build(geometry, torch.device("cpu"), dtype)
@@ -162,16 +162,16 @@ def _options() -> argparse.ArgumentParser:
     )
     add("--tokens", type=int, nargs="+", default=[576, 2880], help="visual tokens of an image")
     add("--batch", type=int, nargs="+", default=[1, 16])
-    add("--width", type=int, default=4096, help="of the embeddings in the first table")
-    add("--repeats", type=int, default=9, help="of each row in the first table")
+    add("--width", type=int, default=4096, help="width of the embeddings in the first table")
+    add("--repeats", type=int, default=9, help="runs of each row in the first table")
     add("--prefill", type=_pair, nargs="+", default=[(576, 1), (576, 16), (2880, 1)], metavar="TOKENSxBATCH")
     add("--hidden", type=int, default=1024, help="width of the decoder in the second table")
     add("--layers", type=int, default=8)
     add("--prefill-repeats", type=int, default=5)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
-    add("--out", type=Path, help="Markdown page of which a generated part is to be replaced")
-    add("--part", default="table", help="that part's name")
+    add("--out", type=Path, help="Markdown page to update")
+    add("--part", default="table", help="name of the page's generated part")
     return parser
 
 

@@ -1,11 +1,10 @@
-"""What becomes of requests when something breaks, in numbers.
+"""Outcomes of requests to an endpoint in which something breaks.
 
     python -m benchmarks.serve_faults --out docs/benchmarks/serving.md --part faults
 
-Two ingresses and two engines answer a steady stream of requests for an adapter out of MLflow, half of them
-streamed; then, under that load, a process is killed or something else goes wrong, twice. Clients send a
-request again as the openai client does: twice at most, half a second later, if it failed before a word of it
-was read.
+Two ingresses and two engines answer a steady stream of requests for an adapter from MLflow, half of them
+streamed. Under that load a process is killed, or another fault occurs, twice. Clients retry as the openai
+client does: at most twice, after half a second, if a request failed before any text arrived.
 """
 
 from __future__ import annotations
@@ -38,20 +37,22 @@ from serve.config import Proxy
 
 ADAPTER = "shapes"
 LISTENS: dict[Proxy, str] = {"ray": "::ProxyActor", "haproxy": "haproxy"}
-"""Titles of the processes that clients are connected to."""
+"""Titles of the processes that accept the clients' connections."""
 
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass
 class Load:
-    """Requests that come all the time.
+    """A steady stream of requests.
 
     Attributes:
-        proxy: in front.
-        rate: requests a second.
-        seconds: of each case.
-        tokens: of each answer at most.
+        endpoint: receives the requests.
+        session: of the clients.
+        proxy: the endpoint's HTTP proxy.
+        rate: requests per second.
+        seconds: duration of each case.
+        tokens: max tokens of each answer.
     """
 
     endpoint: Endpoint
@@ -64,14 +65,14 @@ class Load:
     async def during(
         self, fault: Callable[[], Awaitable[Any]] | None, send: Callable[..., Any] | None = None
     ) -> list[Outcome]:
-        """What becomes of the requests of one case; the fault comes after a third of it, and again after two.
+        """Run one case and return the outcomes; the fault occurs after a third and after two thirds of it.
 
-        ``send`` asks in place of `_endpoint.ask`.
+        ``send`` replaces `_endpoint.ask`.
         """
-        asked = _endpoint.bodies(0, model=ADAPTER, max_tokens=self.tokens, skip=SKIP)
+        requests = _endpoint.bodies(0, model=ADAPTER, max_tokens=self.tokens, skip=SKIP)
 
         async def one(number: int) -> Outcome:
-            body = {**next(asked), **(STREAMED if number % 2 else {})}
+            body = {**next(requests), **(STREAMED if number % 2 else {})}
             return await (send or _endpoint.ask)(self.session, self.endpoint, body)
 
         async def breaks() -> None:
@@ -85,10 +86,10 @@ class Load:
         return outcomes
 
     async def settled(self) -> None:
-        """Return when all engines and ingresses run again, and can be reached."""
+        """Wait until all engines and ingresses run again and can be reached."""
         for _ in range(240):
             await asyncio.sleep(0.5)
-            if not await asyncio.to_thread(_whole, self.endpoint, self.proxy):
+            if not await asyncio.to_thread(_is_complete, self.endpoint, self.proxy):
                 continue
             with contextlib.suppress(aiohttp.ClientError):
                 async with self.session.get(f"{self.endpoint.url}/healthz") as response:
@@ -97,11 +98,11 @@ class Load:
         raise SystemExit("the endpoint did not recover within two minutes")
 
 
-def _whole(endpoint: Endpoint, proxy: Proxy) -> bool:
+def _is_complete(endpoint: Endpoint, proxy: Proxy) -> bool:
     try:
         alive = [len(endpoint.processes(title)) for title in (":ingress", LISTENS[proxy])]
         return endpoint.engines() == 2 and alive == [2, 1]
-    except Exception:  # the controller is the one that has been killed
+    except Exception:  # the controller itself may have been killed
         return False
 
 
@@ -109,18 +110,18 @@ def _whole(endpoint: Endpoint, proxy: Proxy) -> bool:
 
 
 def killing(endpoint: Endpoint, title: str) -> Callable[[], Awaitable[None]]:
-    """SIGKILL to one process of the endpoint, once there is one again."""
+    """Return a fault that sends SIGKILL to one process of the endpoint, once it exists again."""
 
     async def kill() -> None:
-        while not (there := endpoint.processes(title)):
+        while not (running := endpoint.processes(title)):
             await asyncio.sleep(0.2)
-        there[0].send_signal(signal.SIGKILL)
+        running[0].send_signal(signal.SIGKILL)
 
     return kill
 
 
 def _narrow(address: Any) -> socket.socket:
-    """A socket with small buffers at both ends: the sender's grows with the segments that it may send."""
+    """Create a socket with small buffers at both ends; the sender's buffer grows with the segment size."""
     one = socket.socket(*address[:3])
     one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
@@ -128,7 +129,7 @@ def _narrow(address: Any) -> socket.socket:
 
 
 async def slow(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[str, Any]) -> Outcome:
-    """A client that reads a stream, larger than all buffers on its way, little by little; or asks."""
+    """Slowly read a stream larger than all buffers on its way. Other requests are sent as usual."""
     if not body.get("stream"):
         return await _endpoint.ask(session, endpoint, body)
     read, large = b"", {**body, "n": 6, "logprobs": True, "top_logprobs": 20}
@@ -144,7 +145,7 @@ async def slow(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[st
 
 
 async def leaving(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[str, Any]) -> Outcome:
-    """A client that closes its stream in the middle, or asks the usual way."""
+    """Disconnect in the middle of a stream. Other requests are sent as usual."""
     if not body.get("stream"):
         return await _endpoint.ask(session, endpoint, body)
     async with session.post(f"{endpoint.url}/v1/chat/completions", json=body) as response:
@@ -153,7 +154,7 @@ async def leaving(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict
 
 
 def hostile() -> Iterator[str]:
-    """Images that are too large, are none, or lie inside the network."""
+    """Yield URLs of images that are too large, not images, or inside the network."""
 
     def data(content: bytes, kind: str = "image/png") -> str:
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
@@ -174,7 +175,7 @@ def hostile() -> Iterator[str]:
 
 
 def attacking(images: Iterator[str]) -> Callable[..., Awaitable[Outcome]]:
-    """Every second request has such an image."""
+    """Return a client whose every second request has such an image."""
 
     async def send(session: aiohttp.ClientSession, endpoint: Endpoint, body: dict[str, Any]) -> Outcome:
         if not body.get("stream"):
@@ -190,7 +191,7 @@ def attacking(images: Iterator[str]) -> Callable[..., Awaitable[Outcome]]:
 
 @contextmanager
 def registry(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """An MLflow server with an adapter under an alias."""
+    """Run an MLflow server with a registered adapter under an alias."""
     port = _endpoint.free_port()
     database = f"sqlite:///{folder / 'mlflow.db'}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
@@ -202,7 +203,7 @@ def registry(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         "--port",
         str(port),
     ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes more
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # saves a dozen processes
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -233,13 +234,13 @@ def _register(url: str, folder: Path) -> None:
         except TrackingError:
             time.sleep(1)
     else:
-        raise SystemExit(f"MLflow did not start; see {folder / 'server.log'}")
+        raise SystemExit(f"MLflow did not start: see {folder / 'server.log'}")
     tracker.register(folder / "adapter", ADAPTER, "champion")
     tracker.close()
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """Kill the server with its workers: the group is its own."""
+    """Kill the server's process group, which includes its workers."""
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -249,7 +250,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subprocess.Popen[bytes]) -> str:
-    """All cases, one after the other."""
+    """Run all cases in turn; returns the table."""
     sizes = count(12)
 
     async def redeployed() -> None:
@@ -260,7 +261,7 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
 
     async with _endpoint.session() as session:
         load = Load(endpoint, session, options.proxy, options.rate, options.seconds, options.tokens)
-        await load.during(None)  # everything has been used once
+        await load.during(None)  # warm up
         cases: dict[str, Callable[[], Awaitable[list[Outcome]]]] = {
             "nothing": lambda: load.during(None),
             "engine replica killed": lambda: load.during(killing(endpoint, f":engine-{MODEL}")),
@@ -284,12 +285,12 @@ async def measured(options: argparse.Namespace, endpoint: Endpoint, server: subp
         left = await asyncio.to_thread(endpoint.statistics)
     head = ["fault", "sent", "answered", "refused (4xx)", "failed or error event", "lost", "left"]
     head += ["given to another replica", "sent again by the client"]
-    places = f"At the end {left.running} answers ran and {left.waiting} requests waited."
-    return f"{_measure.table(head, rows)}\n\n{places}"
+    remaining = f"At the end {left.running} answers ran and {left.waiting} requests waited."
+    return f"{_measure.table(head, rows)}\n\n{remaining}"
 
 
 async def _moved(endpoint: Endpoint, session: aiohttp.ClientSession) -> float:
-    """Requests that an ingress has given to another engine, or the proxy to another ingress."""
+    """Count requests that an ingress moved to another engine, or the proxy to another ingress."""
     return sum([await endpoint.counted(session, name) for name in ("retries", "front_retries")])
 
 
@@ -300,10 +301,10 @@ def _row(name: str, outcomes: Sequence[Outcome], moved: float) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Break everything in turn and print the table; with --out, write too."""
+    """Run all faults and print the table; with --out, update the page."""
     options = _options().parse_args(arguments)
     load = os.getloadavg()[0]
-    os.environ |= {"RAY_metrics_report_interval_ms": "500"}  # for counters that can be read at once
+    os.environ |= {"RAY_metrics_report_interval_ms": "500"}  # so that counters are current
     with tempfile.TemporaryDirectory() as folder, registry(Path(folder)) as (url, server):
         options.settings = {
             "ingresses": 2,
@@ -329,12 +330,12 @@ def _options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--rate", type=float, default=5.0, help="requests a second (default: %(default)s)")
-    add("--seconds", type=float, default=30.0, help="of each case (default: %(default)s)")
-    add("--tokens", type=int, default=48, help="of each answer, at most (default: %(default)s)")
-    add("--proxy", choices=["ray", "haproxy"], default="ray", help="in front (default: %(default)s)")
-    add("--cases", nargs="+", help="only these rows of the table")
-    add("--out", type=Path, help="Markdown page to write into")
+    add("--rate", type=float, default=5.0, help="requests per second (default: %(default)s)")
+    add("--seconds", type=float, default=30.0, help="duration of each case (default: %(default)s)")
+    add("--tokens", type=int, default=48, help="max tokens of each answer (default: %(default)s)")
+    add("--proxy", choices=["ray", "haproxy"], default="ray", help="HTTP proxy (default: %(default)s)")
+    add("--cases", nargs="+", help="run only these rows of the table")
+    add("--out", type=Path, help="Markdown page to update")
     add("--part", default="faults", help="name of the page's part (default: %(default)s)")
     return parser
 

@@ -1,10 +1,9 @@
-"""The endpoint under load: rates and latencies, what the framework costs, scaling, and a long run.
+"""The endpoint under load: rates and latencies, overhead of the framework, scaling, and a long run.
 
     python -m benchmarks.serve_load --parts load overhead scaling soak --out docs/benchmarks/serving.md
 
-Requests come at the times of a seeded Poisson process, whether or not those before are answered; each asks
-for the caption of another image, and no image is read from the prefix cache. Clients, HTTP, ingress and
-engine share the machine's cores.
+Requests arrive by a seeded Poisson process, without waiting for earlier answers. They caption 64 images in
+turn, without the prefix cache. Clients, HTTP, ingress and engine share the machine's cores.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ ENGINE_STAGES = ("queue", "prefill", "decode")
 
 
 def tail(values: Sequence[float], scale: float = 1000.0, digits: int = 0) -> list[str]:
-    """Median, 95 % and 99 % quantile, in milliseconds."""
+    """Format the median, 95 % and 99 % quantile, in milliseconds."""
     if len(values) < 2:
         return ["–"] * 3
     cuts = quantiles(values, n=100, method="inclusive")
@@ -55,7 +54,7 @@ def tail(values: Sequence[float], scale: float = 1000.0, digits: int = 0) -> lis
 
 
 async def load(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp.ClientSession) -> str:
-    """A table by offered rate and setting, and its picture."""
+    """Measure each offered rate and setting; returns a table and its figure."""
     rows, drawn = [], {}
     for name, skip in SETTINGS.items():
         for rate in options.rates:
@@ -71,10 +70,10 @@ async def load(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp
             rows.append([*cells, *tail(first)[:2], *tail(between, digits=1)[:2]])
             drawn.setdefault(name, []).append((sent, served, median(first or [float("nan")])))
             print(rows[-1], file=sys.stderr, flush=True)
-    picture = _picture(options, "load", lambda axes: _draw_load(axes, drawn), 2)
+    figure = _figure(options, "load", lambda axes: _draw_load(axes, drawn), 2)
     head = ["setting", "offered requests/s", "answered requests/s", "answered", "refused (429)", "failed"]
     head += [f"{what} {which}" for what in ("TTFT ms", "TPOT ms") for which in ("p50", "p95")]
-    return f"{_measure.table(head, rows)}\n{picture}"
+    return f"{_measure.table(head, rows)}\n{figure}"
 
 
 async def _offer(
@@ -84,10 +83,10 @@ async def _offer(
     rate: float,
     skip: dict[str, Any],
 ) -> tuple[list[Outcome], float]:
-    asked = _endpoint.bodies(1, max_tokens=options.tokens, skip=skip, **STREAMED)
+    requests = _endpoint.bodies(1, max_tokens=options.tokens, skip=skip, **STREAMED)
     times = _endpoint.arrivals(rate, options.seconds, seed=1)
     begin = time.perf_counter()
-    outcomes = await _endpoint.offered(times, lambda _: _endpoint.ask(session, endpoint, next(asked), 1))
+    outcomes = await _endpoint.offered(times, lambda _: _endpoint.ask(session, endpoint, next(requests), 1))
     return outcomes, time.perf_counter() - begin
 
 
@@ -106,15 +105,15 @@ def _draw_load(axes: Any, drawn: dict[str, list[tuple[float, float, float]]]) ->
 
 
 async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp.ClientSession) -> str:
-    """One request after the other, through the endpoint and through an engine in this process, in turn."""
-    asked = _endpoint.bodies(2, max_tokens=options.tokens, skip=SKIP)
+    """Send one request at a time, through the endpoint and through an engine in this process, in turn."""
+    requests = _endpoint.bodies(2, max_tokens=options.tokens, skip=SKIP)
     through: list[Outcome] = []
     bare: list[float] = []
     ready: list[float] = []
     hops: dict[str, list[float]] = {"/v1/models": [], "/healthz": []}
     with _bare_engine() as alone:
         for number in range(options.requests + 5):
-            body = next(asked)
+            body = next(requests)
             through.append(await _endpoint.ask(session, endpoint, body, 1))
             for into, seconds in zip((bare, ready), await alone(body), strict=True):
                 into.append(1000 * seconds)
@@ -123,7 +122,7 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
                 async with session.get(endpoint.url + path) as response:
                     await response.read()
                 taken.append(1000 * (time.perf_counter() - begin))
-            if number == 4:  # everything has been used by now
+            if number == 4:  # end of the warm-up
                 through, bare, ready, hops = [], [], [], {path: [] for path in hops}
     parts: dict[str, list[float]] = {"endpoint": [1000 * outcome.seconds for outcome in through]}
     parts["bare engine, from an image's file to the answer"] = bare
@@ -133,12 +132,12 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
     engine = [sum(outcome.stages.get(stage, 0.0) for stage in ENGINE_STAGES) for outcome in through]
     parts["the endpoint's engine"] = engine
     parts["overhead around it: endpoint − its own engine"] = _differences(parts["endpoint"], engine)
-    for stage, says in (
+    for stage, meaning in (
         ("media", "base64 to an image's file"),
         ("prepare", "file to pixels, template, tokenizer, image processor"),
         ("rest", "ingress to engine and back"),
     ):
-        parts[f"… {stage}: {says}"] = [outcome.stages[stage] for outcome in through]
+        parts[f"… {stage}: {meaning}"] = [outcome.stages[stage] for outcome in through]
     inside = [sum(outcome.stages.values()) for outcome in through]
     parts["… HTTP: client, proxy, ingress"] = _differences(parts["endpoint"], inside)
     parts["for comparison: `GET /v1/models`, answered by the ingress"] = hops["/v1/models"]
@@ -153,7 +152,7 @@ def _differences(whole: Sequence[float], part: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _bare_engine() -> Iterator[Callable[[dict[str, Any]], Awaitable[tuple[float, float]]]]:
-    """An engine in this process; gives the seconds of a request, with and without those of preparing it."""
+    """Run an engine in this process; yields a function that times a request, with and without preparation."""
     torch.set_num_threads(1)
     path = _endpoint.ROOT / "models" / MODEL
     processor: Any = AutoProcessor.from_pretrained(path)
@@ -181,7 +180,7 @@ def _bare_engine() -> Iterator[Callable[[dict[str, Any]], Awaitable[tuple[float,
 
 
 async def scaling(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp.ClientSession) -> str:
-    """One engine, three under load, one again: a timeline."""
+    """Record a timeline: one engine, up to three under load, and one again."""
     low, high = options.timeline_rates
     third = options.timeline_seconds / 3
     times = [
@@ -189,25 +188,23 @@ async def scaling(options: argparse.Namespace, endpoint: Endpoint, session: aioh
         for begin, rate in ((0.0, low), (third, high), (2 * third, low))
         for moment in _endpoint.arrivals(rate, third, seed=3)
     ]
-    asked = _endpoint.bodies(3, max_tokens=options.tokens, skip=SKIP, **STREAMED)
+    requests = _endpoint.bodies(3, max_tokens=options.tokens, skip=SKIP, **STREAMED)
     counts: list[tuple[float, int]] = []
     begin = time.perf_counter()
     sampler = asyncio.create_task(_sampled(counts, begin, endpoint.engines, 0.5))
-    outcomes = await _endpoint.offered(times, lambda _: _endpoint.ask(session, endpoint, next(asked), 1))
+    outcomes = await _endpoint.offered(times, lambda _: _endpoint.ask(session, endpoint, next(requests), 1))
     while counts[-1][1] > 1 and time.perf_counter() - begin < options.timeline_seconds + 60:
         await asyncio.sleep(0.5)
     sampler.cancel()
-    picture = _picture(
-        options, "scaling", lambda axes: _draw_scaling(axes, times, outcomes, counts, third), 3
-    )
+    figure = _figure(options, "scaling", lambda axes: _draw_scaling(axes, times, outcomes, counts, third), 3)
     changes = [
         counts[0],
         *(now for before, now in pairwise(counts) if before[1] != now[1]),
     ]
-    said = ", ".join(f"{number} from {moment:.0f} s on" for moment, number in changes)
+    engines = ", ".join(f"{number} from {moment:.0f} s on" for moment, number in changes)
     found = _endpoint.tally(outcomes)
     done = ", ".join(f"{count} {kind}" for kind, count in found.items())
-    return f"Engines: {said}. Of {len(outcomes)} requests: {done}.\n{picture}"
+    return f"Engines: {engines}. Of {len(outcomes)} requests: {done}.\n{figure}"
 
 
 async def _sampled(
@@ -239,15 +236,15 @@ def _draw_scaling(
 
 
 async def soak(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp.ClientSession) -> str:
-    """As many clients as an engine has places and more, for long; then what is left of it."""
-    asked = _endpoint.bodies(4, max_tokens=options.tokens)
+    """Keep more clients busy than the engine has rows, for a long time; returns memory and leftovers."""
+    requests = _endpoint.bodies(4, max_tokens=options.tokens)
     outcomes: list[Outcome] = []
     memory: list[tuple[float, dict[str, float]]] = []
     begin = time.perf_counter()
 
     async def client(number: int) -> None:
         while time.perf_counter() - begin < options.soak:
-            body = {**next(asked), **(STREAMED if number % 2 else {})}
+            body = {**next(requests), **(STREAMED if number % 2 else {})}
             outcomes.append(await _endpoint.ask(session, endpoint, body, 1))
 
     sampler = asyncio.create_task(_sampled(memory, begin, lambda: _resident(endpoint), options.soak / 60))
@@ -257,7 +254,7 @@ async def soak(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp
     left = await asyncio.to_thread(endpoint.statistics)
     found = _endpoint.tally(outcomes)
     done = ", ".join(f"{count} {kind}" for kind, count in found.items())
-    picture = _picture(options, "soak", lambda axes: _draw_soak(axes, memory), 1)
+    figure = _figure(options, "soak", lambda axes: _draw_soak(axes, memory), 1)
     rows = []
     for role in ROLES:
         values = [sizes[role] for _, sizes in memory]
@@ -269,12 +266,12 @@ async def soak(options: argparse.Namespace, endpoint: Endpoint, session: aiohttp
         f"{options.clients} clients without a pause for {seconds:.0f} s, half of them streaming: {done}; "
         f"{len(outcomes) / seconds:.1f} requests/s. Afterwards {left.running} answers ran, {left.waiting} "
         f"requests waited, and {left.kv_bytes_reserved} bytes of the KV cache were reserved.\n\n"
-        f"{_measure.table(head, rows)}\n{picture}"
+        f"{_measure.table(head, rows)}\n{figure}"
     )
 
 
 def _resident(endpoint: Endpoint) -> dict[str, float]:
-    """MiB that the processes of each kind hold."""
+    """Return the resident memory of each kind of process, in MiB."""
     sizes = {}
     for role, title in ROLES.items():
         sizes[role] = sum(process.memory_info().rss for process in endpoint.processes(title)) / 2**20
@@ -291,8 +288,8 @@ def _draw_soak(axes: Any, memory: Sequence[tuple[float, dict[str, float]]]) -> N
 # ----------------------------------------------------------------------------------------- the command
 
 
-def _picture(options: argparse.Namespace, name: str, draw: Callable[[Any], None], panels: int) -> str:
-    """A PNG beside the page, and the line that shows it; nothing without a page."""
+def _figure(options: argparse.Namespace, name: str, draw: Callable[[Any], None], panels: int) -> str:
+    """Save a PNG next to the page; returns the Markdown that shows it, or nothing without a page."""
     if options.out is None:
         return ""
     from matplotlib.figure import Figure
@@ -333,7 +330,7 @@ async def _run(options: argparse.Namespace, part: str, endpoint: Endpoint) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; with --out, write each part between its marks."""
+    """Measure and print; with --out, update each part of the page."""
     options = _options().parse_args(arguments)
     command = "python -m benchmarks.serve_load " + " ".join(arguments or sys.argv[1:])
     for part in options.parts:
@@ -353,17 +350,22 @@ def _options() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--parts", nargs="+", choices=list(PARTS), default=["load", "overhead", "scaling"])
-    add("--tokens", type=int, default=32, help="of each answer, at most (default: %(default)s)")
-    add("--rates", type=float, nargs="+", default=[2, 4, 8, 12, 16, 24], help="load: requests/s offered")
-    add("--seconds", type=float, default=15.0, help="load: of each rate (default: %(default)s)")
+    add("--tokens", type=int, default=32, help="max tokens of each answer (default: %(default)s)")
+    add("--rates", type=float, nargs="+", default=[2, 4, 8, 12, 16, 24], help="load: offered requests/s")
+    add("--seconds", type=float, default=15.0, help="load: seconds at each rate (default: %(default)s)")
     add("--requests", type=int, default=100, help="overhead: requests (default: %(default)s)")
     add("--timeline-rates", type=float, nargs=2, default=[1, 12], help="scaling: low and high requests/s")
-    add("--timeline-seconds", type=float, default=120.0, help="scaling: of load (default: %(default)s)")
+    add(
+        "--timeline-seconds",
+        type=float,
+        default=120.0,
+        help="scaling: seconds of load (default: %(default)s)",
+    )
     add("--soak", type=float, default=600.0, help="soak: seconds (default: %(default)s)")
     add("--clients", type=int, default=24, help="soak: clients at once (default: %(default)s)")
-    add("--proxy", choices=["ray", "haproxy"], default="ray", help="in front (default: %(default)s)")
-    add("--out", type=Path, help="Markdown page to write into; pictures go beside it")
-    add("--part", help="name of the page's part, if it is not the part's own")
+    add("--proxy", choices=["ray", "haproxy"], default="ray", help="HTTP proxy (default: %(default)s)")
+    add("--out", type=Path, help="Markdown page to update; figures are saved next to it")
+    add("--part", help="name of the page's part (default: the name of the measured part)")
     return parser
 
 

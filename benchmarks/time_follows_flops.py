@@ -1,8 +1,8 @@
 """Does time follow FLOPs? Full tokens against Skip-Vision, prefill and LoRA step, on a CPU.
 
-A LLaVA with random weights whose layers share out their FLOPs as Llama-3-8B's do (attention's
-products 19 %, FFN 81 %) and whose vision tower weighs as little as there. All settings are measured
-in turn within one run, so that a machine's mood hits them alike.
+The model is a LLaVA with random weights. Its layers divide their FLOPs as Llama-3-8B's do (projections of
+attention 19 %, FFN 81 %), and its vision tower has the same small share. All settings are measured in turn
+within one run, so that changes in the machine's load affect them equally.
 
     python -m benchmarks.time_follows_flops --repeats 9 --out docs/benchmarks/time_follows_flops.md
 """
@@ -26,14 +26,14 @@ from benchmarks import _measure
 from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample, Spread
 
 TARGET = 1.15
-"""Time ratio ÷ FLOPs ratio that we promise to stay below."""
+"""Max time ratio ÷ FLOPs ratio that the project promises."""
 
 Call = Callable[[sv.Attachment | None], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting's results in one dtype."""
+    """Results of one setting in one dtype."""
 
     setting: str
     predicted: int
@@ -42,7 +42,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print; with --out, write too."""
+    """Measure and print; with --out, update the page."""
     options = _options().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = []
     for dtype in options.dtype:
         if dtype == "bfloat16" and not _measure.native_bfloat16():
-            print("bfloat16 left out: this CPU does not multiply it natively", file=sys.stderr)
+            print("skipping bfloat16: this CPU does not multiply it natively", file=sys.stderr)
             continue
         sections += _measure_dtype(options, dtype)
     command = "python -m benchmarks.time_follows_flops " + " ".join(arguments or sys.argv[1:])
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure_dtype(options: argparse.Namespace, dtype: str) -> list[str]:
-    """Both tables of one dtype, as Markdown."""
+    """Return both tables of one dtype as Markdown."""
     device = torch.device("cpu")
     model = _measure.build(_geometry(options), device, getattr(torch, dtype))
     inputs = _measure.inputs_for(model, options.batch, options.text)
@@ -103,7 +103,7 @@ def _measure_settings(
     settings = {name: _measure.setting(name) for name in [FULL, *options.settings]}
     flops = {}
     for name, config in settings.items():
-        # Counting runs the call, so it warms up too.
+        # Counting runs the call, so it is a warm-up as well.
         flops[name] = sv.measure_flops(partial(_measure.timed, model, config, clock, call))
         if options.profile:
             _print_profile(name, partial(_measure.timed, model, config, clock, call))
@@ -119,7 +119,7 @@ def _table(rows: Sequence[Row]) -> str:
     full = rows[0]
     cells = []
     for row in rows:
-        # Paired by round: both were measured within the same few seconds.
+        # Pair the samples of a round: they were measured within the same few seconds.
         pairs = zip(row.samples, full.samples, strict=True)
         ratio = Spread.of([sample.total / whole.total for sample, whole in pairs])
         flops = row.measured / full.measured
@@ -154,7 +154,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _print_profile(name: str, call: Callable[[], Sample]) -> None:
-    """Where the time of one call goes, operation by operation."""
+    """Print the time of one call by operator."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         sample = call()
     print(f"\n{name}: {sample}")
@@ -164,8 +164,8 @@ def _print_profile(name: str, call: Callable[[], Sample]) -> None:
 
 
 def _geometry(options: argparse.Namespace) -> Geometry:
-    """The tower is in proportion to the decoder."""
-    # Few wide layers, not many narrow ones: the tower's matrices are to be as efficient as the decoder's.
+    """Return a geometry whose tower is in proportion to the decoder."""
+    # Few wide layers instead of many narrow ones, so that its products are as efficient as the decoder's.
     tower = max(64, min(1024, options.hidden // 2))
     tower_layers = max(1, options.layers // 8)
     return Geometry.scaled(
@@ -200,9 +200,9 @@ def _options() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     add("--piece", nargs="+", default=["prefill", "train"], choices=["prefill", "train"])
     add("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
-    add("--profile", action="store_true", help="print where one call of every setting spends its time")
-    add("--out", type=Path, help="Markdown page of which a generated part is to be replaced")
-    add("--part", default="table", help="that part's name")
+    add("--profile", action="store_true", help="print a profile of one call of every setting")
+    add("--out", type=Path, help="Markdown page to update")
+    add("--part", default="table", help="name of the page's generated part")
     return parser
 
 
