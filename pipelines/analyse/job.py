@@ -18,11 +18,10 @@ from pipelines.analyse.folder import AnalysisFolder
 from pipelines.analyse.report import medians, write_report
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import Collator
-from pipelines.data.rows import TrainingRow
+from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_training_rows
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import load_frozen, load_processor
-from pipelines.evaluation.exact_match import pick_rows
 from pipelines.shared.paths import copy_into
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run

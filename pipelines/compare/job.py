@@ -22,12 +22,12 @@ from pipelines.cluster.cpus import usable_cpus
 from pipelines.compare.config import CompareConfig
 from pipelines.compare.costs import measure_costs
 from pipelines.compare.report import check_marked, markdown, picture, renew_marked
-from pipelines.data.rows import TrainingRow
-from pipelines.data.training_rows import read_training_rows
+from pipelines.data.rows import TrainingRow, pick_rows
+from pipelines.data.training_rows import read_rows
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.evaluation.answering import answer_rows
-from pipelines.evaluation.exact_match import Answer, accuracy_by_task, pick_rows
+from pipelines.evaluation.exact_match import Answer, accuracy_by_task
 from pipelines.evaluation.items import OVERALL, Item
 from pipelines.evaluation.paired import Paired, paired, widened
 from pipelines.finetune.config import FinetuneConfig
@@ -36,7 +36,7 @@ from pipelines.shared.folder import comparable
 from pipelines.shared.paths import input_path, model_path, output_path
 from pipelines.shared.sections import EngineSection
 from pipelines.tracking.run import Tracker
-from skipvision.errors import ConfigError, DataError
+from skipvision.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -164,17 +164,6 @@ def _answers(
 
 def _image(row: TrainingRow) -> str:
     return str(row.images[0]) if row.images else row.key
-
-
-def read_rows(source: str) -> list[TrainingRow]:
-    """Read test rows. Raise `DataError` if any of them is unusable."""
-    data = read_training_rows(source)
-    if data.rejects:
-        first = data.rejects[0]
-        raise DataError(
-            f"{source}: {len(data.rejects)} rows cannot be used, for example {first.key}: {first.reason}"
-        )
-    return list(data.rows)
 
 
 def _finished(storage: Path, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -70,3 +71,13 @@ class Reject:
     key: str
     kind: RejectKind
     reason: str
+
+
+def pick_rows(rows: Sequence[TrainingRow], max_rows: int) -> list[TrainingRow]:
+    """Return up to ``max_rows`` rows in their order: the first of each task, with equal shares of tasks."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for position, row in enumerate(rows):
+        seen[row.task] = seen.get(row.task, 0) + 1
+        ranked.append((seen[row.task], position))
+    return [rows[position] for position in sorted(position for _, position in sorted(ranked)[:max_rows])]

@@ -104,6 +104,17 @@ def apply_bad_row_policy(
     return {str(kind): count for kind, count in counts.items()}
 
 
+def read_rows(source: str) -> list[TrainingRow]:
+    """Read test rows. Raise `DataError` if any of them is unusable."""
+    data = read_training_rows(source)
+    if data.rejects:
+        first = data.rejects[0]
+        raise DataError(
+            f"{source}: {len(data.rejects)} rows cannot be used, for example {first.key}: {first.reason}"
+        )
+    return data.rows
+
+
 # --------------------------------------------------------------------------------------------- rows
 
 

@@ -56,16 +56,6 @@ def accuracy_by_task(answers: Iterable[Answer]) -> dict[str, float]:
     return {task: sum(right) / len(right) for task, right in hits.items()}
 
 
-def pick_rows(rows: Sequence[TrainingRow], most: int) -> list[TrainingRow]:
-    """At most ``most`` rows, the first ones of every task, the tasks in equal shares as far as they go."""
-    seen: dict[str, int] = {}
-    ranked = []
-    for position, row in enumerate(rows):
-        seen[row.task] = seen.get(row.task, 0) + 1
-        ranked.append((seen[row.task], position))
-    return [rows[position] for _, position in sorted(sorted(ranked)[:most], key=lambda pair: pair[1])]
-
-
 def evaluate_exact_match(
     model: Any,
     processor: ProcessorMixin,

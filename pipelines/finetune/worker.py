@@ -23,9 +23,9 @@ import skipvision as sv
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import Batch, Collator
 from pipelines.data.rejects import LateRejects, count_rejects, rejected_rows
-from pipelines.data.rows import TrainingRow
+from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.engines.loading import arithmetic, load_frozen, load_processor
-from pipelines.evaluation.exact_match import accuracy_by_task, evaluate_exact_match, pick_rows
+from pipelines.evaluation.exact_match import accuracy_by_task, evaluate_exact_match
 from pipelines.evaluation.items import OVERALL
 from pipelines.finetune.batches import LengthGroupedBatches, prefetched
 from pipelines.finetune.config import FinetuneConfig

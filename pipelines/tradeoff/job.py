@@ -17,9 +17,8 @@ from typing import Any
 
 from pipelines.cluster.session import ray_session
 from pipelines.cluster.tasks import in_parallel
-from pipelines.compare.job import read_rows
-from pipelines.data.rows import TrainingRow
-from pipelines.evaluation.exact_match import pick_rows
+from pipelines.data.rows import TrainingRow, pick_rows
+from pipelines.data.training_rows import read_rows
 from pipelines.evaluation.items import OVERALL, read_items, write_items
 from pipelines.score.fingerprints import of_folder, of_images, of_model
 from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path

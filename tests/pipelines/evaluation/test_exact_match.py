@@ -13,7 +13,7 @@ import skipvision as sv
 from pipelines.data.images import FileImage, MissingImageError
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.data.training_rows import read_training_rows
-from pipelines.evaluation.exact_match import Answer, accuracy_by_task, evaluate_exact_match, pick_rows
+from pipelines.evaluation.exact_match import Answer, accuracy_by_task, evaluate_exact_match
 
 
 def test_only_case_and_white_space_are_ignored():
@@ -31,13 +31,6 @@ def test_accuracy_is_counted_per_task_and_overall():
     ]
     assert accuracy_by_task(answers) == {"colour": 0.5, "shape": 1.0, "overall": 0.75}
     assert accuracy_by_task([]) == {}
-
-
-def test_tasks_get_equal_shares_of_the_picked_rows():
-    rows = [TrainingRow(f"{task}{i}", (), (), task) for task in "abc" for i in range(10)]
-    assert [row.key for row in pick_rows(rows, 6)] == ["a0", "a1", "b0", "b1", "c0", "c1"]
-    assert len(pick_rows(rows, 100)) == 30
-    assert pick_rows(rows, 0) == []
 
 
 @pytest.mark.parametrize("skip", [None, sv.SkipConfig(retained=4, skipped=4)], ids=["full", "skipping"])

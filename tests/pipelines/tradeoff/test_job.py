@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
-from pipelines.compare.job import read_rows
+from pipelines.data.training_rows import read_rows
 from pipelines.evaluation.items import read_items, write_items
 from pipelines.evaluation.paired import Paired
 from pipelines.tradeoff import job as tradeoff
