@@ -146,8 +146,11 @@ def sampling(body: ChatRequest, max_new_tokens: int, room: int) -> Sampling:
         message = f"{name}={wanted}: at most {max_new_tokens} here"
         raise Problem(400, message, param=name, code="invalid_value")
     if (wanted or 1) > room:
-        message = f"an answer of {wanted or 1} tokens; only {max(room, 0)} of this model's positions are left"
-        raise Problem(400, f"{message}: shorten them", param="messages", code="context_length_exceeded")
+        message = (
+            f"the messages leave {max(room, 0)} of this model's positions, too few for an answer of "
+            f"{wanted or 1} tokens: shorten them"
+        )
+        raise Problem(400, message, param="messages", code="context_length_exceeded")
     return Sampling(
         max_new_tokens=wanted if wanted is not None else min(max_new_tokens, room),
         temperature=1.0 if body.temperature is None else body.temperature,

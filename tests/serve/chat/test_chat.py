@@ -308,7 +308,7 @@ CUT_OFF = image_part(png((64, 48))[:50])
         ({"extra_body": {"skip": {"retained": -1}}}, "skip.retained", "skip.retained: Input should be"),
         ({"extra_body": {"skip": "none"}}, "skip", "skip: Input should be 'full'"),
         ({"messages": content({"type": "image_url", "image_url": {"url": 5}})}, IMAGE, f"{IMAGE}: Input"),
-        ({"messages": asking("x" * 600)}, "messages", "of this model's positions: shorten them"),
+        ({"messages": asking("x" * 600)}, "messages", "of this model's positions, too few for an answer of"),
         ({"response_format": following(NESTED)}, f"{SCHEMA}.schema", "at most 64 levels are allowed"),
         ({"response_format": following(WIDE)}, f"{SCHEMA}.schema", "at most 65,536 are allowed"),
         ({"response_format": following({"type": "foo"})}, "response_format", "followed: Invalid type: foo"),
