@@ -143,18 +143,22 @@ class House:
         return graph
 
     def users_of_shared(self) -> dict[str, set[str]]:
-        """The rooms that import each file of `pipelines.shared`; ``serve`` and ``jobs`` are one room each."""
+        """The rooms that need each file of `pipelines.shared`, directly or through its other files.
+
+        A room here is a room of `pipelines`, ``serve``, or one file of ``jobs``.
+        """
         users: dict[str, set[str]] = {
-            file.path: set() for file in self.files["pipelines"] if file.path.startswith("pipelines/shared/")
+            name: set() for name in self.imports if name.startswith("pipelines.shared.")
         }
+        inside = {name: self.imports[name] & users.keys() for name in users}
         for module, imported in self.imports.items():
             parts = module.split(".")
-            room = parts[1] if parts[0] == "pipelines" and len(parts) > 1 else parts[0]
-            for name in imported:
-                path = f"{name.replace('.', '/')}.py"
-                if path in users and room != "shared":
-                    users[path].add(room)
-        return {path: rooms for path, rooms in users.items() if not path.endswith("__init__.py")}
+            room = parts[0] if parts[0] == "serve" else ".".join(parts[:2])
+            if room != "pipelines.shared":
+                for name in imported & users.keys():
+                    for needed in {name, *_reachable(inside, name)}:
+                        users[needed].add(room)
+        return users
 
     def median(self, package: str | None = None) -> float:
         """The median lines of files, those of ``__init__.py`` left out."""
