@@ -1,4 +1,4 @@
-"""Everything a promotion can be told."""
+"""The settings of a promotion."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pipelines.tracking.config import TrackingConfig
 
 
 class ItemsSection(Section):
-    """Scored items of one system."""
+    """The scored items of one side."""
 
     items: ArtifactPath = Field(
         description="items.parquet of a scoring job, or runs:/RUN_ID of its MLflow run"
     )
     system: str | None = Field(
-        None, description="label of the system there; null = the one that is what is needed"
+        None, description="label of the system in the file; null = the one that matches the model"
     )
 
 
 class CandidateSection(ItemsSection):
-    """What is to be promoted."""
+    """The model version to promote, with its items."""
 
     model: str = Field(
-        description="models:/NAME/VERSION, models:/NAME@ALIAS, or the runs:/RUN_ID that made it"
+        description="models:/NAME/VERSION, models:/NAME@ALIAS, or the runs:/RUN_ID that registered it"
     )
 
 
 class ReferenceSection(ItemsSection):
-    """What it must not be worse than."""
+    """The system that the candidate must not be worse than, with its items."""
 
     against: Literal["champion", "full"] = Field(
         "champion", description="the version that holds the alias, or the model with full tokens"
@@ -40,7 +40,7 @@ class ReferenceSection(ItemsSection):
 
 
 class PromoteConfig(Section):
-    """One decision."""
+    """A promotion: the alias moves to the candidate if every slice stays within its budget."""
 
     candidate: CandidateSection
     reference: ReferenceSection

@@ -1,4 +1,4 @@
-"""Scored items for a promotion, and whether they speak of the model that they are to speak of."""
+"""The scored items of a promotion, and the check that they belong to the right models."""
 
 from __future__ import annotations
 
@@ -16,39 +16,40 @@ from pipelines.tracking.registry import ModelVersion, Registry
 from skipvision.errors import ConfigError
 
 ITEMS = "items.parquet"
-"""Name of the artifact that scoring leaves in its MLflow run."""
+"""The artifact that the scoring job stores in its MLflow run."""
 
-_OWN = {"model", "adapter", "skip"}
-"""What a file of items says of a system, and the two sides may differ in."""
-_ALWAYS = ("weights", "sampling", "judge")
-"""What it always says beside, and for each dataset its fingerprint."""
+_MAY_DIFFER = {"model", "adapter", "skip"}
+"""The fields of a system's description in which the two sides may differ."""
+
+_REQUIRED = ("weights", "sampling", "judge")
+"""The fields that must be there and be equal; so must the fingerprint of each dataset."""
 
 
 class WrongItemsError(ConfigError):
-    """Scored items of another model, or to other questions, than those they are to speak for."""
+    """The items were scored with another model, or on other questions, than the promotion needs."""
 
 
 class NeededSystem(Protocol):
-    """What the items of one side must have been made with."""
+    """The system whose items one side needs."""
 
     def __str__(self) -> str: ...
 
-    def made(self, system: Mapping[str, str | None]) -> bool:
-        """Whether this is what a file of items says of one of its systems."""
+    def matches(self, system: Mapping[str, str | None]) -> bool:
+        """Return whether the description of a system in a file of items matches this system."""
 
 
 class FullTokens:
-    """Any model that skips nothing."""
+    """Any model with full tokens."""
 
     def __str__(self) -> str:
         return "a model with full tokens"
 
-    def made(self, system: Mapping[str, str | None]) -> bool:
+    def matches(self, system: Mapping[str, str | None]) -> bool:
         return _skip(system) == sv.SkipConfig.full()
 
 
 class RegisteredSystem:
-    """A model version, under the SkipConfig that travels with it; known by its name or by its files."""
+    """A model version under its own SkipConfig. Its name or the digest of its files identifies it."""
 
     def __init__(self, version: ModelVersion, registry: Registry, folder: Path) -> None:
         registry.fetch(version, folder)
@@ -59,7 +60,7 @@ class RegisteredSystem:
     def __str__(self) -> str:
         return f"{self._version} (files {self._digest}) with its own SkipConfig"
 
-    def made(self, system: Mapping[str, str | None]) -> bool:
+    def matches(self, system: Mapping[str, str | None]) -> bool:
         adapter = system.get("adapter") or ""
         named = adapter == str(self._version) or adapter.endswith(f"@{self._digest}")
         return named and _skip(system) == self._skip
@@ -71,7 +72,7 @@ def _skip(system: Mapping[str, str | None]) -> sv.SkipConfig:
 
 
 def items_file(section: ItemsSection, registry: Registry, folder: Path) -> Path:
-    """The file that the settings name; out of MLflow it is fetched into ``folder``."""
+    """Return the file of items in the settings; one in MLflow is downloaded into ``folder``."""
     if section.items.startswith("runs:/"):
         folder.mkdir()
         return registry.artifact(section.items.removeprefix("runs:/"), ITEMS, folder)
@@ -79,59 +80,60 @@ def items_file(section: ItemsSection, registry: Registry, folder: Path) -> Path:
 
 
 def items_of(needed: NeededSystem, file: Path, section: ItemsSection) -> tuple[list[Item], dict[str, Any]]:
-    """The items that the needed system made, and what the evidence says of them.
+    """Return the items of the needed system, and their description for the evidence.
 
     Raises:
-        ConfigError: several systems are what is needed, or none has the label asked for.
-        WrongItemsError: the items were made with something else.
+        ConfigError: several systems match, or no system has the label of the settings.
+        WrongItemsError: no system matches.
     """
     systems = read_systems(file)
     if section.system is not None and section.system not in systems:
         raise ConfigError(
-            f"{section.items} holds no system {section.system!r}; there are: {', '.join(systems) or 'none'}"
+            f"{section.items} has no system {section.system!r}; its systems: {', '.join(systems) or 'none'}"
         )
-    asked = systems if section.system is None else {section.system: systems[section.system]}
-    fitting = [label for label, system in asked.items() if needed.made(system)]
-    if not fitting:
+    selected = systems if section.system is None else {section.system: systems[section.system]}
+    matching = [label for label, system in selected.items() if needed.matches(system)]
+    if not matching:
         raise WrongItemsError(
-            f"{section.items}: needed are items of {needed}, but these were made with {json.dumps(asked)}: "
+            f"{section.items}: the promotion needs items of {needed}, not of {json.dumps(selected)}: "
             "score that model"
         )
-    if len(fitting) > 1:
-        raise ConfigError(f"{section.items}: {' and '.join(fitting)} are both {needed}; choose by `system`")
-    (label,) = fitting
-    told = {
+    if len(matching) > 1:
+        raise ConfigError(
+            f"{section.items}: {' and '.join(matching)} are both {needed}; choose one by `system`"
+        )
+    (label,) = matching
+    description = {
         "source": section.items,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "system": label,
         "made_with": systems[label],
     }
-    return [item for item in read_items(file) if item.system == label], told
+    return [item for item in read_items(file) if item.system == label], description
 
 
 def check_comparable(candidate: Mapping[str, str | None], reference: Mapping[str, str | None]) -> None:
-    """Refuse a pair of systems that were not asked the same, in the same way, on the same base model.
+    """Check that two systems were scored on the same questions, in the same way, with the same base model.
 
     Args:
-        candidate: what its file of items says of it.
-        reference: the same.
+        candidate: its description in its file of items.
+        reference: its description.
 
     Raises:
-        WrongItemsError: they were not, or a file of items does not say.
+        WrongItemsError: they differ, or a description is incomplete.
     """
-    if silent := [name for name in _ALWAYS if not (name in candidate and name in reference)]:
+    if missing := [name for name in _REQUIRED if not (name in candidate and name in reference)]:
         raise WrongItemsError(
-            f"the items do not say with which {', '.join(silent)} they were made: score both systems "
-            "again, in a new job"
+            f"the descriptions of the items lack {', '.join(missing)}: score both systems again, in a new job"
         )
-    for name in sorted({*candidate, *reference} - _OWN):
+    for name in sorted({*candidate, *reference} - _MAY_DIFFER):
         if candidate.get(name) != reference.get(name):
             ours, theirs = (
                 f"{name} {system[name]}" if system.get(name) else f"no {name}"
                 for system in (candidate, reference)
             )
-            otherwise = ", or compare with its own full tokens, --reference.against full"
+            or_full = ", or compare with its own full tokens, --reference.against full"
             raise WrongItemsError(
-                f"the candidate's items were made with {ours}, the reference's with {theirs}: score both on "
-                f"the same{otherwise if name == 'weights' else ''}"
+                f"the candidate was scored with {ours}, the reference with {theirs}: score both on "
+                f"the same{or_full if name == 'weights' else ''}"
             )
