@@ -1,7 +1,7 @@
-"""Calibration: the SkipConfig that keeps to a budget on a user's model and data, found and verified.
+"""The calibration job: find and verify a SkipConfig that stays within a budget on a user's model and data.
 
-The search sees one part of the images. What it finds is verified on the other: of many configs the one that
-looks best has also been lucky, and its score on the questions that chose it is too good.
+The search uses one part of the images, and its result is verified on the other part. The config that looks
+best among many is partly lucky, so its score on the questions that selected it is too good.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["CalibrateConfig", "run_calibrate"]
 
 
 class CalibrationFolder(JobFolder):
-    """Job ``name`` under ``storage``, new or continued."""
+    """The folder of the calibration ``name`` under ``storage``, new or continued."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset({"scaling", "storage", "engine", "tracking"})
 
@@ -52,19 +52,19 @@ class CalibrationFolder(JobFolder):
 
 
 def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
-    """Search, or go on, or only record or report the job ``config.name``; returns its evidence.
+    """Run, continue, record or only report the job ``config.name``, and return its result.
 
     Raises:
-        NothingWithinBudgetError: the budget is too tight for the space, or the data too few to tell.
-        ConfigError: settings that contradict each other, the model, the data or an earlier start.
-        DataError: rows that cannot be asked.
+        NothingWithinBudgetError: the budget is too tight for the space, or the data are too few to decide.
+        ConfigError: the settings contradict each other, the model, the data or the first start.
+        DataError: the questions cannot be read, split or answered.
         ResourceError: the cluster is too small.
-        TrackingError: MLflow cannot be reached, or does not take the results.
+        TrackingError: MLflow cannot be reached, or does not accept the results.
     """
     folder = CalibrationFolder(config.storage_path, config.name)
     with folder.claimed():
         folder.resume(config)
-        config.resolved()  # reports every path that leads nowhere; the model keeps the path as given
+        config.resolved()  # raises for missing paths; the model keeps its path as given
         inputs = _read(config, folder)
         result = finished_result(config, folder, folder.path)
         finished = result is not None
@@ -82,7 +82,7 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the search reads."""
+    """The model, the questions and the fingerprints of both."""
 
     model: EngineModel
     whole: Dataset
@@ -118,13 +118,13 @@ def _complete(config: CalibrateConfig, folder: CalibrationFolder, inputs: _Input
             folder.remember(evidence=evidence)
         run.advice = (
             f"The evidence is complete in {folder.path}. Run the same job again to record it; no question "
-            "is asked twice"
+            "is answered twice"
         )
         return _record(evidence, config, folder, run)
 
 
 def _space(config: CalibrateConfig, inputs: _Inputs) -> list[Candidate]:
-    """What is searched; whatever is wrong with it or the model is said before a run is begun."""
+    """Report the dataset and return the search space. Mistakes are reported before an MLflow run starts."""
     for line in inputs.whole.facts():
         print(line, flush=True)
     return candidates(config, inputs.model, check_model(inputs.model), inputs.search)
@@ -137,8 +137,8 @@ def _search(
     space: Sequence[Candidate],
     ray: ExitStack,
 ) -> dict[str, Any]:
-    """The evidence, out of processes that are started for it."""
-    # Call by call, an engine can be asked for the summaries that it has, or for none.
+    """Start the workers, search, and return the evidence."""
+    # An engine with summary tokens can also run without them, but not the other way round.
     skip = max((one.skip for one in space), key=lambda skip: skip.summary_tokens)
     scaling, tokens = config.scaling, config.data.max_new_tokens
     ray.enter_context(ray_session())

@@ -1,4 +1,4 @@
-"""Markdown tables of results."""
+"""Write tables of results as Markdown."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The gate: an MLflow alias moves to a model version only if that is not worse than its budget allows.
+"""The promotion job: an MLflow alias moves to a model version only if the version passes the gate.
 
-What was found is recorded before the alias moves, and also if it does not: as an MLflow run with table and
-evidence, and as tags of the model version.
+The decision is recorded as an MLflow run with table and evidence, and as tags of the model version: before
+the alias moves, and also if it does not.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = ["PromoteConfig", "run_promote"]
 
 
 class RefusedError(SkipVisionError):
-    """The alias stays where it is."""
+    """The candidate does not pass; the alias does not move."""
 
 
 @dataclass
 class Decision:
-    """What was decided, and from what; all of it goes to MLflow."""
+    """A decision with its inputs and reasons, as MLflow records it."""
 
     candidate: ModelVersion
     champion: ModelVersion | None
@@ -52,12 +52,12 @@ class Decision:
     reason: str = ""
 
     def markdown(self) -> str:
-        """For people."""
-        judged = f"{table(self.verdicts, self.config.budget.confidence)}\n" if self.verdicts else ""
-        return f"{judged}{self.candidate} as {self.config.alias!r}: {self.outcome}. {self.reason}\n"
+        """Format the verdicts, the outcome and its reason."""
+        verdicts = f"{table(self.verdicts, self.config.budget.confidence)}\n" if self.verdicts else ""
+        return f"{verdicts}{self.candidate} as {self.config.alias!r}: {self.outcome}. {self.reason}\n"
 
     def evidence(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """Return the whole decision as JSON."""
         return {
             "outcome": self.outcome,
             "reason": self.reason,
@@ -72,15 +72,15 @@ class Decision:
 
 
 def run_promote(config: PromoteConfig) -> dict[str, Any]:
-    """Judge the candidate, record what was found, and move the alias if it passed; returns the evidence.
+    """Compare the candidate, record the decision, and move the alias if it passed; return the evidence.
 
     Raises:
-        RefusedError: it did not pass; the alias stays. This is recorded.
-        AliasMovedError: the alias moved while the candidate was judged. This is recorded.
-        WrongItemsError: the items are not the candidate's or the reference's, or not about the same.
-        ConfigError: no such model version, items or slice, or no registry.
+        RefusedError: the candidate did not pass. The refusal is recorded.
+        AliasMovedError: the alias moved during the comparison. The refusal is recorded.
+        WrongItemsError: the items belong to other models, or were scored on different questions.
+        ConfigError: a model version, file of items or slice does not exist, or there is no registry.
         DataError: the items cannot be read or paired, or the reference has errors of its own.
-        TrackingError: MLflow cannot be reached, or does not take the decision.
+        TrackingError: MLflow cannot be reached, or does not accept the decision.
     """
     absolute = config.resolved()
     storage = Path(absolute.storage)
@@ -89,15 +89,15 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
     before = registry.holder(candidate.name, config.alias)
     champion = None if before is None else ModelVersion(candidate.name, before)
     if champion == candidate:
-        raise ConfigError(f"{candidate} has the alias {config.alias!r} already: there is nothing to decide")
+        raise ConfigError(f"{candidate} already has the alias {config.alias!r}: there is nothing to decide")
     if champion is None and config.reference.against == "champion":
         raise ConfigError(
             f"no version of {candidate.name!r} has the alias {config.alias!r} yet: compare the first with "
             "full tokens, --reference.against full"
         )
     decision = Decision(candidate, champion, config, datetime.now(UTC).isoformat(timespec="seconds"))
-    # Before there is a run: a mistake in the settings is no decision, and must not stand in for the last one.
-    decision.verdicts = _judged(decision, absolute, registry)
+    # This comes before the MLflow run, because a mistake in the settings must not replace the last decision.
+    decision.verdicts = _verdicts(decision, absolute, registry)
     tracker = Tracker.start(
         registry.uri,
         experiment=config.tracking.experiment,
@@ -123,67 +123,68 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
 
 def _decide(decision: Decision, registry: Registry, tracker: Tracker) -> None:
     """Move the alias, after recording why; raise `RefusedError` if the candidate does not pass."""
-    _insist_on_all(decision)
+    _check_verdicts(decision)
     decision.outcome, decision.reason = "passed", "Every slice stays within its budget."
     _record(decision, registry, tracker)  # no alias moves without its evidence
     _move(decision, registry)
     decision.outcome = "promoted"
 
 
-def _judged(decision: Decision, absolute: PromoteConfig, registry: Registry) -> list[Verdict]:
+def _verdicts(decision: Decision, absolute: PromoteConfig, registry: Registry) -> list[Verdict]:
     config, champion = decision.config, decision.champion
     sides: dict[str, list[Item]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        downloads = Path(folder)
         needed: dict[str, NeededSystem] = {
-            "candidate": RegisteredSystem(decision.candidate, registry, place / "candidate-model"),
+            "candidate": RegisteredSystem(decision.candidate, registry, downloads / "candidate-model"),
             "reference": FullTokens(),
         }
         if champion is not None and config.reference.against == "champion":
-            needed["reference"] = RegisteredSystem(champion, registry, place / "champion-model")
+            needed["reference"] = RegisteredSystem(champion, registry, downloads / "champion-model")
         for side, given, section in (
             ("candidate", config.candidate, absolute.candidate),
             ("reference", config.reference, absolute.reference),
         ):
-            file = items_file(section, registry, place / side)
+            file = items_file(section, registry, downloads / side)
             sides[side], decision.items[side] = items_of(needed[side], file, given)
     check_comparable(*(decision.items[side]["made_with"] for side in ("candidate", "reference")))
     return judge(sides["reference"], sides["candidate"], config.budget)
 
 
-def _insist_on_all(decision: Decision) -> None:
+def _check_verdicts(decision: Decision) -> None:
+    """Raise `RefusedError` with all reasons unless every slice is within its budget."""
     unanswered = [v for v in decision.verdicts if v.outcome == "unanswered"]
-    short = [v for v in decision.verdicts if v.outcome == "undecided"]
+    undecided = [v for v in decision.verdicts if v.outcome == "undecided"]
     worse = [v for v in decision.verdicts if v.outcome == "worse"]
-    said = []
+    reasons = []
     if unanswered:
         share = f"{100 * decision.config.budget.max_errors:g} %"
         counts = ", ".join(
             "{} ({} and {} of {})".format(v.slice, *v.errors, v.found.items) for v in unanswered
         )
-        said.append(f"reference and candidate left more than {share} without an answer on {counts}")
+        reasons.append(f"reference and candidate left more than {share} without an answer on {counts}")
     if worse:
-        said.append(f"worse than the budget on {', '.join(v.slice for v in worse)}")
-    if short:
-        needs = ", ".join(f"{v.slice} ({v.found.items} items, about {v.needed} needed)" for v in short)
-        said.append(f"too few items to decide on {needs}")
-    if said:
+        reasons.append(f"worse than the budget on {', '.join(v.slice for v in worse)}")
+    if undecided:
+        needs = ", ".join(f"{v.slice} ({v.found.items} items, about {v.needed} needed)" for v in undecided)
+        reasons.append(f"too few items to decide on {needs}")
+    if reasons:
         raise RefusedError(
-            f"{decision.candidate} does not become {decision.config.alias!r}: {'; '.join(said)}"
+            f"{decision.candidate} does not become {decision.config.alias!r}: {'; '.join(reasons)}"
         )
 
 
 def _move(decision: Decision, registry: Registry) -> None:
-    before = decision.champion and decision.champion.version
+    before = None if decision.champion is None else decision.champion.version
     try:
         registry.move(decision.config.alias, decision.candidate, expected=before)
     except TrackingError:
-        if not _has_alias(decision, registry):  # otherwise only the answer was lost
+        if not _has_alias(decision, registry):  # if it has the alias, only MLflow's response was lost
             raise
 
 
 def _has_alias(decision: Decision, registry: Registry) -> bool | None:
-    """Whether the candidate has the alias now; None if MLflow does not say."""
+    """Return whether the candidate has the alias now; None if MLflow does not answer."""
     try:
         holder = registry.holder(decision.candidate.name, decision.config.alias)
     except TrackingError:
@@ -203,13 +204,13 @@ def _conclude(decision: Decision, registry: Registry, tracker: Tracker) -> None:
         alias = {
             True: "has moved",
             False: "stays; run the job again",
-            None: "may have moved; see where it is before you run the job again",
+            None: "may have moved; check it before you run the job again",
         }[moved]
         raise TrackingError(f"{error}\nThe alias {decision.config.alias!r} {alias}") from error
 
 
 def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
-    """Into the run: table, evidence, numbers; onto the model version: outcome, reason and where these are."""
+    """Store table, evidence and numbers in the run, and tag the model version with the outcome."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (
             ("promotion.md", decision.markdown()),
@@ -217,7 +218,7 @@ def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
         ):
             (Path(folder) / name).write_text(text)
             tracker.store(Path(folder) / name)
-    numbers = {}
+    numbers: dict[str, float] = {}
     for verdict in decision.verdicts:
         found = verdict.found
         numbers |= {
@@ -226,7 +227,7 @@ def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
             f"high/{verdict.slice}": found.high,
             f"worst/{verdict.slice}": verdict.worst,
         }
-    tracker.metrics(numbers, 0)  # all at once: MLflow may have one name for two slices
+    tracker.metrics(numbers, 0)  # all at once, because two slices may have the same name in MLflow
     tracker.upload()
     gate = f"promotion/{decision.config.alias}"
     registry.tag(

@@ -2,13 +2,13 @@
 
 ::
 
-    <storage>/<name>/run.json               settings, adapters, fingerprints, what is answered, the result
-                     lock                   held by the job that works on it
-                     questions/DATASET.txt  indices of the rows that are asked
-                     answers/SYSTEM/…       one captioning job a dataset (see pipelines/caption/folder.py)
-                     adapters/SYSTEM/       an adapter that came out of MLflow
-                     judge.jsonl            what the judge said
-                     items/SYSTEM/items.parquet    the result
+    <storage>/<name>/run.json               settings, adapters, fingerprints, progress, result
+                     lock                   held by the running job
+                     questions/DATASET.txt  indices of the usable questions
+                     answers/SYSTEM/…       one captioning job per dataset (see pipelines/caption/folder.py)
+                     adapters/SYSTEM/       an adapter downloaded from MLflow
+                     judge.jsonl            the judge's replies
+                     items/SYSTEM/items.parquet    the scored items
                      comparison.md, comparison.png
 """
 
@@ -23,10 +23,10 @@ from pipelines.shared.folder import JobFolder
 
 
 class ScoreFolder(JobFolder):
-    """Job ``name`` under ``storage``, new or continued."""
+    """The folder of the scoring job ``name`` under ``storage``, new or continued."""
 
     reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence")
-    """Settings of the report alone: with others it is made anew, from the same answers."""
+    """Settings of the report alone. If they change, the report is written again from the same answers."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
         {
@@ -53,7 +53,7 @@ class ScoreFolder(JobFolder):
         return all(before.get(name) == now[name] for name in self.reported)
 
     def questions(self, dataset: str) -> Path:
-        """The file of indices that are asked."""
+        """The file with the indices of a dataset's usable questions."""
         return self.path / "questions" / f"{dataset}.txt"
 
     def items(self, system: str) -> Path:

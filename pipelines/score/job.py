@@ -1,8 +1,8 @@
-"""Scoring systems on benchmarks under Ray Data, compared with a reference item by item, tracked in MLflow.
+"""The scoring job: evaluate systems on benchmarks and compare them with a reference, item by item.
 
-`run_score` is the whole story of a job: claim its folder, read the datasets, caption each one's questions
-with each system, score the answers, compare, record. Answering is captioning (`pipelines.caption.job`), and
-continues in the same way where a job was killed.
+`run_score` shows all steps: claim the folder, read the datasets, answer their questions with each system,
+score the answers, compare, record. Each system answers each dataset in a captioning job
+(`pipelines.caption.job`), which continues after a kill.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pipelines.caption.config import CaptionConfig, InputSection, OutputSection
 from pipelines.caption.job import run_caption
 from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
-from pipelines.evaluation.items import Item, write_items
+from pipelines.evaluation.items import write_items
 from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import Dataset, read_dataset
 from pipelines.score.fingerprints import of_files
 from pipelines.score.folder import ScoreFolder
 from pipelines.score.points import Prediction, Scored, mean_score, score_answers
-from pipelines.score.report import Comparison, compare, markdown, metrics, picture
+from pipelines.score.report import Comparisons, Systems, compare, markdown, metrics, picture
 from pipelines.score.rules.judge import Judge
 from pipelines.shared.error_limit import ErrorLimit
 from pipelines.shared.files import write_text
@@ -42,7 +42,7 @@ __all__ = ["ScoreConfig", "run_score"]
 
 @dataclass(frozen=True)
 class _Job:
-    """What all steps of one start need."""
+    """The inputs of all steps: settings, folder, datasets and models."""
 
     config: ScoreConfig
     folder: ScoreFolder
@@ -54,30 +54,30 @@ class _Job:
 
 
 def run_score(config: ScoreConfig) -> dict[str, Any]:
-    """Score, go on, or only report the job ``config.name``; returns its result.
+    """Run, continue or only report the job ``config.name``, and return its result.
 
     A finished job whose `ScoreFolder.reported` settings have changed is compared and recorded again.
 
-    The result holds ``items`` (a file for each system), ``score`` (mean points by system and dataset,
-    fractions), ``totals`` (what benchmarks publish beside), ``difference`` (by system and dataset, to the
-    reference, with its interval), ``errors`` (items without an answer), ``left_out`` (rows that are no items,
-    by dataset and reason), ``table``, ``picture``, ``seconds`` (of this start), ``mlflow_uri``,
-    ``mlflow_run_ids`` and ``already_finished``.
+    The result has these fields, most of them by system and dataset: ``items`` (the file of each system),
+    ``score`` (mean points, fractions), ``totals`` (further numbers that the benchmark publishes),
+    ``difference`` (to the reference, with its interval), ``errors`` (items without an answer), ``left_out``
+    (rows that do not count, by dataset and reason), ``table``, ``picture``, ``seconds`` (of this start),
+    ``mlflow_uri``, ``mlflow_run_ids`` and ``already_finished``.
 
     Raises:
-        ConfigError: settings that contradict each other, a model, a dataset's file that is not there, or an
-            earlier start, which had other settings or other contents of files.
-        AdapterError: an adapter that is damaged, or made for another model.
-        DataError: a dataset lacks columns or answers, or too many rows cannot be asked, scored or judged.
-        JudgeError: the judge does not answer.
+        ConfigError: the settings contradict each other, a model or file does not exist, or settings or
+            contents of files differ from the first start.
+        AdapterError: an adapter is damaged, or belongs to another model.
+        DataError: a dataset lacks columns or answers, or too many rows have an error.
+        JudgeError: the judge cannot be reached.
         ResourceError: the cluster is too small.
-        TrackingError: MLflow cannot be reached, or does not take the results.
+        TrackingError: MLflow cannot be reached, or does not accept the results.
     """
     started = time.monotonic()
     folder = ScoreFolder(config.storage_path, config.name)
     with folder.claimed():
         folder.resume(config)
-        config.resolved()  # reports every path that leads nowhere; names of systems keep the paths as given
+        config.resolved()  # raises for missing paths; the systems keep their paths as given
         job = _read(config, folder)
         if folder.is_reported(config) and (result := finished_result(config, folder, folder.table)):
             return {**result, "already_finished": True}
@@ -89,8 +89,8 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
             tracked_runs(config, folder, config.model_dump(mode="json"), parameters) as runs,
         ):
             _answer_missing(job, ray)
-            scored = {label: _scored(job, label) for label in config.systems}
-            comparisons = _compared(job, scored)
+            scored = {label: _score(job, label) for label in config.systems}
+            comparisons = _compare(job, scored)
             _record(job, scored, comparisons, runs)
         result = _result(job, scored, comparisons, runs)
         result["seconds"] = round(time.monotonic() - started, 2)
@@ -128,7 +128,10 @@ def _read(config: ScoreConfig, folder: ScoreFolder) -> _Job:
 
 
 def _begin(job: _Job) -> _Job:
-    """Check and write down what is asked, so that what is wrong is said before Ray is started."""
+    """Report the datasets, check the limit on errors, and write the indices of the usable questions.
+
+    This happens before Ray starts, so that mistakes show at once.
+    """
     config, folder = job.config, job.folder
     judge = None if config.judge is None else Judge(config.judge, folder.judge)
     for dataset in job.datasets:
@@ -144,10 +147,10 @@ def _begin(job: _Job) -> _Job:
         result=None,
     )
     for dataset in job.datasets:
-        asked = folder.questions(dataset.name)
-        asked.parent.mkdir(exist_ok=True)
+        file = folder.questions(dataset.name)
+        file.parent.mkdir(exist_ok=True)
         lines = (f"{one.index}\n" for one in dataset.questions if one.problem is None)
-        asked.write_text("".join(lines), encoding="utf-8")
+        file.write_text("".join(lines), encoding="utf-8")
     return replace(job, judge=judge)
 
 
@@ -155,22 +158,22 @@ def _parameters(job: _Job, label: str) -> dict[str, Any]:
     """Return the parameters of a system's MLflow run."""
     config = job.config
     return {
-        "system": {"label": label, "reference": config.reference, **_stands_for(job.models[label])},
+        "system": {"label": label, "reference": config.reference, **_identity(job.models[label])},
         "sampling": config.sampling.model_dump(mode="json"),
         "datasets": ", ".join(dataset.name for dataset in job.datasets),
         "judge": config.judge and config.judge.model,
     }
 
 
-def _stands_for(model: EngineModel) -> dict[str, str | None]:
+def _identity(model: EngineModel) -> dict[str, str | None]:
     return {"model": model.label, "adapter": model.adapter_label, "skip": model.skip.model_dump_json()}
 
 
-def _made_with(job: _Job, label: str) -> dict[str, str | None]:
-    """What the file of a system's items says of it: what it stands for, and how it was asked."""
+def _description(job: _Job, label: str) -> dict[str, str | None]:
+    """Return the metadata of a system's file of items: its identity, and the inputs of its evaluation."""
     model, config = job.models[label], job.config
     return {
-        **_stands_for(model),
+        **_identity(model),
         "weights": job.files[f"base model {model.label}"],
         "sampling": config.sampling.model_dump_json(),
         "judge": None if config.judge is None else config.judge.model,
@@ -182,7 +185,7 @@ def _made_with(job: _Job, label: str) -> dict[str, str | None]:
 
 
 def _answer_missing(job: _Job, ray: ExitStack) -> None:
-    """Caption the questions of every dataset with every system, unless that is done already."""
+    """Answer every dataset with every system, except those that are answered already."""
     done = list(job.folder.state.get("answered", []))
     missing = [
         (label, dataset)
@@ -203,7 +206,7 @@ def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
     config, model = job.config, job.models[label]
     section = config.systems[label].model
     if section.adapter is not None and is_registered(section.adapter):
-        section = section.model_copy(update={"adapter": model.adapter_label})  # an alias may move meanwhile
+        section = section.model_copy(update={"adapter": model.adapter_label})  # the alias may move
     return CaptionConfig(
         name=f"{config.name}.{label}.{dataset.name}",
         storage=str(job.folder.answers / label),
@@ -227,21 +230,22 @@ def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
 # -------------------------------------------------------------------------------------------- scoring
 
 
-def _scored(job: _Job, label: str) -> dict[str, Scored]:
-    """A system's items by dataset; also written to its file."""
+def _score(job: _Job, label: str) -> dict[str, Scored]:
+    """Score a system's answers, write its file of items, and return the scores by dataset."""
     config = job.config
     parallel = config.judge.parallel if config.judge else 1
     scored = {}
     for dataset in job.datasets:
-        answers = _answers(_captioning(job, label, dataset))
+        predictions = _predictions(_captioning(job, label, dataset))
         scored[dataset.name] = score_answers(
-            dataset, answers, label, job.judge, parallel, config.max_error_fraction
+            dataset, predictions, label, job.judge, parallel, config.max_error_fraction
         )
-    write_items(job.folder.items(label), _all_items(scored), {label: _made_with(job, label)})
+    items = [item for one in scored.values() for item in one.items]
+    write_items(job.folder.items(label), items, {label: _description(job, label)})
     return scored
 
 
-def _answers(captioning: CaptionConfig) -> dict[str, Prediction]:
+def _predictions(captioning: CaptionConfig) -> dict[str, Prediction]:
     captions = pq.read_table(Path(captioning.storage) / captioning.name / "captions").to_pylist()
     return {
         row["key"]: Prediction(error=f"{row['error_kind']}: {row['error']}")
@@ -251,17 +255,7 @@ def _answers(captioning: CaptionConfig) -> dict[str, Prediction]:
     }
 
 
-def _all_items(scored: Mapping[str, Scored]) -> list[Item]:
-    return [item for one in scored.values() for item in one.items]
-
-
-_Scored = Mapping[str, Mapping[str, Scored]]
-"""Scored items by system and dataset."""
-_Compared = Mapping[str, Mapping[str, Comparison]]
-"""Comparisons with the reference by system and dataset."""
-
-
-def _compared(job: _Job, scored: _Scored) -> _Compared:
+def _compare(job: _Job, scored: Systems) -> Comparisons:
     """Compare every system with the reference."""
     config, reference = job.config, scored[job.config.reference]
     return {
@@ -276,7 +270,7 @@ def _compared(job: _Job, scored: _Scored) -> _Compared:
     }
 
 
-def _record(job: _Job, scored: _Scored, comparisons: _Compared, runs: Mapping[str, Tracker]) -> None:
+def _record(job: _Job, scored: Systems, comparisons: Comparisons, runs: Mapping[str, Tracker]) -> None:
     """Write table and picture, and upload them with the items and numbers to each system's run."""
     config, folder = job.config, job.folder
     left_out = {dataset.name: dict(dataset.left_out) for dataset in job.datasets}
@@ -286,7 +280,7 @@ def _record(job: _Job, scored: _Scored, comparisons: _Compared, runs: Mapping[st
     for label, run in runs.items():
         run.advice = (
             f"The items are complete in {folder.items(config.reference).parents[1]}. Run the same job again "
-            "to record them; no question is asked twice"
+            "to record them; no question is answered twice"
         )
         run.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
         for path in (folder.items(label), folder.table, folder.picture):
@@ -294,7 +288,7 @@ def _record(job: _Job, scored: _Scored, comparisons: _Compared, runs: Mapping[st
 
 
 def _result(
-    job: _Job, scored: _Scored, comparisons: _Compared, runs: Mapping[str, Tracker]
+    job: _Job, scored: Systems, comparisons: Comparisons, runs: Mapping[str, Tracker]
 ) -> dict[str, Any]:
     config, folder = job.config, job.folder
     return {

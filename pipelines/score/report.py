@@ -15,6 +15,7 @@ from pipelines.score.dataset import describe_left_out
 from pipelines.score.points import Scored, by_category, mean_score
 
 Systems = Mapping[str, Mapping[str, Scored]]
+"""The scores of each system, by system and dataset."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Comparison:
 
 
 Comparisons = Mapping[str, Mapping[str, Comparison]]
+"""The comparisons with the reference, by system and dataset."""
 
 
 def compare(

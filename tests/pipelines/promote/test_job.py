@@ -1,4 +1,4 @@
-"""The gate, with a real registry: what passes, what is refused, and what is left behind by either."""
+"""The promotion job with a real registry: which candidates pass, and what each decision leaves in MLflow."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from skipvision.errors import ConfigError, DataError
 from tests.pipelines.tracking.test_run import no_metrics
 
 SKIP = sv.SkipConfig(retained=4, skipped=4)
-ASKED = {"weights": "w0", "sampling": "greedy", "judge": None, "dataset shapes": "q0"}
-FULL = {"model": "base", "adapter": None, "skip": sv.SkipConfig.full().model_dump_json(), **ASKED}
+SCORED = {"weights": "w0", "sampling": "greedy", "judge": None, "dataset shapes": "q0"}
+FULL = {"model": "base", "adapter": None, "skip": sv.SkipConfig.full().model_dump_json(), **SCORED}
 
 
 def items(
     system: str, *, images: int = 200, wrong: Mapping[str, int], error: str | None = None
 ) -> list[Item]:
-    """Two questions about each image; ``wrong``: of how many images, from the first, the answer is wrong."""
+    """An item per image and task. ``wrong``: the number of images, from the first, with a wrong answer."""
     return [
         Item("shapes", f"{image}-{task}", system, task, str(image), "", float(image >= count), error)
         for image in range(images)
@@ -62,14 +62,19 @@ def storage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def registry(storage: Path) -> Registry:
-    """With the alias where it was at first."""
+    """The registry, with the alias at version 1."""
     registry = Registry(TrackingConfig().absolute_uri(storage))
     registry._client.set_registered_model_alias("ours", "champion", "1")
     return registry
 
 
 def made_by(version: int) -> dict[str, str | None]:
-    return {"model": "base", "adapter": f"models:/ours/{version}", "skip": SKIP.model_dump_json(), **ASKED}
+    return {
+        "model": "base",
+        "adapter": f"models:/ours/{version}",
+        "skip": SKIP.model_dump_json(),
+        **SCORED,
+    }
 
 
 def promote(
@@ -81,7 +86,7 @@ def promote(
     slices: Mapping[str, float] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Promote version 2, by default with items that are its own and the champion's."""
+    """Promote version 2, by default with its own items and the champion's."""
     systems = systems or {"old": made_by(1), "new": made_by(2)}
     write_items(storage / "items.parquet", [*before, *after], systems)
     given = {
@@ -105,26 +110,26 @@ def tags(registry: Registry, version: str = "2") -> dict[str, str]:
     return {key.removeprefix("promotion/champion/"): value for key, value in given.items()}
 
 
-def test_a_candidate_within_its_budget_becomes_champion_and_says_why(storage, registry, capsys):
+def test_a_candidate_within_its_budget_becomes_champion_with_evidence(storage, registry, capsys):
     evidence = promote(storage, before=GOOD, after=SAME, slices={"number": 0.1, "shapes/colour": 0.1})
     assert registry.holder("ours", "champion") == "2"
     assert [v["outcome"] for v in evidence["verdicts"]] == ["within"] * 3
-    noted = tags(registry)
-    assert noted["outcome"] == evidence["outcome"] == "promoted"
-    assert noted["table"].strip() in capsys.readouterr().out
-    assert "| shapes/colour | 200 | 0 / 0 | 200 | 90.0 | 91.0 | +1.0" in noted["table"]
+    tagged = tags(registry)
+    assert tagged["outcome"] == evidence["outcome"] == "promoted"
+    assert tagged["table"].strip() in capsys.readouterr().out
+    assert "| shapes/colour | 200 | 0 / 0 | 200 | 90.0 | 91.0 | +1.0" in tagged["table"]
     stored = registry.artifact(evidence["mlflow_run_id"], "promotion.json", storage)
-    assert noted["evidence"] == f"runs:/{evidence['mlflow_run_id']}/promotion.json"
-    told = json.loads(stored.read_text())
-    assert told["champion"] == "models:/ours/1"
-    assert told["items"]["candidate"]["made_with"] == made_by(2)
-    assert len(told["items"]["reference"]["sha256"]) == 64
+    assert tagged["evidence"] == f"runs:/{evidence['mlflow_run_id']}/promotion.json"
+    saved = json.loads(stored.read_text())
+    assert saved["champion"] == "models:/ours/1"
+    assert saved["items"]["candidate"]["made_with"] == made_by(2)
+    assert len(saved["items"]["reference"]["sha256"]) == 64
     metrics = Tracker(registry.uri, evidence["mlflow_run_id"])._client.get_run(evidence["mlflow_run_id"]).data
     assert metrics.metrics["difference/overall"] == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "slices", "says"),
+    ("before", "after", "slices", "message"),
     [
         (GOOD, NUMBERS_LOST, {"number": 0.05}, "worse than the budget on number$"),
         (GOOD, items("new", wrong={"number": 60, "colour": 60}), {}, "worse than the budget on overall"),
@@ -142,8 +147,8 @@ def test_a_candidate_within_its_budget_becomes_champion_and_says_why(storage, re
         ),
     ],
 )
-def test_a_refusal_moves_nothing_and_is_recorded(storage, registry, before, after, slices, says):
-    with pytest.raises(RefusedError, match=says) as refusal:
+def test_a_refusal_moves_nothing_and_is_recorded(storage, registry, before, after, slices, message):
+    with pytest.raises(RefusedError, match=message) as refusal:
         promote(storage, before=before, after=after, slices=slices)
     assert registry.holder("ours", "champion") == "1"
     assert tags(registry)["outcome"] == "refused"
@@ -164,8 +169,8 @@ def test_no_alias_moves_without_its_numbers(storage, registry):
 
 
 @pytest.mark.parametrize("away", [False, True])
-def test_an_alias_that_moved_although_mlflow_said_nothing_has_moved(storage, registry, monkeypatch, away):
-    """The answer to moving it is lost; and MLflow is away from then on, or is not."""
+def test_an_alias_has_moved_even_if_the_response_of_mlflow_is_lost(storage, registry, monkeypatch, away):
+    """The response to the move is lost; MLflow is then away, or works again."""
     ask, lost = Registry._call, []
 
     def ask_and_lose(self: Registry, doing: str, call: Any) -> Any:
@@ -190,7 +195,7 @@ def test_an_alias_that_moved_although_mlflow_said_nothing_has_moved(storage, reg
     assert away or tags(registry)["outcome"] == "promoted"
 
 
-def test_slices_that_mlflow_calls_the_same_stay_apart(storage, registry):
+def test_slices_with_the_same_name_in_mlflow_stay_apart(storage, registry):
     wrong = {"is it?": 20, "is it!": 10}
     sides = {"before": items("old", wrong=wrong), "after": items("new", wrong={**wrong, "is it!": 9})}
     evidence = promote(storage, **sides, slices=dict.fromkeys(wrong, 0.1))
@@ -199,7 +204,7 @@ def test_slices_that_mlflow_calls_the_same_stay_apart(storage, registry):
     assert run.data.metrics["difference/is it__"] == pytest.approx(1 / 200)
 
 
-def test_a_folder_that_is_not_there_is_not_made(storage, tmp_path):
+def test_a_missing_folder_is_not_created(storage, tmp_path):
     items = str(storage / "items.parquet")
     given = {"candidate": {"model": "models:/ours/2", "items": items}, "reference": {"items": items}}
     with pytest.raises(ConfigError, match=r"there is no .*typo/mlflow\.db"):
@@ -208,60 +213,65 @@ def test_a_folder_that_is_not_there_is_not_made(storage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "error", "message"),
     [
-        ({"slices": {"shape": 0.1}}, ConfigError, "no slice 'shape'; there are colour, number, shapes"),
+        ({"slices": {"shape": 0.1}}, ConfigError, "no slice 'shape'; the slices are colour, number, shapes"),
         ({"reference": {"items": "nowhere.parquet"}}, ConfigError, "items = nowhere.parquet"),
         ({"after": SAME[:-3]}, DataError, "3 of the reference's 400 items are missing"),
-        ({"old": {"adapter": "models:/ours/3"}}, WrongItemsError, "needed are items of models:/ours/1"),
-        ({"new": {"adapter": "models:/ours/3"}}, WrongItemsError, "needed are items of models:/ours/2"),
-        ({"new": {"skip": FULL["skip"]}}, WrongItemsError, "needed are items of models:/ours/2"),
-        ({"systems": {"x": {}}}, WrongItemsError, "needed are items of"),
-        ({"new": {"weights": "w1"}}, WrongItemsError, "with weights w1, the reference's with weights w0"),
+        ({"old": {"adapter": "models:/ours/3"}}, WrongItemsError, "needs items of models:/ours/1"),
+        ({"new": {"adapter": "models:/ours/3"}}, WrongItemsError, "needs items of models:/ours/2"),
+        ({"new": {"skip": FULL["skip"]}}, WrongItemsError, "needs items of models:/ours/2"),
+        ({"systems": {"x": {}}}, WrongItemsError, "needs items of"),
+        ({"new": {"weights": "w1"}}, WrongItemsError, "with weights w1, the reference with weights w0"),
         (
             {"new": {"dataset shapes": "q1"}},
             WrongItemsError,
             "with dataset shapes q1, .* shapes q0:",
         ),
         ({"new": {"dataset POPE": "q2"}}, WrongItemsError, "dataset POPE q2, .* with no dataset POPE"),
-        ({"old": {"judge": "strict"}}, WrongItemsError, "with no judge, the reference's with judge strict"),
+        ({"old": {"judge": "strict"}}, WrongItemsError, "with no judge, the reference with judge strict"),
         (
-            {"systems": {"old": made_by(1), "new": {k: v for k, v in made_by(2).items() if k not in ASKED}}},
+            {
+                "systems": {
+                    "old": made_by(1),
+                    "new": {k: v for k, v in made_by(2).items() if k not in SCORED},
+                }
+            },
             WrongItemsError,
-            "do not say with which weights, sampling, judge",
+            "lack weights, sampling, judge",
         ),
     ],
 )
-def test_a_mistake_is_no_decision(storage, registry, changes, error, says):
-    """What the last decision noted stays."""
+def test_a_mistake_in_the_settings_is_no_decision(storage, registry, changes, error, message):
+    """The tags of the last decision stay."""
     registry.tag(ModelVersion("ours", "2"), {"promotion/champion/outcome": "earlier"})
     systems = {
         "old": {**made_by(1), **changes.get("old", {})},
         "new": {**made_by(2), **changes.get("new", {})},
     }
     given = {key: value for key, value in changes.items() if key not in ("old", "new")}
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         promote(storage, **{"before": GOOD, "after": SAME, "systems": systems, **given})
     assert registry.holder("ours", "champion") == "1"
     assert tags(registry)["outcome"] == "earlier"
 
 
-def test_items_made_with_the_same_files_count_as_the_versions(storage, registry):
+def test_items_of_the_same_files_count_for_the_version(storage, registry):
     digest = adapter_digest(storage / "run-2" / "adapter")
     systems = {"old": made_by(1), "new": {**made_by(2), "adapter": f"runs/x/adapter@{digest}"}}
     promote(storage, before=GOOD, after=SAME, systems=systems)
     assert registry.holder("ours", "champion") == "2"
 
 
-def test_an_alias_that_moved_meanwhile_stays_where_it_went(storage, registry, monkeypatch):
-    """Another job gives it to version 3, after our items were judged."""
+def test_an_alias_that_moved_meanwhile_is_not_moved_again(storage, registry, monkeypatch):
+    """Another job moves it to version 3 while our items are compared."""
     from pipelines.promote import job as module
 
-    def judged_slowly(*arguments):
+    def compare_slowly(*arguments):
         registry._client.set_registered_model_alias("ours", "champion", "3")
         return judge(*arguments)
 
-    monkeypatch.setattr(module, "judge", judged_slowly)
+    monkeypatch.setattr(module, "judge", compare_slowly)
     with pytest.raises(AliasMovedError, match="moved from version 1 to version 3"):
         promote(storage, before=GOOD, after=SAME)
     assert registry.holder("ours", "champion") == "3"
@@ -269,7 +279,7 @@ def test_an_alias_that_moved_meanwhile_stays_where_it_went(storage, registry, mo
 
 
 def test_the_first_champion_is_compared_with_full_tokens(storage, registry):
-    """Its items may come out of an MLflow run, and the version be named by the run that made it."""
+    """Its items may come from an MLflow run, and the run that registered the version may name it."""
     write_items(storage / "artifact" / "items.parquet", GOOD, {"old": FULL})
     tracker = Tracker.start(
         registry.uri, experiment="tests", run_name="score", artifacts=storage / "artifacts"
@@ -285,19 +295,19 @@ def test_the_first_champion_is_compared_with_full_tokens(storage, registry):
     }
     reference = {"items": f"runs:/{tracker.run_id}"}
     elsewhere = {"new": {**made_by(2), "weights": "w1"}}
-    with pytest.raises(WrongItemsError, match="made with weights w1, the reference's with weights w0"):
+    with pytest.raises(WrongItemsError, match="scored with weights w1, the reference with weights w0"):
         promote(storage, **{**given, "systems": elsewhere}, reference={**reference, "against": "full"})
     with pytest.raises(ConfigError, match="no version of 'ours' has the alias 'first' yet"):
         promote(storage, **given, reference=reference)
     promote(storage, **given, reference={**reference, "against": "full"})
     assert registry.holder("ours", "first") == "2"
-    with pytest.raises(ConfigError, match="has the alias 'first' already"):
+    with pytest.raises(ConfigError, match="already has the alias 'first'"):
         promote(storage, **given, reference={**reference, "against": "full"})
     registry._client.delete_registered_model_alias("ours", "first")
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("model", "message"),
     [
         ("ours", "names no model version"),
         ("models:/ours/9", "no such version"),
@@ -306,20 +316,20 @@ def test_the_first_champion_is_compared_with_full_tokens(storage, registry):
         ("runs:/0123", "registered no model version"),
     ],
 )
-def test_a_name_that_means_no_version_is_refused(registry, model, says):
-    with pytest.raises(ConfigError, match=says):
+def test_a_name_without_a_version_raises(registry, model, message):
+    with pytest.raises(ConfigError, match=message):
         registry.find(model)
 
 
-# ----------------------------------------------------------------------------------- the verdicts alone
+# ----------------------------------------------------------------------------------- the gate alone
 
 
 def verdict(before: list[Item], after: list[Item], drop: float):
     return judge(before, after, Budget(overall=drop))[0]
 
 
-def test_the_same_answers_prove_little_where_there_are_few():
-    """The rule of three: nothing lost in n groups leaves 3.7/n possible (at 97.5 % one-sided)."""
+def test_few_items_with_the_same_answers_are_undecided():
+    """The rule of three: nothing lost in n groups leaves a loss of 3.7/n possible (97.5 %, one-sided)."""
     few = items("a", images=40, wrong={"number": 0})
     one = verdict(few, few, 0.02)
     assert (one.found.low, one.outcome) == (0, "undecided")
@@ -329,8 +339,8 @@ def test_the_same_answers_prove_little_where_there_are_few():
     assert verdict(*[items("a", images=182, wrong={"number": 0})] * 2, 0.02).outcome == "undecided"
 
 
-def test_what_is_said_to_be_needed_mostly_suffices():
-    """One point lost where three are accepted: with the items asked for, four of five samples pass."""
+def test_the_estimated_number_of_items_usually_decides():
+    """With a loss of one point and a budget of three, four of five samples of the estimated size pass."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(images: int) -> tuple[list[Item], list[Item]]:
@@ -350,16 +360,16 @@ def test_what_is_said_to_be_needed_mostly_suffices():
     assert 0.6 < sum(passed) / 30 < 1
 
 
-def test_errors_of_the_reference_are_no_gains():
+def test_errors_of_the_reference_do_not_count_as_gains():
     broken = items("old", images=20, wrong={"number": 20}, error="unreadable image")
     with pytest.raises(DataError, match="20 items of the reference 'old' have an error"):
         verdict(broken, items("new", images=20, wrong={"number": 0}), 0.1)
     assert "within" in table([verdict(GOOD, GOOD, 0.1)], 0.95)
 
 
-def test_what_neither_answered_is_left_out_and_counted():
+def test_items_without_an_answer_on_both_sides_are_left_out_and_counted():
     sides = [items(name, wrong={"number": 0}) for name in ("old", "new")]
-    for side, failed in zip(sides, (1, 3), strict=True):  # the candidate fails at two more, which it loses
+    for side, failed in zip(sides, (1, 3), strict=True):  # the candidate fails on two more and loses them
         side[:failed] = [replace(item, score=0.0, error="corrupt") for item in side[:failed]]
     found = verdict(*sides, 0.1)
     assert (found.errors, found.found.items, found.found.lost) == ((1, 3), 199, 2)
@@ -369,6 +379,6 @@ def test_what_neither_answered_is_left_out_and_counted():
 
 
 @pytest.mark.parametrize("slices", [{"number": 0.0}, {"number": 2}, {"overall": 0.1}])
-def test_a_budget_that_means_nothing_is_refused(slices):
-    with pytest.raises(ValueError, match=r"is no drop|set budget\.overall"):
+def test_an_invalid_budget_is_refused(slices):
+    with pytest.raises(ValueError, match=r"is not a drop|set budget\.overall"):
         Budget(slices=slices)

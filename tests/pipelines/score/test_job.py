@@ -69,7 +69,7 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture(scope="module")
 def finished(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
-    """The result of a job that was stopped once, when one of its two rounds was done."""
+    """The result of a job that was stopped once, after the first of its two systems."""
     rounds = []
 
     def stop_at_the_second(captioning: Any) -> dict[str, Any]:
@@ -85,11 +85,11 @@ def finished(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
             run_score(ScoreConfig.model_validate(settings))
         first = len(rounds)
         file = Path(settings["datasets"][0]["path"])
-        asked = file.read_bytes()
-        file.write_bytes(asked.replace(b"Yes", b"No"))
+        original = file.read_bytes()
+        file.write_bytes(original.replace(b"Yes", b"No"))
         with pytest.raises(ConfigError, match="dataset POPE has changed since this job began"):
             run_score(ScoreConfig.model_validate(settings))
-        file.write_bytes(asked)
+        file.write_bytes(original)
         patch.setattr(
             score, "run_caption", lambda given: (rounds.append(given.name), score_captioning(given))[1]
         )
@@ -98,7 +98,7 @@ def finished(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
     return result
 
 
-def test_items_are_those_of_a_model_in_this_process(settings, finished, tiny_model):
+def test_items_equal_those_of_an_engine_in_this_process(settings, finished, tiny_model):
     with load_engine(str(tiny_model), dtype="float32", **SKIP) as engine:
         for label, skip in (("full", "full"), ("skip", sv.SkipConfig(**SKIP))):
             expected = []
@@ -111,14 +111,14 @@ def test_items_are_those_of_a_model_in_this_process(settings, finished, tiny_mod
     check_comparable(skip, full)
 
 
-def test_what_cannot_be_asked_is_counted(finished):
+def test_unusable_rows_are_counted(finished):
     items = read_items(Path(finished["items"]["full"]))
     assert [item.index for item in items if item.error] == ["4", "5"]
     assert finished["errors"]["skip"] == {"POPE": 2}
     assert finished["left_out"] == {"POPE": {"without an image": 1}}
-    told = Path(finished["table"]).read_text()
-    assert "skip on POPE: 2 items have an error and count as wrong." in told
-    assert "POPE: 1 rows are left out (1 without an image)." in told
+    report = Path(finished["table"]).read_text()
+    assert "skip on POPE: 2 items have an error and count as wrong." in report
+    assert "POPE: 1 rows are left out (1 without an image)." in report
     answers = Path(finished["table"]).parent / "answers" / "full" / "scores.full.POPE" / "captions"
     assert pq.read_table(answers)["key"].to_pylist() == ["0", "1", "2", "3", "4"]
 
@@ -140,7 +140,7 @@ def test_each_system_has_its_run_in_mlflow(finished):
     assert {"scores.full.POPE", "scores.skip.POPE"} <= names
 
 
-def test_a_finished_job_says_so_and_other_settings_are_refused(settings, finished):
+def test_a_finished_job_is_reported_and_other_settings_are_refused(settings, finished):
     again = run_score(ScoreConfig.model_validate({**settings, "max_error_fraction": 0.9}))
     assert {**again, "seconds": 0} == {**finished, "seconds": 0, "already_finished": True}
     with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens: was 8, now 9"):
@@ -148,8 +148,8 @@ def test_a_finished_job_says_so_and_other_settings_are_refused(settings, finishe
 
 
 @pytest.mark.filterwarnings("ignore:MLflow at .* does not take metrics")
-def test_settings_of_the_report_alone_make_it_anew(settings, finished, monkeypatch):
-    """In another experiment, which at first does not take its numbers; nothing is asked again."""
+def test_other_settings_of_the_report_write_it_again(settings, finished, monkeypatch):
+    """Another experiment rejects the numbers at first; no question is answered again."""
     monkeypatch.setattr(score, "ray_session", lambda: 1 / 0)
     other = {**settings, "confidence": 0.8, "resamples": 500, "tracking": {"experiment": "elsewhere"}}
     with (
@@ -171,8 +171,8 @@ def test_settings_of_the_report_alone_make_it_anew(settings, finished, monkeypat
         run_score(ScoreConfig.model_validate({**other, "datasets": [*settings["datasets"], {"name": "MME"}]}))
 
 
-def test_one_item_proves_nothing():
-    """Neither in the table nor in MLflow."""
+def test_one_item_has_a_wide_interval():
+    """Both in the table and in MLflow."""
     item = Item("d", "1", "full", "", "1", "", 1.0)
     compared = {"skip": {"d": compare([item], [item], resamples=100, confidence=0.95)}}
     scored = {label: {"d": Scored([item], {})} for label in ("full", "skip")}
@@ -200,7 +200,7 @@ def test_one_item_proves_nothing():
         ),
     ],
 )
-def test_mistakes_are_said_before_ray_is_started(settings, change, error, tmp_path, monkeypatch):
+def test_mistakes_are_reported_before_ray_starts(settings, change, error, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(settings["datasets"][0]["path"]).parent)
     monkeypatch.setattr(score, "ray_session", lambda: 1 / 0)
     with pytest.raises((ConfigError, DataError), match=error):
@@ -211,11 +211,11 @@ def test_mistakes_are_said_before_ray_is_started(settings, change, error, tmp_pa
     ("change", "error"),
     [
         ({"reference": "all"}, "reference = 'all' is none of the systems: full, skip"),
-        ({"datasets": [{"name": "MME"}, {"name": "MME"}]}, "MME is there twice"),
+        ({"datasets": [{"name": "MME"}, {"name": "MME"}]}, "MME occurs twice"),
         ({"datasets": []}, "datasets"),
-        ({"sampling": {"n": 2}}, "no place where one text is scored"),
+        ({"sampling": {"n": 2}}, "one text is scored per question"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings, change, error):
+def test_contradictory_settings_are_refused(settings, change, error):
     with pytest.raises(ValueError, match=error):
         ScoreConfig.model_validate({**settings, **change})

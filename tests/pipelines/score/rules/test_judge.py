@@ -221,8 +221,8 @@ def test_a_judge_that_refuses_everything_stops_the_job_and_keeps_its_replies(
     row = {"question": "What is x?", "answer": "5", "category": "math"}
     file = table(tmp_path / "table.tsv", [{"index": n, "image": png(n), **row} for n in range(8)])
     answers = {str(n): Prediction(f"x = {n}") for n in range(8)}
-    monkeypatch.setattr(score, "_answer_missing", lambda job: job.folder.answers.mkdir(exist_ok=True))
-    monkeypatch.setattr(score, "_answers", lambda captioning: answers)
+    monkeypatch.setattr(score, "_answer_missing", lambda job, ray: job.folder.answers.mkdir(exist_ok=True))
+    monkeypatch.setattr(score, "_predictions", lambda captioning: answers)
     config = ScoreConfig.model_validate(
         {
             "name": "judged",
