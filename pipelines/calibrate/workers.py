@@ -6,19 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from pipelines.data.chat import content_parts
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.evaluation.items import Item
-from pipelines.score.dataset import Dataset, Question
-from pipelines.score.in_process import score_dataset
+from pipelines.score.dataset import Dataset
+from pipelines.score.in_process import request_for, score_dataset
 from pipelines.shared.sections import EngineSection
 from skipvision.config import SkipConfig
-from skipvision.engine import Request, Sampling
+from skipvision.engine import Sampling
 from skipvision.errors import DataError, SkipVisionError
 
 FULL = "full"
@@ -69,11 +68,11 @@ class Scorer:
 
         The two SkipConfigs take turns on the same questions, so that other load of the machine affects both.
         """
-        questions = task.dataset.questions
+        questions, one_token = task.dataset.questions, Sampling(max_new_tokens=1)
         seconds: dict[SkipConfig | Literal["full"], list[float]] = {"full": [], task.skip: []}
         for number, question in enumerate([questions[0], *questions]):  # the first round is a warm-up
             for skip, taken in seconds.items():
-                request = self._engine.prepare(_one_token(question, skip))
+                request = self._engine.prepare(replace(request_for(question, one_token), skip=skip))
                 started = time.perf_counter()
                 for completion in self._engine.run([request]):
                     if completion.error is not None:
@@ -81,12 +80,6 @@ class Scorer:
                 if number:
                     taken.append(time.perf_counter() - started)
         return statistics.median(seconds[task.skip]) / statistics.median(seconds["full"])
-
-
-def _one_token(question: Question, skip: SkipConfig | Literal["full"]) -> Request:
-    chat = [{"role": m.role, "content": content_parts(m.text)} for m in question.messages]
-    images = [image.open() for image in question.images]
-    return Request(chat, images, sampling=Sampling(max_new_tokens=1), skip=skip)
 
 
 RunTasks = Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]]

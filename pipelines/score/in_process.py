@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from pipelines.data.chat import content_parts
 from pipelines.data.images import ImageError
-from pipelines.score.dataset import Dataset
+from pipelines.score.dataset import Dataset, Question
 from pipelines.score.points import Prediction, Scored, score_answers
 from pipelines.score.rules.judge import Judge
 from skipvision.config import SkipConfig
@@ -49,12 +50,11 @@ def score_dataset(
             if question.problem is not None:
                 continue
             try:
-                images = [image.open() for image in question.images]
+                request = request_for(question, sampling)
             except ImageError as error:
                 predictions[question.index] = Prediction(error=f"{error.kind}: {error}")
-                continue
-            chat = [{"role": m.role, "content": content_parts(m.text)} for m in question.messages]
-            yield Request(chat, images, sampling=sampling, skip=skip, adapter=adapter, key=question.index)
+            else:
+                yield replace(request, skip=skip, adapter=adapter)
 
     for completion in engine.run(requests()):
         if isinstance(completion.error, ConfigError):  # every other question would fail in the same way
@@ -64,3 +64,10 @@ def score_dataset(
         else:
             predictions[completion.key] = Prediction(completion.text.strip())
     return score_answers(dataset, predictions, system, judge)
+
+
+def request_for(question: Question, sampling: Sampling) -> Request:
+    """Return an engine's request for a question. Raise `ImageError` if an image cannot be opened."""
+    chat = [{"role": m.role, "content": content_parts(m.text)} for m in question.messages]
+    images = [image.open() for image in question.images]
+    return Request(chat, images, sampling=sampling, key=question.index)
