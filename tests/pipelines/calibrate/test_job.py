@@ -49,7 +49,7 @@ def settings(questions: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
         "model": {"path": str(tiny_model), "dtype": "float32"},
         "data": {"name": "Shapes", "path": str(questions), "max_new_tokens": 2},
         "space": {"retained": [2, 4, 12], "skipped": [0, 4]},
-        "budget": {"accuracy_drop": 0.99, "kv_bytes": 0.9, "latency": 9.0},
+        "budget": {"accuracy_drop": 0.99, "kv_bytes": 0.9, "latency": 1e4},  # on a busy machine too
         "search": {"rungs": 2, "factor": 2, "finalists": 2, "latency_questions": 2},
         "tracking": {"experiment": "tests"},
         "scaling": {"workers": 2, "cpus_per_worker": 1},
