@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import skipvision as sv
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.compare.config import CompareConfig
 from pipelines.compare.costs import measure_costs
+from pipelines.compare.folder import ComparisonFolder
 from pipelines.compare.report import check_marked, markdown, picture, renew_marked
 from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
@@ -32,9 +34,12 @@ from pipelines.evaluation.items import OVERALL, Item
 from pipelines.evaluation.paired import Paired, paired, widened
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.folder import MAY_DIFFER
+from pipelines.score.fingerprints import of_images
+from pipelines.shared.files import write_text
 from pipelines.shared.folder import comparable
-from pipelines.shared.paths import input_path, model_path, output_path
+from pipelines.shared.paths import output_path
 from pipelines.shared.sections import EngineSection
+from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError
 
@@ -49,28 +54,61 @@ class Variant:
 
 
 def run_compare(config: CompareConfig) -> dict[str, Any]:
-    """Evaluate all variants, write the report, and record it in MLflow. Return the whole comparison.
+    """Evaluate all variants, write the report, and record it in MLflow; or report that this is done already.
+
+    Return the whole comparison.
 
     Raises:
         ConfigError: a run is missing or unfinished, or the two runs cannot be compared.
+        TrackingError: MLflow does not answer, or does not have one of the runs.
     """
     torch.set_num_threads(config.threads or usable_cpus())
-    storage = output_path(config.storage, "storage")
-    readme = None if config.readme is None else output_path(config.readme, "readme")
-    if readme is not None:
-        check_marked(readme)
+    if config.readme is not None:
+        check_marked(output_path(config.readme, "readme"))
+    absolute = config.resolved()
+    storage = Path(absolute.storage)
     full, skip = (_finished(storage, name) for name in (config.full, config.skip))
     _check_comparable(full, skip)
-    model = FinetuneConfig(**skip["config"]).model
-    model = model.model_copy(update={"path": model_path(model.path, "model.path")})
-    rows = pick_rows(read_rows(input_path(config.test, "test")), config.rows)
+    rows = pick_rows(read_rows(absolute.test), config.rows)
+    folder = ComparisonFolder(storage, f"{config.skip}-against-{config.full}")
+    with folder.claimed():
+        folder.resume(config)
+        inputs = {"full": full["result"], "skip": skip["result"], "rows": _digest(rows)}
+        if folder.state.get("inputs") != inputs:
+            folder.state = {}
+        finished = bool(folder.state.get("recorded"))
+        if finished:
+            print(f"job {folder.name!r} is finished already: {folder.table}", flush=True)
+        runs = {name: _open_run(state) for name, state in (("full", full), ("skip", skip))}
+        if "comparison" not in folder.state:
+            comparison = _compare(full, skip, rows, config)
+            folder.remember_settings(config, inputs=inputs, comparison=comparison)
+        result = {
+            **folder.state["comparison"],
+            "table": str(folder.table),
+            "picture": str(folder.figure),
+        }
+        _write(result, folder)
+        if not finished:
+            _record(result, runs)
+            folder.remember(recorded=True)
+    if absolute.readme is not None:
+        renew_marked(Path(absolute.readme), folder.table.read_text())
+        print(f"updated the table in {absolute.readme}; the figure is {folder.figure}", flush=True)
+    return {**result, "already_finished": finished}
+
+
+def _compare(
+    full: dict[str, Any], skip: dict[str, Any], rows: Sequence[TrainingRow], config: CompareConfig
+) -> dict[str, Any]:
+    model = FinetuneConfig(**skip["config"]).model.resolved()
     skip_config = sv.SkipConfig(**skip["config"]["skip"])
     variants = _variants(full, skip, skip_config, untuned=config.untuned)
     answers, costs = _evaluate_all(variants, model, rows, config)
     for name, run in (("full", full), ("skip", skip)):
         costs[name]["seconds_per_step"] = run["result"]["seconds_per_step"]
         costs[name]["training_seconds"] = run["result"]["training_seconds"]
-    result = {
+    return {
         "rows": len(rows),
         "images": len({_image(row) for row in rows}),
         "exact_match": {name: accuracy_by_task(given) for name, given in answers.items()},
@@ -80,11 +118,15 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
         },
         "costs": costs,
         "ratios": {key: costs["skip"][key] / costs["full"][key] for key in costs["full"]},
-        "skip_config": skip_config.model_dump(),
+        "skip_config": skip_config.model_dump(mode="json"),
     }
-    _write(result, storage / f"{config.skip}-against-{config.full}", readme)
-    _track(result, full, skip)
-    return result
+
+
+def _digest(rows: Sequence[TrainingRow]) -> str:
+    """Return a digest of the questions, the answers and the images."""
+    texts = [[row.key, row.task, *(message.text for message in row.messages)] for row in rows]
+    images = of_images(image for row in rows for image in row.images)
+    return sha256(json.dumps([texts, images]).encode()).hexdigest()
 
 
 def differences(rows: Sequence[TrainingRow], answers: dict[str, list[Answer]]) -> dict[str, Paired]:
@@ -189,27 +231,34 @@ def _check_comparable(full: dict[str, Any], skip: dict[str, Any]) -> None:
         )
 
 
-def _write(result: dict[str, Any], folder: Path, readme: Path | None) -> None:
-    """Write the table and the figure to the folder, print the table, and update the README if given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table, image = folder / "comparison.md", folder / "comparison.png"
-    table.write_text(markdown(result))
-    picture(result, image)
-    result["table"], result["picture"] = str(table), str(image)
-    print(f"\n{table.read_text()}", flush=True)
-    if readme is not None:
-        renew_marked(readme, table.read_text())
-        print(f"updated the table in {readme}; the figure is {image}", flush=True)
+def _write(result: dict[str, Any], folder: ComparisonFolder) -> None:
+    """Write the table and the figure, and print the table."""
+    write_text(folder.table, markdown(result))
+    picture(result, folder.figure)
+    print(f"\n{folder.table.read_text()}", flush=True)
 
 
-def _track(result: dict[str, Any], full: dict[str, Any], skip: dict[str, Any]) -> None:
-    """Record test metrics in both MLflow runs; and ratios, table and figure in that of Skip-Vision."""
+def _open_run(state: dict[str, Any]) -> Tracker:
+    """Return the MLflow run of a fine-tuning run, after checking that MLflow has it."""
+    run = Tracker(state["result"]["mlflow_uri"], state["result"]["mlflow_run_id"])
+    run.require()
+    return run
+
+
+def _record(result: dict[str, Any], runs: Mapping[str, Tracker]) -> None:
+    """Record test metrics in both MLflow runs; and ratios, table and figure in that of Skip-Vision.
+
+    The runs have ended with their fine-tuning and stay as they ended.
+    """
     ratios = {f"ratio_to_full/{key}": value for key, value in result["ratios"].items()}
-    for name, run, more in (("full", full, {}), ("skip", skip, ratios)):
-        tracker = Tracker(run["result"]["mlflow_uri"], run["result"]["mlflow_run_id"])
-        shares = {f"test/exact_match/{task}": v for task, v in result["exact_match"][name].items()}
-        tracker.metrics({**shares, **more}, 0)
-        tracker.upload()
-        if name == "skip":
-            for path in (result["table"], result["picture"]):
-                tracker.store(Path(path))
+    try:
+        for name, more in (("full", {}), ("skip", ratios)):
+            shares = {f"test/exact_match/{task}": v for task, v in result["exact_match"][name].items()}
+            runs[name].metrics({**shares, **more}, 0)
+            runs[name].upload()
+        for path in (result["table"], result["picture"]):
+            runs["skip"].store(Path(path))
+    except TrackingError as error:
+        raise TrackingError(
+            f"{error}\nThe comparison is complete: {result['table']}. Run the same job again to record it"
+        ) from error

@@ -18,6 +18,7 @@ from pipelines.shapes.base_config import BaseModelConfig
 from pipelines.shapes.base_examples import PATCH_LABELS, PackedBatch, SceneRows, collate_packed
 from pipelines.shapes.base_parts import PATCHES_PER_SIDE
 from pipelines.shapes.scenes import TASKS, Split
+from pipelines.shared.files import atomic
 
 
 class Stage:
@@ -68,9 +69,8 @@ class Stage:
             "step": self.step,
             "seconds": self.seconds,
         }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.path)
+        with atomic(self.path) as partial:
+            torch.save(state, partial)
 
     def update(self, loss: torch.Tensor, **measured: object) -> None:
         """Run one optimiser step. Log every 50th step; save a checkpoint every few minutes and at the end."""

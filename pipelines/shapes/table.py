@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.rows import IMAGE_PLACEHOLDER
+from pipelines.shared.files import atomic
 
 _COLUMNS = ("index", "image", "image_path", "question", "answer", "category")
 
@@ -19,8 +20,7 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], path: Path) -> 
     The first row about an image embeds it. Later rows hold the index of that row instead.
     """
     first: dict[str, int] = {}
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(_COLUMNS)
         for index, row in enumerate(rows):
@@ -31,4 +31,3 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], path: Path) -> 
             question, answer = (turn["value"] for turn in row["conversations"])
             text = question.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
             table.writerow((index, image, row["image"], text, answer, row["task"]))
-    partial.replace(path)

@@ -89,6 +89,14 @@ class Tracker:
 
     # ------------------------------------------------------------------------------------- strict
 
+    def require(self) -> None:
+        """Check that MLflow answers and has the run."""
+        with_retries(
+            lambda: self._client.get_run(self.run_id),
+            f"looking for run {self.run_id} at {self.uri}",
+            pauses=(),
+        )
+
     def describe(self, settings: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
         """Record parameters, and a job's settings as ``config.yaml``."""
         self.parameters(parameters)

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.engines.config import BaseModelSection
+from pipelines.shared.paths import InputPath, OutputFolder
 from pipelines.shared.sections import JobConfig, Section
 from skipvision.baselines import BASELINES
 from skipvision.config import SkipConfig
@@ -15,8 +16,8 @@ from skipvision.config import SkipConfig
 class AdapterSection(Section):
     """An adapter, or the base model without one, and Skip-Vision under it."""
 
-    path: str | None = Field(None, description="folder of the adapter; null = the base model")
-    other_seeds: tuple[str, ...] = Field(
+    path: InputPath | None = Field(None, description="folder of the adapter; null = the base model")
+    other_seeds: tuple[InputPath, ...] = Field(
         (),
         description="folders of adapters from the same fine-tune under other seeds: their answers are "
         "pooled; times and grid use the first adapter only; select=random draws a pattern for each seed",
@@ -45,7 +46,7 @@ class TradeoffConfig(JobConfig):
     adapters: dict[str, AdapterSection] = Field(
         {"untuned": AdapterSection()}, min_length=1, description="adapters by label"
     )
-    test: str = Field("data/shapes/test.json", description="test rows: LLaVA JSON, JSONL or parquet")
+    test: InputPath = Field("data/shapes/test.json", description="test rows: LLaVA JSON, JSONL or parquet")
     rows: int = Field(300, ge=1, description="max test rows, in equal shares per task")
     batch_size: int = Field(50, ge=1, description="max answers that an engine generates at once")
     max_new_tokens: int = Field(96, ge=1, description="max tokens of an answer")
@@ -59,7 +60,7 @@ class TradeoffConfig(JobConfig):
         9, ge=0, description="measurements of the time to the first token at each point; 0 = none"
     )
     cpus_per_task: float = Field(1, gt=0, description="CPUs of a Ray task; a task scores one point")
-    report: str | None = Field(None, description="folder to copy the table and the figures to")
+    report: OutputFolder | None = Field(None, description="folder to copy the table and the figures to")
 
     @field_validator("adapters")
     @classmethod

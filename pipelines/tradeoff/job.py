@@ -21,7 +21,9 @@ from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
 from pipelines.evaluation.items import OVERALL, read_items, write_items
 from pipelines.score.fingerprints import of_folder, of_images, of_model
-from pipelines.shared.paths import copy_into, input_path, model_path, output_folder, output_path
+from pipelines.shared.files import write_text
+from pipelines.shared.folder import JobFolder
+from pipelines.shared.paths import copy_into
 from pipelines.tradeoff.config import TradeoffConfig
 from pipelines.tradeoff.points import Point, SeededPoint, mean_text_tokens, model_config, points
 from pipelines.tradeoff.report import write_report
@@ -39,52 +41,32 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
         ConfigError: a model, an adapter or a file of rows does not exist.
         AdapterError: a folder holds no adapter, or the adapter of another model.
     """
-    config = _located(config)
-    folder = output_path(config.storage, "storage") / config.name
+    config = config.resolved()
     rows = pick_rows(read_rows(config.test), config.rows)
     model, text_tokens = model_config(config.model), mean_text_tokens(config.model, rows)
     todo = list(points(config, model, text_tokens))
-    report = None if config.report is None else output_folder(config.report, "report")
+    folder = JobFolder(config.storage_path, config.name)
     files = {
-        seeded: folder / "points" / f"{digest}.parquet"
+        seeded: folder.path / "points" / f"{digest}.parquet"
         for seeded, digest in digests(todo, config, rows).items()
     }
-    with ray_session():
-        _score_missing(files, config, rows)
-        seconds = _time_points(files, folder / "times", config, rows)
-    items = {seeded: read_items(file) for seeded, file in files.items()}
-    measurements = Measurements(config, model, text_tokens, items, seconds)
-    results = [measurements.result(point) for point in todo]
-    written = write_report(results, folder, rows=len(rows), text_tokens=text_tokens)
-    if report is not None:
+    with folder.claimed():
+        with ray_session():
+            _score_missing(files, config, rows)
+            seconds = _time_points(files, folder.path / "times", config, rows)
+        items = {seeded: read_items(file) for seeded, file in files.items()}
+        measurements = Measurements(config, model, text_tokens, items, seconds)
+        results = [measurements.result(point) for point in todo]
+        written = write_report(results, folder.path, rows=len(rows), text_tokens=text_tokens)
+    if config.report is not None:
         # The numbers name folders of this machine, so they are not published.
-        copy_into(report, [file for name, file in written.items() if name != "numbers"])
+        copy_into(Path(config.report), [file for name, file in written.items() if name != "numbers"])
     return {
         "points": len(results),
         "rows": len(rows),
         "found": [{**asdict(one.point), "accuracy": one.accuracy[OVERALL]} for one in results],
         **written,
     }
-
-
-def _located(config: TradeoffConfig) -> TradeoffConfig:
-    """Return the settings with absolute paths, which tasks in other processes need."""
-    adapters = {
-        label: adapter
-        if adapter.path is None
-        else adapter.model_copy(
-            update={
-                "path": input_path(adapter.path, f"adapters.{label}.path"),
-                "other_seeds": tuple(
-                    input_path(path, f"adapters.{label}.other_seeds") for path in adapter.other_seeds
-                ),
-            }
-        )
-        for label, adapter in config.adapters.items()
-    }
-    model = config.model.model_copy(update={"path": model_path(config.model.path, "model.path")})
-    test = input_path(config.test, "test")
-    return config.model_copy(update={"adapters": adapters, "model": model, "test": test})
 
 
 def digests(
@@ -137,9 +119,7 @@ def _time_points(
             print(f"{label}: timing {len(own)} points …", flush=True)
             [(_, measured)] = in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
             folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.partial")
-            partial.write_text(json.dumps(measured) + "\n")
-            partial.replace(file)
+            write_text(file, json.dumps(measured) + "\n")
         seconds |= dict(zip(own, json.loads(file.read_text()), strict=True))
     return seconds
 

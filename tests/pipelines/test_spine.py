@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
 from pipelines.evaluation.items import Item, write_items
+from pipelines.finetune.config import FinetuneConfig
 from pipelines.shared.config import run_job
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import Registry
@@ -49,8 +50,9 @@ class Job:
 
     Attributes:
         settings: what its YAML file holds, apart from name, storage and experiment.
-        midway: what shows that some work is done: a pattern of files below the job's folder, or
+        midway: shows that some work is done: a pattern of files below the job's folder, or
             ``module:name`` of a function that is called in the middle of the job.
+        ends: states of its MLflow runs after SIGTERM and after SIGKILL.
         work: creates in the job's folder what an earlier start would have left.
         data: changes the data that the job reads; returns what the error must name.
         slow: scenarios that take more than a few seconds.
@@ -58,6 +60,7 @@ class Job:
 
     settings: Callable[[Inputs], dict[str, Any]]
     midway: str
+    ends: tuple[set[str], set[str]] = ({"KILLED"}, {"RUNNING"})
     work: Callable[[Path], object] = lambda _: None
     data: Callable[[Inputs], str] = lambda _: ""
     slow: frozenset[str] = frozenset()
@@ -72,7 +75,6 @@ class Inputs:
     data: Path
     adapter: Path
     storage: Path
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def uri(self) -> str:
@@ -92,6 +94,8 @@ def originals(tiny_model: Path, shapes_data: Path, tmp_path_factory: pytest.Temp
     model = peft.get_peft_model(model, lora)
     sv.attach(model, sv.SkipConfig(**SKIP))
     adapter = sv.save_adapter(model, folder / "adapter")
+    sv.attachment_of(model).detach()
+    sv.save_adapter(model, folder / "full_adapter")
     table(
         folder / "questions.tsv", [{"index": n, "image": png(n), **PLAIN, "answer": "red"} for n in range(8)]
     )
@@ -194,6 +198,50 @@ def analyse(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def compare(inputs: Inputs) -> dict[str, Any]:
+    """Two finished fine-tuning runs, of which only the second skips."""
+    names = {}
+    for kind, skip in (("full", None), ("skip", SKIP)):
+        names[kind] = name = f"{kind}-{inputs.folder.parent.name}"
+        settings = {**finetune(inputs), "name": name, "storage": str(inputs.storage), "skip": skip}
+        config = FinetuneConfig.model_validate(settings).model_dump(mode="json")
+        adapter = inputs.storage / name / "adapter"
+        shutil.copytree(
+            inputs.adapter if skip else inputs.folder / "full_adapter", adapter, dirs_exist_ok=True
+        )
+        artifacts = inputs.storage / "mlflow-artifacts"
+        tracker = Tracker.start(inputs.uri, experiment="spine", run_name=name, artifacts=artifacts)
+        tracker.finish("FINISHED")
+        result = {
+            "adapter": str(adapter),
+            "seconds_per_step": 1.0,
+            "training_seconds": 9.0,
+            "mlflow_uri": inputs.uri,
+            "mlflow_run_id": tracker.run_id,
+        }
+        (inputs.storage / name / "run.json").write_text(json.dumps({"config": config, "result": result}))
+    return {
+        **names,
+        "test": str(inputs.data / "test.json"),
+        "max_new_tokens": 2,
+        "untuned": False,
+        "threads": 1,
+    }
+
+
+def tradeoff(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "model": {"path": str(inputs.model)},
+        "test": str(inputs.data / "test.json"),
+        "methods": ["random"],
+        "fractions": [0.8],
+        "grid": {"retained": [2], "skipped": [0, 3]},
+        "max_new_tokens": 2,
+        "latency_rounds": 0,
+        "cpus_per_task": 1,
+    }
+
+
 def add_row(inputs: Inputs) -> str:
     file = inputs.data / "train.json"
     rows = json.loads(file.read_text())
@@ -248,12 +296,25 @@ JOBS = {
     ),
     "promote": Job(promote, midway="pipelines.promote.job:_insist_on_all", slow=frozenset({"kill"})),
     "analyse": Job(analyse, midway="pipelines.analyse.job:_measure"),
+    "compare": Job(
+        compare,
+        midway="pipelines.compare.job:_answers",
+        ends=({"FINISHED"}, {"FINISHED"}),  # its runs are those of two fine-tunes that have ended
+        slow=frozenset({"stop", "kill"}),
+    ),
+    "tradeoff": Job(tradeoff, midway="points/*.parquet", ends=(set(), set()), slow=STARTED),
 }
 NOT_APPLICABLE = {
     ("data", "analyse"): "it measures everything in one go, so that no results can mix",
     ("data", "promote"): "one decision has no earlier work",
     ("finished", "promote"): "a candidate that has the alias is refused: there is nothing to decide",
     ("tracking", "promote"): "every decision is a run of its own",
+    ("data", "compare"): "it evaluates in one go, and again if the rows have changed",
+    ("tracking", "compare"): "it records in the runs of the fine-tunes",
+    ("away", "tradeoff"): "it records nothing in MLflow",
+    ("tracking", "tradeoff"): "it records nothing in MLflow",
+    ("finished", "tradeoff"): "each of its points is finished by itself",
+    ("data", "tradeoff"): "its files are named by the contents of all that they depend on",
 }
 
 
@@ -268,12 +329,17 @@ def cells(scenario: str) -> Any:
 def write(inputs: Inputs, tmp_path: Path) -> Callable[..., list[str]]:
     """Write a job's YAML file; returns the command line that reads it."""
 
-    def write(name: str, *, job: str = "", **changes: Any) -> list[str]:
+    def write(name: str, **changes: Any) -> list[str]:
         settings = JOBS[name].settings(inputs)
         tracking = {**settings.get("tracking", {}), "experiment": "spine", **changes.pop("tracking", {})}
-        settings |= {"storage": str(inputs.storage), "tracking": tracking, **changes}
-        if name != "promote":
-            settings["name"] = job or f"{name}-{tmp_path.name}"
+        settings |= {"storage": str(inputs.storage), **changes}
+        if name not in ("compare", "tradeoff"):
+            settings["tracking"] = tracking
+        if name not in ("compare", "promote"):
+            settings["name"] = f"{name}-{tmp_path.name}"
+        if name == "compare" and "uri" in tracking:
+            file = inputs.storage / settings["full"] / "run.json"
+            file.write_text(file.read_text().replace(inputs.uri, tracking["uri"]))
         file = tmp_path / "settings.yaml"
         file.write_text(json.dumps(settings))
         return ["--config", str(file)]
@@ -283,7 +349,8 @@ def write(inputs: Inputs, tmp_path: Path) -> Callable[..., list[str]]:
 
 def folder_of(argv: list[str]) -> Path:
     settings = json.loads(Path(argv[1]).read_text())
-    return Path(settings["storage"]) / settings.get("name", "")
+    name = settings.get("name") or f"{settings.get('skip')}-against-{settings.get('full')}"
+    return Path(settings["storage"]) / name
 
 
 def run(name: str, argv: list[str], capsys: Any) -> dict[str, Any]:
@@ -353,10 +420,22 @@ def struck(name: str, argv: list[str], number: int) -> subprocess.CompletedProce
 
 def runs_of(uri: str, argv: list[str]) -> dict[str, str]:
     """The ids and states of a job's runs in MLflow."""
-    state = json.loads((folder_of(argv) / "run.json").read_text())
+    file = folder_of(argv) / "run.json"
+    state = json.loads(file.read_text()) if file.exists() else {"mlflow_run_ids": {}}
+    if settings := compared(argv):
+        runs = [json.loads((folder_of(argv).parent / name / "run.json").read_text()) for name in settings]
+        state = {
+            "mlflow_run_ids": {run["result"]["mlflow_run_id"]: run["result"]["mlflow_run_id"] for run in runs}
+        }
     ids = [state["mlflow_run_id"]] if "mlflow_run_id" in state else state["mlflow_run_ids"].values()
     client = Tracker(uri, "")._client
     return {run_id: client.get_run(run_id).info.status for run_id in ids}
+
+
+def compared(argv: list[str]) -> list[str]:
+    """The names of the runs that the job compares, if it does."""
+    settings = json.loads(Path(argv[1]).read_text())
+    return [settings["full"], settings["skip"]] if "full" in settings else []
 
 
 def newest_run(uri: str) -> tuple[str, str]:
@@ -370,7 +449,7 @@ def newest_run(uri: str) -> tuple[str, str]:
 def ray_if_needed(request: pytest.FixtureRequest) -> None:
     """The session's Ray, for jobs that use one."""
     name = request.getfixturevalue("name")
-    if name not in ("promote", "analyse"):
+    if name not in ("promote", "analyse", "compare"):
         request.getfixturevalue("local_ray")
 
 
@@ -381,10 +460,11 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("work was started")
 
-    for name in ("finetune", "caption", "score", "calibrate"):
+    for name in ("finetune", "caption", "score", "calibrate", "tradeoff"):
         monkeypatch.setattr(f"pipelines.{name}.job.ray_session", refuse)
     monkeypatch.setattr("pipelines.finetune.job.ray_is_running", lambda: False)
     monkeypatch.setattr("pipelines.analyse.job._measure", refuse)
+    monkeypatch.setattr("pipelines.compare.job._answers", refuse)
 
 
 # ----------------------------------------------------------------------------------------- the scenarios
@@ -392,29 +472,25 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_job_is_in_the_table():
     """Or is no such job: it has no folder and records nothing."""
-    others = {"make_shapes", "train_base", "demo", "deploy", "compare", "tradeoff"}
+    others = {"make_shapes", "train_base", "demo", "deploy"}
     assert {file.stem for file in (ROOT / "jobs").glob("*.py")} == JOBS.keys() | others
 
 
 @cells("wrong")
 def test_all_wrong_settings_are_reported_before_any_work(name, write, no_ray, capsys):
-    argv = write(name, nonsense=1, tracking={"uri": ["a", "list"]})
+    argv = write(name, nonsense=1, storage=["a", "list"])
     status, message = refused(name, argv, capsys)
     assert status == 2
     assert "2 problems" in message
     assert "nonsense = 1: " in message
-    assert "tracking.uri = " in message
+    assert "storage = " in message
 
 
 @cells("path")
 def test_a_path_that_leads_nowhere_is_reported_before_any_work(name, write, inputs, no_ray, capsys):
+    argv = write(name)
     shutil.rmtree(inputs.folder)
     shutil.rmtree(inputs.data)
-    argv = write(name) if name != "promote" else []
-    if name == "promote":
-        inputs.folder.mkdir()
-        argv = write(name)
-        (inputs.folder / "items.parquet").unlink()
     status, message = refused(name, argv, capsys)
     assert status == 2
     assert "there is no" in message
@@ -445,8 +521,8 @@ def test_a_stopped_job_is_killed_in_mlflow_and_finished_by_the_next(name, write,
         without_alias(inputs)
         return
     before = runs_of(inputs.uri, argv)
-    assert set(before.values()) == {"KILLED"}
-    assert run(name, argv, capsys)["already_finished"] is False
+    assert set(before.values()) == JOBS[name].ends[0]
+    assert not run(name, argv, capsys).get("already_finished")
     assert runs_of(inputs.uri, argv) == dict.fromkeys(before, "FINISHED")
 
 
@@ -462,7 +538,7 @@ def test_a_job_that_was_killed_is_finished_by_the_next(name, write, inputs, caps
         without_alias(inputs)
         return
     before = runs_of(inputs.uri, argv)
-    assert set(before.values()) == {"RUNNING"}
+    assert set(before.values()) == JOBS[name].ends[1]
     run(name, argv, capsys)
     assert runs_of(inputs.uri, argv) == dict.fromkeys(before, "FINISHED")
 
