@@ -209,7 +209,7 @@ class CaptionActor:
         torch.set_num_threads(max(1, min(math.ceil(given.get("CPU", 1)), usable_cpus())))
         device = torch.device("cuda" if given.get("GPU", 0) else "cpu")
         self.work = work
-        self.name = ray.get_runtime_context().get_actor_id()
+        self.name = str(ray.get_runtime_context().get_actor_id())
         self.alone = threading.Lock()
         self.engine: EngineThread | SkipVisionError
         try:
@@ -219,38 +219,39 @@ class CaptionActor:
             self.engine = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        if isinstance(self.engine, SkipVisionError):
-            return _packed(self.engine)
+        engine = self.engine
+        if isinstance(engine, SkipVisionError):
+            return _packed(engine)
         (block,) = _unpacked(batch)
         piece = f"{block.shard}-{block.rows[0].number}"
         if self.work.attempts.begin(piece) == 0:
-            captions = self._answer(block.rows)
+            captions = self._answer(engine, block.rows)
         else:
             # An engine died while it worked on this block and others. One row at a time shows which row is at
             # fault.
             captions = {}
             for row in block.rows:
                 with self.alone:
-                    captions |= self._answer_alone(f"{piece}-{row.number}", row)
+                    captions |= self._answer_alone(engine, f"{piece}-{row.number}", row)
         self.work.attempts.end(piece)
-        return _packed(CaptionedBlock(block.shard, captions, self.name, self.engine.statistics()))
+        return _packed(CaptionedBlock(block.shard, captions, self.name, engine.statistics()))
 
-    def _answer(self, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
+    def _answer(self, engine: EngineThread, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
         sound = [row for row in rows if row.problem is None]
         requests = [
             Request(inputs=safetensors.torch.load(row.inputs), sampling=self._sampling(row.key))
             for row in sound
         ]
-        outcomes = dict(zip((row.number for row in sound), self.engine.answer(requests), strict=True))
+        outcomes = dict(zip((row.number for row in sound), engine.answer(requests), strict=True))
         return {row.number: self._caption(row, outcomes.get(row.number)) for row in rows}
 
-    def _answer_alone(self, piece: str, row: PreparedRow) -> dict[int, Caption]:
+    def _answer_alone(self, engine: EngineThread, piece: str, row: PreparedRow) -> dict[int, Caption]:
         """Caption a row without another suspect row; after too many deaths of engines it is an error row."""
         deaths = self.work.attempts.begin(piece)
         if deaths >= self.work.config.scaling.max_failures:
             problem = Problem("generation", f"engines died {deaths} times while they captioned this row")
             row = replace(row, problem=row.problem or problem)
-        captions = self._answer([row])
+        captions = self._answer(engine, [row])
         self.work.attempts.end(piece)
         return captions
 

@@ -215,7 +215,7 @@ def _fit(plan: _Plan, folder: FinetuneFolder, run: Tracker) -> dict[str, Any]:
         run_id=run.run_id,
     )
     try:
-        result = _trainer(work, folder).fit()
+        result: Any = _trainer(work, folder).fit()
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, SkipVisionError):
             raise error.controller_failure from error
@@ -248,21 +248,24 @@ def _trainer(work: Assignment, folder: FinetuneFolder) -> TorchTrainer:
     training, scaling = work.config.training, work.config.scaling
     resources = check_workers(scaling)
     _announce_workers(scaling.workers, resources)
-    return TorchTrainer(
+    # Ray's annotations describe the first version of this interface.
+    train: Any = ray.train
+    trainer: Any = TorchTrainer
+    return trainer(
         # The rows are an argument of the function and not in the config, which Ray shows in its dashboard.
         partial(train_worker, work),
         train_loop_config=work.config.model_dump(mode="json"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=train.ScalingConfig(
             num_workers=scaling.workers,
             use_gpu=resources.get("GPU", 0) > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=train.RunConfig(
             name=folder.checkpoints.name,
             storage_path=str(folder.path),
-            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
+            failure_config=train.FailureConfig(max_failures=scaling.max_failures),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=training.keep_checkpoints),
             callbacks=[Failures()],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            logging_config=train.LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -245,8 +245,12 @@ def _with_valid_names(values: Mapping[str, T]) -> dict[str, T]:
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str, artifacts: Path) -> str:
-    if client.get_experiment_by_name(name) is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         # Without a server MLflow would store artifacts in the working directory.
         location = None if uri.startswith(("http://", "https://", "databricks")) else artifacts.as_uri()
         unless_exists(lambda: client.create_experiment(name, artifact_location=location))
-    return str(client.get_experiment_by_name(name).experiment_id)
+        experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        raise TrackingError(f"MLflow at {uri} has no experiment {name!r} after creating it: is it deleted?")
+    return str(experiment.experiment_id)
