@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, Protocol, TypeVar
@@ -121,7 +121,7 @@ def load_methods() -> None:
 @lru_cache
 def _load(modules: str) -> None:
     for module in filter(None, map(str.strip, modules.split(","))):
-        _import(f"{METHODS_VARIABLE}={modules}", module, lambda module=module: import_module(module))
+        _import(f"{METHODS_VARIABLE}={modules}", module, partial(import_module, module))
     for entry in entry_points(group=METHODS_GROUP):
         _import(f"the entry point {entry.name!r} of {METHODS_GROUP}", entry.value, entry.load)
 

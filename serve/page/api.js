@@ -22,6 +22,14 @@ export class Api {
     return this.#text(`v1/models/${encodeURIComponent(name)}`);
   }
 
+  /** The names that fields of a request's `skip` take, by field. */
+  async methods() {
+    const { schemas } = JSON.parse(await this.#text("openapi.json")).components;
+    const name = Object.keys(schemas).find((schema) => schema.startsWith("SkipConfig"));
+    const { select, merge } = schemas[name].properties;
+    return { select: select.enum, merge: merge.enum };
+  }
+
   /** The fates of the patches of the images in `body`. */
   async overlay(body, signal) {
     return JSON.parse(await this.#text("v1/overlay", body, signal)).data;

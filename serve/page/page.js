@@ -66,6 +66,7 @@ async function listModels() {
     at("model").replaceChildren(...options);
     // An adapter shows Skip-Vision as it was trained; the base model may not.
     at("model").value = (models.find(({ parent }) => parent) ?? models[0]).id;
+    settings.offer(await api.methods());
     complain(null);
     await showModel();
   } catch (error) {

@@ -30,6 +30,14 @@ export function show(card, keepEdits = false) {
   explain();
 }
 
+/** Offer names that the page does not have: methods that other packages have registered at the endpoint. */
+export function offer(methods) {
+  for (const [name, values] of Object.entries(methods)) {
+    const known = new Set([...field(name).options].map((option) => option.value));
+    field(name).append(...values.filter((value) => !known.has(value)).map((value) => new Option(value)));
+  }
+}
+
 /** The fields' values in a card; amounts as text, spelled as in the card. */
 function texts(card) {
   const { select, merge } = JSON.parse(card).skip;

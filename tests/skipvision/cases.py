@@ -1,4 +1,4 @@
-"""One table of configurations, and the batches they are tried on.
+"""The configurations and batches that many tests share.
 
 An image of `tiny_llava` has 16 visual tokens.
 """
@@ -42,7 +42,7 @@ CONFIGS = {
 }
 
 BY_THE_MODEL = ("ffn_ratio", "attention", "vision_attention")
-"""Criteria that features alone do not decide."""
+"""Criteria that read more than features."""
 
 same_every_time = settings(
     max_examples=60,
@@ -51,15 +51,16 @@ same_every_time = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-"""Random tests draw the same examples in every run; those marked slow draw many new ones."""
+"""Settings of random tests: the same examples in every run."""
 always_new = settings(same_every_time, max_examples=2000, derandomize=False)
+"""Settings of slow random tests: many new examples."""
 
 ROWS = [[3, "image", 4], [5], ["image", 2, "image", 3]]
-"""One image, none, two; of different lengths."""
+"""Rows with one image, none and two, of different lengths."""
 
 
 def train_summary(summary: torch.nn.Module | None) -> None:
-    """Give a summary layer weights as training might leave them: every token scored differently."""
+    """Give a summary layer weights that score every token differently, as after training."""
     if summary is not None:
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
@@ -68,11 +69,11 @@ def train_summary(summary: torch.nn.Module | None) -> None:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal up to the order in which float64 sums are taken."""
+    """Assert equality up to the order of float64 sums."""
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def labels_for(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Every real word of a batch as its own label; −100 at images and padding."""
+    """Return every real word of a batch as its own label, −100 at images and padding."""
     words = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN)
     return inputs["input_ids"].masked_fill(~words, -100)

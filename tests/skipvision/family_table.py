@@ -1,4 +1,4 @@
-"""The table of docs/families.md, which the survey wrote."""
+"""The tables of docs/families.md, which the survey generates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TABLE = (
     (ROOT / "docs/families.md").read_text().split("<!-- generated: families -->\n")[1].split("<!-- end")[0]
 )
 ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in TABLE.splitlines() if line.startswith("| ")}
-"""Each line of the tables, by its first cell."""
+"""The lines of the tables by their first cell."""
 _NAMES = list(ROWS)
 _BORDER = _NAMES.index("not supported")
 SUPPORTED = [name for name in _NAMES[:_BORDER] if name not in ("supported", "---")]

@@ -1,7 +1,7 @@
-"""The method once more, slowly: one row at a time, in loops and masks, sharing no code with the library.
+"""A slow reference of the method: one row at a time, in loops and masks, without code of the library.
 
-What the library does for ragged batches with sorts, scatters and hooks is written here as one would
-explain it. A test computes both and compares.
+The library handles ragged batches with sorts, scatters and hooks; this reference follows the explanation of
+the method. Tests compute both and compare.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from skipvision.testing.llava import IMAGE_TOKEN
 
 
 class Ambiguous(Exception):
-    """Two choices are equally good up to rounding; two tokens are each other's neighbours, say."""
+    """Two choices are equally good up to rounding, such as two tokens that are each other's neighbours."""
 
 
 def best(scores: dict[int, float], count: int) -> list[int]:
-    """The ``count`` keys with the highest scores, best first."""
+    """Return the ``count`` keys with the highest scores, best first."""
     order = sorted(scores, key=scores.__getitem__, reverse=True)
     if 0 < count < len(order) and scores[order[count - 1]] - scores[order[count]] < 1e-9:
         raise Ambiguous
@@ -62,7 +62,7 @@ def farthest_first(features: list[list[float]], count: int) -> list[int]:
 def retain(
     features: list[list[float]], count: int, config: SkipConfig, scores: list[float] | None = None
 ) -> set[int]:
-    """The tokens of one image on the full path."""
+    """Return the tokens of one image on the full path."""
     tokens = len(features)
     if config.select == "diversity":
         return set(farthest_first(features, count))
@@ -80,7 +80,7 @@ def retain(
 
 
 def hosts(features: list[list[float]], retained: set[int], skipped: int, merge: str) -> list[int]:
-    """For each token of one image the token it ends in; −1 if dropped."""
+    """Return, for each token of one image, the token it ends in; −1 if dropped."""
     rest = [i for i in range(len(features)) if i not in retained]
     ends = list(range(len(features)))
     if merge == "pool":
@@ -117,7 +117,7 @@ def hosts(features: list[list[float]], retained: set[int], skipped: int, merge: 
 
 
 def matched_in_halves(features: list[list[float]], rest: list[int], left: int) -> list[int]:
-    """ToMe's bipartite matching, round after round, on means of what was merged so far."""
+    """ToMe's bipartite matching in rounds, each on the means of the groups so far."""
     ends = list(range(len(features)))
     groups = {token: [token] for token in rest}
     while len(groups) > left:
@@ -168,14 +168,14 @@ def reduce_row(
     scores: list[list[float]] | None = None,
     first_image: int = 0,
 ) -> tuple[list[Token], list[int]]:
-    """A row without padding: its reduced tokens, and for each caller position its token's index, or −1.
+    """Reduce a row without padding: return its tokens, and each caller position's token index or −1.
 
     Args:
         length: caller's tokens.
         images: caller positions of each image.
         features: of each image's tokens.
-        config: what is asked for.
-        scores: of each image's tokens, for what the model is asked about.
+        config: how to reduce.
+        scores: of each image's tokens, for criteria that read the model.
         first_image: number of the first image in its batch.
     """
     image_at = {positions[0]: number for number, positions in enumerate(images)}
@@ -265,7 +265,7 @@ class Row:
 
 
 def embed_rows(model, inputs) -> list[torch.Tensor]:
-    """(T, H) of each row, padding cut off, image features in place."""
+    """Return (T, H) embeddings of each row without padding, with image features at the placeholders."""
     features = []
     if "pixel_values" in inputs:
         features = list(torch.cat(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
@@ -281,13 +281,13 @@ def embed_rows(model, inputs) -> list[torch.Tensor]:
 
 
 def image_positions(ids: torch.Tensor, tokens: int) -> list[list[int]]:
-    """Caller positions of each image of a row."""
+    """Return the caller positions of each image of a row."""
     found = [position for position, token in enumerate(ids.tolist()) if token == IMAGE_TOKEN]
     return [found[start : start + tokens] for start in range(0, len(found), tokens)]
 
 
 def prepare(model, inputs, config, summary=None, *, from_zero: bool = False) -> list[Row]:
-    """Every row of a batch, reduced.
+    """Reduce every row of a batch.
 
     Position ids count padding, as a plain forward's do, or start at a row's first token, as generate's do.
     """
@@ -300,8 +300,8 @@ def prepare(model, inputs, config, summary=None, *, from_zero: bool = False) -> 
         features = [embeds[positions].tolist() for positions in images]
         scores = None
         if config.select in ("ffn_ratio", "attention") and images:
-            asked = ffn_ratio if config.select == "ffn_ratio" else last_attention
-            values = asked(decoder, embeds[None], config.probe_layer)
+            read = ffn_ratio if config.select == "ffn_ratio" else last_attention
+            values = read(decoder, embeds[None], config.probe_layer)
             scores = [[values[position] for position in positions] for positions in images]
         elif config.select == "vision_attention" and images:
             scores = class_attention(model, inputs["pixel_values"][first_image : first_image + len(images)])
@@ -350,7 +350,7 @@ def causal(length: int) -> torch.Tensor:
 
 
 def run_layers(decoder, layers, hidden, positions, allowed, takes_ffn, cache=None):
-    """Decoder layers by hand: every token enters every FFN, and a mask forgets what skipped ones got.
+    """Run decoder layers: every token enters every FFN, and a mask discards the update of skipped tokens.
 
     Args:
         decoder: for its rotary embedding.
@@ -401,7 +401,7 @@ def ffn_ratio(decoder, embeds: torch.Tensor, probe_layer: int) -> list[float]:
 
 
 def last_attention(decoder, embeds: torch.Tensor, probe_layer: int) -> list[float]:
-    """What an unreduced row's last token attends to at one layer, head by head; the mean of the heads."""
+    """Return the attention of an unreduced row's last token at one layer, the mean over heads."""
     length, given = embeds.shape[1], {}
     positions, allowed = torch.arange(length), causal(length)
     attention = decoder.layers[probe_layer].self_attn
@@ -436,7 +436,7 @@ def last_attention(decoder, embeds: torch.Tensor, probe_layer: int) -> list[floa
 
 @torch.no_grad()
 def class_attention(model, pixels: torch.Tensor) -> list[list[float]]:
-    """What the class token attends to in the tower's last layer, for each image."""
+    """Return the class token's attention in the tower's last layer, for each image."""
     tower = model.model.vision_tower
     hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
     layer = tower.encoder.layers[-1]

@@ -57,7 +57,7 @@ def same(actual, expected):
 
 
 def masked(model, row, answer=()):
-    """(L + n, V) logits of a reduced row and n tokens behind it, by the decoder's own forward.
+    """(L + n, V) logits of a reduced row and n tokens after it, by the decoder's own forward.
 
     Its FFNs' outputs are masked, its attention is told who may attend to whom (the answer not to
     skipped tokens). Knows nothing of how a layer is put together.
@@ -119,8 +119,8 @@ def test_pruned_generation_equals_masked_generation(text, attention):
         same(logits[step], expected[step])
 
 
-def test_a_sliding_window_that_holds_everything_changes_nothing():
-    """Mistral's default config slides: its cache layers keep a window, a pruned cache keeps all there is."""
+def test_a_sliding_window_longer_than_the_text_changes_nothing():
+    """Mistral's default config has a sliding window; a pruned cache keeps every entry."""
     sliding, inputs = tiny_llava(text="mistral", sliding_window=100), tiny_inputs(ROWS)
     plain = tiny_llava(text="mistral", sliding_window=None)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}

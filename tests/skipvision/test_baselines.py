@@ -1,4 +1,4 @@
-"""Baselines at equal cost: as many tokens as a share of the prefill pays for, and not one more."""
+"""Baselines at equal cost keep exactly as many tokens as a share of the prefill pays for."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def model():
 
 @pytest.mark.parametrize("fraction", [0.6, 0.85, 1.0])
 @pytest.mark.parametrize("name", BASELINES)
-def test_as_many_tokens_as_can_be_paid_for(model, name, fraction):
+def test_a_method_keeps_as_many_tokens_as_its_budget_allows(model, name, fraction):
     def share(skip):
         return language_share(predict_cost(model.config, skip, text_tokens=WORDS, new_tokens=1))
 
@@ -32,7 +32,9 @@ def test_as_many_tokens_as_can_be_paid_for(model, name, fraction):
     kept = counts.retained + counts.skipped
     assert int((attached.plan.group >= 0).sum()) == kept
     full_path = int(attached.plan.ffn_mask.sum()) - WORDS
-    assert full_path == kept or name == "skip-vision", "what a baseline keeps takes the whole decoder"
+    assert full_path == kept or name == "skip-vision", (
+        "every token that a baseline keeps takes the whole decoder"
+    )
 
 
 def test_a_config_keeps_its_proportions(model):
@@ -41,7 +43,7 @@ def test_a_config_keeps_its_proportions(model):
     assert skip.retained == pytest.approx(3 * skip.skipped, abs=2)
 
 
-def test_what_cannot_be_had(model):
+def test_impossible_budgets_and_methods_are_refused(model):
     with pytest.raises(ConfigError, match="no baseline 'fast'; choose one of random, uniform, downscaled"):
         at_cost(model.config, "fast", 0.5)
     with pytest.raises(ConfigError, match=r"'fastv' with 1 visual tokens costs .* 5\.0% is too little"):

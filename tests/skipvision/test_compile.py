@@ -1,4 +1,4 @@
-"""torch.compile: layers whole, planning outside; the same results compiled and not, attached and not."""
+"""torch.compile: each layer is one graph, planning stays outside, and results do not change."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
 from tests.skipvision.test_training import checkpointing, gradients, lora_model
 
-# What Dynamo itself does while it looks at tensors.
+# Dynamo emits these itself while it inspects tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 F64 = torch.float64
@@ -27,7 +27,7 @@ BATCHES = [
 
 @pytest.fixture(autouse=True)
 def _fresh(caplog):
-    """Every test compiles for itself, and may do so often; Dynamo's own trace is thousands of lines."""
+    """Reset Dynamo for each test, let it compile often, and hide its trace of thousands of lines."""
     caplog.set_level(logging.WARNING, logger="torch.__trace")
     dynamo.reset()
     with dynamo.config.patch(recompile_limit=64):
@@ -71,7 +71,7 @@ def test_every_layer_compiles_as_one_graph(name):
 
 
 def test_attaching_does_not_make_layers_compile_more_often():
-    """With images of one size in batches of one shape, one graph serves them all."""
+    """One graph serves all batches of one shape with images of one size."""
     model = tiny_llava(dtype=F64)
     with attach(model, CONFIGS["counts"]):
         counter = CompileCounter()
@@ -85,8 +85,8 @@ def test_attaching_does_not_make_layers_compile_more_often():
 @pytest.mark.parametrize(
     "use_reentrant", [None, *(pytest.param(b, marks=pytest.mark.slow) for b in (False, True))]
 )
-def test_compiled_layers_train_alike(use_reentrant):
-    """Without checkpointing and with both kinds; two forwards come before the first backward."""
+def test_compiled_layers_train_as_uncompiled_ones(use_reentrant):
+    """Without checkpointing and with both kinds; two forwards run before the first backward."""
     first, second = BATCHES[:2]
     model = lora_model().train()
     with attach(model, CONFIGS["counts"]) as skip:
@@ -176,7 +176,7 @@ def test_compiled_prefill_and_decoding(way, name):
 
 
 @pytest.mark.parametrize("way", [of_the_model, of_the_layers])
-def test_attaching_and_detaching_is_noticed_by_what_is_compiled_already(way):
+def test_compiled_models_notice_attaching_and_detaching(way):
     model = tiny_llava(dtype=F64)
     inputs = {**BATCHES[0], "use_cache": False}
     plain = logits(model, inputs)
@@ -193,7 +193,7 @@ def test_attaching_and_detaching_is_noticed_by_what_is_compiled_already(way):
 
 
 def attentions(explained):
-    """How many attentions there are in each graph that has any."""
+    """Count the attentions in each graph that has any."""
     counts = (graph.code.count("scaled_dot_product") for graph in explained.graphs)
     return [count for count in counts if count]
 
@@ -202,7 +202,7 @@ def attentions(explained):
 def test_attaching_breaks_the_whole_models_graph_around_tower_and_decoder_and_nowhere_else():
     model = tiny_llava(dtype=F64)
     inputs = {**BATCHES[0], "use_cache": False}
-    model(**inputs)  # in its first call transformers puts hooks of its own on, which break graphs once
+    model(**inputs)  # In the first call transformers adds hooks of its own, which break graphs once.
     plain = dynamo.explain(model)(**inputs)
     with attach(model, CONFIGS["counts"]):
         attached = dynamo.explain(model)(**inputs)
@@ -232,7 +232,7 @@ def test_a_decoding_step_on_a_pruned_cache_has_the_decoder_in_one_graph():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the CPU backend of inductor needs a C++ compiler")
-def test_inductor_gives_the_same():
+def test_inductor_gives_the_same_results():
     model = tiny_llava(dtype=F64)
     with attach(model, CONFIGS["counts"]):
         expected = [logits(model, inputs, use_cache=False) for inputs in BATCHES]

@@ -1,4 +1,4 @@
-"""Training as decoding: an answer learnt in one call sees what it will see on the pruned cache."""
+"""The mask of generated tokens: in training, answers see only the tokens that decoding will have."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_one_call_gives_the_logits_of_decoding_step_by_step(attention, chosen, p
                 assert not torch.allclose(plain[row, real][-answer:], expected[-answer:])
 
 
-def test_it_is_for_training_calls_only():
+def test_the_mask_is_for_training_calls_only():
     model = tiny_llava()
     inputs = tiny_inputs([[3, "image", 4]])
     mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
@@ -57,7 +57,7 @@ def test_it_is_for_training_calls_only():
         cache.reset()
         with pytest.raises(sv.InputError, match="use_cache=False"):
             model(**inputs, skip_vision_decoded=mask, past_key_values=cache)
-    # Nothing skipped is forgotten: the mask changes nothing.
+    # Without skip_kv nothing is forgotten, so the mask changes nothing.
     with sv.attach(model, sv.SkipConfig(retained=4, skipped=5, skip_kv=False)):
         mask[:, -2:] = True
         assert torch.equal(
@@ -66,7 +66,7 @@ def test_it_is_for_training_calls_only():
         )
 
 
-def test_a_mask_that_cannot_be_one_is_refused():
+def test_an_invalid_mask_is_refused():
     model = tiny_llava()
     inputs = tiny_inputs([[3, "image", 4], [5, "image", 2]])
     shape = tuple(inputs["input_ids"].shape)
@@ -95,7 +95,7 @@ def test_a_mask_that_cannot_be_one_is_refused():
 
 
 @pytest.mark.filterwarnings("default:answers are trained on skipped tokens:UserWarning")
-def test_training_on_what_decoding_will_not_have_warns_once():
+def test_training_without_the_mask_warns_once():
     model = tiny_llava()
     inputs = tiny_inputs([[3, "image", 4]])
     labels = inputs["input_ids"]

@@ -32,7 +32,7 @@ ONE_WITHOUT = [[[3, "image", 4], ["image", 6]], [[5], [7]]]
 
 
 def batches(rows, seed=0):
-    """The joint batch, and each process's share of it, cut to the length of its own rows."""
+    """Return the joint batch and each process's share of it, cut to the length of its rows."""
     joint = tiny_inputs([row for part in rows for row in part], padding="right", dtype=F64, seed=seed)
     shares, row, image = [], 0, 0
     for part in rows:
@@ -58,7 +58,7 @@ def learnt_tokens(inputs):
 
 
 def build(name="counts", lora=True):
-    """The same model in every process, attached, with a summary that scores every token differently."""
+    """Build the same attached model in every process, with a summary that scores every token differently."""
     model = lora_model() if lora else tiny_llava(dtype=F64)
     train_summary(attach(model.train(), CONFIGS[name]).summary)
     return model
@@ -75,7 +75,7 @@ def gradients(model):
 
 
 def learns_the_same(wrap, rank, rows, *, name="counts", lora=True, use_reentrant=None):
-    """Loss and gradients of two steps, against one process with the joint batches."""
+    """Compare loss and gradients of two steps with one process on the joint batches."""
     alone, model = build(name, lora), build(name, lora)
     if use_reentrant is not None:
         checkpointing(model, use_reentrant)
@@ -113,7 +113,7 @@ def fsdp_whole(model):
 
 
 def fsdp(model):
-    """FSDP2 as it is meant: each decoder layer by itself, then the rest."""
+    """Shard as FSDP2 recommends: each decoder layer, then the rest."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in attachment_of(model)._anatomy.layers:
         fully_shard(layer.whole, mesh=mesh)
@@ -121,7 +121,7 @@ def fsdp(model):
 
 
 def evaluates_the_same(rank, folder, name="counts"):
-    """Each process with a batch of its own, one of them without an image."""
+    """Each process has its own batch, one of them without an image."""
     alone, model = build(name).eval(), fsdp(build(name).eval())
     _, shares = batches(ONE_WITHOUT)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def the_summary_is_sharded(rank, folder):
 
 
 def a_sharded_adapter_is_gathered_and_saved(rank, folder):
-    """As `save_adapter` says."""
+    """Save as `save_adapter` documents for FSDP2."""
     model = fsdp(build())
     with pytest.raises(AdapterError, match="sharded over processes"):
         save_adapter(model, folder / "sharded")
@@ -213,7 +213,7 @@ KINDS = {
 
 
 def work(rank, kind, folder):
-    """One process: every scenario of a kind, and a note of how each went."""
+    """Run every scenario of a kind in one process, and record each result."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", f"file://{folder}/meet", timeout=timedelta(seconds=20), rank=rank, world_size=WORLD
@@ -226,13 +226,13 @@ def work(rank, kind, folder):
         except Exception:
             notes[name] = traceback.format_exc()
     torch.save(notes, folder / f"{rank}.pt")
-    # A scenario that failed in one process may have left the other waiting; nobody waits for it here.
+    # A scenario that fails in one process can leave the other waiting: end without it.
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """(kind, scenario) → what went wrong in either process, "" for nothing."""
+    """Return, by kind and scenario, the error of either process, "" for none."""
     found = {}
 
     def of(kind, name):
@@ -246,5 +246,5 @@ def outcome(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in KINDS[kind]])
-def test_two_processes_are_as_one(outcome, kind, name):
+def test_two_processes_learn_what_one_learns(outcome, kind, name):
     assert not outcome(kind, name)

@@ -1,4 +1,4 @@
-"""Everything that cannot be honoured says so: what was wrong, with which value, what to do."""
+"""Errors state what is wrong, with which value, and what to do."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_attaching_twice():
             attach(model, CONFIGS["pool"])
         assert attachment_of(model) is skip
         model(**tiny_inputs(ROWS))
-        assert skip.plan is not None, "the first goes on working"
+        assert skip.plan is not None, "the first attachment keeps working"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_tokens_that_are_not_patches(values, name):
 
 
 @pytest.mark.parametrize("values", [{"select": "vision_attention"}, {"retained": 0, "merge": "grid"}])
-def test_pictures_of_another_size_than_the_towers(values):
+def test_images_of_another_size_than_the_towers(values):
     model = tiny_llava()
     model.config.vision_config.image_size = 20
     with (
@@ -122,7 +122,7 @@ def test_pictures_of_another_size_than_the_towers(values):
         model(**tiny_inputs([["image", 2]]))
 
 
-def test_images_that_were_encoded_before_their_attention_was_asked_for():
+def test_encoded_images_without_the_towers_attention():
     model, inputs = tiny_llava(), tiny_inputs([["image", 2]])
     encoded = {"image": model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
     with (
@@ -139,7 +139,9 @@ def test_attention_that_cannot_be_read():
     own.forward = lambda hidden_states, **others: (hidden_states, None)
     with attach(model, config), pytest.raises(UnsupportedModelError, match="LlamaAttention does not pass"):
         model(**tiny_inputs([["image", 2]]))
-    assert own.config is model.model.language_model.layers[1].self_attn.config, "what was changed is back"
+    assert own.config is model.model.language_model.layers[1].self_attn.config, (
+        "the module has its own config again"
+    )
     del own.config
     with pytest.raises(UnsupportedModelError, match="LlamaAttention does not pass queries and keys"):
         attach(model, config)
@@ -157,7 +159,7 @@ def test_attention_that_cannot_be_read():
         ({"retained": 0, "skipped": 0, "merge": "grid"}, r"\(retained=0, skipped=0\)"),
     ],
 )
-def test_merges_that_have_nothing_to_merge_into(values, message):
+def test_amounts_that_do_not_fit_the_merge(values, message):
     with pytest.raises(ConfigError, match=message):
         SkipConfig(**values)
 
@@ -197,7 +199,7 @@ def test_all_wrong_values_are_reported_together():
         strict=True,
     ):
         assert expected in line
-    assert "'similarity', 'ffn_ratio'" in lines[2], "what is allowed is said"
+    assert "'similarity', 'ffn_ratio'" in lines[2], "the message lists the allowed names"
 
 
 @pytest.mark.parametrize(
@@ -297,7 +299,7 @@ def test_no_images_at_all(model, inputs):
         model(**inputs)
 
 
-def test_an_image_across_two_rows(model):
+def test_an_image_across_two_rows_is_refused(model):
     inputs = tiny_inputs([["image", 3], ["image", 3]])
     word, image = inputs["input_ids"][0, -1], IMAGE_TOKEN
     inputs["input_ids"] = torch.stack(
@@ -309,7 +311,7 @@ def test_an_image_across_two_rows(model):
         model(**inputs)
 
 
-def test_a_number_of_placeholders_that_is_no_images(model):
+def test_placeholders_that_are_no_whole_image(model):
     inputs = tiny_inputs([["image", 3]])
     inputs["input_ids"] = torch.tensor([[IMAGE_TOKEN] * 12 + [7] * 7])
     with pytest.raises(InputError, match=r"12 image placeholders but the images have \[16\] visual tokens"):
@@ -349,7 +351,7 @@ def test_a_refused_call_does_not_spoil_the_next(model, inputs):
 # ------------------------------------------------------------------------------------ the tree
 
 
-def test_one_root_catches_all():
+def test_one_base_class_catches_all_errors():
     errors = [getattr(skipvision, name) for name in skipvision.__all__ if name.endswith("Error")]
     assert len(errors) == 8
     for error in errors:
@@ -359,7 +361,7 @@ def test_one_root_catches_all():
     assert issubclass(UnsupportedModelError, TypeError)
 
 
-def test_a_config_that_is_none(model):
+def test_a_config_of_another_type(model):
     detached = tiny_llava()
     with pytest.raises(ConfigError, match=r"config is a dict.*pass a SkipConfig"):
         attach(detached, {"retained": 1})
@@ -368,7 +370,7 @@ def test_a_config_that_is_none(model):
 @pytest.mark.parametrize(
     "wrong", [{"images": -1}, {"text_tokens": 1.5}, {"lora_rank": -1}, {"visual_tokens": -3}]
 )
-def test_costs_of_what_there_cannot_be(wrong):
+def test_costs_of_impossible_numbers(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ConfigError, match=f"{name}={value}: expected a whole number"):
         predict_cost(tiny_llava().config, None, **wrong)

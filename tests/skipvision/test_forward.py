@@ -21,7 +21,7 @@ def model():
 
 @torch.no_grad()
 def both(model, inputs, config):
-    """Logits of the library, of the reference, and the plan."""
+    """Return the logits of the library and of the reference, and the plan."""
     with attach(model, config) as skip:
         train_summary(skip.summary)
         got = model(**inputs).logits
@@ -38,7 +38,7 @@ def test_reduced_forward_is_the_naive_one(model, name, padding):
 
 
 def test_plain_calls_need_neither_mask_nor_positions(model):
-    """Position ids have gaps now; without a mask, attention code may mistake them for packed sequences."""
+    """Position ids have gaps, which attention code without a mask may mistake for packed sequences."""
     inputs = tiny_inputs([[3, "image", 4], [1, "image", 6]], dtype=F64)
     for name in ("counts", "drop", "grouped-contiguous"):
         config = CONFIGS[name]
@@ -63,7 +63,7 @@ def test_plain_calls_need_neither_mask_nor_positions(model):
         "grid",
     ],
 )
-def test_a_batch_is_each_row_alone(model, name, padding):
+def test_each_row_of_a_batch_is_as_alone(model, name, padding):
     rows = [[3, "image", 4], [5], ["image", 2, "image", 3], [1, "image"], [2, "image", "image", "image", 1]]
     inputs = tiny_inputs(rows, padding=padding, dtype=F64)
     real = inputs["attention_mask"].bool()
@@ -105,7 +105,7 @@ def test_skipped_tokens_enter_every_attention_but_no_ffn(model):
     assert int(skip.plan.ffn_mask.sum()) == int(skip.plan.attention_mask.sum()) - 12
 
 
-def test_the_plan_of_the_last_prefill_is_there_to_see(model):
+def test_the_plan_of_the_last_prefill_is_available(model):
     inputs = tiny_inputs(ROWS, dtype=F64)
     with torch.no_grad(), attach(model, CONFIGS["counts"]) as skip:
         assert skip.plan is None
@@ -120,7 +120,7 @@ def test_the_plan_of_the_last_prefill_is_there_to_see(model):
         assert skip.plan.roles.shape == (1, 12)
 
 
-def test_hidden_states_come_at_the_callers_length(model):
+def test_hidden_states_have_the_callers_length(model):
     inputs = tiny_inputs(ROWS, dtype=F64)
     with torch.no_grad(), attach(model, CONFIGS["counts"]):
         plain = model(**inputs)
@@ -137,7 +137,7 @@ def test_results_can_be_tuples(model):
         assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
 
 
-def test_an_image_smaller_than_asked_is_kept_whole(model):
+def test_an_image_smaller_than_the_counts_is_kept_whole(model):
     inputs = tiny_inputs(ROWS, dtype=F64)
     config = SkipConfig(retained=10, skipped=99)
     got, expected, plan = both(model, inputs, config)
@@ -163,7 +163,7 @@ def test_half_precision_follows_the_same_plan():
 
 
 def test_two_threads_at_once_follow_their_own_plans(model):
-    """Both stand between a layer's attention and its FFN at the same time."""
+    """Both threads are between a layer's attention and its FFN at the same time."""
     batches = [tiny_inputs(ROWS, dtype=F64), tiny_inputs([["image", 7], [2, "image", "image"]], dtype=F64)]
     barrier = threading.Barrier(2, timeout=60)
     layers = model.model.language_model.layers

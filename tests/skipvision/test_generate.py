@@ -1,4 +1,4 @@
-"""Decoding on the pruned cache against a full cache whose skipped keys every step's mask hides."""
+"""Decoding on the pruned cache equals decoding on a full cache whose mask hides the skipped keys."""
 
 import gc
 import weakref
@@ -41,7 +41,7 @@ def inputs():
 
 
 def generate(model, inputs, **options):
-    """What generate returns, and the logits of each step in float64 (generate itself rounds them)."""
+    """Return generate's output, and the logits of each step in float64 (generate itself rounds them)."""
     torch.manual_seed(0)
     options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, **options}
     logits = []
@@ -53,7 +53,7 @@ def generate(model, inputs, **options):
 
 
 def assert_decoded_like_the_masked_cache(model, inputs, config, summary, out, logits, copies=1):
-    """Every step's logits of every row, given the tokens that were chosen."""
+    """Return the reference's logits of every step and row, given the chosen tokens."""
     rows = naive.prepare(model, inputs, config, summary, from_zero=True)
     answers = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     assert len(answers) == copies * len(rows)
@@ -101,7 +101,7 @@ def test_beams_keep_their_own_caches(model, inputs, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", HERE)
 def test_cached_generation_is_uncached_generation(model, inputs, name):
-    """Without a cache nothing can leave it, so both keep the skipped keys here."""
+    """Generation without a cache forgets nothing, so both runs keep the skipped keys."""
     config = CONFIGS[name].model_copy(update={"skip_kv": False})
     with attach(model, config):
         cached, logits = generate(model, inputs)
@@ -114,10 +114,10 @@ def test_cached_generation_is_uncached_generation(model, inputs, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", HERE)
-def test_the_cache_holds_what_the_plan_says_and_no_byte_more(model, inputs, name):
+def test_the_cache_holds_the_planned_entries_and_no_byte_more(model, inputs, name):
     with attach(model, CONFIGS[name]) as skip:
         out, _ = generate(model, inputs)
-    # The last token is chosen, not fed.
+    # The last token is sampled but not fed.
     entries = int(skip.plan.cache_mask.sum(dim=1).max()) + NEW - 1
     config = model.config.text_config
     per_entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
@@ -129,7 +129,7 @@ def test_the_cache_holds_what_the_plan_says_and_no_byte_more(model, inputs, name
 
 @torch.no_grad()
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_what_leaves_the_cache_is_really_freed(model, padding):
+def test_pruned_entries_are_freed(model, padding):
     inputs = tiny_inputs(ROWS, padding=padding, dtype=F64)
     cache = DynamicCache(config=model.config.text_config)
     full = []
@@ -177,12 +177,12 @@ def prefill(model, inputs):
 
 
 ANSWER = [7, IMAGE_TOKEN, 9, 30]
-"""Sampling may well say "<image>": without pixels it is a word like any other."""
+"""Sampling may produce "<image>": without pixels it is an ordinary word."""
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["counts", "contiguous"])
-def test_a_loop_of_ones_own_needs_neither_mask_nor_positions(model, name):
+def test_a_custom_loop_needs_neither_mask_nor_positions(model, name):
     inputs = tiny_inputs([[3, "image", 4]], dtype=F64)
     config = CONFIGS[name]
     with attach(model, config) as skip:
@@ -196,8 +196,8 @@ def test_a_loop_of_ones_own_needs_neither_mask_nor_positions(model, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["counts", "contiguous"])
-def test_a_loop_of_ones_own_with_the_full_length_mask(model, inputs, name):
-    """As generate does it: the mask and the positions of the caller's, unreduced sequence."""
+def test_a_custom_loop_with_the_full_length_mask(model, inputs, name):
+    """As generate calls it, with mask and positions of the caller's unreduced sequence."""
     config = CONFIGS[name]
     mask = inputs["attention_mask"]
     with attach(model, config) as skip:
@@ -220,7 +220,7 @@ def test_a_loop_of_ones_own_with_the_full_length_mask(model, inputs, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["counts", "contiguous"])
-def test_several_tokens_at_once_behind_a_pruned_cache(model, inputs, name):
+def test_several_tokens_at_once_after_a_pruned_cache(model, inputs, name):
     """The second turn of a chat."""
     words = torch.tensor([[7, 8, 9]] * 3)
     with attach(model, CONFIGS[name]):
@@ -233,7 +233,7 @@ def test_several_tokens_at_once_behind_a_pruned_cache(model, inputs, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["counts", "no-summary", "drop", "cache-for-all", "grouped"])
-def test_a_second_turn_may_bring_another_image(model, name):
+def test_a_second_turn_may_have_another_image(model, name):
     config = CONFIGS[name]
     first = tiny_inputs([[3, "image", 4]], dtype=F64)
     second = tiny_inputs([[2, "image", 3]], dtype=F64, seed=1)
@@ -269,7 +269,7 @@ def test_a_second_turn_may_bring_another_image(model, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["counts", "contiguous", "ffn-ratio"])
-def test_a_second_turn_does_not_depend_on_the_rows_beside_it(model, name):
+def test_a_second_turn_does_not_depend_on_other_rows(model, name):
     first = tiny_inputs([["image", "image", 2], [9]], dtype=F64)
     second = tiny_inputs([[2, "image", 3], [1, "image", 4]], dtype=F64, seed=1)
     masks = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
@@ -312,7 +312,7 @@ def test_generations_can_be_interleaved(model):
 
 
 @torch.no_grad()
-def test_an_emptied_cache_starts_anew(model):
+def test_an_emptied_cache_can_be_used_again(model):
     inputs = tiny_inputs([[3, "image", 4]], dtype=F64)
     words = {"input_ids": torch.tensor([[7, 8, 9]])}
     with attach(model, CONFIGS["contiguous"]):
@@ -339,7 +339,7 @@ def test_a_mask_that_does_not_fit_the_pruned_cache_is_refused(model):
 
 @torch.no_grad()
 def test_contiguous_positions_have_no_gaps(model, inputs):
-    """Prefill numbers the survivors without gaps, and decoding goes on behind them."""
+    """Prefill numbers the survivors without gaps, and decoding continues after them."""
     rotary = model.model.language_model.rotary_emb
     seen = []
     with attach(model, CONFIGS["contiguous"]) as skip:
@@ -375,7 +375,7 @@ def test_original_positions_are_those_of_the_unreduced_sequence(model, inputs):
 
 @torch.no_grad()
 def test_a_plain_generation_follows_a_skipping_one(model, inputs):
-    """Caches of other generations are none of the attachment's business."""
+    """The attachment leaves the caches of other generations alone."""
     text = tiny_inputs([[5]], dtype=F64)
     plain, _ = generate(model, text)
     with attach(model, SkipConfig(retained=4, skipped=4)):

@@ -1,4 +1,4 @@
-"""The first test of all: where nothing is skipped, the model is the untouched one, bit for bit."""
+"""If nothing is skipped, the model computes what the untouched one does, bit for bit."""
 
 import gc
 import weakref
@@ -36,7 +36,7 @@ def inputs(request):
 
 
 def everything(model, inputs):
-    """All that a user can get out of a model, as one dictionary of tensors."""
+    """Return every output of a model as one dictionary of tensors."""
     model.zero_grad()
     out = model(**inputs, labels=labels_for(inputs), use_cache=True, output_hidden_states=True)
     out.loss.backward()
@@ -64,7 +64,7 @@ def assert_identical(actual, expected):
 
 
 def traces(model):
-    """Everything that attaching could leave behind on the modules."""
+    """Return everything that attaching could leave on the modules."""
     return {
         name: (
             list(module._forward_hooks.values()),
@@ -98,13 +98,13 @@ def test_nothing_skipped_generates_the_same(model, how):
 
 
 @pytest.mark.parametrize("name", ["counts", "grouped-contiguous", "ffn-ratio"])
-def test_after_detach_the_model_is_what_it_was(model, inputs, name):
+def test_detaching_restores_the_model(model, inputs, name):
     expected, before, names = everything(model, inputs), traces(model), list(model.state_dict())
     skip = attach(model, CONFIGS[name])
     changed = everything(model, inputs)
     assert not torch.equal(changed["logits"], expected["logits"])
     skip.detach()
-    skip.detach()  # harmless
+    skip.detach()  # A second time is harmless.
     model.zero_grad()
     assert_identical(everything(model, inputs), expected)
     assert traces(model) == before
@@ -112,7 +112,7 @@ def test_after_detach_the_model_is_what_it_was(model, inputs, name):
     assert attachment_of(model) is None
 
 
-def test_after_detach_it_generates_what_it_did(model):
+def test_detaching_restores_generation(model):
     expected = generated(model, "greedy")
     with attach(model, CONFIGS["counts"]):
         generated(model, "greedy")
@@ -154,7 +154,7 @@ def test_a_batch_without_images_is_untouched(model):
     expected = everything(model, inputs)
     with attach(model, CONFIGS["counts"]) as skip:
         seen = everything(model, inputs)
-        # The summary layer takes part with nothing: every process of a distributed step has its gradient.
+        # The summary layer takes part with zeros: every process of a distributed step has its gradient.
         idle = [seen.pop(name) for name in list(seen) if "skip_summary" in name]
         assert len(idle) == 3
         assert not any(gradient.any() for gradient in idle)
@@ -162,7 +162,7 @@ def test_a_batch_without_images_is_untouched(model):
         assert skip.plan is None
 
 
-def test_other_models_never_notice(inputs):
+def test_other_models_are_unaffected(inputs):
     first, second, third = tiny_llava(), tiny_llava(seed=1), tiny_llava(seed=2)
     expected = everything(second, inputs)
     with attach(third, CONFIGS["pool"]):
@@ -184,7 +184,7 @@ def test_a_detached_attachment_keeps_no_model_alive():
     assert gone() is None
 
 
-def test_what_is_attached_can_be_found(model):
+def test_attachment_of_finds_the_attachment(model):
     assert attachment_of(model) is None
     skip = attach(model, CONFIGS["counts"])
     assert attachment_of(model) is skip

@@ -1,4 +1,4 @@
-"""Nothing is shared that should not be: threads, models, copies, and what stays behind after detaching."""
+"""Threads, models and copies share nothing, and detaching leaves nothing on the model."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ def logits(model, inputs=BATCHES[0]):
 
 
 def together(*works):
-    """Run each in a thread of its own, all at once; their results, or the first error."""
+    """Run each function in its own thread at the same time; return their results or raise the first error."""
     results = [None] * len(works)
 
     def note(number, work):
@@ -74,7 +74,7 @@ def keep_in_step(*models):
 
 
 def test_one_model_called_from_two_threads_gives_each_its_own_result():
-    """Between attention and FFN of a layer the other thread has a plan of another shape."""
+    """Between a layer's attention and FFN, the other thread has a plan of another shape."""
     model = attached()
     expected = [logits(model, inputs) for inputs in BATCHES]
     keep_in_step(model)
@@ -142,7 +142,7 @@ def test_training_with_checkpointing_in_two_threads():
             close(got[name], gradient)
 
 
-def test_behind_a_call_no_plan_is_left_for_a_layer_called_by_itself():
+def test_after_a_call_no_plan_is_left_for_a_layer_called_alone():
     model = attached()
     layer = attachment_of(model)._anatomy.layers[0].whole
     plan_of = logits(model) is not None and attachment_of(model).plan
@@ -157,7 +157,7 @@ def test_behind_a_call_no_plan_is_left_for_a_layer_called_by_itself():
 
 
 @pytest.mark.parametrize("peft", [False, True])
-def test_a_copy_has_an_attachment_of_its_own(peft):
+def test_a_copy_has_its_own_attachment(peft):
     model = attached(peft=peft)
     before = logits(model)
     twin = copy.deepcopy(model)
@@ -212,8 +212,8 @@ def with_torch(model):
 
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("travel", [with_pickle, with_torch])
-def test_an_attached_model_travels_attached(travel, peft):
-    """Hugging Face models can be pickled until they have run once; so can attached ones."""
+def test_an_attached_model_stays_attached_when_pickled_or_copied(travel, peft):
+    """Hugging Face models can be pickled until their first run, and so can attached ones."""
     model = attached(peft=peft)
     twin = travel(model)
     before = logits(model)
@@ -248,7 +248,7 @@ def test_state_dict_names_before_during_and_after(peft):
         assert model.peft_config["default"].modules_to_save is None
 
 
-def test_attached_again_it_is_as_new():
+def test_attaching_again_starts_afresh():
     model = attached(peft=True)
     attachment_of(model).detach()
     with attach(model, OTHER) as skip:

@@ -1,4 +1,4 @@
-"""Where the rest ends: the matching against its loop, and the mean that conserves mass."""
+"""Each merge equals its reference loop, and means conserve mass."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ METHODS = ["similarity", "pool", "drop", "tome"]
 
 
 def matching(method, retained_count, skipped_count, seed=0):
-    """Features of ragged images, who is retained, and what `assign` decides."""
+    """Return features of ragged images, the retained tokens, and the decision of `assign`."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(len(SIZES), max(SIZES), 6, generator=generator, dtype=torch.float64)
     valid = torch.arange(max(SIZES)) < torch.tensor(SIZES)[:, None]
@@ -29,7 +29,7 @@ def matching(method, retained_count, skipped_count, seed=0):
 @pytest.mark.parametrize("skipped", [1, 3, 8, 16])
 @pytest.mark.parametrize("retained", [0, 1, 5, 16])
 @pytest.mark.parametrize("method", METHODS)
-def test_each_matching_is_its_loop(method, retained, skipped):
+def test_each_merge_equals_its_loop(method, retained, skipped):
     features, valid, kept, got = matching(method, retained, skipped)
     for image, size in enumerate(SIZES):
         own = set(kept[image].nonzero().flatten().tolist())
@@ -42,7 +42,7 @@ def test_each_matching_is_its_loop(method, retained, skipped):
     ("skipped", "cells"), [(1, (1, 1)), (4, (2, 2)), (8, (2, 4)), (12, (3, 4)), (16, (4, 4))]
 )
 def test_a_grid_is_pooled_as_torch_does_it(skipped, cells):
-    """Where torch's own cells do not overlap: their sides divide the square's. Elsewhere by `naive`."""
+    """Compared with torch if its cells do not overlap, because their sides divide the square's."""
     config = SkipConfig(retained=0, skipped=skipped, merge="grid", summary_tokens=0)
     batch = Batch([[2, (16,), 1]])
     merged = merge_tokens(batch.embeds, plan := batch.plan(config))[0, plan.roles[0] == TokenRole.SKIPPED]
@@ -66,15 +66,15 @@ def test_a_grid_has_as_many_cells_as_counted(side):
         assert ends == naive.hosts([[1.0]] * side**2, set(), cells, "grid")
 
 
-def test_matching_in_halves_takes_no_more_than_it_must():
-    """Seven tokens, three to be left: of the first, third, fifth and seventh all go; then none."""
+def test_matching_in_halves_merges_no_more_than_it_must():
+    """Of seven tokens three stay: the first, third, fifth and seventh leave in one round."""
     batch = Batch([[(7,)]])
     plan = batch.plan(SkipConfig(retained=0, skipped=3, merge="tome", summary_tokens=0))
     assert plan.source[0].tolist() == [1, 3, 5]
 
 
 def test_without_skipped_tokens_the_rest_joins_the_most_similar_retained():
-    batch = Batch([[1, (12,)], [(9,)]])  # 4 places of padding before the second row
+    batch = Batch([[1, (12,)], [(9,)]])  # The second row has 4 positions of padding before it.
     plan = batch.plan(SkipConfig(retained=4, skipped=0))
     assert not bool((plan.roles == TokenRole.SKIPPED).any())
     retained = (plan.roles[1] == TokenRole.RETAINED).nonzero().flatten().tolist()
@@ -126,7 +126,7 @@ def test_mass_is_conserved(method):
     close((plan.mass[..., None] * merged).sum(dim=1), before)
 
 
-def test_dropping_conserves_what_it_does_not_drop():
+def test_dropping_conserves_the_remaining_tokens():
     batch, plan, merged = reduced_by(SkipConfig(retained=3, skipped=2, merge="drop"))
     stays = plan.merged_into >= 0
     dropped = batch.mask & ~stays
@@ -136,7 +136,7 @@ def test_dropping_conserves_what_it_does_not_drop():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_what_stands_for_itself_is_copied_bit_for_bit(dtype):
+def test_unmerged_tokens_are_copied_bit_for_bit(dtype):
     batch = Batch(ROWS)
     batch.embeds = batch.embeds.to(dtype)
     plan = batch.plan(SkipConfig(retained=3, skipped=2))
@@ -167,7 +167,7 @@ def test_merging_is_differentiable(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_back_at_the_callers_length_each_position_has_its_tokens_state(method):
+def test_each_caller_position_gets_its_tokens_state_back(method):
     batch, plan, merged = reduced_by(SkipConfig(retained=3, skipped=2, merge=method))
     back = plan.to_caller(merged)
     assert back.shape == batch.embeds.shape

@@ -1,4 +1,4 @@
-"""TokenPlan: what is written in it, for ragged images anywhere in a batch, against the row-by-row loop."""
+"""The plan of ragged images anywhere in a batch equals that of the row-by-row reference."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ class Batch:
     def __init__(self, rows, padding="left", seed=0):
         lengths = [sum(part[0] if isinstance(part, tuple) else part for part in row) for row in rows]
         self.lengths, self.longest = lengths, max(lengths)
-        # What has no padding is treated like what is padded on the left.
+        # A batch without padding is treated as padded on the left.
         self.padding = padding if min(lengths) < self.longest else "left"
         self.mask = torch.zeros(len(rows), self.longest, dtype=torch.bool)
         self.images: list[list[list[int]]] = []
@@ -54,7 +54,7 @@ class Batch:
         return make_plan(tokens, self.located, self.mask, config)
 
     def expected(self, config):
-        """For each row the naive tokens and landings, positions shifted to the padded row."""
+        """Return the reference's tokens and landings of each row, with positions in the padded row."""
         first_image = 0
         for number, images in enumerate(self.images):
             start = self.start(number)
@@ -64,7 +64,7 @@ class Batch:
 
 
 def assert_is_naive(plan: TokenPlan, batch: Batch, config: SkipConfig) -> None:
-    """Every field of a plan, token by token."""
+    """Compare every field of a plan, token by token."""
     expected = list(batch.expected(config))
     reduced = max(len(tokens) for tokens, _ in expected)
     assert plan.roles.shape == (len(expected), reduced)
@@ -99,7 +99,7 @@ def assert_is_naive(plan: TokenPlan, batch: Batch, config: SkipConfig) -> None:
 
 
 def assert_consistent(plan: TokenPlan, batch: Batch, config: SkipConfig) -> None:
-    """What holds for every plan, whatever the criterion."""
+    """Check what holds for every plan, whatever the criterion."""
     there, skipped = plan.roles != TokenRole.PADDING, plan.roles == TokenRole.SKIPPED
     assert torch.equal(plan.attention_mask, there)
     assert torch.equal(plan.ffn_mask, there & ~(skipped & config.skip_ffn))
@@ -119,7 +119,7 @@ def assert_consistent(plan: TokenPlan, batch: Batch, config: SkipConfig) -> None
             k * ((one.retained > 0) + (one.skipped > 0)) for one in own
         )
         assert int(plan.count(TokenRole.TEXT)[row]) == text
-        # A survivor stands for itself; whoever else ends in it is of the same image.
+        # A survivor ends in itself.
         for place, source in enumerate(plan.source[row].tolist()):
             if source >= 0:
                 assert int(plan.merged_into[row, source]) == place
@@ -178,7 +178,8 @@ def configs(draw, select=("similarity", "diversity", "norm", "uniform", "random"
 
 def check(batch, config):
     plan = batch.plan(config)
-    assume(plan.roles.shape[1] > 0)  # nothing is left of a batch of images under retained=0, skipped=0
+    # With retained=0 and skipped=0, a batch of images alone has no tokens left.
+    assume(plan.roles.shape[1] > 0)
     assert_consistent(plan, batch, config)
     try:
         assert_is_naive(plan, batch, config)
@@ -199,8 +200,8 @@ def test_many_more_plans_are_the_naive_ones(batch, config):
     check(batch, config)
 
 
-def test_a_small_plan_to_look_at():
-    """Two words, an image of six (two retained, two skipped), one word; one row more, shorter."""
+def test_a_small_plan_written_out():
+    """Two words, an image of six tokens (two retained, two skipped), one word; and a shorter row."""
     batch = Batch([[2, (6,), 1], [3]])
     plan = batch.plan(SkipConfig(retained=2, skipped=2, select="uniform", merge="pool"))
     text, kept, short, summary, pad = TokenRole
@@ -237,12 +238,12 @@ def test_a_plan_is_frozen():
         ([[0, 1, 1], [1, 0, 0]], [3], "two rows"),
     ],
 )
-def test_images_that_are_not_where_they_should_be(row, sizes, message):
+def test_images_that_do_not_fit_the_rows(row, sizes, message):
     with pytest.raises(InputError, match=message):
         Images.locate(torch.tensor(row).bool(), sizes)
 
 
-def test_a_plan_is_shown_in_one_line():
+def test_a_plans_repr_is_one_line():
     plan = Batch([[3, (16,), 4], [5]]).plan(SkipConfig(retained=5, skipped=4, summary_tokens=1))
     assert repr(plan) == (
         "TokenPlan(images=1, (2, 23) → (2, 18): TEXT=12, RETAINED=5, SKIPPED=4, SUMMARY=2, PADDING=13)"

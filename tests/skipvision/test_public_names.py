@@ -1,4 +1,4 @@
-"""The names users type, pinned: changing one of them breaks somebody's script."""
+"""The public names, which users' scripts depend on."""
 
 import dataclasses
 import inspect
@@ -104,7 +104,7 @@ def test_configs_survive_yaml_and_json(config, tmp_path):
         SkipConfig(**json.loads(config.model_dump_json())),
     ):
         assert again == config
-        # 1 token and all of them are different things.
+        # 1 is one token, 1.0 is all of them.
         assert type(again.retained) is type(config.retained)
         assert type(again.skipped) is type(config.skipped)
     assert yaml.safe_load(config.to_yaml()) == config.model_dump()
@@ -161,7 +161,7 @@ def test_a_json_file_is_read_as_it_was_written(tmp_path):
         ("1: 2", "no such field"),
     ],
 )
-def test_yaml_that_is_no_config(text, says):
+def test_invalid_yaml_is_refused(text, says):
     with pytest.raises(ConfigError, match=says):
         SkipConfig.from_yaml(text)
 
@@ -175,7 +175,7 @@ def test_yaml_that_is_no_config(text, says):
         ('{"skipped": "x"}', "skipped='x'"),
     ],
 )
-def test_json_that_is_no_config(text, says, tmp_path):
+def test_invalid_json_is_refused(text, says, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
@@ -184,7 +184,7 @@ def test_json_that_is_no_config(text, says, tmp_path):
         SkipConfig.from_json(tmp_path / "none.json")
 
 
-def test_pydantics_own_ways_raise_our_error():
+def test_pydantics_validation_methods_raise_our_error():
     with pytest.raises(ConfigError, match="Invalid JSON"):
         SkipConfig.model_validate_json("{")
     with pytest.raises(ConfigError, match=r"^SkipConfig: seed=-1: "):
@@ -207,6 +207,6 @@ def test_pydantics_own_ways_raise_our_error():
         ("retained", True),
     ],
 )
-def test_values_are_what_they_say(name, value):
+def test_values_of_another_type_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name}={value!r}"):
         SkipConfig(**{name: value})

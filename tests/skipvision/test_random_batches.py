@@ -16,13 +16,13 @@ MODEL = []
 
 
 def model():
-    """One model for all examples, made when the first one needs it."""
+    """Build one model for all examples."""
     if not MODEL:
         MODEL.append(tiny_llava(dtype=torch.float64, side=SIDE, num_hidden_layers=2))
     return MODEL[0]
 
 
-# 0–3 images a row at any position; a row has at least one word, or a config may leave nothing of it.
+# Rows have 0–3 images at any position and at least one word, or a config might leave no token.
 rows = st.lists(st.one_of(st.integers(1, 3), st.just("image")), max_size=5).filter(
     lambda row: row.count("image") <= 3
 )

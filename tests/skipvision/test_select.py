@@ -1,4 +1,4 @@
-"""Who is retained: every criterion against its loop, over images of different sizes at once."""
+"""Each criterion equals its reference loop, for images of different sizes at once."""
 
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ BY_FEATURES = ["similarity", "diversity", "norm", "uniform", "random"]
 
 
 def ragged(sizes=SIZES, width=6, seed=1, dtype=torch.float64):
-    """Random features; behind the last token of a smaller image stands garbage that nobody may read."""
+    """Return random features, with garbage after the last token of smaller images."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(len(sizes), max(sizes), width, generator=generator, dtype=dtype)
     valid = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
@@ -36,7 +36,7 @@ def retained_by(select, features, valid, counts, seed=0):
 
 @pytest.mark.parametrize("amount", RETAINED)
 @pytest.mark.parametrize("select", BY_FEATURES)
-def test_each_criterion_is_its_loop(select, amount):
+def test_each_criterion_equals_its_loop(select, amount):
     config = SkipConfig(retained=amount, skipped=2, select=select, seed=7)
     features, valid = ragged()
     counts = [config.counts(size)[0] for size in SIZES]
@@ -53,7 +53,7 @@ def test_redundancy_is_the_sum_of_cosines():
 
 
 @pytest.mark.parametrize("select", BY_FEATURES)
-def test_an_image_does_not_depend_on_the_others_beside_it(select):
+def test_an_image_does_not_depend_on_the_others(select):
     features, valid = ragged()
     together = retained_by(select, features, valid, [8, 2, 1, 5])
     for image, (size, count) in enumerate(zip(SIZES, [8, 2, 1, 5], strict=True)):
@@ -66,7 +66,7 @@ def test_an_image_does_not_depend_on_the_others_beside_it(select):
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("select", BY_FEATURES)
 def test_a_small_image_is_not_disturbed_by_a_large_one(select, seed):
-    """The large one is chosen from for longer than the small one has tokens."""
+    """The large image takes more steps than the small one has tokens."""
     features, valid = ragged([4, 16], seed=seed)
     together = retained_by(select, features, valid, [2, 8])
     alone = retained_by(select, features[:1, :4], valid[:1, :4], [2])
@@ -81,7 +81,7 @@ def test_random_is_fixed_by_its_seed():
     assert not torch.equal(first, retained_by("random", features, valid, [6, 6], seed=2))
 
 
-def test_random_draws_more_by_adding_to_what_it_drew():
+def test_random_keeps_its_tokens_as_the_count_grows():
     features, valid = ragged([64])
     drawn = [retained_by("random", features, valid, [count])[0] for count in range(65)]
     for fewer, more in pairwise(drawn):
@@ -102,7 +102,7 @@ def test_ties_go_to_the_earlier_token():
 
 
 @pytest.mark.parametrize("select", BY_FEATURES)
-def test_half_precision_features_are_judged_in_full_precision(select):
+def test_half_precision_features_are_scored_in_full_precision(select):
     features, valid = ragged([16], width=32, dtype=torch.float32)
     half = features.to(torch.bfloat16)
     assert torch.equal(retained_by(select, half, valid, [6]), retained_by(select, half.double(), valid, [6]))
@@ -155,7 +155,7 @@ def early_run(model, layer, embeds, mask=None):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("probe_layer", [0, 1, 2])
-def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
+def test_ffn_ratio_is_read_at_its_layer(probe_layer, padding):
     model = tiny_llava(dtype=torch.float64)
     decoder = model.model.language_model
     inputs = tiny_inputs(ROWS, padding=padding, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_ffn_ratio_is_read_where_it_says(probe_layer, padding):
     got = ffn_ratio(early_run(model, probe_layer, embeds, inputs["attention_mask"]))
     for handle in handles:
         handle.remove()
-    assert layers_run == list(range(probe_layer + 1)), "what lies behind need not be computed"
+    assert layers_run == list(range(probe_layer + 1)), "later layers are not run"
     for number, row in enumerate(rows):
         expected = torch.tensor(naive.ffn_ratio(decoder, row[None], probe_layer), dtype=torch.float64)
         real = got[number][inputs["attention_mask"][number].bool()]
@@ -206,7 +206,7 @@ def test_attention_received_is_the_mean_of_rows_of_weights(how):
         close(got[row], weights[row, :, place].mean(dim=0))
 
 
-def test_ffn_ratio_in_training_is_not_what_dropout_does():
+def test_ffn_ratio_in_training_does_not_measure_dropout():
     """An FFN that adds nothing changes nothing, whatever attention drops."""
     model = tiny_llava(dtype=torch.float64, attention="eager", attention_dropout=0.5).train()
     run = early_run(model, 1, torch.randn(2, 9, 32, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Summary tokens: the plain mean untrained, the softmax-weighted sum trained, group by group."""
+"""A summary token is its group's mean before training and a softmax-weighted sum after."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ROWS = [[2, (9,), 1], [3], [(6,), 1, (7,)]]
 
 
 def summarised(config, *, trained=True, rows=ROWS, change=None):
-    """A batch's reduced tokens with their summaries, the plan, and the layer."""
+    """Return a batch's reduced tokens with their summaries, the plan, and the layer."""
     batch = Batch(rows)
     if change is not None:
         change(batch)
@@ -28,7 +28,7 @@ def summarised(config, *, trained=True, rows=ROWS, change=None):
 
 
 def groups_of(plan, filled):
-    """(group number, its tokens (n, H), its summaries (K, H)) of every group with members."""
+    """Yield (group number, its tokens (n, H), its summaries (K, H)) of every group with members."""
     for number in range(2 * plan.images):
         members = filled[plan.group == number]
         if len(members):
@@ -73,7 +73,7 @@ def test_a_group_without_members_has_no_summary(retained, skipped, numbers):
         close(summaries[1], naive.sum_up(members, layer, 1))
 
 
-def test_everything_but_the_summaries_is_left_as_it_was():
+def test_only_the_summary_slots_change():
     config = SkipConfig(retained=2, skipped=3)
     filled, plan, _ = summarised(config)
     merged = merge_tokens(Batch(ROWS).embeds, plan)
@@ -82,7 +82,7 @@ def test_everything_but_the_summaries_is_left_as_it_was():
     assert bool((merged[~others] == 0).all())
 
 
-def test_summaries_stand_behind_their_image_in_raster_order():
+def test_summaries_follow_their_image_in_raster_layout():
     _, plan, _ = summarised(SkipConfig(retained=2, skipped=3, summary_tokens=2))
     row = plan.roles[2].tolist()
     kept = {TokenRole.RETAINED, TokenRole.SKIPPED}
@@ -100,7 +100,7 @@ def test_a_summary_takes_the_position_of_its_groups_last_token(layout):
             assert plan.position_source[row, place] == plan.source[row][plan.group[row] == group].max()
 
 
-def test_a_summary_holds_nothing_of_other_groups():
+def test_a_summary_does_not_depend_on_other_groups():
     config = SkipConfig(retained=2, skipped=3, select="uniform", merge="pool")
     before, plan, _ = summarised(config)
 

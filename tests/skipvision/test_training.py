@@ -1,4 +1,4 @@
-"""Gradients: those of the naive reference, through LoRA and summaries, with and without checkpointing."""
+"""Gradients equal those of the naive reference, with and without checkpointing."""
 
 import pytest
 import torch
@@ -30,19 +30,19 @@ def lora_model():
 
 
 def gradients(model):
-    """Every trainable parameter's gradient, by name; and a clean slate for the next."""
+    """Return the gradient of every trainable parameter by name, and clear it."""
     taken = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     return taken
 
 
 def learns(name, gradient):
-    """More than rounding. A shift of all scores changes no softmax, so the summary's bias never learns."""
+    """Return whether a gradient exceeds rounding. A shift of all scores changes no softmax."""
     return float(gradient.abs().max()) > 1e-9 or name.endswith("norm.bias")
 
 
 def loss_by_hand(logits, labels):
-    """Mean cross-entropy of each labelled token under the logits before it."""
+    """Return the mean cross-entropy of each labelled token under the logits before it."""
     total, count = 0, 0
     for row in range(len(labels)):
         for position in range(1, labels.shape[1]):
@@ -57,7 +57,7 @@ REDUCED = ["counts", "three-summaries", "pool", "drop", "grouped-contiguous", "f
 
 @pytest.mark.parametrize("name", REDUCED)
 def test_loss_and_gradients_are_those_of_the_reference(inputs, name):
-    """All of them: from the LM head through merge and summaries down to the vision tower."""
+    """From the LM head through merge and summaries down to the vision tower."""
     model, labels = tiny_llava(dtype=F64), labels_for(inputs)
     with attach(model, CONFIGS[name]) as skip:
         train_summary(skip.summary)
@@ -101,8 +101,8 @@ def test_gradients_reach_lora_and_summary(inputs):
     assert [sum(kind) for kind in zip(*kinds, strict=True)] == [21, 21, 3]
 
 
-def test_summaries_train_under_peft_only_if_attached_behind_it():
-    """What attach's docstring says: PEFT freezes what it finds."""
+def test_summaries_train_under_peft_only_if_attached_after_it():
+    """As attach documents: PEFT freezes the modules that it finds."""
     model = lora_model()
     with attach(model, CONFIGS["counts"]) as skip:
         assert all(parameter.requires_grad for parameter in skip.summary.parameters())
@@ -123,7 +123,7 @@ def checkpointing(model, use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["counts", "no-summary", "grouped", "ffn-ratio"])
 def test_checkpointing_gives_the_same_gradients(name, use_reentrant):
-    """Also where a second forward, under another plan, comes before the first one's backward."""
+    """Also if a second forward, under another plan, runs before the first one's backward."""
     first = tiny_inputs(ROWS, padding="right", dtype=F64)
     second = tiny_inputs([["image", 3], [2, "image", 1]], padding="right", dtype=F64, seed=1)
     model = lora_model().train()

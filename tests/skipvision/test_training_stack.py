@@ -1,4 +1,4 @@
-"""Around the model: several PEFT adapters, each with its own summary layer, and the Trainer unmodified."""
+"""Several PEFT adapters, each with its own summary layer, and the unmodified Trainer."""
 
 import json
 
@@ -32,7 +32,7 @@ def lora(**options):
 
 
 def tuned(seed=0, config=CONFIG, name="default"):
-    """A model with one adapter, attached, every summary weight somewhere else for every seed."""
+    """Return an attached model with one adapter, with other summary weights for every seed."""
     torch.manual_seed(seed)
     model = get_peft_model(tiny_llava(dtype=F64), lora(), adapter_name=name).eval()
     if config is not None:
@@ -53,7 +53,7 @@ def logits(model):
 
 
 def trainable(model):
-    """Adapter names of the trainable parameters: of LoRA, of summary layers."""
+    """Return the adapter names of the trainable parameters: of LoRA, and of summary layers."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return (
         {name.split(".")[-2] for name in names if "lora" in name},
@@ -62,7 +62,7 @@ def trainable(model):
 
 
 def learn(model, steps=2):
-    """A few steps of plain SGD."""
+    """Train a few steps of plain SGD."""
     inputs = tiny_inputs(ROWS, padding="right", dtype=F64)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(steps):
@@ -73,7 +73,7 @@ def learn(model, steps=2):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two saved adapters, and the logits of the models they came from."""
+    """Save two adapters, and return the logits of their models."""
     models = {name: tuned(seed) for seed, name in enumerate("ab")}
     return {name: (save_adapter(model, tmp_path / name), logits(model)) for name, model in models.items()}
 
@@ -83,7 +83,7 @@ def folders(tmp_path):
 
 @pytest.mark.parametrize("loader", ["ours", "peft"])
 def test_adapters_are_switched_with_their_summaries(folders, loader):
-    """Each answers as it does alone, with whichever loader the second one came."""
+    """Each adapter answers as it does alone, whichever loader added the second."""
     (first, alone_a), (second, alone_b) = folders["a"], folders["b"]
     model = load_adapter(tiny_llava(dtype=F64), first, name="a")
     if loader == "ours":
@@ -112,7 +112,7 @@ def test_a_new_adapter_starts_from_the_plain_mean_and_changes_no_other():
     assert torch.equal(logits(model), before)
 
 
-def test_only_the_active_adapter_trains_unless_told_otherwise(folders):
+def test_only_the_active_adapter_trains_by_default(folders):
     model = tuned()
     assert trainable(model) == ({"default"}, {"default"})
     model.add_adapter("b", lora())
@@ -128,7 +128,7 @@ def test_only_the_active_adapter_trains_unless_told_otherwise(folders):
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_loading_says_what_trains(folders, is_trainable):
+def test_is_trainable_decides_what_trains(folders, is_trainable):
     model = load_adapter(tiny_llava(dtype=F64), folders["a"][0], name="a", is_trainable=is_trainable)
     names = {"a"} if is_trainable else set()
     assert trainable(model) == (names, names)
@@ -138,7 +138,7 @@ def test_loading_says_what_trains(folders, is_trainable):
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_loading_a_summary_alone_says_whether_it_trains(tmp_path, is_trainable):
+def test_is_trainable_decides_for_a_summary_alone(tmp_path, is_trainable):
     base = tiny_llava(dtype=F64)
     attach(base, CONFIG)
     folder = save_adapter(base, tmp_path / "summary")
@@ -235,7 +235,7 @@ def test_lora_on_all_linear_layers_leaves_summaries_alone():
     assert not [name for name in model.state_dict() if "skip_summary" in name and "lora" in name]
 
 
-def test_models_made_from_one_config_do_not_share_its_notes():
+def test_models_with_one_peft_config_do_not_share_changes():
     config = lora()
     one, other = (get_peft_model(tiny_llava(dtype=F64), config) for _ in range(2))
     attach(one, CONFIG)
@@ -299,7 +299,7 @@ def test_an_adapter_that_was_never_active_is_saved_with_its_plain_mean(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_what_wraps_the_model_is_not_saved(tmp_path):
+def test_wrappers_of_the_model_are_not_saved(tmp_path):
     model = tuned()
     wrapped = torch.nn.ModuleDict({"module": model})
     loaded = load_adapter(tiny_llava(dtype=F64), save_adapter(wrapped, tmp_path / "a"))
@@ -307,7 +307,7 @@ def test_what_wraps_the_model_is_not_saved(tmp_path):
 
 
 def older(folder):
-    """The folder as it was written when PEFT knew nothing of summary layers."""
+    """Write the folder as before PEFT knew of summary layers."""
     weights = load_file(folder / "adapter_model.safetensors")
     assert any("skip_summary" in name for name in weights)
     kept = {name: weight for name, weight in weights.items() if "skip_summary" not in name}
@@ -341,7 +341,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_an_adapter_trained_under_another_config_is_refused(other, tmp_path):
-    """With the fields that differ and with what to do."""
+    """The message names the fields that differ and what to do."""
     config, difference = OTHERS[other]
     folder = save_adapter(tuned(config=config), tmp_path / "other")
     model = tuned()
@@ -352,18 +352,18 @@ def test_an_adapter_trained_under_another_config_is_refused(other, tmp_path):
     assert torch.equal(logits(model), before)
 
 
-def test_an_adapter_with_skipping_is_not_put_beside_one_without(folders):
+def test_an_adapter_with_skipping_is_not_added_to_one_without(folders):
     model = tuned(config=None)
     with pytest.raises(AdapterError, match=r"it has SkipConfig\(retained=5.*not none \(full tokens\)"):
         load_adapter(model, folders["b"][0], name="b")
 
 
-def test_a_name_that_is_taken(folders):
+def test_an_adapter_name_that_is_taken(folders):
     with pytest.raises(AdapterError, match="has an adapter 'default' already: give this one another name="):
         load_adapter(tuned(), folders["b"][0])
 
 
-def test_a_summary_alone_is_not_put_beside_adapters(tmp_path):
+def test_a_summary_alone_is_not_added_to_adapters(tmp_path):
     base = tiny_llava(dtype=F64)
     attach(base, CONFIG)
     folder = save_adapter(base, tmp_path / "summary")
@@ -374,7 +374,7 @@ def test_a_summary_alone_is_not_put_beside_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "skip_summary.safetensors"])
-def test_a_damaged_second_adapter_leaves_the_model_as_it_was(folders, name):
+def test_a_damaged_second_adapter_leaves_the_model_unchanged(folders, name):
     model = tuned()
     before, names = logits(model), list(model.state_dict())
     file = folders["b"][0] / name
@@ -409,7 +409,7 @@ def collate(rows, decoded=False):
 
 
 def run(model, folder, *, steps=2, resume=None, decoded=False, **options):
-    """Train with an unmodified Trainer: two rows at a time, in order, SGD without clipping."""
+    """Train with an unmodified Trainer: two rows per step, in order, by SGD without clipping."""
     settings = {
         "per_device_train_batch_size": 2,
         "max_steps": steps,
@@ -447,7 +447,7 @@ def same(one, other, **tolerance):
 
 
 def by_hand(model, steps, accumulated=1, decoded=False):
-    """What `run` should have done."""
+    """Train as `run` should, in a loop."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     rows = [Rows()[index % len(Rows())] for index in range(2 * steps * accumulated)]
     for step in range(steps):
@@ -473,8 +473,8 @@ def test_the_trainer_learns_what_a_loop_by_hand_learns(tmp_path, accumulated):
     assert any("lora" in name for name in moved)
 
 
-def test_the_trainer_passes_on_what_has_left_the_cache(tmp_path):
-    """The keyword of attach's docstring can come from the collator."""
+def test_the_trainer_passes_the_mask_of_generated_tokens(tmp_path):
+    """The collator can add the keyword that attach documents."""
     model, expected, other = (tuned().train() for _ in range(3))
     model.config.text_config.use_cache = False
     run(model, tmp_path, decoded=True)
@@ -501,7 +501,7 @@ def test_the_trainer_with_checkpointing_learns_the_same(tmp_path, use_reentrant)
     same(learnt(model), learnt(expected), rtol=1e-5, atol=1e-7)
 
 
-def test_the_trainer_evaluates_at_the_callers_length(tmp_path):
+def test_the_trainers_predictions_have_the_callers_length(tmp_path):
     trainer = run(tuned(), tmp_path, steps=1, per_device_eval_batch_size=8)
     batch = collate([Rows()[index] for index in range(8)])
     with torch.no_grad():
@@ -512,8 +512,8 @@ def test_the_trainer_evaluates_at_the_callers_length(tmp_path):
     assert predicted.predictions[0].shape[:2] == batch["labels"].shape
 
 
-def test_the_trainers_checkpoint_holds_the_summary_and_is_resumed(tmp_path):
-    """A new process builds the model, attaches, and resumes: nothing else is to be called."""
+def test_the_trainer_resumes_from_a_checkpoint_with_the_summary(tmp_path):
+    """A new process only builds the model, attaches, and resumes."""
     whole = tuned().train()
     run(whole, tmp_path / "whole", steps=4)
     half = tuned().train()
@@ -551,7 +551,7 @@ def test_a_trainers_checkpoint_with_several_adapters_is_resumed(tmp_path):
 
 
 def test_a_trainers_checkpoint_becomes_an_adapter(tmp_path):
-    """It lacks the SkipConfig: attach what it was trained under, load it with PEFT, save it whole."""
+    """A checkpoint lacks the SkipConfig: attach it, load the checkpoint with PEFT, and save an adapter."""
     half = tuned().train()
     run(half, tmp_path, save_strategy="steps", save_steps=2)
     with pytest.raises(AdapterError, match=r"it has no skip_config\.json"):
@@ -564,7 +564,7 @@ def test_a_trainers_checkpoint_becomes_an_adapter(tmp_path):
 
 
 def test_a_model_trained_whole_is_saved_in_two_parts(tmp_path):
-    """Its weights by Hugging Face, the summary layer and the SkipConfig as an adapter."""
+    """Hugging Face saves its weights, and an adapter holds the summary layer and the SkipConfig."""
     model = tiny_llava(dtype=F64).train()
     attach(model, CONFIG)
     run(model, tmp_path)

@@ -1,4 +1,4 @@
-"""Running without values: shapes of floating-point tensors, values of integers."""
+"""A dry run keeps the shapes of floating-point tensors and the values of integers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def shape_only(*sizes):
     return torch.empty(*sizes, device="meta")
 
 
-def test_floats_are_shapes_and_integers_are_real():
+def test_floats_have_shapes_and_integers_have_values():
     with DryRun():
         floats = torch.randn(3, device="meta") @ torch.randn(3, 5, device="meta")
         assert floats.is_meta
@@ -41,7 +41,7 @@ def test_integers_choose_among_shapes():
         assert table.is_meta
 
 
-def test_integers_asked_of_shapes_are_those_of_zeros():
+def test_integers_computed_from_shapes_are_those_of_zeros():
     with DryRun():
         scores, experts = shape_only(5, 8).topk(2)
         assert scores.is_meta
@@ -68,7 +68,7 @@ def test_flops_and_gradients_without_values():
     assert weight.grad.shape == weight.shape
 
 
-def test_outside_nothing_is_changed():
+def test_outside_the_block_nothing_changes():
     with DryRun():
         pass
     assert torch.arange(3, device="meta").is_meta

@@ -1,4 +1,4 @@
-"""Predicted costs of every supported family against what its tiny model executes and caches."""
+"""Predicted costs of every supported family match what its tiny model executes and caches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.skipvision.family_table import SUPPORTED
 
 SAMPLE = {"aria", "gemma3", "idefics3", "kimi_k25", "llama4", "qwen2_vl", "qwen3_vl_moe"}
 PAIRED = {"hunyuan_vl", "idefics2", "internvl", "lighton_ocr", "llava_onevision", "mistral3", "step3p7"}
-"""Further ones, sampled with two images."""
+"""Families that are sampled with two images."""
 CONFIGS = {
     "full": SkipConfig.full(),
     "reduced": SkipConfig(retained=0.25, skipped=0.5, summary_tokens=2),
@@ -45,7 +45,7 @@ def predicted(model, config, inputs, **options):
 
 
 def last(model, positions):
-    """The LM head at the last positions only, where the family can do that."""
+    """Ask for the LM head at the last positions only, if the family supports it."""
     return (
         {"logits_to_keep": positions}
         if "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -99,7 +99,7 @@ def test_training_step(family, name, rank):
     if rank:
         parts = set(decoder.layers.modules())
         for path, part in list(model.named_modules()):
-            # Each by itself: of some mixtures PEFT adapts the experts too where it is given a list.
+            # One pattern: given a list, PEFT also adapts the experts of some mixtures.
             if type(part) is nn.Linear and part in parts:
                 model.set_submodule(path, lora.Linear(part, "default", LoraConfig(), r=rank))
     else:

@@ -1,4 +1,4 @@
-"""The counter against products counted by hand, those that torch's own counter does not know above all."""
+"""Counted FLOPs match products counted by hand, above all those unknown to torch's counter."""
 
 import pytest
 import torch

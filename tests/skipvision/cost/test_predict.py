@@ -1,4 +1,4 @@
-"""Predicted costs against FLOPs counted operation by operation, cache bytes, and the published ratios."""
+"""Predicted costs match counted FLOPs, cache bytes, and the published ratios."""
 
 from dataclasses import replace
 
@@ -113,7 +113,7 @@ def test_parts_of_the_prefill():
 
 
 def probe_only(model):
-    """A layer, and once more without its FFN."""
+    """Run a layer, and once more without its FFN."""
     embeds = torch.zeros(1, SIDE**2 + 64, 64)
     decoder = model.model.language_model
     rotary = decoder.rotary_emb(embeds, torch.arange(embeds.shape[1])[None])

@@ -1,9 +1,9 @@
-"""Which families are tested in which combinations, with what inputs; and what stands in the way of some.
+"""The combinations of family, attention implementation and dtype, their inputs, and the limits of families.
 
-Every test of the matrix takes a family, an attention implementation and a dtype. `make test` samples it:
-every test runs for every family in one of its combinations, which moves on from family to family and, by
-``turn``, from test to test, so that each family meets all of them; the most used families run in the opposite
-combination too. `make test-all` runs the whole matrix.
+Every test of the matrix takes one combination. `make test` samples the matrix: each test runs for each family
+in one combination. The combination rotates from family to family and, by ``turn``, from test to test, so that
+each family meets all of them. The most used families also run in the opposite combination. `make test-all`
+runs the whole matrix.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ ONLY_FLOAT32 = {
     "qwen3_vl_moe",
     "step3p7",
 }
-"""Their experts' grouped product has no float64 on CPU."""
+"""Families whose experts' grouped product has no float64 on CPU."""
 ONLY_EAGER = {"got_ocr2", "pp_chart2table"}
-"""Their towers have no SDPA."""
+"""Families whose towers have no SDPA."""
 TOLERANCE = 1e-4
-"""How far hidden states, which are about 1, may be apart in float32."""
+"""Maximum difference of hidden states, whose size is about 1, in float32."""
 
 ROWS: list[list[int | str]] = [
     [3, "image", 24],
     [5],
     [2, "image", 2, "small image", 12, "large image", 3],
 ]
-"""One image, none, three of different sizes; both longer than the windows and chunks of tiny models (20)."""
+"""One image, none, three of different sizes; longer than the windows and chunks of tiny models (20)."""
 
 
 class Limit(NamedTuple):
-    """What the families' own code stands in the way of: `test_limits` shows it, docs/families.md says it."""
+    """A limit of the families' own code: `test_limits` demonstrates it, docs/families.md lists it."""
 
     families: tuple[str, ...]
     reason: str
     rows: list[list[int | str]]
-    """What these families are tested with instead of `ROWS`; empty if nothing is left to test."""
+    """Rows that replace `ROWS` for these families; empty if nothing can be tested."""
 
 
 MIXED_UP = Limit(
@@ -91,7 +91,7 @@ LIMITS = (MIXED_UP, NOT_REPEATED, PADDED, NUMBERED, ROUNDED, COUNTED)
 
 
 def rows_within(family: str, *limits: Limit) -> list[list[int | str]]:
-    """What a family is tested with where it has some of these limits."""
+    """Return the rows to test a family with, if it has one of these limits."""
     return next((limit.rows for limit in limits if family in limit.families), ROWS)
 
 
@@ -108,12 +108,12 @@ def combinations(
     dtypes: Sequence[str] = BOTH,
     families: Sequence[str] = FAMILIES,
 ) -> Any:
-    """Parametrise a test by family, attention and dtype; ``turn`` moves each family's own combination on."""
+    """Parametrise a test by family, attention and dtype; ``turn`` rotates the sampled combinations."""
     return pytest.mark.parametrize(("family", "attention", "dtype"), list(cases(turn, dtypes, families)))
 
 
 def cases(turn: int, dtypes: Sequence[str], families: Sequence[str]) -> Iterator[Any]:
-    """All combinations that each family offers; those beyond the sample are marked slow."""
+    """Yield all combinations that each family supports; those beyond the sample are marked slow."""
     for number, family in enumerate(families):
         offered = [
             (attention, dtype)
@@ -129,5 +129,5 @@ def cases(turn: int, dtypes: Sequence[str], families: Sequence[str]) -> Iterator
 
 @functools.cache
 def model_of(family: str, attention: str | None = None, dtype: str = "float32") -> PreTrainedModel:
-    """One model for all tests; they leave it as it was."""
+    """Return one model for all tests, which must leave it unchanged."""
     return tiny_model(family, dtype=getattr(torch, dtype), attention=attention)

@@ -1,10 +1,10 @@
-"""What Skip-Vision should compute, by a family's untouched decoder at full length.
+"""A reference for every family: the untouched decoder at full length, with masks.
 
-Nothing leaves the sequence here. The untouched model makes the same calls as the one with Skip-Vision on
-it, and what it hands to its decoder is written down: embeddings, positions, who sees whom in every layer.
-The decoder then runs once over all of it, with dropped and merged columns hidden from everybody, skipped
-ones hidden from later calls, FFN outputs of skipped ones set to zero, and summaries as further columns.
-Windows, chunks, two-way images, M-RoPE and DeepStack are so whatever the family makes of them.
+No token leaves the sequence here. The untouched model makes the same calls as the one with Skip-Vision, and
+the inputs of its decoder are recorded: embeddings, positions, and which token sees which in every layer. The
+decoder then runs once over all of them. Dropped and merged columns are hidden from all, skipped ones from
+later calls; FFN outputs of skipped ones are zero; and summaries are further columns. So windows, chunks,
+two-way images, M-RoPE and DeepStack act as the family implements them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Run = Callable[[], Any]
 
 @dataclass
 class Call:
-    """One call of the decoder: its keywords, and (B, q, past + q) who sees whom in each layer."""
+    """One call of the decoder: its keywords, and the (B, q, past + q) visible pairs of each layer."""
 
     keywords: dict[str, Any]
     seen: list[torch.Tensor]
@@ -33,7 +33,7 @@ class Call:
 
 @dataclass
 class Seen:
-    """All calls of an untouched decoder as one: T columns.
+    """All calls of an untouched decoder joined into one of T columns.
 
     Attributes:
         keywords: those of the first call.
@@ -43,7 +43,7 @@ class Seen:
         layers: (B, T, T) for each layer, True where a query (second axis) sees a key (third).
         deep: DeepStack features at their columns, zero elsewhere; (B, T, H) for each layer that has some.
         visual: (B, T) columns that have DeepStack features.
-        others: further keywords of one entry a column, (B, T, …) each.
+        others: further keywords with one entry per column, (B, T, …) each.
     """
 
     keywords: dict[str, Any]
@@ -58,12 +58,12 @@ class Seen:
 
 @dataclass
 class Summary:
-    """A summary token: the k-th of its group, in row ``row``, seen as if it stood at ``place``."""
+    """The k-th summary token of a group in row ``row``, as visible as a token at ``place``."""
 
     row: int
     place: int
     behind: int
-    """Last column of its image that stays: the summary comes next."""
+    """Last surviving column of its image, which the summary follows."""
     call: int
     k: int
     members: list[int]
@@ -71,7 +71,7 @@ class Summary:
 
 @dataclass
 class Fate:
-    """What plans say, in columns of all calls: where each ends in (−1: dropped), which skip, summaries."""
+    """The plans of all calls by column: where each ends (−1: dropped), which are skipped, and summaries."""
 
     host: torch.Tensor
     short: torch.Tensor
@@ -80,7 +80,7 @@ class Fate:
 
 @torch.no_grad()
 def watch(model: nn.Module, run: Run) -> Seen:
-    """What an untouched model hands to its decoder."""
+    """Record the inputs of an untouched model's decoder."""
     anatomy = dissect(model)
     calls: list[Call] = []
 
@@ -103,8 +103,8 @@ def watch(model: nn.Module, run: Run) -> Seen:
 
 
 def _seen(mask: torch.Tensor | None, rows: int, new: int, past: int) -> torch.Tensor:
-    """(B, new, past + new) booleans of an attention mask; one over fewer keys is over the last ones."""
-    if mask is None:  # what SDPA takes for "all that came before"
+    """(B, new, past + new) booleans of an attention mask; a mask over fewer keys covers the last ones."""
+    if mask is None:  # SDPA then attends to all earlier tokens.
         return torch.ones(rows, new, past + new, dtype=torch.bool).tril(past)
     seen = mask if mask.dtype == torch.bool else mask == 0
     assert seen.shape[1] == 1, "one mask for all heads"
@@ -146,7 +146,7 @@ def _joined(calls: list[Call]) -> Seen:
 
 
 def _alike(positions: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Positions of all calls with as many axes as the first."""
+    """Give the positions of all calls as many axes as those of the first."""
     shape = positions[0].shape[:-1]
     return [part.expand(*shape, -1) for part in positions]
 
@@ -160,7 +160,7 @@ def _others(calls: list[Call], embeds: list[torch.Tensor]) -> dict[str, torch.Te
     others: dict[str, torch.Tensor] = {}
     for name, value in calls[0].keywords.items():
         if isinstance(value, torch.Tensor) and value.shape[:2] == embeds[0].shape[:2] and name not in named:
-            # A later call that leaves it out has text only, which is what zeros say.
+            # A later call without it has text only, which zeros express.
             parts = [
                 value.new_zeros(*part.shape[:2], *value.shape[2:])
                 if call.keywords.get(name) is None
@@ -172,7 +172,7 @@ def _others(calls: list[Call], embeds: list[torch.Tensor]) -> dict[str, torch.Te
 
 
 def decide(plans: list[TokenPlan | None], seen: Seen) -> Fate:
-    """The plans of all calls, said of columns."""
+    """Translate the plans of all calls to columns."""
     rows, total = seen.embeds.shape[:2]
     host = torch.arange(total).repeat(rows, 1)
     short = torch.zeros(rows, total, dtype=torch.bool)
@@ -217,7 +217,7 @@ def _decide_row(
 def hidden_states(
     model: nn.Module, seen: Seen, fate: Fate, config: SkipConfig, summary: nn.Module | None
 ) -> torch.Tensor:
-    """(B, T, H) that the full-length decoder computes; each column has the state of what it ended in."""
+    """(B, T, H) states of the full-length decoder; each column takes the state of the column it ends in."""
     rows, total = seen.embeds.shape[:2]
     columns = _summary_columns(fate, rows)
     width = total + max(map(len, columns))
@@ -229,7 +229,7 @@ def hidden_states(
             places[row, total + column] = one.place
 
     def extended(values: torch.Tensor) -> torch.Tensor:
-        """A summary takes what the token it stands at has."""
+        """A summary takes the value of the token whose place it has."""
         index = places.view(rows, width, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
         return values.gather(1, index)
 
@@ -262,7 +262,7 @@ def _summary_columns(fate: Fate, rows: int) -> list[list[Summary]]:
 
 
 def _merged(values: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
-    """The mean of all that ended in a column, in its place."""
+    """Replace each column by the mean of those that end in it."""
     merged = values.clone()
     for row, ends in enumerate(host.tolist()):
         guests: dict[int, list[int]] = {}
@@ -285,7 +285,7 @@ def _summarised(tokens: torch.Tensor, summary: Any) -> torch.Tensor:
 def _mask(
     layer: torch.Tensor, call: torch.Tensor, fate: Fate, columns: list[list[Summary]], config: SkipConfig
 ) -> torch.Tensor:
-    """(B, W, W) who sees whom among the T columns and the summaries behind them."""
+    """(B, W, W) visible pairs among the T columns and the summaries after them."""
     rows, total = fate.host.shape
     width, order = total + max(map(len, columns)), torch.arange(total)
     whole = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)
@@ -295,7 +295,8 @@ def _mask(
         forgotten = fate.short[row] & (call[:, None] > call) & config.skip_kv
         whole[row, :total, :total] |= seen & stays & ~forgotten
         for column, one in enumerate(own, start=total):
-            # Seen like the token whose place it has; what stands behind it, only where that is two-way.
+            # It sees, and is seen, like the token whose place it has; later tokens only if both see each
+            # other.
             at, behind = one.place, order > one.behind
             forgotten = fate.short[row] & (one.call > call) & config.skip_kv
             whole[row, column, :total] = torch.where(behind, two_way[at], near[at]) & stays & ~forgotten
@@ -306,7 +307,7 @@ def _mask(
 
 
 def _placeholder(given: Any, rows: int, width: int) -> Any:
-    """What the decoder accepts as attention_mask; every layer gets its own instead of what it makes of it."""
+    """Pass the decoder a mask that it accepts, and give every layer its own mask instead."""
     if isinstance(given, dict):
         return dict.fromkeys(given)
     if given is not None and given.ndim == 4:

@@ -1,4 +1,4 @@
-"""Calls of a model in tests: what its decoder hands back, and generations that say what they are told."""
+"""Run models in tests: record decoder states, and generate given tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = dict[str, torch.Tensor]
 
 @torch.no_grad()
 def states_of(model: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor, Any]:
-    """(B, T, H) hidden states that the decoder hands back over all its calls, and what ``run`` returns."""
+    """Return the decoder's (B, T, H) hidden states over all its calls, and the result of ``run``."""
     states: list[torch.Tensor] = []
     handle = dissect(model).decoder.register_forward_hook(
         lambda decoder, args, output: states.append(output.last_hidden_state)
@@ -30,7 +30,7 @@ def states_of(model: nn.Module, run: Callable[[], Any]) -> tuple[torch.Tensor, A
 
 
 def say(model: Any, batch: Batch, words: torch.Tensor | int, **options: Any) -> tuple[torch.Tensor, Any]:
-    """Generate (B, n) given new tokens, or a number of sampled ones; also returns all that generate does."""
+    """Generate (B, n) given tokens, or a number of sampled ones; also return the result of generate."""
     begin = batch["input_ids"].shape[1]
     count = words if isinstance(words, int) else words.shape[1]
     if isinstance(words, torch.Tensor):
@@ -48,7 +48,7 @@ def say(model: Any, batch: Batch, words: torch.Tensor | int, **options: Any) -> 
 def states_in_batch_and_alone(
     model: nn.Module, rows: list[Any], padding: str = "left"
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each row the (t, H) hidden states of its own tokens, in the batch and by itself."""
+    """Return the (t, H) hidden states of each row's tokens, in the batch and alone."""
     batch = tiny_batch(model, rows, padding=padding)
     states, _ = states_of(model, partial(model, **batch))
     pairs = []
@@ -81,13 +81,13 @@ def scores_as_beams_and_alone(model: Any, rows: list[Any]) -> tuple[torch.Tensor
 
 
 def labels_of(model: Any, batch: Batch) -> torch.Tensor:
-    """Every real word of a batch as its own label; −100 at images and padding."""
+    """Return every real word of a batch as its own label, −100 at images and padding."""
     words = batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id)
     return batch["input_ids"].masked_fill(~words, -100)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """(…, H) equal up to rounding; in bfloat16, where a rounding may change a token's expert, most tokens.
+    """Assert that (…, H) are equal up to rounding, in bfloat16 for most tokens: rounding may change experts.
 
     States are about 1, so those of another token would be apart by as much, in each token.
     """

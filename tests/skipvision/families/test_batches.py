@@ -1,4 +1,4 @@
-"""A row does not depend on its batch: other rows, their images, the side that is padded."""
+"""A row does not depend on its batch: on other rows, their images, or the padding side."""
 
 import torch
 
@@ -28,7 +28,7 @@ def test_a_row_is_as_alone(family, attention, dtype):
         for padding in ("left", "right"):
             for in_batch, alone in states_in_batch_and_alone(model, rows, padding):
                 close(in_batch, alone, TOLERANCE)
-        if dtype == "bfloat16":  # a rounding may decide between two words
+        if dtype == "bfloat16":  # rounding may decide between two words
             return
         said, _ = say(model, tiny_batch(model, rows), 3, do_sample=False)
         for number, row in enumerate(rows):
@@ -37,7 +37,7 @@ def test_a_row_is_as_alone(family, attention, dtype):
 
 
 @combinations(turn=1)
-def test_images_with_fewer_tokens_than_asked_keep_them_all(family, attention, dtype):
+def test_images_smaller_than_the_counts_keep_all_tokens(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
     with torch.no_grad():

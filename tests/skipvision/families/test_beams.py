@@ -1,4 +1,4 @@
-"""Beam search on pruned caches: every beam's score is that of its own words, said alone."""
+"""Beam search on pruned caches: every beam has the score of its words generated alone."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The cache after prefill: as long as planned in every layer, and no byte more."""
+"""After prefill, the cache of every layer has the planned length and no byte more."""
 
 import torch
 
@@ -9,7 +9,7 @@ from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinatio
 
 @torch.no_grad()
 def layers_of(model, batch):
-    """Keys and values that a prefill caches, layer by layer."""
+    """Return the keys and values that a prefill caches, by layer."""
     cache = model(**batch, use_cache=True).past_key_values
     return [states for layer in cache.layers for states in (layer.keys, layer.values) if states is not None]
 

@@ -1,4 +1,4 @@
-"""Decoding on a pruned cache is decoding on the full one with masked keys, in every family."""
+"""Decoding on a pruned cache equals decoding on the full one with masked keys, in every family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.skipvision.families.running import close, say, states_of
 
 
 def compare(model, config, converse):
-    """The states of all tokens behind the first prompt; ``converse`` takes what to say in each turn."""
+    """Return the states of all tokens after the first prompt; ``converse`` takes the tokens of each turn."""
     with attach(model, config) as skip:
         train_summary(skip.summary)
         torch.manual_seed(0)
@@ -41,14 +41,14 @@ def test_pruned_decoding_is_masked_decoding(family, attention, dtype):
 
 
 @combinations(turn=2)
-def test_a_second_turn_behind_a_pruned_cache(family, attention, dtype):
+def test_a_second_turn_after_a_pruned_cache(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
     question = tiny_batch(model, [[25]] * len(ROWS), seed=1)["input_ids"]
 
     def converse(turns):
         words, out = say(model, batch, turns[0])
-        # What was said last is not in the cache.
+        # The last token is not in the cache yet.
         ids = torch.cat([words[:, -1:], question], dim=1)
         mask = torch.cat([batch["attention_mask"], torch.ones_like(words), torch.ones_like(question)], dim=1)
         second = {"input_ids": ids, "attention_mask": mask}
@@ -60,7 +60,7 @@ def test_a_second_turn_behind_a_pruned_cache(family, attention, dtype):
 
 @torch.no_grad()
 def another_image(model, config, first_image, second_image, words=25):
-    """A turn with an image behind a pruned cache, at the positions of one call with all; both plans."""
+    """Run a turn with an image after a pruned cache, at positions of one joint call; return both plans."""
     begins, goes_on = [3, first_image, words], [2, second_image, 24]
     first, second = tiny_batch(model, [begins]), tiny_batch(model, [goes_on], seed=1)
     whole = tiny_batch(model, [begins + goes_on])

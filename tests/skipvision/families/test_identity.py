@@ -1,4 +1,4 @@
-"""Nothing skipped is the untouched model, bit for bit, in every family."""
+"""If nothing is skipped, every family computes what its untouched model does, bit for bit."""
 
 import torch
 
@@ -9,7 +9,7 @@ from tests.skipvision.families.running import labels_of
 
 
 def everything(model, batch):
-    """Loss, logits, all gradients; what is generated, from which scores, and the cache that is left."""
+    """Return loss, logits and all gradients; generated tokens, their scores, and the cache."""
     out = model(**batch, labels=labels_of(model, batch), use_cache=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(out.loss, trained, allow_unused=True)

@@ -1,4 +1,4 @@
-"""What the families' own code stands in the way of; a limit that has gone makes its test fail."""
+"""Limits of the families' own code; a test fails when its limit no longer exists."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_towers_without_sdpa(family):
 
 @pytest.mark.parametrize("family", COUNTED.families)
 def test_queries_are_scaled_by_the_length_of_the_cache(family, monkeypatch):
-    """With steps as short as these prompts the reference and Skip-Vision part."""
+    """With steps as short as these prompts, the reference and Skip-Vision differ."""
     model = model_of(family)
     for layer in dissect(model).layers:
         monkeypatch.setattr(layer.attention, "floor_scale", 8)
@@ -73,7 +73,7 @@ def test_queries_are_scaled_by_the_length_of_the_cache(family, monkeypatch):
         test_decoding.compare(model, MERGING, converse)
 
 
-def test_the_page_says_them_all():
+def test_the_documentation_lists_every_limit():
     page = (ROOT / "docs/families.md").read_text()
     for limit in LIMITS:
         assert f"| {', '.join(limit.families)} | {limit.reason} |" in page

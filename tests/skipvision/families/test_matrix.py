@@ -1,4 +1,4 @@
-"""The sample that `make test` takes of the matrix."""
+"""The sample of the matrix that `make test` runs."""
 
 from tests.skipvision.families.matrix import BOTH, FAMILIES, ONLY_EAGER, cases
 

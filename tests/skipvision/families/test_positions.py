@@ -1,4 +1,4 @@
-"""Positions in prefill and behind it: the caller's own, or without gaps on every axis."""
+"""Positions in prefill and after it: the caller's, or without gaps on every axis."""
 
 import torch
 
@@ -11,7 +11,7 @@ from tests.skipvision.families.running import say
 
 
 def positions_of(model, run):
-    """What the decoder gets in each of its calls."""
+    """Record the decoder's positions in each of its calls."""
     given = []
     handle = dissect(model).decoder.register_forward_pre_hook(
         lambda decoder, args, keywords: given.append(keywords["position_ids"]), with_kwargs=True
@@ -57,8 +57,8 @@ def test_contiguous_positions_have_no_gaps_on_any_axis(family, attention, dtype)
 
 @combinations(turn=1)
 @torch.no_grad()
-def test_a_step_of_ones_own_goes_on_behind_the_prompt(family, attention, dtype):
-    """Without position_ids, behind left padding; three axes begin where the longest of them ended."""
+def test_a_custom_step_continues_after_the_prompt(family, attention, dtype):
+    """Without position_ids, after left padding; three axes continue from the longest."""
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
     word, mask = torch.full((len(ROWS), 2), 40), torch.ones(len(ROWS), 2, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""A reduced forward pass is the full-length one with masks, in every family."""
+"""A reduced forward pass equals the full-length one with masks, in every family."""
 
 import pytest
 
@@ -64,8 +64,8 @@ def test_under_other_configs(family, attention, dtype, name, padding):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ONLY_FLOAT32 | ONLY_EAGER])
-def test_to_the_last_bits_of_float64(family):
-    """Tighter where the family can compute in float64; its norms and rotations are float32 all the same."""
+def test_skipping_is_masking_in_float64(family):
+    """Closer than in float32, although norms and rotations stay float32 in float64 models."""
     model = model_of(family, "sdpa", "float64")
     compare(model, MERGING, "left", 1e-9)
     compare(model, DROPPING, "right", 1e-9)

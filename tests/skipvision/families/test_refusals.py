@@ -1,4 +1,4 @@
-"""Calls that a family's own code takes, or fails on in its own way: a typed error, or a warning, says it."""
+"""Calls that Skip-Vision cannot reduce raise a typed error or warn, whatever the family's code does."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def test_a_prompt_in_chunks(family):
 
 
 def packed(family):
-    """Two documents in one row, as a collator without padding hands them over."""
+    """Return two documents in one row, as a collator without padding packs them."""
     model = model_of(family)
     documents = [tiny_batch(model, [row], row_numbers=[n]) for n, row in enumerate([ROW[0], [4, "image", 5]])]
     lengths = [document["input_ids"].shape[1] for document in documents]
@@ -56,7 +56,7 @@ def test_packed_documents_by_their_lengths():
     refused("llava", call, r"cu_seq_lens_q=\[0, 33", cu_seq_lens_q=torch.tensor([0, 33, 58]))
 
 
-def test_positions_that_fall_within_an_image_are_no_packing():
+def test_positions_that_fall_within_an_image_are_not_packing():
     model = model_of("qwen2_5_vl")
     batch = tiny_batch(model, ROW)
     positions, _ = model.model.get_rope_index(
@@ -121,7 +121,7 @@ def test_no_grid(family):
 
 
 @pytest.mark.parametrize("family", ["glm4v", "qwen2_5_vl", "qwen3_vl"])
-def test_pixels_twice(family):
+def test_more_pixels_than_the_grid_has(family):
     batch = tiny_batch(model_of(family), ROW)
     batch["pixel_values"] = batch["pixel_values"].repeat(2, 1)
     refused(family, batch, r"got 128 patches of pixels, but grids \[\[1, 8, 8\]\] for 64")
@@ -135,7 +135,7 @@ def test_a_mask_that_is_too_short(family):
     refused(family, batch, rf"attention_mask \(1, {length - 1}\) cannot be reduced: .*\(1, {length}\)")
 
 
-def test_embeddings_behind_a_pruned_cache():
+def test_embeddings_after_a_pruned_cache():
     model = model_of("llava")
     embed = model.get_input_embeddings()
     with torch.no_grad(), attach(model, CONFIG):

@@ -1,4 +1,4 @@
-"""Who is retained in every family: as many as asked of each image, by what the criterion says of each."""
+"""In every family each image retains the configured number of tokens, those with the highest scores."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def plan_of(model, batch, config):
 
 
 def images_of(plan):
-    """For each image its row, its caller positions, and those of them that are retained and skipped."""
+    """Yield the row of each image, its caller positions, and those that are retained and skipped."""
     images = []
     for number in range(plan.images):
         row = int((plan.group // 2 == number).any(dim=1).nonzero())
@@ -47,19 +47,19 @@ def test_counts_and_fractions_of_each_image(family, attention, dtype):
         images = images_of(plan_of(model, batch, config))
         rows = [row for row, *_ in images]
         for row, own, retained, skipped in images:
-            # An image may stand in its row as several tiles of one size.
+            # An image may be several tiles of one size in its row.
             assert len(own) * rows.count(row) == placeholders[row]
             assert (len(retained), len(skipped)) == config.counts(len(own))[:2]
 
 
 def norms(model, batch):
-    """(B, T) of what the untouched decoder is given."""
+    """(B, T) norms of the untouched decoder's inputs."""
     return reference.watch(model, lambda: model(**batch)).embeds.norm(dim=-1)
 
 
 @torch.no_grad()
 def ffn_ratios(model, batch):
-    """(B, T) how much the first layer's FFN changes each token: its output with and without the FFN's."""
+    """(B, T) change of each token by the first layer's FFN, from its output with and without the FFN's."""
     layer, outputs = dissect(model).layers[0], []
 
     def keep(module, args, output):
@@ -96,7 +96,7 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
 
 
 @combinations(turn=1, dtypes=["float32"])
-def test_the_last_words_attention_is_what_eager_attention_says(family, attention, dtype):
+def test_the_last_words_attention_equals_that_of_eager_attention(family, attention, dtype):
     model, config = (
         model_of(family, attention, dtype),
         SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=1),
@@ -118,7 +118,7 @@ def test_the_last_words_attention_is_what_eager_attention_says(family, attention
 
 
 @combinations(turn=1)
-def test_each_image_has_its_own_summaries_behind_it(family, attention, dtype):
+def test_each_image_is_followed_by_its_own_summaries(family, attention, dtype):
     model = model_of(family, attention, dtype)
     plan = plan_of(model, tiny_batch(model, ROWS), SkipConfig(retained=3, skipped=2, summary_tokens=2))
     for number, (row, _own, retained, skipped) in enumerate(images_of(plan)):

@@ -1,4 +1,4 @@
-"""Training with Skip-Vision: gradients arrive everywhere, and checkpointing leaves them as they are."""
+"""Training: gradients reach every parameter, and checkpointing does not change them."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.skipvision.families.running import labels_of
 
 
 def gradients_of(model, batch):
-    """By name; and a clean slate for the next."""
+    """Return the gradients by name, and clear them."""
     torch.manual_seed(0)
     out = model(**batch, labels=labels_of(model, batch), use_cache=False)
     assert out.loss.isfinite()
@@ -29,7 +29,7 @@ def gradients_of(model, batch):
 def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_reentrant):
     model = tiny_model(family, attention=attention, dtype=getattr(torch, dtype)).train()
     decoder = dissect(model).decoder
-    if use_reentrant:  # which gives no gradients to a tower, whose pixels take none
+    if use_reentrant:  # It gives no gradients to a tower, because pixels take none.
         model.requires_grad_(False)
         decoder.requires_grad_(True)
     batch = tiny_batch(model, ROWS, padding="right")
@@ -51,11 +51,11 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_
 
 
 STEP = 1e-5
-"""Of a change of weights: too small to change a plan."""
+"""Size of a change of weights that is too small to change a plan."""
 
 
 def exact_loss(model, batch):
-    """In float64, where families' own loss is in float32, too coarse for small changes."""
+    """Compute the loss in float64: families' own is in float32, too coarse for small changes."""
     logits, labels = model(**batch, use_cache=False).logits, labels_of(model, batch)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
 
@@ -64,7 +64,7 @@ DIFFERENTIATED = {"gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_
 
 
 JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark"}
-"""Mixtures of experts whose loss is not smooth over so small a change: a token may change its expert."""
+"""Mixtures of experts whose loss jumps: a small change may move a token to another expert."""
 
 
 @pytest.mark.parametrize(
@@ -76,16 +76,16 @@ JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark"}
     ],
 )
 def test_gradients_are_the_slopes_of_the_loss(family):
-    """Along a random change of all weights, tower and summary layer included: backward is not asked."""
+    """Compare with loss differences along a random change of all weights, without another backward."""
     model = tiny_model(family, dtype=torch.float64)
     batch = tiny_batch(model, ROWS, padding="right")
     generator = torch.Generator().manual_seed(1)
-    # Norms behind a layer norm are all alike, so that any change of weights would change a plan by them.
+    # After a layer norm all norms are alike, so any change of weights would change a plan made by norms.
     with attach(model, MERGING.model_copy(update={"select": "uniform"})) as skip:
         train_summary(skip.summary)
         exact_loss(model, batch).backward()
         assert not skip.plan.is_identity
-        # All that the untouched model trains too, as the test above holds.
+        # The parameters that the untouched model trains too, as the test above checks.
         trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
         assert any("summary" in name for name in trained)
         change = {
@@ -99,5 +99,5 @@ def test_gradients_are_the_slopes_of_the_loss(family):
                 for name, parameter in trained.items():
                     parameter.add_(step * change[name])
                 losses.append(float(exact_loss(model, batch)))
-    # Some families' norms are in float32 too.
+    # Some families compute norms in float32.
     assert (losses[0] - losses[1]) / (2 * STEP) == pytest.approx(expected, rel=2e-2, abs=3e-2)

@@ -10,7 +10,7 @@ from tests.skipvision.families import reference
 from tests.skipvision.families.matrix import FAMILIES, combinations, model_of
 
 WHOLE = {"internvl": -1, "llava_next": 0, "llava_next_video": 0, "llava_onevision": 0, "qianfan_ocr": -1}
-"""Where image processors put the view of the whole image among the pixels of a picture's views."""
+"""Index of the whole image's view among the pixels of an image's views, as processors order them."""
 
 
 def whole_view(model, batch, family):
