@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.caption.config import InputSection
 from pipelines.caption.rows import MANIFEST_SCHEMA, CaptionRow, Problem, manifest_rows, manifest_table
 from pipelines.data.conversations import BadRow, listed_images, parse_image
-from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, ask
+from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, prompt_messages
 from pipelines.data.records import Record, absolute
 from pipelines.data.sources import Wanted, read_inputs
 from pipelines.shared.files import atomic
@@ -167,7 +167,7 @@ class _Listing:
                 raise BadRow("broken record", record.problem or what)
             key = self._key(record.value, key)
             images = self._images(record, key)
-            messages = ask(record.value, len(images), self.template, self.settings.system)
+            messages = prompt_messages(record.value, len(images), self.template, self.settings.system)
             return CaptionRow(key, source, messages, images)
         except BadRow as problem:
             return CaptionRow(key, source, problem=Problem(problem.kind, problem.reason))

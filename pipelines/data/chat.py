@@ -1,4 +1,8 @@
-"""Conversations in the words of a processor's chat template."""
+"""Render conversations with a processor's chat template, and locate the answers in the rendered text.
+
+The answers are located in characters: by the template's ``{% generation %}`` marks or, in a template without
+them, by rendering the conversation up to the answer and including it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,11 @@ from skipvision.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation in the template's words, one placeholder per image.
+    """A rendered conversation with one placeholder per image.
 
-    ``answers`` holds the (start, end) characters of each answer together with the token that ends it.
+    Attributes:
+        text: the conversation in the template's words.
+        answers: (start, end) characters of each answer, including the token that ends it.
     """
 
     text: str
@@ -26,25 +32,28 @@ class Rendered:
 
 
 class ChatFormat:
-    """How one processor writes conversations, and where the answers are in what it wrote."""
+    """Renders conversations for one processor and locates their answers."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
         template = processor.chat_template
         if isinstance(template, Mapping):
             template = template.get("default")
         if not template:
-            raise ConfigError(f"{type(processor).__name__} has no chat template; training rows need one")
+            raise ConfigError(
+                f"{type(processor).__name__} has no chat template, which training rows need; set one on the "
+                "processor"
+            )
         self.processor, self.tokenizer = processor, processor.tokenizer
         self._template: str = template
         self._marks_answers = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
         self._ends = _end_tokens(processor)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation so far, up to where the assistant is to speak."""
+        """Return the rendered conversation, up to the start of the assistant's next answer."""
         return self._write(messages, add_generation_prompt=True)[0]
 
     def render(self, messages: Sequence[Message]) -> Rendered:
-        """The whole conversation, and its answers."""
+        """Return the rendered conversation and its answers. Raise `ConfigError` if they cannot be located."""
         if self._marks_answers:
             text, spans = self._write(messages, mark_answers=True)
         else:
@@ -55,9 +64,8 @@ class ChatFormat:
                     after, _ = self._write(messages[: position + 1])
                     if not (text.startswith(after) and after.startswith(before)):
                         raise ConfigError(
-                            f"the chat template of {type(self.processor).__name__} rewrites earlier turns "
-                            "and has no {% generation %} marks, so what is to be learnt cannot be told: "
-                            "add the marks"
+                            f"the chat template of {type(self.processor).__name__} rewrites earlier turns, "
+                            "so the answers cannot be located: add {% generation %} marks to it"
                         )
                     spans.append((len(before), len(after)))
         return self._close_answers(text, spans)
@@ -75,10 +83,10 @@ class ChatFormat:
         return texts[0], [(start, end) for start, end in spans[0]] if mark_answers else []
 
     def _close_answers(self, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:
-        """Let every answer end in exactly one end token, without the white space templates put behind.
+        """End every answer with exactly one end token, without the white space that templates append.
 
-        The token is the template's own if one stands there; a template that ends answers with nothing
-        would teach a model never to stop, so there the tokenizer's end-of-sequence token is put in.
+        If the template's own token follows the answer, it is used. Otherwise the tokenizer's end-of-sequence
+        token is inserted: a model trained on answers without an end would never stop.
         """
         pieces: list[str] = []
         answers = []
@@ -106,10 +114,10 @@ def encode(
     padding_side: str,
     offsets: bool = False,
 ) -> dict[str, Any]:
-    """Rendered texts and each one's images as padded model inputs.
+    """Return rendered texts and their images as padded model inputs.
 
-    With ``offsets`` also ``offset_mapping`` (B, T, 2), and per row ``text_replacement_offsets``: where
-    the processor has put how much in place of a placeholder.
+    With ``offsets`` they include ``offset_mapping`` (B, T, 2) and, per row, ``text_replacement_offsets``: the
+    span of each placeholder and of the text that the processor put in its place.
     """
     options: dict[str, Any] = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
     if offsets:
@@ -121,29 +129,32 @@ def encode(
 
 
 def content_parts(text: str) -> list[dict[str, str]]:
-    """A message's content as templates take it: images and the text between them, in order."""
+    """Return a message's content as templates expect it: images and the text between them, in order."""
     parts: list[dict[str, str]] = []
     for position, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
         if position:
             parts.append({"type": "image"})
-        # Templates put their own white space around an image; LLaVA's files hold another line break.
+        # Templates add their own white space around an image; LLaVA's files add a line break, too.
         if piece := piece.strip():
             parts.append({"type": "text", "text": piece})
     return parts
 
 
 def _end_tokens(processor: ProcessorMixin) -> tuple[str, ...]:
-    """The special tokens an answer may end in: all but those that begin, pad or stand for an image."""
+    """Return the special tokens that may end an answer: not those of beginning, padding or images."""
     tokenizer = processor.tokenizer
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token, IMAGE_PLACEHOLDER}
     others |= set(processor.all_special_multimodal_tokens)
     if tokenizer.eos_token is None:
-        raise ConfigError(f"{type(tokenizer).__name__} has no end-of-sequence token to end answers with")
+        raise ConfigError(
+            f"{type(tokenizer).__name__} has no end-of-sequence token, which answers must end with; set its "
+            "eos_token"
+        )
     return tuple(sorted((special - others) | {tokenizer.eos_token}))
 
 
 def _writes_bos(processor: ProcessorMixin, texts: Sequence[str]) -> bool:
-    """Whether the template has written the beginning-of-sequence token, so that none must be added."""
+    """Return whether the template writes the beginning-of-sequence token: the tokenizer must not add one."""
     bos = processor.tokenizer.bos_token
     return bos is not None and bool(texts) and texts[0].startswith(bos)

@@ -1,10 +1,8 @@
-"""Rows to model inputs, for any Hugging Face processor with a chat template.
+"""Turn rows into model inputs, for any Hugging Face processor with a chat template.
 
-A row's conversation is written by the processor's own template, and what is learnt are the assistant's
-answers with the token that ends each. Where the answers stand is known in characters of the rendered
-text: from the template's ``{% generation %}`` marks, or, in a template without them, by rendering the
-conversation up to the answer and including it. From characters it is carried to tokens past the
-placeholders, which the processor blows up to hundreds of visual tokens each.
+The labels are the assistant's answers with their end tokens. `pipelines.data.chat` locates the answers in
+characters of the rendered text. The offsets of the tokens map them to tokens, corrected for the placeholders
+that the processor expands to hundreds of visual tokens each.
 """
 
 from __future__ import annotations
@@ -22,17 +20,20 @@ from pipelines.data.rows import TrainingRow
 from skipvision.errors import ConfigError
 
 IGNORED = -100
-"""Label of a position that is not learnt."""
+"""Label of a position without a loss."""
 
 OnUnreadable = Callable[[TrainingRow, ImageError], None]
-"""Told of a row whose images cannot be opened, and why; leaves it out by returning, or raises."""
+"""Called with a row whose images cannot be opened, and the error. Returns to leave the row out, or raises."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs of one forward pass over B rows of at most T tokens, padded on the right.
 
-    ``inputs`` are the model's keyword arguments; ``labels`` (B, T) is `IGNORED` wherever nothing is learnt.
+    Attributes:
+        inputs: keyword arguments of the model.
+        labels: (B, T) token ids; `IGNORED` at positions without a loss.
+        images: number of images in all rows.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -41,16 +42,16 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """B."""
+        """The number of rows, B."""
         return len(self.labels)
 
     @property
     def tokens(self) -> int:
-        """Input tokens, visual ones included, padding not."""
+        """The number of input tokens, including visual tokens and without padding."""
         return int(self.inputs["attention_mask"].sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
+        """Return the batch on ``device``."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, labels=self.labels.to(device, non_blocking=True))
 
@@ -58,9 +59,9 @@ class Batch:
 def open_images(
     rows: Sequence[TrainingRow], on_unreadable: OnUnreadable | None
 ) -> tuple[list[TrainingRow], list[list[Image.Image]]]:
-    """The rows whose images can be opened, and each one's images.
+    """Return the rows whose images can be opened, and the images of each.
 
-    An `ImageError` goes to ``on_unreadable``; without one it is raised.
+    An `ImageError` is passed to ``on_unreadable``, or raised if that is None.
     """
     readable, images = [], []
     for row in rows:
@@ -77,22 +78,22 @@ def open_images(
 
 
 class Collator:
-    """Training rows to a `Batch`."""
+    """Makes a `Batch` of training rows."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.format = ChatFormat(processor)
 
     def __call__(self, rows: Sequence[TrainingRow]) -> Batch:
-        """Open the rows' images and encode everything; `DataError` for an image that cannot be used."""
+        """Open the rows' images and encode the rows. Raise `DataError` for an unusable image."""
         return self.encode(*open_images(rows, None))
 
     def readable(self, rows: Sequence[TrainingRow], on_unreadable: OnUnreadable) -> Batch | None:
-        """The same of the rows whose images can be opened; None if there is none."""
+        """Encode the rows whose images can be opened; return None if there are none."""
         rows, images = open_images(rows, on_unreadable)
         return self.encode(rows, images) if rows else None
 
     def encode(self, rows: Sequence[TrainingRow], images: Sequence[Sequence[Image.Image]]) -> Batch:
-        """Rows whose images are open already."""
+        """Encode rows with their opened images."""
         rendered = [self.format.render(row.messages) for row in rows]
         processor = self.format.processor
         inputs = encode(processor, [r.text for r in rendered], images, padding_side="right", offsets=True)
@@ -100,20 +101,20 @@ class Collator:
         replacements = inputs.pop("text_replacement_offsets", None) or [[] for _ in rows]
         if any(len(found) != len(row.images) for found, row in zip(replacements, rows, strict=True)):
             raise ConfigError(
-                f"{type(processor).__name__} does not say where it puts visual tokens, so the tokens of the "
-                "answers cannot be told: a processor that honours return_text_replacement_offsets is needed"
+                f"{type(processor).__name__} does not report the positions of visual tokens, so "
+                "answers cannot be located: use a processor that supports return_text_replacement_offsets"
             )
-        learnt = torch.zeros(offsets.shape[:2], dtype=torch.bool)
+        in_answer = torch.zeros(offsets.shape[:2], dtype=torch.bool)
         for row, (text, found) in enumerate(zip(rendered, replacements, strict=True)):
             for start, end in text.answers:
                 gained = sum(_gain(r) for r in found if r["span"][1] <= start)
                 # Padding and added special tokens have width zero and overlap nothing.
-                learnt[row] |= (offsets[row, :, 0] < end + gained) & (offsets[row, :, 1] > start + gained)
-        labels = inputs["input_ids"].masked_fill(~learnt, IGNORED)
+                in_answer[row] |= (offsets[row, :, 0] < end + gained) & (offsets[row, :, 1] > start + gained)
+        labels = inputs["input_ids"].masked_fill(~in_answer, IGNORED)
         return Batch(inputs, labels, images=sum(map(len, images)))
 
 
 def _gain(replacement: Mapping[str, tuple[int, int]]) -> int:
-    """Characters that the text grew by where a placeholder was blown up."""
+    """Return by how many characters the text grew where a placeholder was expanded."""
     (start, end), (new_start, new_end) = replacement["span"], replacement["new_span"]
     return (new_end - new_start) - (end - start)

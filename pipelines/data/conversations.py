@@ -1,6 +1,6 @@
-"""One record of a data set becomes one row, or a reason why it cannot.
+"""Parse one record into one row, or raise `BadRow` with the reason.
 
-Two dialects are understood and may even be mixed::
+Two formats are read and may be mixed::
 
     {"id", "image": path or list, "conversations": [{"from": "human" | "gpt" | "system", "value": text}]}
     {"id", "images": list, "messages": [{"role": "user" | "assistant" | "system", "content": text or parts}]}
@@ -29,7 +29,12 @@ _ROLES: dict[object, Role] = {
 
 
 class BadRow(Exception):
-    """Why a record makes no row."""
+    """A record that cannot become a row.
+
+    Attributes:
+        kind: the kind that it is counted under.
+        reason: the explanation for the owner of the data set.
+    """
 
     def __init__(self, kind: RejectKind, reason: str) -> None:
         super().__init__(reason)
@@ -38,7 +43,11 @@ class BadRow(Exception):
 
 
 def parse_row(value: object, *, key: str, image_root: str, max_pixels: int) -> TrainingRow:
-    """The row in a record; raises `BadRow`. Images are referred to, not opened."""
+    """Return the row of a record. Images are referred to, not opened.
+
+    Raises:
+        BadRow: the record has a wrong type, conversation or number of images.
+    """
     if not isinstance(value, dict):
         raise BadRow("broken record", f"the row is {_type(value)}, expected an object")
     messages = parse_messages(value)
@@ -58,7 +67,7 @@ def parse_row(value: object, *, key: str, image_root: str, max_pixels: int) -> T
 
 
 def parse_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The messages of `conversations` or `messages`; raises `BadRow`."""
+    """Return the messages in ``conversations`` or ``messages``. Raise `BadRow` if they are malformed."""
     field, speaker, text = "conversations", "from", "value"
     if row.get(field) is None:
         field, speaker, text = "messages", "role", "content"
@@ -82,7 +91,7 @@ def parse_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def _parse_text(content: object, name: str) -> str:
-    """The text of a message; parts are put on lines of their own, an image part as a placeholder."""
+    """Return the text of a message: one line for each part, and a placeholder for an image part."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -116,17 +125,17 @@ def _check_speakers(messages: tuple[Message, ...]) -> None:
             raise BadRow(
                 "conversation",
                 f"message {position + offset} is by {message.role}, expected {expected}: "
-                "user and assistant take turns, the user first",
+                "user and assistant alternate, starting with the user",
             )
     if len(turns) == 1:
-        raise BadRow("conversation", "the conversation has no assistant answer to learn from")
+        raise BadRow("conversation", "the conversation has no assistant answer to train on")
 
 
 # ------------------------------------------------------------------------------------------- images
 
 
 def listed_images(row: Mapping[str, Any]) -> list[object]:
-    """The values of `image` and `images`, of which only one may be used; empty ones count as absent."""
+    """Return the images in ``image`` or ``images``. Raise `BadRow` if both are given; empty is absent."""
     values = [row[field] for field in ("image", "images") if row.get(field) not in (None, "", [])]
     if len(values) > 1:
         raise BadRow("broken record", "the row has both `image` and `images`; keep one of them")
@@ -136,7 +145,7 @@ def listed_images(row: Mapping[str, Any]) -> list[object]:
 
 
 def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> ImageSource:
-    """A reference to an image, whichever way it is given; raises `BadRow`. Nothing is opened."""
+    """Return a reference to an image in any notation, unopened. Raise `BadRow` if it is malformed."""
     if isinstance(value, ParquetImage | TarImage | TsvImage | FileImage):
         return value
     encoded = value.get("bytes") if isinstance(value, dict) else None
@@ -153,11 +162,12 @@ def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> I
 
 
 def check_placeholders(messages: tuple[Message, ...], images: int) -> None:
-    """Raise `BadRow` unless users' messages hold one placeholder for each image."""
+    """Raise `BadRow` unless the user's messages have one placeholder for each image."""
     for number, message in enumerate(messages, start=1):
         if message.role != "user" and IMAGE_PLACEHOLDER in message.text:
             raise BadRow(
-                "placeholders", f"{IMAGE_PLACEHOLDER} stands in message {number}, which is no user's"
+                "placeholders",
+                f"{IMAGE_PLACEHOLDER} is in message {number} ({message.role}); only a user's may have it",
             )
     found = sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages)
     if found == images:

@@ -1,8 +1,8 @@
-"""Images by reference: where their bytes are, opened when they are needed, and decoded in one way.
+"""References to images: they name the position of the bytes and decode them when a row is used.
 
-Decoding means: the first frame, upright by its EXIF orientation, transparency laid on white, RGB.
-Sixteen-bit greyscale is scaled to eight. Only the formats in `FORMATS` are tried, so that no file
-reaches a decoder that runs other programs.
+Decoding gives the first frame, upright by its EXIF orientation, as RGB with transparency on white.
+Sixteen-bit greyscale is scaled to eight bits. Only the formats in `FORMATS` are tried: other decoders may
+run external programs.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ from skipvision.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
-"""Width × height above which an image is refused before its pixels are unpacked."""
-
+"""Max width × height; images above it are rejected before decoding."""
 
 MAX_ASPECT = 100
-"""Longer side ÷ shorter side above which an image is not decoded: 200 bytes may become gigabytes."""
+"""Max ratio of the sides; a processor that scales the shorter side could fill the memory."""
 
 
 class ImageError(DataError):
-    """An image that cannot be used; the class says what it is counted as."""
+    """An unusable image. ``kind`` is the kind of reject that it is counted under."""
 
     kind: ClassVar[RejectKind] = "unreadable image"
 
 
 class MissingImageError(ImageError):
-    """There is nothing where the image should be."""
+    """The image does not exist."""
 
     kind = "missing image"
 
 
 class OversizedImageError(ImageError):
-    """The image has more pixels than allowed: a mistake, or a decompression bomb."""
+    """The image has too many pixels, by mistake or as a decompression bomb."""
 
     kind = "oversized image"
 
@@ -66,7 +65,7 @@ class FileImage:
         return content
 
     def check_exists(self) -> None:
-        """Raise `MissingImageError` if there is no such file; cheaper than `open`."""
+        """Raise `MissingImageError` if the file does not exist; cheaper than `open`."""
         with _errors_of_storage(self):
             fs, path = fsspec.core.url_to_fs(self.path)
             if not fs.exists(path):
@@ -78,9 +77,9 @@ class FileImage:
 
 @dataclass(frozen=True, slots=True)
 class InlineImage:
-    """An image whose encoded bytes stood in the row itself, as a data URL for example.
+    """An image whose encoded bytes are in the row itself, for example as a data URL.
 
-    ``name`` says which it is (``"#1 of row a"``), as there is no path that could.
+    ``name`` (``"#1 of row a"``) replaces a path in messages.
     """
 
     data: bytes = field(repr=False)
@@ -89,7 +88,7 @@ class InlineImage:
 
     @classmethod
     def from_base64(cls, text: str, name: str, max_pixels: int = MAX_PIXELS) -> InlineImage:
-        """From base64, with or without ``data:image/…;base64,`` before it."""
+        """Decode base64, with or without the prefix ``data:image/…;base64,``."""
         if text.startswith("data:"):
             head, comma, text = text.partition(",")
             if not comma or not head.endswith(";base64"):
@@ -111,10 +110,10 @@ class InlineImage:
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage:
-    """Image ``index`` in one cell of a parquet file, which holds one image or a list of them.
+    """Image ``index`` in a cell of a parquet file; a cell has one image or a list.
 
-    Shuffled reading is fast if row groups are small (`read_cell`): 100 rows, as Hugging Face datasets
-    writes them, are a good size.
+    Shuffled reading is fast if row groups are small (`read_cell`), such as the 100 rows that Hugging Face
+    datasets writes.
     """
 
     path: str
@@ -142,7 +141,7 @@ class ParquetImage:
 
 @dataclass(frozen=True, slots=True)
 class TarImage:
-    """An image file inside an uncompressed tar file: ``size`` bytes from ``offset`` on."""
+    """An image file in an uncompressed tar: ``size`` bytes from ``offset``."""
 
     path: str
     member: str
@@ -162,7 +161,7 @@ class TarImage:
 
 @dataclass(frozen=True, slots=True)
 class TsvImage:
-    """An image as base64 in a table: ``size`` bytes of it from ``offset`` on; ``name`` says which it is."""
+    """A base64 image in a table: ``size`` bytes from ``offset``. ``name`` names it in messages."""
 
     path: str
     name: str
@@ -182,7 +181,7 @@ class TsvImage:
 
 
 def _part(image: TarImage | TsvImage) -> bytes:
-    """The ``size`` bytes from ``offset`` on of the file that holds an image."""
+    """Read the image's bytes: ``size`` from ``offset``."""
     with _errors_of_storage(image), fsspec.open(image.path, "rb") as file:
         file.seek(image.offset)
         part: bytes = file.read(image.size)
@@ -197,7 +196,7 @@ def _errors_of_storage(image: object) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise MissingImageError(f"image {image} does not exist") from None
-    except Exception as error:  # whatever the storage at the other end raises
+    except Exception as error:  # storage back ends raise errors of many types
         raise ImageError(f"image {image} cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -207,7 +206,7 @@ def _errors_of_storage(image: object) -> Iterator[None]:
 def decode(
     file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> Image.Image:
-    """The image as upright RGB; raises `ImageError` if that cannot be done, whatever the bytes are."""
+    """Return the image as upright RGB. Raise `ImageError` for any bytes that cannot be decoded."""
     with _opened(file, name, max_pixels, formats) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
@@ -216,14 +215,14 @@ def decode(
 def size_of(
     file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> tuple[int, int]:
-    """Width and height (pixels) as its header says, before anything is unpacked; raises as `decode`."""
+    """Return width and height (pixels) from the header, without decoding. Raise `ImageError` as `decode`."""
     with _opened(file, name, max_pixels, formats) as image:
         return image.size
 
 
 @contextmanager
 def _opened(file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str]) -> Iterator[Image.Image]:
-    """An image whose header is read; whatever goes wrong inside is an `ImageError`."""
+    """Open an image and read its header; errors inside the block become an `ImageError`."""
     try:
         with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
@@ -233,22 +232,22 @@ def _opened(file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str])
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise OversizedImageError(
                     f"image {name} has {image.width} × {image.height} pixels: one side is more than "
-                    f"{MAX_ASPECT} times the other; scaled by the shorter one it would not fit into memory"
+                    f"{MAX_ASPECT} times the other; scaled by its shorter side it would not fit into memory"
                 )
             yield image
     except ImageError:
         raise
     except UnidentifiedImageError:
-        what = f"is not an image in a known format ({', '.join(formats)})" if file.seek(0, 2) else "is empty"
-        raise ImageError(f"image {name} {what}") from None
+        reason = f"has no known format ({', '.join(formats)})" if file.seek(0, 2) else "is empty"
+        raise ImageError(f"image {name} {reason}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OversizedImageError(f"image {name} is too large: {error}") from None
-    except Exception as error:  # decoders raise what they like on corrupt bytes
+    except Exception as error:  # decoders raise errors of many types on corrupt bytes
         raise ImageError(f"image {name} cannot be decoded: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode: transparency on white, sixteen bits scaled to eight."""
+    """Convert any mode to RGB: transparency on white, sixteen bits scaled to eight."""
     if image.mode.startswith("I"):  # Pillow would clip at 255
         eight_bit = np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8
         return Image.fromarray(eight_bit.astype(np.uint8)).convert("RGB")

@@ -1,27 +1,27 @@
-"""What is asked behind a question, so that its answer has the form that a rule reads."""
+"""Instructions appended to a question, so that its answer has the form that a scoring rule reads."""
 
 from __future__ import annotations
 
 WHOLE_QUESTION = "whole_question"
-"""A column that every row with a ``question`` gets: hint, question and options as one text."""
+"""Column added to every row with a ``question``: hint, question and options as one text."""
 
 OPTION_QUESTION = "option_question"
-"""The same, behind it the instruction for multiple choice, or, without options, a short answer."""
+"""Column: the whole question with the instruction for multiple choice or, without options, a short answer."""
 
 SHORT_QUESTION = "short_question"
-"""The same, behind it the instruction for a short answer."""
+"""Column: the whole question with the instruction for a short answer."""
 
 YES_OR_NO_QUESTION = "yes_or_no_question"
-"""The same, behind it the instruction for yes or no."""
+"""Column: the whole question with the instruction for yes or no."""
 
 _OPTION = "Answer with the option's letter from the given choices directly."
 _SHORT = "Answer the question using a single word or phrase."
-# These two are LLaVA-1.5's (arXiv 2310.03744, its table of response formats); the third is MME's own.
+# The two above are from LLaVA-1.5 (arXiv 2310.03744, table of response formats), the one below from MME.
 _YES_OR_NO = "Please answer yes or no."
 
 
 def instructed(whole_question: str, has_options: bool) -> dict[str, str]:
-    """The columns above; an instruction that the question ends with already is not put behind it again."""
+    """Return the columns above. An instruction that already ends the question is not repeated."""
     return {
         WHOLE_QUESTION: whole_question,
         OPTION_QUESTION: _with(whole_question, _OPTION if has_options else _SHORT),

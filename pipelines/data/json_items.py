@@ -1,4 +1,9 @@
-"""The elements of a JSON list, one at a time: files of millions of rows are read in little memory."""
+"""Read the elements of a JSON list one at a time: a file of millions of rows needs little memory.
+
+The standard library parses each element; this module moves a window over the file. `ijson` (3.6) would read
+34 MB in 1.2 s instead of 0.5 s, reject ``NaN``, replace lone surrogates by ``?``, report no position, raise
+SystemError for an integer of 5,000 digits, and take gigabytes of memory for 100 KB of ``[``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,11 @@ _ENDS = tuple(",]" + _WHITE)
 
 
 def json_items(stream: IO[bytes]) -> Iterator[Any]:
-    """Elements of the list that a UTF-8 stream holds; raises `ValueError` where it is not valid JSON."""
+    """Yield the elements of the JSON list in a UTF-8 stream.
+
+    Raises:
+        ValueError: the stream is not a JSON list; the message names line and character.
+    """
     text = _Text(stream)
     text.take("[")
     if text.peek() == "]":
@@ -23,21 +32,21 @@ def json_items(stream: IO[bytes]) -> Iterator[Any]:
         while text.take(",]") == ",":
             yield text.value()
     if text.peek():
-        raise text.error("there is more behind the end of the list", 0)
+        raise text.error("unexpected text after the end of the list", 0)
 
 
 class _Text:
-    """A window that moves over the stream's text."""
+    """A window that moves over the text of a stream."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._parse = json.JSONDecoder().raw_decode
         self._window, self._at = "", 0
-        self._before = self._lines = 0  # characters and line ends that were dropped
+        self._before = self._lines = 0  # dropped characters and line ends
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """Return the next character that is not white space; "" at the end."""
         while True:
             while self._at < len(self._window):
                 if self._window[self._at] not in _WHITE:
@@ -47,7 +56,7 @@ class _Text:
                 return ""
 
     def take(self, allowed: str) -> str:
-        """Step over the next character, which must be one of these."""
+        """Consume and return the next character. Raise `ValueError` if it is not in ``allowed``."""
         found = self.peek()
         if not found or found not in allowed:
             wanted = " or ".join(map(repr, allowed))
@@ -56,7 +65,7 @@ class _Text:
         return found
 
     def value(self) -> Any:
-        """Step over the next value."""
+        """Consume and return the next value."""
         self.peek()
         while True:
             try:
@@ -66,7 +75,7 @@ class _Text:
                 if not self._read():
                     raise self.error(error.msg, ahead) from None
                 continue
-            # What was read so far of 12 or 0.5 is a number, too.
+            # A number may continue after the window: 1 of 12, 0 of 0.5.
             if self._window[end : end + 1] in _ENDS or not self._read():
                 self._at = end
                 return value
@@ -77,7 +86,7 @@ class _Text:
         return ValueError(f"{message}: line {line}, character {self._before + end + 1} of the file")
 
     def _read(self) -> bool:
-        """Lengthen the window; what is behind is dropped. The more a value needs, the more is read."""
+        """Drop the consumed part of the window and read on, at least as much as the window holds."""
         data = self._stream.read(max(_CHUNK, 2 * (len(self._window) - self._at)))
         more = self._decode(data, final=not data)
         if not data:

@@ -1,4 +1,4 @@
-"""Values that tables hold as Python writes them."""
+"""Parse table cells that hold Python literals."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ast
 
 
 def literal(text: str) -> object:
-    """The value of a Python literal; raises `ValueError` for a text that is none, whatever else it is."""
+    """Return the value of a Python literal. Raise `ValueError` for any other text."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError(f"not a value as Python writes it: {text[:100]!r}") from None
+        raise ValueError(f"{text[:100]!r} is no Python literal") from None

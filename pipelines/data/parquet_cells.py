@@ -1,4 +1,4 @@
-"""Single cells out of parquet files, with no more in memory than a few row groups or parts of large ones."""
+"""Read single cells of parquet files; memory holds a few row groups, or parts of large ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _WHOLE_BYTES = 128 * 2**20
-"""A column of a row group up to this size is kept as a whole."""
+"""A column of a row group up to this size (bytes) is cached whole."""
 _PART_ROWS = 64
 _PARTS = 4
 _READ_BYTES = 2**20
@@ -21,11 +21,12 @@ _lock = threading.Lock()
 
 
 def read_cell(path: str, row_group: int, column: str, row: int) -> Any:
-    """One value. Of the four row groups used last small ones are remembered whole, so any order is fast.
+    """Return one value.
 
-    A large one is read from its beginning, page by page: fast if rows are asked for in order, slow if not.
+    The last four columns of row groups are cached. Small ones are cached whole, so any order of rows is fast.
+    Large ones are read page by page from their beginning, which is fast only in the order of the rows.
     """
-    with _lock:  # threads that want the same row group wait for one to read it
+    with _lock:  # one thread reads a row group; others that need it wait
         found = _column(path, row_group, column)
         if isinstance(found, _Parts):
             return found.cell(row)
@@ -33,7 +34,7 @@ def read_cell(path: str, row_group: int, column: str, row: int) -> Any:
 
 
 def forget_columns() -> None:
-    """Make `read_cell` look at the files again."""
+    """Clear the cache of `read_cell`, so that changed files are read again."""
     _column.cache_clear()
 
 
@@ -50,7 +51,7 @@ def _column(path: str, row_group: int, column: str) -> pa.ChunkedArray | _Parts:
 
 
 class _Parts:
-    """A large column, read on from where it was last asked for; the last few parts stay."""
+    """A large column, read in parts. Reading continues after the last part; a few parts are cached."""
 
     def __init__(self, path: str, row_group: int, column: str) -> None:
         self._place = path, row_group, column
@@ -69,7 +70,7 @@ class _Parts:
 
     def _rewind(self) -> None:
         path, row_group, column = self._place
-        # Open until the parts are forgotten: the next part is read when it is asked for.
+        # The file stays open for the next part until this object is dropped from the cache.
         file = fsspec.open(path, "rb").open()
         table = pq.ParquetFile(file, buffer_size=_READ_BYTES)
         self._batches = table.iter_batches(_PART_ROWS, row_groups=[row_group], columns=[column])

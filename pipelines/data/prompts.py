@@ -1,4 +1,4 @@
-"""What is asked about each row: a template with columns, or the row's own conversation."""
+"""The prompt of each row: a template with columns, or the row's own conversation."""
 
 from __future__ import annotations
 
@@ -13,42 +13,46 @@ CONVERSATION_COLUMNS = ("conversations", "messages")
 
 
 class PromptTemplate:
-    """A text in which ``{column}`` stands for a row's value and ``{{`` for a brace."""
+    """A text with ``{column}`` for a row's value and ``{{`` for a brace."""
 
     def __init__(self, text: str) -> None:
-        """Raises `ValueError` for anything else between braces."""
+        """Parse the text. Raise `ValueError` if braces contain anything but a column's name."""
         self._pieces: list[tuple[str, str | None]] = []
         for literal, column, specification, conversion in string.Formatter().parse(text):
             self._pieces.append((literal, column))
             if column is not None and (not column.isidentifier() or specification or conversion):
                 raise ValueError(
-                    f"{{{column}…}} is not the name of a column; write braces that are meant as such twice"
+                    f"{{{column}…}} is not the name of a column; write a literal brace twice: {{{{ or }}}}"
                 )
         self.columns = tuple(dict.fromkeys(column for _, column in self._pieces if column is not None))
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The text for one row; raises `BadRow` where a value is missing or is not a text or number."""
-        written = []
+        """Return the text for one row. Raise `BadRow` if a value is missing or is neither text nor number."""
+        pieces = []
         for literal, column in self._pieces:
-            written.append(literal)
+            pieces.append(literal)
             if column is not None:
                 value = row.get(column)
                 if not isinstance(value, str | int | float):
-                    what = "has no value" if value is None else f"is of type {type(value).__name__}"
-                    raise BadRow("broken record", f"column `{column}` of the prompt {what}")
-                written.append(str(value).strip())
-        return "".join(written)
+                    found = "has no value" if value is None else f"is of type {type(value).__name__}"
+                    raise BadRow("broken record", f"column `{column}` of the prompt {found}, expected text")
+                pieces.append(str(value).strip())
+        return "".join(pieces)
 
 
-def ask(
+def prompt_messages(
     row: Mapping[str, Any], images: int, template: PromptTemplate | None, system: str | None
 ) -> tuple[Message, ...]:
-    """The messages to answer: the filled template, or what the row itself asks; raises `BadRow`."""
+    """Return the messages to answer: the filled template or, without one, the row's own conversation.
+
+    Raises:
+        BadRow: the row has no value for a column, no user message, or a wrong number of images.
+    """
     if template is None:
         messages = parse_messages(row)
         last = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
         if last < 0:
-            raise BadRow("conversation", "the conversation has no message of a user to answer")
+            raise BadRow("conversation", "the conversation has no user message to answer")
         messages = messages[: last + 1]
     else:
         text = template.fill(row)

@@ -1,7 +1,6 @@
-"""Files of training rows, whatever their format, as one stream of plain records.
+"""Read JSON, JSON lines and parquet files as one stream of records.
 
-Nothing is judged here but whether a record can be read at all;
-`pipelines.data.training_rows` makes rows of them.
+A record is checked for readability only; `pipelines.data.training_rows` checks its content.
 """
 
 from __future__ import annotations
@@ -22,17 +21,21 @@ from pipelines.data.json_items import json_items
 from skipvision.errors import DataError
 
 PARQUET_COLUMNS = ("id", "task", "image", "images", "conversations", "messages")
-"""The columns that are read; a file needs ``conversations`` or ``messages``."""
+"""The columns that are read; ``conversations`` or ``messages`` must exist."""
 _IMAGE_COLUMNS = ("image", "images")
-_BATCH_ROWS = 64  # few, because image bytes pass through memory
+_BATCH_ROWS = 64  # small, because image bytes pass through memory
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as it stood in its file, or why it could not be read.
+    """One row of a file.
 
-    ``place`` is where (``"line 17"``), ``fallback_key`` names the row if it has no id of its own.
-    Image bytes of parquet files are replaced by a `ParquetImage` that refers to them.
+    Attributes:
+        file: absolute path or URL.
+        place: its position in the file, ``"line 17"``.
+        fallback_key: the row's key if it has no id.
+        value: the content; image bytes of parquet files are replaced by a `ParquetImage`.
+        problem: why it could not be read; "" if it could.
     """
 
     file: str
@@ -43,12 +46,12 @@ class Record:
 
 
 def read_records(source: str, max_pixels: int) -> Iterator[Record]:
-    """Every record of a file, or of all files that match a pattern with ``*``, in order of their names."""
+    """Yield the records of a file, or of all files that match a pattern with ``*``, sorted by name."""
     for file in _files(source):
         suffix = PurePosixPath(file).suffix.lower()
         if suffix not in _READERS:
             known = ", ".join(_READERS)
-            raise DataError(f"{file} has the suffix {suffix!r}; training rows are read from {known}")
+            raise DataError(f"{file} has the unsupported suffix {suffix!r}; use {known}")
         try:
             yield from _READERS[suffix](file, max_pixels)
         except FileNotFoundError:
@@ -58,7 +61,7 @@ def read_records(source: str, max_pixels: int) -> Iterator[Record]:
 
 
 def absolute(path: str) -> str:
-    """The path so that it means the same in every process: URLs as they are, local paths from the root."""
+    """Return a path that is valid in every process: URLs unchanged, local paths absolute."""
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
@@ -77,7 +80,7 @@ def _files(source: str) -> list[str]:
 
 
 def json_records(file: str, max_pixels: int) -> Iterator[Record]:
-    """A JSON list; or JSON lines, which are often named ``.json`` too."""
+    """Yield the elements of a JSON list, or JSON lines, which are often named ``.json``, too."""
     with fsspec.open(file, "rb") as stream:
         start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
         stream.seek(0)
@@ -92,7 +95,7 @@ def json_records(file: str, max_pixels: int) -> Iterator[Record]:
 
 
 def jsonl_records(file: str, max_pixels: int) -> Iterator[Record]:
-    """One record a line that is not empty."""
+    """Yield one record for each line that is not empty."""
     with fsspec.open(file, "rb") as stream:
         yield from _lines(file, stream)
 
@@ -136,14 +139,14 @@ def _table_records(file: str, table: pq.ParquetFile, max_pixels: int) -> Iterato
 
 
 def without_bytes(cell: Any, refer: Callable[[int], ParquetImage]) -> object:
-    """The cell with references for the bytes in it, which stay in the file.
+    """Return the cell with its bytes replaced by references to the file.
 
-    ``refer`` makes one from the number of the image in the cell.
+    ``refer`` makes a reference from the number of the image in the cell.
     """
 
     def reduce(value: Any, index: int) -> object:
         if isinstance(value, dict) and not any(value.values()):
-            return None  # how some writers put "no image"
+            return None  # some writers encode "no image" in this way
         data = value.get("bytes") if isinstance(value, dict) else value
         return refer(index) if isinstance(data, bytes) else value
 

@@ -1,7 +1,7 @@
-"""``rejects.jsonl``: the rows of a run that could not be used, one JSON object a line, each row once.
+"""``rejects.jsonl``: the unusable rows of a run, one JSON object a line, each row once.
 
-Rows that cannot be used from the start are written by `pipelines.data.training_rows`. Rows whose images
-become unreadable later are added here, by whichever worker meets them first.
+`pipelines.data.training_rows` writes the rows that are unusable from the start. Rows whose images become
+unreadable during the run are appended here, by the worker that meets them first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from skipvision.errors import DataError
 
 
 class LateRejects:
-    """What becomes of rows of one data set whose images have become unreadable since they were checked.
+    """Handles rows of one data set whose images became unreadable after the check.
 
-    Called with a row and its error: the row is added to ``file``, unless it stands there already, and is
-    left out this time; with ``stop`` that is a `DataError`. Several processes may share the file.
+    A call with a row and its error appends the row to ``file``, once. It then returns, to leave the row out,
+    or raises `DataError` if ``stop`` is true. Several processes may share the file.
     """
 
     def __init__(self, file: Path, source: str, *, stop: bool) -> None:
@@ -34,14 +34,14 @@ class LateRejects:
         new = self._add(Reject(self.source, row.key, error.kind, str(error)))
         if self.stop:
             raise DataError(
-                f"{self.source} ({row.key}) has become unusable: {error}. Mend it, or set data.on_bad_row to "
-                f"skip; it is listed in {self.file}"
+                f"{self.source} ({row.key}) became unusable during the run: {error}. Fix it, or set "
+                f"data.on_bad_row to skip; it is listed in {self.file}"
             )
         if new:
-            print(f"a row is left out: {self.source} ({row.key}): {error}", flush=True)
+            print(f"left out: {self.source} ({row.key}): {error}", flush=True)
 
     def _add(self, reject: Reject) -> bool:
-        """Whether the row was not in the file yet."""
+        """Add the row to the file; return False if the file has it already."""
         identity = (reject.source, reject.key)
         if identity in self._seen:
             return False
@@ -54,12 +54,12 @@ class LateRejects:
                 self._seen.add(identity)
             file.flush()
             self._read_to = file.tell()
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone leaves it with a process forked meanwhile
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not: a process forked meanwhile holds it, too
         return new
 
 
 def count_rejects(file: Path) -> dict[str, int]:
-    """How many rows of each kind a rejects file lists; nothing if there is none."""
+    """Return the number of rows of each kind in a rejects file; empty if it does not exist."""
     if not file.exists():
         return {}
     with file.open(encoding="utf-8") as lines:
@@ -67,6 +67,6 @@ def count_rejects(file: Path) -> dict[str, int]:
 
 
 def rejected_rows(counts: Mapping[str, int]) -> dict[str, float]:
-    """Counts of rejected rows by kind as metrics."""
+    """Return counts of rejected rows by kind as metrics."""
     kinds = {f"rejected_rows/{kind}": float(count) for kind, count in counts.items()}
     return {**kinds, "rejected_rows": float(sum(counts.values()))}

@@ -1,4 +1,4 @@
-"""Row contracts: what every reader yields and every pipeline consumes."""
+"""The row types that readers yield and jobs consume."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Literal, Protocol
 from PIL import Image
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Stands in a message's text where one of the row's images belongs."""
+"""Marks the position of an image in a message's text."""
 
 Role = Literal["system", "user", "assistant"]
 
 RejectKind = Literal[
     "broken record",  # not JSON, or values of the wrong type
     "conversation",  # empty, without an answer, or with speakers out of order
-    "placeholders",  # not as many <image> as images
-    "too long",  # more tokens than may be trained on
+    "placeholders",  # the numbers of <image> and of images differ
+    "too long",  # more tokens than data.max_length
     "missing image",
     "unreadable image",  # no image, corrupt, or truncated
     "oversized image",
@@ -25,21 +25,21 @@ RejectKind = Literal[
 
 
 class ImageSource(Protocol):
-    """Where an image's bytes come from; opened only when the row is used. Hashable, and pickles small."""
+    """A reference to an image, opened when its row is used. Hashable; small when pickled."""
 
     def open(self) -> Image.Image:
-        """The decoded RGB image, upright; raises `DataError` if it is missing, corrupt or too large."""
+        """Return the image, RGB and upright. Raise `DataError` if it is missing, corrupt or too large."""
 
     def read(self) -> bytes:
-        """The encoded image; raises `DataError` if it is missing or cannot be read."""
+        """Return the encoded image. Raise `DataError` if it is missing or unreadable."""
 
     def __str__(self) -> str:
-        """How a message or a rejects file names the image."""
+        """Return the image's name in messages and in the rejects file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; a user's ``text`` holds one ``<image>`` for each image shown in it."""
+    """One turn. A user's ``text`` has one ``<image>`` for each of its images."""
 
     role: Role
     text: str
@@ -47,11 +47,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """One conversation with its images in the order of their placeholders.
+    """One conversation with its images.
 
-    ``key`` is unique within a data set. After an optional system message, user and assistant take
-    turns, the user first; at least one assistant message is there. ``task`` names the slice the row is
-    evaluated under; empty where the data set has no such column.
+    Attributes:
+        key: unique within the data set.
+        images: in the order of their placeholders.
+        messages: an optional system message, then user and assistant in turns, the user first; at least one
+            assistant message.
+        task: the slice that the row is evaluated under; "" if the data set has no such column.
     """
 
     key: str
@@ -62,9 +65,13 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that was left out: where it stands, its key if it has one, and why.
+    """A row that was left out.
 
-    ``kind`` is what rejects are counted by, ``reason`` the sentence for the data set's owner.
+    Attributes:
+        source: file and position, ``"train.json: row 17"``.
+        key: the row's key; "" if it has none.
+        kind: the kind that it is counted under.
+        reason: the explanation for the owner of the data set.
     """
 
     source: str

@@ -1,7 +1,7 @@
-"""Every kind of input as one stream of records: folders, images, JSON, JSONL, parquet, tars, tables.
+"""Read any input as one stream of records: folders, images, JSON, JSON lines, parquet, tars, tables.
 
-Nothing is opened but what names rows and images: image bytes stay where they are until a row is captioned.
-The order is that of the names, so that it is the same each time.
+Image bytes stay in their files until a row is used. Files are read in the order of their names, so the order
+of the records is reproducible.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pipelines.data.tar_records import IMAGE_SUFFIXES, tar_records
 from pipelines.data.tsv_records import tsv_records
 from skipvision.errors import DataError
 
-_BATCH_ROWS = 64  # few, because image bytes of lists pass through memory
+_BATCH_ROWS = 64  # small, because image bytes of lists pass through memory
 
 
 class Wanted(NamedTuple):
-    """Columns that are needed of each row, where there are any; and what is known of its images."""
+    """What to read of each row: columns, possible names of the image column, and max pixels of an image."""
 
     columns: frozenset[str]
     images: Sequence[str]
@@ -35,17 +35,20 @@ class Wanted(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Records in order; once they are read, how many files with which suffix were passed over in a folder."""
+    """Records in order and, after they are read, the number of ignored files in a folder by suffix."""
 
     records: Iterator[Record]
     passed_over: Counter[str]
 
 
 def read_inputs(source: str, wanted: Wanted) -> Inputs:
-    """All records of a source: a file, a folder, or a pattern with ``*``.
+    """Return all records of a source: a file, a folder, or a pattern with ``*``.
 
-    A record's value is a mapping of columns; a picture that is a file of its own has ``image``, ``path``
-    (below the folder) and ``stem``. Raises `DataError`, at once or on the way, if a file cannot be read.
+    A record's value is a mapping of columns. For an image file the columns are ``image``, ``path`` (relative
+    to the folder) and ``stem``.
+
+    Raises:
+        DataError: a file cannot be read; raised at once or while the records are read.
     """
     url = absolute(source)
     try:
@@ -69,9 +72,9 @@ def read_inputs(source: str, wanted: Wanted) -> Inputs:
 def _folder(
     fs: Any, root: str, whole: Callable[[str], str], wanted: Wanted, passed_over: Counter[str]
 ) -> Iterator[Record]:
-    """The images below a folder; hidden files and folders do not count."""
+    """Yield the images below a folder, without hidden files and folders."""
     for folder, folders, files in fs.walk(root, detail=True, on_error="raise"):
-        # Changing the mapping in place is how `walk` is told where to go on.
+        # `walk` descends into the folders that remain in its mapping.
         kept = {name: folders[name] for name in sorted(folders) if not name.startswith(".")}
         folders.clear()
         folders.update(kept)
@@ -107,7 +110,7 @@ def _image_record(file: str, below: str, max_pixels: int) -> Record:
 
 
 def _renamed(records: Iterator[Record], name: str) -> Iterator[Record]:
-    """Records named after their file's place below the source: files in two folders may be namesakes."""
+    """Yield the records with keys made of their file's relative path, which is unique."""
     for record in records:
         number = record.fallback_key.rpartition("-")[2]
         yield Record(record.file, record.place, f"{name}-{number}", record.value, record.problem)
@@ -138,7 +141,7 @@ def _parquet(file: str, name: str, wanted: Wanted) -> Iterator[Record]:
             table = pq.ParquetFile(stream)
             schema = table.schema_arrow
             images = [column for column in wanted.images if column in schema.names]
-            # Cells of one image each are referred to without a look at them.
+            # Cells of one image each are referred to without being read.
             referred = [column for column in images if _holds_bytes(schema.field(column).type)]
             read = [
                 column

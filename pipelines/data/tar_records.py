@@ -1,6 +1,6 @@
-"""WebDataset tars: files that share a name up to its first dot are one row.
+"""Read WebDataset tars: files that share a name up to its first dot are one row.
 
-Images are referred to by their place in the tar, which is why it must not be compressed.
+Rows refer to images by their position in the tar, so it must be uncompressed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from skipvision.errors import DataError
 
 _EXTENSIONS = "jpg jpeg jpe jfif png webp avif gif bmp dib tif tiff ppm pgm pbm pnm"
 IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in _EXTENSIONS.split())
-"""Endings of the names of image files, in lower case."""
+"""Suffixes of image files, in lower case."""
 
 _LARGEST_TEXT = 16 * 2**20
 _BLOCK = 512
@@ -29,11 +29,14 @@ _BLOCK = 512
 def tar_records(
     file: str, columns: Collection[str], images: Sequence[str], max_pixels: int
 ) -> Iterator[Record]:
-    """The rows of one tar, in its order.
+    """Yield the rows of one tar, in its order.
 
-    A row has its ``__key__``, the fields of its ``.json``, its text files under their extensions as far as
-    they are among ``columns``, and its image file: under its extension if that is one of ``images``,
-    otherwise as ``image``, if that is. Raises `DataError` if the file is no uncompressed tar.
+    A row has its ``__key__``, the fields of its ``.json`` and its text files under their extensions, if
+    ``columns`` has them. Its image file is a column named after its extension if ``images`` has that, or the
+    column ``image`` if ``images`` has that.
+
+    Raises:
+        DataError: the file is no uncompressed tar.
     """
     with fsspec.open(file, "rb") as stream:
         try:
@@ -52,7 +55,7 @@ def tar_records(
                     problem = f"{member.name} cannot be read: {error}"
             yield Record(file, f"sample {key}", key, value, problem)
         if problem := _damage(tar, stream):
-            yield Record(file, "its end", f"{posixpath.basename(file)}-{number + 1}", None, problem)
+            yield Record(file, "the end", f"{posixpath.basename(file)}-{number + 1}", None, problem)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -60,10 +63,10 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         try:
             member = tar.next()
         except tarfile.TarError:
-            return  # `_damage` will say so
+            return  # `_damage` reports it
         if member is None:
             return
-        tar.members.clear()  # it would remember all of them
+        tar.members.clear()  # tarfile would keep all of them in memory
         if member.isreg() and not posixpath.basename(member.name).startswith("."):
             yield member
 
@@ -86,12 +89,12 @@ def _add(
     if extension in images or (f".{extension.lower()}" in IMAGE_SUFFIXES and "image" in images):
         column = extension if extension in images else "image"
         if column in value:
-            raise ValueError("the sample has several images: name an extension as input.image")
+            raise ValueError("the sample has several images: set input.image to one extension")
         value[column] = TarImage(file, member.name, member.offset_data, member.size, max_pixels)
     elif extension == "json":
         fields = json.loads(_text(tar, member))
         if not isinstance(fields, dict):
-            raise ValueError("it does not hold an object")
+            raise ValueError("it is no JSON object")
         value.update({name: field for name, field in fields.items() if name in columns})
     elif extension in columns:
         value[extension] = _text(tar, member)
@@ -107,10 +110,10 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 
 
 def _damage(tar: tarfile.TarFile, stream: IO[bytes]) -> str:
-    """What is wrong behind the last member that could be read; tarfile takes a broken header for the end."""
+    """Return the damage after the last readable member; "" if none. tarfile ends silently at a bad header."""
     stream.seek(tar.offset - 1)
     if tar.offset and not stream.read(1):
         return "the tar ends in the middle of a file"
     stream.seek(tar.offset)
     end = stream.read(_BLOCK)
-    return "the tar is damaged here; nothing behind it is read" if any(end) else ""
+    return "the tar is damaged here; the rest is not read" if any(end) else ""

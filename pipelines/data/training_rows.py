@@ -1,9 +1,8 @@
-"""Training rows from the files users have, and what to do about the rows that cannot be used.
+"""Read and check training rows, and apply the policy for unusable ones.
 
-Read by suffix: ``.json`` and ``.jsonl`` with LLaVA's ``image`` and ``conversations`` or with chat's
-``images`` and ``messages``, and ``.parquet`` with the same columns and image bytes in it; local or at
-any fsspec URL. What is wrong with a row is found here, with a reason its owner can act on, and not
-hours later by the training step that meets it.
+Formats, local or at any fsspec URL: ``.json`` and ``.jsonl`` with LLaVA's ``image`` and ``conversations`` or
+with ``images`` and ``messages``; ``.parquet`` with the same columns and image bytes. Every row is checked
+here, with a reason its owner can act on, so that no error appears hours later in a training step.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from pipelines.data.rows import ImageSource, Reject, TrainingRow
 from skipvision.errors import DataError
 
 CheckImages = Literal["decode", "exists", "none"]
-"""Decode every image now; or only see that image files are there; or trust the data set."""
+"""decode = decode every image now; exists = check that image files exist; none = trust the data set."""
 OnBadRow = Literal["skip", "stop"]
-"""Go on without the rows that were rejected, or end with an error that names them."""
+"""skip = continue without rejected rows; stop = raise an error that names them."""
 
 _BATCH_ROWS = 256
 _PROGRESS_SECONDS = 5.0
@@ -38,7 +37,7 @@ _NAMED_IN_ERROR = 3
 
 
 class TrainingData(NamedTuple):
-    """The rows of a data set that can be used, and the others, both in the order of the file."""
+    """The usable rows of a data set and the rejected ones, both in the order of the file."""
 
     rows: list[TrainingRow]
     rejects: list[Reject]
@@ -54,10 +53,18 @@ def read_training_rows(
 ) -> TrainingData:
     """Read a file, or all files that match a pattern with ``*``, and check every row.
 
-    Relative image paths start at ``image_root``, by default the folder of the file they stand in. An
-    id that repeats, as ids in mixed data sets do, gets a suffix (``a``, ``a#2``), so keys are unique.
-    Rows hold references to their images and no pixels; only images written into JSON as data URLs or
-    base64 stay in memory, encoded. Raises `DataError` if a file cannot be read at all.
+    A repeated id gets a suffix (``a``, ``a#2``), so keys are unique. Rows hold references to their images,
+    not pixels; only images given in JSON as data URLs or base64 stay in memory, encoded.
+
+    Args:
+        source: path, URL or pattern.
+        image_root: where relative image paths start; None = the folder of their file.
+        check_images: how images are checked.
+        max_pixels: images with more pixels are rejected.
+        threads: images checked in parallel.
+
+    Raises:
+        DataError: a file cannot be read.
     """
     forget_columns()
     data = TrainingData([], [])
@@ -65,14 +72,14 @@ def read_training_rows(
     records = read_records(source, max_pixels)
     shown = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
-        check = _ImageCheck(check_images, pool)
+        images = _ImageCheck(check_images, pool)
         while batch := list(islice(records, _BATCH_ROWS)):
             outcomes = [_parse(record, image_root, max_pixels, ids) for record in batch]
-            check.look_at(row.images for row in outcomes if isinstance(row, TrainingRow))
+            images.check(row.images for row in outcomes if isinstance(row, TrainingRow))
             for record, row in zip(batch, outcomes, strict=True):
                 if isinstance(row, Reject):
                     data.rejects.append(row)
-                elif problem := check.problem_of(row):
+                elif problem := images.problem_of(row):
                     data.rejects.append(_reject(record, row.key, problem))
                 else:
                     data.rows.append(row)
@@ -85,27 +92,29 @@ def read_training_rows(
 def apply_bad_row_policy(
     rows: Sequence[TrainingRow], rejects: Sequence[Reject], on_bad_row: OnBadRow, rejects_path: str
 ) -> dict[str, int]:
-    """Write the rejects to ``rejects_path`` as JSON lines, and say how many there are of each kind.
+    """Write the rejects to ``rejects_path`` as JSON lines and return their count by kind.
 
-    Raises `DataError` if there are rejects and ``on_bad_row`` is ``"stop"``, and always if no row is
-    left. Without rejects there is no file, nor one that an earlier run left.
+    Without rejects, the file of an earlier run is removed.
+
+    Raises:
+        DataError: no row is usable, or some are not and ``on_bad_row`` is "stop".
     """
     _write_rejects(rejects, absolute(rejects_path))
     counts = dict(Counter(reject.kind for reject in rejects).most_common())
     listed = ", ".join(f"{count} × {kind}" for kind, count in counts.items())
     if not rows:
-        cause = f"all {len(rejects)} rows were rejected ({listed})" if rejects else "it has no rows"
-        raise DataError(f"the data set has nothing to train on: {cause}{_examples(rejects, rejects_path)}")
+        cause = f"all {len(rejects)} rows are rejected ({listed})" if rejects else "it is empty"
+        raise DataError(f"the data set has no usable row: {cause}{_examples(rejects, rejects_path)}")
     if rejects and on_bad_row == "stop":
         raise DataError(
             f"{len(rejects)} of {len(rows) + len(rejects)} rows cannot be used ({listed}); "
-            f"mend them, or set on_bad_row to skip{_examples(rejects, rejects_path)}"
+            f"fix them, or set on_bad_row to skip{_examples(rejects, rejects_path)}"
         )
     return {str(kind): count for kind, count in counts.items()}
 
 
 def read_rows(source: str) -> list[TrainingRow]:
-    """Read test rows. Raise `DataError` if any of them is unusable."""
+    """Read and check rows of which each must be usable. Raise `DataError` if one is not."""
     data = read_training_rows(source)
     if data.rejects:
         first = data.rejects[0]
@@ -137,7 +146,7 @@ def _id_of(record: Record) -> str:
 
 
 def _unique(name: str, ids: dict[str, int]) -> str:
-    """The name, with the next free ``#number`` if it was used; ``ids`` holds the last number of each."""
+    """Return the name, with the next free ``#number`` if it is taken; ``ids`` has the last number of each."""
     if name not in ids:
         ids[name] = 1
         return name
@@ -156,24 +165,25 @@ def _reject(record: Record, key: str, problem: BadRow) -> Reject:
 
 
 class _ImageCheck:
-    """Looks at every image once, several at a time, and remembers what was wrong with it."""
+    """Checks every image once, several in parallel, and keeps the result."""
 
-    def __init__(self, how: CheckImages, pool: Executor) -> None:
-        self.how, self.pool = how, pool
-        self.seen: dict[ImageSource, BadRow | None] = {}
+    def __init__(self, mode: CheckImages, pool: Executor) -> None:
+        self.mode, self.pool = mode, pool
+        self.checked: dict[ImageSource, BadRow | None] = {}
 
-    def look_at(self, images_of_rows: Iterable[tuple[ImageSource, ...]]) -> None:
-        if self.how == "none":
+    def check(self, images_of_rows: Iterable[tuple[ImageSource, ...]]) -> None:
+        if self.mode == "none":
             return
-        new = dict.fromkeys(image for images in images_of_rows for image in images if image not in self.seen)
-        self.seen.update(zip(new, self.pool.map(self._problem, new), strict=True))
+        every = (image for images in images_of_rows for image in images)
+        new = dict.fromkeys(image for image in every if image not in self.checked)
+        self.checked.update(zip(new, self.pool.map(self._problem, new), strict=True))
 
     def problem_of(self, row: TrainingRow) -> BadRow | None:
-        return next((problem for image in row.images if (problem := self.seen.get(image))), None)
+        return next((problem for image in row.images if (problem := self.checked.get(image))), None)
 
     def _problem(self, image: ImageSource) -> BadRow | None:
         try:
-            if self.how == "decode":
+            if self.mode == "decode":
                 image.open()
             elif isinstance(image, FileImage):
                 image.check_exists()
@@ -203,4 +213,4 @@ def _examples(rejects: Sequence[Reject], rejects_path: str) -> str:
     lines = [f"\n  {r.source} ({r.key}): {r.reason}" for r in rejects[:_NAMED_IN_ERROR]]
     if len(rejects) > _NAMED_IN_ERROR:
         lines.append(f"\n  and {len(rejects) - _NAMED_IN_ERROR} more")
-    return "".join(lines) + f"\nAll of them are listed in {rejects_path}"
+    return "".join(lines) + f"\nAll rejected rows are listed in {rejects_path}"

@@ -1,13 +1,13 @@
-"""Tables of questions as VLMEvalKit keeps them: tab-separated values with base64 images in them.
+"""Read VLMEvalKit's tables of questions: tab-separated values with base64 images.
 
-Columns that mean something here; all others are passed on as they are:
+These columns have a meaning; all others are passed on unchanged:
 
-``index``       names the row
-``image``       base64; a list of it, as Python or JSON write one; or the index of the row whose image it is
-``image_path``  where there is no column ``image``: a path, or a list of paths
-``question``, ``hint``, ``A`` … ``Z``    what is asked, and the options to choose from
+``index``       the row's key
+``image``       base64; a Python or JSON list of base64; or the index of another row with the same image
+``image_path``  a path or a list of paths, if there is no column ``image``
+``question``, ``hint``, ``A`` … ``Z``    the question and its options
 
-Images stay in the file; a row refers to their place in it.
+Images stay in the file; a row refers to their position in it.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from pipelines.data.rows import IMAGE_PLACEHOLDER
 from skipvision.errors import DataError
 
 IMAGE_DIGEST = "image_digest"
-"""A column that every row gets: equal where the images are."""
+"""Column added to every row: equal for equal images."""
 
 _LONGEST_INDEX = 64
 _BOM = b"\xef\xbb\xbf"
 _LISTED = re.compile(rb"[^\[\]\"', ]+")
 _UNCLOSED = (
-    "{file}: the quote that begins a cell in line {opened} {what}. A quote that belongs to the text is "
-    "written twice, and the whole cell in quotes"
+    "{file}: the quote that begins a cell in line {opened} {problem}. To use a quote in a text, double it "
+    "and put the whole cell in quotes"
 )
 _NUMBERED_IMAGE = re.compile(r"<image (\d+)>")
 
 
 def tsv_records(file: str, name: str, images: Sequence[str], max_pixels: int) -> Iterator[Record]:
-    """The rows of one table, in its order; needs the memory of all its texts, but not of its images.
+    """Yield the rows of one table, in its order. All texts are held in memory, the images are not.
 
     Args:
         file: absolute path or URL.
-        name: what rows without an index are called, with their number.
-        images: names the column of images may have; the first that is there counts.
-        max_pixels: of an image; one with more is an error when it is opened.
+        name: with the row's number, the key of a row without an index.
+        images: possible names of the image column; the first that exists is used.
+        max_pixels: max pixels of an image, checked when it is opened.
 
     Raises:
-        DataError: the file is empty, has two columns of one name, or a quote in it is not closed.
+        DataError: the file is empty, repeats a column name, or has an unclosed quote.
     """
     with fsspec.open(file, "rb") as stream:
         rows = list(_rows(file, stream, images))
@@ -71,7 +71,7 @@ def tsv_records(file: str, name: str, images: Sequence[str], max_pixels: int) ->
 
 @dataclass(frozen=True)
 class _Row:
-    """A row whose images are places in the file; ``image`` is the cell's text where it is short."""
+    """A row with (offset, size) of each image; ``image`` is the text of the image cell if it is short."""
 
     texts: dict[str, Any]
     image_column: str | None
@@ -93,17 +93,17 @@ def _rows(file: str, stream: IO[bytes], images: Sequence[str]) -> Iterator[_Row]
     names = [cell.text for cell in header]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise DataError(f"{file} has several columns of the name {repeated[0]!r}")
+        raise DataError(f"{file} has several columns named {repeated[0]!r}; rename all but one")
     image = next((column for column in images if column in names), None)
     for cells in lines:
         yield _row(names, cells, image)
 
 
 def _row(names: Sequence[str], cells: Sequence[_Cell], image: str | None) -> _Row:
-    """A row; one that is broken keeps its texts as far as they go."""
+    """Return a row. A broken one keeps the texts that could be read."""
     problem = ""
     if len(cells) != len(names):
-        problem = f"the row has {len(cells)} fields, the header {len(names)}"
+        problem = f"the row has {len(cells)} fields, but the header has {len(names)}"
     texts: dict[str, Any] = {name: "" for name in names if name != image}
     held = _Cell(0, b"")
     for name, cell in zip(names, cells, strict=False):
@@ -128,7 +128,7 @@ def _row(names: Sequence[str], cells: Sequence[_Cell], image: str | None) -> _Ro
 
 
 def _places(cell: _Cell) -> Iterator[tuple[int, int]]:
-    """Where each image of a cell begins, and how many bytes it has."""
+    """Yield the offset and the size (bytes) of each image in a cell."""
     if not cell.raw.lstrip().startswith(b"["):
         yield cell.offset, len(cell.raw)
         return
@@ -137,7 +137,7 @@ def _places(cell: _Cell) -> Iterator[tuple[int, int]]:
 
 
 def _value(file: str, row: _Row, held: Mapping[str, _Row], max_pixels: int) -> dict[str, Any]:
-    """The record's columns; raises `ValueError` where the row is broken."""
+    """Return the record's columns. Raise `ValueError` if the row is broken."""
     if row.problem:
         raise ValueError(row.problem)
     value = dict(row.texts)
@@ -165,13 +165,13 @@ def _value(file: str, row: _Row, held: Mapping[str, _Row], max_pixels: int) -> d
 
 
 def _listed(text: str) -> list[str]:
-    """One text, or those of a list."""
+    """Return the text, or the texts in a list."""
     if not text.startswith("["):
         return [text] if text else []
     try:
         values = literal(text)
     except ValueError as error:
-        raise ValueError(f"column `image_path` is no path and no list of paths, but {error}") from None
+        raise ValueError(f"column `image_path` is neither a path nor a list of paths: {error}") from None
     return [str(value) for value in values] if isinstance(values, list) else [text]
 
 
@@ -179,7 +179,7 @@ def _listed(text: str) -> list[str]:
 
 
 def options(row: Mapping[str, str]) -> dict[str, str]:
-    """The options of a row by their letters; empty cells are none."""
+    """Return the options of a row by letter, without empty ones."""
     return {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
 
 
@@ -191,9 +191,9 @@ def _whole_question(row: Mapping[str, str]) -> str:
 
 
 def _numbered(text: str, images: list[Any]) -> tuple[str, list[Any]]:
-    """``<image 2>`` in a text becomes a placeholder; images in the order in which they are named.
+    """Replace ``<image 2>`` by a placeholder and return the images in the order of their placeholders.
 
-    A text that names none is asked about all of them.
+    A text without numbered images refers to all images.
     """
     numbers = [int(number) for number in _NUMBERED_IMAGE.findall(text)]
     if not numbers:
@@ -209,7 +209,7 @@ def _numbered(text: str, images: list[Any]) -> tuple[str, list[Any]]:
 
 
 class _Cell(NamedTuple):
-    """A cell: where its content begins in the file, and the content, in which quotes may be doubled."""
+    """A cell: the offset of its content in the file, and the content, in which quotes may be doubled."""
 
     offset: int
     raw: bytes
@@ -221,7 +221,7 @@ class _Cell(NamedTuple):
 
 
 def _lines(file: str, stream: IO[bytes]) -> Iterator[list[_Cell]]:
-    """The rows of a table, header first; a quoted cell may hold tabs and line ends. Empty lines are none."""
+    """Yield the lines of a table, header first, without empty ones. Quoted cells may hold line ends."""
     lines = enumerate(stream, start=1)
     start = 0
     for number, line in lines:
@@ -250,24 +250,24 @@ def _lines(file: str, stream: IO[bytes]) -> Iterator[list[_Cell]]:
 def _closed(
     file: str, lines: Iterator[tuple[int, bytes]], number: int, line: bytes, at: int
 ) -> tuple[int, bytes, int]:
-    """Read on until the cell whose text begins at ``at`` is closed.
+    """Read lines until the quoted cell that begins at ``at`` is closed.
 
     Returns:
-        The number of the last line read, all lines as one, and the place of the closing quote.
+        The number of the last line read, all these lines joined, and the position of the closing quote.
 
     Raises:
-        DataError: no quote closes the cell, or text follows the one that does.
+        DataError: no quote closes the cell, or text follows the closing quote.
     """
     opened, held, before = number, [line], 0
     while (end := _closing_quote(held[-1], at)) < 0:
         before, at = before + len(held[-1]), 0
         number, more = next(lines, (number, b""))
         if not more:
-            raise DataError(_UNCLOSED.format(file=file, opened=opened, what="is never closed"))
+            raise DataError(_UNCLOSED.format(file=file, opened=opened, problem="is never closed"))
         held.append(more)
     if held[-1][end + 1 : end + 2] not in (b"\t", b"\r", b"\n", b""):
-        what = f"is closed in line {number}, where text follows"
-        raise DataError(_UNCLOSED.format(file=file, opened=opened, what=what))
+        problem = f"is closed in line {number}, but text follows it"
+        raise DataError(_UNCLOSED.format(file=file, opened=opened, problem=problem))
     return number, b"".join(held), before + end
 
 

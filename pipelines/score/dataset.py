@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.data.conversations import BadRow, listed_images, parse_image
 from pipelines.data.images import MAX_PIXELS
 from pipelines.data.instructions import WHOLE_QUESTION
-from pipelines.data.prompts import PromptTemplate, ask
+from pipelines.data.prompts import PromptTemplate, prompt_messages
 from pipelines.data.records import Record
 from pipelines.data.rows import ImageSource, Message
 from pipelines.data.tsv_records import IMAGE_DIGEST, tsv_records
@@ -233,7 +233,7 @@ def _question(record: Record, benchmark: Benchmark, template: PromptTemplate, ma
             parse_image(image, f"#{number} of row {index}", folder, max_pixels)
             for number, image in enumerate(listed_images(row), start=1)
         )
-        messages = ask(row, len(images), template, None)
+        messages = prompt_messages(row, len(images), template, None)
     except BadRow as error:
         return Question(index, item, category, group, row, problem=f"{error.kind}: {error}")
     problem = benchmark.rule.problem(row) if row.get("answer") else None

@@ -142,8 +142,8 @@ BAD_PLACEHOLDERS = [
     (llava(HUMAN, GPT), "1 <image> placeholder for 0 images"),
     (llava(HUMAN, GPT, image=["a", "b"]), "1 <image> placeholder for 2 images"),
     (llava(HUMAN, GPT, HUMAN, GPT, image="a"), "2 <image> placeholders for 1 image"),
-    (chat(user("What?"), assistant("<image>"), images=["a"]), "<image> stands in message 2"),
-    (chat(user([IMAGE_PART]), assistant("<image>"), images=["a"]), "<image> stands in message 2"),
+    (chat(user("What?"), assistant("<image>"), images=["a"]), "<image> is in message 2 (assistant)"),
+    (chat(user([IMAGE_PART]), assistant("<image>"), images=["a"]), "<image> is in message 2 (assistant)"),
 ]
 BAD_IMAGES = [
     (llava(HUMAN, GPT, image="data:image/png,abc"), "data URL that is not base64: 'data:image/png'"),

@@ -98,12 +98,12 @@ def flipped(data):
     ("name", "data", "kind", "reason"),
     [
         ("empty.png", b"", "unreadable image", "is empty"),
-        ("page.jpg", b"<html>Not found</html>", "unreadable image", "is not an image in a known format"),
+        ("page.jpg", b"<html>Not found</html>", "unreadable image", "has no known format (JPEG, PNG"),
         (
             "drawing.eps",
             saved(Image.new("RGB", (9, 9)), "EPS"),
             "unreadable image",
-            "is not an image in a known format",
+            "has no known format",
         ),
         ("cut.jpg", noise("JPEG")[:-2000], "unreadable image", "truncated"),
         ("cut.png", noise("PNG")[:-2000], "unreadable image", "truncated"),

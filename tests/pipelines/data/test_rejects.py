@@ -57,16 +57,16 @@ def test_a_row_is_listed_once_however_often_it_is_met(tmp_path, capsys):
     ]
     assert count_rejects(file) == {"unreadable image": 2, "too long": 1, "missing image": 1}
     assert capsys.readouterr().out.splitlines() == [
-        "a row is left out: train.json (row-0): image a.png does not exist",
-        "a row is left out: train.json (row-1): image b.png is empty",
-        "a row is left out: validation.json (row-0): another row of that name",
+        "left out: train.json (row-0): image a.png does not exist",
+        "left out: train.json (row-1): image b.png is empty",
+        "left out: validation.json (row-0): another row of that name",
     ]
 
 
 def test_stop_is_an_error_that_says_what_to_do_and_lists_the_row_too(tmp_path):
     file = tmp_path / "rejects.jsonl"
     with pytest.raises(
-        DataError, match=r"t.json \(row-0\) has become unusable: gone. Mend it, or set data.on_bad"
+        DataError, match=r"t.json \(row-0\) became unusable during the run: gone. Fix it, or set data.on_bad"
     ):
         LateRejects(file, "t.json", stop=True)(ROWS[0], MissingImageError("gone"))
     assert [reject["key"] for reject in listed(file)] == ["row-0"]

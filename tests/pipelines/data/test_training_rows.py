@@ -158,10 +158,10 @@ def test_stop_names_the_first_few_and_still_writes_all(tmp_path):
 @pytest.mark.parametrize("policy", ["skip", "stop"])
 def test_nothing_usable_is_an_error_at_once(tmp_path, policy):
     path = tmp_path / "rejects.jsonl"
-    with pytest.raises(DataError, match=r"nothing to train on: all 5 rows were rejected \(4 × conversation"):
+    with pytest.raises(DataError, match=r"no usable row: all 5 rows are rejected \(4 × conversation"):
         apply_bad_row_policy([], REJECTS, policy, str(path))
     assert path.exists()
-    with pytest.raises(DataError, match="nothing to train on: it has no rows"):
+    with pytest.raises(DataError, match="no usable row: it is empty"):
         apply_bad_row_policy([], [], policy, str(path))
 
 

@@ -84,8 +84,8 @@ def test_paths_of_images_start_from_the_folder_of_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b"1\tx\n", "2 fields, the header 3"),
-        (b"1\tx\ty\tz\n", "4 fields, the header 3"),
+        (b"1\tx\n", "2 fields, but the header has 3"),
+        (b"1\tx\ty\tz\n", "4 fields, but the header has 3"),
         (b"1\t9\t?\n", "neither base64 nor the index of a row"),
         (b"1\t\t\xff\n", "not valid UTF-8"),
         (b"1\t" + png().encode() + b"\t<image 2>?\n", "names <image 2>, but the row has 1"),
@@ -118,7 +118,7 @@ def test_corrupt_images_fail_when_they_are_opened(tmp_path):
     [
         (b"", "is empty"),
         (b"index\timage\tquestion\tanswer\n", "has no rows"),
-        (b"index\timage\timage\n", "several columns of the name 'image'"),
+        (b"index\timage\timage\n", "several columns named 'image'"),
         (b"index\timage\tquestion\n1\tx\ty\n", "no column `answer`: answers of test sets"),
         (b"index\tquestion\tanswer\n1\tx\ty\n", "no column `image`"),
         (b"index\timage\tanswer\n1\tx\ty\n", "no column `question`"),
@@ -131,7 +131,7 @@ def test_corrupt_images_fail_when_they_are_opened(tmp_path):
         (b'index\timage\tquestion\tanswer\n1\tx\t"?\ty\n2\t1\t?\ty\n', "in line 2 is never closed"),
         (
             b'index\timage\tquestion\tanswer\n1\tx\t"a\nb"\ty\n2\tx\t"?\ty\n3\tx\t"?"\ty\n',
-            "in line 4 is closed in line 5, where text follows",
+            "in line 4 is closed in line 5, but text follows it",
         ),
     ],
 )
