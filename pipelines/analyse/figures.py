@@ -32,8 +32,8 @@ def draw_ratios(variants: Mapping[str, Any], path: Path) -> None:
             spread = variant["ratios"][kind]
             layers = range(len(spread["mean"]))
             for low, high, opacity in ((0, 4, 0.15), (1, 3, 0.25)):
-                edges = [[layer[at] for layer in spread["quantiles"]] for at in (low, high)]
-                axis.fill_between(layers, *edges, color=colour, alpha=opacity, linewidth=0)
+                lower, upper = ([layer[at] for layer in spread["quantiles"]] for at in (low, high))
+                axis.fill_between(layers, lower, upper, color=colour, alpha=opacity, linewidth=0)
             axis.plot(layers, spread["mean"], color=colour, marker="o", label=f"{kind} tokens")
         axis.set_yscale("log")
         _dress(axis, name, len(layers), "‖FFN‖ / ‖h‖")
@@ -61,11 +61,12 @@ def draw_errors(errors: Mapping[str, Sequence[Mapping[str, float | None]]], path
     figure, panels = _panels(len(errors))
     for axis, (name, layers) in zip(panels, errors.items(), strict=True):
         for kind, (label, colour, style) in _ERRORS.items():
-            values = [layer[kind] for layer in layers]
-            if None not in values:
+            values = [value for layer in layers if (value := layer[kind]) is not None]
+            if len(values) == len(layers):
                 axis.plot(range(len(values)), values, style, color=colour, marker="o", label=label)
         for kind, (label, colour, style) in _AT_OUTPUT.items():
-            axis.plot(len(layers) - 1, layers[-1][kind], style, color=colour, markersize=9, label=label)
+            at_output: Any = layers[-1][kind]
+            axis.plot(len(layers) - 1, at_output, style, color=colour, markersize=9, label=label)
         axis.axhline(2, color="#c9d1db", linewidth=1, zorder=0)
         axis.set_yscale("log")
         _dress(axis, name, len(layers), "error / ‖h‖")

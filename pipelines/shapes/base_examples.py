@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,11 @@ class Branch:
     answer_start: int
 
 
-class SceneRows(Dataset):
+Row = dict[str, Any]
+"""``pixel_values``, ``patch_labels`` and, if packed, ``branches`` of one scene."""
+
+
+class SceneRows(Dataset[Row]):
     """Scenes ``start`` to ``stop - 1`` of a split as training examples of one stage.
 
     ``packed`` adds questions to the patch labels (stage 2). Scenes before ``easy_until`` have at most two
@@ -78,12 +83,12 @@ class SceneRows(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> dict[str, object]:
+    def __getitem__(self, position: int) -> Row:
         index = self.indices[position]
         objects = (1, 2) if index < self.easy_until else (1, 4)
         scene, rng = sample_scene(self.config.seed, self.split, index, objects=objects)
         image = render(scene)
-        row: dict[str, object] = {
+        row: Row = {
             "pixel_values": normalised(self.processor, image),
             "patch_labels": torch.from_numpy(patch_labels(scene)),
         }
@@ -140,9 +145,9 @@ class PackedBatch:
         return (causal & ((key == 0) | (key == query)))[:, None]
 
 
-def collate_packed(rows: list[dict[str, object]], prefix: int, pad: int) -> PackedBatch:
+def collate_packed(rows: list[Row], prefix: int, pad: int) -> PackedBatch:
     """Pack each image's questions one after another, after ``prefix`` shared tokens."""
-    lengths = [sum(len(branch.ids) for branch in row["branches"]) for row in rows]  # type: ignore[attr-defined]
+    lengths = [sum(len(branch.ids) for branch in row["branches"]) for row in rows]
     longest = -(-(prefix + max(lengths)) // 32) * 32 - prefix
     count = len(rows)
     ids = torch.full((count, longest), pad)
@@ -153,7 +158,7 @@ def collate_packed(rows: list[dict[str, object]], prefix: int, pad: int) -> Pack
     positions[:, :prefix] = torch.arange(prefix)
     for r, row in enumerate(rows):
         at = 0
-        for number, branch in enumerate(row["branches"], start=1):  # type: ignore[arg-type]
+        for number, branch in enumerate(row["branches"], start=1):
             end = at + len(branch.ids)
             ids[r, at:end] = torch.tensor(branch.ids)
             # Position i predicts token i + 1 of the same question.
@@ -162,6 +167,6 @@ def collate_packed(rows: list[dict[str, object]], prefix: int, pad: int) -> Pack
             branch_of[r, prefix + at : prefix + end] = number
             positions[r, prefix + at : prefix + end] = torch.arange(prefix, prefix + len(branch.ids))
             at = end
-    pixels = torch.stack([row["pixel_values"] for row in rows])  # type: ignore[misc]
-    labels = torch.stack([row["patch_labels"] for row in rows])  # type: ignore[misc]
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    labels = torch.stack([row["patch_labels"] for row in rows])
     return PackedBatch(pixels, labels, ids, targets, branch_of, positions)

@@ -15,6 +15,8 @@ once, for the model card.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -37,7 +39,8 @@ def train_base_model(config: BaseModelConfig) -> dict[str, object]:
     tokenizer = build_tokenizer(config.seed)
     processor = build_processor(tokenizer)
     model = build_model(tokenizer)
-    head = nn.Linear(model.config.vision_config.hidden_size, sum(PATCH_LABELS.values()))
+    vision: Any = model.config.vision_config
+    head = nn.Linear(vision.hidden_size, sum(PATCH_LABELS.values()))
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
     train_vision(config, model, head, processor)
     train_language(config, model, head, processor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pipelines.data.collate import IGNORED
 from pipelines.shapes.base_config import BaseModelConfig
-from pipelines.shapes.base_examples import PATCH_LABELS, PackedBatch, SceneRows, collate_packed
+from pipelines.shapes.base_examples import PATCH_LABELS, PackedBatch, Row, SceneRows, collate_packed
 from pipelines.shapes.base_parts import PATCHES_PER_SIDE
 from pipelines.shapes.scenes import TASKS, Split
 from pipelines.shared.files import atomic
@@ -99,12 +101,14 @@ class Stage:
             self._saved = now
 
 
-def _loader(rows: SceneRows, batch: int, collate: object = None) -> DataLoader:
+def _loader(
+    rows: SceneRows, batch: int, collate: Callable[[list[Row]], Any] | None = None
+) -> DataLoader[Row]:
     return DataLoader(
         rows,
         batch_size=batch,
         num_workers=rows.config.workers,
-        collate_fn=collate,  # type: ignore[arg-type]
+        collate_fn=collate,
         prefetch_factor=6 if rows.config.workers else None,
         worker_init_fn=_single_thread,
     )
@@ -162,7 +166,7 @@ def train_language(
 
     digits = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
 
-    def rows(split: Split, start: int, stop: int) -> DataLoader:
+    def rows(split: Split, start: int, stop: int) -> DataLoader[Any]:
         easy_until = first + int(config.language_images * config.easy_share)
         scenes = SceneRows(
             config,

@@ -66,7 +66,8 @@ def points(config: TradeoffConfig, model: PretrainedConfig, text_tokens: int) ->
         paths = (adapter.path, *adapter.other_seeds)
         for method, skip, budget in _methods(label, adapter, config, model, text_tokens, visual):
             seeds = paths[:1] if method == GRID else paths  # one seed is enough to draw curves
-            yield Point(label, seeds, method, skip, skip and skip.counts(visual)[:2], budget)
+            kept = None if skip is None else skip.counts(visual)[:2]
+            yield Point(label, seeds, method, skip, kept, budget)
 
 
 def _methods(

@@ -1,15 +1,16 @@
-"""The two models of the paper's tables, as configs without weights, and what the paper says of them."""
+"""The published points of the paper, and its two models as configs without weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 
 @dataclass(frozen=True)
 class Published:
-    """One line of the paper's tables; ``flops`` is its inference FLOPs ÷ full tokens, where it says so."""
+    """One row of the paper's tables; ``flops`` is the ratio of inference FLOPs to full tokens."""
 
     decoder: str
     tokens: int
@@ -26,14 +27,14 @@ PUBLISHED = (
 )
 """Skip-Vision, ICCV 2025, arXiv 2503.21817."""
 
-_DECODERS = {
+_DECODERS: dict[str, dict[str, Any]] = {
     "LLaMA-3-8B": {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8},
     "Vicuna-1.5-7B": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32},
 }
 
 
 def llava_with(decoder: str) -> LlavaConfig:
-    """LLaVA-1.5's tower, CLIP-L/14 at 336 pixels, before one of the decoders that `PUBLISHED` names."""
+    """Return LLaVA-1.5's config, with CLIP-L/14 at 336 pixels as tower and a decoder of `PUBLISHED`."""
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,

@@ -70,12 +70,12 @@ def curves(results: Sequence[PointResult]) -> Any:
             hide_box(axis)
         row[0].set_title(label, loc="left", fontsize=10)
         row[0].set_ylabel("exact match, %")
-    shown = {}  # a panel may lack some of the methods
+    shown: dict[str, Any] = {}  # a panel may lack some of the methods
     for axis in axes.flat:
         handles, names = axis.get_legend_handles_labels()
         shown |= dict(zip(names, handles, strict=True))
     figure.legend(
-        shown.values(), shown.keys(), ncols=6, loc="outside upper center", frameon=False, fontsize=8
+        list(shown.values()), list(shown), ncols=6, loc="outside upper center", frameon=False, fontsize=8
     )
     return figure
 

@@ -30,7 +30,7 @@ from skipvision.engine import Engine, Request
 def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[TrainingRow]) -> list[Item]:
     """Answer every row at a point under one seed; an exact match scores 1."""
     engine = _engine_for(point, seed, config)
-    skip = point.under(seed) or "full"
+    skip = point.under(seed) or sv.SkipConfig.full()
     answers = answer_rows(engine, rows, skip=skip, max_new_tokens=config.max_new_tokens)
     groups = [of_images(row.images[:1]) if row.images else row.key for row in rows]
     return [

@@ -109,13 +109,13 @@ def test_only_the_text_between_the_readmes_marks_is_replaced(storage, shapes_dat
         )
 
 
-def test_a_readme_without_marks_is_rejected_before_the_evaluation(storage, tmp_path):
+def test_a_readme_without_marks_is_rejected_before_the_evaluation(storage, tmp_path, shapes_data):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- /demo table --> <!-- demo table -->")
     with pytest.raises(ConfigError, match=r"README.md: it needs a line <!-- demo table -->"):
-        compare(storage, Path("nowhere.json"), readme=str(readme))
+        compare(storage, shapes_data / "test.json", readme=str(readme))
     with pytest.raises(ConfigError, match=r"no.md: No such file"):
-        compare(storage, Path("nowhere.json"), readme=str(tmp_path / "no.md"))
+        compare(storage, shapes_data / "test.json", readme=str(tmp_path / "no.md"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pipelines.shapes.base_parts import build_model, build_processor, build_toke
 from pipelines.shapes.base_training import packed_logits, visual_features
 from pipelines.shapes.scenes import TASKS, digit_centres, question_for, render, sample_scene
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -357,7 +357,7 @@ def test_progress_is_visible(tmp_path, capsys):
 
 
 def test_the_job_follows_its_config(tmp_path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = [
         sys.executable,
         root / "jobs/make_shapes.py",
