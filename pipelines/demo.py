@@ -7,15 +7,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.cluster.local import LocalRay, local_ray
+from pipelines.cluster.local import local_ray
 from pipelines.cluster.session import ROOT
 from pipelines.shared.paths import HOME, output_path
 
-_CONFIGS = "jobs/configs"
 _RUNS = ("demo-full", "demo")
 _CAPTIONS = "demo-captions"
 _SHOWN = 4
@@ -37,6 +37,15 @@ class DemoConfig(BaseModel):
     )
 
 
+class Step(NamedTuple):
+    """A job of the demo: its title, its file in ``jobs/``, its settings, and options on top of them."""
+
+    title: str
+    script: str
+    settings: str
+    options: tuple[str, ...] = ()
+
+
 def run_demo(config: DemoConfig) -> dict[str, object]:
     """Draw the data, fine-tune twice, compare, and caption, each as a Ray job: ten minutes on two cores."""
     started = time.monotonic()
@@ -46,31 +55,12 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
             shutil.rmtree(storage / run, ignore_errors=True)
     with local_ray() as ray:
         _log(started, f"Ray runs at {ray.dashboard}")
-        _submit(ray, started, "draw the data", "make_shapes.py", "shapes_demo.yaml")
-        tuning = ["--storage", str(storage), *config.overrides]
-        full = ["--name", _RUNS[0], "--skip", "null"]
-        _submit(
-            ray, started, "fine-tune with full tokens", "finetune.py", "finetune_demo.yaml", *full, *tuning
-        )
-        skip = ["--name", _RUNS[1]]
-        _submit(
-            ray, started, "fine-tune with Skip-Vision", "finetune.py", "finetune_demo.yaml", *skip, *tuning
-        )
-        renew = ["--readme", str(output_path(config.readme, "readme"))] if config.readme else []
-        _submit(
-            ray,
-            started,
-            "compare both on test images",
-            "compare.py",
-            "compare_demo.yaml",
-            "--storage",
-            str(storage),
-            *renew,
-        )
-        adapter = ["--model.adapter", str(storage / _RUNS[1] / "adapter"), "--storage", str(storage)]
-        _submit(
-            ray, started, "caption a folder with that adapter", "caption.py", "caption_demo.yaml", *adapter
-        )
+        for step in _steps(config, str(storage)):
+            _log(started, step.title)
+            ray.submit(
+                ["python", f"jobs/{step.script}", "--config", f"jobs/configs/{step.settings}", *step.options],
+                environment={HOME: os.environ.get(HOME, str(ROOT)), **_QUIET},
+            )
     _print_captions(storage / _CAPTIONS / "captions")
     _log(started, "done; the demo has stopped its Ray")
     uri = f"sqlite:///{storage / 'mlflow.db'}"
@@ -79,12 +69,28 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
     return {"storage": str(storage), "mlflow_uri": uri, "seconds": round(time.monotonic() - started)}
 
 
-def _submit(ray: LocalRay, started: float, title: str, script: str, settings: str, *options: str) -> None:
-    _log(started, title)
-    ray.submit(
-        ["python", f"jobs/{script}", "--config", f"{_CONFIGS}/{settings}", *options],
-        environment={HOME: os.environ.get(HOME, str(ROOT)), **_QUIET},
-    )
+def _steps(config: DemoConfig, storage: str) -> list[Step]:
+    store = ("--storage", storage)
+    tuning = (*store, *config.overrides)
+    full, skip = _RUNS
+    readme = ("--readme", str(output_path(config.readme, "readme"))) if config.readme else ()
+    return [
+        Step("draw the data", "make_shapes.py", "shapes_demo.yaml"),
+        Step(
+            "fine-tune with full tokens",
+            "finetune.py",
+            "finetune_demo.yaml",
+            ("--name", full, "--skip", "null", *tuning),
+        ),
+        Step("fine-tune with Skip-Vision", "finetune.py", "finetune_demo.yaml", ("--name", skip, *tuning)),
+        Step("compare both on test images", "compare.py", "compare_demo.yaml", (*store, *readme)),
+        Step(
+            "caption a folder with that adapter",
+            "caption.py",
+            "caption_demo.yaml",
+            ("--model.adapter", f"{storage}/{skip}/adapter", *store),
+        ),
+    ]
 
 
 def _print_captions(captions: Path) -> None:

@@ -1,8 +1,8 @@
 """Compare a Skip-Vision fine-tune with the same fine-tune on full tokens: accuracy and cost.
 
 Up to four variants answer the same test rows: the base model with full tokens and with skipping, each
-untuned and tuned. Answers come from `skipvision.Engine`, as those of the endpoint do. Costs are measured on
-the tuned variants and predicted.
+untuned and tuned. `skipvision.Engine` generates the answers, as on the endpoint. Costs are predicted for
+the tuned variants, and measured on them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipelines.cluster.cpus import usable_cpus
 from pipelines.compare.config import CompareConfig
 from pipelines.compare.costs import measure_costs
 from pipelines.compare.folder import ComparisonFolder
-from pipelines.compare.report import check_marked, markdown, picture, renew_marked
+from pipelines.compare.report import check_marked, draw, markdown, renew_marked
 from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
 from pipelines.engines.config import BaseModelSection
@@ -234,7 +234,7 @@ def _check_comparable(full: dict[str, Any], skip: dict[str, Any]) -> None:
 def _write(result: dict[str, Any], folder: ComparisonFolder) -> None:
     """Write the table and the figure, and print the table."""
     write_text(folder.table, markdown(result))
-    picture(result, folder.figure)
+    draw(result, folder.figure)
     print(f"\n{folder.table.read_text()}", flush=True)
 
 

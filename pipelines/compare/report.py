@@ -93,7 +93,7 @@ def _outside_marks(file: Path) -> tuple[str, str]:
     return before, after
 
 
-def picture(result: Mapping[str, Any], path: Path) -> None:
+def draw(result: Mapping[str, Any], path: Path) -> None:
     """Draw exact match per task and the cost ratios as two bar charts, and save them as a PNG."""
     shares = result["exact_match"]
     columns = [name for name in _COLUMNS if name in shares]

@@ -33,7 +33,7 @@ _COLOURS = ("blue", "cyan", "green", "red", "purple", "brown", "pink", "olive")
 def write_report(
     results: Sequence[PointResult], folder: Path, *, rows: int, text_tokens: int
 ) -> dict[str, str]:
-    """Table, numbers and pictures into a folder, by whose name theirs begin; returns their paths."""
+    """Write tables, numbers and figures, named after the folder. Return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {
         "table": folder / f"{folder.name}_table.md",
