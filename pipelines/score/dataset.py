@@ -152,7 +152,7 @@ def read_dataset(
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     _check_columns(file, benchmark, records)
-    template = f"{{{benchmark.rule.asks}}}" if instruction is None else f"{{{WHOLE_QUESTION}}}"
+    template = f"{{{benchmark.rule.prompt_column}}}" if instruction is None else f"{{{WHOLE_QUESTION}}}"
     if instruction:
         template += "\n" + instruction.replace("{", "{{").replace("}", "}}")
     reasons = [_reason_to_leave_out(record, benchmark) for record in records]

@@ -1,4 +1,4 @@
-"""Finished jobs, run again: what they answered is reported only for what they were asked about."""
+"""Finished jobs, run again: the result is only reported for the inputs of the first start."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ JOBS: dict[str, tuple[Any, Any, Any]] = {
 
 @pytest.fixture(scope="module")
 def storage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a registry that has two versions of an adapter."""
+    """A folder with a registry of two versions of an adapter."""
     folder = tmp_path_factory.mktemp("storage")
     base = AutoModelForImageTextToText.from_pretrained(tiny_model, dtype=torch.float32)
     lora = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
@@ -46,18 +46,18 @@ def storage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_finished_job_insists_on_what_it_was_asked_about(job, storage, tiny_model, capsys, monkeypatch):
+def test_a_finished_job_requires_the_inputs_of_its_first_start(job, storage, tiny_model, capsys, monkeypatch):
     module, run, kind = JOBS[job]
     monkeypatch.setattr(module, "ray_session", lambda: 1 / 0)
     rows = [{"index": n, "image": png(n), **PLAIN, "answer": "red"} for n in range(4)]
     file = table(storage / f"{job}.tsv", rows)
     model = {"path": str(tiny_model), "adapter": "models:/ours@best"}
     dataset = {"name": "mine", "path": str(file), "rule": "exact"}
-    asked = {
+    sections = {
         "score": {"systems": {"full": {"model": model}}, "datasets": [dataset]},
         "calibrate": {"model": model, "data": dataset},
     }
-    config = kind.model_validate({"name": job, "storage": str(storage), **asked[job]})
+    config = kind.model_validate({"name": job, "storage": str(storage), **sections[job]})
     registry = Registry(TrackingConfig().absolute_uri(storage))
     registry._client.set_registered_model_alias("ours", "best", "1")
     base = SimpleNamespace(label=str(tiny_model), base=str(tiny_model))

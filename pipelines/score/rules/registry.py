@@ -29,14 +29,14 @@ class Rule:
         points: maps a row, an answer and the judge (or None) to points, 0 … 1.
         columns: the columns that a row must have besides ``index`` and ``question``.
         needs_judge: whether the rule fails without a judge.
-        asks: the column that becomes the prompt, where a dataset has no instruction of its own.
+        prompt_column: the column that becomes the prompt, where a dataset has no instruction of its own.
         problem: maps a row to the reason why no answer to it can be right; None if one can.
     """
 
     points: Callable[[Row, str, Judge | None], float]
     columns: tuple[str, ...] = ("answer",)
     needs_judge: bool = False
-    asks: str = SHORT_QUESTION
+    prompt_column: str = SHORT_QUESTION
     problem: Callable[[Row], str | None] = lambda row: None
 
 
@@ -111,16 +111,20 @@ def _same_text(answer: str, right: Sequence[str]) -> float:
 
 
 RULES = {
-    "option": Rule(_option, asks=OPTION_QUESTION, problem=_option_problem),
-    "yes_or_no": Rule(_yes_or_no, asks=YES_OR_NO_QUESTION, problem=_yes_or_no_problem),
-    "yes_or_no_at_first": Rule(_yes_or_no_at_first, asks=YES_OR_NO_QUESTION, problem=_yes_or_no_problem),
+    "option": Rule(_option, prompt_column=OPTION_QUESTION, problem=_option_problem),
+    "yes_or_no": Rule(_yes_or_no, prompt_column=YES_OR_NO_QUESTION, problem=_yes_or_no_problem),
+    "yes_or_no_at_first": Rule(
+        _yes_or_no_at_first, prompt_column=YES_OR_NO_QUESTION, problem=_yes_or_no_problem
+    ),
     "vqa": Rule(_of_golds(short_answer.vqa_accuracy)),
     "anls": Rule(_of_golds(short_answer.anls)),
     "relaxed": Rule(_of_golds(short_answer.relaxed_accuracy)),
     "exact": Rule(_of_golds(short_answer.exact)),
-    "contains": Rule(_contains, asks=WHOLE_QUESTION),
-    "mathvista": Rule(mathvista.mathvista, mathvista.COLUMNS, asks=WHOLE_QUESTION, problem=mathvista.problem),
-    "judged": Rule(_judged, needs_judge=True, asks=WHOLE_QUESTION),
-    "same_text": Rule(_of_golds(_same_text), asks=WHOLE_QUESTION),
+    "contains": Rule(_contains, prompt_column=WHOLE_QUESTION),
+    "mathvista": Rule(
+        mathvista.mathvista, mathvista.COLUMNS, prompt_column=WHOLE_QUESTION, problem=mathvista.problem
+    ),
+    "judged": Rule(_judged, needs_judge=True, prompt_column=WHOLE_QUESTION),
+    "same_text": Rule(_of_golds(_same_text), prompt_column=WHOLE_QUESTION),
 }
 """The names are those of the setting ``datasets.rule``."""

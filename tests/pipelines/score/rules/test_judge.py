@@ -235,7 +235,8 @@ def test_a_judge_that_refuses_everything_stops_the_job_and_keeps_its_replies(
     )
     endpoint.reply = lambda prompt: (200, "0.5") if len(endpoint.received) <= 2 else (400, {"error": "no"})
     with pytest.raises(
-        DataError, match=r"3 of 8 rows are errors \(3 × judge\); MMVet 4: .*HTTP 400.*raise it"
+        DataError,
+        match=r"3 of 8 rows are errors \(3 × judge\); for example MMVet 4: .*HTTP 400.*raise the limit",
     ):
         run_score(config)
     sent = len(endpoint.received)
