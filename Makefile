@@ -4,6 +4,8 @@
 PYTHON = $(firstword $(foreach name,python3.11 python3 python,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
+# Two processes, each with whole groups of tests: see tests/conftest.py.
+IN_TWO = -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help install demo test test-all lint docs format clean
 
@@ -22,10 +24,10 @@ demo: install ## fine-tune with and without Skip-Vision on a local Ray and print
 	$(BIN)/python jobs/demo.py $(ARGS)
 
 test: install ## run the tests without the slow ones
-	@PYTEST="$(BIN)/python -m pytest" ./tests/in_two.sh $(ARGS)
+	$(BIN)/python -m pytest $(IN_TWO) $(ARGS)
 
 test-all: install ## run the slow tests, too (GPU tests: make test ARGS="-m gpu")
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(IN_TWO) $(ARGS)
 
 lint: install ## check style, types and import contracts
 	$(BIN)/ruff check .

@@ -98,3 +98,20 @@ def local_ray() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for all of its processes
         gc.collect()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Assign each test to a group that one process runs, and start with the groups that take longest.
+
+    Tests that share a Ray form two groups, the endpoint's and the jobs'; every other file is a group of its own.
+    """
+
+    def group(item: pytest.Item) -> str:
+        if "local_ray" not in getattr(item, "fixturenames", ()):
+            return str(item.path.relative_to(ROOT))
+        return "ray of the endpoint" if (ROOT / "tests/serve") in item.path.parents else "ray of the jobs"
+
+    groups = {item: group(item) for item in items}
+    items.sort(key=lambda item: not groups[item].startswith("ray"))
+    for item, name in groups.items():
+        item.add_marker(pytest.mark.xdist_group(name))
