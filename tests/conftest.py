@@ -103,7 +103,7 @@ def local_ray() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Assign each test to a group that one process runs, and start with the groups that take longest.
 
-    Tests that share a Ray form two groups, the endpoint's and the jobs'; every other file is a group of its own.
+    Tests that share a Ray form two groups, the endpoint's and the jobs'. Every other file is its own group.
     """
 
     def group(item: pytest.Item) -> str:
