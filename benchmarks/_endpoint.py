@@ -171,7 +171,7 @@ class Outcome:
 
     @property
     def between(self) -> float | None:
-        """Mean seconds between tokens."""
+        """Mean seconds from one token to the next; None for fewer than two."""
         if self.first is None or self.tokens < 2:
             return None
         return (self.seconds - self.first) / (self.tokens - 1)

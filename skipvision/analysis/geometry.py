@@ -88,10 +88,10 @@ def views_of(
     """Return the views of each image, in the order of their tokens.
 
     Args:
-        config: of the model.
+        config: config of the model.
         processor: the processor that produced the inputs, or its image processor.
         inputs: the processor's output.
-        sizes: of the images, in the order of the prompts.
+        sizes: width and height of the images, in the order of the prompts.
         visual: number of visual tokens in all prompts.
 
     Raises:

@@ -77,11 +77,11 @@ def patches_of(
     """Return the overlay of each image of a batch, in the order of the prompts.
 
     Args:
-        plan: of the batch: ``skip.plan`` after a call of an attached model.
+        plan: plan of the batch: ``skip.plan`` after a call of an attached model.
         inputs: inputs of that call: ``input_ids`` (B, T), pixels, and other outputs of the processor.
         sizes: width and height of the images that the processor received (``image.size``).
         processor: the model's processor, or its image processor.
-        config: of the model.
+        config: config of the model.
 
     Raises:
         UnsupportedModelError: the pixels of each visual token are not known for this family.

@@ -35,7 +35,7 @@ def fates(
     """Return, for each image, the fate of each visual token and the index of the token it is merged into.
 
     Args:
-        plan: of the batch.
+        plan: plan of the batch.
         visual: (B, T) True for visual tokens.
         counts: number of visual tokens of each image, in order; their sum is that of ``visual``.
     """

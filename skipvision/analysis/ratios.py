@@ -127,7 +127,7 @@ def _edges(ratios: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(ratios: torch.Tensor, edges: torch.Tensor) -> Spread:
-    """Summarise (layers, tokens) ratios."""
+    """Summarise ratios of shape (layers, tokens) by layer."""
     bins = (torch.bucketize(ratios, edges) - 1).clamp(0, len(edges) - 2)
     histogram = torch.zeros(len(ratios), len(edges) - 1)
     histogram.scatter_add_(1, bins, torch.ones_like(ratios))

@@ -42,7 +42,7 @@ class Pair:
     """Both runs of one prompt of T tokens.
 
     Attributes:
-        anatomy: of the model.
+        anatomy: parts of the model.
         final_norm: the decoder's last norm.
         full: every token on the full path.
         bypass: the same tokens; those of ``skipped`` bypass the FFN.

@@ -57,7 +57,7 @@ class Adapters:
         return {name: self._configs[name] for name in self.names}
 
     def config_of(self, name: str) -> SkipConfig:
-        """SkipConfig of one adapter."""
+        """Return the SkipConfig that an adapter's requests run under."""
         return self._configs[name]
 
     def check(self, name: str) -> None:

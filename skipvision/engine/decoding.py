@@ -37,7 +37,7 @@ class DecodeStage:
         running: the sequences with a row.
         finisher: ends sequences and requests.
         counters: count tokens and seconds.
-        facts: of the model.
+        facts: the model's special tokens.
     """
 
     def __init__(self, running: Running, finisher: Finisher, counters: Counters, facts: ModelFacts) -> None:
@@ -124,7 +124,7 @@ def _choose_tokens(
     """Choose each row's token and report its log probability, or return the row's error.
 
     Args:
-        settings: of each row.
+        settings: settings of each row's request.
         logits: (R, V) of the model.
         adjusted: (R, V) after penalties and constraints.
         draws: (R,) uniform in [0, 1).

@@ -246,7 +246,7 @@ class Engine:
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits."""
+        """Number of logits for each token."""
         return int(self._facts.base.get_output_embeddings().weight.shape[0])
 
     def statistics(self) -> Statistics:

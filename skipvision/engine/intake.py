@@ -21,9 +21,9 @@ class Intake:
 
     Args:
         processor: the model's processor; None = requests come prepared, and answers have no text.
-        facts: of the model.
+        facts: the model and its constants.
         attachment: Skip-Vision on the model.
-        adapters: of the model.
+        adapters: the loaded adapters, each with its SkipConfig.
         config: SkipConfig of requests that name neither a SkipConfig nor an adapter.
     """
 

@@ -29,14 +29,14 @@ class PrefillStage:
 
     Args:
         prefiller: runs prompts through the model.
-        prefixes: prompts' beginnings that were computed before.
-        adapters: of the model.
+        prefixes: cached prefixes of earlier prompts.
+        adapters: activates the adapter of each batch.
         scheduler: decides whether the prefilled sequences fit.
         running: receives the sequences.
         decoding: chooses the first token of each sequence.
         finisher: ends requests that fail.
         counters: count tokens and seconds.
-        facts: of the model.
+        facts: how prompts of this model family may be split and batched.
     """
 
     def __init__(

@@ -61,6 +61,6 @@ class PrefixCache:
             self.nbytes -= old.nbytes
 
     def clear(self) -> None:
-        """Remove all prefixes."""
+        """Remove all prefixes, but keep the counts of hits and misses."""
         self._held.clear()
         self.nbytes = 0

@@ -200,7 +200,7 @@ class Completion:
 
     @property
     def key(self) -> Any:
-        """The request's ``key``."""
+        """The ``key`` that the caller gave the request."""
         return self.request.key
 
     @property
@@ -214,11 +214,11 @@ class Chunk:
     """Tokens and text that one step added to one choice.
 
     Attributes:
-        id: of the request.
-        index: of the choice.
+        id: id of the request, as returned by `Engine.submit`.
+        index: index of the choice.
         text: new text; empty while a character or a possible stop string is incomplete.
         token_ids: new tokens.
-        logprobs: of the new tokens, if requested.
+        logprobs: log probabilities of the new tokens, if requested.
         finish_reason: set on the choice's last chunk.
         completion: set on the request's last chunk.
     """

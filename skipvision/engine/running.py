@@ -23,8 +23,8 @@ class Running:
     """Sequences that are being decoded; sequence i has row i of the slots.
 
     Args:
-        facts: of the model.
-        adapters: of the model.
+        facts: the model and its constants.
+        adapters: activates the adapter of each call.
         scheduler: the arithmetic of rows and lengths.
         compiled: run decode steps through ``torch.compile``; a string names the backend.
 
@@ -87,7 +87,7 @@ class Running:
         self.sequences.pop()
 
     def clear(self) -> None:
-        """Free all rows."""
+        """Drop all sequences and free their rows."""
         self.sequences.clear()
         self.slots.rows = 0
 

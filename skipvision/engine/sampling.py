@@ -29,7 +29,7 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
 
     Args:
         logits: (R, V), float32 or wider; no NaN, no +∞, and at least one above −∞ in each row.
-        settings: of each row.
+        settings: settings of each row's request.
         draws: (R,) uniform in [0, 1); used by rows with temperature > 0.
 
     Returns:

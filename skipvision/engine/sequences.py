@@ -117,7 +117,7 @@ class Sequence:
         index: its number among the request's answers.
         sampling: the request's settings.
         ids: generated tokens.
-        logprobs: of each token, if requested.
+        logprobs: log probabilities of the tokens, if requested.
         finish_reason: None until it has finished.
         adjust: function that changes the logits of its next token, or None.
         length: entries in its row of the KV cache.

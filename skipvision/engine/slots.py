@@ -51,7 +51,7 @@ class Slots(SettledCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks."""
+        """Bytes that the blocks of all layers occupy."""
         return sum(block.flat.nbytes for block in self._blocks)
 
     def reshape(self, length: int) -> None:

@@ -61,9 +61,9 @@ def tiny_model(
 
     Args:
         model_type: one of `FAMILIES`.
-        dtype: of all weights except those that the family always keeps in float32.
+        dtype: dtype of all weights, except those that the family always keeps in float32.
         attention: attention implementation; None = "sdpa" if the family supports it, else "eager".
-        seed: of the weights.
+        seed: seed of the weights.
 
     Raises:
         UnsupportedModelError: the family does not exist, is `UNSUPPORTED`, needs a package that is not
@@ -122,7 +122,7 @@ def tiny_batch(
         model: decides the number of visual tokens of each image, and the device and dtype of pixels.
         rows: for each row, numbers of words and names of images.
         padding: side on which shorter rows are padded, "left" or "right".
-        seed: of words and pixels.
+        seed: seed of words and pixels.
         row_numbers: numbers that replace the rows' indices in seeding: ``tiny_batch(model, [rows[i]],
             row_numbers=[i])`` is row i of ``tiny_batch(model, rows)`` without padding.
 

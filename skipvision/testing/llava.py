@@ -30,9 +30,9 @@ def tiny_llava(
 
     Args:
         text: model_type of the decoder ("llama", "qwen2", "mistral" …).
-        dtype: of all weights.
+        dtype: dtype of all weights.
         side: patches per side; an image has side² visual tokens.
-        seed: of the weights.
+        seed: seed of the weights.
         attention: attention implementation of transformers.
         text_options: fields of the decoder's config that differ from the tiny default.
     """

@@ -60,7 +60,7 @@ class Finding:
 
     @property
     def supported(self) -> bool:
-        """Whether all trials succeeded."""
+        """Whether the family passed every check of the survey."""
         return self.reason is None
 
     @property
