@@ -17,7 +17,7 @@ from skipvision.testing.survey import EVERY, count, lines, markdown, survey
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command."""
+    """Parse the arguments and run the command that they name."""
     parser = argparse.ArgumentParser(prog="python -m skipvision", description="Skip-Vision's command line.")
     commands = parser.add_subparsers(dest="command", required=True)
     families = commands.add_parser(

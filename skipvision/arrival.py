@@ -77,7 +77,7 @@ def find_placeholders(call: dict[str, Any], image_token_id: int) -> torch.Tensor
 def announce(
     call: dict[str, Any], visual: torch.Tensor | None, sizes: list[int], anatomy: Anatomy, config: SkipConfig
 ) -> tuple[tuple[()], dict[str, Any]] | None:
-    """Return an outer call's arguments with its `Arrival`, or None to leave the call as it is.
+    """Return an outer call's arguments with its `Arrival`, or None to leave the call unchanged.
 
     Args:
         call: keyword arguments, images encoded.

@@ -96,7 +96,7 @@ class Attachment:
 
     @contextmanager
     def using(self, config: SkipConfig) -> Iterator[None]:
-        """Apply another config to the calls in the ``with`` block; the summary layer stays as it is.
+        """Apply another config to the calls in the ``with`` block; the summary layer does not change.
 
         Raises:
             ConfigError: the model cannot run under it, or it needs another number of summary tokens.
@@ -227,6 +227,6 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
     for method in (config.merging, criterion):
         if method.needs_patches and not anatomy.family.patches:
             raise ConfigError(
-                f"{method.setting} needs a family whose visual tokens are patches of one square picture; "
+                f"{method.setting} needs a family whose visual tokens are patches of one square image; "
                 f"those of {outer} are not known to be (docs/families.md)"
             )

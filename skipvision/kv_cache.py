@@ -142,10 +142,9 @@ class CacheState:
         )
 
     def extended_mask(self, cached: int, new: int, caller_mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, cached + new) mask over a cache of ``cached`` entries and ``new`` tokens behind them.
+        """(B, cached + new) mask over a cache of ``cached`` entries and ``new`` tokens after them.
 
-        ``caller_mask`` is the caller's, over all positions it ever fed: what came after the pruned
-        part is read off its end.
+        ``caller_mask`` covers all positions that the caller ever fed; its end covers those after the prefill.
         """
         rows, pruned = self.mask.shape
         later = cached - pruned + new
@@ -153,22 +152,22 @@ class CacheState:
             return torch.cat([self.mask, self.mask.new_ones(rows, later)], dim=1)
         if caller_mask.dim() != 2 or caller_mask.shape != (rows, self.caller_length + later):
             raise InputError(
-                f"attention_mask of shape {tuple(caller_mask.shape)} does not fit a pruned cache: {rows} "
-                f"rows over the {self.caller_length + later} positions fed so far are expected (or no mask)"
+                f"attention_mask of shape {tuple(caller_mask.shape)} does not fit a pruned cache: pass "
+                f"{(rows, self.caller_length + later)}, all positions fed so far, or no mask"
             )
         return torch.cat([self.mask, caller_mask[:, self.caller_length :].bool()], dim=1)
 
     def extended_place(self, mask: torch.Tensor) -> torch.Tensor:
-        """(B, C + later) places of all entries, given the `extended_mask` over them."""
+        """(B, C + later) ``place`` of all entries, given the `extended_mask` over them."""
         later = mask[:, self.mask.shape[1] :].long().cumsum(dim=1) - 1
         return torch.cat([self.place, self.fed[:, None] + later], dim=1)
 
 
 def keep_everything(cache: Cache) -> None:
-    """Make layers that keep a window keep all entries: a pruned cache's windows are cut by the mask.
+    """Make sliding-window layers keep all entries: in a pruned cache the mask limits the window.
 
     Raises:
-        UnsupportedModelError: a layer has dropped entries already.
+        UnsupportedModelError: a layer has lost entries already.
     """
     for number, layer in enumerate(cache.layers):
         if type(layer) is not DynamicSlidingWindowLayer:
@@ -176,7 +175,7 @@ def keep_everything(cache: Cache) -> None:
         if layer.get_seq_length() >= layer.sliding_window:
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} keeps a window of {layer.sliding_window} tokens and has lost "
-                f"some of the {layer.get_seq_length()} it was fed: bring images with the first call, or pass "
+                f"some of the {layer.get_seq_length()} it was fed: pass images in the first call, or pass "
                 "past_key_values=DynamicCache()"
             )
         whole = DynamicLayer()
@@ -186,14 +185,14 @@ def keep_everything(cache: Cache) -> None:
 
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:
-    """The layers of a cache; raises `UnsupportedModelError` unless every one of them can shrink."""
+    """Return a cache's layers; raise `UnsupportedModelError` unless all of them can be pruned."""
     layers = []
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, _RowsLayer):
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned (a "
-                "static cache keeps its size): leave cache_implementation out of generate, which then makes "
-                "a DynamicCache, or pass past_key_values=DynamicCache(config=...)"
+                "static cache keeps its size): call generate without cache_implementation, so that it "
+                "creates a DynamicCache, or pass past_key_values=DynamicCache(config=...)"
             )
         layers.append(layer)
     return layers
@@ -207,24 +206,24 @@ def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         keep: (B, S) entries that stay.
 
     Returns:
-        (B, C) mask of the real entries of the compacted cache, C = the most that one row keeps, and the
-        (B, C) index of each in the cache before; rows that keep fewer are padded on the left.
+        (B, C) mask of the compacted cache's real entries, and the (B, C) index of each in the cache before. C
+        is the largest number that a row keeps; other rows are padded on the left.
     """
     counts = keep.sum(dim=1)
-    most = int(counts.max())
-    if most == keep.shape[1]:
-        return keep, torch.arange(most, device=keep.device).expand_as(keep)
-    # A stable sort by "stays" puts what leaves first and leaves the rest in order behind it.
-    index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - most :]
+    longest = int(counts.max())
+    if longest == keep.shape[1]:
+        return keep, torch.arange(longest, device=keep.device).expand_as(keep)
+    # A stable sort moves the entries that leave to the front and keeps the order of the others.
+    index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
     for layer in prunable_layers(cache):
         if layer.keys is not None and layer.values is not None and layer.keys.numel():
             at = index.to(layer.keys.device)
             layer.keys, layer.values = take_entries(layer.keys, at), take_entries(layer.values, at)
-    return torch.arange(most, device=keep.device) >= (most - counts)[:, None], index
+    return torch.arange(longest, device=keep.device) >= (longest - counts)[:, None], index
 
 
 def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """(N, heads, C, D): entries ``index`` (N, C) of ``rows`` (N,) of (B, heads, S, D), as whole vectors."""
+    """(N, heads, C, D): entries ``index`` (N, C) of the rows ``rows`` (N,) of (B, heads, S, D)."""
     count, heads, length, dim = states.shape
     rows = torch.arange(count, device=index.device) if rows is None else rows
     begin = (rows[:, None] * heads + torch.arange(heads, device=index.device)) * length
@@ -233,6 +232,6 @@ def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor |
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes that the keys and values of a cache occupy."""
+    """Count the bytes of a cache's keys and values."""
     tensors = [t for layer in prunable_layers(cache) for t in (layer.keys, layer.values) if t is not None]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -120,10 +120,10 @@ def _summary_elements(
     config: SkipConfig,
 ) -> _Elements:
     """K summary tokens for each group that has members, adjacent for the groups of one image."""
-    count, most = retained.shape
+    count, longest = retained.shape
     rows, length = attention_mask.shape
     k, device = config.summary_tokens, attention_mask.device
-    local = torch.arange(most, device=device)
+    local = torch.arange(longest, device=device)
     stays = (target == local) & images.valid
     members = torch.stack([stays & retained, stays & ~retained], dim=1)
     last = (members * (local + 1)).amax(dim=2) - 1  # (I, 2), −1 for an empty group

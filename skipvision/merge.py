@@ -93,7 +93,7 @@ def register_merge(
         check: ``check(name, config.retained, config.skipped)`` returns why these amounts cannot be, or None.
         fit: ``fit(N, skipped)`` returns how many skipped tokens an image of N tokens gets, at most
             ``skipped``.
-        needs_patches: each visual token must be a patch of one square picture.
+        needs_patches: each visual token must be a patch of one square image.
         flops: ``flops(N, counts, width)`` returns the FLOPs of ``ends`` for one image of N tokens.
 
     Raises:

@@ -118,7 +118,7 @@ class Reduction:
         return output
 
     def _without_images(self, decoder: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Leave a call without images as it is; in training, let the summary layer take part in it."""
+        """Leave a call without images unchanged, but let the summary layer take part in training."""
         embeds = kwargs.get("inputs_embeds")
         if not self.config.summary_tokens or embeds is None or not torch.is_grad_enabled():
             return kwargs

@@ -39,7 +39,7 @@ class Criterion:
 
     @property
     def function(self) -> Score:
-        """The score function."""
+        """The score function, under the name that all methods share."""
         return self.score
 
     @property
@@ -78,7 +78,7 @@ def register_criterion(
         probe: reads the decoder's layer ``SkipConfig.probe_layer`` in an `EarlyRun` over the unreduced
             sequence and returns (B, T) values.
         sees_prompt: scores depend on text after the image, so a plan holds for one prompt only.
-        needs_patches: each visual token must be a patch of one square picture.
+        needs_patches: each visual token must be a patch of one square image.
         seeded: scores depend on the seed.
         flops: ``flops(N, counts, width)`` returns the FLOPs of ``score`` for one image of N tokens. The cost
             of reading tower and decoder is measured and needs no formula.

@@ -50,7 +50,7 @@ class SummaryLayer(nn.Module):
 
         Args:
             reduced: (B, L, H) embeddings with zeros at the summary slots.
-            plan: the plan that reduced them; None for a batch without images. Such a batch stays as it is,
+            plan: the plan that reduced them; None for a batch without images. Such a batch does not change,
                 but its backward gives the layer gradients of zero: processes that train together wait for
                 each other's gradients, whether a batch has images or not.
 

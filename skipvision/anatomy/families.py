@@ -170,7 +170,7 @@ def check_patches(anatomy: Anatomy, sizes: list[int]) -> None:
     expected = _patches(anatomy.outer.config)  # type: ignore[arg-type]
     if set(sizes) - {expected}:
         raise UnsupportedModelError(
-            f"images of {sizes} visual tokens, where the tower's square picture has {expected} patches: "
+            f"images of {sizes} visual tokens, where the tower's square image has {expected} patches: "
             "which token is which patch cannot be known. Choose another select or merge",
             "visual tokens that are not patches of a square",
         )

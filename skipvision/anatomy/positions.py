@@ -36,8 +36,8 @@ def of_reduced(callers: torch.Tensor, plan: TokenPlan, mask: torch.Tensor, *, or
 
 def ends(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(A, B) next position on each axis; on M-RoPE's three axes, the position after the last of all three."""
-    behind = positions.reshape(-1, *mask.shape).masked_fill(~mask, -1).amax(dim=2) + 1
-    return torch.cat([behind[:-3], behind[-3:].amax(dim=0).expand_as(behind[-3:])])
+    following = positions.reshape(-1, *mask.shape).masked_fill(~mask, -1).amax(dim=2) + 1
+    return torch.cat([following[:-3], following[-3:].amax(dim=0).expand_as(following[-3:])])
 
 
 def of_axes(values: torch.Tensor, axes: int) -> torch.Tensor:

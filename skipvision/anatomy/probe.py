@@ -22,7 +22,7 @@ Note = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 class _Stop(Exception):
-    """Ends the early run."""
+    """Ends the early run once its module is called."""
 
 
 @dataclass(frozen=True, eq=False)

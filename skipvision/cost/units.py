@@ -110,8 +110,8 @@ class _Model(NamedTuple):
     weights: int
 
 
-class _Enough(Exception):
-    """Ends a run early."""
+class _Stop(Exception):
+    """Ends a run of the model once it has computed what is measured."""
 
 
 def weights(design: Design) -> int:
@@ -152,7 +152,7 @@ def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
 
         def read(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             probe.read(EarlyRun(decoder, anatomy.layers[layer], kwargs, real, real))
-            raise _Enough
+            raise _Stop
 
         handle = anatomy.decoder.register_forward_pre_hook(read, with_kwargs=True)
         try:
@@ -294,7 +294,7 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(output)
-        raise _Enough
+        raise _Stop
 
     with ExitStack() as stack:
         for layer in model.anatomy.layers if ffn_tokens < tokens else ():
@@ -302,7 +302,7 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
         stack.callback(end.register_forward_hook(stop).remove)
         try:
             model.whole(**_text(model.whole, tokens), use_cache=use_cache)
-        except _Enough:
+        except _Stop:
             return outputs[0] if outputs else None
     raise UnsupportedModelError(f"{type(model.whole).__name__} does not call its {type(end).__name__}")
 

@@ -117,7 +117,7 @@ def test_images_of_another_size_than_the_towers(values):
     model.config.vision_config.image_size = 20
     with (
         attach(model, SkipConfig(**{"skipped": 4, **values})),
-        pytest.raises(UnsupportedModelError, match=r"\[16\] visual tokens, .* picture has 25 patches"),
+        pytest.raises(UnsupportedModelError, match=r"\[16\] visual tokens, .* image has 25 patches"),
     ):
         model(**tiny_inputs([["image", 2]]))
 
