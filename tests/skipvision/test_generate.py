@@ -329,7 +329,7 @@ def test_a_mask_that_does_not_fit_the_pruned_cache_is_refused(model):
     inputs = tiny_inputs([[3, "image", 4]], dtype=F64)
     with attach(model, CONFIGS["counts"]):
         cache, _ = prefill(model, inputs)
-        with pytest.raises(InputError, match=r"\(1, 15\).* 24 positions"):
+        with pytest.raises(InputError, match=r"\(1, 15\).* \(1, 24\), all positions fed"):
             model(
                 input_ids=torch.tensor([[7]]),
                 attention_mask=torch.ones(1, 15, dtype=torch.long),
