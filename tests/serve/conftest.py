@@ -1,6 +1,7 @@
-"""Two deployments of the tiny model on the session's Ray, for all tests of the endpoint.
+"""Two deployments of the tiny model on the session's Ray, shared by all tests of the endpoint.
 
-One that everyone may ask, with two adapters; one with keys, traces, an adapter from MLflow, and little room.
+`endpoint` is open to everyone and has two adapters. `guarded` has keys, traces, an adapter from MLflow, and
+low limits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Ray and OpenTelemetry hand on what they measure every few seconds; no test has the time.
+# By default Ray and OpenTelemetry export only every few seconds.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
 os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", "200")
 
@@ -32,11 +33,11 @@ LONG = {
     "type": "json_schema",
     "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 350}},
 }
-"""The response_format of an answer of 350 characters."""
+"""A response_format that makes an answer 350 characters long."""
 
 
 class Endpoint(NamedTuple):
-    """Where it is, and what it is made of."""
+    """An endpoint's URL, base model and adapters."""
 
     url: str
     model: Path
@@ -44,7 +45,7 @@ class Endpoint(NamedTuple):
 
 
 class Guarded(NamedTuple):
-    """The second deployment: its clients' keys, and what stands behind it."""
+    """The second deployment: its URL, its clients' keys, its registry and its traces."""
 
     url: str
     alice: str
@@ -61,25 +62,25 @@ def free_port() -> int:
 
 
 def eventually(check: Callable[[], object], seconds: float = 20) -> None:
-    """Wait until something is true."""
+    """Wait until a check returns a true value."""
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (64, 48)) -> Image.Image:
+def noise(seed: int = 0, size: tuple[int, int] = (64, 48)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def data_url(seed: int = 0, size: tuple[int, int] = (64, 48), kind: str = "png") -> str:
     buffer = io.BytesIO()
-    picture(seed, size).save(buffer, kind)
+    noise(seed, size).save(buffer, kind)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def asking(text: str = "what is it?", *seeds: int) -> list[dict[str, object]]:
+def question(text: str = "what is it?", *seeds: int) -> list[dict[str, object]]:
     """One user message with an image for each seed (or one)."""
     images = [{"type": "image_url", "image_url": {"url": data_url(seed)}} for seed in seeds or (0,)]
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
@@ -136,7 +137,7 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
 
 
 def register(adapter: Path, registry: str, storage: Path) -> None:
-    """Make a folder the newest version of the registered model "shapes", and "champion" its alias."""
+    """Register a folder as the newest version of the model "shapes", with the alias "champion"."""
     from pipelines.tracking.run import Tracker
 
     tracker = Tracker.start(registry, experiment="tests", run_name="run", artifacts=storage / "artifacts")
@@ -146,7 +147,7 @@ def register(adapter: Path, registry: str, storage: Path) -> None:
 
 @pytest.fixture(scope="session")
 def collector() -> Iterator[tuple[str, list[Any]]]:
-    """A collector of traces, and the spans that it was sent, with what their service calls itself."""
+    """A collector's URL, and the spans that it receives, each with the name of its service."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     spans: list[Any] = []
@@ -206,7 +207,7 @@ def guarded(
         "cors_origins": [ORIGIN],
         "limits": {"queued_requests": 2, "max_new_tokens": 400, "retry_after_s": 2},
     }
-    with contextlib.chdir(folder):  # which replicas are not in
+    with contextlib.chdir(folder):  # replicas run in another folder
         application = build(settings)
     ray_serve.run(application, name="guarded", route_prefix="/guarded")
     yield Guarded(f"{endpoint.url}/guarded/v1", alice, bob, registry, folder, collector[1])

@@ -1,4 +1,4 @@
-"""Putting the endpoint on a cluster: wrong settings are named before Ray is started, others at once."""
+"""Deploying the endpoint: invalid settings are reported before Ray starts, other failures in one line."""
 
 import contextlib
 import os
@@ -20,13 +20,13 @@ from serve.app import application
 from serve.config import serve_config
 from serve.deploy import DeploymentError, run_deploy
 from skipvision.errors import ConfigError, SkipVisionError
-from tests.serve.conftest import asking, eventually, free_port
+from tests.serve.conftest import eventually, free_port, question
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"keys_file": "nope.yaml"}, r"the keys file /.*nope\.yaml cannot be read .*every node"),
         ({"keys_file": "wrong.yaml"}, r"the keys file .*wrong\.yaml is invalid: keys: is required"),
@@ -41,25 +41,27 @@ ROOT = Path(__file__).parents[2]
         ),
     ],
 )
-def test_wrong_settings_are_named_before_ray_is_started(settings, said, tiny_model, tmp_path, monkeypatch):
+def test_invalid_settings_are_reported_before_ray_starts(
+    settings, message, tiny_model, tmp_path, monkeypatch
+):
     def started():
-        raise AssertionError("Ray was asked for")
+        raise AssertionError("Ray was started")
 
     monkeypatch.setattr(serve.deploy, "ray_session", started)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "wrong.yaml").write_text("{}")
-    with pytest.raises(SkipVisionError, match=said):
+    with pytest.raises(SkipVisionError, match=message):
         run_deploy(serve_config({"model": str(tiny_model), **settings}))
 
 
-def test_a_registry_that_is_away_is_waited_for(tiny_model, tmp_path, monkeypatch):
+def test_a_registry_that_is_down_only_warns(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "away.db").write_bytes(b"nothing that answers")
     settings = {"adapter": "models:/shapes@champion", "tracking_uri": "sqlite:///away.db"}
-    said = rf"models:/shapes@champion at sqlite:///{tmp_path}/away\.db.* 503 until engines"
-    with pytest.warns(UserWarning, match=said):
+    message = rf"models:/shapes@champion at sqlite:///{tmp_path}/away\.db.* 503 until engines"
+    with pytest.warns(UserWarning, match=message):
         application(serve_config({"model": str(tiny_model), **settings}))
 
 
@@ -76,7 +78,7 @@ def test_a_ray_job_reads_no_copy_of_the_keys(tiny_model, tmp_path, monkeypatch):
         run_deploy(serve_config({"model": str(tiny_model), "keys_file": "keys.yaml"}))
 
 
-def test_serve_has_one_address(endpoint, monkeypatch):
+def test_ray_serve_has_one_address(endpoint, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "the session's")
     there, other = httpx.URL(endpoint.url), free_port()
     settings = {"name": "second", "model": str(endpoint.model), "port": other}
@@ -85,7 +87,7 @@ def test_serve_has_one_address(endpoint, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "reason"),
     [
         (
             "Error:\nray::init()\n  File x\n    raise\nOSError: disk\n\na.ConfigError: no model\n",
@@ -94,7 +96,7 @@ def test_serve_has_one_address(endpoint, monkeypatch):
         ("failed to be scheduled: no GPU", "no GPU"),
     ],
 )
-def test_what_only_replicas_find_is_said_in_a_line(message, said, monkeypatch, endpoint):
+def test_the_failure_of_a_replica_is_reported_in_one_line(message, reason, monkeypatch, endpoint):
     def failing(*_, **__):
         raise RuntimeError("Failed to update the deployments")
 
@@ -107,12 +109,12 @@ def test_what_only_replicas_find_is_said_in_a_line(message, said, monkeypatch, e
     monkeypatch.setattr(ray_serve, "run", failing)
     monkeypatch.setattr(ray_serve, "status", lambda: SimpleNamespace(applications=applications))
     port = httpx.URL(endpoint.url).port
-    with pytest.raises(DeploymentError, match=rf"'skipvision' did not start: engine-a: [^\n]*{said}$"):
+    with pytest.raises(DeploymentError, match=rf"'skipvision' did not start: engine-a: [^\n]*{reason}$"):
         run_deploy(serve_config({"model": str(endpoint.model), "port": port}))
 
 
 @pytest.mark.slow
-def test_a_deployment_that_fails_ends_with_one_line_that_says_why(tiny_model, tmp_path):
+def test_a_failed_deployment_ends_with_one_line_that_has_the_reason(tiny_model, tmp_path):
     model = {"path": str(tiny_model), "attention": "flash_attention_2"}
     file = tmp_path / "deploy.yaml"
     file.write_text(yaml.safe_dump({"models": [model], "port": free_port()}))
@@ -126,12 +128,12 @@ def test_a_deployment_that_fails_ends_with_one_line_that_says_why(tiny_model, tm
 
 
 @pytest.mark.slow
-def test_haproxy_is_in_front_where_that_is_asked_for(tiny_model, tmp_path):
+def test_haproxy_listens_if_the_settings_select_it(tiny_model, tmp_path):
     port = free_port()
     settings = ["--model", str(tiny_model), "--port", str(port), "--proxy", "haproxy"]
     command = [sys.executable, str(ROOT / "jobs/deploy.py"), *settings, "--ingresses", "2"]
     url = f"http://127.0.0.1:{port}"
-    options = {"model": "tiny-llava", "messages": asking(), "max_tokens": 8, "temperature": 0}
+    options = {"model": "tiny-llava", "messages": question(), "max_tokens": 8, "temperature": 0}
     with (tmp_path / "log").open("wb") as log:
         job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -148,7 +150,7 @@ def test_haproxy_is_in_front_where_that_is_asked_for(tiny_model, tmp_path):
             next(each for each in children if ":ingress" in each.cmdline()[0]).kill()
             assert client.chat.completions.create(**options).choices[0].message.content == whole
         id_of = httpx.get(f"{url}/healthz", headers={"x-request-id": "mine" * 50}).headers["x-request-id"]
-        assert len(id_of) == 36  # `serve.front` is there
+        assert len(id_of) == 36  # `serve.front` is installed
         job.terminate()
         assert job.wait(60) == 0
     finally:

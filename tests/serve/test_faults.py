@@ -1,4 +1,4 @@
-"""Engines that come, go and die while requests are answered; minutes, on applications of their own."""
+"""Engines that start, stop and die under load. Takes minutes, on separate applications."""
 
 import asyncio
 import json
@@ -19,12 +19,12 @@ from serve.deploy import drain
 from serve.ingress.dispatch import GRACE_SECONDS
 from serve.replica.replica import EngineReplica
 from skipvision.engine.running import Running
-from tests.serve.conftest import LONG, asking, eventually, register
+from tests.serve.conftest import LONG, eventually, question, register
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    # `ray.serve.status` warns of a setting that serve/app.py has no other way to make.
+    # `ray.serve.status` warns of a setting for which Ray 2.60 has no replacement; see serve/app.py.
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
 ]
 APPLICATION = "faulty"
@@ -47,7 +47,7 @@ def engines():
     return deployments["engine-tiny"].replica_states.get("RUNNING", 0)
 
 
-def until(number, seconds=120):
+def wait_for_engines(number, seconds=120):
     deadline = time.monotonic() + seconds
     while engines() != number:
         assert time.monotonic() < deadline, engines()
@@ -61,13 +61,13 @@ def url(endpoint):
     ray_serve.delete(APPLICATION)
 
 
-def under_load(url, happens):
-    """Six clients ask on and on until some time after it has happened; what became of their requests."""
+def under_load(url, event):
+    """Send requests from six clients until 5 s after an event. Return the outcome of each request."""
     outcomes, over = [], asyncio.Event()
 
     async def client(client, stream):
         while not over.is_set():
-            options = {"model": "tiny", "messages": asking(), "max_tokens": 40, "temperature": 0}
+            options = {"model": "tiny", "messages": question(), "max_tokens": 40, "temperature": 0}
             try:
                 found = await client.chat.completions.create(stream=stream, **options)
                 if stream:
@@ -81,7 +81,7 @@ def under_load(url, happens):
         async with openai.AsyncOpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as one:
             clients = [asyncio.create_task(client(one, number % 2 == 1)) for number in range(6)]
             await asyncio.sleep(2)
-            await asyncio.to_thread(happens)
+            await asyncio.to_thread(event)
             await asyncio.sleep(5)
             over.set()
             await asyncio.gather(*clients)
@@ -94,7 +94,7 @@ def test_redeploying_and_scaling_down_fail_no_request(endpoint, url):
     def change():
         deploy(endpoint, min_engines=2, max_engines=2, max_sequences=3)
         deploy(endpoint, min_engines=1, max_engines=1, max_sequences=3)
-        until(1)
+        wait_for_engines(1)
 
     outcomes = under_load(url, change)
     assert len(outcomes) > 20
@@ -107,7 +107,7 @@ def engine_processes():
 
 
 def failing(flag):
-    """Engines, of which the first to decode when there is a flag runs out of memory, and takes it away."""
+    """An engine class: the first to decode while the flag exists deletes it and runs out of memory."""
 
     class Failing(EngineReplica):
         def __init__(self, *given):
@@ -127,7 +127,7 @@ def failing(flag):
 
 
 @pytest.mark.parametrize("how", ["killed", "failed"])
-def test_an_engine_that_dies_ends_only_streams_that_had_begun(endpoint, monkeypatch, tmp_path, how):
+def test_an_engine_that_dies_interrupts_only_streams_that_have_begun(endpoint, monkeypatch, tmp_path, how):
     flag = tmp_path / "flag"
     monkeypatch.setattr(serve.app, "EngineReplica", failing(flag))
     deploy(endpoint, min_engines=2, max_engines=2)
@@ -138,14 +138,14 @@ def test_an_engine_that_dies_ends_only_streams_that_had_begun(endpoint, monkeypa
     broken = [outcome for outcome in outcomes if outcome != "answered"]
     assert broken == [(True, "engine_died")] * len(broken)
     assert len(broken) <= 3
-    until(2)
+    wait_for_engines(2)
     ray_serve.delete(APPLICATION)
 
 
-def test_an_engine_that_hangs_is_down_and_one_that_is_busy_is_not(endpoint):
+def test_an_engine_that_hangs_is_reported_as_down(endpoint):
     deploy(endpoint, seconds=2)
     health, chat = f"{endpoint.url}/faulty/healthz", f"{endpoint.url}/faulty/v1/chat/completions"
-    body = {"model": "tiny", "messages": asking(), "max_tokens": 2}
+    body = {"model": "tiny", "messages": question(), "max_tokens": 2}
     assert httpx.get(health).json()["models"]["tiny"]["status"] == "ok"
     before = httpx.get(f"{endpoint.url}/faulty/v1/models/tiny").json()
     assert httpx.post(chat, json=body, timeout=20).status_code == 200
@@ -173,7 +173,7 @@ def test_an_engine_that_hangs_is_down_and_one_that_is_busy_is_not(endpoint):
 
 
 def hanging(flag):
-    """Engines whose steps do not end while there is a flag."""
+    """An engine class whose steps do not end while the flag exists."""
 
     class Hanging(EngineReplica):
         def __init__(self, *given):
@@ -190,12 +190,12 @@ def hanging(flag):
     return Hanging
 
 
-def test_an_engine_whose_step_takes_long_is_slow_and_not_full(endpoint, monkeypatch, tmp_path):
+def test_an_engine_with_a_long_step_is_reported_as_slow_and_not_as_saturated(endpoint, monkeypatch, tmp_path):
     flag, seen = tmp_path / "flag", []
     monkeypatch.setattr(serve.app, "EngineReplica", hanging(flag))
     deploy(endpoint, seconds=2)
     chat = f"{endpoint.url}/faulty/v1/chat/completions"
-    body = {"model": "tiny", "messages": asking(), "max_tokens": 2}
+    body = {"model": "tiny", "messages": question(), "max_tokens": 2}
 
     def state():
         found = httpx.get(f"{endpoint.url}/faulty/healthz", timeout=20)
@@ -214,21 +214,21 @@ def test_an_engine_whose_step_takes_long_is_slow_and_not_full(endpoint, monkeypa
     ray_serve.delete(APPLICATION)
 
 
-def test_an_idle_model_has_no_engine_and_gets_one_when_it_is_asked(endpoint, url):
+def test_an_idle_model_has_no_engine_until_its_first_request(endpoint, url):
     deploy(endpoint, min_engines=0, max_engines=1, downscale_delay_s=1, upscale_delay_s=0)
-    until(0)
+    wait_for_engines(0)
     health = httpx.get(url.replace("/v1", "/healthz")).json()
     assert health["models"]["tiny"] == {"status": "idle"}
     card = httpx.get(f"{url}/models/tiny").json()
     assert card["source"] == str(endpoint.model)
     time.sleep(3)
-    assert engines() == 0  # which looking has not changed
+    assert engines() == 0  # the queries above have not started one
     with openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=120) as client:
-        assert client.chat.completions.create(model="tiny", messages=asking(), max_tokens=3).choices
-    until(0)
+        assert client.chat.completions.create(model="tiny", messages=question(), max_tokens=3).choices
+    wait_for_engines(0)
 
 
-def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back(endpoint, tmp_path):
+def test_without_mlflow_only_its_adapters_are_missing_and_they_load_once_it_is_back(endpoint, tmp_path):
     place = tmp_path / "registry.db"
     place.write_bytes(b"nothing that answers")
     registry = f"sqlite:///{place}"
@@ -248,7 +248,9 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
     with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=120) as client:
 
         def ask(name, stream=False):
-            found = client.chat.completions.create(model=name, messages=asking(), max_tokens=3, stream=stream)
+            found = client.chat.completions.create(
+                model=name, messages=question(), max_tokens=3, stream=stream
+            )
             return list(found) if stream else found
 
         def state():
@@ -261,14 +263,14 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
                 ask("team/shapes", stream)
             assert (info.value.status_code, info.value.code) == (503, "adapter_not_loaded")
             assert info.value.response.headers["retry-after"] == "1"
-        body = {"model": "team/shapes", "messages": asking()}
+        body = {"model": "team/shapes", "messages": question()}
         assert httpx.post(f"{url}/v1/overlay", json=body).status_code == 503
         away = "its registry does not respond"
         assert (state()["status"], state()["not_loaded"]) == ("ok", {"team/shapes": away})
         card = client.models.retrieve("team/shapes")
         assert (card.source, card.skip, card.not_loaded) == ("models:/shapes@champion", None, away)
         register(endpoint.adapters["red"], registry.replace("registry", "new"), tmp_path)
-        shutil.copyfile(tmp_path / "new.db", place)  # into the same file: MLflow has it open
+        shutil.copyfile(tmp_path / "new.db", place)  # keep the file, which MLflow has open
         deadline = time.monotonic() + 60
         while "not_loaded" in state():
             assert time.monotonic() < deadline
@@ -279,12 +281,12 @@ def test_without_mlflow_all_but_its_adapters_are_there_and_these_when_it_is_back
     ray_serve.delete(APPLICATION)
 
 
-def test_ending_it_answers_the_requests_in_hand(endpoint):
+def test_draining_finishes_the_open_requests(endpoint):
     deploy(endpoint)
     outcomes = []
 
     def ask(stream):
-        options = {"model": "tiny", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+        options = {"model": "tiny", "messages": question(), "max_tokens": 400, "response_format": LONG}
         with openai.OpenAI(base_url=f"{endpoint.url}/faulty/v1", api_key="x", max_retries=0) as client:
             found = client.chat.completions.create(stream=stream, **options)
             last = [*found][-1] if stream else found

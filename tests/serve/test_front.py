@@ -1,4 +1,4 @@
-"""What clients see when an ingress dies over their requests, and of errors of Ray's proxy."""
+"""Responses to requests whose ingress dies, and to errors of Ray's proxy."""
 
 import asyncio
 import json
@@ -18,24 +18,24 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 from serve import front
 from serve.front import Front
-from tests.serve.conftest import LONG, asking, eventually
+from tests.serve.conftest import LONG, eventually, question
 
 CHAT = "/v1/chat/completions"
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
 
-def asked(path=CHAT, method="POST", headers=(), kind="http"):
+def scope_of(path=CHAT, method="POST", headers=(), kind="http"):
     return {"type": kind, "method": method, "path": path, "headers": [*headers], "root_path": ""}
 
 
 def around(app, tries=2, **options):
-    """`Front` as it stands around Ray's proxy, which gives requests their ids."""
+    """`Front` around a proxy, which sets the request ids as Ray's does."""
     return Front(RequestIdMiddleware(app), tries, **options)
 
 
-def ask(app, body=(b"ab", b"cd"), **asked_for):
-    """The status, headers and body that a client gets; None if there is no answer."""
-    said, pieces = [], [*body]
+def ask(app, body=(b"ab", b"cd"), **request):
+    """Return the status, headers and body of the response; None if there is none."""
+    sent, pieces = [], [*body]
 
     async def receive():
         if not pieces:
@@ -43,17 +43,17 @@ def ask(app, body=(b"ab", b"cd"), **asked_for):
         return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     async def send(message):
-        said.append(message)
+        sent.append(message)
 
-    asyncio.run(app(asked(**asked_for), receive, send))
-    if not said:
+    asyncio.run(app(scope_of(**request), receive, send))
+    if not sent:
         return None
-    heads = {name.decode(): value.decode() for name, value in said[0]["headers"]}
-    return said[0]["status"], heads, b"".join(each["body"] for each in said[1:]).decode()
+    heads = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], heads, b"".join(each["body"] for each in sent[1:]).decode()
 
 
 class Dying:
-    """A proxy whose first ingresses die when they have read so many pieces, and sent so many messages."""
+    """A proxy whose first ingresses die after reading some pieces and sending some messages."""
 
     def __init__(self, deaths, reads=2, sends=()):
         self.deaths, self.reads, self.sends = deaths, reads, sends
@@ -75,7 +75,7 @@ class Dying:
 
 @pytest.mark.parametrize("reads", [0, 1, 2])
 @pytest.mark.parametrize("deaths", [0, 1, 2])
-def test_an_ingress_that_says_nothing_gives_its_request_to_the_next(deaths, reads):
+def test_a_request_is_retried_if_its_ingress_dies_before_responding(deaths, reads):
     app = Dying(deaths, reads)
     status, headers, body = ask(around(app, 3))
     assert (status, body, len(app.scopes)) == (200, "abcd", deaths + 1)
@@ -84,7 +84,7 @@ def test_an_ingress_that_says_nothing_gives_its_request_to_the_next(deaths, read
     assert [age is not None for age in app.heads(front.AGE)] == [False] + [True] * deaths
 
 
-def test_in_the_end_the_client_is_told():
+def test_after_the_last_try_the_client_gets_an_error():
     app = Dying(2)
     status, headers, body = ask(around(app))
     assert (status, json.loads(body)["error"]["code"], len(app.scopes)) == (503, "ingress_died", 2)
@@ -105,23 +105,23 @@ def test_in_the_end_the_client_is_told():
         ("/mine/v1/chat/completions", "POST", 1),
     ],
 )
-def test_only_what_may_be_done_twice_is(path, method, tries):
+def test_only_requests_without_side_effects_are_retried(path, method, tries):
     app = Dying(9)
     found = ask(around(app), path=path, method=method)
     assert len(app.scopes) == tries
     assert (found is None) == path.startswith("/mine")  # another application's
 
 
-def test_bodies_beyond_what_is_kept_go_to_one_ingress_only():
+def test_requests_whose_bodies_exceed_the_budget_are_not_retried():
     app = Dying(1)
     small = around(app, kept_bytes=3)
     assert ask(small)[0] == 503
     assert len(app.scopes) == 1
     app.scopes.clear()
-    assert ask(small, body=(b"a", b"bc"))[0] == 200  # the room that the other one had
+    assert ask(small, body=(b"a", b"bc"))[0] == 200  # the budget is free again
 
 
-def test_bodies_share_the_room():
+def test_concurrent_bodies_share_the_budget():
     both = []
 
     async def app(scope, receive, send):
@@ -138,14 +138,14 @@ def test_bodies_share_the_room():
             pass
 
         shared = around(app, kept_bytes=3)
-        await asyncio.gather(*(shared(asked(), receive, send) for _ in range(2)))
+        await asyncio.gather(*(shared(scope_of(), receive, send) for _ in range(2)))
 
     asyncio.run(two())
-    assert len(both) == 3  # one of them is asked again
+    assert len(both) == 3  # only one of them is retried
 
 
 @pytest.mark.parametrize("when", [0, 1, 2])
-def test_a_client_that_has_gone_is_not_asked_for_again(when):
+def test_the_request_of_a_disconnected_client_is_not_retried(when):
     messages = [{"type": "http.request", "body": b"a", "more_body": True}] * when
     calls = []
 
@@ -158,11 +158,11 @@ def test_a_client_that_has_gone_is_not_asked_for_again(when):
     async def send(message):
         raise AssertionError(message)
 
-    asyncio.run(around(app)(asked(), receive, send))
+    asyncio.run(around(app)(scope_of(), receive, send))
     assert [read[-1]["type"] for read in calls] == ["http.disconnect"]
 
 
-def test_a_proxy_that_ends_asks_nobody_else():
+def test_a_proxy_that_shuts_down_does_not_retry():
     calls = []
 
     async def app(scope, receive, send):
@@ -176,7 +176,7 @@ def test_a_proxy_that_ends_asks_nobody_else():
         pass
 
     async def cancelled():
-        task = asyncio.create_task(around(app)(asked(), None, send))
+        task = asyncio.create_task(around(app)(scope_of(), None, send))
         await asyncio.sleep(0)
         task.cancel()
         await task
@@ -186,7 +186,7 @@ def test_a_proxy_that_ends_asks_nobody_else():
 
 
 @pytest.mark.parametrize(("sent", "between"), [(b"data: 1\n\n", ""), (b"data: 1", "\n\n"), (None, "")])
-def test_a_stream_that_breaks_off_ends_with_an_error_event(sent, between):
+def test_an_interrupted_stream_ends_with_an_error_event(sent, between):
     pieces = [] if sent is None else [{"type": "http.response.body", "body": sent, "more_body": True}]
     app = Dying(1, sends=[START, *pieces])
     status, _, body = ask(around(app))
@@ -197,19 +197,19 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(sent, between):
     assert (end, rest) == ("data: [DONE]", "")
 
 
-def test_a_stream_that_has_ended_is_left_alone():
+def test_a_complete_stream_is_left_alone():
     end = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
     assert ask(around(Dying(1, sends=[START, end])))[2] == "data: [DONE]\n\n"
 
 
-def test_json_that_breaks_off_is_not_made_whole():
+def test_an_interrupted_json_answer_is_not_completed():
     start = {**START, "headers": [(b"content-type", b"application/json")]}
     piece = {"type": "http.response.body", "body": b'{"a"', "more_body": True}
     assert ask(around(Dying(1, sends=[start, piece])))[2] == '{"a"'
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "said"),
+    ("status", "headers", "expected"),
     [
         (404, [], (503, "unavailable", "1")),
         (408, [], (504, "timeout", None)),
@@ -217,10 +217,10 @@ def test_json_that_breaks_off_is_not_made_whole():
         (503, [(b"retry-after", b"Mon, 23 Nov 2026 20:54:13 GMT")], (503, "unavailable", "1")),
     ],
 )
-def test_errors_of_rays_proxy_are_said_as_openais(status, headers, said):
+def test_errors_of_rays_proxy_get_openais_format(status, headers, expected):
     app = Dying(1, sends=convert_object_to_asgi_messages("Path not found", status, headers))
     found, heads, body = ask(around(app))
-    assert (found, json.loads(body)["error"]["code"], heads.get("retry-after")) == said
+    assert (found, json.loads(body)["error"]["code"], heads.get("retry-after")) == expected
     assert heads["x-request-id"]
     assert len(app.scopes) == 1
 
@@ -228,14 +228,14 @@ def test_errors_of_rays_proxy_are_said_as_openais(status, headers, said):
 @pytest.mark.parametrize(
     "answer", [PlainTextResponse("mine", 404), PlainTextResponse("mine", 503), JSONResponse("mine", 404)]
 )
-def test_answers_of_applications_are_their_own(answer):
+def test_responses_of_applications_are_left_alone(answer):
     assert "mine" in ask(around(answer))[2]
     assert ask(around(Dying(1, sends=convert_object_to_asgi_messages("mine", 400))))[::2] == (400, "mine")
 
 
 @pytest.mark.parametrize("given", [b"x" * 129, b"a b", b'a"', b"", "é".encode(), b"\xff"])
 @pytest.mark.parametrize("path", [CHAT, "/healthz", "/"])
-def test_request_ids_that_would_spoil_a_log_are_replaced(given, path):
+def test_request_ids_that_are_not_safe_to_log_are_replaced(given, path):
     app = Dying(0)
     for each in (given, b"mine-1"):
         ask(around(app), headers=[(b"x-request-id", each)], path=path)
@@ -244,14 +244,14 @@ def test_request_ids_that_would_spoil_a_log_are_replaced(given, path):
 
 
 @pytest.mark.parametrize("name", [*front._CONTROLS, b"serve_multiplexed_model_id"])
-def test_headers_that_ray_obeys_are_not_for_clients(name):
+def test_clients_cannot_send_headers_that_control_ray(name):
     app = Dying(0)
     ask(around(app), headers=[(name, b"\xff"), (b"accept", b"*/*")])
     assert app.heads(name) == [None]
     assert app.heads(b"accept") == [b"*/*"]
 
 
-def test_an_error_in_rays_proxy_is_said_as_openais():
+def test_an_exception_in_rays_proxy_gets_openais_format():
     async def app(scope, receive, send):
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid")
 
@@ -259,7 +259,7 @@ def test_an_error_in_rays_proxy_is_said_as_openais():
     assert (status, json.loads(body)["error"]["code"]) == (500, "internal_error")
 
 
-def test_websockets_pass():
+def test_websockets_pass_through():
     seen = []
 
     async def app(scope, receive, send):
@@ -270,7 +270,7 @@ def test_websockets_pass():
 
 
 @pytest.mark.parametrize(("haproxy", "tries"), [("0", 2), ("1", 1)])
-def test_ray_takes_it(monkeypatch, haproxy, tries):
+def test_ray_accepts_the_middleware(monkeypatch, haproxy, tries):
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", haproxy)
     (one,) = validate_http_proxy_callback_return(front.middlewares())
     assert (one.cls, one.kwargs) == (Front, {"tries": tries})
@@ -282,9 +282,9 @@ def ingresses():
 
 
 def test_an_ingress_that_is_killed_loses_no_request(endpoint):
-    """An answer in one piece is the next ingress's; a stream that had begun ends with an event."""
+    """The next ingress gives a whole answer; a stream that has begun ends with an error event."""
     answers = []
-    options = {"model": "tiny", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+    options = {"model": "tiny", "messages": question(), "max_tokens": 400, "response_format": LONG}
 
     def whole():
         with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="x", max_retries=0) as client:

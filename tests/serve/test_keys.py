@@ -1,4 +1,4 @@
-"""API keys: made, stored as hashes, checked, counted, read again when their file changes."""
+"""API keys: generated, stored as hashes, checked, counted, and reloaded when their file changes."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ def file(tmp_path):
     return tmp_path / "keys.yaml"
 
 
-def test_a_key_is_256_random_bits_behind_a_prefix():
+def test_a_key_is_a_prefix_and_256_random_bits():
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
     for key in keys:
@@ -35,7 +35,7 @@ def test_a_hash_is_sha256():
     assert hash_key("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_keys_are_known_by_their_owners(file):
+def test_a_key_identifies_its_owner(file):
     keys = {name: add_key(file, name) for name in ("alice", "bob")}
     ring = KeyRing(file)
     for name, key in keys.items():
@@ -45,7 +45,7 @@ def test_keys_are_known_by_their_owners(file):
 @pytest.mark.parametrize(
     "change", [str.upper, lambda key: key + "x", lambda key: key[:-1], hash_key, lambda _: "é\ud800"]
 )
-def test_other_keys_are_refused_and_not_shown(file, change):
+def test_unknown_keys_are_refused_and_not_quoted(file, change):
     wrong = change(add_key(file, "alice"))
     with pytest.raises(AuthenticationError, match="is unknown") as caught:
         KeyRing(file).authenticate(wrong)
@@ -54,7 +54,7 @@ def test_other_keys_are_refused_and_not_shown(file, change):
 
 
 @pytest.mark.parametrize("key", [None, ""])
-def test_no_key_is_refused(file, key):
+def test_a_request_without_a_key_is_refused(file, key):
     add_key(file, "alice")
     with pytest.raises(AuthenticationError, match="no API key was given"):
         KeyRing(file).authenticate(key)
@@ -100,14 +100,14 @@ def test_a_key_has_no_more_requests_running_than_its_limit(file):
                 async with ring.admitted(limited, 7):
                     pass
             assert caught.value.retry_after == 7
-        async with ring.admitted(limited, 7) as entry:  # those before have ended
+        async with ring.admitted(limited, 7) as entry:  # the earlier ones have ended
             return entry.name
 
     assert asyncio.run(run()) == "limited"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
-def test_a_request_that_fails_or_is_cancelled_gives_its_place_back(file, error):
+def test_a_failed_or_cancelled_request_frees_its_slot(file, error):
     key = add_key(file, "one", max_concurrent=1)
     ring = KeyRing(file)
 
@@ -129,7 +129,7 @@ def test_keys_are_added_changed_and_revoked_without_a_restart(file):
     bob = add_key(file, "bob")
     assert ring.authenticate(bob).name == "bob"
     entries = yaml.safe_load(file.read_text())["keys"]
-    file.write_text(json.dumps({"keys": [{**entries[1], "max_concurrent": 3}]}))  # JSON is understood too
+    file.write_text(json.dumps({"keys": [{**entries[1], "max_concurrent": 3}]}))  # JSON works too
     assert ring.authenticate(bob).max_concurrent == 3
     with pytest.raises(AuthenticationError):
         ring.authenticate(alice)
@@ -138,7 +138,7 @@ def test_keys_are_added_changed_and_revoked_without_a_restart(file):
         ring.authenticate(bob)
 
 
-def test_a_file_that_became_unreadable_locks_nobody_out(file, caplog):
+def test_a_file_that_becomes_unreadable_locks_nobody_out(file, caplog):
     alice = add_key(file, "alice")
     ring = KeyRing(file)
     for break_it in (lambda: file.write_text("keys: ["), lambda: file.write_text(""), file.unlink):
@@ -171,7 +171,7 @@ ENTRY = {"name": "a", "sha256": "0" * 64}
         (json.dumps({"keys": [ENTRY, {**ENTRY, "name": "b"}]}), "2 keys have the sha256"),
     ],
 )
-def test_wrong_files_say_what_is_wrong_and_not_what_is_in_them(file, text, message):
+def test_errors_in_the_file_are_reported_without_quoting_it(file, text, message):
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=message) as caught:
@@ -195,7 +195,7 @@ def test_the_command_prints_the_key_once_and_stores_its_hash(file, monkeypatch, 
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_the_file_becomes_private_and_a_link_stays_one(tmp_path):
+def test_the_file_becomes_private_and_a_symbolic_link_stays(tmp_path):
     real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
     real.write_text("keys: []")
     real.chmod(0o644)
@@ -214,7 +214,7 @@ def test_the_file_becomes_private_and_a_link_stays_one(tmp_path):
         ("bob", ["--max-concurrent", "0"], "max_concurrent=0"),
     ],
 )
-def test_the_command_refuses_and_leaves_the_file_alone(file, name, options, message):
+def test_the_command_leaves_the_file_alone_when_it_refuses(file, name, options, message):
     add_key(file, "alice")
     before = file.read_text()
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
@@ -222,6 +222,6 @@ def test_the_command_refuses_and_leaves_the_file_alone(file, name, options, mess
     assert file.read_text() == before
 
 
-def test_the_command_says_when_it_cannot_write(tmp_path):
+def test_the_command_reports_when_it_cannot_write(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: "):
         main(["new", "alice", "--file", str(tmp_path / "none" / "keys.yaml")])

@@ -1,4 +1,4 @@
-"""The page at `/`: what it is served as, the overlay that it draws, and how it works in a real browser."""
+"""The page at `/`: its files, the overlay that it draws, and its use in a real browser."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ from skipvision.engine import Request, prepare
 from skipvision.merge import MERGES
 from skipvision.select import CRITERIA
 from tests.serve.browser import CHROMIUM, DRIVER, MISSING, Page, browser
-from tests.serve.conftest import SKIP, asking, eventually, picture
+from tests.serve.conftest import SKIP, eventually, noise, question
 
 FOLDER = Path(serve.page.__file__).parent
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in {".css", ".js"})
@@ -48,24 +48,24 @@ def test_files_are_served_under_a_strict_policy(endpoint, path):
     assert found.headers["content-type"].startswith(kinds[Path(path).suffix])
 
 
-def test_nothing_else_is(endpoint):
+def test_no_other_files_are_served(endpoint):
     for name in ("__init__.py", "..%2fkeys.py", "index.html", "nothing.js"):
         assert httpx.get(f"{endpoint.url}/page/{name}").status_code == 404, name
-    told = {
+    operations = {
         path: set(methods)
         for path, methods in httpx.get(f"{endpoint.url}/openapi.json").json()["paths"].items()
     }
-    assert (told["/"], told["/v1/overlay"]) == ({"get"}, {"post"})
+    assert (operations["/"], operations["/v1/overlay"]) == ({"get"}, {"post"})
 
 
-def test_the_page_offers_what_a_skipconfig_takes():
+def test_the_page_offers_every_criterion_and_merge():
     page = (FOLDER / "index.html").read_text()
     for name, values in (("select", CRITERIA), ("merge", MERGES)):
         offered = re.search(rf'<select id="{name}">(.*?)</select>', page, re.DOTALL)
         assert tuple(re.findall("<option>(.*?)<", offered[1])) == tuple(values)
 
 
-def test_its_defaults_are_a_skipconfigs():
+def test_the_defaults_of_the_page_are_those_of_skipconfig():
     text = re.search(r"const DEFAULTS = '(.*)';", (FOLDER / "settings.js").read_text())[1]
     assert SkipConfig(**json.loads(text)["skip"]).model_dump_json() == SkipConfig().model_dump_json()
 
@@ -73,14 +73,14 @@ def test_its_defaults_are_a_skipconfigs():
 # --------------------------------------------------------------------------------------- the overlay
 
 
-def test_the_overlay_is_the_librarys(endpoint):
-    found = overlay(endpoint, asking("what?", 1, 2))
+def test_the_overlay_equals_the_librarys(endpoint):
+    found = overlay(endpoint, question("what?", 1, 2))
     assert found.status_code == 200
     base = AutoModelForImageTextToText.from_pretrained(endpoint.model)
     processor, config = AutoProcessor.from_pretrained(endpoint.model), base.config
     model = load_adapter(base, endpoint.adapters["red"])
     chat = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "what?"}]}]
-    images = [picture(1), picture(2)]
+    images = [noise(1), noise(2)]
     inputs = prepare(processor, Request(chat, images)).inputs
     with torch.no_grad():
         model(**inputs)
@@ -101,18 +101,18 @@ def test_the_overlay_is_the_librarys(endpoint):
         ),
     ],
 )
-def test_its_counts_are_those_of_the_answer(endpoint, skip, fates):
-    (found,) = overlay(endpoint, asking(), skip=skip).json()["data"]
-    told = [patch["fate"] for patch in found["patches"]]
-    assert {fate: told.count(fate) for fate in set(told)} == fates
-    body = {"model": "red", "messages": asking(), "skip": skip, "max_tokens": 1}
+def test_the_overlay_has_the_counts_of_the_answer(endpoint, skip, fates):
+    (found,) = overlay(endpoint, question(), skip=skip).json()["data"]
+    drawn = [patch["fate"] for patch in found["patches"]]
+    assert {fate: drawn.count(fate) for fate in set(drawn)} == fates
+    body = {"model": "red", "messages": question(), "skip": skip, "max_tokens": 1}
     answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=60).json()
     visual = answer["usage"]["visual_tokens"]
     assert (visual["retained"], visual["skipped"]) == (fates["retained"], fates.get("skipped", 0))
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "said"),
+    ("change", "status", "message"),
     [
         ({"messages": [{"role": "user", "content": "no image"}]}, 400, "no image"),
         ({"model": "green"}, 404, "'green' does not exist"),
@@ -120,14 +120,14 @@ def test_its_counts_are_those_of_the_answer(endpoint, skip, fates):
         ({"skip": "some"}, 400, "full"),
     ],
 )
-def test_what_no_overlay_can_be_made_of_is_told(endpoint, change, status, said):
-    body = {"model": "red", "messages": asking(), **change}
+def test_requests_without_a_possible_overlay_are_refused(endpoint, change, status, message):
+    body = {"model": "red", "messages": question(), **change}
     found = httpx.post(f"{endpoint.url}/v1/overlay", json=body, timeout=60)
     assert found.status_code == status
-    assert said in found.json()["error"]["message"]
+    assert message in found.json()["error"]["message"]
 
 
-def test_a_family_whose_patches_are_not_known_is_the_requests_problem():
+def test_an_unsupported_model_family_is_a_bad_request():
     problem = problem_of(UnsupportedModelError("how fuyu cuts an image is not known"))
     assert (problem.status, problem.message) == (400, "how fuyu cuts an image is not known")
 
@@ -143,9 +143,9 @@ def driver():
 
 @pytest.fixture
 def photo(tmp_path):
-    """An image of two patches more in one direction, so that it is cropped."""
+    """An image that is two patches wider than high, so that it is cropped."""
     file = tmp_path / "photo.png"
-    picture(7, (84, 56)).save(file)
+    noise(7, (84, 56)).save(file)
     return file
 
 
@@ -166,7 +166,7 @@ def test_a_question_is_answered_twice(endpoint, driver, photo):
         assert 0 < numbers["first"] <= numbers["total"]
         assert numbers["answer"] > 0
     assert page.counts() == {"retained": 4, "skipped": 6, "merged": 6}
-    # The API says the same to another client.
+    # Another client gets the same answers from the API.
     url = f"data:image/png;base64,{base64.b64encode(photo.read_bytes()).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what <b>is</b> it?"}]
     for pane, skip in (("full", "full"), ("skip", None)):
@@ -178,8 +178,8 @@ def test_a_question_is_answered_twice(endpoint, driver, photo):
         assert page.numbers(pane)["prompt"] == answer["usage"]["prompt_tokens"]
         assert page.numbers(pane)["kv"] == answer["usage"]["kv_bytes"]
 
-    said = page.point("g.merged rect")
-    assert re.fullmatch(r"Row \d, column \d: merged into row \d, column \d, which is \w+", said)
+    description = page.point("g.merged rect")
+    assert re.fullmatch(r"Row \d, column \d: merged into row \d, column \d, which is \w+", description)
     assert driver.find_elements("css selector", "rect.at, line.group")
     page.find("#legend label").click()
     assert "no-retained" in page.find("#panels").get_attribute("class")
@@ -245,7 +245,7 @@ def test_an_answer_may_be_stopped(endpoint, driver, photo):
 
 
 @in_browser
-def test_settings_of_the_page_are_the_requests(endpoint, driver, photo):
+def test_requests_use_the_settings_on_the_page(endpoint, driver, photo):
     page = Page(driver, f"{endpoint.url}/")
     page.ready()
     page.find("#skipping summary").click()
@@ -263,7 +263,7 @@ def test_settings_of_the_page_are_the_requests(endpoint, driver, photo):
 
 @in_browser
 @pytest.mark.parametrize(
-    ("reason", "said", "typed", "counts"),
+    ("reason", "note", "typed", "counts"),
     [
         (
             {},
@@ -279,7 +279,9 @@ def test_settings_of_the_page_are_the_requests(endpoint, driver, photo):
         ),
     ],
 )
-def test_a_model_that_nothing_is_known_of_can_be_asked(endpoint, driver, photo, reason, said, typed, counts):
+def test_a_model_that_no_engine_has_reported_can_be_used(
+    endpoint, driver, photo, reason, note, typed, counts
+):
     card = {"id": "red", "object": "model", "skip": None, **reason}
     first_card = f"""const real = window.fetch;
         let first = Response.json({json.dumps(card)});
@@ -293,7 +295,7 @@ def test_a_model_that_nothing_is_known_of_can_be_asked(endpoint, driver, photo, 
     page = Page(driver, f"{endpoint.url}/")
     driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
     page.ready()
-    assert said in page.find("#assumed").text
+    assert note in page.find("#assumed").text
     assert page.find("#retained").get_attribute("value") == "100"
     if typed:
         page.find("#skipping summary").click()
@@ -306,7 +308,7 @@ def test_a_model_that_nothing_is_known_of_can_be_asked(endpoint, driver, photo, 
 
 
 @in_browser
-def test_errors_are_shown_as_the_api_says_them(endpoint, guarded, driver, photo, tmp_path):
+def test_the_page_shows_the_messages_of_api_errors(endpoint, guarded, driver, photo, tmp_path):
     page = Page(driver, guarded.url.removesuffix("v1"))
     page.until("!document.getElementById('key-field').hidden")
     assert page.find("#error").is_displayed()

@@ -1,4 +1,4 @@
-"""Requests made up from the OpenAPI schema, right and wrong ones: none makes the server fail."""
+"""Valid and invalid requests generated from the OpenAPI schema: none makes the server fail."""
 
 import pytest
 import schemathesis
@@ -15,7 +15,7 @@ CHAT = "/v1/chat/completions"
 
 
 def send(case, number):
-    """Half of the bodies name a model that is there, or nearly all would end at that."""
+    """Send a request. Half of the bodies name a known model; otherwise nearly all would fail there."""
     body = case.body
     if number % 2 and isinstance(body, dict) and "model" in body:
         body |= {"model": "red", "max_completion_tokens": 2}
@@ -30,7 +30,7 @@ def send(case, number):
         pytest.param(1000, 100, 2000, 20, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
-def test_generated_requests(endpoint, chats, others, sent, answered):
+def test_no_generated_request_makes_the_server_fail(endpoint, chats, others, sent, answered):
     schema = schemathesis.openapi.from_url(f"{endpoint.url}/openapi.json")
     statuses = []
 

@@ -1,4 +1,4 @@
-"""Tokens as bytes, for both ways in which tokenizers write words; special tokens in texts."""
+"""Bytes of tokens, for both kinds of tokenizer; special tokens in texts."""
 
 import functools
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ TEXT = "small é€ a東"
 
 
 def pieces():
-    """Words as "▁word", other characters as "<0xNN>" for each byte."""
+    """A tokenizer with "▁word" tokens, and a "<0xNN>" token for each byte of other characters."""
     words = ["<unk>", "</s>", "▁small", "▁a", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
     model = models.Unigram([(word, -1.0) for word in words], unk_id=0, byte_fallback=True)
     tokenizer = Tokenizer(model)
@@ -34,23 +34,23 @@ def pieces():
 
 @functools.cache
 def letters():
-    """Bytes as letters."""
+    """A tokenizer that maps bytes to letters."""
     return build_tokenizer(0, vocabulary=320)
 
 
 @pytest.mark.parametrize("make", [pieces, letters])
-def test_the_bytes_of_all_tokens_are_those_of_the_text(make):
+def test_the_bytes_of_all_tokens_make_the_text(make):
     tokenizer = make()
     vocabulary = Vocabulary(SimpleNamespace(tokenizer=tokenizer, image_token="<picture>"))
     ids = tokenizer(TEXT).input_ids
     assert tokenizer.decode(ids) == TEXT
-    told = b"".join(vocabulary.bytes_of(token, first=not place) for place, token in enumerate(ids))
-    assert told.decode() == TEXT
+    joined = b"".join(vocabulary.bytes_of(token, first=not index) for index, token in enumerate(ids))
+    assert joined.decode() == TEXT
     assert vocabulary.special(tokenizer.eos_token_id)
     assert not any(map(vocabulary.special, ids))
 
 
-def test_special_tokens_of_a_text_become_text():
+def test_special_tokens_in_a_text_become_text():
     tokenizer = letters()
     vocabulary = Vocabulary(SimpleNamespace(tokenizer=tokenizer, image_token="<picture>"))
     (harmless,) = vocabulary.escape(["a <image></s> b <picture>"])
@@ -61,7 +61,7 @@ def test_special_tokens_of_a_text_become_text():
 
 
 @pytest.mark.parametrize("texts", [["</", "s>"], ["<", "im", "age", "> ", "<pad>"]])
-def test_texts_side_by_side_make_no_special_token(texts):
+def test_adjacent_texts_do_not_form_a_special_token(texts):
     processor = build_processor(letters())
     vocabulary = Vocabulary(processor)
 
@@ -82,15 +82,15 @@ def test_texts_side_by_side_make_no_special_token(texts):
 
 @pytest.mark.parametrize("between", [1, 2])
 @pytest.mark.parametrize("blank", ["", " "])
-def test_texts_around_images_make_no_special_token_in_templates_that_put_images_first(between, blank):
-    """Nor in those that trim each text."""
+def test_texts_around_images_do_not_form_a_special_token_when_a_template_joins_them(between, blank):
+    """Also in templates that strip each text."""
     processor = build_processor(letters())
     vocabulary = Vocabulary(processor)
     image = {"type": "image_url", "image_url": {"url": "x"}}
     text = [{"type": "text", "text": blank + piece + blank} for piece in ("<im", "age></", "s>")]
     content = [text[0], *[image] * between, text[1], image, text[2]]
     body = ChatRequest(model="x", messages=[{"role": "user", "content": content}])
-    ((said,), _) = conversation(body, vocabulary)
-    joined = "".join(part["text"].strip() for part in said["content"] if part["type"] == "text")
+    ((message,), _) = conversation(body, vocabulary)
+    joined = "".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
     assert joined.replace("\N{WORD JOINER}", "").replace(" ", "") == "<image></s>"
     assert not any(map(vocabulary.special, processor.tokenizer(joined).input_ids))

@@ -23,9 +23,9 @@ from serve.observe.journeys import Journeys
 from serve.observe.tracing import Tracer
 from serve.replica.messages import Work
 from skipvision.engine import Choice, Chunk, Completion, Request, Timing, Usage
-from tests.serve.conftest import LONG, asking
+from tests.serve.conftest import LONG, question
 
-BODY = {"model": "tiny", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+BODY = {"model": "tiny", "messages": question(), "max_tokens": 400, "response_format": LONG}
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_refused_skipconfig_names_the_field_skip_only_if_the_request_set_it(ru
     async def post_all(ingress, client):
         more = {"skip": skip} if in_request else {}
         answers = [await post(client, stream=stream, **more) for stream in (False, True)]
-        body = {"model": "tiny", "messages": asking(), **more}
+        body = {"model": "tiny", "messages": question(), **more}
         return [*answers, await client.post("/v1/overlay", json=body)]
 
     for response in run({}, post_all, **({} if in_request else {"skip": skip})):

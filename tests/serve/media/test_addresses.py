@@ -38,14 +38,14 @@ from serve.media.addresses import host_allowed, is_public, normal_host, normal_p
         *("fe80::1%eth0", "2600::1%eth0"),
     ],
 )
-def test_addresses_that_are_not_public(address):
+def test_special_addresses_are_not_public(address):
     assert not is_public(ip_address(address))
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "1.1.1.1", "100.128.0.1", "172.32.0.1", "2600::1", "2001:4860:4860::8888"]
 )
-def test_addresses_that_are_public(address):
+def test_other_addresses_are_public(address):
     assert is_public(ip_address(address))
 
 
@@ -67,7 +67,7 @@ def test_addresses_that_are_public(address):
         ("[2600:0::1]", "2600::1", True),
     ],
 )
-def test_hosts_and_patterns(pattern, host, allowed):
+def test_a_host_is_allowed_if_a_pattern_matches(pattern, host, allowed):
     assert host_allowed(normal_host(host), ["other.test", normal_pattern(pattern)]) is allowed
 
 
@@ -75,6 +75,6 @@ def test_hosts_and_patterns(pattern, host, allowed):
     "pattern",
     ["", ".", "*.", "*example.org", "a.*.org", "https://example.org", "example.org:80", "a/b", "a..b"],
 )
-def test_what_is_no_pattern(pattern):
+def test_malformed_patterns_are_refused(pattern):
     with pytest.raises(ValueError, match="is not a host"):
         normal_pattern(pattern)

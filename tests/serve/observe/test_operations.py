@@ -1,4 +1,4 @@
-"""What those who run the endpoint rely on: adapters that follow their alias, traces, logs, CORS, limits."""
+"""Operations: adapters that follow their alias, traces, logs, CORS, limits of keys, slow clients."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 
-from tests.serve.conftest import LONG, ORIGIN, asking, eventually, register
+from tests.serve.conftest import LONG, ORIGIN, eventually, question, register
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -29,7 +29,9 @@ def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, clien
         return client.models.retrieve("shapes").source
 
     def answer():
-        return client.chat.completions.create(model="shapes", messages=asking(), max_tokens=4, temperature=0)
+        return client.chat.completions.create(
+            model="shapes", messages=question(), max_tokens=4, temperature=0
+        )
 
     assert source() == "models:/shapes/1"
     assert client.models.retrieve("small").skip["retained"] == 1.0  # the base model's default
@@ -48,15 +50,19 @@ def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, clien
     assert answer().usage.visual_tokens["cached"] == 6
 
 
-def test_a_skip_that_says_nothing_of_summaries_has_none_where_the_model_has_none(client):
-    options = {"messages": asking(), "max_tokens": 2, "extra_body": {"skip": {"retained": 4, "skipped": 6}}}
+def test_a_skip_without_summary_tokens_has_none_if_the_model_has_none(client):
+    options = {
+        "messages": question(),
+        "max_tokens": 2,
+        "extra_body": {"skip": {"retained": 4, "skipped": 6}},
+    }
     answer = client.chat.completions.create(model="small", **options)
     assert answer.usage.visual_tokens["cached"] == 4
 
 
 def test_a_request_is_one_trace_under_the_clients_span(guarded, client):
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-    client.chat.completions.create(model="small", messages=asking(), max_tokens=3, extra_headers=headers)
+    client.chat.completions.create(model="small", messages=question(), max_tokens=3, extra_headers=headers)
 
     def mine():
         return {span.name: (service, span) for service, span in guarded.spans if span.trace_id.hex() == TRACE}
@@ -75,12 +81,12 @@ def test_a_request_is_one_trace_under_the_clients_span(guarded, client):
     assert whole.end_time_unix_nano >= spans["decode"][1].end_time_unix_nano
 
 
-def test_logs_are_json_with_the_requests_id_and_without_its_words(client):
+def test_logs_are_json_with_the_request_id_and_without_the_prompt(client):
     given = f"id-{time.time_ns()}"
-    secret = "what only the asker knows"
+    secret = "a secret in the prompt"
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(
-            model="small", messages=asking(secret), n=7, extra_headers={"x-request-id": given}
+            model="small", messages=question(secret), n=7, extra_headers={"x-request-id": given}
         )
     logs = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs", "serve")
 
@@ -95,28 +101,30 @@ def test_logs_are_json_with_the_requests_id_and_without_its_words(client):
     assert (line["method"], line["path"]) == ("POST", "/v1/chat/completions")
 
 
-def test_other_origins_may_ask_only_where_they_are_named(guarded, endpoint):
-    asked = {"origin": ORIGIN, "access-control-request-method": "POST"}
-    allowed = httpx.options(f"{guarded.url}/chat/completions", headers=asked)
+def test_only_the_named_origins_may_send_requests(guarded, endpoint):
+    preflight = {"origin": ORIGIN, "access-control-request-method": "POST"}
+    allowed = httpx.options(f"{guarded.url}/chat/completions", headers=preflight)
     assert allowed.headers["access-control-allow-origin"] == ORIGIN
     stranger = httpx.options(
-        f"{guarded.url}/chat/completions", headers={**asked, "origin": "https://b.example"}
+        f"{guarded.url}/chat/completions", headers={**preflight, "origin": "https://b.example"}
     )
-    default = httpx.options(f"{endpoint.url}/v1/chat/completions", headers=asked)
+    default = httpx.options(f"{endpoint.url}/v1/chat/completions", headers=preflight)
     answered = httpx.get(f"{endpoint.url}/v1/models", headers={"origin": ORIGIN})
     for response in (stranger, default, answered):
         assert "access-control-allow-origin" not in response.headers
 
 
-def test_a_key_has_as_many_requests_at_once_as_its_entry_says(guarded):
+def test_a_key_has_no_more_requests_at_once_than_its_entry_allows(guarded):
     with openai.OpenAI(base_url=guarded.url, api_key=guarded.alice, max_retries=0, timeout=60) as alice:
-        options = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+        options = {"model": "small", "messages": question(), "max_tokens": 400, "response_format": LONG}
         first = alice.chat.completions.create(stream=True, **options)
         next(iter(first))
-        with pytest.raises(openai.RateLimitError, match="the API key 'alice' has 1 requests running") as told:
+        with pytest.raises(
+            openai.RateLimitError, match="the API key 'alice' has 1 requests running"
+        ) as caught:
             alice.chat.completions.create(**options)
-        assert told.value.response.headers["retry-after"] == "2"
-        assert alice.models.list().data  # which needs no engine
+        assert caught.value.response.headers["retry-after"] == "2"
+        assert alice.models.list().data  # this needs no engine
         first.close()
 
         def again():
@@ -128,40 +136,40 @@ def test_a_key_has_as_many_requests_at_once_as_its_entry_says(guarded):
         eventually(again)
 
 
-def test_a_stream_that_nobody_reads_holds_up_nobody(guarded):
+def test_a_stream_that_nobody_reads_blocks_nobody(guarded):
     where = httpx.URL(guarded.url)
-    asked = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
-    body = json.dumps({**asked, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    options = {"model": "small", "messages": question(), "max_tokens": 400, "response_format": LONG}
+    body = json.dumps({**options, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     head = f"POST {where.path}/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += (
         f"Authorization: Bearer {guarded.alice}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     with socket.socket() as unread:
         unread.settimeout(30)
-        # Both ends' buffers are small so: that of the sender grows with the segments that it may send.
+        # Keeps the buffers of both ends small: the sender's grows with the size of its segments.
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         unread.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
         unread.connect((where.host, where.port))
         unread.sendall(head.encode() + body)
         read = unread.recv(1)  # it has begun
 
-        def next_one():
-            """Of the same key, which may have one at a time, to an engine of one row."""
+        def try_next():
+            """Send a request with the same key, which may have one at a time, to the engine of one row."""
             with openai.OpenAI(base_url=guarded.url, api_key=guarded.alice, max_retries=0) as alice:
                 try:
-                    return alice.chat.completions.create(model="small", messages=asking(), max_tokens=2)
+                    return alice.chat.completions.create(model="small", messages=question(), max_tokens=2)
                 except openai.RateLimitError:
                     return None
 
-        eventually(next_one)
+        eventually(try_next)
         while piece := unread.recv(2**16):
             read += piece
-    assert len(read) > 300_000  # more than all buffers on the way
+    assert len(read) > 300_000  # more than all buffers in between hold
     assert b"data: [DONE]" in read[-100:]
 
 
-def test_an_engine_that_dies_ends_only_the_stream_that_had_begun(guarded, client):
-    options = {"model": "small", "messages": asking(), "max_tokens": 400, "response_format": LONG}
+def test_an_engine_that_dies_interrupts_only_the_stream_that_has_begun(guarded, client):
+    options = {"model": "small", "messages": question(), "max_tokens": 400, "response_format": LONG}
     (engine,) = [
         process
         for process in psutil.Process().children(recursive=True)
@@ -171,9 +179,9 @@ def test_an_engine_that_dies_ends_only_the_stream_that_had_begun(guarded, client
     next(stream)
     with ThreadPoolExecutor(2) as threads:
         whole = [threads.submit(client.chat.completions.create, **options) for _ in range(2)]
-        time.sleep(0.1)  # the stream is in its midst, and the others wait behind it
+        time.sleep(0.1)  # the stream is running, and the others wait for its row
         engine.kill()
-        with pytest.raises(openai.APIError) as told:
+        with pytest.raises(openai.APIError) as caught:
             list(stream)
-        assert told.value.code == "engine_died"
+        assert caught.value.code == "engine_died"
         assert {each.result().choices[0].finish_reason for each in whole} <= {"stop", "length"}

@@ -1,4 +1,4 @@
-"""Adapters from MLflow's registry, in an engine without Ray around it."""
+"""Adapters from MLflow's registry, in an engine without Ray."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ from tests.serve.conftest import free_port, register
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, adapters):
-    """A registry with an adapter of version 1, one of version 2, and an empty folder of version 3."""
+    """A registry whose versions 1 and 2 are adapters, and whose version 3 is an empty folder."""
     folder = tmp_path_factory.mktemp("registry")
     uri = TrackingConfig().absolute_uri(folder)
     (folder / "broken").mkdir()
@@ -52,11 +52,11 @@ def engine(tiny_model):
     engine.stop()
 
 
-def there(engine):
+def loaded(engine):
     return engine.call(lambda engine: engine.adapters).result()
 
 
-def test_an_alias_is_followed_there_and_back_and_nothing_stays_of_what_has_gone(
+def test_an_alias_is_followed_forward_and_back_and_old_versions_leave_nothing(
     registry, engine, tmp_path, monkeypatch
 ):
     fetched = []
@@ -83,7 +83,7 @@ def test_an_alias_is_followed_there_and_back_and_nothing_stays_of_what_has_gone(
     served.load(engine)
     for version in (1, 2, 1, 1):
         assert name(version) == f"models:/shapes/{version}"
-        assert there(engine) == [BASE, served.versions["shapes"].name]
+        assert loaded(engine) == [BASE, served.versions["shapes"].name]
     assert fetched == ["models:/shapes/1", "models:/shapes/2", "models:/shapes/1"]
     assert not list(copies.iterdir())
 
@@ -104,17 +104,17 @@ def mlflow_server(registry, port, log):
 
 
 @pytest.mark.slow
-def test_what_a_registry_that_is_away_holds_is_loaded_when_it_is_back(
+def test_adapters_of_a_registry_that_is_down_are_loaded_once_it_is_back(
     registry, adapters, engine, tmp_path, monkeypatch
 ):
-    """What is in folders is there at once."""
+    """Adapters in folders are loaded at once."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port = free_port()
     sources = {"shapes": "models:/shapes@champion", "one": "models:/shapes/1", "plain": str(adapters["blue"])}
     served = ServedAdapters(sources, f"http://127.0.0.1:{port}", 2.5)
     served.load(engine)
     served.update(engine)
-    assert served.version("plain").name in there(engine)
+    assert served.version("plain").name in loaded(engine)
     assert served.missing == dict.fromkeys(("shapes", "one"), "its registry does not respond")
     with pytest.raises(
         NotLoadedError, match="'shapes' is not loaded yet: its registry does not respond"
@@ -134,15 +134,15 @@ def test_what_a_registry_that_is_away_holds_is_loaded_when_it_is_back(
             time.sleep(0.1)
     assert served.version("shapes").source == "models:/shapes/2"
     served.update(engine)
-    assert there(engine) == [BASE, *(served.version(name).name for name in ("plain", "shapes", "one"))]
+    assert loaded(engine) == [BASE, *(served.version(name).name for name in ("plain", "shapes", "one"))]
 
 
-def test_clients_may_call_an_adapter_what_they_like(registry, engine):
+def test_adapters_may_have_any_name(registry, engine):
     names = ("team/shapes", "shapes.v1", "shapes_v1", "shapes%2Ev1", "lora_x", "keys", "__base__")
     served = ServedAdapters(dict.fromkeys(names, "models:/shapes@champion"), registry, 1)
     served.load(engine)
-    assert there(engine) == [BASE, *(served.version(name).name for name in names)]
-    assert len(set(there(engine))) == 1 + len(names)
+    assert loaded(engine) == [BASE, *(served.version(name).name for name in names)]
+    assert len(set(loaded(engine))) == 1 + len(names)
 
 
 @pytest.mark.parametrize(
@@ -154,25 +154,25 @@ def test_clients_may_call_an_adapter_what_they_like(registry, engine):
         "models:/shapes/3",  # damaged
     ],
 )
-def test_what_a_registry_cannot_give_costs_nothing_else(registry, adapters, engine, source):
+def test_an_adapter_that_cannot_be_loaded_does_not_affect_others(registry, adapters, engine, source):
     served = ServedAdapters({"shapes": source, "plain": str(adapters["blue"])}, registry, 1)
     served.load(engine)
     assert served.missing == {"shapes": "its registry has no version that can be loaded"}
-    assert served.version("plain").name in there(engine)
+    assert served.version("plain").name in loaded(engine)
 
 
-def test_a_folder_without_an_adapter_ends_the_start(engine, tmp_path):
+def test_a_folder_without_an_adapter_fails_the_start(engine, tmp_path):
     with pytest.raises(AdapterError, match="is not a Skip-Vision adapter"):
         ServedAdapters({"shapes": str(tmp_path / "none")}, None, 1).load(engine)
 
 
-def test_a_damaged_adapter_does_not_end_what_runs(registry, engine):
+def test_a_damaged_adapter_does_not_stop_the_engine(registry, engine):
     client = MlflowClient(registry, registry)
     client.set_registered_model_alias("shapes", "champion", "3")
     served = ServedAdapters({"shapes": "models:/shapes@champion"}, registry, 1)
     served.update(engine)
     assert served.missing == {"shapes": "its registry has no version that can be loaded"}
-    assert there(engine) == [BASE]
+    assert loaded(engine) == [BASE]
     client.set_registered_model_alias("shapes", "champion", "1")
     served.update(engine)
     assert served.version("shapes").source == "models:/shapes/1"
