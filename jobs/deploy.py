@@ -1,9 +1,9 @@
-"""Deploy the OpenAI-compatible endpoint on Ray Serve: on the cluster that is joined, or on this machine."""
+"""Deploy the OpenAI-compatible endpoint on Ray Serve, on a running cluster or on this machine."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root
 
 from pipelines.shared.config import load_config, run_job
 from serve.config import ServeConfig
@@ -11,7 +11,7 @@ from serve.deploy import run_deploy
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Deploy, and wait until it answers."""
+    """Deploy the endpoint. Without a cluster, run it until Ctrl-C or SIGTERM."""
     return run_deploy(load_config(ServeConfig, argv, description=__doc__))
 
 

@@ -18,7 +18,7 @@ Proxy = Literal["ray", "haproxy"]
 
 
 class ServingEngineSection(EngineSection):
-    """Settings of each engine. Unlike jobs, an endpoint caches images: users ask about one several times."""
+    """Settings of each engine. An endpoint caches images, because users send several questions about one."""
 
     prefix_cache_bytes: int = Field(
         2**28, ge=0, description="cache for images of earlier requests, so that each is encoded once (bytes)"

@@ -68,7 +68,7 @@ class Front:
     def __init__(self, app: Any, tries: int, kept_bytes: int = _KEPT_BYTES) -> None:
         self._app, self._tries, self._budget = app, tries, _Budget(kept_bytes)
         self._retries = metrics.Counter(
-            "skipvision_front_retries", "requests given to another ingress, because theirs had died"
+            "skipvision_front_retries", "requests sent to another ingress because theirs died"
         )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

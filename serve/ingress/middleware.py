@@ -38,10 +38,10 @@ class AccessLog:
     def __init__(self, app: Any, max_body: int) -> None:
         self._app, self._max_body = app, max_body
         tags = ("route", "status")
-        self._requests = metrics.Counter("skipvision_http_requests", "answers by route and status", tags)
+        self._requests = metrics.Counter("skipvision_http_requests", "responses by route and status", tags)
         self._seconds = metrics.Histogram(
             "skipvision_http_seconds",
-            "seconds to the end of the answer, streamed ones included",
+            "seconds from arrival to the end of the response, streams included",
             boundaries=[0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100],
             tag_keys=tags,
         )

@@ -45,15 +45,15 @@ class Journeys:
         )
         self.output_token = metrics.Histogram(
             "skipvision_output_token_seconds",
-            "from token to token, the mean of each answer",
+            "time per output token, one mean for each answer",
             _TOKEN_SECONDS,
             ("model",),
         )
         self.retries = metrics.Counter(
-            "skipvision_retries", "requests given to another engine, because theirs had died", ("model",)
+            "skipvision_retries", "requests sent to another engine because theirs died", ("model",)
         )
         self.saved = metrics.Counter(
-            "skipvision_visual_tokens_saved", "visual tokens that left nothing in the KV cache", ("model",)
+            "skipvision_visual_tokens_saved", "visual tokens without an entry in the KV cache", ("model",)
         )
 
     @contextmanager

@@ -24,10 +24,10 @@ async function choose(file) {
   try {
     image = await dataUrl(file);
   } catch (error) {
-    complain(error);
+    showError(error);
     return;
   }
-  complain(null);
+  showError(null);
   at("stage").classList.add("filled");
   at("another").hidden = false;
   view.clear(image);
@@ -67,11 +67,11 @@ async function listModels() {
     // An adapter shows Skip-Vision as it was trained; the base model may not.
     at("model").value = (models.find(({ parent }) => parent) ?? models[0]).id;
     settings.offer(await api.methods());
-    complain(null);
+    showError(null);
     await showModel();
   } catch (error) {
     at("key-field").hidden = at("key-field").hidden && error.status !== 401;
-    complain(error);
+    showError(error);
   }
 }
 
@@ -82,7 +82,7 @@ async function showModel(keepEdits = false) {
   if (name === at("model").value) settings.show(card, keepEdits);
 }
 
-at("model").addEventListener("change", () => showModel().catch(complain));
+at("model").addEventListener("change", () => showModel().catch(showError));
 function useKey() {
   const key = at("key").value.trim();
   if (key === api.key) return;
@@ -147,13 +147,13 @@ at("form").addEventListener("submit", (event) => {
 async function run() {
   running = new AbortController();
   at("ask").textContent = "Stop";
-  complain(null);
+  showError(null);
   try {
     await ask();
   } catch (error) {
     if (skip.root.dataset.state === "waiting") skip.clear();
     if (error instanceof ApiError && error.status === 401) at("key-field").hidden = false;
-    if (error.name !== "AbortError") complain(error);
+    if (error.name !== "AbortError") showError(error);
   } finally {
     running = null;
     at("ask").textContent = "Ask";
@@ -167,7 +167,7 @@ at("question").addEventListener("keydown", (event) => {
   }
 });
 
-function complain(error) {
+function showError(error) {
   at("error").hidden = error === null;
   at("error").textContent = error?.message ?? "";
 }
