@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
 from pipelines.shared.config import load_config, run_job
 from serve.config import ServeConfig

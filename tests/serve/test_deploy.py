@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
         ({"adapter": "models:/nope", "tracking_uri": "sqlite:///m.db"}, "'models:/nope' names no model"),
         (
             {"adapter": "models:/m@a", "tracking_uri": "sqlite:///typo.db"},
-            r"there is no /.*/typo\.db, in which",
+            r"there is no /.*/typo\.db to look up models in",
         ),
     ],
 )
