@@ -9,7 +9,7 @@ pages=docs/benchmarks
 pictures=data/shapes/images/test
 
 $python jobs/demo.py --fresh true --readme docs/demo.md
-cp runs/demo-against-demo-full/comparison.png docs/demo.png
+cp runs/demo-against-demo-full/comparison.png docs/images/demo.png
 for seed in 1 2; do
   again="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --seed $seed --tracking.registered_model null"
   $python $again --name "demo-full-seed-$seed" --skip null
@@ -21,10 +21,10 @@ $python jobs/make_shapes.py --config jobs/configs/shapes_demo.yaml --output data
 $python $longer --name long-full --skip null
 $python $longer --name long
 $python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $pictures/000000.png \
-  -o docs/overlay.png
-$python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs
-$python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs
-$python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs
+  -o docs/images/overlay.png
+$python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs/results
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs/results
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs/results
 
 $python jobs/deploy.py --config jobs/configs/deploy_demo.yaml &
 endpoint=$!  # stopped by TERM: background jobs of a script ignore INT
@@ -33,7 +33,7 @@ until $python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/h
   kill -0 $endpoint
   sleep 1
 done
-$python -m tests.serve.page_picture --image $pictures/000006.png -o docs/page.png
+$python -m tests.serve.page_picture --image $pictures/000006.png -o docs/images/page.png
 kill -TERM $endpoint
 wait $endpoint || true
 
