@@ -11,7 +11,7 @@ from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Measure, draw, record."""
+    """Run the analysis and return its results."""
     return run_analyse(load_config(AnalyseConfig, argv, description=__doc__))
 
 

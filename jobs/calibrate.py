@@ -10,7 +10,7 @@ from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Run the calibration."""
+    """Run the calibration and return its results."""
     return run_calibrate(load_config(CalibrateConfig, argv, description=__doc__))
 
 

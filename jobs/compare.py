@@ -11,7 +11,7 @@ from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Run the comparison."""
+    """Run the comparison and return its results."""
     return run_compare(load_config(CompareConfig, argv, description=__doc__))
 
 

@@ -10,7 +10,7 @@ from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Run the demo."""
+    """Run the demo and return where its results are."""
     return run_demo(load_config(DemoConfig, argv, description=__doc__))
 
 

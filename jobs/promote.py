@@ -10,7 +10,7 @@ from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Decide."""
+    """Decide about the candidate and return the verdict."""
     return run_promote(load_config(PromoteConfig, argv, description=__doc__))
 
 

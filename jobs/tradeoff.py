@@ -11,7 +11,7 @@ from pipelines.tradeoff.job import run_tradeoff
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Score, time and report."""
+    """Run the trade-off and return its results."""
     return run_tradeoff(load_config(TradeoffConfig, argv, description=__doc__))
 
 

@@ -11,7 +11,7 @@ from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Train it."""
+    """Train the base model and return its accuracy."""
     return train_base_model(load_config(BaseModelConfig, argv, description=__doc__))
 
 

@@ -26,7 +26,7 @@ FOLDERS = (*PACKAGES, "jobs", "benchmarks", "tests")
 Graph = Mapping[str, set[str]]
 
 WORDS = {
-    "behind": r"\bbehind\b(?! HAProxy)(?! (?:a|the|one|Ray's|another) (?:HTTP )?(?:prox|load balancer))",
+    "behind": r"(?<!left )(?<!far )\bbehind\b(?! HAProxy)(?! (?:a|the|one|Ray's|another) (?:HTTP )?(?:prox|load balancer))",
     "beside": r"\bbeside\b",
     "told": r"\btold\b",
     "said": r"\bsaid\b",
@@ -43,8 +43,8 @@ WORDS = {
     "comes of": r"\bcomes? of\b",
     "goes on": r"\bgoes on\b|\bgo on\b|\bgoing on\b",
     "lies in": r"\blies in\b|\blie in\b",
-    "as it is": r"\bas it is\b|\bas they are\b",
-    "what is wrong": r"\bwhat is wrong\b|\bwhat was wrong\b",
+    "as it is": r"(?<!soon )\bas it is\b|\bas they are\b",
+    "what is wrong": r"\bwhat is wrong\b",
 }
 """Words that make readers stumble, with the pattern that finds each."""
 

@@ -83,8 +83,8 @@ ROUNDED = Limit(
 )
 COUNTED = Limit(
     ("llama4",),
-    "layers without rotations scale queries by the length of the cache, in steps of 8,192 tokens: behind a "
-    "pruned one they count fewer",
+    "layers without rotations scale queries by the length of the cache, in steps of 8,192 tokens: a pruned "
+    "cache is shorter, so the scale is smaller",
     ROWS,
 )
 LIMITS = (MIXED_UP, NOT_REPEATED, PADDED, NUMBERED, ROUNDED, COUNTED)
