@@ -26,7 +26,7 @@ FOLDERS = (*PACKAGES, "jobs", "benchmarks", "tests")
 Graph = Mapping[str, set[str]]
 
 WORDS = {
-    "behind": r"(?<!left )(?<!far )\bbehind\b(?! HAProxy)(?! (?:a|the|one|Ray's|another) (?:HTTP )?(?:prox|load balancer))",
+    "behind": r"(?<!left )(?<!far )\bbehind\b(?! HAProxy| (?:a|the|one|Ray's) (?:HTTP )?(?:prox|load))",
     "beside": r"\bbeside\b",
     "told": r"\btold\b",
     "said": r"\bsaid\b",
