@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from pipelines.caption.config import CaptionConfig
+from pipelines.caption.error_limit import ErrorLimit, listed
 from pipelines.caption.folder import CaptionFolder, CaptionShards, Tally
 from pipelines.caption.manifest import Manifest, ManifestFacts, write_manifest
 from pipelines.caption.progress import CaptionProgress
@@ -26,7 +27,6 @@ from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model
 from pipelines.shared.console import say
-from pipelines.shared.error_limit import ErrorLimit, listed
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
 from skipvision.errors import SkipVisionError

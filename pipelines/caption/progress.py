@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pipelines.caption.folder import Tally
-from pipelines.shared.console import duration
+from pipelines.shared.console import duration, say
 from pipelines.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ class CaptionProgress:
         rate = self.rate
         left = duration((self.rows - self.tally.rows) / rate) if rate else "unknown time"
         errors = f"  {self.tally.failed:,} errors" if self.tally.failed else ""
-        print(
-            f"row {self.tally.rows:,}/{self.rows:,}{errors}  {rate:.1f} rows/s  {left} left",
-            flush=True,
-        )
+        say(f"row {self.tally.rows:,}/{self.rows:,}{errors}  {rate:.1f} rows/s  {left} left")
         values = {
             "rows": float(self.tally.rows),
             "error_rows": float(self.tally.failed),

@@ -19,6 +19,7 @@ from transformers import ProcessorMixin
 from pipelines._compat import visual_token_counter
 from pipelines.data.chat import ChatFormat, encode
 from pipelines.data.rows import TrainingRow
+from pipelines.shared.console import say
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,7 +91,7 @@ def row_lengths(processor: ProcessorMixin, rows: Sequence[TrainingRow]) -> list[
         some = rows[start : start + 1024]
         if time.monotonic() - shown > _PROGRESS_SECONDS:
             shown = time.monotonic()
-            print(f"{start} of {len(rows)} rows measured", flush=True)
+            say(f"{start} of {len(rows)} rows measured")
         texts = [chat.render(row.messages).text for row in some]
         if count_visual is None:
             lengths += [_encoded_length(processor, text, row) for text, row in zip(texts, some, strict=True)]

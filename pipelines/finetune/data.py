@@ -19,6 +19,7 @@ from pipelines.data.training_rows import apply_bad_row_policy, read_training_row
 from pipelines.finetune.batches import LengthGroupedBatches, row_lengths
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.folder import FinetuneFolder
+from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 from skipvision.errors import DataError
 
@@ -70,7 +71,7 @@ def read_data(config: FinetuneConfig, folder: FinetuneFolder, processor: Process
     if source is not None and not validation.rows:
         raise DataError(f"data.validation = {source}: it has no usable row; see {folder.rejects}")
     if rejected:
-        print(f"{len(left_out)} rows are skipped and listed in {folder.rejects}: {rejected}", flush=True)
+        say(f"{len(left_out)} rows are skipped and listed in {folder.rejects}: {rejected}")
     fingerprint = _fingerprint(train.rows, train.records)
     return FinetuneData(train.rows, train.lengths, validation.rows, rejected, fingerprint)
 

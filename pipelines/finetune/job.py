@@ -20,6 +20,7 @@ from pipelines.finetune.checks import check_model, check_workers
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.data import FinetuneData, keep_choice, read_data
 from pipelines.finetune.folder import FinetuneFolder
+from pipelines.shared.console import say
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
@@ -101,7 +102,7 @@ class _Plan:
 def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, resumed: bool) -> _Plan:
     """Check model, workers and data. This joins a Ray that exists but starts none."""
     absolute = config.resolved()
-    print(f"run {config.name!r}: checking the model and the data …", flush=True)
+    say(f"run {config.name!r}: checking the model and the data …")
     processor, parameters = check_model(absolute)
     if ray_is_running():
         ray.enter_context(ray_session())
@@ -116,7 +117,7 @@ def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, 
         folder.state = {}
     changes = [*folder.state.get("changes", []), *folder.changes]
     if folder.changes:
-        print("resuming with other settings:\n  " + "\n  ".join(folder.changes), flush=True)
+        say("resuming with other settings:\n  " + "\n  ".join(folder.changes))
     folder.state |= {"data": data.fingerprint, "changes": changes}  # written when the MLflow run has started
     return _Plan(absolute, data, parameters)
 
@@ -144,7 +145,7 @@ def _train(plan: _Plan, folder: FinetuneFolder, run: Tracker, ray: ExitStack) ->
             run.store(folder.rejects)
     if changes := folder.state["changes"]:
         run.tag("resumed_with_changes", "; ".join(changes))
-    print(f"run {folder.name!r}: {len(data.rows)} rows, {plan.steps} steps, MLflow at {run.uri}", flush=True)
+    say(f"run {folder.name!r}: {len(data.rows)} rows, {plan.steps} steps, MLflow at {run.uri}")
     with _rejects_recorded(folder, run, plan.steps):
         ray.enter_context(ray_session())
         trained = _fit(plan, folder, run)
@@ -173,7 +174,7 @@ def _upload(
     config: FinetuneConfig, folder: FinetuneFolder, run: Tracker, *, record_results: bool
 ) -> str | None:
     """Upload the adapter, register it if so configured, and return its model version."""
-    print(f"uploading the adapter {folder.adapter} to MLflow …", flush=True)
+    say(f"uploading the adapter {folder.adapter} to MLflow …")
     tracking, trained = config.tracking, folder.state["trained"]
     _record_rejects(folder, run, trained["steps"])
     if record_results:
@@ -235,7 +236,7 @@ def _announce_workers(workers: int, resources: Mapping[str, float]) -> None:
     free = ray.available_resources()
     busy = [name for name, amount in resources.items() if free.get(name, 0) < amount * workers]
     delay = f" once enough {' and '.join(busy)} is free; at the moment it is in use" if busy else ""
-    print(f"waiting for {workers_text} to start and to load the model{delay} …", flush=True)
+    say(f"waiting for {workers_text} to start and to load the model{delay} …")
 
 
 def _trainer(work: Assignment, folder: FinetuneFolder) -> TorchTrainer:

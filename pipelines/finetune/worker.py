@@ -31,6 +31,7 @@ from pipelines.finetune.batches import LengthGroupedBatches, prefetched
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.learner import Learner, StepStats, prepare
 from pipelines.finetune.progress import Progress
+from pipelines.shared.console import say
 from pipelines.tracking.run import Tracker
 from skipvision.errors import DataError, SkipVisionError
 
@@ -233,7 +234,7 @@ class Worker:
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
-            print(line, flush=True)
+            say(line)
 
 
 class Failures(ray.train.UserCallback):
@@ -250,7 +251,7 @@ class Failures(ray.train.UserCallback):
                 raise ray.train.ControllerError(error)  # Ray Train does not retry it
         for rank, error in worker_exceptions.items():
             last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            print(f"worker {rank} failed: {last}", flush=True)
+            say(f"worker {rank} failed: {last}")
 
 
 def _shown(results: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.caption.config import CaptionConfig, InputSection, OutputSection
+from pipelines.caption.error_limit import ErrorLimit
 from pipelines.caption.job import run_caption
 from pipelines.cluster.session import ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
@@ -29,7 +30,6 @@ from pipelines.score.folder import ScoreFolder
 from pipelines.score.points import Prediction, Scored, mean_score, score_answers
 from pipelines.score.report import Comparisons, Systems, compare, markdown, metrics, picture
 from pipelines.score.rules.judge import Judge
-from pipelines.shared.error_limit import ErrorLimit
 from pipelines.shared.files import write_text
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import is_registered

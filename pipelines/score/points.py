@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from pipelines.caption.error_limit import ErrorLimit
 from pipelines.evaluation.items import Item, categories
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.rules.judge import Judge
 from pipelines.score.rules.judge_endpoint import NoVerdictError
 from pipelines.score.rules.multiple_choice import all_rotations_right
 from pipelines.score.totals import ScoredAnswer
-from pipelines.shared.error_limit import ErrorLimit
 
 
 @dataclass(frozen=True)

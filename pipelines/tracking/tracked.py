@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.shared.console import say
 from pipelines.shared.folder import JobFolder
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.config import TrackedConfig
@@ -31,7 +32,7 @@ def finished_result(config: TrackedConfig, folder: JobFolder, files: Path) -> di
     result: dict[str, Any] | None = folder.state.get("result")
     if not result or not same_tracking(config, folder):
         return None
-    print(f"job {folder.name!r} is finished already: {files}", flush=True)
+    say(f"job {folder.name!r} is finished already: {files}")
     return result
 
 
