@@ -1,4 +1,4 @@
-"""What every file in jobs/ and jobs/configs/ must hold, those to come included."""
+"""Rules for every file in jobs/ and jobs/configs/, present and future."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Loaded(Exception):
 
 
 def load(job_file: Path, argv: list[str], monkeypatch) -> None:
-    """Let a job read its settings, and nothing more."""
+    """Let a job read its settings and stop."""
     job = importlib.import_module(f"jobs.{job_file.stem}")
     load_config = job.load_config
 
@@ -52,19 +52,19 @@ def load(job_file: Path, argv: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_every_config_is_what_its_job_reads(config, monkeypatch):
+def test_every_config_is_accepted_by_its_job(config, monkeypatch):
     load(job_of(config), ["--config", str(config)], monkeypatch)
 
 
 @pytest.mark.parametrize("line", DOCUMENTED)
-def test_every_documented_command_is_understood(line, monkeypatch):
+def test_every_documented_command_is_accepted(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, *argv = shlex.split(line, comments=True)
     load(ROOT / script, argv, monkeypatch)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
-def test_every_job_starts_anywhere_and_explains_itself(job, tmp_path):
+def test_every_job_prints_its_help_in_any_folder(job, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, job, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -77,6 +77,6 @@ def test_every_job_starts_anywhere_and_explains_itself(job, tmp_path):
 
 
 def test_no_job_hides_a_library():
-    """``python jobs/x.py`` puts jobs/ on the path: a job named like a library would be imported for it."""
+    """``python jobs/x.py`` puts jobs/ on the path, where a job named like a library would hide it."""
     taken = sys.stdlib_module_names | packages_distributions().keys()
     assert not [job.name for job in JOBS if job.stem in taken]

@@ -1,4 +1,4 @@
-"""Captioning on a real local Ray: every key once, errors as rows, and nothing that dies changes it."""
+"""Captioning on a real local Ray: every key occurs once, errors are rows, and deaths change no result."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of JSON: most are sound, one of each kind is not."""
+    """Rows of JSON: most are sound, and there is one of each kind of error."""
     folder = tmp_path_factory.mktemp("inputs")
     rows = []
     for number in range(ROWS - len(BAD)):
@@ -113,12 +113,12 @@ def changed(settings: dict[str, Any], **sections: Any) -> CaptionConfig:
 
 @pytest.fixture(scope="module")
 def straight(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
-    """The result of the job that nothing happens to."""
+    """The result of an undisturbed job."""
     return run_caption(CaptionConfig.model_validate(settings))
 
 
 def captions_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The result's rows by their keys, of which there are no two alike."""
+    """The result's rows by their keys, which are unique."""
     rows = pq.read_table(result["captions"]).to_pylist()
     captions = {row["key"]: row for row in rows}
     assert len(captions) == len(rows) == ROWS
@@ -138,7 +138,7 @@ def mlflow_client(result: dict[str, Any]):
 
 
 def engines() -> list[psutil.Process]:
-    """The engines of this session's Ray, and of no other."""
+    """The engines of this session's Ray only."""
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
     return [child for child in psutil.Process(raylet).children() if "CaptionActor" in _command(child)]
 
@@ -146,7 +146,7 @@ def engines() -> list[psutil.Process]:
 def _command(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
-    except psutil.Error:  # it is over
+    except psutil.Error:  # it has ended
         return ""
 
 
@@ -170,7 +170,7 @@ def after_first_shard(config: CaptionConfig, act: Any) -> threading.Thread:
 # ------------------------------------------------------------------------------------- what comes out
 
 
-def test_every_key_is_there_once_with_its_caption_or_what_was_wrong(straight):
+def test_every_key_occurs_once_with_a_caption_or_an_error(straight):
     captions = captions_of(straight)
     assert {key: row["error_kind"] for key, row in captions.items() if row["error_kind"]} == BAD
     for key, kind in BAD.items():
@@ -189,7 +189,7 @@ def test_every_key_is_there_once_with_its_caption_or_what_was_wrong(straight):
     }
 
 
-def test_captions_are_what_the_engine_writes(straight, settings, adapter, tiny_model, inputs):
+def test_captions_are_those_of_the_engine(straight, settings, adapter, tiny_model, inputs):
     model = sv.load_adapter(AutoModelForImageTextToText.from_pretrained(tiny_model), adapter)
     engine = Engine(model, AutoProcessor.from_pretrained(tiny_model))
     image = Image.open(inputs.parent / "5.png").convert("RGB")
@@ -236,13 +236,13 @@ def test_mlflow_has_the_whole_job(straight):
     assert "Describe the thing" in page
 
 
-def test_savings_are_counted_and_predicted_alike(straight):
+def test_counted_and_predicted_savings_agree(straight):
     savings = straight["savings"]
     assert savings["kv_bytes_counted"] == pytest.approx(savings["kv_bytes_predicted"], abs=0.02)
     assert 0 < savings["prefill_flops_predicted"] < 1
 
 
-def test_a_finished_job_says_so_and_is_recorded_elsewhere_without_work(
+def test_a_finished_job_is_reported_and_recorded_elsewhere_without_work(
     straight, settings, capsys, monkeypatch
 ):
     monkeypatch.setattr("pipelines.caption.job.ray_session", lambda: 1 / 0)
@@ -266,9 +266,9 @@ def test_the_same_name_with_other_settings_is_refused(straight, settings):
     assert "max_sequences" not in str(error.value)
 
 
-@pytest.mark.slow  # the parts are tested in test_caption_parts
+@pytest.mark.slow  # the parts are tested in test_parts
 def test_json_lines_two_engines_and_a_registered_adapter(straight, settings, adapter):
-    """The same captions in another format, by an adapter out of MLflow."""
+    """The same captions in another format, by an adapter from MLflow."""
     storage = Path(settings["storage"])
     uri = f"sqlite:///{storage / 'mlflow.db'}"
     tracker = Tracker.start(uri, experiment="tests", run_name="tuned", artifacts=storage / "mlflow-artifacts")
@@ -324,7 +324,7 @@ def test_a_killed_engine_and_an_absent_mlflow_cost_no_caption(straight, settings
 
 
 @pytest.mark.slow
-def test_a_killed_job_is_continued_by_the_next(straight, settings, local_ray):
+def test_a_killed_job_is_resumed_and_keeps_its_captions(straight, settings, local_ray):
     config = changed(settings, name="job-killed")
     address = ray.get_runtime_context().gcs_address
     code = (
@@ -461,7 +461,7 @@ def no_ray(monkeypatch):
         ({"storage": "/proc/nowhere"}, ConfigError, "storage = /proc/nowhere: cannot write to"),
     ],
 )
-def test_mistakes_are_told_before_ray_is_started(settings, no_ray, sections, error, message):
+def test_mistakes_are_reported_before_ray_is_started(settings, no_ray, sections, error, message):
     with pytest.raises(error, match=message):
         run_caption(changed(settings, name="mistaken", **sections))
 
@@ -485,13 +485,13 @@ def test_an_adapter_that_has_changed_since_is_refused(settings, adapter, tmp_pat
         run_caption(config)
 
 
-def test_a_job_that_is_worked_on_is_left_alone(settings):
+def test_a_job_that_another_process_works_on_is_refused(settings):
     config = changed(settings, name="busy")
     folder = CaptionFolder(Path(config.storage), config.name)
     with folder.claimed(), pytest.raises(ConfigError, match="worked on by another job"):
         run_caption(config)
 
 
-def test_several_answers_a_row_have_no_place(settings):
+def test_several_answers_per_row_are_refused(settings):
     with pytest.raises(ValueError, match=r"sampling\.n"):
         changed(settings, sampling={"n": 2})

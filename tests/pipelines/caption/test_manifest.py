@@ -1,4 +1,4 @@
-"""Every kind of input becomes a manifest: rows in order, unique keys, problems named, images found again."""
+"""Every kind of input becomes a manifest with rows in order, unique keys, problems and images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def png(colour=RED, size=(8, 6)):
 
 @pytest.fixture
 def listed(tmp_path):
-    """List inputs and read the manifest back: (rows, facts)."""
+    """List inputs and read the manifest: (rows, facts)."""
 
     def list_inputs(source, shard_rows=3, **settings):
         path = tmp_path / "out-manifest.parquet"
@@ -82,7 +82,7 @@ def test_a_folder_is_searched_in_order_and_other_files_are_counted(folder, liste
     assert facts.problems == {}
 
 
-def test_a_folder_at_a_url_is_read_like_one_here(folder, listed):
+def test_a_folder_at_a_url_is_read_like_a_local_one(folder, listed):
     fs = fsspec.filesystem("memory")
     fs.put(str(folder), "/set", recursive=True)
     try:
@@ -95,7 +95,7 @@ def test_a_folder_at_a_url_is_read_like_one_here(folder, listed):
     assert keys(listed(f"file://{folder}")[0]) == ["a.png", "b/1.PNG", "b/deep/2.png"]
 
 
-def test_a_pattern_takes_what_it_matches(folder, listed):
+def test_a_pattern_takes_every_file_that_it_matches(folder, listed):
     rows, _ = listed(folder / "b" / "*.*")
     assert keys(rows) == ["1.PNG"]
     rows, _ = listed(folder / "*.txt")
@@ -103,7 +103,7 @@ def test_a_pattern_takes_what_it_matches(folder, listed):
     assert keys(listed(folder / "**" / "*.png", limit=2)[0]) == [".also.png", ".hidden/3.png"]
 
 
-def test_nothing_to_caption_says_what_was_passed_over(folder, listed, tmp_path):
+def test_an_error_without_inputs_counts_the_skipped_files(folder, listed, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"nothing to caption \(files skipped: 1 × \.txt"):
@@ -150,7 +150,7 @@ def test_json_lines_with_columns_keys_and_broken_rows(tmp_path, listed):
     assert rows[8].source.endswith("rows.jsonl: line 9")
 
 
-def test_halves_of_characters_make_an_error_row(tmp_path, listed):
+def test_half_a_character_makes_an_error_row(tmp_path, listed):
     lines = ['{"id": "a\\ud800", "image": "x.png"}', '{"id": "b", "image": "x.png", "title": "\\udfff"}']
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines, '{"id": "c", "image": "x.png", "title": "t"}']))
     assert problems(listed(tmp_path / "rows.jsonl")[0]) == {"a\\ud800": "broken record"}
@@ -172,7 +172,7 @@ def test_a_placeholder_in_a_value_is_no_image(tmp_path, listed):
     assert problems(rows) == {"rows-1": "placeholders"}
 
 
-def test_images_stand_where_the_prompt_puts_them(tmp_path, listed):
+def test_the_prompt_decides_the_position_of_images(tmp_path, listed):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": ["a.png", "b.png"]}))
     rows, _ = listed(tmp_path / "rows.jsonl", prompt="From <image> to <image>: what changed?")
     assert rows[0].messages[0].text == "From <image> to <image>: what changed?"
@@ -180,7 +180,7 @@ def test_images_stand_where_the_prompt_puts_them(tmp_path, listed):
     assert problems(rows) == {"rows-1": "placeholders"}
 
 
-def test_llava_json_asks_its_own_questions(tmp_path, listed):
+def test_llava_json_has_its_own_questions(tmp_path, listed):
     turns = [
         {"from": "human", "value": "<image>\nWhat is it?"},
         {"from": "gpt", "value": "a cat"},
@@ -239,7 +239,7 @@ def test_a_prompt_may_only_name_columns(prompt):
     ],
     ids=["bytes", "struct", "list", "paths"],
 )
-def test_images_in_parquet_whichever_way_they_are_held(tmp_path, listed, cells):
+def test_images_in_parquet_in_every_representation(tmp_path, listed, cells):
     (tmp_path / "red.png").write_bytes(png())
     (tmp_path / "blue.png").write_bytes(png(BLUE))
     table = pa.table({"uid": [1, 2, 3], "picture": cells, "other": ["x", "y", "z"]})
@@ -331,7 +331,7 @@ def test_a_tar_that_is_cut_off_ends_in_an_error_row(tmp_path, listed, keep):
     assert "tar" in rows[-1].problem.reason
 
 
-def test_what_is_no_tar_is_refused(tmp_path, listed):
+def test_a_file_that_is_no_tar_is_refused(tmp_path, listed):
     (tmp_path / "00.tar").write_bytes(b"not a tar" * 100)
     with pytest.raises(DataError, match="not a readable uncompressed tar"):
         listed(tmp_path / "00.tar")
@@ -340,7 +340,7 @@ def test_what_is_no_tar_is_refused(tmp_path, listed):
 # -------------------------------------------------------------------------------------------- keys
 
 
-def test_new_names_of_repeated_keys_are_nobody_elses(tmp_path, listed):
+def test_new_names_of_repeated_keys_are_unique(tmp_path, listed):
     given = ["a", "a", "a#2", "a", "b", "a#2", "a#3"]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"id": k, "image": "x.png"}) for k in given))
     rows, facts = listed(tmp_path / "rows.jsonl", shard_rows=2)

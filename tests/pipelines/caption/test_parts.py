@@ -45,7 +45,7 @@ CAPTIONS = [
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_captions_come_back_from_their_files_as_they_were(tmp_path, kind):
+def test_captions_are_read_from_files_as_they_were_written(tmp_path, kind):
     shards = CaptionShards(tmp_path / "captions", kind)
     assert shards.missing(3) == [0, 1, 2]
     shards.write(1, CAPTIONS)
@@ -54,7 +54,7 @@ def test_captions_come_back_from_their_files_as_they_were(tmp_path, kind):
     assert [path.name for path in shards.folder.iterdir()] == [f"000001.{kind}"]
 
 
-def test_a_file_that_was_half_written_does_not_count(tmp_path, monkeypatch):
+def test_a_half_written_file_does_not_count(tmp_path, monkeypatch):
     shards = CaptionShards(tmp_path, "parquet")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda _: 1 / 0)
@@ -76,7 +76,7 @@ def test_a_tally_counts_rows_errors_and_tokens(tmp_path):
     assert tally.tokens["output_tokens"] == 2
 
 
-def test_rows_come_back_from_the_manifest_as_they_were():
+def test_rows_are_read_from_the_manifest_as_they_were_written():
     images = (
         FileImage("/a.png", 9),
         InlineImage(b"\x00\xff", "#1 of row a", 9),
@@ -101,7 +101,7 @@ def test_rows_come_back_from_the_manifest_as_they_were():
         ([{"CPU": 8, "GPU": 1}, {"CPU": 2}], {"gpus_per_worker": 0, "workers": 2}, (4, 0)),
     ],
 )
-def test_engines_get_what_readers_leave(nodes, scaling, each):
+def test_engines_get_the_cpus_that_readers_leave(nodes, scaling, each):
     resources = engine_resources(nodes, ScalingSection(**scaling))
     assert (resources["CPU"], resources["GPU"]) == each
 
@@ -117,7 +117,7 @@ def test_engines_get_what_readers_leave(nodes, scaling, each):
         ([], {}),
     ],
 )
-def test_what_does_not_fit_is_refused(nodes, scaling):
+def test_engines_that_do_not_fit_are_refused(nodes, scaling):
     with pytest.raises(ResourceError, match="more than the cluster holds"):
         engine_resources(nodes, ScalingSection(**scaling))
 
@@ -135,7 +135,7 @@ def settings_of(tiny_model, **sections):
     return CaptionConfig.model_validate({"name": "x", "model": model, "input": {"source": "x"}, **sections})
 
 
-def test_a_registered_adapter_is_fetched_once_and_stays_what_it_was(tiny_model, tmp_path):
+def test_a_registered_adapter_is_fetched_once_and_must_not_change(tiny_model, tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     made = tmp_path / "adapter"
     for number in (1, 2):
@@ -162,7 +162,7 @@ def test_a_registered_adapter_is_fetched_once_and_stays_what_it_was(tiny_model, 
         ({"retained": 3}, sv.SkipConfig(retained=3)),
     ],
 )
-def test_without_an_adapter_nothing_is_skipped_unless_told(tiny_model, tmp_path, skip, expected):
+def test_without_an_adapter_nothing_is_skipped_by_default(tiny_model, tmp_path, skip, expected):
     model = find_model(settings_of(tiny_model, skip=skip), "sqlite:///none", tmp_path, None)
     assert (model.skip, model.adapter, model.adapter_label) == (expected, None, None)
 
@@ -170,7 +170,7 @@ def test_without_an_adapter_nothing_is_skipped_unless_told(tiny_model, tmp_path,
 # ------------------------------------------------------------------------------------------ readers
 
 
-def test_a_prepared_row_is_what_the_processor_makes(processor, tmp_path):
+def test_a_prepared_row_has_the_inputs_of_the_processor(processor, tmp_path):
     Image.new("RGB", (40, 60), "red").save(tmp_path / "a.png")
     row = CaptionRow(
         "a",
@@ -191,7 +191,7 @@ def test_a_prepared_row_is_what_the_processor_makes(processor, tmp_path):
         assert torch.equal(value, expected[name])
 
 
-def test_few_results_wait_and_order_stays():
+def test_only_few_results_wait_and_they_keep_their_order():
     running, most, done = set(), [], []
     lock = threading.Lock()
 
@@ -244,13 +244,13 @@ def test_threads_share_an_engine_and_each_gets_its_own_answers(engine):
     assert shared.statistics().decode_steps > 0
 
 
-def test_a_refused_request_is_refused_alone(engine):
+def test_only_the_wrong_request_is_refused(engine):
     good, bad = EngineThread(lambda: engine).answer([request("hello"), request("word " * 600)])
     assert good.text is not None
     assert isinstance(bad, InputError)
 
 
-def test_a_broken_engine_is_an_error_for_all_who_wait_and_come(engine, monkeypatch):
+def test_a_broken_engine_is_an_error_for_waiting_and_later_requests(engine, monkeypatch):
     shared = EngineThread(lambda: engine)
     monkeypatch.setattr(engine, "step", lambda: 1 / 0)
     for _ in range(2):
@@ -258,7 +258,7 @@ def test_a_broken_engine_is_an_error_for_all_who_wait_and_come(engine, monkeypat
             shared.answer([request("hello")])
 
 
-def test_what_was_asked_of_an_engine_that_ended_is_answered_too(engine, monkeypatch):
+def test_requests_of_an_engine_that_ends_are_answered(engine, monkeypatch):
     entered, go_on = threading.Event(), threading.Event()
 
     def fail():
@@ -280,7 +280,7 @@ def test_what_was_asked_of_an_engine_that_ended_is_answered_too(engine, monkeypa
     assert isinstance(shared.failure, ZeroDivisionError)
 
 
-def test_an_engine_that_cannot_be_made_says_so_to_all(engine):
+def test_an_engine_that_cannot_start_is_an_error_for_every_request(engine):
     shared = EngineThread(lambda: 1 / 0)
     for ask in (shared.wait_until_ready, shared.statistics, lambda: shared.answer([request("hello")])):
         with pytest.raises(ZeroDivisionError):
@@ -288,7 +288,7 @@ def test_an_engine_that_cannot_be_made_says_so_to_all(engine):
 
 
 class Undisturbed(CaptionActor):
-    """An actor without Ray around it."""
+    """An actor without Ray."""
 
     def __init__(self, work, engine):
         self.work, self.name, self.engine, self.alone = work, "here", engine, threading.Lock()
@@ -301,7 +301,7 @@ def work_of(tiny_model, tmp_path, **sections):
     )
 
 
-def test_a_row_over_which_engines_die_becomes_an_error_row_and_no_other_does(tiny_model, tmp_path, engine):
+def test_only_the_row_that_kills_engines_becomes_an_error_row(tiny_model, tmp_path, engine):
     from pipelines.caption.stages import Block, _packed, _unpacked
 
     class Deadly(EngineThread):
@@ -333,7 +333,7 @@ def test_a_row_over_which_engines_die_becomes_an_error_row_and_no_other_does(tin
     assert not list(work.attempts.folder.iterdir())
 
 
-def test_why_an_engine_cannot_start_reaches_the_job(tiny_model, tmp_path):
+def test_the_error_of_an_engine_that_cannot_start_reaches_the_job(tiny_model, tmp_path):
     from pipelines.caption.stages import Block, _packed, _unpacked
 
     actor = Undisturbed(work_of(tiny_model, tmp_path), ConfigError("summary_tokens = 3"))
@@ -341,7 +341,7 @@ def test_why_an_engine_cannot_start_reaches_the_job(tiny_model, tmp_path):
         list(_unpacked(actor(_packed(Block(0, [PreparedRow(0, "a")])))))
 
 
-def test_each_row_has_a_seed_of_its_own_that_stays_the_same(tiny_model, tmp_path):
+def test_each_row_has_its_own_constant_seed(tiny_model, tmp_path):
     sampling = {"temperature": 1.0, "seed": 5}
     actor = Undisturbed(work_of(tiny_model, tmp_path, sampling=sampling), None)
     again = Undisturbed(work_of(tiny_model, tmp_path, sampling=sampling), None)
@@ -354,7 +354,7 @@ def test_each_row_has_a_seed_of_its_own_that_stays_the_same(tiny_model, tmp_path
     assert greedy._sampling("a") == greedy._sampling("b")
 
 
-def test_what_was_wrong_with_a_row_is_kept_whatever_the_engine_says(tiny_model, tmp_path):
+def test_a_problem_of_a_row_is_kept_whatever_the_engine_answers(tiny_model, tmp_path):
     actor = Undisturbed(work_of(tiny_model, tmp_path), None)
     caption = actor._caption(PreparedRow(0, "a"), InputError("too long"))
     assert (caption.error_kind, caption.error) == ("prompt", "too long")
@@ -368,7 +368,7 @@ class Silent:
         self.values = values
 
 
-def test_progress_says_rate_and_time_left(monkeypatch, capsys):
+def test_progress_has_rate_and_remaining_time(monkeypatch, capsys):
     from pipelines.caption.stages import CaptionedBlock
 
     now = [100.0]
@@ -392,7 +392,7 @@ def _statistics():
     return sv.engine.Statistics(**fields)
 
 
-def test_names_of_models_that_are_none_are_refused(tmp_path):
+def test_malformed_names_of_models_are_refused(tmp_path):
     for name in ("models:/", "models:/a", "models:/a@", "models:/a/b/c", "models:/a@b@c"):
         with pytest.raises(ConfigError, match=re.escape(f"{name!r} names no model")):
             fetch_model("sqlite:///none", name, tmp_path)

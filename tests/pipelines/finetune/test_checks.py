@@ -1,4 +1,4 @@
-"""What can be refused before Ray is started is, in seconds, and leaves nothing behind."""
+"""Mistakes are refused within seconds, before Ray is started, and leave no files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @pytest.fixture
 def settings(tiny_model: Path, shapes_data: Path, tmp_path: Path, monkeypatch) -> dict[str, Any]:
-    """A run that would begin, if Ray could be started."""
+    """A run that would begin if Ray could be started."""
 
     def started() -> None:
         raise AssertionError("Ray is started")
@@ -46,7 +46,7 @@ def with_bad_row(settings: dict[str, Any], tmp_path: Path) -> str:
     return str(file)
 
 
-def test_a_run_without_faults_gets_as_far_as_ray(settings):
+def test_a_correct_run_starts_ray(settings):
     with pytest.raises(AssertionError, match="Ray is started"):
         run_finetune(FinetuneConfig.model_validate(settings))
 
@@ -66,7 +66,7 @@ def test_a_run_without_faults_gets_as_far_as_ray(settings):
         ("tracking", {"uri": "http://127.0.0.1:9"}, TrackingError, "starting the run"),
     ],
 )
-def test_a_wrong_setting_is_answered_without_ray(
+def test_a_wrong_setting_is_refused_without_ray(
     settings, section, values, error, says, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(Path(__file__).parents[3])
@@ -77,30 +77,30 @@ def test_a_wrong_setting_is_answered_without_ray(
     assert left <= {"run", "rejects.jsonl"} if error is DataError else not left
 
 
-def test_bad_rows_that_are_to_stop_a_run_do_so_without_ray(settings, tmp_path):
+def test_bad_rows_stop_a_run_without_ray(settings, tmp_path):
     data = {"train": with_bad_row(settings, tmp_path), "on_bad_row": "stop"}
     with pytest.raises(DataError, match="1 of 40 rows cannot be used"):
         run_finetune(FinetuneConfig.model_validate({**settings, "data": data}))
-    # What the message points to stays.
+    # The file that the message names stays.
     assert [path.name for path in (tmp_path / "runs" / "run").iterdir()] == ["rejects.jsonl"]
 
 
-def test_a_ray_that_is_there_is_asked_for_room_before_the_data_are_read(settings, monkeypatch):
-    asked: list[str] = []
+def test_the_resources_of_a_running_ray_are_checked_before_the_data_are_read(settings, monkeypatch):
+    calls: list[str] = []
 
     def check(scaling: object) -> None:
         del scaling
-        asked.append("workers")
+        calls.append("workers")
         raise ResourceError("no room")
 
     monkeypatch.setattr(finetune, "check_workers", check)
-    monkeypatch.setattr(finetune, "read_data", lambda *_: asked.append("data"))
+    monkeypatch.setattr(finetune, "read_data", lambda *_: calls.append("data"))
     with pytest.raises(ResourceError, match="no room"):
         run_finetune(FinetuneConfig.model_validate(settings))
-    assert asked == ["workers"]
+    assert calls == ["workers"]
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(settings, monkeypatch):
+def test_a_hub_that_does_not_answer_is_an_error_at_once(settings, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"model.path = owner/no-such-model: .* does not answer"):

@@ -1,4 +1,4 @@
-"""Runs on a real local Ray: what comes out, and that nothing that dies on the way changes it."""
+"""Fine-tuning on a real local Ray: its results, and that crashes on the way do not change them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def changed(settings: dict[str, Any], **sections: Any) -> FinetuneConfig:
 
 @pytest.fixture(scope="module")
 def straight(settings: dict[str, Any], local_ray: None) -> dict[str, Any]:
-    """The result of the run that nothing happens to."""
+    """The result of an undisturbed run."""
     return run_finetune(FinetuneConfig.model_validate(settings))
 
 
@@ -122,7 +122,7 @@ def assert_resumed(result: dict[str, Any]) -> None:
 
 
 def kill_after_first_checkpoint(run: FinetuneFolder, kill: Any) -> threading.Thread:
-    """Call ``kill`` in the background as soon as the run has a checkpoint that counts."""
+    """Call ``kill`` in the background as soon as the run has a complete checkpoint."""
 
     def watch() -> None:
         snapshot = run.checkpoints / "checkpoint_manager_snapshot.json"
@@ -139,13 +139,13 @@ def kill_after_first_checkpoint(run: FinetuneFolder, kill: Any) -> threading.Thr
 
 
 def train_workers() -> list[psutil.Process]:
-    """The train workers of this session's Ray, and of no other."""
+    """The train workers of this session's Ray only."""
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
     children = psutil.Process(raylet).children()
     return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
 
 
-# ------------------------------------------------------------------------------------- what comes out
+# -------------------------------------------------------------------------------------------- results
 
 
 def test_a_run_leaves_an_adapter_that_loads(straight, settings, tiny_model):
@@ -204,7 +204,7 @@ def test_only_the_newest_checkpoints_stay(straight, settings):
     assert sorted(path.name for path in kept) == ["checkpoint_00000018", "checkpoint_00000024"]
 
 
-def test_a_finished_run_says_so(straight, settings, capsys):
+def test_a_finished_run_is_only_reported(straight, settings, capsys):
     started = time.monotonic()
     again = run_finetune(FinetuneConfig.model_validate(settings))
     assert again == {**straight, "already_finished": True}
@@ -228,11 +228,11 @@ def test_the_same_name_with_other_settings_is_refused(straight, settings):
     assert "scaling" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------- what dies on the way
+# ------------------------------------------------------------------------------------ crashes and stops
 
 
 def test_a_killed_worker_and_an_absent_registry_change_nothing(straight, settings, monkeypatch):
-    """SIGKILL in mid-run, no MLflow at the end: the run resumes, and only its registration is repeated."""
+    """SIGKILL during the run and no MLflow at the end: the run resumes, and only registers again."""
     config = changed(settings, name="worker-killed")
     killed: list[int] = []
 
@@ -298,10 +298,10 @@ def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):
     assert_same_weights(straight["adapter"], result["adapter"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow  # a job without a training is told to stop in test_local_ray
+@pytest.mark.slow  # a job without a training is stopped in test_local
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_that_is_told_to_stop_says_so(settings, tmp_path, number):
-    """In MLflow too, where it would seem to run for ever; without a stack of Ray's C++."""
+def test_a_stopped_job_cleans_up(settings, tmp_path, number):
+    """Its MLflow run is KILLED, and no stack of Ray's C++ is printed."""
     config = changed(settings, name=f"stopped-{number}", training={"max_steps": 2000, "checkpoint_every": 2})
     file = tmp_path / "settings.yaml"
     file.write_text(config.model_dump_json())
@@ -324,7 +324,7 @@ def test_a_job_that_is_told_to_stop_says_so(settings, tmp_path, number):
     assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
 
 
-def test_two_workers_learn_what_one_does(straight, settings):
+def test_two_workers_train_the_same_adapter_as_one(straight, settings):
     """The same global batches, halved: the same adapter, up to the order of additions."""
     result = run_finetune(changed(settings, name="two-workers", scaling={"workers": 2}))
     assert_same_weights(straight["adapter"], result["adapter"], rtol=1e-3, atol=1e-4)
@@ -332,12 +332,12 @@ def test_two_workers_learn_what_one_does(straight, settings):
     assert result["exact_match"] == straight["exact_match"]
 
 
-# -------------------------------------------------------------------------- what becomes unusable meanwhile
+# ------------------------------------------------------------------------- rows that become unusable
 
 
 @pytest.fixture(scope="module")
 def damaged(settings: dict[str, Any], shapes_data: Path) -> dict[str, Any]:
-    """Two training rows and one of validation whose images nobody looks at before they are needed."""
+    """Two training rows and a validation row with bad images, checked only when they are needed."""
     data = {}
     for split, changes in {
         "train": {3: "images/gone.png", 5: "damaged.png"},
@@ -352,7 +352,7 @@ def damaged(settings: dict[str, Any], shapes_data: Path) -> dict[str, Any]:
     return {**data, "check_images": "none"}
 
 
-def test_rows_that_become_unusable_are_left_out_listed_and_counted(settings, damaged, local_ray):
+def test_rows_that_become_unusable_are_skipped_listed_and_counted(settings, damaged, local_ray):
     """On two workers over more than two epochs: each such row is listed once."""
     result = run_finetune(changed(settings, name="damaged", data=damaged, scaling={"workers": 2}))
     folder = Path(settings["storage"]) / "damaged"
@@ -373,9 +373,9 @@ def test_rows_that_become_unusable_are_left_out_listed_and_counted(settings, dam
     assert Path(stored).read_text() == (folder / "rejects.jsonl").read_text()
 
 
-@pytest.mark.slow  # that they are found is tested above
-def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged, local_ray, capfd):
-    """At once, as they would at every restart; what was learnt until the last evaluation is safe."""
+@pytest.mark.slow  # the test above covers how they are found
+def test_rows_that_become_unusable_stop_the_run_if_so_configured(settings, damaged, local_ray, capfd):
+    """At once, because they would at every restart; the adapter of the last step is safe."""
     data = {**damaged, "train": str(Path(damaged["train"]).with_name("train.json")), "on_bad_row": "stop"}
     config = changed(settings, name="damaged-strict", data=data, training={"max_steps": 6})
     with pytest.raises(DataError, match=r"validation-000000-caption\) became unusable .*damaged.png"):
@@ -392,7 +392,7 @@ def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged
     assert run.info.status == "FAILED"
     assert run.data.metrics["rejected_rows"] == 1
 
-    # With what may differ, and with what may if it is said, the run goes on from its checkpoint to its end.
+    # With settings that may differ or change, the run resumes from its checkpoint.
     training = {**settings["training"], "max_steps": 6, "learning_rate": 0.001}
     tolerant = changed(
         settings, name="damaged-strict", data={**data, "on_bad_row": "skip"}, training=training
@@ -409,7 +409,7 @@ def test_rows_that_become_unusable_stop_the_run_if_they_are_to(settings, damaged
 
 
 @pytest.mark.slow
-def test_an_error_that_would_only_come_again_is_not_tried_again(settings, local_ray, capfd):
+def test_an_error_that_would_recur_is_not_retried(settings, local_ray, capfd):
     config = changed(settings, name="exploding", training={"learning_rate": 1e30, "max_steps": 6})
     with pytest.raises(SkipVisionError, match=r"the gradient at step . is (nan|inf): lower"):
         run_finetune(config)
@@ -417,8 +417,8 @@ def test_an_error_that_would_only_come_again_is_not_tried_again(settings, local_
 
 
 @pytest.mark.slow
-def test_a_storage_of_images_that_goes_away_ends_the_run(settings, damaged, local_ray, shapes_data):
-    """Otherwise all steps would pass without a row, and an adapter that has learnt nothing be registered."""
+def test_a_run_ends_when_the_storage_of_images_is_gone(settings, damaged, local_ray, shapes_data):
+    """Otherwise all steps would pass without a row, and an untrained adapter would be registered."""
     rows = json.loads((shapes_data / "train.json").read_text())
     for row in rows:
         row["image"] = "unmounted/" + row["image"]
@@ -439,27 +439,22 @@ def test_more_workers_than_the_cluster_has_are_refused(settings, local_ray):
     assert time.monotonic() - started < 10
 
 
-def test_nothing_usable_is_an_error_at_once(settings, local_ray, tmp_path):
+def test_a_file_without_usable_rows_is_an_error_at_once(settings, local_ray, tmp_path):
     file = tmp_path / "bad.json"
     file.write_text(json.dumps([{"id": "a", "image": "no.png", "conversations": []}]))
     with pytest.raises(DataError, match="no usable row"):
         run_finetune(changed(settings, name="empty", data={"train": str(file)}))
-    # Nothing was done under that name, so it can be used with other settings.
+    # No work was done under that name, so it can be used with other settings.
     with pytest.raises(DataError, match="1 × conversation"):
         run_finetune(changed(settings, name="empty", data={"train": str(file)}, lora={"rank": 2}))
 
 
-def test_bad_rows_stop_the_run_if_they_are_to(settings, local_ray):
+def test_bad_rows_stop_the_run_if_so_configured(settings, local_ray):
     with pytest.raises(DataError, match="2 of 40 rows cannot be used"):
         run_finetune(changed(settings, name="strict", data={"on_bad_row": "stop"}))
 
 
-def test_no_mlflow_server_is_an_error_before_training(settings, local_ray):
-    with pytest.raises(TrackingError, match=r"starting the run at http://127\.0\.0\.1:9"):
-        run_finetune(changed(settings, name="untracked", tracking={"uri": "http://127.0.0.1:9"}))
-
-
-def test_a_run_that_is_worked_on_is_left_alone(settings):
+def test_a_run_that_another_process_works_on_is_refused(settings):
     config = changed(settings, name="busy")
     with folder_of(config).claimed(), pytest.raises(ConfigError, match="worked on by another job"):
         run_finetune(config)

@@ -1,4 +1,4 @@
-"""One worker's learning: the loss is per learnt token however a batch is cut, and a step repeats itself."""
+"""Training in one worker: the loss is per learnt token however a batch is split, and steps are repeatable."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def gradients(learner: Learner, batches) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in learner.trainable.values()])
 
 
-def test_what_trains_is_lora_in_the_decoder_and_the_summary(config):
+def test_only_lora_in_the_decoder_and_the_summary_are_trained(config):
     names = list(learner_of(config).trainable)
     assert all("language_model" in name and ("lora_" in name or "skip_summary" in name) for name in names)
     assert any("skip_summary" in name for name in names)
@@ -71,7 +71,7 @@ def test_what_trains_is_lora_in_the_decoder_and_the_summary(config):
     assert sum("lora_" in name for name in names) == 28
 
 
-def test_another_seed_is_another_run_and_the_same_seed_the_same(config):
+def test_a_run_depends_on_its_seed_only(config):
     def run(seed: int) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
         seeded = config.model_copy(update={"seed": seed})
         order = LengthGroupedBatches([3, 1, 2, 5] * 10, 4, seeded.seed)
@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_all_logits(config, rows, skip):
     learner = learner_of(changed(config, skip=skip, lora={"dropout": 0.0}))
     batch = collator_of(config)(rows[:4])
     loss, learnt = learner.loss(batch)
-    # With skipping, answers must not be learnt from what leaves the cache before they are given.
+    # With skipping, answers must not be learnt from tokens that leave the cache before decoding.
     answers = {sv.DECODED_KEYWORD: (batch.labels != IGNORED).cumsum(dim=1) > 0} if skip else {}
     logits = learner.model(**batch.inputs, **answers, use_cache=False).logits
     expected = F.cross_entropy(
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_all_logits(config, rows, skip):
     assert learnt == (batch.labels != IGNORED).sum()
 
 
-def test_gradient_does_not_depend_on_how_a_batch_is_cut(config, rows):
+def test_gradients_do_not_depend_on_how_a_batch_is_split(config, rows):
     config, collate = changed(config, lora={"dropout": 0.0}), collator_of(config)
     whole, cut = learner_of(config), learner_of(config)
     for learner, groups in ((whole, [rows[:5]]), (cut, [rows[:1], rows[1:4], rows[4:5]])):
@@ -110,7 +110,7 @@ def test_gradient_does_not_depend_on_how_a_batch_is_cut(config, rows):
         torch.testing.assert_close(parameter, cut.trainable[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_repeats_itself_from_a_checkpoint(config, rows, tmp_path):
+def test_a_step_from_a_checkpoint_is_repeated_exactly(config, rows, tmp_path):
     batches = [collator_of(config)(rows[i : i + 2]) for i in range(0, 12, 2)]
     straight = learner_of(config)
     for step in range(3):
@@ -135,7 +135,7 @@ def test_training_learns(config, rows):
     assert learner.model.training
 
 
-def test_a_share_without_rows_or_images_is_no_problem(config, rows):
+def test_a_share_may_have_no_rows_or_images(config, rows):
     learner = learner_of(config)
     stats = learner.step([], 0, 10)
     assert (stats.loss, stats.learnt_tokens, stats.images) == (0.0, 0, 0)
@@ -153,7 +153,7 @@ def test_gradient_checkpointing_changes_nothing(config, rows, skip):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_vision_tower_keeps_nothing_for_a_backward_pass(config, rows, checkpointing):
+def test_the_vision_tower_keeps_no_activations(config, rows, checkpointing):
     training = {**config.training.model_dump(), "gradient_checkpointing": checkpointing}
     learner = learner_of(changed(config, skip=None, training=training))
     seen = []
@@ -175,7 +175,7 @@ def test_bfloat16_stays_near_float32(config, rows):
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_precision_is_what_the_hardware_has():
+def test_the_default_precision_is_that_of_the_hardware():
     assert arithmetic("float32", CPU) == torch.float32
     assert arithmetic("bfloat16", CPU) == torch.bfloat16
     flags = Path("/proc/cpuinfo").read_text().split()

@@ -1,4 +1,4 @@
-"""What a run says of its speed."""
+"""The lines and numbers of a training's progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def stats(loss: float, learnt_tokens: int = 10) -> StepStats:
     return StepStats(loss, 1.0, 0.1, learnt_tokens, tokens=100, images=4)
 
 
-def test_time_is_left_until_the_last_step():
+def test_lines_have_a_remaining_time_until_the_last_step():
     progress = Progress(3)
     progress.start(0)
     for done in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""A signal ends a job as an error does: it cleans up, and its exit status names the signal."""
+"""A job that gets a signal cleans up, and its exit status names the signal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.shared.stopping import SIGNALS, handlers_kept
 
 @pytest.fixture
 def unignored():
-    """Under nohup SIGHUP is ignored, by the tests too."""
+    """SIGHUP with its default handler: under nohup the tests ignore it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -21,7 +21,7 @@ def unignored():
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.usefixtures("unignored")
-def test_a_job_cleans_up_and_is_not_disturbed_in_it(number, capfd):
+def test_a_job_cleans_up_without_being_disturbed_by_further_signals(number, capfd):
     before = {one: signal.getsignal(one) for one in SIGNALS}
     cleaned = []
 
@@ -42,8 +42,8 @@ def test_a_job_cleans_up_and_is_not_disturbed_in_it(number, capfd):
     assert {one: signal.getsignal(one) for one in SIGNALS} == before
 
 
-def test_what_is_ignored_stays_ignored():
-    """As SIGHUP is under nohup."""
+def test_an_ignored_signal_stays_ignored():
+    """SIGHUP under nohup, for example."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         run_job(lambda _: os.kill(os.getpid(), signal.SIGHUP) or {"ran": True}, [])
@@ -51,7 +51,7 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_handlers_that_a_library_replaces_come_back():
+def test_handlers_that_a_library_replaces_are_restored():
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         ours = signal.getsignal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""MLflow: what is recorded, how a run goes on after a restart, and what happens when it is away."""
+"""MLflow: values are recorded, runs continue after a restart, and nothing is lost while it is away."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def client(uri: str):
 
 @contextmanager
 def no_metrics(uri: str) -> Iterator[None]:
-    """A sqlite store that takes everything but metrics."""
+    """A sqlite store that refuses metrics."""
     file = uri.removeprefix("sqlite:///")
     for statement in (
         "CREATE TRIGGER full BEFORE INSERT ON metrics BEGIN SELECT RAISE(ABORT, 'no metrics'); END",
@@ -82,7 +82,7 @@ def test_nested_settings_become_dotted_names():
     assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1]}) == {"a.b.c": 1, "a.d": None, "e": [1]}
 
 
-def test_a_run_is_recorded_and_goes_on_under_its_id(uri, storage, tmp_path, monkeypatch):
+def test_a_run_is_recorded_and_continues_under_its_id(uri, storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tracker = begin(uri, storage)
     tracker.parameters({"lora": {"rank": 16}, **{f"p{i}": i for i in range(150)}})
@@ -105,7 +105,7 @@ def test_a_run_is_recorded_and_goes_on_under_its_id(uri, storage, tmp_path, monk
     assert [m.step for m in client(uri).get_metric_history(tracker.run_id, "loss")] == [1, 2, 3, 4]
     assert any(name.startswith("system/cpu") for name in run.data.metrics)
     assert [f.path for f in client(uri).list_artifacts(tracker.run_id)] == ["config.yaml"]
-    assert list(tmp_path.iterdir()) == []  # nothing falls into the working directory
+    assert list(tmp_path.iterdir()) == []  # nothing is written to the working directory
     assert any((storage / "artifacts").rglob("config.yaml"))
 
 
@@ -116,13 +116,13 @@ def test_an_adapter_becomes_one_version_with_the_alias(uri, storage, tmp_path):
     for number in ("1", "2"):
         tracker = begin(uri, storage)
         assert tracker.register(adapter, "ours", "candidate") == number
-        assert tracker.register(adapter, "ours", "candidate") == number  # handed in twice, one version
+        assert tracker.register(adapter, "ours", "candidate") == number  # registered twice, one version
         version = client(uri).get_model_version_by_alias("ours", "candidate")
         assert (str(version.version), version.run_id) == (number, tracker.run_id)
         assert [f.path for f in client(uri).list_artifacts(tracker.run_id, "adapter")] == ["adapter/weights"]
 
 
-def test_no_server_at_the_start_is_an_error_at_once(storage):
+def test_an_unreachable_server_is_an_error_at_the_start(storage):
     started = time.monotonic()
     with pytest.raises(TrackingError, match=r"starting the run at http://127.0.0.1:9"):
         begin(NOBODY, storage)
@@ -130,7 +130,7 @@ def test_no_server_at_the_start_is_an_error_at_once(storage):
 
 
 class Flaky:
-    """A client whose server is away at times."""
+    """A client whose server is away from time to time."""
 
     def __init__(self) -> None:
         self.away, self.received = False, []
@@ -149,7 +149,7 @@ def test_metrics_wait_while_the_server_is_away(monkeypatch):
     flaky.away = True
     with pytest.warns(UserWarning, match="1 values wait for the next try"):
         tracker.metrics({"loss": 1.0}, 2)
-    tracker.metrics({"loss": 1.0}, 3)  # within the pause nobody is asked, and nothing is held up
+    tracker.metrics({"loss": 1.0}, 3)  # during the pause MLflow is not called and nothing is delayed
     assert flaky.received == [("loss", 1)]
     flaky.away = False
     time.sleep(0.25)
@@ -158,7 +158,7 @@ def test_metrics_wait_while_the_server_is_away(monkeypatch):
     assert tracker.close() == 0
 
 
-def test_what_a_server_never_got_is_counted(monkeypatch):
+def test_values_that_a_server_never_took_are_counted(monkeypatch):
     flaky = Flaky()
     flaky.away = True
     monkeypatch.setattr(Tracker, "_client", flaky)
@@ -174,7 +174,7 @@ def test_what_a_server_never_got_is_counted(monkeypatch):
         tracker.finish("FINISHED")
 
 
-def test_metrics_of_any_name_arrive(uri, storage):
+def test_metrics_of_any_name_are_recorded(uri, storage):
     tracker = begin(uri, storage)
     names = ["a/http://x", "a/b/", "a/./b", "..", "/a", "a:b", "a?b", "ä b", "", "x" * 300, "x" * 299 + "/y"]
     tracker.metrics({name: number for number, name in enumerate(names)}, 0)
@@ -185,7 +185,7 @@ def test_metrics_of_any_name_arrive(uri, storage):
     assert {found["a_b"], found["a_b_"]} == {5, 6}
 
 
-def test_who_only_reads_makes_no_registry(tmp_path):
+def test_reading_creates_no_registry(tmp_path):
     uri = TrackingConfig().absolute_uri(tmp_path / "typo")
     with pytest.raises(ConfigError, match=r"there is no .*typo/mlflow\.db.* correct the address"):
         Registry(uri)
@@ -194,7 +194,7 @@ def test_who_only_reads_makes_no_registry(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_registration_that_fails_is_tried_again_and_then_reported(monkeypatch, tmp_path):
+def test_a_registration_that_fails_is_retried_and_then_reported(monkeypatch, tmp_path):
     tries = []
     monkeypatch.setattr(Tracker, "_client", property(lambda self: tries.append(1) or 1 / 0))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
