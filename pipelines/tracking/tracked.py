@@ -91,7 +91,8 @@ def tracked_runs(
 
 
 def _remember(config: TrackedConfig, folder: JobFolder, **runs: Any) -> None:
-    folder.remember_settings(config, tracked_in=config.tracking.model_dump(mode="json"), **runs)
+    # Without a result the job is not finished until these runs have it.
+    folder.remember_settings(config, tracked_in=config.tracking.model_dump(mode="json"), result=None, **runs)
 
 
 @contextmanager
