@@ -73,13 +73,15 @@ class ChatFormat:
     def _write(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, mark_answers: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        texts, spans = render_jinja_template(
+        # Annotated as texts, the spans are a list of (start, end) for each conversation.
+        rendered: Any = render_jinja_template(
             conversations=[[{"role": m.role, "content": content_parts(m.text)} for m in messages]],
             chat_template=self._template,
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=mark_answers,
             **self.tokenizer.special_tokens_map,
         )
+        texts, spans = rendered
         return texts[0], [(start, end) for start, end in spans[0]] if mark_answers else []
 
     def _close_answers(self, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:

@@ -224,7 +224,7 @@ def size_of(
 def _opened(file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str]) -> Iterator[Image.Image]:
     """Open an image and read its header; errors inside the block become an `ImageError`."""
     try:
-        with Image.open(file, formats=formats) as image:
+        with Image.open(file, formats=tuple(formats)) as image:
             if image.width * image.height > max_pixels:
                 raise OversizedImageError(
                     f"image {name} has {image.width} × {image.height} pixels, more than {max_pixels:,}"

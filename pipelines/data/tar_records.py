@@ -66,7 +66,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             return  # `_damage` reports it
         if member is None:
             return
-        tar.members.clear()  # tarfile would keep all of them in memory
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them in memory
         if member.isreg() and not posixpath.basename(member.name).startswith("."):
             yield member
 

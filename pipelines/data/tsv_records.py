@@ -62,7 +62,7 @@ def tsv_records(file: str, name: str, images: Sequence[str], max_pixels: int) ->
         try:
             yield record(_value(file, row, held, max_pixels))
         except ValueError as error:
-            known = {row.image_column: []} if row.image_column else {}
+            known: dict[str, list[Any]] = {row.image_column: []} if row.image_column else {}
             yield record({**row.texts, **known}, str(error))
 
 
