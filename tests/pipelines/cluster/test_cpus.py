@@ -1,4 +1,4 @@
-"""As many CPUs are counted as may be used: affinity and quotas, not what the machine has."""
+"""Usable CPUs follow from affinity and quotas, not from the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to inputs: what is learnt is exactly the answers, and batches repeat at every restart."""
+"""Rows become inputs: the labels are exactly the answers, and batches repeat after a restart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHATML = (
     "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
 )
-# As published with LLaVA-1.5: answers are marked, but nothing ends them.
+# LLaVA-1.5's template: it marks the answers but does not end them.
 WITHOUT_END = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for p in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -69,7 +69,7 @@ def with_template(processor: ProcessorMixin, template: str) -> ProcessorMixin:
 
 
 def learnt(processor: ProcessorMixin, rows: list[TrainingRow], end: str) -> list[list[str]]:
-    """The answers a batch teaches, row by row, with what ends each, but for surrounding space."""
+    """Return the answers in the labels of a batch, row by row, without their end tokens."""
     batch = Collator(processor)(rows)
     answers = []
     for labels, ids in zip(batch.labels, batch.inputs["input_ids"], strict=True):
@@ -85,7 +85,7 @@ def learnt(processor: ProcessorMixin, rows: list[TrainingRow], end: str) -> list
     [(None, "</s>"), (CHATML, "<end>"), (WITHOUT_END, "</s>")],
     ids=["marked answers", "no marks", "marked answers without an end"],
 )
-def test_exactly_the_answers_and_their_ends_are_learnt(processor, template, end):
+def test_the_labels_are_exactly_the_answers_and_their_ends(processor, template, end):
     if template is not None:
         with_template(processor, template)
     assert learnt(processor, ROWS, end) == [
@@ -107,13 +107,13 @@ def test_a_row_is_the_same_alone_and_in_a_batch(processor):
     assert together.inputs["pixel_values"].shape[0] == 3
 
 
-def test_text_alone_brings_no_pixels(processor):
+def test_a_text_only_batch_has_no_pixels(processor):
     batch = Collator(processor)([TEXT_ONLY])
     assert "pixel_values" not in batch.inputs
     assert (batch.images, batch.rows) == (0, 1)
 
 
-def test_the_prompt_is_what_stands_before_the_answer(processor):
+def test_the_prompt_is_the_text_before_the_answer(processor):
     chat = ChatFormat(processor)
     rendered = chat.render(MULTI_TURN.messages)
     start, end = rendered.answers[-1]
@@ -138,7 +138,7 @@ def test_lengths_without_pixels_are_those_of_the_batch(processor):
     assert lengths == Collator(processor)(ROWS).inputs["attention_mask"].sum(dim=1).tolist()
 
 
-def test_lengths_where_only_the_pixels_tell(processor, monkeypatch):
+def test_lengths_measured_with_pixels(processor, monkeypatch):
     monkeypatch.delattr(type(processor), "_get_num_multimodal_tokens")
     assert row_lengths(processor, ROWS) == Collator(processor)(ROWS).inputs["attention_mask"].sum(1).tolist()
 
@@ -176,7 +176,7 @@ def test_a_step_has_the_same_rows_whatever_came_before():
     assert sorted(order[:63]) != sorted(order[63:126])  # epochs differ
 
 
-def test_batches_hold_rows_of_like_length_and_the_longest_leads():
+def test_batches_group_rows_by_length_and_start_with_the_longest():
     lengths = [(7919 * i) % 1000 + 1 for i in range(2048)]
     batches = LengthGroupedBatches(lengths, 16, seed=0)
     padded = sum(16 * max(lengths[i] for i in batches.batch(step)) for step in range(batches.per_epoch))
@@ -184,7 +184,7 @@ def test_batches_hold_rows_of_like_length_and_the_longest_leads():
     assert max(lengths) == lengths[batches.batch(0)[0]]
 
 
-def test_prefetching_keeps_order_and_raises_where_it_belongs():
+def test_prefetching_keeps_the_order_and_the_position_of_errors():
     def make(item: int) -> int:
         if item == 3:
             raise ValueError("three")
@@ -196,7 +196,7 @@ def test_prefetching_keeps_order_and_raises_where_it_belongs():
         next(made)
 
 
-def test_measuring_many_rows_says_how_far_it_is(processor, monkeypatch, capsys):
+def test_measuring_many_rows_prints_progress(processor, monkeypatch, capsys):
     monkeypatch.setattr("pipelines.finetune.batches._PROGRESS_SECONDS", -1.0)
     row_lengths(processor, [ROWS[0]] * 2049)
     assert capsys.readouterr().out.splitlines() == [

@@ -1,4 +1,4 @@
-"""From a record to a row: both dialects, every way to give an image, every reason to refuse."""
+"""Records become rows: both formats, every notation of images, every reason for rejection."""
 
 import base64
 import io
@@ -58,7 +58,7 @@ def test_parts_become_lines_and_images_placeholders():
     assert [image.path for image in row.images] == ["/root/a", "/root/b"]
 
 
-def test_several_turns_and_an_open_end():
+def test_a_conversation_may_end_with_a_question():
     row = parse(chat(user("<image> or <image>?"), assistant("the first"), user("Sure?"), images=["a", "b"]))
     assert [message.role for message in row.messages] == ["user", "assistant", "user"]
 
@@ -160,7 +160,7 @@ BAD_IMAGES = [
     + [("placeholders", *case) for case in BAD_PLACEHOLDERS]
     + [("unreadable image", *case) for case in BAD_IMAGES],
 )
-def test_bad_rows_say_what_is_wrong(kind, value, reason):
+def test_bad_rows_are_rejected_with_a_reason(kind, value, reason):
     with pytest.raises(BadRow) as caught:
         parse(value)
     assert caught.value.kind == kind

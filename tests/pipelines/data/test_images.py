@@ -1,4 +1,4 @@
-"""Decoding: what every image becomes, and what is said about those that cannot be decoded."""
+"""Every image is decoded to upright RGB, or raises an error with its name and the reason."""
 
 import io
 import pickle
@@ -118,7 +118,7 @@ def flipped(data):
         ),
     ],
 )
-def test_broken_images_say_what_is_wrong_with_them(tmp_path, name, data, kind, reason):
+def test_broken_images_raise_errors_with_the_reason(tmp_path, name, data, kind, reason):
     (tmp_path / name).write_bytes(data)
     for image in (FileImage(str(tmp_path / name), 10_000), InlineImage(data, name, 10_000)):
         with pytest.raises(DataError) as caught:
@@ -133,7 +133,7 @@ def test_the_pixel_limit_is_exact():
     assert InlineImage(data, "fits", 10_000).open().size == (100, 100)
 
 
-def test_files_that_are_none(tmp_path):
+def test_paths_without_an_image_file(tmp_path):
     for image, kind in [("gone.png", "missing image"), (".", "unreadable image")]:
         with pytest.raises(ImageError) as caught:
             FileImage(str(tmp_path / image)).open()
@@ -147,7 +147,7 @@ def test_errors_of_images_survive_pickling():
     assert (type(copy), str(copy), copy.kind) == (ImageError, "image nothing is empty", "unreadable image")
 
 
-def test_a_thin_image_that_would_be_blown_up_is_refused():
+def test_a_thin_image_is_rejected():
     """Its pixels are few, but scaled to a shorter side of 224 it would take gigabytes."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 60_000)).save(buffer, "PNG")

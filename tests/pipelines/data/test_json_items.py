@@ -1,4 +1,4 @@
-"""Lists that are read piece by piece give what reading them whole gives."""
+"""A list read in windows has the same elements as a list read whole."""
 
 import io
 import json
@@ -18,11 +18,11 @@ VALUES = st.recursive(
 
 
 @given(st.lists(VALUES, max_size=6), st.integers(1, 9), st.booleans(), st.sampled_from([None, 1]))
-def test_elements_are_those_of_the_list_wherever_it_is_cut(values, chunk, ascii_only, indent):
+def test_the_elements_do_not_depend_on_the_windows(values, chunk, ascii_only, indent):
     text = json.dumps(values, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK", chunk)
-        if b"\xed" in text:  # perhaps half of a pair, which is no UTF-8
+        if b"\xed" in text:  # perhaps a lone surrogate, which is not UTF-8
             return
         assert list(json_items(io.BytesIO(text))) == values
 
@@ -30,7 +30,7 @@ def test_elements_are_those_of_the_list_wherever_it_is_cut(values, chunk, ascii_
 @pytest.mark.parametrize(
     "text", ["", "{}", "[1", "[1,]", "[1 2]", "[1] 2", '["a]', "[,]", '[{"a": }]', "[1]]"]
 )
-def test_what_is_no_list_is_refused(text):
+def test_anything_but_a_list_is_rejected(text):
     with pytest.raises(ValueError, match=r": line 1, character \d+ of the file|utf-8"):
         list(json_items(io.BytesIO(text.encode())))
 
@@ -49,7 +49,7 @@ def test_only_a_window_of_the_stream_is_in_memory():
     assert [len(next(items)) > 1000 for _ in range(50)] == [True] * 50
 
 
-def test_the_place_of_a_mistake_is_told_even_behind_many_windows(monkeypatch):
+def test_an_error_after_many_windows_has_its_position(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 100)
     text = b"[" + b"1,\n" * 10_000 + b"oops]"
     with pytest.raises(ValueError, match="line 10001, character 30002"):

@@ -1,4 +1,4 @@
-"""Cells are found whatever the size of their row group and the order they are asked for in."""
+"""Cells are read correctly for any size of row group and any order."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def test_a_large_row_group_is_read_once_in_order_and_never_whole(tmp_path, monke
     real = pq.ParquetFile
     monkeypatch.setattr(pq, "ParquetFile", lambda *a, **k: opened.append(1) or real(*a, **k))
     schema = pa.schema([("image", pa.binary())])
-    # Pages and dictionaries, of a thousand rows if Arrow is not told otherwise, are read whole.
+    # Pages and dictionaries, by default of a thousand rows, are read whole.
     options = {"use_dictionary": False, "write_batch_size": 8}
     with pq.ParquetWriter(tmp_path / "big.parquet", schema, **options) as writer:
         cells = [os.urandom(200_000) for _ in range(500)]

@@ -1,4 +1,4 @@
-"""Every container that training rows come in: JSON, JSON lines, parquet; local and remote."""
+"""Every format of training rows: JSON, JSON lines, parquet; local and remote."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def test_chat_rows_in_every_container(folder, name):
     assert first_pixel(row.images[0]) == RED
 
 
-def test_json_lines_are_understood_under_the_name_json(folder):
+def test_json_lines_may_be_named_json(folder):
     row = {"image": "red.png", "conversations": CONVERSATION}
     (folder / "data.json").write_text(f"\n{json.dumps(row)}\n\n{json.dumps(row)}\n")
     assert [row.key for row in read_training_rows(str(folder / "data.json")).rows] == ["data-2", "data-4"]
@@ -163,14 +163,14 @@ def test_parquet_rows_refer_to_their_bytes(folder):
     assert first_pixel(pickle.loads(pickle.dumps(row)).images[0]) == RED
 
 
-def test_parquet_that_was_rewritten_is_read_anew(folder):
+def test_a_rewritten_parquet_file_is_read_again(folder):
     row = {"image": png(), "conversations": CONVERSATION}
     assert first_pixel(read(folder, [row], "data.parquet").rows[0].images[0]) == RED
     row["image"] = png(BLUE)
     assert first_pixel(read(folder, [row], "data.parquet").rows[0].images[0]) == BLUE
 
 
-def test_parquet_batches_within_a_row_group_are_counted_on(folder):
+def test_rows_are_numbered_across_batches_of_a_row_group(folder):
     colours = [(i, 0, 0) for i in range(150)]
     table = pa.table({"image": [png(c) for c in colours], "conversations": [CONVERSATION] * 150})
     pq.write_table(table, folder / "data.parquet", row_group_size=140)
@@ -208,7 +208,7 @@ def test_files_that_cannot_be_read_at_all(tmp_path, name, content, message):
         ("nosuch://bucket/data.json", "cannot be opened: Protocol not known: nosuch"),
     ],
 )
-def test_sources_that_are_not_there(source, message):
+def test_missing_sources(source, message):
     with pytest.raises(DataError, match=message):
         read_training_rows(source)
 
@@ -227,7 +227,7 @@ def test_a_parquet_file_with_damaged_pages_is_an_error_of_ours(folder):
         read_training_rows(str(folder / "data.parquet"))
 
 
-def test_a_broken_line_of_json_costs_one_row(folder):
+def test_a_broken_line_of_json_rejects_one_row(folder):
     good = json.dumps({"image": "red.png", "conversations": CONVERSATION}).encode()
     broken = [b'{"id": 1, "image":', b"\xff\xfe{}", b"[" * 100_000]
     (folder / "data.jsonl").write_bytes(b"\n".join([good, *broken, good]))

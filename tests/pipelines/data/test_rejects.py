@@ -1,4 +1,4 @@
-"""Rows whose images become unreadable on the way are listed once, whoever meets them, and counted."""
+"""Rows whose images become unreadable during a run are listed once, by any worker, and counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def listed(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_row_is_listed_once_however_often_it_is_met(tmp_path, capsys):
+def test_a_row_is_listed_once(tmp_path, capsys):
     file = tmp_path / "rejects.jsonl"
     file.write_text('{"source": "a: row 1", "key": "old", "kind": "too long", "reason": "é"}\n')
     leave_out = LateRejects(file, "train.json", stop=False)
@@ -63,7 +63,7 @@ def test_a_row_is_listed_once_however_often_it_is_met(tmp_path, capsys):
     ]
 
 
-def test_stop_is_an_error_that_says_what_to_do_and_lists_the_row_too(tmp_path):
+def test_stop_raises_an_error_with_advice_and_lists_the_row(tmp_path):
     file = tmp_path / "rejects.jsonl"
     with pytest.raises(
         DataError, match=r"t.json \(row-0\) became unusable during the run: gone. Fix it, or set data.on_bad"
@@ -79,7 +79,7 @@ def _meet_all(file: Path, start: int) -> None:
 
 
 def test_workers_share_the_file(tmp_path):
-    """While one writes another waits, and then knows what was written."""
+    """A process that waits for the lock reads the lines written meanwhile."""
     file = tmp_path / "rejects.jsonl"
     other = get_context("fork").Process(target=_meet_all, args=(file, 0))
     with file.open("w") as ours:
@@ -96,7 +96,7 @@ def test_workers_share_the_file(tmp_path):
     assert sorted(reject["key"] for reject in listed(file)) == sorted(row.key for row in ROWS)
 
 
-def test_nothing_is_counted_where_nothing_was_rejected(tmp_path):
+def test_a_missing_file_has_no_counts(tmp_path):
     assert count_rejects(tmp_path / "rejects.jsonl") == {}
 
 
@@ -122,7 +122,7 @@ def config(tiny_model: Path, shapes_data: Path, tmp_path: Path) -> FinetuneConfi
 
 
 def begun(config: FinetuneConfig, tmp_path: Path):
-    """The folder of a run with a checkpoint, and the data it began with."""
+    """The folder of a run with a checkpoint, and its data."""
     folder = FinetuneFolder(tmp_path, "run")
     folder.path.mkdir()
     processor = AutoProcessor.from_pretrained(config.model.path)
@@ -132,7 +132,7 @@ def begun(config: FinetuneConfig, tmp_path: Path):
     return folder, data, processor
 
 
-def test_a_resumed_run_has_the_rows_it_began_with_whatever_became_of_their_images(config, tmp_path):
+def test_a_resumed_run_keeps_its_rows_although_their_images_changed(config, tmp_path):
     folder, data, processor = begun(config, tmp_path)
     Path(str(data.rows[0].images[0])).unlink()
     Path(str(data.validation[0].images[0])).write_bytes(b"")
@@ -146,7 +146,7 @@ def test_a_resumed_run_has_the_rows_it_began_with_whatever_became_of_their_image
 
 
 @pytest.mark.parametrize("change", ["one less", "one more", "another answer"])
-def test_a_changed_data_set_is_still_noticed(config, tmp_path, change):
+def test_a_changed_data_set_is_detected(config, tmp_path, change):
     folder, data, processor = begun(config, tmp_path)
     file = Path(config.data.train)
     rows = json.loads(file.read_text())
@@ -166,7 +166,7 @@ def test_a_changed_data_set_is_still_noticed(config, tmp_path, change):
         assert read_data(config, folder, processor).fingerprint != data.fingerprint
 
 
-def test_images_that_must_be_measured_and_cannot_be_are_rejected(config, tmp_path, monkeypatch):
+def test_images_whose_size_cannot_be_read_are_rejected(config, tmp_path, monkeypatch):
     """Processors that cut large images into tiles need their sizes, even if images are not to be checked."""
     processor = AutoProcessor.from_pretrained(config.model.path)
     monkeypatch.setattr(type(processor), "_get_num_multimodal_tokens", None)

@@ -1,4 +1,4 @@
-"""Checking a data set: keys, images, and the policy about rows that were rejected."""
+"""Checks of a data set: keys, images, and the policy for rejected rows."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def first_pixel(source):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with `red.png` and `blue.png`, to put a data set beside."""
+    """A folder with `red.png` and `blue.png`, for a data set."""
     (tmp_path / "red.png").write_bytes(png())
     (tmp_path / "blue.png").write_bytes(png(BLUE))
     return tmp_path
@@ -46,7 +46,7 @@ def read(folder, rows, **options):
     return read_training_rows(str(path), **options)
 
 
-def test_what_shapes_writes_can_be_read(tmp_path):
+def test_the_data_set_of_shapes_is_readable(tmp_path):
     write_shapes(ShapesConfig(output=tmp_path, train=5, validation=0, test=1))
     train = read_training_rows(str(tmp_path / "train.json"))
     test = read_training_rows(str(tmp_path / "test.json"))
@@ -54,7 +54,7 @@ def test_what_shapes_writes_can_be_read(tmp_path):
     assert (len({row.task for row in test.rows}), test.rejects) == (6, [])
 
 
-def test_image_root_says_where_relative_paths_start(folder, tmp_path_factory):
+def test_relative_paths_start_at_image_root(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     absolute = {"image": str(folder / "blue.png"), "conversations": CONVERSATION}
     relative = {"image": "red.png", "conversations": CONVERSATION}
@@ -62,7 +62,7 @@ def test_image_root_says_where_relative_paths_start(folder, tmp_path_factory):
     assert [first_pixel(row.images[0]) for row in data.rows] == [RED, BLUE]
 
 
-def test_repeated_ids_are_kept_under_unique_keys(folder):
+def test_rows_with_repeated_ids_get_unique_keys(folder):
     ids = ["a", "a#2", "a", "a", "", None, "a#2"]
     data = read(folder, [{"id": i, "image": "red.png", "conversations": CONVERSATION} for i in ids])
     assert [row.key for row in data.rows] == ["a", "a#2", "a#3", "a#4", "data-5", "data-6", "a#2#2"]
@@ -94,7 +94,7 @@ def test_broken_images_are_found_by_decoding_them(folder):
     assert data.rejects[4].reason.startswith("image #1 of row data:imag cannot be decoded: ")
 
 
-def test_checks_can_be_turned_down(folder):
+def test_checks_can_be_reduced(folder):
     (folder / "text.jpg").write_bytes(b"text")
     rows = [{"id": name, "image": name, "conversations": CONVERSATION} for name in ("gone.png", "text.jpg")]
     kept = {
@@ -141,7 +141,7 @@ def test_skip_writes_the_rejects_and_counts_them(tmp_path):
     }
 
 
-def test_stop_names_the_first_few_and_still_writes_all(tmp_path):
+def test_stop_names_the_first_few_and_writes_all(tmp_path):
     path = tmp_path / "rejects.jsonl"
     with pytest.raises(DataError) as caught:
         apply_bad_row_policy([ROW], REJECTS, "stop", str(path))
@@ -156,7 +156,7 @@ def test_stop_names_the_first_few_and_still_writes_all(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
-def test_nothing_usable_is_an_error_at_once(tmp_path, policy):
+def test_no_usable_row_is_an_error(tmp_path, policy):
     path = tmp_path / "rejects.jsonl"
     with pytest.raises(DataError, match=r"no usable row: all 5 rows are rejected \(4 × conversation"):
         apply_bad_row_policy([], REJECTS, policy, str(path))
@@ -166,14 +166,14 @@ def test_nothing_usable_is_an_error_at_once(tmp_path, policy):
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
-def test_without_rejects_no_file_stays(tmp_path, policy):
+def test_without_rejects_an_earlier_file_is_removed(tmp_path, policy):
     path = tmp_path / "rejects.jsonl"
     path.write_text("of an earlier run")
     assert apply_bad_row_policy([ROW], [], policy, str(path)) == {}
     assert not path.exists()
 
 
-def test_rejects_can_go_to_a_url():
+def test_rejects_can_be_written_to_a_url():
     apply_bad_row_policy([ROW], REJECTS, "skip", "memory://out/rejects.jsonl")
     fs = fsspec.filesystem("memory")
     assert fs.cat("/out/rejects.jsonl").count(b"\n") == 5
