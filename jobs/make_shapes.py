@@ -10,7 +10,7 @@ from pipelines.shared.config import load_config, run_job
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    """Write the data set and return what it holds."""
+    """Write the data set and return its numbers of rows and images."""
     return write_shapes(load_config(ShapesConfig, argv, description=__doc__ or ""))
 
 

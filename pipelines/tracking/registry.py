@@ -24,7 +24,7 @@ _RUN = re.compile(r"runs:/(?P<run>[^/]+)")
 
 
 class AliasMovedError(SkipVisionError):
-    """Another client moved an alias in the meantime."""
+    """Another client has moved an alias since it was read."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Registry:
         if now != expected:
             raise AliasMovedError(
                 f"the alias {alias!r} of {to.name!r} moved from {_holder_name(expected)} to "
-                f"{_holder_name(now)} in the meantime, and nothing was compared with that: run the job again"
+                f"{_holder_name(now)} since the comparison: run the job again"
             )
         self._call(
             f"moving {alias} to {to}",

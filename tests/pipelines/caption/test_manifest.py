@@ -99,7 +99,7 @@ def test_a_pattern_takes_every_file_that_it_matches(folder, listed):
     rows, _ = listed(folder / "b" / "*.*")
     assert keys(rows) == ["1.PNG"]
     rows, _ = listed(folder / "*.txt")
-    assert keys(rows) == ["notes.txt"]  # said to be no image when it is opened
+    assert keys(rows) == ["notes.txt"]  # opening it reports that it is no image
     assert keys(listed(folder / "**" / "*.png", limit=2)[0]) == [".also.png", ".hidden/3.png"]
 
 

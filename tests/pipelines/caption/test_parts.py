@@ -232,10 +232,10 @@ def test_threads_share_an_engine_and_each_gets_its_own_answers(engine):
     alone = [[next(engine.run([one])).text for one in batch] for batch in batches]
     shared, found = EngineThread(lambda: engine), {}
 
-    def ask(number):
+    def send(number):
         found[number] = [outcome.text for outcome in shared.answer(batches[number])]
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -282,9 +282,9 @@ def test_requests_of_an_engine_that_ends_are_answered(engine, monkeypatch):
 
 def test_an_engine_that_cannot_start_is_an_error_for_every_request(engine):
     shared = EngineThread(lambda: 1 / 0)
-    for ask in (shared.wait_until_ready, shared.statistics, lambda: shared.answer([request("hello")])):
+    for call in (shared.wait_until_ready, shared.statistics, lambda: shared.answer([request("hello")])):
         with pytest.raises(ZeroDivisionError):
-            ask()
+            call()
 
 
 class Undisturbed(CaptionActor):

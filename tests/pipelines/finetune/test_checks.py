@@ -52,7 +52,7 @@ def test_a_correct_run_starts_ray(settings):
 
 
 @pytest.mark.parametrize(
-    ("section", "values", "error", "says"),
+    ("section", "values", "error", "message"),
     [
         ("model", {"path": "./llava"}, ConfigError, r"model.path = ./llava: there is no"),
         ("model", {"path": "pipelines"}, ConfigError, r"model.path = .*pipelines: "),
@@ -67,11 +67,11 @@ def test_a_correct_run_starts_ray(settings):
     ],
 )
 def test_a_wrong_setting_is_refused_without_ray(
-    settings, section, values, error, says, monkeypatch, tmp_path
+    settings, section, values, error, message, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(Path(__file__).parents[3])
     given = {**settings, section: {**settings.get(section, {}), **values}}
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         run_finetune(FinetuneConfig.model_validate(given))
     left = {path.name for path in Path(settings["storage"]).rglob("*")}
     assert left <= {"run", "rejects.jsonl"} if error is DataError else not left

@@ -64,7 +64,7 @@ def test_inputs_are_looked_for_at_home_and_then_here(monkeypatch, tmp_path):
 
 
 def test_a_model_is_a_folder_or_an_id_of_the_hub(monkeypatch, tmp_path):
-    """What looks like a folder and is none must not be asked of the hub, which takes long to say no."""
+    """A missing folder must not be looked up on the hub, which takes long to answer."""
     (tmp_path / "models" / "shapes-llava").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SKIPVISION_HOME", str(tmp_path))
