@@ -72,7 +72,7 @@ class Front:
         )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request."""
+        """Answer one ASGI request, from the first ingress or from another one."""
         if scope["type"] != "http" or not _OURS.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return

@@ -39,12 +39,12 @@ class Problem(Exception):
         return self.code or self.type
 
     def body(self) -> dict[str, Any]:
-        """Return OpenAI's error object."""
+        """Return the error as OpenAI's error object."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> Response:
-        """Return the HTTP response."""
+        """Return the HTTP response of this error."""
         # ASCII, because a quoted value may contain half a surrogate pair.
         content = json.dumps(self.body())
         return Response(content, self.status, dict(self.headers), media_type="application/json")
@@ -63,7 +63,7 @@ def overloaded(message: str, seconds: float) -> Problem:
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """Return the Retry-After header."""
+    """Return the Retry-After header of a retryable error."""
     return {"Retry-After": str(math.ceil(seconds))}
 
 

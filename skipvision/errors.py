@@ -9,7 +9,7 @@
     ├── DataError              a data set has no usable row, or a bad row that must not be skipped
     └── ResourceError          a request needs more than the cluster has
 
-Every message states what is wrong, with which value, and what to do.
+Every message states the problem, the value that caused it, and the remedy.
 """
 
 from __future__ import annotations

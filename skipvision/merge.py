@@ -21,7 +21,7 @@ from skipvision.tokens import Counts, Flops, VisualTokens, no_products
 Ends = Callable[[VisualTokens, torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens, (I, N) retained, (I,) skipped counts) → (I, N) index of the token that each token ends in."""
 Check = Callable[[str, int | float, int | float], str | None]
-"""(name, retained, skipped) → what is wrong with these amounts; None if nothing is."""
+"""(name, retained, skipped) → why the merge cannot work with these amounts; None if it can."""
 Fit = Callable[[int, int], int]
 """(tokens N of an image, its skipped count) → the number of skipped tokens that it can have."""
 

@@ -21,7 +21,7 @@ class TokenRole(IntEnum):
     SUMMARY = 3
     """Summarises a group of visual tokens: full path, stays in the KV cache."""
     PADDING = 4
-    """Padding: masked everywhere."""
+    """Fills a row up to the batch's length and is masked in every layer."""
 
 
 @dataclass(frozen=True, eq=False)

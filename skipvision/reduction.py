@@ -91,7 +91,7 @@ class Reduction:
         if arrival.images is None:
             return args, call.on_pruned_cache()
         plan = self.plan = self._plan(call, arrival.images, arrival.reading)
-        # On a pruned cache, even an identity plan needs a mask of ours to see as far as the caller would.
+        # On a pruned cache, even an identity plan needs our mask: the caller's has another length.
         if plan.is_identity and CacheState.of(kwargs.get("past_key_values")) is None:
             return args, kwargs
         refuse_router_loss(kwargs, arrival.mask)

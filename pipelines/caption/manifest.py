@@ -43,7 +43,7 @@ class ManifestFacts:
 
 
 class Manifest:
-    """An existing manifest."""
+    """The rows of a job, read from its folder of manifest shards."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

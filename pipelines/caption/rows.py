@@ -72,7 +72,7 @@ _TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 CAPTION_SCHEMA = pa.schema(
     [pa.field(f.name, _TYPES[str(f.type).removesuffix(" | None")]) for f in fields(Caption)]
 )
-"""Columns of the result."""
+"""Columns and types of the files that hold the captions."""
 
 _SOURCES = {
     "file": FileImage,

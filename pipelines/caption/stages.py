@@ -92,7 +92,7 @@ class CaptionedBlock:
 def captions(
     work: Assignment, shards: Sequence[int], resources: Mapping[str, float]
 ) -> Iterator[CaptionedBlock]:
-    """Caption all rows of the shards and yield blocks as they are finished. Ray must run.
+    """Caption all rows of the shards and yield each block when it is finished. Ray must run.
 
     Raises:
         SkipVisionError: an engine could not start.

@@ -25,13 +25,13 @@ class BaseModelSection(Section):
 
 
 class ModelSection(Section):
-    """What writes the captions."""
+    """The base model and the adapter that generate the answers."""
 
     path: ModelPath = Field(description="folder of the base model and its processor, or a Hugging Face id")
     adapter: ArtifactPath | None = Field(
         None,
         description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
-        "MLflow; null = the base model as it is",
+        "MLflow; null = the base model alone",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

@@ -101,7 +101,7 @@ class EngineThread:
         return [future.result() for future in [self._answer(request) for request in requests]]
 
     def statistics(self) -> Statistics:
-        """Return the engine's statistics."""
+        """Return the engine's counters since it started; waits for the current step."""
         return self.call(Engine.statistics).result()
 
     def stop(self) -> None:

@@ -44,7 +44,7 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """The low-rank adapter."""
+    """The LoRA adapter: its rank, its scale and the modules it updates."""
 
     rank: int = Field(16, ge=1, description="rank of the update of each matrix")
     alpha: int = Field(32, ge=1, description="the update is scaled by alpha / rank")

@@ -170,7 +170,7 @@ class Learner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Load what `state` returned."""
+        """Restore weights and optimiser from the result of `state`."""
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(state["weights"][name])

@@ -12,8 +12,8 @@ from pathlib import Path
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path`` and rename it to ``path`` when the block succeeds.
 
-    Only one process may write a path at a time. A killed process leaves ``.<name>.partial`` behind, which the
-    next write replaces.
+    Only one process may write a path at a time. The next write replaces the
+    ``.<name>.partial`` of a killed process.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -198,7 +198,7 @@ def resolve_paths(config: M) -> M:
 def real_paths(config: BaseModel) -> dict[str, str]:
     """Return the real path of every input, by the field's dotted name.
 
-    URLs, Hugging Face ids and paths that lead nowhere stay as they are.
+    URLs, Hugging Face ids and paths that lead nowhere stay unchanged.
     """
     found: dict[str, str] = {}
 

@@ -85,7 +85,7 @@ def with_retries(call: Callable[[], T], action: str, pauses: tuple[float, ...]) 
             return call()
         except ConfigError:
             raise
-        # The stores behind the client raise errors of their own as well as MLflow's.
+        # The client's stores raise errors of their own as well as MLflow's.
         except Exception as error:
             if pause is None:
                 raise TrackingError(f"MLflow failed at {action}: {brief(error)}") from error

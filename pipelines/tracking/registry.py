@@ -101,7 +101,7 @@ class Registry:
         )
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
-        """Tag a version."""
+        """Set tags of one model version; existing tags of the same name are replaced."""
         for key, value in tags.items():
             write = partial(self._client.set_model_version_tag, version.name, version.version, key, value)
             self._call(f"setting the tag {key} of {version}", write)

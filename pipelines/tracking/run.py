@@ -118,7 +118,7 @@ class Tracker:
         self._call(f"storing {file}", lambda: self._client.log_text(self.run_id, text, file))
 
     def tag(self, name: str, text: str) -> None:
-        """Tag the run."""
+        """Set one tag of the run."""
         self._call(f"setting the tag {name}", lambda: self._client.set_tag(self.run_id, name, text))
 
     def store(self, path: Path) -> None:
@@ -147,7 +147,7 @@ class Tracker:
         return self._call(f"registering {folder} as {name}", register)
 
     def upload(self) -> None:
-        """Upload all waiting metrics."""
+        """Upload the metrics that are still in memory, and raise `TrackingError` if some remain."""
         if missing := self.close():
             raise TrackingError(
                 f"MLflow at {self.uri} did not take {missing} values of run {self.run_id}: {self._refusal}"

@@ -132,7 +132,7 @@ class Measurements:
 
 
 def share(items: Sequence[Item]) -> float:
-    """Return the mean score."""
+    """Return the mean score of the items, a fraction."""
     return sum(item.score for item in items) / len(items)
 
 

@@ -23,7 +23,7 @@ class ErrorBody(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """The generated message."""
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
@@ -39,7 +39,7 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A generated token."""
+    """A generated token with its log probability."""
 
     top_logprobs: list[TopLogprob]
 
@@ -52,7 +52,7 @@ class ChoiceLogprobs(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One of the answers."""
+    """One answer of the ``n`` that were requested."""
 
     index: int
     message: AssistantMessage
@@ -81,7 +81,7 @@ class ChatUsage(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """A whole response."""
+    """The response of a request that does not stream."""
 
     id: str
     object: Literal["chat.completion"]

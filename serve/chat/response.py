@@ -43,7 +43,7 @@ class ChatResponse:
         return cls(id_, int(time.time()), body.model, vocabulary, bool(body.logprobs))
 
     def completion(self, completion: Completion) -> dict[str, Any]:
-        """Return the whole response."""
+        """Return the response body of a request that does not stream."""
         return {
             **self._head("chat.completion"),
             "choices": [self._choice(choice) for choice in completion.choices],

@@ -76,14 +76,14 @@ class ImageUrl(_Strict):
 
 
 class TextPart(_Strict):
-    """A piece of text."""
+    """A part of a message that is text."""
 
     type: Literal["text"]
     text: Text
 
 
 class ImagePart(_Strict):
-    """An image."""
+    """A part of a message that is an image."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -151,7 +151,7 @@ class JsonSchema(_Strict):
 
 
 class ResponseFormat(_Strict):
-    """Format of the answer."""
+    """The format that an answer must have: text, JSON, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -165,7 +165,7 @@ class StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    """Body of ``POST /v1/chat/completions``."""
+    """The request body of ``POST /v1/chat/completions``."""
 
     model: str
     messages: Annotated[list[Message], _Bounded] = Field(min_length=1)

@@ -25,7 +25,7 @@ from serve.ingress.invalid_body import invalid_body
 from serve.ingress.middleware import AccessLog
 from serve.keys import KeyRing
 from serve.observe.metrics_page import metrics_page
-from serve.page import page_routes
+from serve.page.routes import page_routes
 from serve.problem import Problem
 from serve.reporting import reported
 from skipvision.errors import SkipVisionError
@@ -78,7 +78,7 @@ def _add_routes(app: FastAPI) -> None:
 
     @app.post("/v1/chat/completions", response_model=None, dependencies=keyed, responses=responses.CHAT)
     async def chat(body: ChatRequest, http: Request) -> Response:
-        """Answer messages with images."""
+        """Generate the next message of a conversation with text and images."""
         return await _this_ingress().chat(body, http)
 
     @app.post("/v1/overlay", dependencies=keyed, responses=responses.WITH_BODY)

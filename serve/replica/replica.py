@@ -141,11 +141,11 @@ class EngineReplica:
         )
 
     async def state(self) -> State:
-        """Return the engine's state."""
+        """Return the engine's state for routing and health checks."""
         return State(await self.statistics(), dict(self._adapters.missing))
 
     async def statistics(self) -> Statistics:
-        """Return the engine's counters."""
+        """Return the engine's counters since it started."""
         return await call(self._engine, Engine.statistics)
 
     def seconds_since_step(self) -> float:

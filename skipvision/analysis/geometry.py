@@ -30,7 +30,7 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels of the original image."""
 
 Size = tuple[int, int]
-"""Width and height."""
+"""Width and height of an image in pixels."""
 
 
 @dataclass(frozen=True)

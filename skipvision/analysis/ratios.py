@@ -17,7 +17,7 @@ from skipvision.config import SkipConfig
 from skipvision.errors import InputError
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""Levels of `Spread.quantiles`."""
+"""The levels at which `Spread.quantiles` are taken."""
 
 _BINS = 48
 
