@@ -19,10 +19,11 @@ import peft
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import skipvision as sv
 from skipvision.anatomy.families import dissect
+from skipvision.loading import build_model
 
 FULL = "full"
 """Name of the setting without Skip-Vision: the model has no hooks."""
@@ -100,9 +101,7 @@ def build(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> nn.Mo
     """Build a LLaVA with random weights directly on the device and in the dtype, without copies."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(
-            geometry.config(), dtype=dtype, attn_implementation="sdpa"
-        )
+        model = build_model(geometry.config(), dtype=dtype, attn_implementation="sdpa")
     return model.eval()
 
 

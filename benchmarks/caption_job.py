@@ -102,14 +102,14 @@ def _last_line(words: Sequence[str]) -> str:
 def _bare(options: argparse.Namespace, ready: bool) -> float:
     """Measure rows per second of `Engine.run`."""
     from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from skipvision import Engine, Request, Sampling, SkipConfig
     from skipvision.engine import prepare
+    from skipvision.loading import load_model, load_processor
 
     torch.set_num_threads(1)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
-    processor: Any = AutoProcessor.from_pretrained(options.model)
+    model = load_model(options.model, dtype=torch.float32)
+    processor: Any = load_processor(options.model)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
     sampling = Sampling(max_new_tokens=TOKENS)
 

@@ -217,13 +217,13 @@ def registry(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 def _register(url: str, folder: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForImageTextToText
 
     import skipvision as sv
     from pipelines.tracking.client import TrackingError
     from pipelines.tracking.run import Tracker
+    from skipvision.loading import load_model
 
-    base = AutoModelForImageTextToText.from_pretrained(_endpoint.ROOT / "models" / MODEL, dtype=torch.float32)
+    base = load_model(_endpoint.ROOT / "models" / MODEL, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=r".*language_model.*_proj"))
     sv.attach(model, sv.SkipConfig(**SKIP))
     sv.save_adapter(model, folder / "adapter")

@@ -22,7 +22,6 @@ from typing import Any
 
 import aiohttp
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks import _endpoint, _measure
 from benchmarks._endpoint import FULL, MODEL, SKIP, Endpoint, Outcome
@@ -30,6 +29,7 @@ from serve.media.config import MediaConfig
 from serve.media.fetch import MediaFetcher
 from skipvision import Engine, Request, Sampling, SkipConfig
 from skipvision.engine import prepare
+from skipvision.loading import load_model, load_processor
 
 SETTINGS = {"full": FULL, "64+64": SKIP}
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
@@ -155,8 +155,8 @@ def _bare_engine() -> Iterator[Callable[[dict[str, Any]], Awaitable[tuple[float,
     """Run an engine in this process; yields a function that times a request, with and without preparation."""
     torch.set_num_threads(1)
     path = _endpoint.ROOT / "models" / MODEL
-    processor: Any = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor: Any = load_processor(path)
+    model = load_model(path, dtype=torch.float32)
     media = MediaFetcher(MediaConfig())
 
     async def seconds(body: dict[str, Any]) -> tuple[float, float]:

@@ -9,14 +9,13 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import torch
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import PretrainedConfig
 
 import skipvision as sv
 from pipelines.calibrate.config import CalibrateConfig
 from pipelines.calibrate.halving import Candidate
 from pipelines.calibrate.search import NothingWithinBudgetError
-from pipelines.engines.loading import load_processor
+from pipelines.engines.loading import empty_model, load_processor
 from pipelines.engines.model import EngineModel
 from pipelines.score.dataset import Dataset, read_dataset
 from skipvision.config import SkipConfig
@@ -65,8 +64,7 @@ def candidates(
         raise ConfigError(
             f"space.summary_tokens = {sorted(summaries)}: {trained}a model supports one number besides 0"
         )
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(model_config)
+    empty = empty_model(model_config)
     processor: Any = load_processor(model.base)
     sample = dataset.questions[:100]
     text = sum(len(processor.tokenizer(m.text)["input_ids"]) for one in sample for m in one.messages)

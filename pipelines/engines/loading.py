@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
 
 from pipelines.engines.config import BaseModelSection
+from skipvision import loading
 from skipvision.errors import ConfigError
 
 _HUB_SECONDS = 10
@@ -34,19 +37,28 @@ def _cpu_flags() -> set[str]:
 
 
 def check_known(path: str, field: str) -> None:
-    """Raise `ConfigError`, naming the setting ``field``, if a model is neither local nor on the hub.
+    """Check that a model exists, needs no code of its own and has no pickled weights.
 
-    This sends one request to the hub; transformers would send several for each file.
+    A model that is not here costs one request to the hub; transformers would send several for each file.
+
+    Raises:
+        ConfigError: naming the setting ``field``, a model that cannot be used.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        raise ConfigError(f"{field} = {path}: this folder holds no model, because it has no config.json")
-    if Path(path).exists() or isinstance(try_to_load_from_cache(path, "config.json"), str):
+    if Path(path).is_dir():
+        with _of_setting(field):
+            loading.check_folder(Path(path))
+    if Path(path).exists():
+        return
+    cached = try_to_load_from_cache(path, "config.json")
+    if isinstance(cached, str):
+        with _of_setting(field):
+            loading.check_weights(path, [file.name for file in Path(cached).parent.iterdir()])
         return
     try:
-        HfApi().model_info(path, timeout=_HUB_SECONDS)
+        files = HfApi().model_info(path, timeout=_HUB_SECONDS).siblings or []
     except RepositoryNotFoundError:
         raise ConfigError(
             f"{field} = {path}: neither a folder here nor a public model on the hub; check the spelling, or "
@@ -59,6 +71,17 @@ def check_known(path: str, field: str) -> None:
             f"{field} = {path}: neither a folder here nor a model in the hub's cache, and the hub does not "
             f"answer ({error or type(error).__name__}); give the folder of a model"
         ) from None
+    with _of_setting(field):
+        loading.check_weights(path, [file.rfilename for file in files])
+
+
+@contextmanager
+def _of_setting(field: str) -> Iterator[None]:
+    """Name the setting in front of an error that begins with its path."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{field} = {error}") from error
 
 
 def load_base(path: str, dtype: torch.dtype | None, attention: str, device: torch.device) -> nn.Module:
@@ -67,12 +90,8 @@ def load_base(path: str, dtype: torch.dtype | None, attention: str, device: torc
     Raises:
         ConfigError: the model does not exist, or does not support these settings.
     """
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype or "auto", attn_implementation=attention
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path = {path}: {error}") from error
+    with _of_setting("model.path"):
+        model: Any = loading.load_model(path, dtype=dtype or "auto", attn_implementation=attention)
     loaded: nn.Module = model.to(device)
     return loaded
 
@@ -88,8 +107,22 @@ def load_frozen(config: BaseModelSection, compute: torch.dtype, device: torch.de
 
 def load_processor(path: str) -> ProcessorMixin:
     """Load the processor that is stored with a model. Raise `ConfigError` if that is not possible."""
+    with _of_setting("model.path"):
+        return loading.load_processor(path)
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """Load the config of a model. Raise `ConfigError` if that is not possible."""
+    with _of_setting("model.path"):
+        return loading.load_config(path)
+
+
+def empty_model(config: PretrainedConfig) -> nn.Module:
+    """Build a model without weights (on the meta device). Raise `ConfigError` if that is not possible."""
     try:
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {path}: {error}") from error
-    return processor
+        with torch.device("meta"), _of_setting("model.path"):
+            return loading.build_model(config)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path = {config.name_or_path}: {error}") from error

@@ -12,11 +12,18 @@ from typing import Any, Literal, Protocol
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import PretrainedConfig
 
 import skipvision as sv
 from pipelines.engines.config import ModelSection
-from pipelines.engines.loading import arithmetic, load_base, load_processor
+from pipelines.engines.loading import (
+    arithmetic,
+    check_known,
+    empty_model,
+    load_base,
+    load_config,
+    load_processor,
+)
 from pipelines.shared.paths import input_path
 from pipelines.shared.sections import EngineSection
 from pipelines.tracking.registry import exact_model, fetch_model, is_registered
@@ -121,12 +128,9 @@ def check_model(model: EngineModel) -> PretrainedConfig:
         ConfigError: the base model does not exist, has no chat template, or does not support the settings.
         AdapterError: the adapter's files are damaged or belong to another model.
     """
-    try:
-        config = AutoConfig.from_pretrained(model.base)
-        with torch.device("meta"):
-            base = AutoModelForImageTextToText.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {model.label}: {error}") from error
+    check_known(model.base, "model.path")
+    config = load_config(model.base)
+    base = empty_model(config)
     with sv.attach(base, model.skip):
         pass
     if model.adapter is not None:

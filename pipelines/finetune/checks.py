@@ -6,14 +6,12 @@ model.
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
+from transformers import ProcessorMixin
 
 from pipelines.cluster.resources import node_resources, worker_resources
-from pipelines.engines.loading import check_known, load_processor
+from pipelines.engines.loading import check_known, empty_model, load_config, load_processor
 from pipelines.finetune.config import FinetuneConfig, ScalingSection
 from pipelines.finetune.learner import prepare
-from skipvision.errors import ConfigError
 
 
 def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]:
@@ -27,12 +25,7 @@ def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]
     """
     check_known(config.model.path, "model.path")
     processor = load_processor(config.model.path)
-    try:
-        with torch.device("meta"):
-            base = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(config.model.path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {config.model.path}: {error}") from error
-    model = prepare(base, config)
+    model = prepare(empty_model(load_config(config.model.path)), config)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return processor, {
         "parameters": sum(size for size, _ in sizes),

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 import skipvision as sv
 from pipelines.data.chat import ChatFormat
 from pipelines.data.rows import TrainingRow
 from pipelines.engines.config import BaseModelSection
-from pipelines.engines.loading import load_processor
+from pipelines.engines.loading import load_config, load_processor
 from pipelines.tradeoff.config import AdapterSection, TradeoffConfig
 from skipvision.baselines import BASELINES, at_cost
 from skipvision.errors import ConfigError
@@ -110,10 +110,7 @@ def _trained_skip(adapter: AdapterSection) -> sv.SkipConfig | None:
 
 def model_config(model: BaseModelSection) -> PretrainedConfig:
     """Load the config of the base model. Raise `ConfigError` if that is not possible."""
-    try:
-        return AutoConfig.from_pretrained(model.path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {model.path}: {error}") from error
+    return load_config(model.path)
 
 
 def mean_text_tokens(model: BaseModelSection, rows: Sequence[TrainingRow]) -> int:

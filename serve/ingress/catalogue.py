@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
-from pipelines.engines.loading import load_processor
+from pipelines.engines.loading import load_config, load_processor
 from serve.chat.vocabulary import Vocabulary
 from serve.config import ModelSection, ServeConfig
 from serve.ingress.dispatch import Engines
@@ -36,7 +34,7 @@ class ServedModel:
         self.section, self.engines = section, engines
         self.processor: Any = load_processor(section.path)
         self.vocabulary = Vocabulary(self.processor)
-        self.config: Any = AutoConfig.from_pretrained(section.path)
+        self.config: Any = load_config(section.path)
         text = self.config.get_text_config()
         self.max_positions: int = getattr(text, "max_position_embeddings", None) or 2**31
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image, ImageOps
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from skipvision.adapters.save_load import load_adapter
 from skipvision.analysis.overlay import Overlay, patches_of
@@ -18,7 +17,8 @@ from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.engine import Request
 from skipvision.engine.prompts import prepare
-from skipvision.errors import InputError
+from skipvision.errors import ConfigError, InputError
+from skipvision.loading import load_model, load_processor
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +63,10 @@ def _overlay(
     name: str, adapter: Path | None, given: dict[str, Any], image: Image.Image, prompt: str
 ) -> Overlay:
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(name)
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        model: Any = load_model(name)
+        processor = load_processor(name)
+    except ConfigError as error:
+        raise InputError(f"--model cannot be loaded: {str(error).splitlines()[0]}") from error
     config = model.config
     if adapter is not None:
         model = load_adapter(model, adapter)

@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
-from transformers.models.auto import AutoModelForImageTextToText
 
 from skipvision.anatomy.encoding import encoded_sizes
 from skipvision.anatomy.families import Anatomy, dissect
@@ -31,6 +30,7 @@ from skipvision.anatomy.tower import hook_tower
 from skipvision.cost.dry_run import DryRun
 from skipvision.cost.flops import measure_flops
 from skipvision.errors import UnsupportedModelError
+from skipvision.loading import build_model
 
 _SHORT = 8
 """Tokens of the shortest run."""
@@ -274,7 +274,7 @@ def _model(design: Design) -> _Model:
     config = type(design.config).from_dict(design.config.to_dict())
     try:
         with DryRun(), torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
+            model = build_model(
                 config, dtype=torch.float32, attn_implementation="eager", experts_implementation="batched_mm"
             )
     except ValueError as error:

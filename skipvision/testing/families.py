@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from skipvision._compat import modules_kept_in_float32
 from skipvision.anatomy.pictures import ONE_A_ROW, SCALES, Picture, Request, collate, recipe_of
 from skipvision.errors import InputError, UnsupportedModelError
+from skipvision.loading import build_model
 from skipvision.testing.configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
 from skipvision.testing.prompts import ONE_TOKEN_TYPE, TOKEN_TYPES, frame_of
 
@@ -77,7 +78,7 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForImageTextToText.from_config(
+            model = build_model(
                 tiny_config(model_type),
                 attn_implementation=attention,
                 # torch has no grouped matrix product in float64.

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 from transformers.models.auto import AutoConfig
+
+from skipvision.loading import build_model
 
 IMAGE_TOKEN = 5
 """Placeholder token id of `tiny_llava`."""
@@ -66,9 +67,7 @@ def tiny_llava(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: LlavaForConditionalGeneration = AutoModelForImageTextToText.from_config(
-            config, attn_implementation=attention
-        )
+        model: LlavaForConditionalGeneration = build_model(config, attn_implementation=attention)
         # With Hugging Face's small initial weights FFN updates are negligible and no test could see them.
         for parameter in model.parameters():
             if parameter.ndim > 1:

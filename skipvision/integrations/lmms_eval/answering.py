@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import skipvision as sv
 from skipvision.errors import ConfigError, InputError
+from skipvision.loading import load_model, load_processor
 
 _PLACEHOLDER = "<image>"
 _MAX_NEW_TOKENS = 1024
@@ -55,7 +55,7 @@ def load_engine(
             trained, or with full tokens if it has no adapter.
 
     Raises:
-        ConfigError: a field is unknown or its value is invalid.
+        ConfigError: a field is unknown, its value is invalid, or the model cannot be loaded.
         AdapterError: the folder has no adapter for this model.
         UnsupportedModelError: Skip-Vision cannot be attached to the model.
     """
@@ -66,13 +66,11 @@ def load_engine(
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    base: Any = AutoModelForImageTextToText.from_pretrained(
-        pretrained, dtype=dtype, attn_implementation=attention
-    )
+    base: Any = load_model(pretrained, dtype=dtype, attn_implementation=attention)
     base = base.to(device)
     model = base if adapter is None else sv.load_adapter(base, Path(adapter)).to(device, base.dtype)
     config = sv.SkipConfig(**skip) if skip else sv.SkipConfig.full() if full or adapter is None else None
-    processor = AutoProcessor.from_pretrained(pretrained)
+    processor = load_processor(pretrained)
     return sv.Engine(model, processor, config, max_sequences=max_sequences, kv_budget_bytes=kv_budget_bytes)
 
 

@@ -1,0 +1,177 @@
+"""Load models, configs and processors of Hugging Face. No other file of the project does.
+
+A model folder may carry Python code (``auto_map`` in its JSON files), and pickled weights can run code, too.
+Without ``trust_remote_code=False`` transformers asks on standard input whether it may run a folder's code.
+These functions pass it, and read weights from safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    __version__,
+)
+
+from skipvision.errors import ConfigError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_DAMAGES = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError)
+_INDEX = "model.safetensors.index.json"
+_CODE = "trust_remote_code"
+"""Every refusal of transformers to run remote code names this argument."""
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """Load the config of a model.
+
+    Args:
+        path: folder or Hugging Face id.
+
+    Raises:
+        ConfigError: it cannot be loaded, or only with code from the folder.
+    """
+    with _config_errors(path):
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        _check_kernels(path, PretrainedConfig.get_config_dict(str(path))[0])
+    return config
+
+
+def load_processor(path: str | Path) -> ProcessorMixin:
+    """Load the processor that is stored with a model.
+
+    Raises:
+        ConfigError: it cannot be loaded, or only with code from the folder.
+    """
+    with _config_errors(path):
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(str(path), trust_remote_code=False)
+    return processor
+
+
+def load_model(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Load an image-text-to-text model with its weights.
+
+    Args:
+        path: folder or Hugging Face id.
+        options: further arguments of ``from_pretrained``: ``dtype``, ``attn_implementation`` …
+
+    Raises:
+        ConfigError: it cannot be loaded, or only with code from the folder, or its weights are pickled.
+    """
+    if Path(path).is_dir():
+        check_weights(path, [file.name for file in Path(path).iterdir()])
+    load_config(path)
+    with _config_errors(path):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            str(path), trust_remote_code=False, use_safetensors=True, **options
+        )
+    return model
+
+
+def build_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build an image-text-to-text model with random weights from its config.
+
+    Raises:
+        ConfigError: the model can only be built with code from the folder of its config.
+        ValueError: the config is of no image-text-to-text model, or does not support the options.
+    """
+    with _remote_code_refused(config.name_or_path or type(config).__name__):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, trust_remote_code=False, **options
+        )
+    return model
+
+
+def check_folder(folder: Path) -> None:
+    """Check a model folder in a second, without loading weights.
+
+    Raises:
+        ConfigError: it has no config, its weights are pickled, or its config or processor cannot be loaded
+            without code from the folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: this folder holds no model, because it has no config.json")
+    check_weights(folder, [file.name for file in folder.iterdir()])
+    config = load_config(folder)
+    if getattr(config, "auto_map", None):
+        with torch.device("meta"), _config_errors(folder):
+            build_model(config)
+    load_processor(folder)
+
+
+def check_weights(path: str | Path, names: list[str]) -> None:
+    """Raise `ConfigError` if weights are pickled or lie outside their folder.
+
+    Args:
+        path: folder or Hugging Face id, for the message; the index of the weights is read from a folder.
+        names: the names of its files.
+    """
+    pickled = sorted(name for name in names if name.endswith(_PICKLES) and name != "training_args.bin")
+    if pickled and not any(name.endswith((".safetensors", _INDEX)) for name in names):
+        raise ConfigError(
+            f"{path}: the weights are pickled ({pickled[0]}), and loading a pickle can run code: convert "
+            "them to safetensors (save_pretrained of transformers writes it)"
+        )
+    index = Path(path, _INDEX)
+    if not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: {_INDEX} cannot be read ({type(error).__name__}: {error})") from error
+    for name in files:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or name != PurePosixPath(name).name:
+            raise ConfigError(
+                f"{path}: {_INDEX} names {name!r}: weights must be .safetensors files of the same folder"
+            )
+
+
+def _check_kernels(path: str | Path, config: Any) -> None:
+    """Raise `ConfigError` if a config names a repository of kernels: they are downloaded code."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_kernels(path, value)
+        if name.endswith("_implementation") and "/" in json.dumps(value):
+            raise ConfigError(
+                f"{path}: its config takes {name.strip('_')} from the repository {value!r}, whose code is "
+                "never run: remove this entry from config.json"
+            )
+
+
+@contextmanager
+def _config_errors(path: str | Path) -> Iterator[None]:
+    """Turn what transformers raises about damaged or foreign files into a `ConfigError` with the path."""
+    try:
+        with _remote_code_refused(path):
+            yield
+    except ConfigError:
+        raise
+    except _DAMAGES as error:
+        raise ConfigError(f"{path}: {str(error).strip() or type(error).__name__}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: its files are nested too deeply") from error
+
+
+@contextmanager
+def _remote_code_refused(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if _CODE not in str(error):
+            raise
+        raise ConfigError(
+            f"{path}: this model needs Python code from its own folder (auto_map), and such code is never "
+            f"run: choose a model that transformers {__version__} supports itself"
+        ) from error
