@@ -80,7 +80,7 @@ def load_model(path: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def build_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+def build_model(config: PretrainedConfig, **options: Any) -> Any:
     """Build an image-text-to-text model with random weights from its config.
 
     Raises:
