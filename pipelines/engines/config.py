@@ -25,12 +25,12 @@ class BaseModelSection(Section):
 
 
 class ModelSection(Section):
-    """The base model and the adapter that generate the answers."""
+    """The model of an engine: a base model with an optional adapter."""
 
     path: ModelPath = Field(description="folder of the base model and its processor, or a Hugging Face id")
     adapter: ArtifactPath | None = Field(
         None,
-        description="what fine-tuning made: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
+        description="adapter from a fine-tune: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
         "MLflow; null = the base model alone",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -68,7 +68,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture before it is drawn: objects in reading order, a number, and the background colour."""
+    """The content of one image: objects in reading order, a number, and the background colour."""
 
     things: tuple[Thing, ...]
     number: str

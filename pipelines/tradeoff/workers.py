@@ -42,7 +42,7 @@ def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[Traini
 def first_token_seconds(
     some: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
 ) -> list[list[float]]:
-    """Return seconds to the first token: for each point of one adapter a list over rounds.
+    """Return the seconds to the first token at each point of one adapter, one list over rounds per point.
 
     A round answers one row at every point in turn, so the row and other load on the machine affect all points
     of a round alike: compare times within a round. Each request runs alone in an idle engine. The clock runs

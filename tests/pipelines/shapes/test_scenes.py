@@ -213,7 +213,7 @@ def config(output, **changes):
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def data_set(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     return folder, write_shapes(config(folder))
 
@@ -226,8 +226,8 @@ def rows_of(folder, split):
     return json.loads((folder / f"{split}.json").read_text())
 
 
-def test_the_summary_matches_the_files(written):
-    folder, summary = written
+def test_the_summary_matches_the_files(data_set):
+    folder, summary = data_set
     assert summary["folder"] == str(folder)
     expected = {"train": (24, 24), "validation": (3, 18), "test": (4, 24)}
     for split, (images, rows) in expected.items():
@@ -237,23 +237,23 @@ def test_the_summary_matches_the_files(written):
         assert len(list((folder / "images" / split).iterdir())) == images
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(written, tmp_path):
-    folder, _ = written
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(data_set, tmp_path):
+    folder, _ = data_set
     write_shapes(config(tmp_path / "same"))
     assert files(tmp_path / "same") == files(folder)
     write_shapes(config(tmp_path / "other", seed=4))
     assert rows_of(tmp_path / "other", "train") != rows_of(folder, "train")
 
 
-def test_a_larger_data_set_starts_with_the_smaller_one(written, tmp_path):
-    folder, _ = written
+def test_a_larger_data_set_starts_with_the_smaller_one(data_set, tmp_path):
+    folder, _ = data_set
     write_shapes(config(tmp_path, train=30))
     assert rows_of(tmp_path, "train")[:24] == rows_of(folder, "train")
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_images_are_real_files_of_both_kinds_and_show_their_scene(written, split):
-    folder, _ = written
+def test_images_are_real_files_of_both_kinds_and_show_their_scene(data_set, split):
+    folder, _ = data_set
     kinds = set()
     for index, name in enumerate(dict.fromkeys(row["image"] for row in rows_of(folder, split))):
         expected = np.asarray(render(sample_scene(2, split, index)[0]), dtype=int)
@@ -267,8 +267,8 @@ def test_images_are_real_files_of_both_kinds_and_show_their_scene(written, split
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_conversations_are_llava_with_right_answers(written, split):
-    folder, _ = written
+def test_conversations_are_llava_with_right_answers(data_set, split):
+    folder, _ = data_set
     for row in rows_of(folder, split):
         assert row.keys() == {"id", "image", "task", "conversations"}
         scene, _ = sample_scene(2, split, int(row["id"].split("-")[1]))
@@ -281,14 +281,14 @@ def test_conversations_are_llava_with_right_answers(written, split):
             assert answer["value"] == answers_from(scene, human["value"].removeprefix("<image>\n"))
 
 
-def test_ids_are_unique(written):
-    folder, _ = written
+def test_ids_are_unique(data_set):
+    folder, _ = data_set
     ids = [row["id"] for split in SPLITS for row in rows_of(folder, split)]
     assert len(set(ids)) == len(ids)
 
 
-def test_held_out_rows_have_one_question_and_equal_shares_of_tasks(written):
-    folder, _ = written
+def test_held_out_rows_have_one_question_and_equal_shares_of_tasks(data_set):
+    folder, _ = data_set
     rows = rows_of(folder, "test")
     assert all(len(row["conversations"]) == 2 for row in rows)
     tasks = [row["task"] for row in rows]
@@ -345,8 +345,8 @@ def test_an_interrupted_image_never_has_its_final_name(tmp_path, monkeypatch):
         Image.open(tmp_path / name).load()
 
 
-def test_a_folder_of_another_seed_is_rejected(written):
-    folder, _ = written
+def test_a_folder_of_another_seed_is_rejected(data_set):
+    folder, _ = data_set
     with pytest.raises(ConfigError, match=r'"seed": 2.*choose another output folder'):
         write_shapes(config(folder, seed=3))
 

@@ -145,7 +145,7 @@ def test_answers_of_several_seeds_are_pooled_and_paired_by_seed(given, adapter, 
     settings = {
         **given,
         "name": "seeds",
-        "adapters": {"tuned": both, "beside": {**both, "reference": "tuned"}, "first": one},
+        "adapters": {"tuned": both, "same again": {**both, "reference": "tuned"}, "first": one},
         "storage": str(tmp_path),
         "methods": ["downscaled", "norm", "skip-vision"],
         "fractions": [0.8],
@@ -167,7 +167,7 @@ def test_answers_of_several_seeds_are_pooled_and_paired_by_seed(given, adapter, 
     assert sorted(pooled["by_seed"]) == [-0.5, 0]
     assert pooled["by_seed"][0] == single["gap"]["overall"]["difference"]
     assert pooled["gap"]["overall"]["difference"] == -0.25
-    assert found["beside", "as tuned"]["gap"] == pooled["gap"]
+    assert found["same again", "as tuned"]["gap"] == pooled["gap"]
     behind = found["tuned", "norm"]["behind"]
     assert (behind["difference"], behind["other"], behind["items"]) == (0.5, 0.75, 12)
     assert behind["low"] < 0 < 0.5 < behind["high"], "one image proves little"
