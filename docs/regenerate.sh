@@ -33,7 +33,7 @@ until $python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/h
   kill -0 $endpoint
   sleep 1
 done
-$python -m tests.serve.page_picture --image $pictures/000006.png -o docs/images/page.png
+$python -m tests.serve.page_picture --image $pictures/000018.png -o docs/images/page.png
 kill -TERM $endpoint
 wait $endpoint || true
 
