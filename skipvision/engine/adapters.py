@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from skipvision.adapters.files import read_adapter
 from skipvision.adapters.save_load import load_adapter, unload_adapters
+from skipvision.anatomy.families import dissect
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
-from skipvision.errors import ConfigError
+from skipvision.engine.kinds import by_row, can_share, reason_to_refuse
+from skipvision.errors import AdapterError, ConfigError, UnsupportedModelError
 
 BASE = "__base__"
 """Name of the base model among the adapters. PEFT uses the same name."""
@@ -43,7 +47,14 @@ class Adapters:
                 f"the adapters {active} are active together, but the engine runs each request under one: "
                 "activate a single adapter with set_adapter()"
             )
+        for name, kind in self._peft.peft_config.items() if self._peft is not None else ():
+            reason = reason_to_refuse(kind)
+            if reason is not None:
+                raise UnsupportedModelError(
+                    f"the engine cannot run adapter {name!r}: {reason}. Merge it into the model, or remove it"
+                )
         self.default = self._active = active[0]
+        self._alone: dict[str, bool] = {}
         self._configs = {name: config if name == BASE else trained for name in self.names}
 
     @property
@@ -77,12 +88,15 @@ class Adapters:
         After an error the model is unchanged.
 
         Raises:
-            AdapterError: as `load_adapter`.
+            AdapterError: as `load_adapter`; also if the engine cannot run this kind of adapter.
             ConfigError: the name is in use, or the SkipConfig does not fit this model.
         """
         if name in self.names:
             raise ConfigError(f"adapter {name!r} is already loaded: call remove_adapter() first")
-        config = read_adapter(folder)["skip"] or SkipConfig.full()
+        saved = read_adapter(folder)
+        config = saved["skip"] or SkipConfig.full()
+        if saved["lora"]:
+            self._check_kind(folder)
         with self._attachment.growing(config):
             self.activate(self.default)
             try:
@@ -102,6 +116,7 @@ class Adapters:
             self._peft.delete_adapter(name)
             self._reactivate_default()
         del self._configs[name]
+        self._alone.pop(name, None)
 
     def clear(self) -> None:
         """Restore the adapter that was active at creation, or the model without PEFT."""
@@ -120,6 +135,7 @@ class Adapters:
         if self._peft is None or name == self._active:
             return
         tuner: Any = self._peft.base_model
+        self._active = ""  # in case PEFT fails halfway
         if name == BASE:
             tuner.disable_adapter_layers()
         else:
@@ -127,14 +143,45 @@ class Adapters:
             self._peft.set_adapter(name)
         self._active = name
 
-    def call(self, names: Sequence[str], **inputs: Any) -> Any:
-        """Call the PEFT model on a batch whose rows run under different adapters.
+    def decodes_alone(self, name: str) -> bool:
+        """Return whether rows under this adapter need a call of their own; BASE and plain LoRA share one."""
+        if name not in self._alone:
+            self._alone[name] = name != BASE and not can_share(self._decoding_modules(), name)
+        return self._alone[name]
+
+    @contextmanager
+    def by_row(self, names: Sequence[str]) -> Iterator[None]:
+        """Run the rows of the calls in the ``with`` block under different adapters.
 
         Args:
-            names: adapter of each row; at least two different ones.
-            inputs: keyword arguments of the model.
+            names: adapter of each row: at least two different ones, and none that decodes alone.
         """
-        if self._active == BASE:
+        if self._active == BASE or self._active not in names:
             self.activate(next(name for name in names if name != BASE))
-        peft: Any = self._peft
-        return peft(**inputs, adapter_names=list(names))
+        with by_row(self._decoding_modules(), names):
+            yield
+
+    def _decoding_modules(self) -> list[nn.Module]:
+        """Return the modules that a decode step runs: those of decoder and LM head."""
+        base = next(module for module in self._model.modules() if isinstance(module, PreTrainedModel))
+        head = base.get_output_embeddings()
+        return [*dissect(base).decoder.modules(), *(head.modules() if head is not None else ())]
+
+    def _check_kind(self, folder: Path) -> None:
+        """Raise `AdapterError` if the engine cannot run an adapter of this kind next to those it has."""
+        try:
+            new = PeftConfig.from_pretrained(str(folder.absolute()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # `load_adapter` explains what is damaged.
+        reason = reason_to_refuse(new)
+        others = {kind.peft_type.value for kind in self._peft.peft_config.values()} if self._peft else set()
+        if reason is None and others - {new.peft_type.value}:
+            reason = (
+                f"it is of the kind {new.peft_type.value}, and PEFT loads no other kind next to the "
+                f"{' and '.join(sorted(others))} of this model"
+            )
+        if reason is not None:
+            raise AdapterError(
+                f"the engine cannot run {folder}: {reason}. Run it in an engine of its own, or merge it into "
+                "a copy of the model"
+            )

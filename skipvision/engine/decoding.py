@@ -31,7 +31,8 @@ _NO_CANDIDATE = (
 class DecodeStage:
     """Decodes one token for every running sequence.
 
-    A row that fails ends its own request; the other rows continue.
+    A row that fails ends its own request; the other rows continue. If a call of the model fails, its
+    sequences are decoded one by one to find those that cause it.
 
     Args:
         running: the sequences with a row.
@@ -46,11 +47,24 @@ class DecodeStage:
 
     def step(self) -> list[Chunk]:
         """Decode one token for every running sequence."""
-        begin, sequences = time.monotonic(), list(self._running.sequences)
-        logits = self._running.decode()
-        chunks = self.append_tokens(sequences, logits)
-        self._counters.count_decode(len(sequences), time.monotonic() - begin)
+        begin, rows = time.monotonic(), len(self._running.sequences)
+        chunks = [chunk for batch in self._running.batches() for chunk in self._decode(batch)]
+        self._counters.count_decode(rows, time.monotonic() - begin)
         return chunks
+
+    def _decode(self, batch: list[Sequence]) -> list[Chunk]:
+        batch = [sequence for sequence in batch if sequence.group.error is None]
+        if not batch:
+            return []
+        try:
+            logits = self._running.decode(batch)
+        except torch.AcceleratorError:
+            raise  # a failed device cannot run the other requests either
+        except Exception as error:
+            if len(batch) > 1:
+                return [chunk for sequence in batch for chunk in self._decode([sequence])]
+            return self._finisher.fail(batch[0].group, error)
+        return self.append_tokens(batch, logits)
 
     def append_tokens(self, sequences: abc.Sequence[Sequence], logits: torch.Tensor) -> list[Chunk]:
         """Choose the next token of each sequence from its (R, V) logits; finished ones leave their row."""

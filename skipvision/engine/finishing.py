@@ -43,8 +43,17 @@ class Finisher:
             if sequence.finish_reason is None:
                 if sequence in self._running.sequences:
                     self._running.remove(sequence, erase=reason == "error")
-                chunks.append(self._with_completion(sequence.finish(reason), group))
+                chunks.append(self._with_completion(self._last_chunk(sequence, reason), group))
         return chunks
+
+    @staticmethod
+    def _last_chunk(sequence: Sequence, reason: FinishReason) -> Chunk:
+        """Finish a sequence; if its held-back text cannot be decoded, the request ends with that error."""
+        try:
+            return sequence.finish(reason)
+        except Exception as error:
+            sequence.group.error = error
+            return sequence.finish("error")
 
     def retire(self, sequence: Sequence, last: Chunk) -> Chunk:
         """Free the row of a finished sequence; returns its last chunk."""

@@ -60,6 +60,13 @@ class Intake:
         config = self._config_of(request)
         self._attachment.check(config)
         prompt = Prompt(ready.inputs or {}, self._facts.image_token_id, len(request.images))
+        # On a GPU an unknown id would end the process, and with it all other requests.
+        unknown = [token for token in prompt.ids if not 0 <= token < self._facts.vocabulary]
+        if unknown:
+            raise InputError(
+                f"input_ids hold {unknown[0]}, but this model's vocabulary has {self._facts.vocabulary} "
+                "tokens: prepare the request with this model's own processor"
+            )
         group = SequenceGroup(next(self._numbers), request, prompt, config, adapter, self._decode)
         new, limit = request.sampling.max_new_tokens, self._facts.max_positions
         if limit is not None and len(prompt) + new > limit:

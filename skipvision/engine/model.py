@@ -23,6 +23,7 @@ class ModelFacts:
         family: how prompts of this model family may be split and batched.
         sight: the attention masks that its decoder expects.
         image_token_id: placeholder token of one visual token.
+        vocabulary: number of token ids that the model can read.
         max_positions: longest sequence that the model can read, or None without a limit.
         entry_bytes: bytes of one entry of the KV cache, over all layers.
         eos_token_ids: tokens that end any answer.
@@ -33,6 +34,7 @@ class ModelFacts:
     family: Family
     sight: Sight
     image_token_id: int
+    vocabulary: int
     max_positions: int | None
     entry_bytes: int
     eos_token_ids: frozenset[int]
@@ -55,6 +57,8 @@ class ModelFacts:
             family=anatomy.family,
             sight=Sight.of(anatomy.decoder),
             image_token_id=anatomy.image_token_id,
+            # Some families have a placeholder that is no word.
+            vocabulary=max(len(base.get_input_embeddings().weight), anatomy.image_token_id + 1),
             max_positions=getattr(anatomy.text_config, "max_position_embeddings", None),
             entry_bytes=values * next(anatomy.decoder.parameters()).element_size(),
             eos_token_ids=frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos),

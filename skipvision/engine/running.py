@@ -91,20 +91,36 @@ class Running:
         self.sequences.clear()
         self.slots.rows = 0
 
-    def decode(self) -> torch.Tensor:
-        """Feed the newest token of every sequence to the model; returns (R, V) logits of the next."""
-        sequences, device = self.sequences, self._model.device
-        idle = self._scheduler.rows(len(sequences)) - len(sequences)
+    def batches(self) -> list[list[Sequence]]:
+        """Split the sequences by the call that decodes them: one, and one per adapter that decodes alone."""
+        batches: dict[str, list[Sequence]] = {}
+        for sequence in self.sequences:
+            name = sequence.group.adapter
+            batches.setdefault(name if self._adapters.decodes_alone(name) else "", []).append(sequence)
+        return list(batches.values())
+
+    def decode(self, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
+        """Feed the newest token of sequences to the model; returns (R, V) logits of the next.
+
+        After an error the sequences are as before, and can be decoded again.
+
+        Args:
+            sequences: all of them, or those of some rows, under adapters that can share a call.
+        """
+        device, whole = self._model.device, list(sequences) == self.sequences
+        idle = self._scheduler.rows(len(sequences)) - len(sequences) if whole else 0
 
         def tensor(values: list[Any], filler: Any = 0) -> torch.Tensor:
             return torch.tensor(values + [filler] * idle, device=device)
 
         lengths = [sequence.length for sequence in sequences]
-        span = self.slots.length if self._compiled is not None else self._scheduler.length(max(lengths) + 1)
+        compiled = self._compiled is not None and whole
+        span = self.slots.length if compiled else self._scheduler.length(max(lengths) + 1)
         at, ordinals = tensor(lengths), tensor([sequence.fed for sequence in sequences])
         axes = len(sequences[0].position)
         positions = tensor([sequence.position for sequence in sequences], [0] * axes).T[..., None]
-        self.slots.begin_step(at, ordinals, min(span, self.slots.length))
+        rows = None if whole else torch.tensor(self._rows_of(sequences), device=device)
+        self.slots.begin_step(at, ordinals, min(span, self.slots.length), rows)
         inputs = {
             "input_ids": tensor([[sequence.ids[-1]] for sequence in sequences], [0]),
             "attention_mask": self._mask(at, ordinals),
@@ -112,19 +128,24 @@ class Running:
             "past_key_values": self.slots,
             "use_cache": True,
         }
-        logits: torch.Tensor = self._call(inputs, idle).logits[: len(sequences), -1]
+        output = self._call(inputs, [sequence.group.adapter for sequence in sequences], idle, compiled)
+        logits: torch.Tensor = output.logits[: len(sequences), -1]
         for sequence in sequences:
             sequence.length += 1
             sequence.fed += 1
             sequence.position = [position + 1 for position in sequence.position]
         return logits
 
-    def _call(self, inputs: dict[str, Any], idle: int) -> Any:
-        names = [sequence.group.adapter for sequence in self.sequences]
+    def _rows_of(self, sequences: abc.Sequence[Sequence]) -> list[int]:
+        rows = {sequence: row for row, sequence in enumerate(self.sequences)}
+        return [rows[sequence] for sequence in sequences]
+
+    def _call(self, inputs: dict[str, Any], names: list[str], idle: int, compiled: bool) -> Any:
         if len(set(names)) > 1:
-            return self._adapters.call([*names, *names[:1] * idle], **inputs)
+            with self._adapters.by_row([*names, *names[:1] * idle]):
+                return self._model(**inputs)
         self._adapters.activate(names[0])
-        if self._compiled is None:
+        if self._compiled is None or not compiled:
             return self._model(**inputs)
         with recompile_limit(_MAX_COMPILED_SHAPES):
             return self._compiled(**inputs)

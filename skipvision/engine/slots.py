@@ -26,7 +26,8 @@ class Slots(SettledCache):
     Attributes:
         rows: number of rows in use.
         length: entries that each row can hold.
-        at: (R,) index in each row of the entry that the current step writes.
+        at: (R,) index of the entry that the current step writes in each of its rows.
+        step_rows: (R,) rows of the current step; None = the first R.
         span: number of entries in each row that attention reads in the current step.
     """
 
@@ -37,6 +38,7 @@ class Slots(SettledCache):
         self._blocks: list[_Block] = []
         self._ordinal = torch.zeros(0, dtype=torch.long)
         self.at = self._ordinal
+        self.step_rows: torch.Tensor | None = None
         self.span = 0
 
     def allocate(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -104,23 +106,28 @@ class Slots(SettledCache):
         for block in self._blocks:
             block.view(self.length)[row] = 0
 
-    def begin_step(self, lengths: torch.Tensor, ordinals: torch.Tensor, span: int) -> None:
+    def begin_step(
+        self, lengths: torch.Tensor, ordinals: torch.Tensor, span: int, rows: torch.Tensor | None = None
+    ) -> None:
         """Set where this step writes the new token of each row, and how much attention reads.
 
         Args:
             lengths: (R,) entries of each row so far; R may exceed ``rows``, for a static shape.
             ordinals: (R,) index of the new token among the caller's tokens.
             span: entries that attention reads of each row, at least max(lengths) + 1.
+            rows: (R,) rows that take part, each once; None = the first R. Others are copied, which is slower.
         """
-        self.at, self.span = lengths, span
-        self._ordinals(self.length)[torch.arange(len(lengths), device=lengths.device), lengths] = ordinals
+        self.at, self.span, self.step_rows = lengths, span, rows
+        rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
+        self._ordinals(self.length)[rows, lengths] = ordinals
 
     def ordinals(self) -> torch.Tensor:
         """(R, span) index among the caller's tokens of each entry that attention reads.
 
         Arbitrary past a row's last entry.
         """
-        return self._ordinals(self.length)[: len(self.at), : self.span]
+        rows = slice(len(self.at)) if self.step_rows is None else self.step_rows
+        return self._ordinals(self.length)[rows, : self.span]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Entries that attention reads before the new token; never 0 for a row in use."""
@@ -168,13 +175,14 @@ class _Layer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new entry in each row, (R, heads, 1, dim); returns the entries that attention reads."""
         slots = self.slots
-        count = key_states.shape[0]
-        rows = torch.arange(count, device=key_states.device)
+        own = slots.step_rows
+        rows = torch.arange(len(key_states), device=key_states.device) if own is None else own
+        first = slice(len(key_states))
         read = []
         for block, states in zip(self.blocks, (key_states, value_states), strict=True):
             view = block.view(slots.length)
             view[rows, :, slots.at] = states[:, :, 0]
-            read.append(view[:count, :, : slots.span])
+            read.append(view[first if own is None else own, :, : slots.span])
         return read[0], read[1]
 
     def get_seq_length(self) -> int:

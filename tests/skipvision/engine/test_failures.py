@@ -21,6 +21,7 @@ from tests.skipvision.engine.requests_for_tests import (
     ROWS,
     Letters,
     alone,
+    drain,
     ids_of,
     inputs_of,
     one,
@@ -108,6 +109,62 @@ def test_undecodable_tokens_fail_their_request_alone(engine, monkeypatch):
     assert isinstance(completions[0].error, ZeroDivisionError)
     assert completions[0].choices[0].token_ids[-1] == undecodable
     assert ids_of(completions[2]) == alone(2)
+
+
+@pytest.mark.parametrize("culprits", [1, 2])
+def test_an_error_of_a_decode_step_fails_the_requests_that_cause_it(engine, monkeypatch, culprits):
+    """Whatever the model raises, in a call of all rows; each other row is decoded as if alone."""
+    bad = [request(row, key="bad", sampling=Sampling(max_new_tokens=8, n=2)) for row in range(culprits)]
+    model, real = words(), words().forward
+
+    def forward(*args, **inputs):
+        sequences = engine._running.sequences
+        rows = engine._running.slots.step_rows
+        called = sequences if rows is None else [sequences[row] for row in rows.tolist()]
+        decodes = inputs["input_ids"].shape[1] == 1
+        if decodes and any(each.group.request.key == "bad" and len(each.ids) == 3 for each in called):
+            raise RuntimeError("out of memory")
+        return real(*args, **inputs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    completions = list(engine.run([request(1), *bad, request(2)]))
+    failed = [each for each in completions if each.key == "bad"]
+    assert [str(each.error) for each in failed] == ["out of memory"] * culprits
+    assert all(len(choice.token_ids) == 3 for each in failed for choice in each.choices)
+    others = [each for each in completions if each.key != "bad"]
+    assert len(others) == 2
+    for completion in others:
+        assert ids_of(completion) == alone(completion.key[0])
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_undecodable_text_at_the_end_of_a_request_fails_it_alone(engine, monkeypatch, how):
+    number = engine.submit(request(0, tokens=30, deadline=1000.0))
+    other = engine.submit(request(2))
+    engine.step()
+    group = engine._groups[number]
+
+    def fails():
+        raise UnicodeDecodeError("utf-8", b"x", 0, 1, "no character")
+
+    monkeypatch.setattr(group.sequences[0]._stream, "finish", fails)
+    if how == "cancel":
+        engine.cancel(number)
+    else:
+        monkeypatch.setattr(group, "submitted", group.submitted - 2000)
+    ended = {chunk.id: chunk.completion for chunk in drain(engine) if chunk.completion is not None}
+    assert isinstance(ended[number].error, UnicodeDecodeError)
+    assert ids_of(ended[other]) == alone(2)
+
+
+@pytest.mark.parametrize("token", [-1, 64, 2**40])
+def test_a_token_that_the_model_does_not_know_is_rejected_at_once(engine, token):
+    inputs = dict(inputs_of(0))
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][0, 0] = token
+    with pytest.raises(InputError, match=rf"input_ids hold {token}, but this model's vocabulary has 64"):
+        engine.submit(Request(inputs=inputs))
+    assert not engine.busy
 
 
 def test_a_device_failure_ends_the_engine(engine, monkeypatch):

@@ -1,0 +1,85 @@
+"""Kinds of PEFT adapters: which share a decode step, which need one of their own, and which cannot run.
+
+PEFT runs rows under different adapters in one call only if each is plain LoRA (or rsLoRA) on the modules of
+the call. It refuses some other kinds there, and ignores the rows' names for the rest, so they decode alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
+from peft.tuners.lora import Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from skipvision.summaries import AdapterSummaries
+
+_WRAPPED_CALL = (PeftType.XLORA, PeftType.POLY, PeftType.SHADOW, PeftType.ADAPTION_PROMPT)
+_QUANTISED = ("Linear8bitLt", "Linear4bit", "HqqLoraLinear")
+
+
+def reason_to_refuse(config: PeftConfig) -> str | None:
+    """Return why the engine cannot run this kind of adapter, or None if it can."""
+    settings: Any = config
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning:
+        return f"{kind} adds virtual tokens to the prompt: their places would not be those of the plan"
+    if tuner is None or not issubclass(tuner, BaseTuner) or config.peft_type in _WRAPPED_CALL:
+        return f"{kind} changes the call of the whole model, not only its layers"
+    if getattr(settings, "alora_invocation_tokens", None):
+        return "activated LoRA (alora_invocation_tokens) begins in the middle of a prompt"
+    if getattr(settings, "arrow_config", None):
+        return "arrow routing (arrow_config) mixes all loaded adapters"
+    if getattr(settings, "layer_replication", None):
+        return "layer_replication adds decoder layers, for requests without the adapter too"
+    return None
+
+
+def can_share(modules: Iterable[nn.Module], name: str) -> bool:
+    """Return whether rows under an adapter may decode in one call with rows under others.
+
+    Args:
+        modules: those that a decode step runs.
+        name: PEFT's name of the adapter.
+    """
+    return all(_takes_names(module, name) for module in modules)
+
+
+def _takes_names(module: nn.Module, name: str) -> bool:
+    if isinstance(module, AdapterSummaries):
+        return True  # A decode step has no images to summarise.
+    if isinstance(module, ModulesToSaveWrapper):
+        return name not in module.modules_to_save
+    if not isinstance(module, BaseTunerLayer):
+        return True
+    if not any(name in getattr(module, part) for part in module.adapter_layer_names):
+        return True
+    batches = isinstance(module, (Linear, Embedding, Conv2d, Conv3d)) or type(module).__name__ in _QUANTISED
+    return batches and isinstance(module, LoraLayer) and name not in module.lora_variant
+
+
+@contextmanager
+def by_row(modules: Iterable[nn.Module], names: Sequence[str]) -> Iterator[None]:
+    """Run the rows of the calls in the ``with`` block under these adapters.
+
+    PEFT's own way, ``adapter_names``, leaves its hooks on the model if the call fails.
+    """
+
+    def pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "adapter_names": list(names)}
+
+    hooks = [
+        module.register_forward_pre_hook(pass_names, with_kwargs=True)
+        for module in modules
+        if isinstance(module, LoraLayer)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
