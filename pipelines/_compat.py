@@ -6,7 +6,8 @@ Start here when a new version of that library breaks something.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -16,6 +17,26 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 RAY_PORT_VARIABLE = "RAY_GCS_SERVER_PORT"
 """Environment variable: the port of a Ray that ``ray.init(address="local")`` starts (Ray 2.60.0)."""
+
+
+LOOPBACK = "127.0.0.1"
+
+
+@contextmanager
+def ray_on_loopback() -> Iterator[None]:
+    """Let ``ray.init(address="local", _node_ip_address=LOOPBACK)`` listen on loopback only (Ray 2.60.0).
+
+    Ray replaces a loopback address by that of the machine, and then listens on every interface, where anyone
+    may run code. Its processes on a node with a loopback address listen there only.
+    """
+    from ray._private import services
+
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
 
 
 def configure_ray_train() -> None:

@@ -178,7 +178,9 @@ def test_the_job_can_be_submitted(home):
     line = [word.replace("/shared/project", str(home)) for word in command("ray job submit")]
     with local_ray() as ray:
         # The upload follows no symbolic links, so it is the repository's own folder that is uploaded.
-        done = run(small(line), ROOT, RAY_ADDRESS=ray.dashboard, RAY_AUTH_MODE="disabled")
+        done = run(
+            small(line), ROOT, RAY_ADDRESS=ray.dashboard, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=ray.token
+        )
     assert str(home / "runs/slower/adapter") in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 

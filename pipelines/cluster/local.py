@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,12 @@ class LocalRay:
 
     Attributes:
         dashboard: the URL that takes jobs.
+        token: every client's ``$RAY_AUTH_TOKEN``.
         client: submits jobs there.
     """
 
     dashboard: str
+    token: str = field(repr=False)
     client: JobSubmissionClient
 
     def submit(self, entrypoint: Sequence[str], *, environment: Mapping[str, str]) -> None:
@@ -132,14 +135,15 @@ def local_ray() -> Iterator[LocalRay]:
     port, dashboard_port, client_port, *agents = _free_ports(7)
     # Ray's sockets are here; their paths may have at most 107 characters.
     files = Path(tempfile.mkdtemp(prefix="skipvision-ray-", dir="/tmp"))
+    token = secrets.token_hex(32)
     binaries = str(Path(sys.executable).parent)
     environment = {
         **{name: value for name, value in os.environ.items() if name not in _ADDRESSES},
         "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")]),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # The node listens on the loopback interface only. Without a mode, Ray may write a token that
-        # every later cluster of this user demands.
-        "RAY_AUTH_MODE": "disabled",
+        # Some of the node's ports listen on every interface: no call without the token does anything.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
         "RAY_JOB_STOP_WAIT_TIME_S": str(_JOB_STOP_SECONDS),
     }
     command = [
@@ -160,7 +164,7 @@ def local_ray() -> Iterator[LocalRay]:
             )
         stack.callback(_end, head)
         dashboard = f"http://127.0.0.1:{dashboard_port}"
-        yield LocalRay(dashboard, _wait_for(dashboard, head, log))
+        yield LocalRay(dashboard, token, _wait_for(dashboard, token, head, log))
 
 
 def _free_ports(count: int) -> list[int]:
@@ -171,12 +175,12 @@ def _free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def _wait_for(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> JobSubmissionClient:
+def _wait_for(dashboard: str, token: str, head: subprocess.Popen[bytes], log: Path) -> JobSubmissionClient:
     """Return a client once a job is accepted: the dashboard answers before an agent can run jobs."""
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end and head.poll() is None:
         try:
-            client = _client(dashboard)
+            client = _client(dashboard, token)
             client.submit_job(entrypoint="true")
         except _UNREACHABLE:
             time.sleep(_POLL_SECONDS)
@@ -187,14 +191,14 @@ def _wait_for(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> JobSu
     )
 
 
-def _client(dashboard: str) -> JobSubmissionClient:
+def _client(dashboard: str, token: str) -> JobSubmissionClient:
     """Return a client of this dashboard. Variables that name another cluster would override the address."""
     hidden = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
     try:
         from ray.job_submission import JobSubmissionClient
 
         # There is no TLS to verify. By default Ray passes ssl=None to aiohttp, which is deprecated.
-        return JobSubmissionClient(dashboard, verify=False)
+        return JobSubmissionClient(dashboard, verify=False, headers={"Authorization": f"Bearer {token}"})
     finally:
         os.environ.update(hidden)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from pipelines._compat import LOOPBACK, ray_on_loopback
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.shared.paths import in_ray_job
 from pipelines.shared.stopping import handlers_kept
@@ -60,7 +61,7 @@ def _connect() -> None:
 
 
 def _start_local() -> None:
-    """Start Ray on a known port, so that its processes find it even if several Rays run."""
+    """Start Ray on loopback, on a known port: its processes find it even if several Rays run."""
     ray = _ray()
     # Without a mode, Ray may write a token that every later cluster of this user demands.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -68,15 +69,17 @@ def _start_local() -> None:
     port = os.environ["RAY_GCS_SERVER_PORT"] = str(_free_port())
     environment = {
         "PYTHONPATH": os.pathsep.join(search),
-        "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}",
+        "RAY_ADDRESS": f"{LOOPBACK}:{port}",
     }
     try:
-        ray.init(
-            address="local",
-            num_cpus=usable_cpus(),
-            logging_level="WARNING",
-            runtime_env={"env_vars": environment},
-        )
+        with ray_on_loopback():
+            ray.init(
+                address="local",
+                _node_ip_address=LOOPBACK,
+                num_cpus=usable_cpus(),
+                logging_level="WARNING",
+                runtime_env={"env_vars": environment},
+            )
     finally:
         del os.environ["RAY_GCS_SERVER_PORT"]
 

@@ -154,7 +154,7 @@ def exact_model(uri: str, name: str) -> str:
         TrackingError: MLflow does not answer.
     """
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", name)
-    if match is None:
+    if match is None or not {".", ".."}.isdisjoint(match.groups()):
         raise ConfigError(f"{name!r} names no model: write models:/NAME@ALIAS or models:/NAME/VERSION")
     model, alias, version = match.groups()
 

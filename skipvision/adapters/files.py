@@ -25,9 +25,28 @@ SUMMARY_WEIGHTS = "skip_summary.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 FORMAT = 1
 
+_PEFT_CONFIG, _PEFT_WEIGHTS = PEFT_FILES
+_READ_BY_PEFT = ("megatron_config", "corda_config", "eva_config", "lora_ga_config", "runtime_config")
+"""Fields of PEFT's config that name modules to import or other files to read, once they are set."""
+_NO_LAYERS = (
+    "ADAPTION_PROMPT",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "XLORA",
+)
+"""Types of PEFT that add tokens, or load further models or adapters, instead of changing layers."""
+
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """Read an adapter's ``skip_config.json``; ``skip`` is its `SkipConfig`, or None for full tokens."""
+    """Read an adapter's ``skip_config.json``; ``skip`` is its `SkipConfig`, or None for full tokens.
+
+    Raises:
+        AdapterError: the folder holds no adapter, or its weights are pickled or its PEFT config reads other
+            files or modules, so that loading it could run code.
+    """
     path = Path(folder) / SKIP_CONFIG
     if not path.exists():
         raise AdapterError(f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}")
@@ -42,7 +61,37 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not known:
         raise AdapterError(f"{path} has format {saved['format']!r}; this version reads format {FORMAT}")
+    if saved["lora"]:
+        _check_safe(Path(folder))
     return saved
+
+
+def _check_safe(folder: Path) -> None:
+    """Raise `AdapterError` if loading the folder's PEFT adapter could run code."""
+    pickled = folder / "adapter_model.bin"
+    if pickled.exists() and not (folder / _PEFT_WEIGHTS).exists():
+        raise AdapterError(
+            f"{folder}: the adapter's weights are pickled ({pickled.name}), and loading a pickle can run "
+            "code: convert them to safetensors (save_pretrained of PEFT writes it)"
+        )
+    config = folder / _PEFT_CONFIG
+    if not config.exists():
+        return
+    try:
+        fields: dict[str, Any] = json.loads(config.read_text())
+        found = [name for name in _READ_BY_PEFT if fields.get(name)]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{config} cannot be read: {error}") from error
+    if found:
+        raise AdapterError(
+            f"{config} sets {found[0]}, which makes PEFT import a module or read another file: an adapter is "
+            "loaded from its own weights only; remove this field"
+        )
+    if fields.get("peft_type") in _NO_LAYERS:
+        raise AdapterError(
+            f"{config} has peft_type {fields['peft_type']!r}, which loads more than its own weights: only "
+            "adapters of layers, such as LORA, are loaded"
+        )
 
 
 def summary_weights(folder: Path, hidden_size: int, summary_tokens: int) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ class Images: pass
 """
 
 
-class _Pickled:
+class Pickled:
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, (f"import os, pathlib; pathlib.Path(os.environ['{RAN}']).touch()",)
 
@@ -96,7 +96,7 @@ def _elsewhere(folder: Path) -> None:
 
 def _pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Pickled()))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled()))
 
 
 def _pickled_shards(folder: Path) -> None:
@@ -104,7 +104,7 @@ def _pickled_shards(folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"a": "pytorch_model-00001-of-00001.bin"}})
     )
-    (folder / "pytorch_model-00001-of-00001.bin").write_bytes(pickle.dumps(_Pickled()))
+    (folder / "pytorch_model-00001-of-00001.bin").write_bytes(pickle.dumps(Pickled()))
 
 
 def _pickles_in_the_index(folder: Path) -> None:
@@ -112,7 +112,7 @@ def _pickles_in_the_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"a": "weights.bin"}})
     )
-    (folder / "weights.bin").write_bytes(pickle.dumps(_Pickled()))
+    (folder / "weights.bin").write_bytes(pickle.dumps(Pickled()))
 
 
 def _weights_elsewhere(folder: Path) -> None:
