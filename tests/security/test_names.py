@@ -43,7 +43,8 @@ def page() -> TestClient:
 
 @pytest.mark.parametrize(
     "name", ["../routes.py", "..%2froutes.py", "%2e%2e/routes.py", "routes.py", "__init__.py",
-             "page.js/../routes.py", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "page.js%00", "PAGE.JS", "", "/etc/passwd"]
+             "page.js/../routes.py", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "page.js%00", "PAGE.JS", "",
+             "/etc/passwd"]
 )  # fmt: skip
 def test_the_page_serves_its_own_files_only(page, name):
     assert page.get(f"/page/{name}").status_code == 404
