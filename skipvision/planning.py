@@ -17,7 +17,9 @@ from skipvision.tokens import VisualTokens
 def make_plan(
     tokens: VisualTokens, images: Images, attention_mask: torch.Tensor, config: SkipConfig
 ) -> TokenPlan:
-    """Make the plan of a batch.
+    """Make the plan of a batch, in the precision of its features also under autocast.
+
+    Similarities in bfloat16 would choose other tokens than the engine does, which runs without autocast.
 
     Args:
         tokens: the images' visual tokens, with the reading that the criterion needs.
@@ -27,7 +29,8 @@ def make_plan(
     """
     counts = torch.tensor([config.counts(size) for size in images.sizes], device=tokens.valid.device)
     retained_count, skipped_count, _ = counts.unbind(1)
-    scores = config.criterion.score(tokens, retained_count, config.seed)
-    retained = top(scores, tokens.valid, retained_count)
-    target = assign(tokens, retained, skipped_count, config.merging)
+    with torch.autocast(tokens.features.device.type, enabled=False):
+        scores = config.criterion.score(tokens, retained_count, config.seed)
+        retained = top(scores, tokens.valid, retained_count)
+        target = assign(tokens, retained, skipped_count, config.merging)
     return lay_out(images, attention_mask, retained, target, config)

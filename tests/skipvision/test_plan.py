@@ -248,3 +248,23 @@ def test_a_plans_repr_is_one_line():
     assert repr(plan) == (
         "TokenPlan(images=1, (2, 23) → (2, 18): TEXT=12, RETAINED=5, SKIPPED=4, SUMMARY=2, PADDING=13)"
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *NEEDS_NO_MODEL.values(),
+        SkipConfig(retained=64, skipped=64, select="diversity"),
+        SkipConfig(retained=64, skipped=64, merge="tome"),
+    ],
+    ids=[*NEEDS_NO_MODEL, "64 + 64 by diversity", "64 + 64 by tome"],
+)
+def test_a_plan_is_the_same_under_autocast(config):
+    """Training with autocast must choose the tokens that the engine, which has none, will choose."""
+    batch = Batch([[3, (256,), 4], [(200,), 2]])
+    batch.embeds = batch.embeds.float()
+    plain = batch.plan(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = batch.plan(config)
+    assert torch.equal(autocast.source, plain.source)
+    assert torch.equal(autocast.merged_into, plain.merged_into)
