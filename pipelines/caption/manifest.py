@@ -23,8 +23,9 @@ from pipelines.caption.config import InputSection
 from pipelines.caption.rows import MANIFEST_SCHEMA, CaptionRow, Problem, manifest_rows, manifest_table
 from pipelines.data.conversations import BadRow, listed_images, parse_image
 from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, prompt_messages
-from pipelines.data.records import Record, absolute
+from pipelines.data.records import Record
 from pipelines.data.sources import Wanted, read_inputs
+from pipelines.data.storage import absolute
 from pipelines.shared.files import atomic
 from skipvision.errors import ConfigError, DataError
 

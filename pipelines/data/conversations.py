@@ -16,8 +16,10 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.data.encoded import is_data_url
 from pipelines.data.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage, TsvImage
 from pipelines.data.rows import IMAGE_PLACEHOLDER, ImageSource, Message, RejectKind, Role, TrainingRow
+from pipelines.data.storage import absolute
 
 _ROLES: dict[object, Role] = {
     "human": "user",
@@ -146,15 +148,15 @@ def listed_images(row: Mapping[str, Any]) -> list[object]:
 
 def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> ImageSource:
     """Return a reference to an image in any notation, unopened. Raise `BadRow` if it is malformed."""
-    if isinstance(value, ParquetImage | TarImage | TsvImage | FileImage):
+    if isinstance(value, ParquetImage | TarImage | TsvImage | FileImage | InlineImage):
         return value
     encoded = value.get("bytes") if isinstance(value, dict) else None
     if isinstance(value, dict):
         value = encoded or value.get("path") or value.get("url")
     if not isinstance(value, str) or not value:
         raise BadRow("broken record", f"image {name} is {_type(value)}, expected a path, a URL or base64")
-    if not encoded and not value.startswith("data:"):
-        return FileImage(value if "://" in value else posixpath.join(image_root, value), max_pixels)
+    if not encoded and not is_data_url(value):
+        return FileImage(absolute(value) if "://" in value else posixpath.join(image_root, value), max_pixels)
     try:
         return InlineImage.from_base64(value, name, max_pixels)
     except ImageError as error:

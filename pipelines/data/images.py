@@ -7,19 +7,28 @@ run external programs.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, ClassVar
 
-import fsspec
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from pipelines.data.encoded import decode_base64, is_data_url, split_data_url
+from pipelines.data.orientation import upright
 from pipelines.data.parquet_cells import read_cell
 from pipelines.data.rows import RejectKind
+from pipelines.data.storage import (
+    RefusedError,
+    UnreachableError,
+    check_file,
+    failure_of,
+    open_file,
+    open_image_file,
+    read_file,
+)
 from skipvision.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
@@ -42,6 +51,18 @@ class MissingImageError(ImageError):
     kind = "missing image"
 
 
+class RefusedImageError(ImageError):
+    """The image exists, but the storage or the server denies access to it."""
+
+    kind = "refused image"
+
+
+class UnreachableImageError(ImageError):
+    """The storage or the server of the image failed for now; a later try may succeed."""
+
+    kind = "unreachable image"
+
+
 class OversizedImageError(ImageError):
     """The image has too many pixels, by mistake or as a decompression bomb."""
 
@@ -56,20 +77,17 @@ class FileImage:
     max_pixels: int = MAX_PIXELS
 
     def open(self) -> Image.Image:
-        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
+        with _errors_of_storage(self), open_image_file(self.path) as file:
             return decode(file, self.path, self.max_pixels)
 
     def read(self) -> bytes:
-        with _errors_of_storage(self), fsspec.open(self.path, "rb") as file:
-            content: bytes = file.read()
-        return content
+        with _errors_of_storage(self):
+            return read_file(self.path)
 
     def check_exists(self) -> None:
-        """Raise `MissingImageError` if the file does not exist; cheaper than `open`."""
+        """Raise `ImageError` if the file does not exist or access is denied; cheaper than `open`."""
         with _errors_of_storage(self):
-            fs, path = fsspec.core.url_to_fs(self.path)
-            if not fs.exists(path):
-                raise FileNotFoundError
+            check_file(self.path)
 
     def __str__(self) -> str:
         return self.path
@@ -88,13 +106,14 @@ class InlineImage:
 
     @classmethod
     def from_base64(cls, text: str, name: str, max_pixels: int = MAX_PIXELS) -> InlineImage:
-        """Decode base64, with or without the prefix ``data:image/…;base64,``."""
-        if text.startswith("data:"):
-            head, comma, text = text.partition(",")
-            if not comma or not head.endswith(";base64"):
+        """Decode base64, with or without the prefix ``data:image/…;base64,``, which may have line breaks."""
+        if is_data_url(text):
+            head = text.partition(",")[0]
+            _, parameters, text = split_data_url(text)
+            if parameters[-1:] != ["base64"]:
                 raise ImageError(f"image {name} is a data URL that is not base64: {head[:60]!r}")
         try:
-            return cls(base64.b64decode(text, validate=True), name, max_pixels)
+            return cls(decode_base64(text), name, max_pixels)
         except ValueError as error:
             raise ImageError(f"image {name} is not valid base64: {error}") from None
 
@@ -110,7 +129,9 @@ class InlineImage:
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage:
-    """Image ``index`` in a cell of a parquet file; a cell has one image or a list.
+    """Image ``index`` in a cell of a parquet or Arrow file; a cell has one image or a list.
+
+    In an Arrow file, ``row_group`` is the number of the record batch.
 
     Shuffled reading is fast if row groups are small (`read_cell`), such as the 100 rows that Hugging Face
     datasets writes.
@@ -130,7 +151,7 @@ class ParquetImage:
         with _errors_of_storage(self):
             cell = read_cell(self.path, self.row_group, self.column, self.row)
         value = cell[self.index] if isinstance(cell, list) else cell
-        data: bytes | None = value["bytes"] if isinstance(value, dict) else value
+        data: bytes | None = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             raise MissingImageError(f"image {self} is null")
         return data
@@ -159,6 +180,9 @@ class TarImage:
         return f"{self.path}[{self.member}]"
 
 
+_JSON_ESCAPES = {"\\n": "", "\\r": "", "\\t": "", "\\/": "/"}
+
+
 @dataclass(frozen=True, slots=True)
 class TsvImage:
     """A base64 image in a table: ``size`` bytes from ``offset``. ``name`` names it in messages."""
@@ -173,7 +197,9 @@ class TsvImage:
         return decode(io.BytesIO(self.read()), str(self), self.max_pixels)
 
     def read(self) -> bytes:
-        text = _part(self).decode("ascii", "replace").strip()
+        text = _part(self).decode("ascii", "replace")
+        for escape, plain in _JSON_ESCAPES.items():  # a cell may be a JSON list
+            text = text.replace(escape, plain)
         return InlineImage.from_base64(text, str(self)).data
 
     def __str__(self) -> str:
@@ -182,7 +208,7 @@ class TsvImage:
 
 def _part(image: TarImage | TsvImage) -> bytes:
     """Read the image's bytes: ``size`` from ``offset``."""
-    with _errors_of_storage(image), fsspec.open(image.path, "rb") as file:
+    with _errors_of_storage(image), open_file(image.path) as file:
         file.seek(image.offset)
         part: bytes = file.read(image.size)
     return part
@@ -194,9 +220,14 @@ def _errors_of_storage(image: object) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise MissingImageError(f"image {image} does not exist") from None
     except Exception as error:  # storage back ends raise errors of many types
+        failure = failure_of(error)
+        if isinstance(failure, FileNotFoundError):
+            raise MissingImageError(f"image {image} does not exist") from None
+        if isinstance(failure, RefusedError):
+            raise RefusedImageError(f"image {image} cannot be accessed: {failure}") from None
+        if isinstance(failure, UnreachableError):
+            raise UnreachableImageError(f"image {image} cannot be reached: {failure}") from None
         raise ImageError(f"image {image} cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -208,8 +239,8 @@ def decode(
 ) -> Image.Image:
     """Return the image as upright RGB. Raise `ImageError` for any bytes that cannot be decoded."""
     with _opened(file, name, max_pixels, formats) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        image.load()
+        return to_rgb(upright(image))
 
 
 def size_of(

@@ -1,21 +1,26 @@
-"""Read single cells of parquet files; memory holds a few row groups, or parts of large ones."""
+"""Read single cells of parquet and Arrow files; memory holds a few row groups, or parts of large ones."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipelines.data.arrow_files import ArrowTable
+from pipelines.data.storage import forget_downloads, open_file
 
 _WHOLE_BYTES = 128 * 2**20
 """A column of a row group up to this size (bytes) is cached whole."""
 _PART_ROWS = 64
 _PARTS = 4
 _READ_BYTES = 2**20
+_PARQUET_MAGIC = b"PAR1"
 
 _lock = threading.Lock()
 
@@ -24,7 +29,8 @@ def read_cell(path: str, row_group: int, column: str, row: int) -> Any:
     """Return one value.
 
     The last four columns of row groups are cached. Small ones are cached whole, so any order of rows is fast.
-    Large ones are read page by page from their beginning, which is fast only in the order of the rows.
+    Large ones are read page by page from their beginning, which is fast only in the order of the rows. Of an
+    Arrow file, ``row_group`` is the number of a record batch.
     """
     with _lock:  # one thread reads a row group; others that need it wait
         found = _column(path, row_group, column)
@@ -36,11 +42,16 @@ def read_cell(path: str, row_group: int, column: str, row: int) -> Any:
 def forget_columns() -> None:
     """Clear the cache of `read_cell`, so that changed files are read again."""
     _column.cache_clear()
+    forget_downloads()
 
 
 @lru_cache(maxsize=4)
-def _column(path: str, row_group: int, column: str) -> pa.ChunkedArray | _Parts:
-    with fsspec.open(path, "rb") as file:
+def _column(path: str, row_group: int, column: str) -> pa.ChunkedArray | pa.Array | _Parts:
+    with open_file(path) as file:
+        is_parquet = file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+        file.seek(0)
+        if not is_parquet:
+            return ArrowTable(path).batch(row_group).column(column)
         table = pq.ParquetFile(file)
         group = table.metadata.row_group(row_group)
         chunks = (group.column(number) for number in range(group.num_columns))
@@ -55,6 +66,7 @@ class _Parts:
 
     def __init__(self, path: str, row_group: int, column: str) -> None:
         self._place = path, row_group, column
+        self._close: Callable[[], object] = lambda: None
         self._rewind()
 
     def cell(self, row: int) -> Any:
@@ -71,7 +83,9 @@ class _Parts:
     def _rewind(self) -> None:
         path, row_group, column = self._place
         # The file stays open for the next part until this object is dropped from the cache.
-        file = fsspec.open(path, "rb").open()
+        self._close()
+        file = open_file(path)
+        self._close = weakref.finalize(self, file.close)
         table = pq.ParquetFile(file, buffer_size=_READ_BYTES)
         self._batches = table.iter_batches(_PART_ROWS, row_groups=[row_group], columns=[column])
         self._parts: deque[tuple[int, pa.Array]] = deque(maxlen=_PARTS)

@@ -1,4 +1,4 @@
-"""Read JSON, JSON lines and parquet files as one stream of records.
+"""Read JSON, JSON lines, parquet and Arrow files as one stream of records.
 
 A record is checked for readability only; `pipelines.data.training_rows` checks its content.
 """
@@ -6,24 +6,23 @@ A record is checked for readability only; `pipelines.data.training_rows` checks 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
+from typing import IO
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipelines.data.images import ParquetImage
+from pipelines.data.columnar import table_rows
+from pipelines.data.folders import matching
+from pipelines.data.formats import Format, check_format, name_of_rows, rows_of, unsupported
 from pipelines.data.json_items import json_items
+from pipelines.data.storage import absolute, failure_of, is_local, locate
 from skipvision.errors import DataError
 
-PARQUET_COLUMNS = ("id", "task", "image", "images", "conversations", "messages")
+TRAINING_COLUMNS = ("id", "task", "image", "images", "conversations", "messages")
 """The columns that are read; ``conversations`` or ``messages`` must exist."""
 _IMAGE_COLUMNS = ("image", "images")
-_BATCH_ROWS = 64  # small, because image bytes pass through memory
+_FORMATS = ("json", "jsonl", "parquet", "arrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Record:
         file: absolute path or URL.
         place: its position in the file, ``"line 17"``.
         fallback_key: the row's key if it has no id.
-        value: the content; image bytes of parquet files are replaced by a `ParquetImage`.
+        value: the content; image bytes of parquet and Arrow files are replaced by a `ParquetImage`.
         problem: why it could not be read; "" if it could.
     """
 
@@ -46,42 +45,55 @@ class Record:
 
 
 def read_records(source: str, max_pixels: int) -> Iterator[Record]:
-    """Yield the records of a file, or of all files that match a pattern with ``*``, sorted by name."""
-    for file in _files(source):
-        suffix = PurePosixPath(file).suffix.lower()
-        if suffix not in _READERS:
-            known = ", ".join(_READERS)
-            raise DataError(f"{file} has the unsupported suffix {suffix!r}; use {known}")
-        try:
-            yield from _READERS[suffix](file, max_pixels)
-        except FileNotFoundError:
-            raise DataError(f"{file} does not exist") from None
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error}") from error
+    """Yield the records of a file, or of all files that match a pattern with ``*``, sorted by name.
+
+    Raises:
+        DataError: a file cannot be read, or has a format that is not read; raised before any record if the
+            name shows it.
+    """
+    files = [(file, _format(file)) for file in files_of(source)]
+    for file, kind in files:
+        if kind.name == "json":
+            yield from json_records(file, kind.compression)
+        elif kind.name == "jsonl":
+            yield from jsonl_records(file, kind.compression)
+        else:
+            yield from _training_table(file, kind.name, max_pixels)
 
 
-def absolute(path: str) -> str:
-    """Return a path that is valid in every process: URLs unchanged, local paths absolute."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+def _format(file: str) -> Format:
+    found = check_format(file, _FORMATS)
+    if found is None:
+        raise DataError(unsupported(file, _FORMATS))
+    return found
 
 
-def _files(source: str) -> list[str]:
+def files_of(source: str) -> list[str]:
+    """Return the path or URL of a file, or of all files that match a pattern with ``*``, sorted by name.
+
+    Raises:
+        DataError: there is no such file, it is a folder, or the storage fails.
+    """
     url = absolute(source)
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose package is missing
-        raise DataError(f"{url} cannot be opened: {error}") from error
-    if "*" not in path:
-        return [url]
-    found = sorted(fs.glob(path))
+        fs, path = locate(url)
+        if is_local(fs) and fs.isdir(path):
+            raise DataError(f"{url} is a folder; give a file in it, or a pattern such as {url}/*.jsonl")
+        if "*" not in path or (is_local(fs) and fs.exists(path)):
+            return [url]
+        found = [entry.path for entry in matching(fs, path)]
+    except DataError:
+        raise
+    except Exception as error:  # an unknown protocol, or one whose package is missing, or any of a storage's
+        raise DataError(f"{url} cannot be opened: {failure_of(error) or error}") from error
     if not found:
         raise DataError(f"no file matches {url}")
-    return [fs.unstrip_protocol(name) if "://" in url else name for name in found]
+    return found if is_local(fs) else [fs.unstrip_protocol(name) for name in found]
 
 
-def json_records(file: str, max_pixels: int) -> Iterator[Record]:
+def json_records(file: str, compression: str = "") -> Iterator[Record]:
     """Yield the elements of a JSON list, or JSON lines, which are often named ``.json``, too."""
-    with fsspec.open(file, "rb") as stream:
+    with rows_of(file, compression) as stream:
         start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
         stream.seek(0)
         if not start.startswith(b"["):
@@ -94,13 +106,32 @@ def json_records(file: str, max_pixels: int) -> Iterator[Record]:
             raise DataError(f"{file} is not valid JSON: {error}") from error
 
 
-def jsonl_records(file: str, max_pixels: int) -> Iterator[Record]:
+def jsonl_records(file: str, compression: str = "") -> Iterator[Record]:
     """Yield one record for each line that is not empty."""
-    with fsspec.open(file, "rb") as stream:
+    with rows_of(file, compression) as stream:
         yield from _lines(file, stream)
 
 
-def _lines(file: str, stream: Iterator[bytes]) -> Iterator[Record]:
+def table_records(
+    file: str, kind: str, columns: Collection[str], images: Sequence[str], max_pixels: int
+) -> Iterator[Record]:
+    """Yield the rows of a parquet or Arrow file, with those of ``columns`` that it has."""
+    rows = table_rows(file, kind, lambda names: columns, images, max_pixels)
+    for number, value in enumerate(rows, start=1):
+        yield Record(file, f"row {number}", _fallback_key(file, number), value)
+
+
+def _training_table(file: str, kind: str, max_pixels: int) -> Iterator[Record]:
+    def wanted(names: Sequence[str]) -> Collection[str]:
+        if not {"conversations", "messages"} & set(names):
+            raise DataError(f"{file} has no column `conversations` or `messages`; it has {', '.join(names)}")
+        return TRAINING_COLUMNS
+
+    for number, value in enumerate(table_rows(file, kind, wanted, _IMAGE_COLUMNS, max_pixels), start=1):
+        yield Record(file, f"row {number}", _fallback_key(file, number), value)
+
+
+def _lines(file: str, stream: IO[bytes]) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -113,50 +144,5 @@ def _lines(file: str, stream: Iterator[bytes]) -> Iterator[Record]:
             yield record(value)
 
 
-def _parquet_records(file: str, max_pixels: int) -> Iterator[Record]:
-    with fsspec.open(file, "rb") as stream:
-        try:
-            yield from _table_records(file, pq.ParquetFile(stream), max_pixels)
-        except pa.ArrowException as error:
-            raise DataError(f"{file} is not a readable parquet file: {error}") from error
-
-
-def _table_records(file: str, table: pq.ParquetFile, max_pixels: int) -> Iterator[Record]:
-    present = table.schema_arrow.names
-    columns = [name for name in PARQUET_COLUMNS if name in present]
-    if not {"conversations", "messages"} & set(columns):
-        raise DataError(f"{file} has no column `conversations` or `messages`; it has {', '.join(present)}")
-    number = 0
-    for group in range(table.num_row_groups):
-        row = 0
-        for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
-            for value in batch.to_pylist():
-                for column in _IMAGE_COLUMNS:
-                    refer = partial(ParquetImage, file, group, row, column, max_pixels=max_pixels)
-                    value[column] = without_bytes(value.get(column), refer)
-                number, row = number + 1, row + 1
-                yield Record(file, f"row {number}", _fallback_key(file, number), value)
-
-
-def without_bytes(cell: Any, refer: Callable[[int], ParquetImage]) -> object:
-    """Return the cell with its bytes replaced by references to the file.
-
-    ``refer`` makes a reference from the number of the image in the cell.
-    """
-
-    def reduce(value: Any, index: int) -> object:
-        if isinstance(value, dict) and not any(value.values()):
-            return None  # some writers encode "no image" in this way
-        data = value.get("bytes") if isinstance(value, dict) else value
-        return refer(index) if isinstance(data, bytes) else value
-
-    if isinstance(cell, list):
-        return [reduce(value, index) for index, value in enumerate(cell)]
-    return reduce(cell, 0)
-
-
 def _fallback_key(file: str, number: int) -> str:
-    return f"{PurePosixPath(file).stem}-{number}"
-
-
-_READERS = {".json": json_records, ".jsonl": jsonl_records, ".parquet": _parquet_records}
+    return f"{name_of_rows(PurePosixPath(file).name)}-{number}"

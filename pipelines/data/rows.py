@@ -19,6 +19,8 @@ RejectKind = Literal[
     "placeholders",  # the numbers of <image> and of images differ
     "too long",  # more tokens than data.max_length
     "missing image",
+    "refused image",  # the storage or the server denies access
+    "unreachable image",  # the storage or the server failed, repeatedly
     "unreadable image",  # no image, corrupt, or truncated
     "oversized image",
 ]

@@ -1,7 +1,8 @@
 """Read and check training rows, and apply the policy for unusable ones.
 
-Formats, local or at any fsspec URL: ``.json`` and ``.jsonl`` with LLaVA's ``image`` and ``conversations`` or
-with ``images`` and ``messages``; ``.parquet`` with the same columns and image bytes. Every row is checked
+Formats, local or at any fsspec URL: ``.json`` and ``.jsonl``, also compressed, with LLaVA's ``image`` and
+``conversations`` or with ``images`` and ``messages``; ``.parquet`` and ``.arrow`` with the same columns and
+image bytes. Every row is checked
 here, with a reason its owner can act on, so that no error appears hours later in a training step.
 """
 
@@ -22,8 +23,9 @@ import fsspec
 from pipelines.data.conversations import BadRow, parse_row
 from pipelines.data.images import MAX_PIXELS, FileImage, ImageError
 from pipelines.data.parquet_cells import forget_columns
-from pipelines.data.records import Record, absolute, read_records
+from pipelines.data.records import Record, read_records
 from pipelines.data.rows import ImageSource, Reject, TrainingRow
+from pipelines.data.storage import absolute
 from skipvision.errors import DataError
 
 CheckImages = Literal["decode", "exists", "none"]

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, NamedTuple
 
-import fsspec
-
+from pipelines.data.formats import rows_of
 from pipelines.data.images import TsvImage
 from pipelines.data.instructions import instructed
 from pipelines.data.literals import literal
@@ -34,7 +33,7 @@ IMAGE_DIGEST = "image_digest"
 
 _LONGEST_INDEX = 64
 _BOM = b"\xef\xbb\xbf"
-_LISTED = re.compile(rb"[^\[\]\"', ]+")
+_LISTED = re.compile(rb"(?:data:[^,\"']*,)?[A-Za-z0-9+/][^\[\]\"',]*", re.IGNORECASE)
 _UNCLOSED = (
     "{file}: the quote that begins a cell in line {opened} {problem}. To use a quote in a text, double it "
     "and put the whole cell in quotes"
@@ -54,7 +53,7 @@ def tsv_records(file: str, name: str, images: Sequence[str], max_pixels: int) ->
     Raises:
         DataError: the file is empty, repeats a column name, or has an unclosed quote.
     """
-    with fsspec.open(file, "rb") as stream:
+    with rows_of(file) as stream:
         rows = list(_rows(file, stream, images))
     held = {row.index: row for row in rows if row.images}
     for number, row in enumerate(rows, start=1):

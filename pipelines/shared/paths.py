@@ -14,9 +14,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -99,8 +101,15 @@ def input_path(path: str, field: str) -> str:
     bases = [Path(os.environ[HOME]).expanduser()] if os.environ.get(HOME) else []
     candidates = [base.absolute() / given for base in (*bases, Path.cwd())]
     for candidate in candidates:
-        if candidate.exists() or ("*" in path and _matches(candidate)):
-            return str(candidate)
+        candidate = Path(equivalent_path(str(candidate)))
+        try:
+            if candidate.exists() or ("*" in path and _matches(candidate)):
+                return str(candidate)
+        except OSError as error:
+            raise ConfigError(
+                f"{field} = {path}: {candidate} cannot be accessed: {error.strerror}; make it, and the "
+                "folders that it is in, readable"
+            ) from None
     searched = " nor ".join(dict.fromkeys(map(str, candidates)))
     hint = f"; give an absolute path, or set {HOME}" if in_ray_job() and not given.is_absolute() else ""
     raise ConfigError(f"{field} = {path}: there is no {searched}{hint}")
@@ -132,13 +141,45 @@ def artifact_path(path: str, field: str) -> str:
     return path if path.startswith(_IN_MLFLOW) else input_path(path, field)
 
 
+def equivalent_path(path: str) -> str:
+    """Return the existing local path that differs from ``path`` at most in its Unicode normal form.
+
+    A file that macOS or a cloud drive named in decomposed letters is found by a name in composed ones. If no
+    such path exists, ``path`` is returned.
+    """
+    if path.isascii() or os.path.lexists(path):
+        return path
+    found = Path(Path(path).anchor)
+    for part in Path(path).parts[1 if Path(path).anchor else 0 :]:
+        entry = found / part
+        if not os.path.lexists(entry):
+            same = _names_by_normal_form(str(found)).get(unicodedata.normalize("NFC", part))
+            if same is None:
+                return path
+            entry = found / same
+        found = entry
+    return str(found)
+
+
+@lru_cache(maxsize=16)
+def _names_by_normal_form(folder: str) -> dict[str, str]:
+    try:
+        names = [entry.name for entry in Path(folder).iterdir()]
+    except OSError:
+        return {}
+    return {unicodedata.normalize("NFC", name): name for name in names if not name.isascii()}
+
+
 def _similar_names(folder: Path, name: str) -> list[str]:
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return get_close_matches(name, names, n=1)
 
 
 def _matches(pattern: Path) -> bool:
-    return any(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    """Return whether any file matches, with ``[`` and ``?`` taken literally or as parts of the pattern."""
+    rest = str(pattern.relative_to(pattern.anchor))
+    literal = re.sub(r"([\[?])", r"[\1]", rest)
+    return any(any(Path(pattern.anchor).glob(text)) for text in dict.fromkeys([literal, rest]))
 
 
 def copy_into(folder: Path, files: Iterable[str | Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from pipelines.data.encoded import decode_base64, split_data_url, without_white_space
 from pipelines.data.images import ImageError, OversizedImageError, decode, size_of
 from serve.errors import MediaError
 from serve.media.config import MediaConfig
@@ -43,13 +43,13 @@ class EncodedImage:
     def from_data_url(cls, url: str, config: MediaConfig) -> EncodedImage:
         """Read an image from a data URL. Raise `MediaError` if it is malformed or not an allowed image."""
         name = "in the data URL"
-        head, comma, text = url.partition(",")
-        kind, *parameters = head[len("data:") :].lower().split(";")
-        if not comma or parameters[-1:] != ["base64"]:
+        kind, parameters, text = split_data_url(url)
+        if parameters[-1:] != ["base64"]:
             raise MediaError(
                 f"image {name}: write data:image/png;base64,… and not {shortened(url[:40])}",
                 "media_url_invalid",
             )
+        text = without_white_space(text)
         allowed = [f"image/{each.lower()}" for each in config.formats]
         if kind not in allowed and not (kind == "image/jpg" and "image/jpeg" in allowed):
             raise MediaError(
@@ -58,7 +58,7 @@ class EncodedImage:
             )
         check_bytes(len(text) * 3 // 4 - text[-2:].count("="), name, config)
         try:
-            data = base64.b64decode(text, validate=True)
+            data = decode_base64(text)
         except ValueError as error:
             raise MediaError(f"image {name}: not valid base64: {error}", "media_url_invalid") from None
         return cls.read(data, name, config)

@@ -187,7 +187,7 @@ def test_rows_are_numbered_across_batches_of_a_row_group(folder):
         ("data.csv", b"", r"suffix '\.csv'.*\.json, \.jsonl, \.parquet"),
         ("data.json", b'[{"id": 1},', r"data\.json is not valid JSON.*line 1"),
         ("data.parquet", b"PAR1 no", r"data\.parquet is not a readable parquet file"),
-        ("folder", None, r"suffix ''"),
+        ("folder", None, r"folder is a folder; give a file in it, or a pattern such as .*/folder/\*\.jsonl"),
     ],
 )
 def test_files_that_cannot_be_read_at_all(tmp_path, name, content, message):
