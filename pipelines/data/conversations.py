@@ -30,6 +30,9 @@ _ROLES: dict[object, Role] = {
 }
 
 
+_NAMES = ("bytes", "path", "url")
+
+
 class BadRow(Exception):
     """A record that cannot become a row.
 
@@ -138,12 +141,19 @@ def _check_speakers(messages: tuple[Message, ...]) -> None:
 
 def listed_images(row: Mapping[str, Any]) -> list[object]:
     """Return the images in ``image`` or ``images``. Raise `BadRow` if both are given; empty is absent."""
-    values = [row[field] for field in ("image", "images") if row.get(field) not in (None, "", [])]
+    values = [row[field] for field in ("image", "images") if not _is_absent(row.get(field))]
     if len(values) > 1:
         raise BadRow("broken record", "the row has both `image` and `images`; keep one of them")
     if not values:
         return []
     return values[0] if isinstance(values[0], list) else [values[0]]
+
+
+def _is_absent(value: object) -> bool:
+    """Return whether a cell says "no image"; some writers do so by a mapping in which nothing is set."""
+    if isinstance(value, dict) and any(name in value for name in _NAMES):
+        return not any(value.get(name) for name in _NAMES)
+    return value in (None, "", [])
 
 
 def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> ImageSource:

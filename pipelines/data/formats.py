@@ -114,7 +114,7 @@ def unsupported(file: str, allowed: Collection[str]) -> str:
     compressed = [_FORMATS[name][0] for name in allowed if name in _COMPRESSED]
     if compressed:
         known += f" (of these {', '.join(compressed)} also as {', '.join(_COMPRESSIONS)})"
-    remedy = f"; {_REMEDIES[suffix]}" if suffix in _REMEDIES else ""
+    remedy = f"; {_REMEDIES[suffix]}" if suffix in _REMEDIES and "jsonl" in allowed else ""
     return f"{file} has the unsupported suffix {suffix!r}; use {known}{remedy}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.conversations import BadRow, listed_images, parse_image
+from pipelines.data.formats import check_format
 from pipelines.data.images import MAX_PIXELS
 from pipelines.data.instructions import WHOLE_QUESTION
 from pipelines.data.prompts import PromptTemplate, prompt_messages
@@ -147,6 +148,7 @@ def read_dataset(
     """
     benchmark = find_benchmark(name, rule)
     file = find_file(name, benchmark, path)
+    check_format(file, ("tsv",))
     try:
         records = list(tsv_records(file, name, ("image",), max_pixels))
     except OSError as error:
