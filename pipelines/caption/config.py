@@ -20,9 +20,9 @@ class InputSection(Section):
     """The inputs, which are listed once, at the first start of the job."""
 
     source: InputPath = Field(
-        description="a folder of images (searched recursively), an image, a JSON, JSONL or parquet file, a "
-        "WebDataset tar, a TSV with base64 images, or a pattern with * of any of these; local or any fsspec "
-        "URL"
+        description="a folder of images (searched recursively), an image, a JSON, JSONL, parquet or Arrow "
+        "file, a WebDataset tar, a TSV with base64 images, or a pattern with * of any of these; local or any "
+        "fsspec URL"
     )
     prompt: str | None = Field(
         "Describe the image.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,8 @@ class ArrowTable:
         name = locate(path)[1] if "://" not in path else None
         self._source: IO[bytes] | pa.NativeFile
         self._source = pa.memory_map(name) if name and Path(name).stat().st_size else open_file(path)
+        if not isinstance(self._source, pa.NativeFile):
+            weakref.finalize(self, self._source.close)
         magic = self._source.read(len(_FILE_MAGIC))
         self._source.seek(0)
         if magic.startswith(_OLD_FEATHER):
@@ -45,9 +48,6 @@ class ArrowTable:
         if self._is_file:
             return self._reader.get_batch(number)
         return next(batch for at, batch in enumerate(self.batches()) if at == number)
-
-    def close(self) -> None:
-        self._source.close()
 
     def _open(self) -> None:
         opened = pa.ipc.open_file if self._is_file else pa.ipc.open_stream

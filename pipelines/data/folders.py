@@ -108,7 +108,8 @@ class _Links:
 
 
 def _local_entries(folder: str) -> tuple[list[str], list[str]]:
-    files, folders = [], []
+    files: list[str] = []
+    folders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
@@ -120,7 +121,8 @@ def _local_entries(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _remote_entries(fs: Any, folder: str) -> tuple[list[str], list[str]]:
-    files, folders = [], []
+    files: list[str] = []
+    folders: list[str] = []
     for info in fs.ls(folder, detail=True):
         path = info["name"].rstrip("/")
         if path == folder.rstrip("/"):  # an object store's mark of the folder itself

@@ -66,7 +66,7 @@ def read_inputs(source: str, wanted: Wanted) -> Inputs:
         passed_over: Counter[str] = Counter()
         return Inputs(_folder(walk(fs, path), whole, wanted, passed_over), passed_over)
     kinds = _kinds(entries)
-    if kinds == [None]:
+    if kinds == [None] and entries[0].path == path:
         _check_image(whole(entries[0].path))
     return Inputs(_files(list(zip(entries, kinds, strict=True)), whole, wanted), Counter())
 

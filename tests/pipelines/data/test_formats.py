@@ -107,7 +107,7 @@ def test_damaged_compression_is_reported(folder, suffix, damage):
     }[damage]
     path = folder / f"rows.jsonl{suffix}"
     path.write_bytes(data)
-    if damage == "empty" and suffix != ".xz":  # a valid file of no rows
+    if damage == "empty" and suffix in (".gz", ".zst"):  # a valid file of no rows
         assert read_training_rows(str(path)).rows == []
         return
     with pytest.raises(DataError, match=r"damaged or cut off|cannot be read") as caught:
