@@ -11,8 +11,7 @@ from typing import Any
 
 from ray import serve as ray_serve
 
-from pipelines.cluster.session import ray_session
-from pipelines.shared.paths import in_ray_job
+from pipelines.cluster.session import ray_is_running, ray_session
 from serve import _compat
 from serve.app import application
 from serve.config import Proxy, ServeConfig
@@ -56,7 +55,7 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
         DeploymentError: the application did not start.
     """
     app = application(config)
-    joined = in_ray_job() or "RAY_ADDRESS" in os.environ
+    joined = ray_is_running()
     with ray_session():
         start(config.host, config.port, config.proxy)
         # Hides a line at every start about connecting to the Serve instance that `start` made.

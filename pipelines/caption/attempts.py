@@ -9,6 +9,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from pipelines.shared.files import storage_errors
+
 
 class Attempts:
     """One small file for each piece of work in progress, in a folder that every node sees."""
@@ -17,15 +19,21 @@ class Attempts:
         self.folder = folder
 
     def begin(self, piece: str) -> int:
-        """Count an attempt and return the number of failed attempts before it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / piece).open("ab") as file:
-            file.write(b".")
-            return file.tell() - 1
+        """Count an attempt and return the number of failed attempts before it.
+
+        Raises:
+            StorageError: the count cannot be written.
+        """
+        with storage_errors(self.folder / piece):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / piece).open("ab") as file:
+                file.write(b".")
+                return file.tell() - 1
 
     def end(self, piece: str) -> None:
         """Remove the count of a piece that is finished or abandoned."""
-        (self.folder / piece).unlink(missing_ok=True)
+        with storage_errors(self.folder / piece, "remove"):
+            (self.folder / piece).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove all counts, those of an earlier start of the job included."""

@@ -34,6 +34,7 @@ from pipelines.data.images import ImageError
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.engines.thread import EngineThread, Outcome
+from pipelines.shared.files import StorageError, storage_errors
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
 from skipvision.errors import InputError, SkipVisionError
 
@@ -151,11 +152,16 @@ def _unpacked(table: pa.Table) -> Iterator[Any]:
 
 
 def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
-    """Yield the blocks of one shard with the model's inputs."""
+    """Yield the blocks of one shard with the model's inputs; or the error if the manifest cannot be read."""
     torch.set_num_threads(1)
     processor = _processor(work.model.base)
     shard = batch["shard"][0].as_py()
-    rows = enumerate(Manifest(work.manifest).shard(shard, work.config.input.max_pixels))
+    try:
+        with storage_errors(work.manifest, "read"):
+            rows = enumerate(Manifest(work.manifest).shard(shard, work.config.input.max_pixels))
+    except StorageError as error:  # raised here, it would reach the job as text
+        yield _packed(error)
+        return
     prepared = _few_at_once(
         lambda row: prepare_row(processor, *row), rows, work.config.scaling.threads_per_reader
     )
@@ -223,6 +229,12 @@ class CaptionActor:
         if isinstance(engine, SkipVisionError):
             return _packed(engine)
         (block,) = _unpacked(batch)
+        try:
+            return _packed(self._captioned(engine, block))
+        except StorageError as error:  # raised here, it would reach the job as text
+            return _packed(error)
+
+    def _captioned(self, engine: EngineThread, block: Block) -> CaptionedBlock:
         piece = f"{block.shard}-{block.rows[0].number}"
         if self.work.attempts.begin(piece) == 0:
             captions = self._answer(engine, block.rows)
@@ -234,7 +246,7 @@ class CaptionActor:
                 with self.alone:
                     captions |= self._answer_alone(engine, f"{piece}-{row.number}", row)
         self.work.attempts.end(piece)
-        return _packed(CaptionedBlock(block.shard, captions, self.name, engine.statistics()))
+        return CaptionedBlock(block.shard, captions, self.name, engine.statistics())
 
     def _answer(self, engine: EngineThread, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
         sound = [row for row in rows if row.problem is None]

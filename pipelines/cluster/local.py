@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.cluster.session import ROOT
+from pipelines.shared.proxies import bypass_proxies_on_loopback
 from skipvision.errors import ResourceError, SkipVisionError
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def _print_line(line: str) -> None:
 @contextmanager
 def local_ray() -> Iterator[LocalRay]:
     """Start a head node for the block. At its end, stop the node and every process that it started."""
+    bypass_proxies_on_loopback()
     port, dashboard_port, client_port, *agents = _free_ports(7)
     # Ray's sockets are here; their paths may have at most 107 characters.
     files = Path(tempfile.mkdtemp(prefix="skipvision-ray-", dir="/tmp"))

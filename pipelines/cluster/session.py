@@ -10,12 +10,17 @@ from pathlib import Path
 from types import ModuleType
 
 from pipelines._compat import LOOPBACK, ray_on_loopback
+from pipelines.cluster.address import default_folder, host_and_port, ray_address, short_folder
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.shared.paths import in_ray_job
 from pipelines.shared.stopping import handlers_kept
+from skipvision.errors import ResourceError
 
 ROOT = Path(__file__).parents[2]
 """The repository's root: Ray's workers import from here."""
+
+_STARTS = 2
+_CONNECT_SECONDS = 10
 
 _LOGGING = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,6 +38,10 @@ def ray_session() -> Iterator[None]:
     An existing connection is used and kept open. A Ray job joins its own cluster. Otherwise ``$RAY_ADDRESS``
     is joined, if it is set, or a local Ray is started and stopped. Other Rays on this machine are never
     joined.
+
+    Raises:
+        ConfigError: ``$RAY_ADDRESS`` is not the address of a Ray.
+        ResourceError: Ray cannot be joined or started.
     """
     ray = _ray()
     if ray.is_initialized():
@@ -52,15 +61,55 @@ def _connect() -> None:
         # Several Rays may run here: the job's other processes need its Ray's address, too.
         known = {name: os.environ[name] for name in ["RAY_ADDRESS"] if name in os.environ}
         ray.init(logging_level="WARNING", runtime_env={"env_vars": known})
-    elif address := os.environ.get("RAY_ADDRESS"):
+    elif address := ray_address():
         print(f"joining Ray at {address} …", flush=True)
-        ray.init(logging_level="WARNING", runtime_env={"working_dir": str(ROOT)})
+        _join(address)
     else:
         print("starting Ray on this machine for this run …", flush=True)
         _start_local()
 
 
+def _join(address: str) -> None:
+    try:
+        if address != "auto":  # Ray tries for minutes
+            with socket.create_connection(host_and_port(address), timeout=_CONNECT_SECONDS):
+                pass
+        _ray().init(address=address, logging_level="WARNING", runtime_env={"working_dir": str(ROOT)})
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"RAY_ADDRESS = {address}: no Ray can be joined there: {_first_line(error)}. Start one there "
+            "with `ray start --head`, correct the address, or unset RAY_ADDRESS to start a Ray for this job"
+        ) from error
+
+
 def _start_local() -> None:
+    """Start Ray on this machine; try again if a loaded machine is too slow for Ray's patience.
+
+    Raises:
+        ResourceError: it did not start.
+    """
+    hidden = os.environ.pop("RAY_ADDRESS", None)  # "local" or empty
+    try:
+        for attempt in range(1, _STARTS + 1):
+            try:
+                _start_once()
+                return
+            except Exception as error:  # Ray raises bare exceptions, RuntimeError, OSError and gRPC errors
+                _ray().shutdown()
+                if attempt == _STARTS:
+                    logs = Path(short_folder() or default_folder()) / "session_latest" / "logs"
+                    raise ResourceError(
+                        f"Ray did not start on this machine in {_STARTS} tries: {_first_line(error)}\nThe "
+                        "machine may be overloaded, or out of memory or of disk space: run the same job "
+                        f"again when it has less to do. Ray's logs are in {logs}"
+                    ) from error
+                print(f"Ray did not start: {_first_line(error)} Trying again …", flush=True)
+    finally:
+        if hidden is not None:
+            os.environ["RAY_ADDRESS"] = hidden
+
+
+def _start_once() -> None:
     """Start Ray on loopback, on a known port: its processes find it even if several Rays run."""
     ray = _ray()
     # Without a mode, Ray may write a token that every later cluster of this user demands.
@@ -79,9 +128,14 @@ def _start_local() -> None:
                 num_cpus=usable_cpus(),
                 logging_level="WARNING",
                 runtime_env={"env_vars": environment},
+                _temp_dir=short_folder(),
             )
     finally:
         del os.environ["RAY_GCS_SERVER_PORT"]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _ray() -> ModuleType:
@@ -102,4 +156,4 @@ def _free_port() -> int:
 def ray_is_running() -> bool:
     """Return whether `ray_session` joins a Ray, which takes a second, or starts one."""
     ray = _ray()
-    return ray.is_initialized() or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
+    return ray.is_initialized() or in_ray_job() or ray_address() is not None

@@ -28,7 +28,6 @@ so misspelt options are not reported with the other problems.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,23 +37,24 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
+from pipelines.shared.arguments import read_argument
 from pipelines.shared.fields import help_text, section_defaults
-from pipelines.shared.settings import get_field, merge, set_field
+from pipelines.shared.files import is_storage_error, storage_error
+from pipelines.shared.proxies import bypass_proxies_on_loopback
+from pipelines.shared.settings import merge, set_field
 from pipelines.shared.stopping import stoppable
+from pipelines.shared.yaml_loader import Loader, describe
 from skipvision.errors import ConfigError, SkipVisionError
-from skipvision.problems import field_name, leaf_errors, problem_lines
+from skipvision.problems import problem_lines
 
 M = TypeVar("M", bound=BaseModel)
-
-_TEXT_EXPECTED = {"string_type", "path_type"}
-"""Types of the errors of a text field that was given a number, for example."""
 
 
 def load_config(model: type[M], argv: Sequence[str], *, description: str | None) -> M:
     """Return the settings: the model's defaults, then ``--config FILE``, then ``--dotted.field VALUE``.
 
-    A section given in part keeps its other defaults; a list is replaced whole. Values on the command line
-    are YAML. ``--help`` prints every field and exits.
+    A section given in part keeps its other defaults; a list is replaced whole. `read_argument` reads a value
+    of the command line: text literally, lists and sections as YAML. ``--help`` prints every field and exits.
 
     Raises:
         ConfigError: the settings are wrong; the message lists every problem.
@@ -68,9 +68,9 @@ def load_config(model: type[M], argv: Sequence[str], *, description: str | None)
     if file is not None:
         merge(tree, _read_mapping(Path(file)))
     for name, text in options.items():
-        set_field(tree, name, _parse_value(name, text))
+        set_field(tree, name, read_argument(model, name, text))
     try:
-        return _validate(model, tree, options)
+        return model.model_validate(tree, extra="forbid")
     except ValidationError as error:
         problems = problem_lines(error, model, tree, all_fields="--help lists the fields")
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -86,9 +86,11 @@ def run_job(main: Callable[[list[str]], Mapping[str, object]], argv: Sequence[st
     """Run a job's ``main`` and print its results as one JSON line, the last line of standard output.
 
     A `SkipVisionError` is printed to standard error without a traceback; the exit status is 2 for wrong
-    settings (`ConfigError`) and 1 for others. Any other exception is a bug and keeps its traceback
-    (status 1). On SIGTERM, SIGHUP and Ctrl-C the job cleans up; the status is 128 + the signal's number.
+    settings (`ConfigError`) and 1 for others. So is an `OSError` of a full disk or of missing permissions
+    (status 1). Any other exception is a bug and keeps its traceback (status 1). On SIGTERM, SIGHUP and Ctrl-C
+    the job cleans up; the status is 128 + the signal's number.
     """
+    bypass_proxies_on_loopback()
     with stoppable() as stop:
         try:
             results = main(list(argv))
@@ -97,28 +99,15 @@ def run_job(main: Callable[[list[str]], Mapping[str, object]], argv: Sequence[st
         except SkipVisionError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+        except OSError as error:
+            if not is_storage_error(error):
+                raise
+            print(f"error: {storage_error(error, error.filename or 'a file', 'use')}", file=sys.stderr)
+            raise SystemExit(1) from None
     print(to_json(dict(results), inf_nan_mode="null", ensure_ascii=True, fallback=str).decode(), flush=True)
 
 
 # ----------------------------------------------------------------------------------- reading settings
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number and a repeated key is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def _parse_options(argv: Sequence[str]) -> dict[str, str]:
@@ -141,45 +130,13 @@ def _parse_options(argv: Sequence[str]) -> dict[str, str]:
 
 def _read_mapping(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(file.read_bytes(), _Loader)  # noqa: S506 — a SafeLoader
+        content = yaml.load(file.read_bytes(), Loader)  # noqa: S506 — a SafeLoader
     except OSError as error:
         raise ConfigError(f"cannot read {file} (in {Path.cwd()}): {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {_yaml_problem(error)}") from None
+        raise ConfigError(f"{file} is not valid YAML: {describe(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must have `field: value` lines; it holds a {type(content).__name__}")
     return content
-
-
-def _parse_value(name: str, text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{name} {text!r} is not valid YAML: {_yaml_problem(error)}") from None
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return str(error)
-    mark, context = error.problem_mark, f" {error.context}" if error.context else ""
-    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
-
-
-def _validate(model: type[M], tree: dict[str, Any], options: Mapping[str, str]) -> M:
-    """Validate. A text field set on the command line takes its words literally: ``--name 007``."""
-    try:
-        return model.model_validate(tree, extra="forbid")
-    except ValidationError as error:
-        no_text = {
-            field_name(problem, tree)
-            for problem in leaf_errors(error.errors())
-            if problem["type"] in _TEXT_EXPECTED
-        }
-        literal = {name for name in no_text & options.keys() if get_field(tree, name) is not None}
-        if not literal:
-            raise
-    for name in literal:
-        set_field(tree, name, options[name])
-    return model.model_validate(tree, extra="forbid")

@@ -1,11 +1,56 @@
-"""Files that appear complete or not at all, so that a killed job leaves no half of one."""
+"""Files that appear complete or not at all, and errors that name the file and the remedy."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from skipvision.errors import SkipVisionError
+
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make the file system writable, or choose another folder",
+    errno.EACCES: "give this user the permission, or choose another folder",
+    errno.EPERM: "give this user the permission, or choose another folder",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network file system",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has too many open files",
+}
+
+
+class StorageError(SkipVisionError):
+    """A file of a job cannot be written or read. The same job, run again, continues."""
+
+
+@contextmanager
+def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
+    """Raise an `OSError` of the block as a `StorageError` about ``path``.
+
+    Raises:
+        StorageError: ``path`` cannot be written or read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path, action) from error
+
+
+def storage_error(error: OSError, path: Path | str, action: str = "write") -> StorageError:
+    """Return the error about ``path`` with its cause and remedy."""
+    cause = error.strerror or str(error) or type(error).__name__
+    remedy = _REMEDIES.get(error.errno or 0, "make the folder usable again")
+    return StorageError(f"cannot {action} {path}: {cause}; {remedy}, then run the same job again to continue")
+
+
+def is_storage_error(error: OSError) -> bool:
+    """Return whether the error is one of disks and permissions, and no bug."""
+    return error.errno in _REMEDIES
 
 
 @contextmanager
@@ -14,16 +59,21 @@ def atomic(path: Path) -> Iterator[Path]:
 
     Only one process may write a path at a time. The next write replaces the
     ``.<name>.partial`` of a killed process.
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
+        with storage_errors(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # or after a crash of the machine the new name may hold an empty file
+            partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error counts
+            partial.unlink(missing_ok=True)
         raise
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())  # or a crash of the machine could leave the new name on an empty file
-    partial.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from pipelines.shared.files import write_text
+from pipelines.shared.files import StorageError, is_storage_error, storage_error, write_text
 from pipelines.shared.paths import real_paths
 from pipelines.shared.sections import flatten
 from skipvision.errors import ConfigError
@@ -54,15 +54,18 @@ class JobFolder:
 
         Raises:
             ConfigError: another process has claimed it, or it cannot be written to.
+            StorageError: an operation on a file of the job failed in the block.
         """
         created = [self.path, *(path for path in self.path.parents if not path.exists())]
         with self._locked() as lock:
             try:
                 self.state = self._read()
                 yield
+            except OSError as error:
+                raise self._explained(error) from error
             finally:
-                lock.unlink(missing_ok=True)
-                with suppress(OSError):  # not empty
+                with suppress(OSError):  # not empty, or not writable
+                    lock.unlink(missing_ok=True)
                     for path in created:
                         path.rmdir()
 
@@ -87,6 +90,13 @@ class JobFolder:
                 if file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno())):
                     yield file
                     return
+
+    def _explained(self, error: OSError) -> OSError | StorageError:
+        """Return a `StorageError` if the error is about the job's files; otherwise the error itself."""
+        if error.filename is None:
+            return storage_error(error, f"files of {self.path}") if is_storage_error(error) else error
+        file = Path(os.fsdecode(error.filename))
+        return storage_error(error, file, "use") if file.is_relative_to(self.storage) else error
 
     # ------------------------------------------------------------------------------------- settings
 

@@ -1,4 +1,4 @@
-"""Settings as nested dicts: merge trees, and read or set a field by its dotted name."""
+"""Settings as nested dicts: merge trees, and set a field by its dotted name."""
 
 from __future__ import annotations
 
@@ -31,10 +31,3 @@ def set_field(tree: dict[str, Any], name: str, value: Any) -> None:
             )
         tree = tree[section]
     merge(tree, {field: value})
-
-
-def get_field(tree: Any, name: str) -> Any:
-    """Return the value at the dotted name. Raise KeyError if a part is missing."""
-    for part in name.split("."):
-        tree = tree[part]
-    return tree

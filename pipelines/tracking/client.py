@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from pipelines.shared.proxies import bypass_proxies_on_loopback
 from skipvision.errors import ConfigError, SkipVisionError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def connect(uri: str, *, existing: bool = False) -> MlflowClient:
 
 def configure_mlflow() -> None:
     """Set how much MLflow logs and how long it retries; call this before importing it."""
+    bypass_proxies_on_loopback()
     # By default MLflow retries a call for several minutes, which would stop the training it records.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

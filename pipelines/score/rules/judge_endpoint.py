@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import time
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
-from openai import APIConnectionError, APIResponseValidationError, APIStatusError, OpenAI, omit
+from openai import (
+    APIConnectionError,
+    APIResponseValidationError,
+    APIStatusError,
+    DefaultHttpxClient,
+    OpenAI,
+    omit,
+)
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.shared.proxies import bypass_proxies_on_loopback
 from skipvision.errors import ConfigError, SkipVisionError
 
 _PAUSES = (1.0, 4.0, 15.0)
@@ -59,14 +69,23 @@ class JudgeEndpoint:
     """A client with retries. Several threads may share it."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        """Read the API key. Raise `ConfigError` if its environment variable is not set."""
+        """Read the API key. Raise `ConfigError` if its variable is not set or a proxy cannot be used."""
         self._config = config
-        self._client = OpenAI(
-            api_key=_api_key(config) or "unused",  # the client insists on a key
-            base_url=config.base_url,
-            timeout=config.timeout,
-            max_retries=0,  # the client's own retries are shorter, and ignore long Retry-After headers
-        )
+        bypass_proxies_on_loopback()
+        key = _api_key(config) or "unused"  # the client insists on a key
+        try:
+            self._client = OpenAI(
+                api_key=key,
+                base_url=config.base_url,
+                timeout=config.timeout,
+                max_retries=0,  # the client's own retries are shorter, and ignore long Retry-After headers
+                http_client=DefaultHttpxClient(trust_env=not _on_loopback(config.base_url)),
+            )
+        except (ImportError, ValueError) as error:  # a SOCKS proxy without its library, or an odd proxy
+            raise ConfigError(
+                f"the judge's client cannot use the proxy of the environment (http_proxy, https_proxy or "
+                f"ALL_PROXY): {error}; correct or unset it, or name the judge's host in no_proxy"
+            ) from None
 
     def reply(self, prompt: str, warmer: float = 0.0) -> str:
         """Return the judge's reply to a prompt.
@@ -126,6 +145,15 @@ def _api_key(config: JudgeConfig) -> str | None:
             "API key, or set judge.api_key_env to null if the endpoint needs none"
         )
     return key
+
+
+def _on_loopback(url: str) -> bool:
+    """Return whether a URL is of this machine. Even an unused SOCKS proxy would demand its library."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _retry_after(header: str | None) -> float:
