@@ -29,11 +29,12 @@ test: install ## run the tests without the slow ones
 test-all: install ## run the slow tests, too (GPU tests: make test ARGS="-m gpu")
 	$(BIN)/python -m pytest -m "not gpu" $(IN_TWO) $(ARGS)
 
-lint: install ## check style, types and import contracts
+lint: install ## check style, types, import contracts and advisories of dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.audit
 
 docs: install ## measure and draw the docs again (three hours on an idle machine)
 	./docs/regenerate.sh

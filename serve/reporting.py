@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -18,6 +19,13 @@ from skipvision.errors import (
 )
 
 logger = logging.getLogger("ray.serve")
+
+_INTERNAL = re.compile(
+    r"<[^<>]* at 0x[0-9a-fA-F]+>"  # an object
+    r"|\b0x[0-9a-fA-F]{6,}\b"  # an address
+    r"|(?<![\w:/])/(?:[\w.@+~-]+/)+[\w.@+~-]+"  # a file
+)
+"""What the messages of other libraries may hold, and clients must not see."""
 
 
 def problem_of(error: BaseException) -> Problem:
@@ -43,16 +51,21 @@ def problem_of(error: BaseException) -> Problem:
     code = getattr(error, "code", None)
     if isinstance(error, InputError):
         param = getattr(error, "param", None)
-        return Problem(400, str(error), param=param, code=code or "invalid_input")
+        return Problem(400, _public(error), param=param, code=code or "invalid_input")
     if isinstance(error, ConfigError):
-        return Problem(400, str(error), code="invalid_value")
+        return Problem(400, _public(error), code="invalid_value")
     if isinstance(error, UnsupportedModelError):
-        return Problem(400, str(error), code="unsupported")
+        return Problem(400, _public(error), code="unsupported")
     if isinstance(error, ResourceError):
-        return Problem(400, str(error), code="context_length_exceeded")
+        return Problem(400, _public(error), code="context_length_exceeded")
     if isinstance(error, GenerationError):
-        return Problem(500, str(error), "server_error", code="generation_failed")
+        return Problem(500, _public(error), "server_error", code="generation_failed")
     return internal_error()
+
+
+def _public(error: BaseException) -> str:
+    """Return an error's message without addresses of memory, objects and paths of files."""
+    return _INTERNAL.sub("…", str(error))
 
 
 def reported(error: BaseException) -> Problem:
