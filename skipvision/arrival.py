@@ -19,7 +19,7 @@ from skipvision.anatomy.images import Images
 from skipvision.anatomy.tower import received
 from skipvision.config import SkipConfig
 from skipvision.errors import InputError
-from skipvision.kv_cache import CacheState, SettledCache
+from skipvision.kv_cache import CacheState, SettledCache, refuse_static
 
 ARRIVAL = "skip_vision_arrival"
 """Keyword of the decoder's call that holds the `Arrival`."""
@@ -91,6 +91,9 @@ def announce(
         return None
     images = reading = None
     if visual is not None:
+        given = call.get("attention_mask")
+        if given is not None and not (isinstance(given, torch.Tensor) and given.ndim == 2):
+            refuse_static(call.get("past_key_values"))
         if state is None:
             check_mask(call.get("attention_mask"), visual.shape, call.get("past_key_values"))
         refuse_packed(call)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from skipvision.anatomy.checks import check_unsharded
+from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
 from skipvision.anatomy.families import Anatomy, dissect
 from skipvision.anatomy.tower import hook_tower
 from skipvision.config import SkipConfig
@@ -42,6 +42,8 @@ class Attachment:
                 "Skip-Vision is attached to this model already: detach() it first, or use that attachment"
             )
         _check(anatomy, config)
+        check_in_memory(model)
+        check_adapters(model)
         if config.summary_tokens:
             check_unsharded(model)
         self.model = model

@@ -119,6 +119,10 @@ class CacheState:
         # An emptied cache has no state.
         if cache is None or state is None or cache.get_seq_length() == 0:
             return None
+        lost = state.mask.shape[1] - cache.get_seq_length()
+        if lost > 0:
+            state = state._cropped(lost)
+            setattr(cache, _STATE, state)
         first = cache.layers[0]
         if not isinstance(first, _RowsLayer) or first.origin is None:
             return state
@@ -129,6 +133,24 @@ class CacheState:
         setattr(cache, _STATE, self)
         if isinstance(cache.layers[0], DynamicLayer):
             cache.layers[0] = _RowsLayer.of(cache.layers[0])
+
+    def _cropped(self, lost: int) -> CacheState:
+        """Return the state without its last entries, as `generate` drops the tokens of a wrong draft."""
+        place, fed = self.place[:, -lost:], self.fed[:, None]
+        text = fed - lost + torch.arange(lost, device=fed.device)
+        if lost >= self.mask.shape[1] or not bool((place == text).all()):
+            raise InputError(
+                f"a pruned cache was cropped by {lost} entries, into its images or padding: crop only the "
+                "text after the last image, or prefill the prompt again"
+            )
+        return CacheState(
+            self.mask[:, :-lost],
+            self.caller_length - lost,
+            self.shift,
+            self.next_position - lost,
+            self.place[:, :-lost],
+            self.fed - lost,
+        )
 
     def _of_rows(self, origin: torch.Tensor) -> CacheState:
         at = origin.to(self.mask.device)
@@ -196,6 +218,13 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
             )
         layers.append(layer)
     return layers
+
+
+def refuse_static(cache: Cache | None) -> None:
+    """Raise `UnsupportedModelError` for a cache of fixed size: transformers makes other masks for it."""
+    for layer in () if cache is None else cache.layers:
+        if not isinstance(layer, DynamicLayer):
+            prunable_layers(cache)  # type: ignore[arg-type]
 
 
 def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,10 @@ from skipvision.anatomy.checks import (
     check_mask,
     check_probing,
     decoded_mask,
+    refuse_decoded_images,
     refuse_router_loss,
+    warn_of_frozen_summary,
+    warn_of_learnt_placeholders,
     warn_of_plain_training,
 )
 from skipvision.anatomy.encoding import encode
@@ -39,8 +42,11 @@ from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import make_plan
 from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, reached_layers
-from skipvision.summaries import SUMMARY
+from skipvision.summaries import SUMMARY, summary_in_use
 from skipvision.tokens import VisualTokens
+
+_DRAFTS = "skip_vision_drafts"
+"""Keyword of a prefill: number of drafted tokens at its end."""
 
 
 class Reduction:
@@ -56,14 +62,43 @@ class Reduction:
         self.plan: TokenPlan | None = None
         self._anatomy = anatomy
         self._warned = False
+        self._checked_summary = self._checked_labels = False
 
-    def warn(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the model that takes labels: warn once if training lets answers see skipped tokens."""
+    def warn(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of the model that takes labels: warn once of each mistake in training.
+
+        The mistakes are answers that see skipped tokens, a frozen summary layer, and labels at images.
+        """
+        labels = kwargs.get("labels")
+        training = torch.is_grad_enabled() and (base.training or labels is not None)
+        if training and self.config.summary_tokens and not self._checked_summary:
+            self._checked_summary = True
+            self._check_summary(base)
+        if labels is not None and self.config.skipped and not self._checked_labels:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self._checked_labels = warn_of_learnt_placeholders(labels, ids, self._anatomy.image_token_id)
         plain = kwargs.get("labels") is not None and kwargs.get(DECODED_KEYWORD) is None
         forgets = self.config.skip_kv and self.config.skipped
         if plain and forgets and not self._warned and torch.is_grad_enabled():
             self._warned = True
             warn_of_plain_training()
+        drafts = self._drafts(args, kwargs)
+        return (args, {**kwargs, _DRAFTS: drafts}) if drafts else None
+
+    def _drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return how many drafted tokens end a prefill: assisted `generate` checks them in the same call."""
+        kept, ids = kwargs.get("logits_to_keep"), kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(kept, int) or kept < 2 or kwargs.get("past_key_values") is None:
+            return 0
+        drafted = isinstance(ids, torch.Tensor) and not torch.is_grad_enabled()
+        return kept - 1 if drafted and bool((ids == self._anatomy.image_token_id).any()) else 0
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _check_summary(self, base: nn.Module) -> None:
+        layer = summary_in_use(self._anatomy.decoder.get_submodule(SUMMARY))
+        frozen = not any(weight.requires_grad for weight in layer.parameters())
+        if frozen and any(weight.requires_grad for weight in base.parameters()):
+            warn_of_frozen_summary()
 
     # Not recursive: where the model is compiled, its image encoders stay compiled.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
@@ -81,15 +116,22 @@ class Reduction:
         """Decoder pre-hook: replace the caller's sequence by the reduced one."""
         arrival: Arrival | None = kwargs.pop(ARRIVAL, None)
         decoded = decoded_mask(kwargs.pop(DECODED_KEYWORD, None), kwargs.get("inputs_embeds"))
+        drafts = kwargs.pop(_DRAFTS, 0)
         if arrival is None:
             return args, self._without_images(decoder, kwargs)
         if "inputs_embeds" not in kwargs:
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} was not called with inputs_embeds: there is nothing to reduce"
             )
-        call = _DecoderCall(decoder, kwargs, Fed.of(kwargs, arrival.mask), decoded)
+        fed = Fed.of(kwargs, arrival.mask)
+        if drafts and decoded is None:
+            # Later drafts are checked on the pruned cache, so these must not see skipped tokens either.
+            decoded = torch.zeros_like(fed.mask)
+            decoded[:, -drafts:] = True
+        call = _DecoderCall(decoder, kwargs, fed, decoded, bool(drafts))
         if arrival.images is None:
             return args, call.on_pruned_cache()
+        refuse_decoded_images(decoded, arrival.images.everywhere(len(call.fed.mask)))
         plan = self.plan = self._plan(call, arrival.images, arrival.reading)
         # On a pruned cache, even an identity plan needs our mask: the caller's has another length.
         if plan.is_identity and CacheState.of(kwargs.get("past_key_values")) is None:
@@ -191,13 +233,15 @@ class _DecoderCall:
         decoder: text decoder.
         kwargs: its keyword arguments.
         fed: tokens of the cache and of this call.
-        decoded: (B, T) generated tokens of a training call; None otherwise.
+        decoded: (B, T) generated tokens of a training call, or drafted ones; None otherwise.
+        drafting: whether they are drafts of assisted decoding.
     """
 
     decoder: nn.Module
     kwargs: dict[str, Any]
     fed: Fed
     decoded: torch.Tensor | None
+    drafting: bool = False
 
     @property
     def prompt(self) -> torch.Tensor:
@@ -220,7 +264,7 @@ class _DecoderCall:
     def reduced(self, plan: TokenPlan, config: SkipConfig, cache: Any) -> dict[str, Any]:
         """Keyword arguments for the reduced sequence; notes on the cache what it would hold unreduced."""
         _ = plan.ffn_index  # Its size depends on data: computed here, it is an input of compiled layers.
-        if self.decoded is not None and config.skip_kv and cache is not None:
+        if self.decoded is not None and not self.drafting and config.skip_kv and cache is not None:
             raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
         embeds = merge_tokens(self.kwargs["inputs_embeds"], plan)
         if config.summary_tokens:

@@ -100,7 +100,8 @@ def place_summary(model: nn.Module, decoder: nn.Module, summary: SummaryLayer) -
     if lost:
         raise ConfigError(
             f"the adapters {lost} were loaded without their summary layer, because the model had none yet: "
-            "load them with skipvision.load_adapter, or attach first and then load them"
+            "load them onto the base model with skipvision.load_adapter(model, folder, config=...), which "
+            "also reads checkpoints of Trainer and TRL"
         )
     decoder.add_module(SUMMARY, AdapterSummaries(summary, configs, active))
 

@@ -88,9 +88,16 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     learnt = targets != IGNORED
     given: dict[str, Any] = {}
     if sv.attachment_of(model) is not None:
-        given[sv.DECODED_KEYWORD] = (batch.labels != IGNORED).cumsum(dim=1) > 0
+        given[sv.DECODED_KEYWORD] = _decoded(batch, model.config.image_token_id)
     logits = model(**batch.inputs, **given, logits_to_keep=learnt, use_cache=False).logits
     return F.cross_entropy(logits.float(), targets[learnt], reduction="sum"), int(learnt.sum())
+
+
+def _decoded(batch: Batch, image_token_id: int) -> torch.Tensor:
+    """(B, T) True from each row's first learnt token on, but not before the end of its last image."""
+    visual = batch.inputs["input_ids"] == image_token_id
+    follows_images = visual.flip(1).cumsum(dim=1).flip(1) == 0
+    return ((batch.labels != IGNORED).cumsum(dim=1) > 0) & follows_images
 
 
 class Learner:

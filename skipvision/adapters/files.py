@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from skipvision.config import SkipConfig
 from skipvision.errors import AdapterError
+from skipvision.summaries import SUMMARY
 from skipvision.summary import SummaryLayer
 
 SKIP_CONFIG = "skip_config.json"
@@ -49,7 +50,16 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / SKIP_CONFIG
     if not path.exists():
-        raise AdapterError(f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}")
+        how = (
+            "it is a PEFT checkpoint. Call load_adapter(..., config=) with the SkipConfig of the "
+            "training, or train with skipvision.adapters.checkpoints.SkipVisionCallback, which "
+            "writes the file"
+        )
+        other = "save adapters with save_adapter"
+        raise AdapterError(
+            f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}; "
+            + (how if (Path(folder) / PEFT_FILES[0]).exists() else other)
+        )
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
         skip = saved["skip"]
@@ -62,11 +72,11 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     if not known:
         raise AdapterError(f"{path} has format {saved['format']!r}; this version reads format {FORMAT}")
     if saved["lora"]:
-        _check_safe(Path(folder))
+        check_safe(Path(folder))
     return saved
 
 
-def _check_safe(folder: Path) -> None:
+def check_safe(folder: Path) -> None:
     """Raise `AdapterError` if loading the folder's PEFT adapter could run code."""
     pickled = folder / "adapter_model.bin"
     if pickled.exists() and not (folder / _PEFT_WEIGHTS).exists():
@@ -94,11 +104,22 @@ def _check_safe(folder: Path) -> None:
         )
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds what PEFT or a trainer saved, without the files of Skip-Vision."""
+    return (folder / PEFT_FILES[0]).exists() and not (folder / SKIP_CONFIG).exists()
+
+
 def summary_weights(folder: Path, hidden_size: int, summary_tokens: int) -> dict[str, torch.Tensor]:
-    """Read the weights of the saved summary layer; raises `AdapterError` unless they have this size."""
-    path = folder / SUMMARY_WEIGHTS
+    """Read the weights of the saved summary layer; raises `AdapterError` unless they have this size.
+
+    Those of a checkpoint without Skip-Vision's files are among PEFT's.
+    """
+    path = folder / (PEFT_FILES[1] if is_checkpoint(folder) else SUMMARY_WEIGHTS)
     try:
         weights = load_file(path)
+        if is_checkpoint(folder):
+            named = ((name.rpartition(f"{SUMMARY}."), weight) for name, weight in weights.items())
+            weights = {last: weight for (_, found, last), weight in named if found}
     except (FileNotFoundError, SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: the adapter's summary layer cannot be read: {error}") from error
     expected = SummaryLayer(hidden_size, summary_tokens, device="meta").state_dict()

@@ -24,7 +24,9 @@ from skipvision.adapters.files import (
     PEFT_FILES,
     SKIP_CONFIG,
     SUMMARY_WEIGHTS,
+    check_safe,
     difference,
+    is_checkpoint,
     read_adapter,
     replace,
     summary_weights,
@@ -66,26 +68,30 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         )
     if isinstance(model, PeftModel):
         name = _name_of(model, name)
-    _check_whole(model)
+    check_whole(model)
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if isinstance(model, PeftModel):
             _save_lora(model, str(name), partial)
-        summary = _summary(model, str(name))
-        if summary is not None:
-            _warn_if_frozen(model, summary)
-            weights = {
-                name: value.detach().cpu().contiguous() for name, value in summary.state_dict().items()
-            }
-            save_file(weights, partial / SUMMARY_WEIGHTS)
-        (partial / SKIP_CONFIG).write_text(json.dumps(_describe(model, attachment), indent=2) + "\n")
+        write_own_files(model, str(name), partial)
         _share(partial)
         replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def write_own_files(model: nn.Module, name: str, folder: Path) -> None:
+    """Write summary layer and SkipConfig of an unwrapped model next to what PEFT or a trainer has saved."""
+    summary = _summary(model, name)
+    if summary is not None:
+        _warn_if_frozen(model, summary)
+        weights = {name: value.detach().cpu().contiguous() for name, value in summary.state_dict().items()}
+        save_file(weights, folder / SUMMARY_WEIGHTS)
+    description = _describe(model, attachment_of(model))
+    (folder / SKIP_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def load_adapter(
@@ -104,8 +110,9 @@ def load_adapter(
     Args:
         model: the base model, or a PEFT model. If Skip-Vision is attached, then with the SkipConfig that the
             adapter was trained with.
-        folder: an adapter from `save_adapter`.
-        config: the SkipConfig that the caller expects; checked if given.
+        folder: an adapter from `save_adapter`; or a checkpoint of Trainer, TRL or PEFT.
+        config: the SkipConfig that the caller expects; checked if given. A checkpoint without
+            ``skip_config.json`` needs it: the SkipConfig that was attached in training.
         is_trainable: keep LoRA and summary layer trainable, to continue fine-tuning. Otherwise LoRA gets the
             model's dtype.
         name: PEFT's name for the adapter.
@@ -123,7 +130,8 @@ def load_adapter(
         UserWarning: the adapter fits, but was trained on a base model of another name.
     """
     folder = Path(folder)
-    saved = read_adapter(folder)
+    checkpoint = config is not None and is_checkpoint(folder)
+    saved = _checkpoint(model, folder, config) if checkpoint else read_adapter(folder)
     skip = saved["skip"]
     _check_config(folder, skip, config)
     _check_shape(model, folder, saved)
@@ -159,6 +167,23 @@ def unload_adapters(model: nn.Module) -> None:
     vars(model).pop("peft_config", None)
 
 
+def _checkpoint(model: nn.Module, folder: Path, config: SkipConfig | None) -> dict[str, Any]:
+    """Describe a checkpoint of PEFT as `read_adapter` does; PEFT checks the shapes itself."""
+    check_safe(folder)
+    anatomy = dissect(model)
+    try:
+        base = json.loads((folder / PEFT_FILES[0]).read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError, OSError) as error:
+        raise AdapterError(f"{folder / PEFT_FILES[0]} cannot be read: {error}") from error
+    return {
+        "skip": config,
+        "base_model": base or "",
+        "lora": True,
+        "hidden_size": anatomy.hidden_size,
+        "layers": len(anatomy.layers),
+    }
+
+
 def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -180,7 +205,8 @@ def _name_of(model: PeftModel, name: str | None) -> str:
     return names[0]
 
 
-def _check_whole(model: nn.Module) -> None:
+def check_whole(model: nn.Module) -> None:
+    """Raise `AdapterError` if the weights of a model are sharded over processes."""
     if not distributed.is_available():
         return
     from torch.distributed.tensor import DTensor

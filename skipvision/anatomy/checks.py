@@ -20,6 +20,9 @@ from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 DECODED_KEYWORD = "skip_vision_decoded"
 """Keyword of a training call: a (B, T) mask, True from each row's first generated token on (see `attach`)."""
 
+_IGNORED = -100
+"""Label of tokens outside the loss, as in PyTorch and transformers."""
+
 
 def refuse_states(text_config: Any) -> None:
     """Raise `UnsupportedModelError` if the decoder's cache has layers that cannot forget single tokens."""
@@ -53,6 +56,30 @@ def check_unsharded(model: nn.Module) -> None:
             f"{type(late).__name__} wraps the model already and would not know the summary layer: attach "
             "before the model is wrapped or sharded, or set summary_tokens=0"
         )
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if accelerate has offloaded weights: modules of ours would lack them."""
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+            raise UnsupportedModelError(
+                f"accelerate has offloaded {name or 'the model'}: its weights come and go with each call, "
+                "and Skip-Vision reads some between calls. Load the model without offloading (a device_map "
+                "of GPUs alone works), in a smaller dtype, or quantised"
+            )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if a PEFT adapter adds virtual tokens to prompts."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, dict) else ():
+            if getattr(config, "is_prompt_learning", False):
+                raise UnsupportedModelError(
+                    f"adapter {name!r} is {config.peft_type.value}, which adds virtual tokens to the prompt: "
+                    "the places of images cannot be known. Use an adapter of the layers, such as LoRA"
+                )
 
 
 def check_probing(layers: list[nn.Module], setting: str) -> None:
@@ -94,6 +121,49 @@ def warn_of_plain_training() -> None:
         "skip_kv=False",
         stacklevel=2,
     )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def warn_of_frozen_summary() -> None:
+    """Warn that training leaves the summary layer as it is."""
+    warnings.warn(
+        "the summary layer is frozen while other weights train, so it stays a plain mean: get_peft_model "
+        "(also that of SFTTrainer(peft_config=...)) freezes a layer that was attached before it. Call "
+        "get_peft_model first, then attach, then create the optimizer or trainer without peft_config; or set "
+        "summary_tokens=0",
+        stacklevel=2,
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def warn_of_learnt_placeholders(labels: Any, ids: Any, image_token_id: int) -> bool:
+    """Warn if labels cover image placeholders; returns whether the call had any placeholders."""
+    if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
+        return False
+    visual = ids == image_token_id
+    learnt = labels.to(ids.device) != _IGNORED
+    wrong = int((visual & learnt).sum())
+    if wrong:
+        warnings.warn(
+            f"{wrong} of {int(learnt.sum())} labels are at image placeholders, most of which Skip-Vision "
+            "drops, so the loss is not that of the answers: set labels[input_ids == "
+            f"{image_token_id}] = {_IGNORED} in the collator (TRL: train on the assistant's tokens only)",
+            stacklevel=2,
+        )
+    return bool(visual.any())
+
+
+def refuse_decoded_images(decoded: torch.Tensor | None, visual: torch.Tensor) -> None:
+    """Raise `InputError` if (B, T) generated tokens include visual tokens: images are never generated."""
+    if decoded is None:
+        return
+    wrong = int((decoded & visual).sum())
+    if wrong:
+        raise InputError(
+            f"{DECODED_KEYWORD} covers {wrong} visual tokens, but images are read, not generated: let it "
+            "begin after the last image of each row. With answers before that image, train each answer in "
+            "a row of its own"
+        )
 
 
 def check_mask(mask: Any, tokens: torch.Size, cache: Any) -> int:

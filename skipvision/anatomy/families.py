@@ -35,6 +35,7 @@ class Family:
         patches: each visual token is a patch of the one square image that the tower sees, in raster order.
         one_by_one: inputs index into each other, so several prompts cannot share a batch.
         geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = unknown.
+        refused: why it is not supported, where the modules do not show it; None = it may be.
     """
 
     tiles: bool = False
@@ -44,6 +45,7 @@ class Family:
     patches: bool = False
     one_by_one: bool = False
     geometry: Geometry | None = None
+    refused: str | None = None
 
 
 Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
@@ -69,9 +71,12 @@ FAMILIES: dict[str, Family] = {
     "molmo2": Family(one_by_one=True),
     "ernie4_5_vl_moe": Family(whole_prompt=True),
     "granite_docling": Family(rows=True),
+    "granite4_vision": Family(refused="images are not encoded to one feature for each visual token"),
+    "fuyu": Family(refused="encoded images are not separated"),
 }
 """Families that depart from the common shape, by the ``model_type`` of their config."""
 
+_IMAGE_PARTS = ("vision", "image", "vq_")
 _DECODERS = ("language_model", "text_model")
 _ATTENTION = ("self_attn",)
 _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
@@ -126,6 +131,7 @@ def dissect(model: nn.Module) -> Anatomy:
             f"{type(model).__name__} contains no Hugging Face PreTrainedModel: load the model with "
             "AutoModelForImageTextToText.from_pretrained"
         )
+    _refuse_family(base)
     outer, decoder, layers = _find_decoder(base)
     text_config: Any = decoder.config
     refuse_states(text_config)
@@ -179,6 +185,30 @@ def check_patches(anatomy: Anatomy, sizes: list[int]) -> None:
 def _patches(config: PretrainedConfig) -> int:
     vision = config.vision_config
     return int(vision.image_size // vision.patch_size) ** 2
+
+
+def _refuse_family(base: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` if a model takes no images, or its family is known not to work."""
+    reason = family_of(base.config).refused
+    if reason is not None:
+        raise UnsupportedModelError(f"{type(base).__name__} is not supported: {reason}", reason)
+    if not takes_images(base.config) and not any(hasattr(m, "get_image_features") for m in base.modules()):
+        raise text_only(type(base).__name__)
+
+
+def takes_images(config: PretrainedConfig) -> bool:
+    """Return whether a model of this config may take images, by the parts that the config names."""
+    parts = {*getattr(config, "sub_configs", {}), *vars(config)}
+    return any(part in name for name in parts for part in _IMAGE_PARTS)
+
+
+def text_only(name: str) -> UnsupportedModelError:
+    """Return the error about a model, or the config of one, that reads text alone."""
+    return UnsupportedModelError(
+        f"{name} takes no images, so it has no visual tokens to skip: load a vision-language model with "
+        "AutoModelForImageTextToText.from_pretrained",
+        "takes no images",
+    )
 
 
 def _find_decoder(base: PreTrainedModel) -> tuple[nn.Module, nn.Module, nn.ModuleList]:

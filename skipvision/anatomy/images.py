@@ -66,6 +66,10 @@ class Images:
         whole = torch.full((rows * self.length,), elsewhere, dtype=torch.long, device=values.device)
         return whole.index_put((self.index[self.valid],), values[self.valid].long()).unflatten(0, (rows, -1))
 
+    def everywhere(self, rows: int) -> torch.Tensor:
+        """(B, T) True at visual tokens, for a batch of ``rows`` rows."""
+        return self.spread(torch.ones_like(self.index), rows, 0).bool()
+
     @property
     def position(self) -> torch.Tensor:
         """(I, N) position of each visual token in its own row."""

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from skipvision.anatomy.encoding import encoded_sizes
-from skipvision.anatomy.families import Anatomy, dissect
+from skipvision.anatomy.families import Anatomy, dissect, takes_images, text_only
 from skipvision.anatomy.pictures import Request, collate, recipe_of
 from skipvision.anatomy.probe import EarlyRun, Probe
 from skipvision.anatomy.tower import hook_tower
@@ -278,7 +278,15 @@ def _model(design: Design) -> _Model:
                 config, dtype=torch.float32, attn_implementation="eager", experts_implementation="batched_mm"
             )
     except ValueError as error:
-        raise UnsupportedModelError(f"{type(design.config).__name__}: {error}") from error
+        name = type(design.config).__name__
+        if not takes_images(design.config):
+            raise text_only(name) from None
+        if "Unrecognized configuration class" in str(error):  # ends in a list of all classes
+            raise UnsupportedModelError(
+                f"{name} is not the config of an image-text-to-text model of transformers: pass the config "
+                "of the whole model (model.config)"
+            ) from None
+        raise UnsupportedModelError(f"{name}: {error}") from error
     model.eval().requires_grad_(False)
     return _Model(model, dissect(model), sum(parameter.numel() for parameter in model.parameters()))
 

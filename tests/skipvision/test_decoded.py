@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skipvision as sv
-from skipvision.testing.llava import tiny_inputs, tiny_llava
+from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -98,9 +98,10 @@ def test_an_invalid_mask_is_refused():
 def test_training_without_the_mask_warns_once():
     model = tiny_llava()
     inputs = tiny_inputs([[3, "image", 4]])
-    labels = inputs["input_ids"]
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
     config = sv.SkipConfig(retained=4, skipped=5)
-    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, -4:] = True
     with sv.attach(model, config), warnings.catch_warnings(record=True) as told:
         with torch.no_grad():
             model(**inputs, labels=labels, use_cache=False)

@@ -1,7 +1,9 @@
 """Errors state what is wrong, with which value, and what to do."""
 
+import accelerate
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from pydantic import BaseModel, ValidationError
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, StaticCache
 from transformers.models.auto import AutoConfig
@@ -52,8 +54,8 @@ def llava_without_layers():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (small_bert, "BertModel has no language_model or text_model"),
-        (small_llama, "LlamaForCausalLM has no language_model or text_model"),
+        (small_bert, "BertModel takes no images"),
+        (small_llama, "LlamaForCausalLM takes no images"),
         (lambda: torch.nn.Linear(2, 2), "Linear contains no Hugging Face PreTrainedModel"),
         (llava_without_layers, "has no decoder with a list of layers: LlamaModel"),
         (
@@ -374,3 +376,24 @@ def test_costs_of_impossible_numbers(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ConfigError, match=f"{name}={value}: expected a whole number"):
         predict_cost(tiny_llava().config, None, **wrong)
+
+
+@pytest.mark.parametrize("kind", ["on the CPU", "on the disk", "in part"])
+def test_offloaded_models_are_refused_by_attach(kind, tmp_path):
+    model = tiny_llava()
+    if kind == "on the CPU":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    elif kind == "on the disk":
+        accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    else:
+        places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+        places["model.language_model"] = "disk"
+        accelerate.dispatch_model(model, places, offload_dir=str(tmp_path), main_device="cpu")
+    with pytest.raises(UnsupportedModelError, match=r"accelerate has offloaded model\..* without offload"):
+        attach(model, SkipConfig(retained=4, skipped=5))
+
+
+def test_prompt_tuning_is_refused_by_attach():
+    model = get_peft_model(tiny_llava(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UnsupportedModelError, match="'default' is PROMPT_TUNING, which adds virtual tokens"):
+        attach(model, SkipConfig(retained=4, skipped=5))

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CLIPVisionConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    T5Config,
+)
 
 from skipvision import SkipConfig, UnsupportedModelError, attach, measure_flops, predict_cost
 from skipvision.kv_cache import cache_bytes
@@ -198,3 +206,21 @@ def test_published_prefill_ratios(retained, skipped, tokens, published):
         visual_tokens=tokens,
     )
     assert 100 * cost.ratio_to_full.prefill_flops == pytest.approx(published, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(), "LlamaConfig takes no images"),
+        (Gemma3TextConfig(), "Gemma3TextConfig takes no images"),
+        (BertConfig(), "BertConfig takes no images"),
+        (T5Config(), "T5Config takes no images"),
+        (CLIPConfig(), "CLIPConfig is not the config of an image-text-to-text model"),
+        (CLIPVisionConfig(), "CLIPVisionConfig is not the config of an image-text-to-text model"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_configs_of_other_models_are_refused_in_a_few_words(config, message):
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        predict_cost(config, None)
+    assert len(str(caught.value)) < 200

@@ -146,7 +146,7 @@ def test_kinds_that_the_engine_cannot_run(name, plain, tmp_path, monkeypatch):
     for file in ("skip_config.json", "skip_summary.safetensors"):
         (tmp_path / file).write_bytes((plain / file).read_bytes())
     with Engine(base_model(), config=SKIP) as engine:
-        with pytest.raises(AdapterError, match=f"the engine cannot run .*{reason}"):
+        with pytest.raises(AdapterError, match=f"the engine cannot run .*{reason}|has peft_type 'PREFIX"):
             engine.add_adapter("new", tmp_path)
         assert engine.adapters == [BASE]
         assert len(list(engine.run(requests_of([BASE])))) == 2

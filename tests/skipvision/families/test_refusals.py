@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 
-from skipvision import InputError, SkipConfig, attach
+from skipvision import InputError, SkipConfig, UnsupportedModelError, attach
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.families.matrix import model_of
+from tests.skipvision.families.running import labels_of
 
 CONFIG = SkipConfig(retained=0.3, skipped=0.3, select="norm")
 ROW = [[3, "image", 14]]
@@ -71,6 +72,34 @@ def test_positions_that_fall_within_an_image_are_not_packing():
         assert skip.plan.images == 1
 
 
+# ------------------------------------------------------------------------------------- caches and models
+
+
+@pytest.mark.parametrize("cache", ["static", "offloaded_static"])
+@pytest.mark.parametrize("family", ["gemma3", "llava", "mistral3", "qwen2_5_vl"])
+def test_caches_of_fixed_size_are_named(family, cache):
+    """Some families get other masks with such a cache; it is the cache that the caller can change."""
+    model = model_of(family)
+    options = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": cache}
+    with attach(model, CONFIG):
+        with pytest.raises(UnsupportedModelError, match=r"layer 0 is a Static\w*Layer, .* static cache"):
+            model.generate(**tiny_batch(model, ROW), **options)
+        model.generate(**tiny_batch(model, ROW), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("granite4_vision", "images are not encoded to one feature for each visual token"),
+        ("fuyu", "encoded images are not separated"),
+    ],
+)
+def test_families_whose_images_cannot_be_cut_are_refused_by_attach(family, reason):
+    with pytest.raises(UnsupportedModelError, match=f"is not supported: {reason}") as caught:
+        attach(tiny_model(family), CONFIG)
+    assert caught.value.reason == reason
+
+
 # ---------------------------------------------------------------------------------- mixtures of experts
 
 
@@ -78,14 +107,15 @@ def test_positions_that_fall_within_an_image_are_not_packing():
 def test_the_load_balancing_loss(family):
     model = tiny_model(family)
     batch = tiny_batch(model, [*ROW, [5]], padding="right")
-    labels = batch["input_ids"]
+    labels = labels_of(model, batch)
     message = r"output_router_logits=True with an attention_mask of shape \(2, .*Leave out the mask"
     with attach(model, CONFIG), pytest.raises(InputError, match=message):
         model(**batch, labels=labels, output_router_logits=True)
     alone = tiny_batch(model, ROW)
+    labels = labels_of(model, alone)
     del alone["attention_mask"]
     with attach(model, CONFIG) as skip:
-        out = model(**alone, labels=alone["input_ids"], output_router_logits=True)
+        out = model(**alone, labels=labels, output_router_logits=True)
         assert out.aux_loss.isfinite()
         assert out.router_logits[-1].shape[0] == skip.plan.ffn_mask.sum(), "those that take the FFN"
         text = tiny_batch(model, [[6], [4]])
