@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.cluster.local import local_ray
 from pipelines.cluster.session import ROOT
+from pipelines.finetune.config import FinetuneConfig
+from pipelines.shared.config import load_config
 from pipelines.shared.paths import HOME, output_path
 
 _RUNS = ("demo-full", "demo")
@@ -45,20 +47,32 @@ class Step(NamedTuple):
     settings: str
     options: tuple[str, ...] = ()
 
+    def arguments(self, root: Path) -> list[str]:
+        """Return the arguments of the job; ``root`` is the root of the repository."""
+        return ["--config", str(root / "jobs/configs" / self.settings), *self.options]
+
 
 def run_demo(config: DemoConfig) -> dict[str, object]:
-    """Draw the data, fine-tune twice, compare, and caption, each as a Ray job: ten minutes on two cores."""
+    """Draw the data, fine-tune twice, compare, and caption, each as a Ray job: ten minutes on two cores.
+
+    Raises:
+        ConfigError: the settings are wrong, ``overrides`` included. This comes before Ray starts.
+    """
     started = time.monotonic()
     storage = output_path(config.storage, "storage")
+    steps = _steps(config, str(storage))
+    for step in steps:
+        if step.script == "finetune.py":
+            load_config(FinetuneConfig, step.arguments(ROOT), description=None)
     if config.fresh:
         for run in (*_RUNS, _CAPTIONS):
             shutil.rmtree(storage / run, ignore_errors=True)
     with local_ray() as ray:
         _log(started, f"Ray runs at {ray.dashboard}")
-        for step in _steps(config, str(storage)):
+        for step in steps:
             _log(started, step.title)
             ray.submit(
-                ["python", f"jobs/{step.script}", "--config", f"jobs/configs/{step.settings}", *step.options],
+                ["python", f"jobs/{step.script}", *step.arguments(Path())],
                 environment={HOME: os.environ.get(HOME, str(ROOT)), **_QUIET},
             )
     _print_captions(storage / _CAPTIONS / "captions")

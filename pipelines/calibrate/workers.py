@@ -68,11 +68,13 @@ class Scorer:
 
         The two SkipConfigs take turns on the same questions, so that other load of the machine affects both.
         """
-        questions, one_token = task.dataset.questions, Sampling(max_new_tokens=1)
+        engine, one_token = self._engine, Sampling(max_new_tokens=1)
+        questions = task.dataset.questions
         seconds: dict[SkipConfig | Literal["full"], list[float]] = {"full": [], task.skip: []}
         for number, question in enumerate([questions[0], *questions]):  # the first round is a warm-up
             for skip, taken in seconds.items():
-                request = self._engine.prepare(replace(request_for(question, one_token), skip=skip))
+                request = request_for(question, engine.processor, one_token)
+                request = engine.prepare(replace(request, skip=skip))
                 started = time.perf_counter()
                 for completion in self._engine.run([request]):
                     if completion.error is not None:

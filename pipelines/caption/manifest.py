@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from pipelines.caption.config import InputSection
 from pipelines.caption.rows import MANIFEST_SCHEMA, CaptionRow, Problem, manifest_rows, manifest_table
-from pipelines.data.conversations import BadRow, listed_images, parse_image
+from pipelines.data.conversations import listed_images, parse_image
 from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, prompt_messages
 from pipelines.data.records import Record
+from pipelines.data.rows import BadRow
 from pipelines.data.sources import Wanted, read_inputs
 from pipelines.data.storage import absolute
 from pipelines.shared.files import atomic

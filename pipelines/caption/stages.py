@@ -29,7 +29,7 @@ from pipelines.caption.config import CaptionConfig
 from pipelines.caption.manifest import Manifest
 from pipelines.caption.rows import Caption, CaptionRow, Problem
 from pipelines.cluster.cpus import usable_cpus
-from pipelines.data.chat import content_parts
+from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel, load_engine
@@ -190,7 +190,7 @@ def prepare_row(processor: Any, number: int, row: CaptionRow) -> PreparedRow:
     """Open a row's images and prepare the model's inputs. An error becomes the row's problem."""
     if row.problem is not None:
         return PreparedRow(number, row.key, problem=row.problem)
-    messages = [{"role": m.role, "content": content_parts(m.text)} for m in row.messages]
+    messages = chat_messages(row.messages, processor)
     try:
         images = [image.open() for image in row.images]
         inputs = prepare(processor, Request(messages, images)).inputs or {}

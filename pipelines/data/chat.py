@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pipelines.data.rows import IMAGE_PLACEHOLDER, Message
+from pipelines.data.special_tokens import SpecialTokens, special_tokens_of
 from skipvision.errors import ConfigError
 
 
@@ -47,6 +48,7 @@ class ChatFormat:
         self._template: str = template
         self._marks_answers = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
         self._ends = _end_tokens(processor)
+        self.special = SpecialTokens(processor)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the rendered conversation, up to the start of the assistant's next answer."""
@@ -75,7 +77,7 @@ class ChatFormat:
     ) -> tuple[str, list[tuple[int, int]]]:
         # Annotated as texts, the spans are a list of (start, end) for each conversation.
         rendered: Any = render_jinja_template(
-            conversations=[[{"role": m.role, "content": content_parts(m.text)} for m in messages]],
+            conversations=[_template_messages(messages, self.special)],
             chat_template=self._template,
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=mark_answers,
@@ -130,15 +132,26 @@ def encode(
     return dict(processor(text=list(texts), images=nested if any(nested) else None, **options))
 
 
-def content_parts(text: str) -> list[dict[str, str]]:
+def chat_messages(messages: Sequence[Message], processor: Any) -> list[dict[str, Any]]:
+    """Return messages as engines expect them: role and parts, in whose texts special tokens are escaped."""
+    return _template_messages(messages, special_tokens_of(processor))
+
+
+def _template_messages(messages: Sequence[Message], special: SpecialTokens) -> list[dict[str, Any]]:
+    return [{"role": m.role, "content": _content_parts(m.text, special)} for m in messages]
+
+
+def _content_parts(text: str, special: SpecialTokens) -> list[dict[str, str]]:
     """Return a message's content as templates expect it: images and the text between them, in order."""
+    # Templates add their own white space around an image; LLaVA's files add a line break, too.
+    pieces = [piece.strip() for piece in text.split(IMAGE_PLACEHOLDER)]
+    escaped = iter(special.escape([piece for piece in pieces if piece]))
     parts: list[dict[str, str]] = []
-    for position, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+    for position, piece in enumerate(pieces):
         if position:
             parts.append({"type": "image"})
-        # Templates add their own white space around an image; LLaVA's files add a line break, too.
-        if piece := piece.strip():
-            parts.append({"type": "text", "text": piece})
+        if piece:
+            parts.append({"type": "text", "text": next(escaped)})
     return parts
 
 

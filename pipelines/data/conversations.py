@@ -5,20 +5,28 @@ Two formats are read and may be mixed::
     {"id", "image": path or list, "conversations": [{"from": "human" | "gpt" | "system", "value": text}]}
     {"id", "images": list, "messages": [{"role": "user" | "assistant" | "system", "content": text or parts}]}
 
-A part is ``{"type": "text", "text": …}`` or ``{"type": "image"}``. An image is a path, a URL, a data
-URL, or a mapping with one of ``bytes`` (base64 in JSON), ``path`` and ``url``.
+`pipelines.data.message_parts` describes the parts, which may contain their images. An image is a path, a URL,
+a data URL, or a mapping with one of ``bytes`` (base64 in JSON), ``path`` and ``url``.
 """
 
 from __future__ import annotations
 
 import posixpath
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from pipelines.data.encoded import is_data_url
 from pipelines.data.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage, TsvImage
-from pipelines.data.rows import IMAGE_PLACEHOLDER, ImageSource, Message, RejectKind, Role, TrainingRow
+from pipelines.data.message_parts import (
+    Slot,
+    check_media,
+    check_placeholders_of_media,
+    fill_slots,
+    is_absent,
+    parse_content,
+    type_name,
+)
+from pipelines.data.rows import IMAGE_PLACEHOLDER, BadRow, ImageSource, Message, Role, TrainingRow
 from pipelines.data.storage import absolute
 
 _ROLES: dict[object, Role] = {
@@ -27,45 +35,41 @@ _ROLES: dict[object, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "developer": "system",
 }
+_TOOLS = {
+    *("tool", "tool_call", "tool_response", "tool_result", "function", "function_call", "function_response"),
+    *("observation", "ipython", "environment"),
+}
+"""Speakers of tool calls and their results, in the formats of OpenAI, ShareGPT, Llama and Qwen."""
+_FIELDS = (("from", "value"), ("role", "content"))
 
 
-_NAMES = ("bytes", "path", "url")
-
-
-class BadRow(Exception):
-    """A record that cannot become a row.
-
-    Attributes:
-        kind: the kind that it is counted under.
-        reason: the explanation for the owner of the data set.
-    """
-
-    def __init__(self, kind: RejectKind, reason: str) -> None:
-        super().__init__(reason)
-        self.kind: RejectKind = kind
-        self.reason = reason
-
-
-def parse_row(value: object, *, key: str, image_root: str, max_pixels: int) -> TrainingRow:
+def parse_row(value: object, *, key: str, image_root: str, max_pixels: int, source: str = "") -> TrainingRow:
     """Return the row of a record. Images are referred to, not opened.
 
+    A question at the end of the conversation is left out with its images: no answer to it could be learnt or
+    compared.
+
     Raises:
-        BadRow: the record has a wrong type, conversation or number of images.
+        BadRow: the record has a wrong type, conversation or number of images, or other media than images.
     """
     if not isinstance(value, dict):
-        raise BadRow("broken record", f"the row is {_type(value)}, expected an object")
-    messages = parse_messages(value)
+        raise BadRow("broken record", f"the row is {type_name(value)}, expected an object")
+    messages, slots = _parse_turns(value)
     images = tuple(
         parse_image(image, f"#{number} of row {key}", image_root, max_pixels)
-        for number, image in enumerate(listed_images(value), start=1)
+        for number, image in enumerate(fill_slots(slots, _listed(value)), start=1)
     )
     _check_speakers(messages)
     check_placeholders(messages, len(images))
+    if messages[-1].role == "user":
+        images = images[: len(images) - messages[-1].text.count(IMAGE_PLACEHOLDER)]
+        messages = messages[:-1]
     task = value.get("task") or ""
     if not isinstance(task, str):
-        raise BadRow("broken record", f"`task` is {_type(task)}, expected text")
-    return TrainingRow(key, images, messages, task)
+        raise BadRow("broken record", f"`task` is {type_name(task)}, expected text")
+    return TrainingRow(key, images, messages, task, source)
 
 
 # ----------------------------------------------------------------------------------------- messages
@@ -73,6 +77,12 @@ def parse_row(value: object, *, key: str, image_root: str, max_pixels: int) -> T
 
 def parse_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """Return the messages in ``conversations`` or ``messages``. Raise `BadRow` if they are malformed."""
+    return _parse_turns(row)[0]
+
+
+def _parse_turns(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[Slot]]:
+    """Return the messages, and the image of each of their placeholders."""
+    check_media(row, "the row")
     field, speaker, text = "conversations", "from", "value"
     if row.get(field) is None:
         field, speaker, text = "messages", "role", "content"
@@ -80,40 +90,45 @@ def parse_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     if turns is None:
         raise BadRow("conversation", "the row has neither `conversations` nor `messages`")
     if not isinstance(turns, list):
-        raise BadRow("broken record", f"`{field}` is {_type(turns)}, expected a list")
-    messages = []
+        raise BadRow("broken record", f"`{field}` is {type_name(turns)}, expected a list")
+    messages: list[Message] = []
+    slots: list[Slot] = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise BadRow("broken record", f"message {number} is {_type(turn)}, expected an object")
-        name = turn.get(speaker)
-        if not isinstance(name, str) or name not in _ROLES:
-            known = ", ".join(str(role) for role in _ROLES)
-            raise BadRow(
-                "conversation", f"message {number} has the unknown `{speaker}` {name!r}; known: {known}"
-            )
-        messages.append(Message(_ROLES[name], _parse_text(turn.get(text), f"`{text}` of message {number}")))
-    return tuple(messages)
+            raise BadRow("broken record", f"message {number} is {type_name(turn)}, expected an object")
+        names = (speaker, text)
+        if turn.get(speaker) is None:  # ShareGPT's field names under `messages`, or OpenAI's in the other
+            names = next((pair for pair in _FIELDS if turn.get(pair[0]) is not None), names)
+        role = _role(turn, names[0], number)
+        content = parse_content(turn, names[1], number)
+        if role == "user":
+            check_placeholders_of_media(content.text, f"`{names[1]}` of message {number}")
+        messages.append(Message(role, content.text))
+        slots += content.slots
+    return tuple(messages), slots
 
 
-def _parse_text(content: object, name: str) -> str:
-    """Return the text of a message: one line for each part, and a placeholder for an image part."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise BadRow("broken record", f"{name} is {_type(content)}, expected text or a list of parts")
-    lines = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            lines.append(IMAGE_PLACEHOLDER)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            lines.append(part["text"])
-        else:
-            raise BadRow(
-                "broken record",
-                f"{name} has a part that is neither text nor image: {textwrap.shorten(repr(part), 80)}",
-            )
-    return "\n".join(lines)
+def _role(turn: Mapping[str, Any], field: str, number: int) -> Role:
+    """Return who speaks. Raise `BadRow` for turns that cannot be learnt as they are."""
+    name = turn.get(field)
+    calls = next((call for call in ("tool_calls", "function_call") if turn.get(call)), None)
+    if calls is not None or (isinstance(name, str) and name in _TOOLS):
+        given = f"`{field}` {name!r}" if calls is None else f"`{calls}`"
+        raise BadRow(
+            "conversation",
+            f"message {number} belongs to a tool call ({given}), which cannot be trained or answered: remove "
+            "the tool turns or the row",
+        )
+    if not isinstance(name, str) or name not in _ROLES:
+        known = ", ".join(str(role) for role in _ROLES)
+        raise BadRow("conversation", f"message {number} has the unknown `{field}` {name!r}; known: {known}")
+    if _ROLES[name] == "assistant" and turn.get("weight") is not None and not turn["weight"]:
+        raise BadRow(
+            "conversation",
+            f"message {number} has `weight` 0, but every answer of a row is learnt: remove the field or the "
+            "row",
+        )
+    return _ROLES[name]
 
 
 def _check_speakers(messages: tuple[Message, ...]) -> None:
@@ -140,8 +155,26 @@ def _check_speakers(messages: tuple[Message, ...]) -> None:
 
 
 def listed_images(row: Mapping[str, Any]) -> list[object]:
-    """Return the images in ``image`` or ``images``. Raise `BadRow` if both are given; empty is absent."""
-    values = [row[field] for field in ("image", "images") if not _is_absent(row.get(field))]
+    """Return the images of a row: those in ``image`` or ``images``, and those inside its messages.
+
+    They are in the order of their placeholders. If the row has a valid conversation, images inside it take
+    the places of their parts, and listed images fill the other placeholders.
+
+    Raises:
+        BadRow: both ``image`` and ``images`` are given, or there is a video, audio or file but no image.
+    """
+    listed = _listed(row)
+    try:
+        return fill_slots(_parse_turns(row)[1], listed)
+    except BadRow as problem:
+        # A job with a prompt of its own needs no conversation.
+        if problem.kind == "placeholders" or (problem.kind == "other media" and not listed):
+            raise
+        return listed
+
+
+def _listed(row: Mapping[str, Any]) -> list[object]:
+    values = [row[field] for field in ("image", "images") if not is_absent(row.get(field))]
     if len(values) > 1:
         raise BadRow("broken record", "the row has both `image` and `images`; keep one of them")
     if not values:
@@ -149,22 +182,17 @@ def listed_images(row: Mapping[str, Any]) -> list[object]:
     return values[0] if isinstance(values[0], list) else [values[0]]
 
 
-def _is_absent(value: object) -> bool:
-    """Return whether a cell says "no image"; some writers do so by a mapping in which nothing is set."""
-    if isinstance(value, dict) and any(name in value for name in _NAMES):
-        return not any(value.get(name) for name in _NAMES)
-    return value in (None, "", [])
-
-
 def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> ImageSource:
     """Return a reference to an image in any notation, unopened. Raise `BadRow` if it is malformed."""
     if isinstance(value, ParquetImage | TarImage | TsvImage | FileImage | InlineImage):
         return value
-    encoded = value.get("bytes") if isinstance(value, dict) else None
+    encoded = value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None
+    if isinstance(encoded, bytes):  # nested in the messages of a parquet file
+        return InlineImage(encoded, name, max_pixels)
     if isinstance(value, dict):
         value = encoded or value.get("path") or value.get("url")
     if not isinstance(value, str) or not value:
-        raise BadRow("broken record", f"image {name} is {_type(value)}, expected a path, a URL or base64")
+        raise BadRow("broken record", f"image {name} is {type_name(value)}, expected a path, a URL or base64")
     if not encoded and not is_data_url(value):
         return FileImage(absolute(value) if "://" in value else posixpath.join(image_root, value), max_pixels)
     try:
@@ -193,7 +221,3 @@ def check_placeholders(messages: tuple[Message, ...], images: int) -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _type(value: object) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"

@@ -6,8 +6,8 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.data.conversations import BadRow, check_placeholders, parse_messages
-from pipelines.data.rows import IMAGE_PLACEHOLDER, Message
+from pipelines.data.conversations import check_placeholders, parse_messages
+from pipelines.data.rows import IMAGE_PLACEHOLDER, BadRow, Message
 
 CONVERSATION_COLUMNS = ("conversations", "messages")
 

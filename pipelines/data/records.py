@@ -16,6 +16,7 @@ from pipelines.data.columnar import table_rows
 from pipelines.data.folders import matching
 from pipelines.data.formats import Format, check_format, name_of_rows, rows_of, unsupported
 from pipelines.data.json_items import json_items
+from pipelines.data.rows import MEDIA_FIELDS
 from pipelines.data.storage import absolute, failure_of, is_local, locate
 from skipvision.errors import DataError
 
@@ -125,7 +126,8 @@ def _training_table(file: str, kind: str, max_pixels: int) -> Iterator[Record]:
     def wanted(names: Sequence[str]) -> Collection[str]:
         if not {"conversations", "messages"} & set(names):
             raise DataError(f"{file} has no column `conversations` or `messages`; it has {', '.join(names)}")
-        return TRAINING_COLUMNS
+        # Videos and audio are read only so that their rows can be refused.
+        return [*TRAINING_COLUMNS, *(name for name in names if name.lower() in MEDIA_FIELDS)]
 
     for number, value in enumerate(table_rows(file, kind, wanted, _IMAGE_COLUMNS, max_pixels), start=1):
         yield Record(file, f"row {number}", _fallback_key(file, number), value)

@@ -1,4 +1,4 @@
-"""``rejects.jsonl``: the unusable rows of a run, one JSON object a line, each row once.
+"""``rejects.jsonl``: the unusable rows of a run, one JSON object a line, each row once with its data sets.
 
 `pipelines.data.training_rows` writes the rows that are unusable from the start. Rows whose images become
 unreadable during the run are appended here, by the worker that meets them first.
@@ -10,35 +10,45 @@ import dataclasses
 import fcntl
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.data.images import ImageError
-from pipelines.data.rows import Reject, TrainingRow
+from pipelines.data.rows import DataSet, Reject, TrainingRow
 from skipvision.errors import DataError
 
 
+def listed_once(rejects: Mapping[DataSet, Sequence[Reject]]) -> list[Reject]:
+    """Return the rejects of several data sets, each row once: data sets may share a file."""
+    merged: dict[str, Reject] = {}
+    for data_set, rows in rejects.items():
+        for row in rows:
+            seen = merged.get(row.source, row)
+            merged[row.source] = dataclasses.replace(seen, data_sets=(*seen.data_sets, data_set))
+    return list(merged.values())
+
+
 class LateRejects:
-    """Handles rows of one data set whose images became unreadable after the check.
+    """Handles rows whose images became unreadable after the check.
 
     A call with a row and its error appends the row to ``file``, once. It then returns, to leave the row out,
     or raises `DataError` if ``stop`` is true. Several processes may share the file.
     """
 
-    def __init__(self, file: Path, source: str, *, stop: bool) -> None:
-        self.file, self.source, self.stop = file, source, stop
+    def __init__(self, file: Path, data_sets: tuple[DataSet, ...], *, stop: bool) -> None:
+        self.file, self.data_sets, self.stop = file, data_sets, stop
         self._seen: set[tuple[str, str]] = set()
         self._read_to = 0
 
     def __call__(self, row: TrainingRow, error: ImageError) -> None:
-        new = self._add(Reject(self.source, row.key, error.kind, str(error)))
+        new = self._add(Reject(row.source, row.key, error.kind, str(error), self.data_sets))
         if self.stop:
             raise DataError(
-                f"{self.source} ({row.key}) became unusable during the run: {error}. Fix it, or set "
+                f"{row.source} ({row.key}) became unusable during the run: {error}. Fix it, or set "
                 f"data.on_bad_row to skip; it is listed in {self.file}"
             )
         if new:
-            print(f"left out: {self.source} ({row.key}): {error}", flush=True)
+            print(f"left out: {row.source} ({row.key}): {error}", flush=True)
 
     def _add(self, reject: Reject) -> bool:
         """Add the row to the file; return False if the file has it already."""

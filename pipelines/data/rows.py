@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from PIL import Image
@@ -11,19 +11,46 @@ from PIL import Image
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of an image in a message's text."""
 
+MEDIA_FIELDS = frozenset(
+    medium + ending
+    for medium in ("video", "audio")
+    for ending in ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
+)
+"""Fields of rows and messages with media that the model cannot read, in lower case."""
+
 Role = Literal["system", "user", "assistant"]
 
 RejectKind = Literal[
     "broken record",  # not JSON, or values of the wrong type
     "conversation",  # empty, without an answer, or with speakers out of order
+    "other media",  # a video, audio or file: the model reads text and images
     "placeholders",  # the numbers of <image> and of images differ
-    "too long",  # more tokens than data.max_length
+    "too long",  # more tokens than data.max_length, or than the model has positions
     "missing image",
     "refused image",  # the storage or the server denies access
     "unreachable image",  # the storage or the server failed, repeatedly
     "unreadable image",  # no image, corrupt, or truncated
     "oversized image",
 ]
+
+
+DataSet = Literal["train", "validation"]
+"""A data set of a run, by the name of its setting."""
+DATA_SETS: tuple[DataSet, DataSet] = ("train", "validation")
+
+
+class BadRow(Exception):
+    """A record that cannot become a row.
+
+    Attributes:
+        kind: the kind that it is counted under.
+        reason: the explanation for the owner of the data set.
+    """
+
+    def __init__(self, kind: RejectKind, reason: str) -> None:
+        super().__init__(reason)
+        self.kind: RejectKind = kind
+        self.reason = reason
 
 
 class ImageSource(Protocol):
@@ -54,15 +81,17 @@ class TrainingRow:
     Attributes:
         key: unique within the data set.
         images: in the order of their placeholders.
-        messages: an optional system message, then user and assistant in turns, the user first; at least one
-            assistant message.
+        messages: an optional system message, then user and assistant in turns, the user first and an
+            assistant last.
         task: the slice that the row is evaluated under; "" if the data set has no such column.
+        source: file and position, ``"train.json: row 17"``; "" if the row is not from a file.
     """
 
     key: str
     images: tuple[ImageSource, ...]
     messages: tuple[Message, ...]
     task: str = ""
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +103,14 @@ class Reject:
         key: the row's key; "" if it has none.
         kind: the kind that it is counted under.
         reason: the explanation for the owner of the data set.
+        data_sets: the data sets that have the row.
     """
 
     source: str
     key: str
     kind: RejectKind
     reason: str
+    data_sets: tuple[DataSet, ...] = ()
 
 
 def pick_rows(rows: Sequence[TrainingRow], max_rows: int) -> list[TrainingRow]:

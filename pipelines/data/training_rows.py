@@ -20,11 +20,11 @@ from typing import Literal, NamedTuple
 
 import fsspec
 
-from pipelines.data.conversations import BadRow, parse_row
+from pipelines.data.conversations import parse_row
 from pipelines.data.images import MAX_PIXELS, FileImage, ImageError
 from pipelines.data.parquet_cells import forget_columns
 from pipelines.data.records import Record, read_records
-from pipelines.data.rows import ImageSource, Reject, TrainingRow
+from pipelines.data.rows import BadRow, ImageSource, Reject, TrainingRow
 from pipelines.data.storage import absolute
 from skipvision.errors import DataError
 
@@ -137,7 +137,9 @@ def _parse(
     try:
         if record.problem:
             raise BadRow("broken record", record.problem)
-        return parse_row(record.value, key=key, image_root=root, max_pixels=max_pixels)
+        return parse_row(
+            record.value, key=key, image_root=root, max_pixels=max_pixels, source=_source(record)
+        )
     except BadRow as problem:
         return _reject(record, key, problem)
 
@@ -160,7 +162,11 @@ def _unique(name: str, ids: dict[str, int]) -> str:
 
 
 def _reject(record: Record, key: str, problem: BadRow) -> Reject:
-    return Reject(f"{record.file}: {record.place}", key, problem.kind, problem.reason)
+    return Reject(_source(record), key, problem.kind, problem.reason)
+
+
+def _source(record: Record) -> str:
+    return f"{record.file}: {record.place}"
 
 
 # ------------------------------------------------------------------------------------------- images

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from pipelines.data.chat import content_parts
+from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
 from pipelines.data.rows import TrainingRow
 from pipelines.evaluation.exact_match import Answer
@@ -41,7 +41,7 @@ def answer_rows(
             if failures:
                 return  # the engine finishes what it has, and is idle for its next user
             try:
-                request = request_for(row, max_new_tokens=max_new_tokens)
+                request = request_for(row, engine.processor, max_new_tokens=max_new_tokens)
             except ImageError as error:
                 failures.append(error)
                 return
@@ -57,8 +57,8 @@ def answer_rows(
     return [Answer(row.key, row.task, row.messages[-1].text, texts[index]) for index, row in enumerate(rows)]
 
 
-def request_for(row: TrainingRow, *, max_new_tokens: int) -> Request:
+def request_for(row: TrainingRow, processor: Any, *, max_new_tokens: int) -> Request:
     """Return a greedy request for a row's last question. Raise `ImageError` if an image cannot be opened."""
-    chat = [{"role": m.role, "content": content_parts(m.text)} for m in row.messages[:-1]]
+    chat = chat_messages(row.messages[:-1], processor)
     images = [image.open() for image in row.images]
     return Request(chat, images, sampling=Sampling(max_new_tokens=max_new_tokens))

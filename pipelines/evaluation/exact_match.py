@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 from pipelines.data.chat import ChatFormat, encode
 from pipelines.data.collate import OnUnreadable, open_images
 from pipelines.data.rows import TrainingRow
+from pipelines.data.special_tokens import without_joiners
 from pipelines.evaluation.items import OVERALL
 
 _SPARE_TOKENS = 8
@@ -35,8 +36,8 @@ class Answer:
 
 
 def normalised(text: str) -> str:
-    """Collapse white space and fold case."""
-    return " ".join(text.split()).casefold()
+    """Collapse white space, fold case, and drop the character that escapes special tokens."""
+    return " ".join(without_joiners(text).split()).casefold()
 
 
 def accuracy_by_task(answers: Iterable[Answer]) -> dict[str, float]:
@@ -77,7 +78,8 @@ def evaluate_exact_match(
     chat = ChatFormat(processor)
     expected = [row.messages[-1].text for row in rows]
     prompts = [chat.prompt(row.messages[:-1]) for row in rows]
-    lengths = [len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected]
+    learnt = [chat.special.escape([text])[0] for text in expected]
+    lengths = [len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in learnt]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], len(prompts[i])))
     answers: dict[int, Answer] = {}
     with _evaluation_mode(model):

@@ -6,6 +6,9 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from transformers import ProcessorMixin
 
 from pipelines.cluster.resources import node_resources, worker_resources
@@ -14,23 +17,37 @@ from pipelines.finetune.config import FinetuneConfig, ScalingSection
 from pipelines.finetune.learner import prepare
 
 
-def check_model(config: FinetuneConfig) -> tuple[ProcessorMixin, dict[str, int]]:
-    """Apply LoRA and Skip-Vision to the model without its weights.
+class CheckedModel(NamedTuple):
+    """A model that can be trained under the settings.
 
-    Returns:
-        the model's processor, and its numbers of ``parameters`` and ``trainable_parameters``.
+    Attributes:
+        processor: its processor.
+        parameters: its numbers of ``parameters`` and ``trainable_parameters``.
+        positions: the tokens of the longest row that it can read; None = no limit.
+    """
+
+    processor: ProcessorMixin
+    parameters: Mapping[str, int]
+    positions: int | None
+
+
+def check_model(config: FinetuneConfig) -> CheckedModel:
+    """Apply LoRA and Skip-Vision to the model without its weights.
 
     Raises:
         ConfigError: no such model, or settings that do not fit it.
     """
     check_known(config.model.path, "model.path")
     processor = load_processor(config.model.path)
-    model = prepare(empty_model(load_config(config.model.path)), config)
+    model_config = load_config(config.model.path)
+    model = prepare(empty_model(model_config), config)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return processor, {
+    parameters = {
         "parameters": sum(size for size, _ in sizes),
         "trainable_parameters": sum(size for size, trains in sizes if trains),
     }
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return CheckedModel(processor, parameters, positions)
 
 
 def check_workers(scaling: ScalingSection) -> dict[str, float]:

@@ -39,7 +39,8 @@ class DataSection(Section):
     max_length: int = Field(
         4096,
         ge=1,
-        description="max tokens of a row, visual tokens included; longer rows are rejected, not cut",
+        description="max tokens of a row, visual tokens included, and never more than the model has "
+        "positions; longer rows are rejected, not cut",
     )
 
 

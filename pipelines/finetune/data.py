@@ -13,7 +13,7 @@ from typing import NamedTuple
 from transformers import ProcessorMixin
 
 from pipelines.data.images import ImageError
-from pipelines.data.rejects import count_rejects
+from pipelines.data.rejects import count_rejects, listed_once
 from pipelines.data.rows import Reject, TrainingRow
 from pipelines.data.training_rows import apply_bad_row_policy, read_training_rows
 from pipelines.finetune.batches import LengthGroupedBatches, row_lengths
@@ -52,8 +52,12 @@ class FinetuneData:
         return max(1, math.ceil(training.epochs * batches.per_epoch))
 
 
-def read_data(config: FinetuneConfig, folder: FinetuneFolder, processor: ProcessorMixin) -> FinetuneData:
+def read_data(
+    config: FinetuneConfig, folder: FinetuneFolder, processor: ProcessorMixin, positions: int | None
+) -> FinetuneData:
     """Return all usable rows; list the others in ``folder.rejects``.
+
+    ``positions`` is the number of positions of the model (None: no limit), and of tokens that a row may have.
 
     A run with a checkpoint keeps the rows it began with. If an image has become unreadable since, the step
     that needs it lists the row.
@@ -64,9 +68,12 @@ def read_data(config: FinetuneConfig, folder: FinetuneFolder, processor: Process
     if folder.has_work and folder.rows.exists():
         return _read_again(config, folder)
     data, source = config.data, config.data.validation
-    train = _read(config, data.train, processor)
-    validation = _read(config, source, processor) if source is not None else _Measured([], [], [], 0)
-    left_out = [*train.rejects, *validation.rejects]
+    train = _read(config, data.train, processor, positions)
+    if source is None:
+        validation = _Measured([], [], [], 0)
+    else:
+        validation = train if source == data.train else _read(config, source, processor, positions)
+    left_out = listed_once({"train": train.rejects, "validation": validation.rejects})
     rejected = apply_bad_row_policy(train.rows, left_out, data.on_bad_row, str(folder.rejects))
     if source is not None and not validation.rows:
         raise DataError(f"data.validation = {source}: it has no usable row; see {folder.rejects}")
@@ -92,8 +99,12 @@ class _Measured(NamedTuple):
     records: int
 
 
-def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin) -> _Measured:
-    """Read rows and reject those above ``max_length``, because a truncated answer teaches nonsense."""
+def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin, positions: int | None) -> _Measured:
+    """Read rows and reject those that are too long, because a truncated answer teaches nonsense.
+
+    Skip-Vision shortens the sequence that the layers compute, but every token keeps its original position.
+    The whole row therefore has to fit into the model's positions, as a request to the endpoint does.
+    """
     data = config.data
     read = read_training_rows(source, image_root=data.image_root, check_images=data.check_images)
     try:
@@ -102,13 +113,16 @@ def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin) -> _Me
         read = read_training_rows(source, image_root=data.image_root)
         lengths = row_lengths(processor, read.rows)
     measured = _Measured([], [], list(read.rejects), len(read.rows) + len(read.rejects))
+    limit, limit_name = data.max_length, f"data.max_length = {data.max_length}"
+    if positions is not None and positions < limit:
+        limit, limit_name = positions, f"the {positions} positions of the model"
     for row, length in zip(read.rows, lengths, strict=True):
-        if length <= data.max_length:
+        if length <= limit:
             measured.rows.append(row)
             measured.lengths.append(length)
         else:
-            reason = f"{length} tokens, more than data.max_length = {data.max_length}"
-            measured.rejects.append(Reject(source, row.key, "too long", reason))
+            reason = f"{length} tokens, more than {limit_name}"
+            measured.rejects.append(Reject(row.source, row.key, "too long", reason))
     return measured
 
 

@@ -103,11 +103,11 @@ def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, 
     """Check model, workers and data. This joins a Ray that exists but starts none."""
     absolute = config.resolved()
     say(f"run {config.name!r}: checking the model and the data …")
-    processor, parameters = check_model(absolute)
+    model = check_model(absolute)
     if ray_is_running():
         ray.enter_context(ray_session())
     check_workers(absolute.scaling)
-    data = read_data(absolute, folder, processor)
+    data = read_data(absolute, folder, model.processor, model.positions)
     if resumed and folder.state["data"] != data.fingerprint:
         if folder.has_work:
             raise DataError(
@@ -119,7 +119,7 @@ def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, 
     if folder.changes:
         say("resuming with other settings:\n  " + "\n  ".join(folder.changes))
     folder.state |= {"data": data.fingerprint, "changes": changes}  # written when the MLflow run has started
-    return _Plan(absolute, data, parameters)
+    return _Plan(absolute, data, model.parameters)
 
 
 def _description(config: FinetuneConfig, plan: _Plan | None) -> tuple[dict[str, Any], dict[str, Any]]:

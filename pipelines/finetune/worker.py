@@ -23,7 +23,7 @@ import skipvision as sv
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.collate import Batch, Collator
 from pipelines.data.rejects import LateRejects, count_rejects, rejected_rows
-from pipelines.data.rows import TrainingRow, pick_rows
+from pipelines.data.rows import DATA_SETS, TrainingRow, pick_rows
 from pipelines.engines.loading import arithmetic, load_frozen, load_processor
 from pipelines.evaluation.exact_match import accuracy_by_task, evaluate_exact_match
 from pipelines.evaluation.items import OVERALL
@@ -89,8 +89,11 @@ class Worker:
         self.collator = Collator(load_processor(self.config.model.path))
         self.progress = Progress(work.steps)
         data, stop = self.config.data, self.config.data.on_bad_row == "stop"
-        self.leave_out = LateRejects(work.rejects, data.train, stop=stop)
-        self.leave_out_of_validation = LateRejects(work.rejects, data.validation or "", stop=stop)
+        # The same file may serve both purposes; its rows are then in both data sets.
+        same = data.train == data.validation
+        self.leave_out, self.leave_out_of_validation = (
+            LateRejects(work.rejects, DATA_SETS if same else (data_set,), stop=stop) for data_set in DATA_SETS
+        )
         self._empty_steps = 0
 
     def run(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pipelines.evaluation.gate import Budget
 from pipelines.shared.paths import ArtifactPath, OutputPath
 from pipelines.shared.sections import Section
 from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.names import AliasName
 
 
 class ItemsSection(Section):
@@ -44,7 +45,7 @@ class PromoteConfig(Section):
 
     candidate: CandidateSection
     reference: ReferenceSection
-    alias: str = Field("champion", description="alias that moves to the candidate if it passes")
+    alias: AliasName = Field("champion", description="alias that moves to the candidate if it passes")
     budget: Budget = Budget()
     storage: OutputPath = Field(
         "runs", description="folder of runs, with MLflow's database if tracking.uri is null"

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.conversations import BadRow, listed_images, parse_image
+from pipelines.data.conversations import listed_images, parse_image
 from pipelines.data.formats import check_format
 from pipelines.data.images import MAX_PIXELS
 from pipelines.data.instructions import WHOLE_QUESTION
 from pipelines.data.prompts import PromptTemplate, prompt_messages
 from pipelines.data.records import Record
-from pipelines.data.rows import ImageSource, Message
+from pipelines.data.rows import BadRow, ImageSource, Message
 from pipelines.data.tsv_records import IMAGE_DIGEST, tsv_records
 from pipelines.score.benchmarks import Benchmark, find_benchmark
 from pipelines.score.rules.registry import Row

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from pipelines.data.chat import content_parts
+from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.points import Prediction, Scored, score_answers
@@ -50,7 +50,7 @@ def score_dataset(
             if question.problem is not None:
                 continue
             try:
-                request = request_for(question, sampling)
+                request = request_for(question, engine.processor, sampling)
             except ImageError as error:
                 predictions[question.index] = Prediction(error=f"{error.kind}: {error}")
             else:
@@ -66,8 +66,8 @@ def score_dataset(
     return score_answers(dataset, predictions, system, judge)
 
 
-def request_for(question: Question, sampling: Sampling) -> Request:
+def request_for(question: Question, processor: Any, sampling: Sampling) -> Request:
     """Return an engine's request for a question. Raise `ImageError` if an image cannot be opened."""
-    chat = [{"role": m.role, "content": content_parts(m.text)} for m in question.messages]
+    chat = chat_messages(question.messages, processor)
     images = [image.open() for image in question.images]
     return Request(chat, images, sampling=sampling, key=question.index)

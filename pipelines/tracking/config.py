@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.shared.sections import JobConfig
 from pipelines.tracking.client import sqlite_file
+from pipelines.tracking.names import AliasName, ExperimentName, ModelName
 
 
 class TrackingConfig(BaseModel):
@@ -19,7 +20,7 @@ class TrackingConfig(BaseModel):
         None,
         description="MLflow tracking URI, e.g. http://server:5000; null = <storage>/mlflow.db, sqlite",
     )
-    experiment: str = Field("skip-vision", description="MLflow experiment the run belongs to")
+    experiment: ExperimentName = Field("skip-vision", description="MLflow experiment the run belongs to")
 
     def absolute_uri(self, storage: Path) -> str:
         """Return the URI to connect to; a relative sqlite file starts at ``storage``."""
@@ -32,11 +33,11 @@ class TrackingConfig(BaseModel):
 class TrainingTrackingConfig(TrackingConfig):
     """Where a fine-tuning run is recorded, and under which name its adapter is registered."""
 
-    registered_model: str | None = Field(
+    registered_model: ModelName | None = Field(
         "skip-vision",
         description="name of the registered model that the adapter becomes a version of; null = none",
     )
-    alias: str = Field("candidate", description="alias that moves to the new version")
+    alias: AliasName = Field("candidate", description="alias that moves to the new version")
     system_metrics_seconds: float = Field(
         10.0, ge=0, description="seconds between samples of CPU, memory, disk, network and GPU use; 0 = none"
     )

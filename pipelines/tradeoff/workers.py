@@ -53,7 +53,7 @@ def first_token_seconds(
     engine = _engine_for(some[0], 0, config)
     seconds: list[list[float]] = [[] for _ in some]
     for number in range(config.latency_rounds + 1):
-        request = engine.prepare(request_for(rows[number % len(rows)], max_new_tokens=1))
+        request = engine.prepare(request_for(rows[number % len(rows)], engine.processor, max_new_tokens=1))
         for point, own in zip(some, seconds, strict=True):
             own.append(_seconds(engine, replace(request, skip=point.skip or "full")))
     return [own[1:] for own in seconds]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import llguidance.hf
 
-_JOINER = "\N{WORD JOINER}"
+from pipelines.data.special_tokens import SpecialTokens
 
 
 class Vocabulary:
@@ -25,17 +24,11 @@ class Vocabulary:
         self._tokenizer = processor.tokenizer
         self.longest = max(map(len, self._tokenizer.get_vocab()))
         self._tokens = llguidance.hf.from_tokenizer(self._tokenizer)
-        added = self._tokenizer.added_tokens_decoder
-        self._special = {number: token.content for number, token in added.items() if token.special}
-        # The placeholders of images and videos are not always special tokens.
-        placeholders = (value for name, value in vars(processor).items() if name.endswith("_token"))
-        words = {word for word in (*self._special.values(), *placeholders) if word and len(str(word)) > 1}
-        longest_first = sorted(map(str, words), key=len, reverse=True)
-        self._reserved = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._special = SpecialTokens(processor)
 
     def special(self, token: int) -> bool:
         """Return whether a token is special, so that it has no text."""
-        return token in self._special
+        return token in self._special.texts
 
     def bytes_of(self, token: int, first: bool) -> bytes:
         """Return the UTF-8 bytes that a token adds to a text. A character may span several tokens.
@@ -51,13 +44,5 @@ class Vocabulary:
         return data
 
     def escape(self, texts: Sequence[str]) -> list[str]:
-        """Return the texts with special tokens broken up by an invisible character.
-
-        Tokenizer and processor then treat them as ordinary text. Special tokens that arise when a template
-        joins the texts around an image are broken up too.
-        """
-        escaped = [self._reserved.sub(lambda m: m[0][:1] + _JOINER + m[0][1:], text) for text in texts]
-        # A template may strip the texts before it joins them.
-        if any(self._reserved.search("".join(map(join, escaped))) for join in (str, str.strip)):
-            escaped[1:] = [_JOINER + text for text in escaped[1:]]
-        return escaped
+        """Return the texts of one message with special tokens broken up; see `SpecialTokens.escape`."""
+        return self._special.escape(texts)

@@ -74,6 +74,7 @@ class Engine:
             prefill_tokens=(prefill_tokens, 1),
             prefix_cache_bytes=(prefix_cache_bytes, 0),
         )
+        self.processor = processor
         self._facts = facts = ModelFacts.of(model.eval())
         attached = attachment_of(model)
         self._attachment = attached or attach(model, config or SkipConfig())

@@ -6,9 +6,9 @@ import io
 import pytest
 from PIL import Image
 
-from pipelines.data.conversations import BadRow, parse_row
+from pipelines.data.conversations import parse_row
 from pipelines.data.images import FileImage, InlineImage
-from pipelines.data.rows import Message
+from pipelines.data.rows import BadRow, Message
 
 HUMAN = {"from": "human", "value": "<image>\nWhat colour is it?"}
 GPT = {"from": "gpt", "value": "red"}

@@ -126,7 +126,7 @@ def begun(config: FinetuneConfig, tmp_path: Path):
     folder = FinetuneFolder(tmp_path, "run")
     folder.path.mkdir()
     processor = AutoProcessor.from_pretrained(config.model.path)
-    data = read_data(config, folder, processor)
+    data = read_data(config, folder, processor, None)
     keep_choice(data, folder)
     (folder.checkpoints / "checkpoint_00000001").mkdir(parents=True)
     return folder, data, processor
@@ -138,7 +138,7 @@ def test_a_resumed_run_keeps_its_rows_although_their_images_changed(config, tmp_
     Path(str(data.validation[0].images[0])).write_bytes(b"")
     LateRejects(folder.rejects, config.data.train, stop=False)(data.rows[0], MissingImageError("gone"))
     before = folder.rejects.read_text()
-    again = read_data(config, folder, processor)
+    again = read_data(config, folder, processor, None)
     assert (again.rows, again.lengths, again.validation) == (data.rows, data.lengths, data.validation)
     assert again.fingerprint == data.fingerprint
     assert (data.rejected, again.rejected) == ({"missing image": 1}, {"missing image": 2})
@@ -161,9 +161,9 @@ def test_a_changed_data_set_is_detected(config, tmp_path, change):
         with pytest.raises(
             DataError, match=r"train.json has changed since run 'run' began: row 'train-000007' is"
         ):
-            read_data(config, folder, processor)
+            read_data(config, folder, processor, None)
     else:
-        assert read_data(config, folder, processor).fingerprint != data.fingerprint
+        assert read_data(config, folder, processor, None).fingerprint != data.fingerprint
 
 
 def test_images_whose_size_cannot_be_read_are_rejected(config, tmp_path, monkeypatch):
@@ -173,5 +173,5 @@ def test_images_whose_size_cannot_be_read_are_rejected(config, tmp_path, monkeyp
     unchecked = config.model_copy(update={"data": config.data.model_copy(update={"check_images": "none"})})
     folder = FinetuneFolder(tmp_path, "run")
     folder.path.mkdir()
-    data = read_data(unchecked, folder, processor)
+    data = read_data(unchecked, folder, processor, None)
     assert (len(data.rows), data.rejected) == (39, {"missing image": 1})
