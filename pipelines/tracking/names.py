@@ -22,8 +22,8 @@ def _model(name: str) -> str:
             f"a registered model's name must not contain {found[0]!r}, because it is part of addresses such "
             "as models:/NAME@ALIAS: choose another name"
         )
-    if name in (".", ".."):
-        raise ValueError("MLflow does not accept this name of a registered model: choose another")
+    if name == "." or name.startswith(".."):
+        raise ValueError("MLflow does not accept a registered model of this name: choose another name")
     return name
 
 

@@ -58,9 +58,21 @@ def test_parts_become_lines_and_images_placeholders():
     assert [image.path for image in row.images] == ["/root/a", "/root/b"]
 
 
-def test_a_conversation_may_end_with_a_question():
-    row = parse(chat(user("<image> or <image>?"), assistant("the first"), user("Sure?"), images=["a", "b"]))
-    assert [message.role for message in row.messages] == ["user", "assistant", "user"]
+@pytest.mark.parametrize(
+    ("last", "images"),
+    [("Sure?", 2), ("And <image>?", 3), ([IMAGE_PART, {"type": "text", "text": "And this?"}], 3)],
+)
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])
+def test_a_question_at_the_end_is_left_out_with_its_images(last, images, system):
+    turns = [*system, user("<image> or <image>?"), assistant("the first"), user(last)]
+    row = parse(chat(*turns, images=["a", "b", "c"][:images]))
+    assert row.messages[-1] == Message("assistant", "the first")
+    assert [image.path for image in row.images] == ["/root/a", "/root/b"]
+
+
+def test_a_question_at_the_end_in_the_format_of_llava():
+    row = parse(llava(HUMAN, GPT, {"from": "human", "value": "Sure?"}, image="a.png"))
+    assert [message.role for message in row.messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +121,7 @@ BAD_RECORDS = [
     (llava("text"), "message 1 is of type str, expected an object"),
     (llava({"from": "human", "value": 3}), "`value` of message 1 is of type int, expected text"),
     (llava({"from": "human"}), "`value` of message 1 is missing"),
-    (chat(user([{"type": "audio"}])), "part that is neither text nor image: {'type': 'audio'}"),
+    (chat(user([{"type": "song"}])), "part that is neither text nor image: {'type': 'song'}"),
     (chat(user([{"type": "text"}])), "part that is neither text nor image: {'type': 'text'}"),
     (chat(user(["text"])), "part that is neither text nor image: 'text'"),
     (llava(HUMAN, GPT, image=3), "image #1 of row a is of type int"),
@@ -130,7 +142,7 @@ BAD_CONVERSATIONS = [
     (llava(HUMAN, HUMAN, GPT), "message 2 is by user, expected assistant"),
     (chat(user("Hello"), assistant("Hi"), SYSTEM), "message 3 is by system, expected user"),
     (llava({"from": "bot", "value": "Hi"}), "unknown `from` 'bot'; known: human, user, gpt"),
-    (chat({"role": "tool", "content": "Hi"}), "unknown `role` 'tool'"),
+    (chat({"role": "narrator", "content": "Hi"}), "unknown `role` 'narrator'"),
     (chat({"role": ["user"], "content": "Hi"}), "unknown `role` ['user']"),
     (chat({"content": "Hi"}), "unknown `role` None"),
     (llava(HUMAN, {"from": "gpt", "value": " \n"}), "message 2 (assistant) has no text"),

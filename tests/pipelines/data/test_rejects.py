@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipelines.finetune.data import keep_choice, read_data
 from pipelines.finetune.folder import FinetuneFolder
 from skipvision.errors import DataError
 
-ROWS = [TrainingRow(f"row-{number}", (), ()) for number in range(40)]
+ROWS = [TrainingRow(f"row-{number}", (), (), source=f"t.json: row {number}") for number in range(40)]
 
 
 def listed(file: Path) -> list[dict[str, str]]:
@@ -29,51 +30,56 @@ def listed(file: Path) -> list[dict[str, str]]:
 def test_a_row_is_listed_once(tmp_path, capsys):
     file = tmp_path / "rejects.jsonl"
     file.write_text('{"source": "a: row 1", "key": "old", "kind": "too long", "reason": "é"}\n')
-    leave_out = LateRejects(file, "train.json", stop=False)
+    leave_out = LateRejects(file, ("train",), stop=False)
     for _ in range(3):
         leave_out(ROWS[0], MissingImageError("image a.png does not exist"))
         leave_out(ROWS[1], ImageError("image b.png is empty"))
-        LateRejects(file, "train.json", stop=False)(ROWS[0], ImageError("after a restart"))
-    LateRejects(file, "validation.json", stop=False)(ROWS[0], ImageError("another row of that name"))
+        LateRejects(file, ("train",), stop=False)(ROWS[0], ImageError("after a restart"))
+    namesake = replace(ROWS[0], source="validation.json: row 0")
+    LateRejects(file, ("validation",), stop=False)(namesake, ImageError("another row of that name"))
     assert listed(file)[1:] == [
         {
-            "source": "train.json",
+            "source": "t.json: row 0",
             "key": "row-0",
             "kind": "missing image",
             "reason": "image a.png does not exist",
+            "data_sets": ["train"],
         },
         {
-            "source": "train.json",
+            "source": "t.json: row 1",
             "key": "row-1",
             "kind": "unreadable image",
             "reason": "image b.png is empty",
+            "data_sets": ["train"],
         },
         {
-            "source": "validation.json",
+            "source": "validation.json: row 0",
             "key": "row-0",
             "kind": "unreadable image",
             "reason": "another row of that name",
+            "data_sets": ["validation"],
         },
     ]
     assert count_rejects(file) == {"unreadable image": 2, "too long": 1, "missing image": 1}
     assert capsys.readouterr().out.splitlines() == [
-        "left out: train.json (row-0): image a.png does not exist",
-        "left out: train.json (row-1): image b.png is empty",
-        "left out: validation.json (row-0): another row of that name",
+        "left out: t.json: row 0 (row-0): image a.png does not exist",
+        "left out: t.json: row 1 (row-1): image b.png is empty",
+        "left out: validation.json: row 0 (row-0): another row of that name",
     ]
 
 
 def test_stop_raises_an_error_with_advice_and_lists_the_row(tmp_path):
     file = tmp_path / "rejects.jsonl"
     with pytest.raises(
-        DataError, match=r"t.json \(row-0\) became unusable during the run: gone. Fix it, or set data.on_bad"
+        DataError,
+        match=r"t.json: row 0 \(row-0\) became unusable during the run: gone. Fix it, or set data.on_bad",
     ):
-        LateRejects(file, "t.json", stop=True)(ROWS[0], MissingImageError("gone"))
+        LateRejects(file, ("train",), stop=True)(ROWS[0], MissingImageError("gone"))
     assert [reject["key"] for reject in listed(file)] == ["row-0"]
 
 
 def _meet_all(file: Path, start: int) -> None:
-    leave_out = LateRejects(file, "t.json", stop=False)
+    leave_out = LateRejects(file, ("train",), stop=False)
     for row in [*ROWS[start:], *ROWS[:start]]:
         leave_out(row, ImageError("x" * 5000))
 
@@ -87,7 +93,7 @@ def test_workers_share_the_file(tmp_path):
         other.start()
         other.join(0.5)
         assert other.is_alive()
-        line = {"source": "t.json", "key": "row-7", "kind": "missing image", "reason": ""}
+        line = {"source": "t.json: row 7", "key": "row-7", "kind": "missing image", "reason": ""}
         ours.write(json.dumps(line) + "\n")
         ours.flush()
         fcntl.flock(ours, fcntl.LOCK_UN)  # the other process has this file open too
@@ -136,7 +142,7 @@ def test_a_resumed_run_keeps_its_rows_although_their_images_changed(config, tmp_
     folder, data, processor = begun(config, tmp_path)
     Path(str(data.rows[0].images[0])).unlink()
     Path(str(data.validation[0].images[0])).write_bytes(b"")
-    LateRejects(folder.rejects, config.data.train, stop=False)(data.rows[0], MissingImageError("gone"))
+    LateRejects(folder.rejects, ("train",), stop=False)(data.rows[0], MissingImageError("gone"))
     before = folder.rejects.read_text()
     again = read_data(config, folder, processor, None)
     assert (again.rows, again.lengths, again.validation) == (data.rows, data.lengths, data.validation)

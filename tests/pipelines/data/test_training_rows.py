@@ -123,7 +123,7 @@ def test_every_image_of_a_row_is_checked(folder):
 # ------------------------------------------------------------------------------------- the policy
 
 ROW = TrainingRow("good", (), MESSAGES)
-REJECTS = [Reject("data.json: row 1", "é", "missing image", "image é.png does not exist")] + [
+REJECTS = [Reject("data.json: row 1", "é", "missing image", "image é.png does not exist", ("train",))] + [
     Reject(f"data.json: row {n}", str(n), "conversation", "the conversation is empty") for n in range(2, 6)
 ]
 
@@ -138,6 +138,7 @@ def test_skip_writes_the_rejects_and_counts_them(tmp_path):
         "key": "é",
         "kind": "missing image",
         "reason": "image é.png does not exist",
+        "data_sets": ["train"],
     }
 
 
