@@ -1,4 +1,4 @@
-"""The rows of a run: too long ones are rejected, and `rejects.jsonl` names each row once with its data sets."""
+"""The rows of a run: long ones are rejected, and `rejects.jsonl` lists each row once with its data sets."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ from skipvision.errors import ConfigError
 
 GOOD = {
     "alias": ["champion", "a", "v", "v2a", "2", "2v", "latest-1", "my_alias-3", "été"],
-    "model": ["skip-vision", "a", "été #1 100%", "a.b", "...", "latest", "v2", "a b", "x" * 255],
+    "model": ["skip-vision", "a", "été #1 100%", "a.b", ".a", "latest", "v2", "a b", "x" * 255],
     "experiment": ["skip-vision", "a/b", "a:b", 'it\'s "so"', "latest", "été #1", "x" * 255],
 }
 REFUSED_BY_MLFLOW = {
     "alias": ["", "latest", "LATEST", "v2", "V10", "a b", "a/b", "a:b", "a@b", "../x", "a.b", "x" * 256],
-    "model": ["", " ", "a/b", "a:b", "/", "../x", ".", ".."],
+    "model": ["", " ", "a/b", "a:b", "/", "../x", ".", "..", "..."],
     "experiment": [""],
 }
 REFUSED_BY_US = {
