@@ -109,7 +109,7 @@ def _parse_turns(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[Slot
 
 
 def _role(turn: Mapping[str, Any], field: str, number: int) -> Role:
-    """Return who speaks. Raise `BadRow` for turns that cannot be learnt as they are."""
+    """Return who speaks. Raise `BadRow` for a turn that cannot be learnt."""
     name = turn.get(field)
     calls = next((call for call in ("tool_calls", "function_call") if turn.get(call)), None)
     if calls is not None or (isinstance(name, str) and name in _TOOLS):

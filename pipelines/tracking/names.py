@@ -49,10 +49,10 @@ def _checked(name: str) -> str:
 
 
 ExperimentName = Annotated[str, AfterValidator(_experiment)]
-"""Name of an experiment."""
+"""Name of an MLflow experiment."""
 
 ModelName = Annotated[str, AfterValidator(_model)]
-"""Name of a registered model, as it is part of ``models:/NAME@ALIAS``."""
+"""Name of a registered model, the NAME of ``models:/NAME@ALIAS``."""
 
 AliasName = Annotated[str, AfterValidator(_alias)]
 """Alias of a version of a registered model."""
