@@ -73,7 +73,7 @@ READ = {
         FILE * 2,
     ),
     "Qwen: a path": (part(image="a.png", min_pixels=3136), FILE),
-    "Qwen: a file URL": (part(image="file:///root/a.png"), [FileImage("file:///root/a.png", 100)]),
+    "Qwen: a file URL": (part(image="file:///root/a.png"), FILE),
     "Qwen: a data URL": (part(image=DATA_URL), INLINE),
     "Qwen: a part without a type": (chat(user({"image": "a.png"}, {"text": "What?"})), FILE),
     "OpenAI: a URL": (
