@@ -86,7 +86,7 @@ class _Argument:
         self._open.add(id(node))
         try:
             if not members or Any in members:
-                return self._loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+                return self._loader.construct_object(node, deep=True)
             if isinstance(node, yaml.SequenceNode):
                 return [
                     self._build(element, [t for one in members for t in _types_of_element(one, number)])
@@ -100,7 +100,7 @@ class _Argument:
                     )
                     for key, entry in node.value
                 }
-            if node.style in ("'", '"'):
+            if getattr(node, "style", None) in ("'", '"'):
                 return node.value
             return None if node.value == "" else _scalar(node.value, members)
         finally:

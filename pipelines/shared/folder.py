@@ -93,10 +93,13 @@ class JobFolder:
 
     def _explained(self, error: OSError) -> OSError | StorageError:
         """Return a `StorageError` if the error is about the job's files; otherwise the error itself."""
-        if error.filename is None:
-            return storage_error(error, f"files of {self.path}") if is_storage_error(error) else error
-        file = Path(os.fsdecode(error.filename))
-        return storage_error(error, file, "use") if file.is_relative_to(self.storage) else error
+        named = [Path(os.fsdecode(one)) for one in (error.filename2, error.filename) if one is not None]
+        ours = [file for file in named if file.is_relative_to(self.storage)]
+        if ours:  # of a copy, the second name is that of the new file
+            return storage_error(error, ours[0])
+        if named or not is_storage_error(error):
+            return error
+        return storage_error(error, f"files of {self.path}")
 
     # ------------------------------------------------------------------------------------- settings
 
