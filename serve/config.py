@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,14 @@ from skipvision.errors import ConfigError
 from skipvision.problems import problem_lines
 
 Proxy = Literal["ray", "haproxy"]
+
+_NAME = re.compile(r"[^\W_][\w.:@+-]*(/[^\W_][\w.:@+-]*)*")
+_MAX_NAME = 128
+_NAME_RULE = (
+    "give a name of letters, digits and any of - _ . : @ +, with single slashes between parts that begin with "
+    f"a letter or a digit, of at most {_MAX_NAME} characters"
+)
+"""Rule for the names of models and adapters: clients send them, also in paths, and the page shows them."""
 
 
 class ServingEngineSection(EngineSection):
@@ -80,8 +89,19 @@ class ModelSection(Section):
 
     @property
     def served_name(self) -> str:
-        """Name of the base model for clients."""
-        return self.name or Path(self.path).name
+        """Name of the base model for clients; by default the folder's, with - for what names may not have."""
+        folder = Path(self.path)
+        plain = re.sub(r"[^\w.:@+-]+", "-", folder.name or folder.resolve().name).strip("-._:@+")
+        return self.name or plain[:_MAX_NAME] or "model"
+
+    @model_validator(mode="after")
+    def _names_for_clients(self) -> Self:
+        for name in (*([] if self.name is None else [self.name]), *self.adapters):
+            if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name[: 2 * _MAX_NAME]!r} cannot be a model's or adapter's name: {_NAME_RULE}"
+                )
+        return self
 
 
 class LimitSection(Section):
@@ -113,6 +133,12 @@ class LimitSection(Section):
         ge=1,
         description="requests whose images each ingress decodes and resizes at once; each may take "
         "several times the memory of its pixels (threads)",
+    )
+    template_seconds: float = Field(
+        5.0,
+        gt=0,
+        description="time for the chat template of a model to make the text of one prompt; one that takes "
+        "longer is stopped, and the request refused (s)",
     )
     body_mib: float = Field(32.0, gt=0, description="max size of a request's body (MiB)")
     retry_after_s: int = Field(1, ge=1, description="Retry-After of a 429 (s)")

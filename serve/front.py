@@ -7,9 +7,9 @@ errors are plain text. Start a proxy with
 
 in its environment, and it retries such a request on another ingress while nothing of the answer has been
 sent, ends an interrupted stream with an error event, and reports Ray's errors in OpenAI's format. Only the
-paths of an application at ``/`` are handled; other applications on the cluster are left alone. With HAProxy,
-Ray puts the middleware into each ingress, where it cannot retry. Proxies import this module, so it must stay
-light. The proxy's behaviour is that of Ray 2.60.0.
+paths of an application at ``/`` are handled. On all others, too, request ids are filtered, and HTTP/1.0
+clients get no chunks. With HAProxy, Ray puts the middleware into each ingress, where it cannot retry. Proxies
+import this module, so it must stay light. The proxy's behaviour is that of Ray 2.60.0.
 """
 
 from __future__ import annotations
@@ -73,8 +73,15 @@ class Front:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one ASGI request, from the first ingress or from another one."""
-        if scope["type"] != "http" or not _OURS.fullmatch(scope["path"]):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope.get("http_version") == "1.0":
+            send = _Unchunked(send).send
+        if not _OURS.fullmatch(scope["path"]):
+            # Ray returns and logs the id on all paths.
+            headers = [each for each in scope["headers"] if _is_acceptable_id(*each)]
+            await self._app({**scope, "headers": headers}, receive, send)
             return
         headers = [each for each in scope["headers"] if _is_forwarded(*each)]
         body, begin, missing = _Body(receive, self._budget), time.monotonic(), _ingress_died
@@ -104,9 +111,12 @@ class Front:
 
 
 def _is_forwarded(name: bytes, value: bytes) -> bool:
-    if name == b"x-request-id":
-        return _ID.fullmatch(value) is not None
-    return name.lower().replace(b"_", b"-") not in _CONTROLS
+    return _is_acceptable_id(name, value) and name.lower().replace(b"_", b"-") not in _CONTROLS
+
+
+def _is_acceptable_id(name: bytes, value: bytes) -> bool:
+    """Return whether a header is no request id, or one that is kept."""
+    return name.lower() != b"x-request-id" or _ID.fullmatch(value) is not None
 
 
 def _is_repeatable(scope: Any) -> bool:
@@ -226,6 +236,38 @@ class _Response:
         events = separator + event(problem.body()) + event("[DONE]")
         await self._send({"type": "http.response.body", "body": events.encode(), "more_body": False})
         return problem
+
+
+class _Unchunked:
+    """Collects a response for an HTTP/1.0 client, which cannot read chunks.
+
+    The server sends a response without Content-Length in chunks, whatever the version of the request.
+
+    Args:
+        send: ASGI ``send`` of the client.
+    """
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self._start: Any = None
+        self._body: list[bytes] = []
+
+    async def send(self, message: Any) -> None:
+        """Send a message on if the response has a length; otherwise only the last, with all before it."""
+        if message["type"] == "http.response.start" and "content-length" not in Headers(
+            raw=message["headers"]
+        ):
+            self._start = message
+        elif self._start is None or message["type"] != "http.response.body":
+            await self._send(message)
+        else:
+            self._body.append(message.get("body", b""))
+            if message.get("more_body", False):
+                return
+            body = b"".join(self._body)
+            length = (b"content-length", str(len(body)).encode())
+            await self._send({**self._start, "headers": [*self._start["headers"], length]})
+            await self._send({**message, "body": body})
 
 
 def _ingress_died() -> Problem:

@@ -33,6 +33,7 @@ from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel, load_engine
+from pipelines.engines.templates import TemplateProcess
 from pipelines.engines.thread import EngineThread, Outcome
 from pipelines.shared.files import StorageError, storage_errors
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
@@ -154,7 +155,7 @@ def _unpacked(table: pa.Table) -> Iterator[Any]:
 def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
     """Yield the blocks of one shard with the model's inputs; or the error if the manifest cannot be read."""
     torch.set_num_threads(1)
-    processor = _processor(work.model.base)
+    processor, template = _processor(work.model.base)
     shard = batch["shard"][0].as_py()
     try:
         with storage_errors(work.manifest, "read"):
@@ -163,15 +164,18 @@ def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
         yield _packed(error)
         return
     prepared = _few_at_once(
-        lambda row: prepare_row(processor, *row), rows, work.config.scaling.threads_per_reader
+        lambda row: prepare_row(processor, row[0], row[1], template),
+        rows,
+        work.config.scaling.threads_per_reader,
     )
     while block := list(islice(prepared, work.block_rows)):
         yield _packed(Block(shard, block))
 
 
 @cache
-def _processor(path: str) -> Any:
-    return load_processor(path)
+def _processor(path: str) -> tuple[Any, TemplateProcess]:
+    processor = load_processor(path)
+    return processor, TemplateProcess(processor)
 
 
 def _few_at_once(function: Any, values: Iterable[Any], threads: int) -> Iterator[Any]:
@@ -186,14 +190,20 @@ def _few_at_once(function: Any, values: Iterable[Any], threads: int) -> Iterator
             yield running.popleft().result()
 
 
-def prepare_row(processor: Any, number: int, row: CaptionRow) -> PreparedRow:
-    """Open a row's images and prepare the model's inputs. An error becomes the row's problem."""
+def prepare_row(
+    processor: Any, number: int, row: CaptionRow, template: TemplateProcess | None = None
+) -> PreparedRow:
+    """Open a row's images and prepare the model's inputs. An error becomes the row's problem.
+
+    A chat template that does not end would stop the job, so readers render it in a ``template`` process.
+    """
     if row.problem is not None:
         return PreparedRow(number, row.key, problem=row.problem)
     messages = chat_messages(row.messages, processor)
     try:
         images = [image.open() for image in row.images]
-        inputs = prepare(processor, Request(messages, images)).inputs or {}
+        text = template.render(messages) if template is not None and template.exists else None
+        inputs = prepare(processor, Request(messages, images), text).inputs or {}
     except ImageError as error:
         return PreparedRow(number, row.key, problem=Problem(error.kind, str(error)))
     except InputError as error:

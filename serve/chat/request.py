@@ -11,7 +11,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from serve.chat.schemas import ChatRequest, ImagePart, Message, TextPart
+from serve.chat.schemas import ChatRequest, ImagePart, Message, RefusalPart, TextPart
 from serve.chat.vocabulary import Vocabulary
 from serve.errors import MediaError
 from serve.media.images import EncodedImage
@@ -24,7 +24,7 @@ _ANY_OBJECT = '{"type": "object"}'
 
 _UNSUPPORTED = (
     *("frequency_penalty", "presence_penalty", "logit_bias"),
-    *("tools", "functions", "audio", "web_search_options"),
+    *("tools", "functions", "audio", "moderation", "web_search_options"),
 )
 """Fields that are refused because ignoring them would change the answer."""
 
@@ -61,8 +61,14 @@ def _escaped(content: Iterable[dict[str, Any]], vocabulary: Vocabulary) -> list[
 
 
 def _parts(message: Message) -> list[TextPart | ImagePart]:
+    """Return the parts of a turn. The words of a refusal are text, as any others of the assistant."""
     content = message.content
-    return content if isinstance(content, list) else [TextPart(type="text", text=content or "")]
+    given = content if isinstance(content, list) else [TextPart(type="text", text=content or "")]
+    if message.refusal:
+        given = [*given, RefusalPart(type="refusal", refusal=message.refusal)]
+    return [
+        TextPart(type="text", text=part.refusal) if isinstance(part, RefusalPart) else part for part in given
+    ]
 
 
 def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -> None:
@@ -79,13 +85,25 @@ def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -
         raise Problem(400, message, param="messages", code="context_length_exceeded")
 
 
-def prepared(processor: Any, request: EngineRequest, images: Mapping[str, EncodedImage]) -> EngineRequest:
-    """Decode a request's images, apply the template and tokenize."""
+def refuse_too_long_text(text: str, vocabulary: Vocabulary, positions: int) -> None:
+    """Raise `Problem` for a text of the chat template that is too long whatever its tokens."""
+    if len(text) > positions * vocabulary.longest:
+        message = (
+            f"This model's maximum context length is {positions} tokens. However, its chat template makes "
+            f"{len(text)} characters of your messages. Please reduce the length of the messages."
+        )
+        raise Problem(400, message, param="messages", code="context_length_exceeded")
+
+
+def prepared(
+    processor: Any, request: EngineRequest, images: Mapping[str, EncodedImage], text: str | None
+) -> EngineRequest:
+    """Decode a request's images and tokenize the text of its messages."""
     decoded = []
     for param, image in images.items():
         with blamed_on(param):
             decoded.append(image.open())
-    return prepare(processor, replace(request, images=decoded))
+    return prepare(processor, replace(request, images=decoded), text)
 
 
 @contextlib.contextmanager
@@ -126,7 +144,7 @@ def schema(body: ChatRequest) -> str | None:
     if wanted.json_schema is None:
         message = "response_format of type json_schema without json_schema: send the schema"
         raise Problem(400, message, param="response_format", code="invalid_value")
-    return json.dumps(wanted.json_schema.schema_)
+    return json.dumps(wanted.json_schema.schema_ or {})
 
 
 def sampling(body: ChatRequest, max_new_tokens: int, room: int) -> Sampling:
@@ -155,8 +173,8 @@ def sampling(body: ChatRequest, max_new_tokens: int, room: int) -> Sampling:
         max_new_tokens=wanted if wanted is not None else min(max_new_tokens, room),
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k,
-        repetition_penalty=body.repetition_penalty,
+        top_k=body.top_k or 0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         seed=None if body.seed is None else body.seed % 2**63,
         stop=() if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

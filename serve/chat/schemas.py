@@ -2,17 +2,19 @@
 
 Field names and meanings: https://platform.openai.com/docs/api-reference/chat. Fields that have no effect here
 are ignored (``user``, ``metadata`` …). Unsupported fields that would change the answer are refused, as are
-unknown fields.
+unknown fields. Null means the default of every field that has one. The table in docs/serving.md names every
+field of OpenAI's client; a test derives it from that client and from these schemas.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -72,24 +74,35 @@ class ImageUrl(_Strict):
     """An image by URL: ``data:image/…;base64,…``, or http(s) from an allowed host."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = Field("auto", description=IGNORED)
+    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description=IGNORED)
 
 
-class TextPart(_Strict):
+class _Part(_Strict):
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description=IGNORED)
+
+
+class TextPart(_Part):
     """A part of a message that is text."""
 
     type: Literal["text"]
     text: Text
 
 
-class ImagePart(_Strict):
+class RefusalPart(_Strict):
+    """The words with which an assistant refused to answer; read as its text."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+
+class ImagePart(_Part):
     """A part of a message that is an image."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
 
 # Discriminated before validation, so that errors are about the alternative that was meant.
 _StringOrList = Discriminator(lambda value: "list" if isinstance(value, list) else "string")
@@ -101,8 +114,15 @@ Stop = Annotated[
     Annotated[_StopText, Tag("string")] | Annotated[list[_StopText], Field(max_length=4), Tag("list")],
     _StringOrList,
 ]
+
+
+def _without_nulls(value: Any) -> Any:
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
 Skip = Annotated[
-    Annotated[SkipConfig, Tag("config")] | Annotated[Literal["full"], Tag("word")],
+    Annotated[SkipConfig, BeforeValidator(_without_nulls), Tag("config")]
+    | Annotated[Literal["full"], Tag("word")],
     Discriminator(lambda value: "word" if isinstance(value, str) else "config"),
 ]
 
@@ -114,11 +134,18 @@ class Message(_Strict):
     content: Content | None = None
     name: str | None = Field(None, description=IGNORED)
     # Clients send the fields of an answer back with the next turn.
-    refusal: str | None = Field(None, description=IGNORED)
+    refusal: Text | None = Field(None, description="an assistant's refusal to answer; read as its text")
     annotations: list[Any] | None = Field(None, description=IGNORED)
     audio: None = Field(None, description=NOT_SUPPORTED)
     function_call: None = Field(None, description=NOT_SUPPORTED)
     tool_calls: list[Any] | None = Field(None, max_length=0, description=NOT_SUPPORTED)
+
+    @model_validator(mode="after")
+    def _refusals_by_the_assistant(self) -> Self:
+        parts = self.content if isinstance(self.content, list) else []
+        if self.role != "assistant" and (self.refusal or any(isinstance(x, RefusalPart) for x in parts)):
+            raise ValueError(f"a refusal in a turn of the {self.role}: only the assistant's turns have them")
+        return self
 
 
 class JsonSchema(_Strict):
@@ -126,12 +153,12 @@ class JsonSchema(_Strict):
 
     name: str
     description: str | None = Field(None, description=IGNORED)
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="default: any JSON")
     strict: bool | None = None
 
     @field_validator("schema_")
     @classmethod
-    def _bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         inside: list[Any] = [value]
         for _ in range(MAX_SCHEMA_DEPTH + 1):
             branches = [each for each in inside if isinstance(each, (dict, list))]
@@ -160,8 +187,8 @@ class ResponseFormat(_Strict):
 class StreamOptions(_Strict):
     """Options of a streamed answer."""
 
-    include_usage: bool = Field(False, description="send a final chunk with the usage")
-    include_obfuscation: bool = Field(False, description=IGNORED)
+    include_usage: bool | None = Field(None, description="send a final chunk with the usage")
+    include_obfuscation: bool | None = Field(None, description=IGNORED)
 
 
 class ChatRequest(_Strict):
@@ -187,6 +214,7 @@ class ChatRequest(_Strict):
     tools: list[Any] | None = Field(None, description=NOT_SUPPORTED)
     functions: list[Any] | None = Field(None, description=NOT_SUPPORTED)
     audio: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
+    moderation: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
     web_search_options: dict[str, Any] | None = Field(None, description=NOT_SUPPORTED)
     modalities: list[Literal["text"]] | None = Field(None, description="only text is supported")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="no effect without tools")
@@ -195,6 +223,8 @@ class ChatRequest(_Strict):
     parallel_tool_calls: bool | None = Field(None, description=IGNORED)
     prediction: dict[str, Any] | None = Field(None, description=IGNORED)
     prompt_cache_key: str | None = Field(None, description=IGNORED)
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=IGNORED)
+    prompt_cache_retention: str | None = Field(None, description=IGNORED)
     reasoning_effort: str | None = Field(None, description=IGNORED)
     safety_identifier: str | None = Field(None, description=IGNORED)
     service_tier: str | None = Field(None, description=IGNORED)
@@ -205,7 +235,7 @@ class ChatRequest(_Strict):
         None,
         description="SkipConfig of this request instead of the deployment's; 'full' skips nothing",
     )
-    repetition_penalty: float = Field(
-        1.0, ge=0.1, le=10, description="not in OpenAI's API; divides logits of earlier tokens"
+    repetition_penalty: float | None = Field(
+        None, ge=0.1, le=10, description="not in OpenAI's API; divides logits of earlier tokens; default 1"
     )
-    top_k: int = Field(0, ge=0, lt=2**31, description="not in OpenAI's API; 0 = all tokens")
+    top_k: int | None = Field(None, ge=0, lt=2**31, description="not in OpenAI's API; default 0 = all tokens")

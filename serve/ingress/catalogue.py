@@ -11,6 +11,7 @@ from pipelines.engines.loading import load_config, load_processor
 from serve.chat.vocabulary import Vocabulary
 from serve.config import ModelSection, ServeConfig
 from serve.ingress.dispatch import Engines
+from serve.ingress.rendering import Rendering
 from serve.problem import Problem
 from skipvision import SkipConfig
 from skipvision.engine import BASE
@@ -22,17 +23,20 @@ class ServedModel:
     Args:
         section: settings of the model.
         engines: the engines that run it.
+        template_seconds: limit on rendering one prompt (s).
 
     Attributes:
         processor: Hugging Face processor.
+        rendering: its chat template.
         vocabulary: tokens of its tokenizer.
         config: Hugging Face configuration.
         max_positions: longest sequence of prompt and answer (tokens).
     """
 
-    def __init__(self, section: ModelSection, engines: Engines) -> None:
+    def __init__(self, section: ModelSection, engines: Engines, template_seconds: float) -> None:
         self.section, self.engines = section, engines
         self.processor: Any = load_processor(section.path)
+        self.rendering = Rendering(self.processor, template_seconds)
         self.vocabulary = Vocabulary(self.processor)
         self.config: Any = load_config(section.path)
         text = self.config.get_text_config()
@@ -79,7 +83,9 @@ class Catalogue:
 
     def __init__(self, config: ServeConfig, engines: Sequence[Engines]) -> None:
         sections = zip(config.models, engines, strict=True)
-        self.models = [ServedModel(section, each) for section, each in sections]
+        self.models = [
+            ServedModel(section, each, config.limits.template_seconds) for section, each in sections
+        ]
         self._targets = {
             name: Target(self.models[number], adapter) for name, (number, adapter) in config.served().items()
         }

@@ -50,12 +50,14 @@ class Ingress:
         self.journeys = Journeys(
             Tracer(config.traces, f"{config.name}-ingress"), config.limits.request_seconds
         )
-        names = [model.served_name for model in config.models]
-        self._health = Health(dict(zip(names, engines, strict=True)))
+        models = {model.section.served_name: model for model in self.catalogue.models}
+        self._health = Health(models, self.preparer)
 
     async def close(self) -> None:
         """Close connections, stop the threads, send the remaining spans."""
         await self.preparer.close()
+        for model in self.catalogue.models:
+            model.rendering.close()
         self.journeys.tracer.close()
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:

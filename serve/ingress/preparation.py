@@ -27,10 +27,15 @@ class Preparer:
     Args:
         limits: of the deployment.
         media: fetches images by URL; closed by `close`.
+
+    Attributes:
+        threads: requests whose images are decoded at once.
+        requests: requests whose images are decoded now or wait for that.
     """
 
     def __init__(self, limits: LimitSection, media: MediaFetcher) -> None:
         self._limits, self._media = limits, media
+        self.threads, self.requests = limits.prepare_threads, 0
         self._threads = ThreadPoolExecutor(limits.prepare_threads, thread_name_prefix="prepare")
 
     async def close(self) -> None:
@@ -65,11 +70,17 @@ class Preparer:
                 images = await self.fetch(urls)
             request = Request(messages, skip=target.skip_for(body.skip), adapter=target.adapter)
             with journey.stage("prepare"):
+                text = await model.rendering.text(messages)
+                chat.refuse_too_long_text(text or "", model.vocabulary, model.max_positions)
                 # Only these few threads decode images, so that all decoded pixels fit into memory.
                 threads = self._threads if images else None
-                return await asyncio.get_running_loop().run_in_executor(
-                    threads, chat.prepared, model.processor, request, images
-                )
+                self.requests += len(images) > 0
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(
+                        threads, chat.prepared, model.processor, request, images, text
+                    )
+                finally:
+                    self.requests -= len(images) > 0
 
     async def fetch(self, urls: Mapping[str, str]) -> dict[str, EncodedImage]:
         """Fetch images without decoding them. The first failure cancels the rest.

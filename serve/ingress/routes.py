@@ -20,6 +20,7 @@ from serve.chat import openapi as responses
 from serve.chat.schemas import ChatRequest
 from serve.config import ServeConfig
 from serve.ingress.guard import Guard
+from serve.ingress.head import Head
 from serve.ingress.ingress import Ingress
 from serve.ingress.invalid_body import invalid_body
 from serve.ingress.middleware import AccessLog
@@ -86,6 +87,7 @@ def _add_routes(app: FastAPI) -> None:
         """Show which patches of the messages' images are retained, skipped, merged or dropped; no answer."""
         return await _this_ingress().overlay(body, http)
 
+    @app.get("/v1/models/", include_in_schema=False, dependencies=keyed)
     @app.get("/v1/models", dependencies=keyed, responses=responses.KEYED)
     async def models() -> dict[str, Any]:
         """List the models and adapters that requests can name."""
@@ -116,7 +118,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def http_error(http: Request, error: Any) -> Response:
         message, code = f"{http.method} {http.url.path}: {error.detail}", _CODES.get(error.status_code)
-        problem = Problem(error.status_code, message, code=code, headers=error.headers or {})
+        headers = dict(error.headers or {})
+        if "GET" in headers.get("Allow", ""):
+            headers["Allow"] += ", HEAD"
+        problem = Problem(error.status_code, message, code=code, headers=headers)
         return reported(problem).response()
 
     app.add_exception_handler(RequestValidationError, validation)
@@ -128,6 +133,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _add_middleware(app: FastAPI, config: ServeConfig) -> None:
     """Add middleware from the innermost to the outermost."""
     limits, keys = config.limits, KeyRing(config.keys_file)
+    app.add_middleware(Head)
     app.add_middleware(Guard, keys=keys, max_open=limits.open_requests, retry_after=limits.retry_after_s)
     if config.cors_origins:
         app.add_middleware(

@@ -17,6 +17,9 @@ from serve.media.urls import shortened
 
 T = TypeVar("T")
 
+_WHITESPACE = dict.fromkeys(map(ord, " \t\n\f\r"))
+"""Characters that base64 ignores, as MIME and ``base64 -w76`` put them into it."""
+
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -51,11 +54,14 @@ class EncodedImage:
             )
         text = without_white_space(text)
         allowed = [f"image/{each.lower()}" for each in config.formats]
-        if kind not in allowed and not (kind == "image/jpg" and "image/jpeg" in allowed):
+        # Some clients do not know the type. The format is read from the file in any case.
+        known = kind in (*allowed, "image", "image/*") or (kind == "image/jpg" and "image/jpeg" in allowed)
+        if not known:
             raise MediaError(
                 f"image {name}: its type is {shortened(kind)}; allowed are {', '.join(allowed)}",
                 "media_format",
             )
+        text = text.translate(_WHITESPACE)
         check_bytes(len(text) * 3 // 4 - text[-2:].count("="), name, config)
         try:
             data = decode_base64(text)

@@ -63,7 +63,7 @@ export class Pane {
     }
   }
 
-  /** Show an answer while it arrives. Shows an error, and throws it again. */
+  /** Show an answer while it arrives. Throws errors, which the page shows once for both panes. */
   async show(chunks) {
     const begin = performance.now();
     this.root.dataset.state = "writing";
@@ -80,7 +80,7 @@ export class Pane {
       this.root.dataset.state = "done";
     } catch (error) {
       this.root.dataset.state = error.name === "AbortError" ? "stopped" : "failed";
-      this.note.textContent = error.name === "AbortError" ? "Stopped." : error.message;
+      this.note.textContent = error.name === "AbortError" ? "Stopped." : "No answer.";
       throw error;
     } finally {
       this.root.ariaBusy = false;

@@ -22,7 +22,9 @@ async function choose(file) {
   running?.abort();
   await lastRun;
   try {
-    image = await dataUrl(file);
+    const chosen = await dataUrl(file);
+    await check(chosen, file.name);
+    image = chosen;
   } catch (error) {
     showError(error);
     return;
@@ -41,6 +43,15 @@ function dataUrl(file) {
     reader.addEventListener("load", () => resolve(reader.result));
     reader.addEventListener("error", () => reject(new Error(`${file.name} cannot be read`)));
     reader.readAsDataURL(file);
+  });
+}
+
+/** Throw an error if the browser cannot show an image. */
+async function check(url, name) {
+  const shown = new Image();
+  shown.src = url;
+  await shown.decode().catch(() => {
+    throw new Error(`${name} is not an image that this browser can show: choose a PNG, JPEG or WebP file`);
   });
 }
 

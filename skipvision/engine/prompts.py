@@ -20,8 +20,13 @@ _IDS = "input_ids"
 _MASK = "attention_mask"
 
 
-def prepare(processor: Any, request: Request) -> Request:
+def prepare(processor: Any, request: Request, rendered: str | None = None) -> Request:
     """Apply chat template, tokenizer and image processor. No model is needed, so any process can do it.
+
+    Args:
+        processor: the model's processor.
+        request: a request with a prompt and images.
+        rendered: the text that the chat template has made of the prompt's messages; None = apply it here.
 
     Returns:
         The request with ``inputs`` on the CPU. A request that already has inputs is returned unchanged.
@@ -34,7 +39,10 @@ def prepare(processor: Any, request: Request) -> Request:
     try:
         text, special = request.prompt, {}
         if not isinstance(text, str):
-            text = processor.apply_chat_template(list(text), add_generation_prompt=True, tokenize=False)
+            text = rendered
+            if text is None:
+                messages = list(request.prompt)
+                text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
             if begin and text.startswith(begin):
                 special = {"add_special_tokens": False}
