@@ -6,10 +6,12 @@ None of these names is a promise of the library that has it: read this file when
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import ray
+import ray.exceptions
 from ray import serve as ray_serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE  # Ray 2.60.0
 from ray.util import list_named_actors
@@ -60,6 +62,17 @@ def begin_delete(application: str) -> None:
     Ray 2.60.0: the parameter ``_blocking`` of `serve.delete`.
     """
     ray_serve.delete(application, _blocking=False)
+
+
+def stop_serve(seconds: float = 30.0) -> None:
+    """Stop Ray Serve, as `serve.shutdown` does, whose call is repeated when the controller has ended itself.
+
+    Ray then prints that the call failed. Ray 2.60.0: the controller's method ``graceful_shutdown``.
+    """
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+        call = controller.graceful_shutdown.options(max_task_retries=0)
+        ray.get(call.remote(), timeout=seconds)
 
 
 async def call_in_replicas(

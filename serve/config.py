@@ -20,8 +20,8 @@ Proxy = Literal["ray", "haproxy"]
 _NAME = re.compile(r"[^\W_][\w.:@+-]*(/[^\W_][\w.:@+-]*)*")
 _MAX_NAME = 128
 _NAME_RULE = (
-    "give a name of letters, digits and any of - _ . : @ +, with single slashes between parts that begin with "
-    f"a letter or a digit, of at most {_MAX_NAME} characters"
+    "give a name of letters, digits and any of - _ . : @ +, with single slashes between parts that begin "
+    f"with a letter or digit, of at most {_MAX_NAME} characters"
 )
 """Rule for the names of models and adapters: clients send them, also in paths, and the page shows them."""
 

@@ -70,7 +70,7 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
         if not joined:
             _wait_for_interrupt()
             drain(config)
-            ray_serve.shutdown()
+            _compat.stop_serve()
     return {"url": url, "models": list(config.served())}
 
 

@@ -31,6 +31,8 @@ def main() -> None:
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="ascii")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # Ray's workers ignore the ends of their children, and pass that on.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     from transformers.utils import chat_template_utils  # noqa: F401  the children need it
 
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:  # leaves the next line

@@ -102,7 +102,7 @@ class TemplateProcess:
             process = self._start()
         reply = ""
         with suppress(OSError):  # it dies
-            print(line, file=process.stdin, flush=True)
+            _send(process, line)
             reply = process.stdout.readline() if process.stdout else ""
         if not reply.endswith("\n"):
             return {"died": process.wait()}
@@ -121,8 +121,14 @@ class TemplateProcess:
         )
         self._process, self._end = process, weakref.finalize(self, _end, process)
         with suppress(OSError):  # it has died; `_ask` reports how
-            print(json.dumps(self._settings), file=process.stdin, flush=True)
+            _send(process, json.dumps(self._settings))
         return process
+
+
+def _send(process: subprocess.Popen[str], line: str) -> None:
+    if process.stdin is not None:  # not with print(), which Ray Serve sends to its log whatever the file
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
 
 
 def _plain(value: Any) -> Any:

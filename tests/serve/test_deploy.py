@@ -128,6 +128,25 @@ def test_a_failed_deployment_ends_with_one_line_that_has_the_reason(tiny_model, 
 
 
 @pytest.mark.slow
+def test_a_stop_prints_nothing_of_rays(tiny_model, tmp_path):
+    command = [sys.executable, str(ROOT / "jobs/deploy.py"), "--model", str(tiny_model)]
+    file = tmp_path / "log"
+    with file.open("wb") as log:
+        job = subprocess.Popen(
+            [*command, "--port", str(free_port())], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        eventually(lambda: "Ctrl-C" in file.read_text() or job.poll() is not None, 250)
+        started = len(file.read_text())
+        job.terminate()
+        assert job.wait(120) == 0
+        assert file.read_text()[started:].strip() == "finishing the open requests …"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
 def test_haproxy_listens_if_the_settings_select_it(tiny_model, tmp_path):
     port = free_port()
     settings = ["--model", str(tiny_model), "--port", str(port), "--proxy", "haproxy"]

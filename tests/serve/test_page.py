@@ -323,7 +323,27 @@ def test_the_page_shows_the_messages_of_api_errors(endpoint, guarded, driver, ph
     page.ask(photo, "what is it?")
     assert page.counts()["retained"] == SKIP["retained"]
 
+    animation = tmp_path / "image.gif"  # the browser shows it, the endpoint refuses it
+    noise().save(animation)
+    page.ask(animation, "what is it?")
+    assert "its type is 'image/gif'" in page.find("#error").text
+    body = page.find("body").text
+    assert body.count("its type is") == 1
+
+
+@in_browser
+@pytest.mark.parametrize("content", [b"not an image", b"", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_image_is_refused_once_and_not_shown(endpoint, driver, photo, tmp_path, content):
+    page = Page(driver, f"{endpoint.url}/")
+    page.ready()
+    page.find("#file").send_keys(str(photo))
+    page.until("document.querySelector('#panels img') !== null")
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not an image")
-    page.ask(broken, "what is it?")
-    assert "image in the data URL" in page.find("#error").text
+    broken.write_bytes(content)
+    before = page.find("#panels img").get_attribute("src")
+    page.find("#file").send_keys(str(broken))
+    message = "broken.png is not an image that this browser can show"
+    page.until(f"document.getElementById('error').textContent.startsWith({json.dumps(message)})")
+    assert page.find("body").text.count(message) == 1
+    images = driver.find_elements("css selector", "#panels img")
+    assert [image.get_attribute("src") for image in images] == [before]
