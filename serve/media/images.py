@@ -17,9 +17,6 @@ from serve.media.urls import shortened
 
 T = TypeVar("T")
 
-_WHITESPACE = dict.fromkeys(map(ord, " \t\n\f\r"))
-"""Characters that base64 ignores, as MIME and ``base64 -w76`` put them into it."""
-
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -61,7 +58,6 @@ class EncodedImage:
                 f"image {name}: its type is {shortened(kind)}; allowed are {', '.join(allowed)}",
                 "media_format",
             )
-        text = text.translate(_WHITESPACE)
         check_bytes(len(text) * 3 // 4 - text[-2:].count("="), name, config)
         try:
             data = decode_base64(text)
