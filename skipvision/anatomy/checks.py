@@ -125,7 +125,7 @@ def warn_of_plain_training() -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_frozen_summary() -> None:
-    """Warn that training leaves the summary layer as it is."""
+    """Warn that training does not change the summary layer."""
     warnings.warn(
         "the summary layer is frozen while other weights train, so it stays a plain mean: get_peft_model "
         "(also that of SFTTrainer(peft_config=...)) freezes a layer that was attached before it. Call "
