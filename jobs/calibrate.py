@@ -1,4 +1,4 @@
-"""Find the SkipConfig that keeps to a budget on your model and data, and verify it."""
+"""Find the SkipConfig within a budget for your model and data, and verify it on held-out images."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Caption a data set of images with a vision-language model and Skip-Vision, under Ray Data, resumable."""
+"""Caption a data set of images with Skip-Vision on Ray Data. The same command continues a stopped job."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Move a registered model's alias to a candidate, if that is not worse than its budget allows."""
+"""Move a registered model's alias to a candidate if it is no worse than the budget allows."""
 
 import sys
 from pathlib import Path

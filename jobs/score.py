@@ -1,4 +1,4 @@
-"""Score systems (model, adapter, SkipConfig) on benchmarks and compare them with full tokens; resumable."""
+"""Score models, adapters and SkipConfigs on benchmarks, and compare each with full tokens, item by item."""
 
 import sys
 from pathlib import Path

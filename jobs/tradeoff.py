@@ -1,4 +1,4 @@
-"""What accuracy costs: baselines at equal FLOPs and a grid of Skip-Vision, as a table and curves."""
+"""Measure accuracy against cost for Skip-Vision and for baselines at equal FLOPs; draw a table and curves."""
 
 import sys
 from pathlib import Path

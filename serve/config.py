@@ -37,10 +37,8 @@ class ServingEngineSection(EngineSection):
 class ScalingSection(Section):
     """How many engines run, and what each reserves."""
 
-    min_engines: int = Field(
-        1, ge=0, description="engines that run without requests (count); 0 = start on demand"
-    )
-    max_engines: int = Field(1, ge=1, description="max engines (count)")
+    min_engines: int = Field(1, ge=0, description="engines that run without requests; 0 = start on demand")
+    max_engines: int = Field(1, ge=1, description="max engines")
     target_load: float = Field(
         1.0,
         gt=0,
@@ -53,8 +51,8 @@ class ScalingSection(Section):
         60.0, ge=0, description="how long load must stay low before engines are removed (s)"
     )
     interval_s: float = Field(1.0, gt=0, description="time between load measurements (s)")
-    cpus_per_engine: float = Field(1.0, gt=0, description="CPUs of each engine (count)")
-    gpus_per_engine: float = Field(0.0, ge=0, description="GPUs of each engine (count or fraction)")
+    cpus_per_engine: float = Field(1.0, gt=0, description="CPUs of each engine")
+    gpus_per_engine: float = Field(0.0, ge=0, description="GPUs of each engine; fractions share one")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -111,28 +109,26 @@ class LimitSection(Section):
         64,
         ge=1,
         description="requests that wait at each engine for a free row, and again at each ingress for an "
-        "engine with room, before others get 429 (count)",
+        "engine with room, before others get 429",
     )
     open_requests: int = Field(
         256,
         ge=1,
-        description="requests at each ingress, from upload to answer, before others get 429 (count)",
+        description="requests at each ingress, from upload to answer, before others get 429",
     )
     request_seconds: float = Field(
         120.0,
         gt=0,
         description="time from a request's arrival until its answer is cut off (s)",
     )
-    max_new_tokens: int = Field(1024, ge=1, description="max length of an answer (tokens)")
-    images: int = Field(16, ge=0, description="max images of a request (count)")
-    pixels: int = Field(
-        50_000_000, ge=1, description="max pixels of all images of a request together (pixels)"
-    )
+    max_new_tokens: int = Field(1024, ge=1, description="max tokens of an answer")
+    images: int = Field(16, ge=0, description="max images of a request")
+    pixels: int = Field(50_000_000, ge=1, description="max pixels of all images of a request together")
     prepare_threads: int = Field(
         2,
         ge=1,
         description="requests whose images each ingress decodes and resizes at once; each may take "
-        "several times the memory of its pixels (threads)",
+        "several times the memory of its pixels",
     )
     template_seconds: float = Field(
         5.0,
@@ -166,7 +162,7 @@ class ServeConfig(Section):
     cors_origins: list[str] = Field(
         default_factory=list, description="web origins that browsers may send requests from; none by default"
     )
-    ingresses: int = Field(1, ge=1, description="HTTP replicas (count)")
+    ingresses: int = Field(1, ge=1, description="HTTP replicas")
     adapter_poll_s: float = Field(
         30.0, gt=0, description="time between checks whether an MLflow alias has moved (s)"
     )

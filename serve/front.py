@@ -5,8 +5,8 @@ errors are plain text. Start a proxy with
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front:middlewares
 
-in its environment, and it retries such a request on another ingress while nothing of the answer has been
-sent, ends an interrupted stream with an error event, and reports Ray's errors in OpenAI's format. Only the
+in its environment. It then retries such a request on another ingress if no part of the answer has been sent,
+ends an interrupted stream with an error event, and reports Ray's errors in OpenAI's format. Only the
 paths of an application at ``/`` are handled. On all others, too, request ids are filtered, and HTTP/1.0
 clients get no chunks. With HAProxy, Ray puts the middleware into each ingress, where it cannot retry. Proxies
 import this module, so it must stay light. The proxy's behaviour is that of Ray 2.60.0.
@@ -61,7 +61,8 @@ class Front:
 
     Args:
         app: Ray's proxy.
-        tries: max ingresses that one request is sent to; few, because the request may be what kills them.
+        tries: max ingresses that one request is sent to; kept low, because the request itself may crash
+            ingresses.
         kept_bytes: memory for the bodies of requests that may be retried; requests beyond it are not retried.
     """
 
@@ -93,18 +94,18 @@ class Front:
                 attempt = {**scope, "headers": headers}
                 await self._app(attempt, body.reader(), response.send)
                 headers = attempt["headers"]  # Ray has added a request id
-                if last or response.begun or body.gone or not body.whole or _is_cancelled():
+                if last or response.begun or body.disconnected or not body.repeatable or _is_cancelled():
                     break
                 self._retries.inc()
                 headers = [*headers, (AGE, f"{time.monotonic() - begin:.3f}".encode())]
                 await asyncio.sleep(0)  # lets the cancelled reader of the last attempt end
         except Exception:
             missing = internal_error
-            if not body.gone:  # Ray's proxy may fail on a client that disconnects
+            if not body.disconnected:  # Ray's proxy may fail on a client that disconnects
                 logger.exception("failed on a request")
         finally:
             body.forget()
-        if not body.gone:
+        if not body.disconnected:
             problem = await response.close(missing, Headers(raw=headers).get("x-request-id"))
             if problem is not None:
                 error_counter().inc(tags={"kind": problem.kind})
@@ -140,14 +141,14 @@ class _Body:
     """A request's body, which can be read again until it is forgotten.
 
     Attributes:
-        gone: the client has disconnected.
-        whole: nothing has been forgotten, so the body can be read again.
+        disconnected: the client has disconnected.
+        repeatable: all that was read is kept, so the body can be read again.
     """
 
     def __init__(self, receive: Any, budget: _Budget) -> None:
         self._receive, self._budget = receive, budget
         self._messages: list[Any] = []
-        self.gone, self.whole = False, True
+        self.disconnected, self.repeatable = False, True
 
     def reader(self) -> Any:
         """Return an ASGI ``receive`` that reads from the beginning."""
@@ -168,12 +169,12 @@ class _Body:
     def forget(self) -> None:
         """Free the memory of the body, which is not read again."""
         self._budget.left += sum(len(message.get("body", b"")) for message in self._messages)
-        self._messages, self.whole = [], False
+        self._messages, self.repeatable = [], False
 
     def _keep(self, message: Any) -> None:
         if message["type"] == "http.disconnect":
-            self.gone = True
-        elif self.whole:
+            self.disconnected = True
+        elif self.repeatable:
             self._messages.append(message)
             self._budget.left -= len(message.get("body", b""))
             if self._budget.left < 0:
@@ -181,7 +182,7 @@ class _Body:
 
 
 class _Response:
-    """Passes a response on to the client, and replaces or completes it if it is an error or breaks off.
+    """Passes a response on to the client. Replaces Ray's errors and completes an interrupted stream.
 
     Args:
         send: ASGI ``send`` of the client.

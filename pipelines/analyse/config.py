@@ -15,7 +15,7 @@ class AnalyseConfig(TrackedConfig):
 
     model: BaseModelSection = Field(description="the base model")
     adapter: InputPath | None = Field(
-        None, description="folder of a fine-tuned adapter, which is measured too; null = none"
+        None, description="folder of a trained adapter, which is measured too; null = none"
     )
     skip: SkipConfig | None = Field(
         None,

@@ -38,7 +38,7 @@ class LimitsSection(Section):
     kv_bytes: float | None = Field(None, gt=0, description="largest ratio of predicted KV cache bytes")
     latency: float | None = Field(None, gt=0, description="largest ratio of measured time to the first token")
     confidence: float = Field(
-        0.95, gt=0.5, lt=1, description="of the two-sided intervals that decide about accuracy"
+        0.95, gt=0.5, lt=1, description="confidence level of the two-sided intervals for accuracy"
     )
     minimise: Cost = Field("prefill_flops", description="the cost that is minimised if accuracy_drop is set")
 
@@ -78,8 +78,12 @@ class ScalingSection(Section):
     """Ray resources; may change when a job is resumed."""
 
     workers: int = Field(1, ge=1, description="worker processes, each with the whole model")
-    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs of each; null = all, divided evenly")
-    gpus_per_worker: int | None = Field(None, ge=0, description="GPUs of each; null = one if there are any")
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="CPUs of each worker; null = all, divided evenly"
+    )
+    gpus_per_worker: int | None = Field(
+        None, ge=0, description="GPUs of each worker; null = one if the cluster has any, else none"
+    )
 
 
 class CalibrateConfig(TrackedConfig):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import skipvision as sv
 from pipelines.calibrate.config import CalibrateConfig
 from pipelines.calibrate.halving import Candidate
-from pipelines.calibrate.report import markdown, picture
+from pipelines.calibrate.report import figure, markdown
 from pipelines.calibrate.search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate.space import candidates, parts
 from pipelines.calibrate.workers import scorers
@@ -153,14 +153,14 @@ def _search(
 def _record(
     evidence: dict[str, Any], config: CalibrateConfig, folder: CalibrationFolder, run: Tracker
 ) -> dict[str, Any]:
-    """Write evidence, table, picture and the chosen SkipConfig to the folder and to MLflow.
+    """Write evidence, table, figure and the chosen SkipConfig to the folder and to MLflow.
 
     Returns the job's result.
     """
     files = {name: folder.path / name for name in ("evidence.json", "calibration.md", "calibration.png")}
     write_text(files["evidence.json"], json.dumps(evidence, indent=2) + "\n")
     write_text(files["calibration.md"], markdown(evidence, config.budget))
-    picture(evidence, config.budget, files["calibration.png"])
+    figure(evidence, config.budget, files["calibration.png"])
     if evidence["chosen"] is not None:
         files["skip.yaml"] = folder.skip
         write_text(folder.skip, sv.SkipConfig(**evidence["chosen"]).to_yaml())

@@ -42,7 +42,7 @@ def _decision(evidence: Mapping[str, Any]) -> str:
     return "Chosen: " + ", ".join(f"{name} {value}" for name, value in evidence["chosen"].items()) + "."
 
 
-def picture(evidence: Mapping[str, Any], budget: LimitsSection, path: Path) -> None:
+def figure(evidence: Mapping[str, Any], budget: LimitsSection, path: Path) -> None:
     """Draw the difference of every evaluated config against its cost, by stage."""
     figure, axis = subplots(size=(7, 4.5))
     scored = [one for one in evidence["history"] if one["difference"] is not None]

@@ -85,7 +85,7 @@ class Scorer:
 
 
 RunTasks = Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]]
-"""Runs tasks in parallel and yields each with its result, in the order in which they finish."""
+"""Runs tasks in parallel, and yields each task with its result as soon as it has finished."""
 
 
 @contextmanager

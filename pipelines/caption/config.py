@@ -78,7 +78,7 @@ class ScalingSection(Section):
     cpus_per_worker: float | None = Field(
         None,
         gt=0,
-        description="CPUs of each engine; null = 1 with a GPU, else all that readers leave, divided",
+        description="CPUs of each engine; null = 1 with a GPU, else a share of those that readers leave",
     )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs of each engine; null = one if the cluster has any, else none"
@@ -89,7 +89,7 @@ class ScalingSection(Section):
     cpus_per_reader: float = Field(0.5, gt=0, description="CPUs of each reader")
     threads_per_reader: int = Field(4, ge=1, description="images that a reader opens at once")
     max_failures: int = Field(
-        3, ge=1, description="deaths of an engine over the same row after which it becomes an error row"
+        3, ge=1, description="engine crashes on one row before that row becomes an error row"
     )
 
 

@@ -162,7 +162,7 @@ def _caption_missing(
             folder.remember(seconds=round(progress.seconds, 2))
     if unfinished:
         raise EngineDiedError(
-            f"rows of {len(unfinished)} shards were lost on the way; run the same job again to caption them"
+            f"some rows of {len(unfinished)} shards did not arrive; run the same job again to caption them"
         )
     progress.report()
     return progress

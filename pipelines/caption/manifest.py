@@ -2,7 +2,7 @@
 
 It is one parquet file whose row groups are the shards. The job writes it at its first start and reads it at
 every later start, even if files were added to the inputs since. Its keys are unique: a row with the key of an
-earlier row becomes ``key#2`` and so on, and has a problem.
+earlier row is named ``key#2`` and so on, and becomes an error row.
 """
 
 from __future__ import annotations

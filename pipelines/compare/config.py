@@ -9,7 +9,7 @@ from pipelines.shared.sections import Section
 
 
 class CompareConfig(Section):
-    """Two finished fine-tuning runs of one base model, and the rows to compare them on."""
+    """Settings of a comparison: two finished fine-tuning runs of one base model, and the test rows."""
 
     full: str = Field("demo-full", description="name of the finished run with full tokens (skip: null)")
     skip: str = Field("demo", description="name of the finished run with Skip-Vision")

@@ -17,7 +17,7 @@ class BaseModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="dtype of the frozen weights; auto = as stored, but half-precision weights are cast "
-        "to the dtype of the arithmetic (training.precision)",
+        "to the dtype of the arithmetic",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation"
@@ -30,8 +30,8 @@ class ModelSection(Section):
     path: ModelPath = Field(description="folder of the base model and its processor, or a Hugging Face id")
     adapter: ArtifactPath | None = Field(
         None,
-        description="adapter from a fine-tune: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in "
-        "MLflow; null = the base model alone",
+        description="trained adapter: a folder, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow; "
+        "null = the base model alone",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

@@ -40,7 +40,7 @@ class Budget(BaseModel):
         0.95,
         gt=0.5,
         lt=1,
-        description="of the two-sided interval whose lower end must stay within the budget",
+        description="confidence level of the two-sided interval whose lower end must stay within the budget",
     )
     max_errors: float = Field(
         0.02,

@@ -133,7 +133,7 @@ def _encoded_length(processor: ProcessorMixin, text: str, row: TrainingRow) -> i
 
 
 def prefetched(make: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Yield ``make(item)`` for each item in order; one thread makes up to ``ahead`` results in advance.
+    """Yield ``make(item)`` for each item in order; a thread computes up to ``ahead`` results in advance.
 
     One thread is enough to open the next step's images while the model computes, and fast tokenizers must not
     be shared between threads.

@@ -30,7 +30,9 @@ class DataSection(Section):
         None, description="folder that relative image paths start at; null = the folder of the file of rows"
     )
     check_images: CheckImages = Field(
-        "decode", description="check before training: decode every image, see that it exists, or none"
+        "decode",
+        description="how images are checked before training: decode = decode each; exists = only look for "
+        "its file; none = no check",
     )
     on_bad_row: OnBadRow = Field(
         "skip",

@@ -127,7 +127,7 @@ def _read(config: FinetuneConfig, source: str, processor: ProcessorMixin, positi
 
 
 def _read_again(config: FinetuneConfig, folder: FinetuneFolder) -> FinetuneData:
-    """Return the rows that the run began with, whether or not their images still exist."""
+    """Return the rows of the run's first start, without checking that their images still exist."""
     choice = json.loads(folder.rows.read_text())
 
     def chosen(source: str, keys: Iterable[str]) -> tuple[list[TrainingRow], int]:

@@ -19,18 +19,18 @@ ITEMS = "items.parquet"
 """The artifact that the scoring job stores in its MLflow run."""
 
 _MAY_DIFFER = {"model", "adapter", "skip"}
-"""The fields of a system's description in which the two sides may differ."""
+"""Fields of a system's description that may differ between the two sides."""
 
 _REQUIRED = ("weights", "sampling", "judge")
-"""The fields that must be there and be equal; so must the fingerprint of each dataset."""
+"""Required fields, which must be equal on both sides, as must the fingerprint of each dataset."""
 
 
 class WrongItemsError(ConfigError):
-    """The items were scored with another model, or on other questions, than the promotion needs."""
+    """Items were scored with another model, or on other questions, than the promotion needs."""
 
 
 class NeededSystem(Protocol):
-    """The system whose items one side needs."""
+    """Decides which system in a file of items is the candidate or the reference."""
 
     def __str__(self) -> str: ...
 
@@ -100,7 +100,7 @@ def items_of(needed: NeededSystem, file: Path, section: ItemsSection) -> tuple[l
         )
     if len(matching) > 1:
         raise ConfigError(
-            f"{section.items}: {' and '.join(matching)} are both {needed}; choose one by `system`"
+            f"{section.items}: several systems match {needed}: {', '.join(matching)}; choose one by `system`"
         )
     (label,) = matching
     description = {

@@ -179,7 +179,8 @@ def _move(decision: Decision, registry: Registry) -> None:
     try:
         registry.move(decision.config.alias, decision.candidate, expected=before)
     except TrackingError:
-        if not _has_alias(decision, registry):  # if it has the alias, only MLflow's response was lost
+        # If the candidate has the alias, the move succeeded and only MLflow's response was lost.
+        if not _has_alias(decision, registry):
             raise
 
 

@@ -72,7 +72,7 @@ class ScoreConfig(TrackedConfig):
         description="reads free-form answers, and multiple-choice answers that name no option; null = none: "
         "MM-Vet cannot be scored, and answers that name no option are wrong",
     )
-    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals of differences")
+    confidence: float = Field(0.95, gt=0, lt=1, description="confidence level of all intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of an interval")
     scaling: ScalingSection = ScalingSection()
 

@@ -27,7 +27,7 @@ ROOT_VARIABLE = "LMUData"
 """The environment variable with the folder of VLMEvalKit's tables; the default is ``~/LMUData``."""
 
 _MAX_NAMED = 5
-"""The number of unusable rows that are listed."""
+"""Max number of unusable rows that are listed."""
 
 _ROTATIONS = 1_000_000
 """VLMEvalKit numbers the rotations of question 7 as 1000007, 2000007 and so on."""

@@ -41,7 +41,7 @@ class ScoreFolder(JobFolder):
         self.answers = self.path / "answers"
         self.judge = self.path / "judge.jsonl"
         self.table = self.path / "comparison.md"
-        self.picture = self.path / "comparison.png"
+        self.figure = self.path / "comparison.png"
 
     @property
     def has_work(self) -> bool:

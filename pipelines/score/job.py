@@ -28,7 +28,7 @@ from pipelines.score.dataset import Dataset, read_dataset
 from pipelines.score.fingerprints import of_files
 from pipelines.score.folder import ScoreFolder
 from pipelines.score.points import Prediction, Scored, mean_score, score_answers
-from pipelines.score.report import Comparisons, Systems, compare, markdown, metrics, picture
+from pipelines.score.report import Comparisons, Systems, compare, figure, markdown, metrics
 from pipelines.score.rules.judge import Judge
 from pipelines.shared.files import write_text
 from pipelines.tracking.config import TrackingConfig
@@ -271,11 +271,11 @@ def _compare(job: _Job, scored: Systems) -> Comparisons:
 
 
 def _record(job: _Job, scored: Systems, comparisons: Comparisons, runs: Mapping[str, Tracker]) -> None:
-    """Write table and picture, and upload them with the items and numbers to each system's run."""
+    """Write table and figure, and upload them with the items and numbers to each system's run."""
     config, folder = job.config, job.folder
     left_out = {dataset.name: dict(dataset.left_out) for dataset in job.datasets}
     write_text(folder.table, markdown(config, scored, comparisons, left_out))
-    picture(config, scored, comparisons, folder.picture)
+    figure(config, scored, comparisons, folder.figure)
     print(f"\n{folder.table.read_text(encoding='utf-8')}", flush=True)
     for label, run in runs.items():
         run.advice = (
@@ -283,7 +283,7 @@ def _record(job: _Job, scored: Systems, comparisons: Comparisons, runs: Mapping[
             "to record them; no question is answered twice"
         )
         run.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
-        for path in (folder.items(label), folder.table, folder.picture):
+        for path in (folder.items(label), folder.table, folder.figure):
             run.store(path)
 
 
@@ -312,7 +312,7 @@ def _result(
         },
         "left_out": {dataset.name: dict(dataset.left_out) for dataset in job.datasets},
         "table": str(folder.table),
-        "picture": str(folder.picture),
+        "picture": str(folder.figure),
         "mlflow_uri": job.uri,
         "mlflow_run_ids": {label: run.run_id for label, run in runs.items()},
     }

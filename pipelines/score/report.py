@@ -110,10 +110,10 @@ def _errors(scored: Systems) -> Iterator[str]:
                 yield f"{label} on {dataset}: {len(failed)} items have an error and count as wrong."
 
 
-# ------------------------------------------------------------------------------------------- picture
+# -------------------------------------------------------------------------------------------- figure
 
 
-def picture(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path: Path) -> None:
+def figure(config: ScoreConfig, scored: Systems, comparisons: Comparisons, path: Path) -> None:
     """Draw each system's mean scores as bars, with the interval of the difference to the reference."""
     names = [one.name for one in config.datasets]
     labels = [config.reference, *comparisons]

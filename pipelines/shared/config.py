@@ -7,11 +7,12 @@ A job is a file in ``jobs/`` and looks like this::
 
     sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root
 
+    from pipelines.finetune.config import FinetuneConfig
+    from pipelines.finetune.job import run_finetune
     from pipelines.shared.config import load_config, run_job
-    from pipelines.finetune.job import FinetuneConfig, finetune
 
     def main(argv: list[str]) -> dict[str, object]:
-        return finetune(load_config(FinetuneConfig, argv, description=__doc__))
+        return run_finetune(load_config(FinetuneConfig, argv, description=__doc__))
 
     if __name__ == "__main__":
         run_job(main, sys.argv[1:])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from skipvision.problems import fields_of, models_in, short
+from skipvision.problems import fields_of, models_in
+
+_MAX_DEFAULT = 80
+"""Characters of a default that fit next to the field's name; a longer one follows the description."""
 
 
 def section_defaults(model: type[BaseModel]) -> dict[str, Any]:
@@ -49,9 +54,17 @@ def help_text(model: type[BaseModel], description: str | None) -> str:
         *("", "Fields, nested in the YAML file where a name has dots; * is any element:", ""),
     ]
     for field in fields_of(model):
-        lines.append(f"  {field.name}    {_type_name(field.annotation)}{_default_note(field.default)}")
-        lines += textwrap.wrap(field.description, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        default = _default_note(field.default)
+        late = len(default) > _MAX_DEFAULT
+        lines.append(f"  {field.name}    {_type_name(field.annotation)}{'' if late else default}")
+        lines += _indented(field.description)
+        lines += _indented(default.removeprefix(", ")) if late else []
     return "\n".join(lines)
+
+
+def _indented(text: str) -> list[str]:
+    indent = " " * 8
+    return textwrap.wrap(text, 100, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
 
 
 def _default_note(default: Any) -> str:
@@ -59,4 +72,19 @@ def _default_note(default: Any) -> str:
         return ", required"
     if isinstance(default, BaseModel):
         return ""
-    return f", default {default if isinstance(default, Path) else short(default)}"
+    return f", default {_as_yaml(default)}"
+
+
+def _as_yaml(value: Any) -> str:
+    """Return a default as a user would type it in the YAML file, on one line."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value)
+    if isinstance(value, Mapping):
+        value = {
+            name: one.model_dump(mode="json", exclude_defaults=True) if isinstance(one, BaseModel) else one
+            for name, one in value.items()
+        }
+    text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize, sort_keys=False)
+    return text.removesuffix("...\n").strip()

@@ -83,8 +83,8 @@ class JobFolder:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise ConfigError(
-                        f"run {self.name!r} in {self.storage} is being worked on by another job; wait for "
-                        "it, or choose another name"
+                        f"run {self.name!r} in {self.storage} is in use by another process; wait for it, or "
+                        "choose another name"
                     ) from None
                 # The previous owner may have removed the file after we opened and before we locked it.
                 if file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno())):
@@ -105,12 +105,12 @@ class JobFolder:
 
     @property
     def has_work(self) -> bool:
-        """Whether work exists that results under other settings or data would mix with."""
+        """Whether the folder holds work that must not be mixed with other settings or data."""
         return False
 
     @property
     def may_change(self) -> Collection[str]:
-        """Settings with which an unfinished job may be resumed if the user says so."""
+        """Settings that an unfinished job may be resumed with, if ``resume_with_changes`` is set."""
         return ()
 
     def resume(self, config: BaseModel, *, with_changes: bool = False) -> bool:
@@ -133,11 +133,11 @@ class JobFolder:
         if not differences or (self.has_work and with_changes and changeable):
             return True
         if self.has_work:
-            resume = ", resume it with these by --resume_with_changes true" if changeable else ""
+            resume = ", resume with these by --resume_with_changes true" if changeable else ""
             raise ConfigError(
                 f"run {self.name!r} exists in {self.storage} with other settings:\n"
                 + "\n".join(differences.values())
-                + f"\nSet them back to resume it{resume}, choose another name, or delete its folder"
+                + f"\nRestore them to resume{resume}, choose another name, or delete its folder"
                 + self.hint
             )
         self.state, self.changes = {}, []
@@ -203,4 +203,4 @@ def comparable(settings: Mapping[str, Any], may_differ: Collection[str]) -> dict
 
 
 def _shown(values: Mapping[str, object], name: str) -> str:
-    return json.dumps(values[name]) if name in values else "not there"
+    return json.dumps(values[name]) if name in values else "(not set)"

@@ -36,6 +36,9 @@ HOME = "SKIPVISION_HOME"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A model on the Hugging Face hub: ``owner/name``."""
 
+_DEMO_DATA = ("data", "shapes")
+"""The folder of the demo's data set."""
+
 _IN_MLFLOW = ("models:/", "runs:/")
 
 
@@ -112,6 +115,8 @@ def input_path(path: str, field: str) -> str:
             ) from None
     searched = " nor ".join(dict.fromkeys(map(str, candidates)))
     hint = f"; give an absolute path, or set {HOME}" if in_ray_job() and not given.is_absolute() else ""
+    if given.parts[:2] == _DEMO_DATA:
+        hint += "; run `make demo` or jobs/make_shapes.py first, which draw these files"
     raise ConfigError(f"{field} = {path}: there is no {searched}{hint}")
 
 

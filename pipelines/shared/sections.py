@@ -30,7 +30,7 @@ class JobConfig(Section):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="the job's name: its folder, and its name in MLflow",
+        description="name of the job, of its folder and, if the job is tracked, of its MLflow run",
     )
     storage: OutputPath = Field(
         "runs",

@@ -41,7 +41,7 @@ class Tracker:
     `metrics`, `flush`, `watch_system` and `close` never raise and do not delay their caller for long. All
     other methods raise `TrackingError` when MLflow does not answer after a few tries.
 
-    ``advice`` is added to a `TrackingError` at the end of the job: where the results are, and what to do.
+    ``advice`` ends the message of a `TrackingError`: it names the folder of the results and the next step.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def tracked_run(
         parameters: parameters of a new run.
 
     Raises:
-        TrackingError: MLflow does not answer; with the run's ``advice`` if it has one.
+        TrackingError: MLflow does not answer. The message ends with `Tracker.advice`.
     """
     known = folder.state.get("mlflow_run_id") if same_tracking(config, folder) else None
     with _job_run(config, folder, config.name, known, settings, parameters) as run:
@@ -91,7 +91,7 @@ def tracked_runs(
 
 
 def _remember(config: TrackedConfig, folder: JobFolder, **runs: Any) -> None:
-    # Without a result the job is not finished until these runs have it.
+    # The result is cleared: the job counts as finished again when these runs have recorded it.
     folder.remember_settings(config, tracked_in=config.tracking.model_dump(mode="json"), result=None, **runs)
 
 
@@ -122,7 +122,7 @@ def ended(run: Tracker) -> Iterator[Tracker]:
     """End ``run`` when the block ends: FINISHED, FAILED after an error, KILLED after a signal.
 
     Raises:
-        TrackingError: MLflow does not answer or does not have all values; with the run's ``advice``.
+        TrackingError: MLflow does not answer or lacks values. The message ends with `Tracker.advice`.
     """
     try:
         yield run

@@ -13,7 +13,7 @@ from skipvision.engine import TokenLogprob
 
 @dataclass(frozen=True)
 class _Placed:
-    """A token and its characters, from ``begin`` to ``end``, in the answer; ``first`` begins the answer."""
+    """A token, where its characters begin and end in the answer, and whether it is the answer's first."""
 
     token: TokenLogprob
     begin: int

@@ -62,7 +62,7 @@ def _whole_characters(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
-        raise ValueError(f"{half!r} at {error.start} is half a surrogate pair: send both halves") from error
+        raise ValueError(f"{half!r} at {error.start} is an unpaired surrogate: send valid Unicode") from error
     return text
 
 

@@ -57,7 +57,7 @@ class Target:
 
     @property
     def skip(self) -> SkipConfig | None:
-        """The base model's SkipConfig from the settings. Adapters bring their own: None."""
+        """The base model's SkipConfig from the settings. None for adapters, which have their own."""
         return self.model.section.skip if self.adapter is None else None
 
     def skip_for(self, requested: SkipConfig | Literal["full"] | None) -> SkipConfig | Literal["full"] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from ray import serve as ray_serve
@@ -23,21 +23,21 @@ from skipvision.errors import SkipVisionError
 from skipvision.plan import TokenPlan
 
 MAX_TRIES = 3
-"""Engines that one request is sent to, in turn, while they die before its first token."""
+"""Max engines that one request is sent to, one after the other, if they die before its first token."""
 
 GRACE_SECONDS = 2.0
-"""How long past its deadline a request waits for the engine to return what it has generated (s)."""
+"""Time that a request waits, after its deadline, for the engine's partial answer (s)."""
 
 QUERY_SECONDS = 2.0
 """How long an engine may take to report its own state (s)."""
 
 
 class Engines:
-    """The engines of one model.
+    """Sends requests to the engines of one model.
 
     Args:
         handle: Ray Serve's handle of their deployment.
-        on_demand: the deployment may have no engine until the first request.
+        on_demand: whether the deployment may have no engine before the first request.
     """
 
     def __init__(self, handle: Any, on_demand: bool) -> None:
@@ -149,9 +149,9 @@ def unix_time(monotonic: float) -> float:
     return monotonic - time.monotonic() + time.time()
 
 
-def _tries() -> list[bool]:
-    """Return one entry for each try: whether it is the last."""
-    return [*[False] * (MAX_TRIES - 1), True]
+def _tries() -> Iterator[bool]:
+    """Yield, for each attempt, whether it is the last."""
+    yield from [*[False] * (MAX_TRIES - 1), True]
 
 
 async def _next_item(items: Any, until: float) -> Chunk | SkipVisionError | None:

@@ -31,7 +31,7 @@ class Health:
         self._models, self._preparer = models, preparer
 
     async def report(self) -> dict[str, Any]:
-        """Return the state of each model; "ok" over all unless one is down.
+        """Return the state of each model. The overall status is "ok" unless a model is down.
 
         An idle model is not down: its first request starts an engine. Neither is an engine that cannot load
         an adapter yet: another engine could not load it either. A model whose chat template takes long is
@@ -74,7 +74,7 @@ async def _engine_state(engines: Engines) -> dict[str, Any]:
 
 
 async def _full_or_hanging(engines: Engines, error: Exception) -> dict[str, Any]:
-    """Tell full engines from hanging ones. Neither has room for a question through Ray Serve's queue."""
+    """Distinguish full engines from hanging ones. Neither has room for a query through Ray Serve's queue."""
     running, seconds = await engines.liveness()
     if not seconds:
         return _down(error)

@@ -88,7 +88,7 @@ class Ingress:
         with self._journey(body, http, "overlay") as journey:
             request = await self.preparer.request(body, target, journey)
             if not request.images:
-                raise Problem(400, "no image: an overlay is of the images in messages", param="messages")
+                raise Problem(400, "an overlay needs an image in messages", param="messages")
             sizes = [image.size for image in request.images]
             # The limits on a prompt are those of a request for one token.
             request = replace(request, prompt="", images=(), sampling=Sampling(max_new_tokens=1))

@@ -113,7 +113,10 @@ class _Exchange:
 
 
 def _age(scope: Any) -> float:
-    """Return the seconds that an earlier ingress had the request. A client could only harm itself with it."""
+    """Return the seconds that an earlier ingress had the request.
+
+    Clients can forge it, but only shorten their own deadline.
+    """
     age = dict(scope["headers"]).get(AGE, b"0")
     return float(age) if _AGE.fullmatch(age) else 0.0
 

@@ -53,7 +53,7 @@ class Preparer:
         sampling = chat.sampling(body, self._limits.max_new_tokens, room)
         rows = target.model.section.engine.max_sequences
         if sampling.n > rows:
-            raise Problem(400, f"n={sampling.n}: at most {rows} here", param="n", code="invalid_value")
+            raise Problem(400, f"n={sampling.n}: n must be at most {rows}", param="n", code="invalid_value")
         bare = replace(request, prompt="", images=(), sampling=sampling)
         return Work(bare, unix_time(journey.until), schema, journey.span.traceparent)
 

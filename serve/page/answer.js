@@ -19,7 +19,7 @@ const NUMBERS = {
   retained: { label: "on the full path", format: count, compared: true, part: true },
   skipped: { label: "skipping the FFN", format: count, part: true },
   cached: { label: "kept in the KV cache", format: count, compared: true, part: true },
-  kv: { label: "Keys and values", format: bytes, compared: true },
+  kv: { label: "KV cache of the prompt", format: bytes, compared: true },
   answer: { label: "Answer tokens", format: count },
 };
 

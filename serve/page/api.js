@@ -42,7 +42,7 @@ export class Api {
     let text = "";
     for (;;) {
       const { done, value } = await reader.read();
-      if (done) throw new ApiError(200, { message: "the answer broke off" });
+      if (done) throw new ApiError(200, { message: "the connection closed before the answer was complete" });
       text += value;
       const events = text.split("\n\n");
       text = events.pop();

@@ -1,4 +1,4 @@
-// Handles events: choosing an image or a model, and asking a question.
+// Handles events: an image or a model is chosen, a question is submitted.
 
 import { Pane } from "./answer.js";
 import { Api, ApiError } from "./api.js";
@@ -127,7 +127,7 @@ function question() {
   return JSON.stringify(request).slice(0, -1);
 }
 
-async function ask() {
+async function answerTwice() {
   if (!image) throw new Error("There is no image yet: choose one, drop it, or paste it.");
   const request = question();
   const name = at("model").value;
@@ -154,13 +154,13 @@ at("form").addEventListener("submit", (event) => {
   else lastRun = run();
 });
 
-/** Ask, and show errors. Meanwhile the button stops the answers. */
+/** Answer the question, and show errors. Meanwhile the button stops the answers. */
 async function run() {
   running = new AbortController();
   at("ask").textContent = "Stop";
   showError(null);
   try {
-    await ask();
+    await answerTwice();
   } catch (error) {
     if (skip.root.dataset.state === "waiting") skip.clear();
     if (error instanceof ApiError && error.status === 401) at("key-field").hidden = false;

@@ -25,8 +25,8 @@ export function show(card, keepEdits = false) {
   assumed = !skip;
   field("assumed").hidden = !assumed;
   field("assumed").textContent = reason
-    ? `${id} is not loaded yet: ${reason}. Until it is, these are the default settings.`
-    : `No engine has reported the settings of ${id} yet. Until one does, these are the default settings.`;
+    ? `${id} is not loaded yet: ${reason}. The fields show the defaults until it is loaded.`
+    : `No engine has reported the settings of ${id} yet. The fields show the defaults until one does.`;
   explain();
 }
 

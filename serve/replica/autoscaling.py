@@ -1,4 +1,4 @@
-"""The number of engines by their load, which is relative to what limits them: rows or memory."""
+"""Choose the number of engines by their load, relative to the scarcer of their rows and their memory."""
 
 from __future__ import annotations
 

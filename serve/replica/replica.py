@@ -90,7 +90,7 @@ class EngineReplica:
                     yield chunk
                 else:
                     self._trace(done, work.traceparent)
-                    # The ingress has the request: do not send its tensors back.
+                    # The ingress has the original request, so its tensors are not sent back.
                     bare = replace(done.request, inputs=None, images=(), adjust=None, prompt="")
                     yield replace(chunk, completion=replace(done, request=bare, error=_sendable(done.error)))
         except SkipVisionError as error:

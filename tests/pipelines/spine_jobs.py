@@ -178,7 +178,7 @@ def tradeoff(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def add_row(inputs: Inputs) -> str:
+def change_row(inputs: Inputs) -> str:
     file = inputs.data / "train.json"
     rows = json.loads(file.read_text())
     rows[7]["conversations"][1]["value"] = "something else"
@@ -210,7 +210,7 @@ JOBS = {
         finetune,
         midway="checkpoints/checkpoint_manager_snapshot.json",
         work=touch("checkpoints/checkpoint_00000002/state.pt"),
-        data=add_row,
+        data=change_row,
         slow=STARTED,
     ),
     "caption": Job(

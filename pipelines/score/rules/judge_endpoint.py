@@ -52,14 +52,16 @@ class JudgeConfig(BaseModel):
         pattern="^https?://",
         description="endpoint with OpenAI's API; /chat/completions is added",
     )
-    model: str = Field(description="its name there; scores of different judges cannot be compared")
+    model: str = Field(
+        description="the model's name at the judge's endpoint; scores of different judges cannot be compared"
+    )
     api_key_env: str | None = Field(
         "OPENAI_API_KEY", description="environment variable that holds the API key; null = none is sent"
     )
     temperature: float | None = Field(
         0.0,
         ge=0,
-        description="of its replies; null = none is sent, for models that refuse the setting",
+        description="sampling temperature of the judge's replies; null = not sent, for models that refuse it",
     )
     parallel: int = Field(8, ge=1, description="concurrent requests")
     timeout: float = Field(60.0, gt=0, description="seconds that a reply may take")
@@ -157,7 +159,7 @@ def _on_loopback(url: str) -> bool:
 
 
 def _retry_after(header: str | None) -> float:
-    """Return the seconds that an endpoint asks to wait, given as a number or a date; 0 if it does not say."""
+    """Return the seconds that an endpoint requests to wait, given as a number or a date; else 0."""
     if header is None:
         return 0.0
     try:

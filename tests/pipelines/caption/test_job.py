@@ -488,7 +488,7 @@ def test_an_adapter_that_has_changed_since_is_refused(settings, adapter, tmp_pat
 def test_a_job_that_another_process_works_on_is_refused(settings):
     config = changed(settings, name="busy")
     folder = CaptionFolder(Path(config.storage), config.name)
-    with folder.claimed(), pytest.raises(ConfigError, match="worked on by another job"):
+    with folder.claimed(), pytest.raises(ConfigError, match="in use by another process"):
         run_caption(config)
 
 

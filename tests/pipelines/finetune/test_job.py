@@ -398,7 +398,7 @@ def test_rows_that_become_unusable_stop_the_run_if_so_configured(settings, damag
         settings, name="damaged-strict", data={**data, "on_bad_row": "skip"}, training=training
     )
     with pytest.raises(
-        ConfigError, match=r"learning_rate: was 0.01, now 0.001\nSet .*resume_with_changes true"
+        ConfigError, match=r"learning_rate: was 0.01, now 0.001\nRestore .*resume_with_changes true"
     ):
         run_finetune(tolerant)
     result = run_finetune(tolerant.model_copy(update={"resume_with_changes": True}))
@@ -456,5 +456,5 @@ def test_bad_rows_stop_the_run_if_so_configured(settings, local_ray):
 
 def test_a_run_that_another_process_works_on_is_refused(settings):
     config = changed(settings, name="busy")
-    with folder_of(config).claimed(), pytest.raises(ConfigError, match="worked on by another job"):
+    with folder_of(config).claimed(), pytest.raises(ConfigError, match="in use by another process"):
         run_finetune(config)

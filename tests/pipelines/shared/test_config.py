@@ -316,12 +316,12 @@ def test_help_lists_every_field_and_exits_with_status_0(argv, capsys):
     assert "Train." in text
     for line in [
         "  name    str, default 'run'",
-        "  folder    path | null, default None",
+        "  folder    path | null, default null",
         "  training    section",
         "  training.learning_rate    float, default 0.0002\n        peak learning rate of AdamW",
         "  training.schedule    'cosine' | 'constant', default 'cosine'",
         "  training.betas    list of float, default [0.9, 0.999]",
-        "  skip    section | null, default None",
+        "  skip    section | null, default null",
         "  skip.retained    int | float, default 1.0",
         "  data    list of section, default []\n        what to train on",
         "  data.*.path    path, required",

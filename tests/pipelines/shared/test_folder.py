@@ -71,7 +71,7 @@ def test_settings_that_change_no_result_may_differ(given, run, tmp_path):
     with run.claimed():
         assert run.resume(other)
         assert run.changes == []
-        with pytest.raises(ConfigError, match=r"evaluation.answer_rows: was 240, now 6\nSet"):
+        with pytest.raises(ConfigError, match=r"evaluation.answer_rows: was 240, now 6\nRestore"):
             run.resume(changed(given, evaluation={"answer_rows": 6}))
         (tmp_path / "others.json").touch()
         with pytest.raises(ConfigError, match=r"data\.train: was"):
@@ -127,7 +127,7 @@ def test_a_claim_holds_although_the_previous_job_removed_its_lock(tmp_path):
 
     fcntl.flock = end_first_job_meanwhile
     try:
-        with first.claimed(), pytest.raises(ConfigError, match="worked on by another"), second.claimed():
+        with first.claimed(), pytest.raises(ConfigError, match="in use by another process"), second.claimed():
             pass
     finally:
         fcntl.flock = real

@@ -134,3 +134,11 @@ def test_all_paths_that_lead_nowhere_are_reported_together(monkeypatch, tmp_path
         "  rows.0.others.0 = a.json",
         "  storage = s3",
     ]
+
+
+def test_missing_data_of_the_demo_have_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no .*train.json; run `make demo` or jobs/make_"):
+        input_path("data/shapes/train.json", "data.train")
+    with pytest.raises(ConfigError, match=r"there is no .*other.json$"):
+        input_path("data/other.json", "data.train")

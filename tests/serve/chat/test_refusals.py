@@ -73,7 +73,7 @@ CUT_OFF = image_part(png((64, 48))[:50])
             "messages.0.mood",
             "Unknown parameter",
         ),
-        ({"n": 5}, "n", "n=5: at most 4 here"),
+        ({"n": 5}, "n", "n=5: n must be at most 4"),
         ({"extra_body": {"skip": {"summary_tokens": 3}}}, "skip", "summary_tokens=3, but this model"),
         (
             {"messages": question("x" * 10**5)},
