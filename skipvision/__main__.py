@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Run an image through a model with Skip-Vision and draw what becomes of its patches. "
         "Merged patches have the colour of the patch they are merged into, and a line to it.",
     )
-    overlay_command.add_options(overlay)
+    try:
+        overlay_command.add_options(overlay)
+    except SkipVisionError as error:  # raised by a module of methods
+        parser.exit(2, f"{parser.prog}: {error}\n")
     options = parser.parse_args(arguments)
     if options.command == "overlay":
         _overlay(overlay, options)

@@ -1,6 +1,7 @@
 """Merging: which token each visual token ends in, and the mean that puts it there (METHOD piece 2).
 
-The decision (`assign`) is made once and without gradients; applying it (`merge_tokens`) is differentiable.
+The decision (`Merge.ends`, then `assign`) is made once and without gradients. Applying it (`merge_tokens`) is
+differentiable.
 
 A new merge is one function and one call of `register_merge`, here or in another package.
 """
@@ -42,13 +43,13 @@ def needs_skipped(name: str, retained: int | float, skipped: int | float) -> str
 
 
 def as_counted(tokens: int, skipped: int) -> int:
-    """Allow any number of skipped tokens."""
+    """Return the skipped count unchanged."""
     return skipped
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A way in which the tokens that are not retained become the skipped ones; see `register_merge`."""
+    """A rule that turns the tokens that are not retained into skipped tokens; see `register_merge`."""
 
     name: str
     ends: Ends
@@ -59,7 +60,7 @@ class Merge:
 
     @property
     def function(self) -> Ends:
-        """The function that decides where tokens end."""
+        """The function that decides where tokens end (`Registry` reads it as `function`)."""
         return self.ends
 
     @property
@@ -83,14 +84,16 @@ def register_merge(
     """Make a merge available as ``SkipConfig(merge=name)``.
 
     Other processes (Ray workers, replicas of the endpoint, the command line) register it by importing its
-    module: `skipvision.registry` describes the two settings that make them.
+    module: `skipvision.registry` describes both ways to name that module.
 
     Args:
         name: value of ``SkipConfig.merge``.
         ends: ``ends(tokens, retained, skipped)`` returns (I, N) the index, in its own image, of the token
-            that each token ends in, −1 to drop it. Only the rest counts: tokens that are neither padding nor
-            ``retained`` (I, N). Of the rest, ``skipped`` (I,) must survive, each ending in itself.
-        check: ``check(name, config.retained, config.skipped)`` returns why these amounts cannot be, or None.
+            that each token ends in, −1 to drop it. Only results for tokens that are neither padding nor
+            retained are used. Exactly ``skipped[i]`` of them must map to themselves, and all others to one of
+            these, to a retained token, or to −1.
+        check: ``check(name, config.retained, config.skipped)`` returns why the merge cannot run with these
+            amounts, or None.
         fit: ``fit(N, skipped)`` returns how many skipped tokens an image of N tokens gets, at most
             ``skipped``.
         needs_patches: each visual token must be a patch of one square image.
@@ -102,7 +105,7 @@ def register_merge(
     return MERGES.add(Merge(name, ends, check, fit, needs_patches, flops))
 
 
-def assign(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor, merge: Merge) -> torch.Tensor:
+def assign(tokens: VisualTokens, retained: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """(I, N) index, in its own image, of the token that each visual token ends in.
 
     A token that survives ends in itself; −1 marks dropped tokens and padding.
@@ -110,12 +113,10 @@ def assign(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor, 
     Args:
         tokens: the images' visual tokens.
         retained: (I, N) tokens on the full path.
-        skipped: (I,) tokens that survive of the rest.
-        merge: decides where the rest ends.
+        ends: (I, N) where a merge ends the rest; ignored elsewhere.
     """
-    itself = _indices(tokens)
     rest = tokens.valid & ~retained
-    return torch.where(retained, itself, torch.where(rest, merge.ends(tokens, retained, skipped), -1))
+    return torch.where(retained, _indices(tokens), torch.where(rest, ends, -1))
 
 
 def into_most_similar(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:

@@ -1,23 +1,26 @@
 """Named methods: the criteria and merges that a `SkipConfig` selects by name.
 
-Methods from other packages register themselves when their module is imported. Two settings import such a
-module in every process that looks up a name it does not know, so that jobs, Ray workers and the endpoint's
-replicas find the method too:
+Methods from other packages register themselves when their module is imported. A process that looks up an
+unknown name first imports the modules that are named in one of two ways. So jobs, Ray workers and the
+endpoint's replicas find the method too:
 
-- the environment variable ``SKIPVISION_METHODS``, module names separated by commas. On a Ray cluster it
-  belongs in the ``env_vars`` of the job's or the application's runtime environment; - an entry point of the
-  group ``skipvision.methods`` in an installed package.
+- in the environment variable ``SKIPVISION_METHODS``, as module names separated by commas. On a Ray cluster,
+  set it in the ``env_vars`` of the job's or the application's runtime environment.
+- in an entry point of the group ``skipvision.methods`` of an installed package.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from types import CodeType
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
@@ -68,8 +71,8 @@ class Registry(Generic[M]):
         known = self._methods.get(method.name)
         if known is not None and _origin(known) != _origin(method):
             raise ConfigError(
-                f"{self._kind} {method.name!r} is registered already, by {'.'.join(_origin(known))}: choose "
-                "another name"
+                f"{self._kind} {method.name!r} is registered already, by {_origin(known)}: choose another "
+                f"name for {_origin(method)}"
             )
         self._methods[method.name] = method
         return method
@@ -90,10 +93,14 @@ class Registry(Generic[M]):
         return iter(tuple(self._methods))
 
     def expected(self, name: object) -> str:
-        """List the names for an error message, with the one most like ``name``."""
+        """List the names for an error message, with the one most like ``name`` and the way to add others."""
         *others, last = map(repr, self)
         near = get_close_matches(str(name), self, n=1)
-        return f"{', '.join(others)} or {last}" + "".join(f"; did you mean {one!r}?" for one in near)
+        hint = "".join(f"; did you mean {one!r}?" for one in near)
+        return (
+            f"{', '.join(others)} or {last}{hint} (methods of other packages need {METHODS_VARIABLE}; see "
+            "docs/library.md)"
+        )
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._validated)
@@ -113,7 +120,7 @@ def load_methods() -> None:
     """Import the modules that `METHODS_VARIABLE` and `METHODS_GROUP` name, once in a process.
 
     Raises:
-        ConfigError: one of them cannot be imported.
+        ConfigError: one of them cannot be imported, or raises it while it registers its methods.
     """
     _load(os.environ.get(METHODS_VARIABLE, ""))
 
@@ -129,6 +136,8 @@ def _load(modules: str) -> None:
 def _import(source: str, module: str, load: Callable[[], Any]) -> None:
     try:
         load()
+    except ConfigError:  # such as a name that is taken: the import itself is not at fault
+        raise
     except Exception as error:
         raise ConfigError(
             f"{source} names {module}, which cannot be imported ({type(error).__name__}: {error}): correct "
@@ -136,7 +145,40 @@ def _import(source: str, module: str, load: Callable[[], Any]) -> None:
         ) from error
 
 
-def _origin(method: Method) -> tuple[str, str]:
-    """Module and qualified name of a method's function."""
+def is_built_in(method: Method) -> bool:
+    """Return whether this package defines the method's function."""
+    return _origin(method).module.partition(".")[0] == __name__.partition(".")[0]
+
+
+class _Origin(NamedTuple):
+    """Where a function is defined.
+
+    Attributes:
+        module: its module's name.
+        name: its qualified name.
+        code: its code if it is a lambda, because all lambdas have one name; otherwise None.
+    """
+
+    module: str
+    name: str
+    code: CodeType | None
+
+    def __str__(self) -> str:
+        line = "" if self.code is None else f" in line {self.code.co_firstlineno}"
+        return f"{self.module}.{self.name}{line}"
+
+
+def _origin(method: Method) -> _Origin:
     function = method.function
-    return getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))
+    code = getattr(function, "__code__", None) if name.endswith("<lambda>") else None
+    return _Origin(_script_name() if module == "__main__" else module, name, code)
+
+
+def _script_name() -> str:
+    """Return the name under which other processes import the module that runs as ``__main__``."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return str(spec.name)
+    return Path(file).stem if file else "__main__"

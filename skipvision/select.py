@@ -1,7 +1,7 @@
 """Selection: a criterion scores visual tokens, and each image retains its highest (METHOD piece 1).
 
 A criterion scores one padded tensor of all images of the batch, so images of different sizes need no loop.
-Scores carry no gradients: which tokens stay is a decision, not a function to differentiate.
+The choice of tokens is discrete, so scores need no gradients.
 
 A new criterion is one function and one call of `register_criterion`, here or in another package.
 """
@@ -39,7 +39,7 @@ class Criterion:
 
     @property
     def function(self) -> Score:
-        """The score function, under the name that all methods share."""
+        """The score function (`Registry` reads it as `function`)."""
         return self.score
 
     @property
@@ -65,7 +65,7 @@ def register_criterion(
     """Make a criterion available as ``SkipConfig(select=name)``.
 
     Other processes (Ray workers, replicas of the endpoint, the command line) register it by importing its
-    module: `skipvision.registry` describes the two settings that make them.
+    module: `skipvision.registry` describes both ways to name that module.
 
     Args:
         name: value of ``SkipConfig.select``.

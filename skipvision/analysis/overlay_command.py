@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 import yaml
@@ -19,10 +19,15 @@ from skipvision.engine import Request
 from skipvision.engine.prompts import prepare
 from skipvision.errors import ConfigError, InputError
 from skipvision.loading import load_model, load_processor
+from skipvision.problems import Field, fields_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options: its own, and one for each field of SkipConfig."""
+    """Add the command's options: its own, and one for each field of SkipConfig.
+
+    Raises:
+        ConfigError: a module with further methods cannot be imported.
+    """
     parser.add_argument("image", type=Path, help="image file")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="image file to create, .png or another format"
@@ -32,8 +37,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="Describe the image.", help="question about the image")
     parser.add_argument("--side", type=int, default=896, help="longer side of the drawing, in pixels")
     parser.add_argument("--json", action="store_true", help="print the overlay as JSON")
-    for name, field in SkipConfig.model_fields.items():
-        parser.add_argument(f"--{name}", type=_value, metavar="VALUE", help=field.description)
+    for field in fields_of(SkipConfig):
+        parser.add_argument(f"--{field.name}", type=_value, metavar="VALUE", help=_help(field))
+
+
+def _help(field: Field) -> str:
+    """Return a field's description with its choices, if it takes names."""
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    text = f"{field.description}: {', '.join(choices)}" if choices else field.description
+    return text.replace("%", "%%")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ def matching(method, retained_count, skipped_count, seed=0):
     retained = (torch.rand(valid.shape, generator=generator).argsort(dim=1) < retained_count) & valid
     skipped = torch.tensor([skipped_count] * len(SIZES)).minimum((valid & ~retained).sum(dim=1))
     tokens = VisualTokens(features, valid)
-    return features, valid, retained, assign(tokens, retained, skipped, MERGES[method])
+    return features, valid, retained, assign(tokens, retained, MERGES[method].ends(tokens, retained, skipped))
 
 
 @pytest.mark.parametrize("skipped", [1, 3, 8, 16])

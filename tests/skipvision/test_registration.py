@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ from pipelines.finetune.config import FinetuneConfig
 from pipelines.shared.config import load_config
 from serve.chat.schemas import ChatRequest
 from skipvision import registry
+from skipvision.__main__ import main
 from skipvision.merge import MERGES, into_nothing
 from skipvision.select import CRITERIA, by_norm
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
+from tests.skipvision.methods import scoped
 
 MODULE = "methods_from_outside"
 SOURCE = '''
@@ -191,9 +194,13 @@ def test_a_module_that_cannot_be_imported(monkeypatch, forgotten):
 @pytest.mark.parametrize(
     ("field", "value", "names"),
     [
-        ("select", "simlarity", "'similarity', 'ffn_ratio', .* or 'vision_attention'; did you mean 'simi"),
+        (
+            "select",
+            "simlarity",
+            "'similarity', 'ffn_ratio', .* or 'vision_attention'; did you mean 'simi.* SKIPVISION_METHODS",
+        ),
         ("merge", "pol", "'similarity', 'pool', 'drop', 'tome' or 'grid'; did you mean 'pool'"),
-        ("merge", 3, "'similarity', 'pool', 'drop', 'tome' or 'grid'$"),
+        ("merge", 3, r"'similarity', 'pool', 'drop', 'tome' or 'grid' \(methods of other packages need SKIP"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_known_ones(field, value, names):
@@ -222,3 +229,101 @@ def test_names_are_taken_once():
 def test_a_criterion_that_contradicts_itself(wrong):
     with pytest.raises(sv.ConfigError, match=r"criterion 'new' has reads="):
         sv.register_criterion("new", by_norm, **wrong)
+
+
+# --------------------------------------------------------------------------------------- conflicts
+
+
+def run_python(tmp_path, source, *command, **env):
+    (tmp_path / "mymod.py").write_text(source)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}", **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+MINE = """
+import skipvision as sv
+
+def score(tokens, counts, seed):
+    return tokens.redundancy
+
+sv.register_criterion("mine", score)
+sv.register_criterion("lambda", lambda tokens, counts, seed: tokens.redundancy)
+if __name__ == "__main__":
+    from skipvision.select import CRITERIA
+    print(len(list(CRITERIA)))  # imports the modules of the environment
+    print(CRITERIA["mine"].name, CRITERIA["lambda"].name)
+"""
+
+
+@pytest.mark.parametrize("command", [["mymod.py"], ["-m", "mymod"]])
+def test_a_script_may_register_its_methods_and_be_named_in_the_environment(command, tmp_path):
+    done = run_python(tmp_path, MINE, *command, SKIPVISION_METHODS="mymod")
+    assert done.stdout.splitlines()[1:] == ["mine lambda"], done.stderr
+
+
+def test_a_conflict_in_a_module_is_not_reported_as_a_failed_import(tmp_path):
+    taken = "import skipvision as sv\nsv.register_criterion('norm', lambda *given: None)\n"
+    done = run_python(tmp_path, taken, "-m", "skipvision", "overlay", "--help", SKIPVISION_METHODS="mymod")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "python -m skipvision: criterion 'norm' is registered already, by skipvision.select.by_norm: choose "
+        "another name for mymod.<lambda> in line 2"
+    )
+
+
+def test_a_second_lambda_does_not_replace_the_first():
+    first = sv.register_criterion("anonymous", lambda tokens, counts, seed: tokens.redundancy)
+    with (
+        scoped(first, CRITERIA),
+        pytest.raises(sv.ConfigError, match=r"by .*<lambda> in line \d+: choose another name for .*<lambda>"),
+    ):
+        sv.register_criterion("anonymous", lambda tokens, counts, seed: -tokens.redundancy)
+
+
+# ------------------------------------------------------------------------------------ documentation
+
+
+def test_the_documentation_lists_exactly_the_built_in_methods():
+    page = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
+    for field, methods in (("select", CRITERIA), ("merge", MERGES)):
+        table = page.split(f"| `{field}` |")[1].split("\n\n")[0]
+        cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+        listed = [name for cell in cells for name in re.findall("`(.+?)`", cell)]
+        built_in = [name for name in methods if registry.is_built_in(methods[name])]
+        assert sorted(listed) == sorted(built_in)
+
+
+def test_the_help_of_the_overlay_lists_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        main(["overlay", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for choices in (CRITERIA, MERGES, ["original", "contiguous"], ["raster", "grouped"]):
+        assert f": {', '.join(choices)}" in words
+
+
+# ------------------------------------------------------------------------------------ other processes
+
+
+def test_a_ray_task_finds_the_methods_that_its_environment_names(outside, local_ray):
+    import ray
+
+    @ray.remote(num_cpus=0.1)
+    def merging(config):
+        from skipvision import SkipConfig
+
+        config = SkipConfig(**config)
+        return config.criterion.function.__module__, config.merging.name
+
+    environment = {
+        "env_vars": {
+            registry.METHODS_VARIABLE: MODULE,
+            "PYTHONPATH": f"{Path(__file__).parents[2]}:{outside}",
+        }
+    }
+    task = merging.options(runtime_env=environment).remote(CONFIG)
+    assert ray.get(task, timeout=120) == (MODULE, "early")

@@ -16,6 +16,7 @@ from skipvision.errors import ConfigError, DataError
 from skipvision.select import CRITERIA
 
 SELECT = tuple(CRITERIA)
+ELSEWHERE = "(methods of other packages need SKIPVISION_METHODS; see docs/library.md)"
 
 
 class Training(BaseModel):
@@ -279,8 +280,8 @@ def test_a_word_in_place_of_a_section_may_be_a_misspelt_null():
             [
                 "skip.select = 'x': should be "
                 + ", ".join(f"'{name}'" for name in SELECT[:-1])
-                + f" or '{SELECT[-1]}'",
-                "skip.merge = 'y': should be 'similarity', 'pool', 'drop', 'tome' or 'grid'",
+                + f" or '{SELECT[-1]}' {ELSEWHERE}",
+                f"skip.merge = 'y': should be 'similarity', 'pool', 'drop', 'tome' or 'grid' {ELSEWHERE}",
                 "skip.zz = 1: no such field; did you mean skip.seed?",
             ],
         ),
