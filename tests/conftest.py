@@ -90,7 +90,13 @@ def local_ray() -> Iterator[None]:
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=200 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+        runtime_env={
+            "env_vars": {
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "SKIPVISION_METHODS": "tests.skipvision.further_methods",
+            }
+        },
         configure_logging=False,
     )
     yield

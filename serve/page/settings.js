@@ -30,11 +30,10 @@ export function show(card, keepEdits = false) {
   explain();
 }
 
-/** Offer names that the page does not have: methods that other packages have registered at the endpoint. */
+/** Offer the names that the endpoint takes, by field. */
 export function offer(methods) {
   for (const [name, values] of Object.entries(methods)) {
-    const known = new Set([...field(name).options].map((option) => option.value));
-    field(name).append(...values.filter((value) => !known.has(value)).map((value) => new Option(value)));
+    field(name).replaceChildren(...values.map((value) => new Option(value)));
   }
 }
 

@@ -58,13 +58,6 @@ def test_no_other_files_are_served(endpoint):
     assert (operations["/"], operations["/v1/overlay"]) == ({"get"}, {"post"})
 
 
-def test_the_page_offers_every_criterion_and_merge():
-    page = (FOLDER / "index.html").read_text()
-    for name, values in (("select", CRITERIA), ("merge", MERGES)):
-        offered = re.search(rf'<select id="{name}">(.*?)</select>', page, re.DOTALL)
-        assert tuple(re.findall("<option>(.*?)<", offered[1])) == tuple(values)
-
-
 def test_the_defaults_of_the_page_are_those_of_skipconfig():
     text = re.search(r"const DEFAULTS = '(.*)';", (FOLDER / "settings.js").read_text())[1]
     assert SkipConfig(**json.loads(text)["skip"]).model_dump_json() == SkipConfig().model_dump_json()
@@ -109,6 +102,18 @@ def test_the_overlay_has_the_counts_of_the_answer(endpoint, skip, fates):
     answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=60).json()
     visual = answer["usage"]["visual_tokens"]
     assert (visual["retained"], visual["skipped"]) == (fates["retained"], fates.get("skipped", 0))
+
+
+def test_a_request_may_name_a_criterion_that_only_the_environment_of_the_endpoint_names(endpoint):
+    """Ingress and engine import the module in `SKIPVISION_METHODS`; see `local_ray`."""
+    assert "earliest" not in CRITERIA
+    skip = {"retained": 4, "skipped": 6, "select": "earliest"}
+    body = {"model": "tiny", "messages": question(), "skip": skip, "max_tokens": 1}
+    answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    (found,) = overlay(endpoint, question(), model="tiny", skip=skip).json()["data"]
+    retained = [number for number, patch in enumerate(found["patches"]) if patch["fate"] == "retained"]
+    assert retained == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +247,19 @@ def test_an_answer_may_be_stopped(endpoint, driver, photo):
         return httpx.get(f"{endpoint.url}/healthz").json()["models"]["tiny"]["running"]
 
     eventually(lambda: not running())
+
+
+@in_browser
+def test_the_page_offers_every_method_that_the_endpoint_knows(endpoint, driver):
+    """Also those of other packages, of which this process knows nothing."""
+    page = Page(driver, f"{endpoint.url}/")
+    page.ready()
+    for name, methods, further in (("select", CRITERIA, ["earliest"]), ("merge", MERGES, [])):
+        offered = driver.execute_script(
+            f"return [...document.getElementById('{name}').options].map(o => o.value)"
+        )
+        assert offered == [*methods, *further]
+        assert page.find(f"#{name}").get_attribute("value") == "similarity"
 
 
 @in_browser
