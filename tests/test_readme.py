@@ -113,7 +113,7 @@ def test_the_index_lists_every_page():
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
 def test_the_code_uses_names_and_fields_that_exist(page):
     text = (ROOT / page).read_text()
-    registered = re.findall(r'sv.register_criterion\("(\w+)"', text)
+    registered = re.findall(r'sv\.register_(?:criterion|merge)\("(\w+)"', text)
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sv":

@@ -85,7 +85,8 @@ def test_every_command_is_known_here():
         ("--name mine",),
         ("--name mine", "--resume_with_changes"),
         ("finetune.py --help",),
-        ("ray job submit",),
+        ("ray job submit", "--name slower"),
+        ("ray job submit", "SKIPVISION_METHODS"),
         ("caption_demo.yaml",),
         ("caption_demo.yaml", "--name sampled"),
         ("caption.py --help",),
@@ -95,6 +96,7 @@ def test_every_command_is_known_here():
         ("calibrate.py",),
         ("promote.py",),
         ("skipvision overlay",),
+        ("skipvision overlay", "--select variance"),
         ("analyse.py",),
         ("mlflow ui",),
         ("serve run",),
@@ -126,6 +128,14 @@ def test_the_overlay_is_drawn(home):
     done = run(command("skipvision overlay"), home)
     assert "overlay.png: retained 64, skipped 64, merged 128" in done.stdout
     assert (home / "overlay.png").exists()
+
+
+def test_the_overlay_is_drawn_with_the_methods_of_the_librarys_page(home):
+    module = next(code for code in blocks("docs/library.md") if "register_merge" in code)
+    (home / "my_methods.py").write_text(module)
+    line = command("skipvision overlay", "--select variance")
+    done = run(line, home, PYTHONPATH=".", SKIPVISION_METHODS="my_methods")
+    assert "variance.png: retained 64, skipped 64, merged 0, dropped 128" in done.stdout
 
 
 @pytest.mark.slow
@@ -175,7 +185,7 @@ def test_fine_tuning_prints_its_progress_and_nothing_else(home):
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("local_ray")
 def test_the_job_can_be_submitted(home):
-    line = [word.replace("/shared/project", str(home)) for word in command("ray job submit")]
+    line = [word.replace("/shared/project", str(home)) for word in command("ray job submit", "--name slower")]
     with local_ray() as ray:
         # The upload follows no symbolic links, so it is the repository's own folder that is uploaded.
         done = run(
