@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 import skipvision as sv
 from benchmarks import _measure
 from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample, Spread
+from skipvision._compat import compile_counters, raise_recompile_limits
 from skipvision.anatomy.families import dissect
 from skipvision.kv_cache import cache_bytes
 
@@ -79,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("no CUDA device: add --device cpu --tiny to try the script without one")
     if options.compiled:
         # One graph for each layer, length and batch. Beyond its default limit dynamo falls back to eager.
-        torch._dynamo.config.recompile_limit = 1024
-        torch._dynamo.config.accumulated_recompile_limit = 4096
+        raise_recompile_limits(1024, accumulated=4096)
     begin = time.perf_counter()
     for batch in options.batch:
         gc.collect()  # free the last batch's model before the next one is built
@@ -198,6 +197,7 @@ def _decode(
 
 def _prepare(case: Callable[[], Sample], device: torch.device, compiled: bool) -> Record:
     """Warm up one case; returns peak memory and compile statistics, or the reason why it cannot run."""
+    counters = compile_counters()
     counters.clear()
     begin = time.perf_counter()
     try:
