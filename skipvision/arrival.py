@@ -1,4 +1,4 @@
-"""The outer model's call before its decoder runs: where images are, and what the criterion reads of them.
+"""Finds the images in a call of the outer model and reads what the criterion needs.
 
 What the decoder's hook must know travels with the call, as a keyword that the model passes on to its decoder.
 """

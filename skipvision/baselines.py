@@ -53,7 +53,7 @@ def at_cost(
     Args:
         model_config: the whole model's config.
         method: a name in `BASELINES`; or a SkipConfig, whose ``retained`` and ``skipped`` keep their ratio.
-        fraction: of the full-token prefill FLOPs after the vision tower, as `language_share`; 0 … 1.
+        fraction: share (0–1) of the full-token prefill FLOPs, without the vision tower; see `language_share`.
         images: images in the row.
         text_tokens: prompt tokens that are not visual.
         visual_tokens: as in `predict_cost`.

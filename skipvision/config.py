@@ -43,19 +43,23 @@ class SkipConfig(BaseModel):
         156,
         description="visual tokens per image that bypass the FFN, after merging: a count, or a fraction of N",
     )
-    select: Select = Field("similarity", description="criterion by which the retained tokens are chosen")
-    merge: MergeName = Field("similarity", description="how the rest becomes the skipped tokens")
+    select: Select = Field(
+        "similarity", description="criterion by which the retained tokens are chosen (docs/library.md)"
+    )
+    merge: MergeName = Field(
+        "similarity", description="how the rest becomes the skipped tokens (docs/library.md)"
+    )
     summary_tokens: Count = Field(
         1, le=1024, description="summary tokens K per group (retained, skipped); 0 = none"
     )
     skip_ffn: Switch = Field(True, description="skipped tokens bypass the feed-forward networks")
     skip_kv: Switch = Field(True, description="skipped tokens leave the KV cache after prefill")
     positions: Literal["original", "contiguous"] = Field(
-        "original", description="survivors keep their position ids, or are numbered without gaps"
+        "original", description="kept tokens keep their position ids, or are numbered without gaps"
     )
     layout: Literal["raster", "grouped"] = Field(
         "raster",
-        description="survivors in image order, then their summaries; or "
+        description="kept tokens in image order, then their summaries; or "
         "[retained][its summary][skipped][its summary]",
     )
     probe_layer: Count = Field(
@@ -175,7 +179,7 @@ def _as_config_error(model: type[BaseModel], values: object) -> Iterator[None]:
 
 
 def _resolve(amount: int | float, tokens: int) -> int:
-    """Return a count unchanged, a fraction as tokens: at least one unless it is zero."""
+    """Convert a fraction to a count (at least 1 if above 0). Counts are returned unchanged."""
     if isinstance(amount, int):
         return amount
     return max(1, int(amount * tokens + 0.5)) if amount > 0 else 0

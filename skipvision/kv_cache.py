@@ -70,12 +70,12 @@ class Entries(NamedTuple):
 
     Attributes:
         mask: (B, C + T) real entries of the cache before, then real tokens of the caller.
-        place: (B, C + T) their indices among the tokens that their row was fed.
+        token_index: (B, C + T) their indices among the tokens that their row was fed.
         shift, next_position: as in `CacheState`.
     """
 
     mask: torch.Tensor
-    place: torch.Tensor
+    token_index: torch.Tensor
     shift: torch.Tensor
     next_position: torch.Tensor
 
@@ -101,7 +101,7 @@ class CacheState:
         shift: (A, B) subtracted from later position ids, on each of the A axes that positions have in this
             family; zero for positions="original".
         next_position: (A, B) position id, shifted, of the next token after those.
-        place: (B, C) index of each entry among the tokens that its row was fed.
+        token_index: (B, C) index of each entry among the tokens that its row was fed.
         fed: (B,) tokens that each row had been fed.
     """
 
@@ -109,7 +109,7 @@ class CacheState:
     caller_length: int
     shift: torch.Tensor
     next_position: torch.Tensor
-    place: torch.Tensor
+    token_index: torch.Tensor
     fed: torch.Tensor
 
     @staticmethod
@@ -159,7 +159,7 @@ class CacheState:
             self.caller_length,
             self.shift[:, at],
             self.next_position[:, at],
-            self.place[at],
+            self.token_index[at],
             self.fed[at],
         )
 
@@ -179,10 +179,14 @@ class CacheState:
             )
         return torch.cat([self.mask, caller_mask[:, self.caller_length :].bool()], dim=1)
 
-    def extended_place(self, mask: torch.Tensor) -> torch.Tensor:
-        """(B, C + later) ``place`` of all entries, given the `extended_mask` over them."""
+    def extended_index(self, mask: torch.Tensor) -> torch.Tensor:
+        """(B, C + later) ``token_index`` of all entries.
+
+        Args:
+            mask: (B, C + later) as `extended_mask` returns it.
+        """
         later = mask[:, self.mask.shape[1] :].long().cumsum(dim=1) - 1
-        return torch.cat([self.place, self.fed[:, None] + later], dim=1)
+        return torch.cat([self.token_index, self.fed[:, None] + later], dim=1)
 
 
 def keep_everything(cache: Cache) -> None:

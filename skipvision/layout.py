@@ -82,7 +82,7 @@ _ELSEWHERE = -2
 
 
 def _stride(length: int, config: SkipConfig) -> int:
-    """Distance between the keys of two caller positions: room for an image's tokens and summaries."""
+    """Distance between the keys of two caller positions: large enough for an image's tokens and summaries."""
     return 4 * length + 2 * config.summary_tokens + 2
 
 
@@ -168,9 +168,9 @@ def _sorted_rows(elements: _Elements, attention_mask: torch.Tensor) -> tuple[_El
     length = int(kept.max())
     pads_right = not bool(attention_mask[:, -1].all())
     padding = torch.zeros_like(kept) if pads_right else length - kept
-    place = torch.arange(length, device=order.device) - padding[:, None]
-    used = (place >= 0) & (place < kept[:, None])
-    chosen = torch.take_along_dim(order, place.clamp(min=0), dim=1)
+    slot = torch.arange(length, device=order.device) - padding[:, None]
+    used = (slot >= 0) & (slot < kept[:, None])
+    chosen = torch.take_along_dim(order, slot.clamp(min=0), dim=1)
     rows = (
         torch.where(used, torch.take_along_dim(values, chosen, dim=1), padded)
         for values, padded in zip(elements, _PADDING, strict=True)

@@ -28,7 +28,7 @@ from transformers import (
 from skipvision.errors import ConfigError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-_DAMAGES = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError)
+_LOAD_ERRORS = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError)
 _INDEX = "model.safetensors.index.json"
 _CODE = "trust_remote_code"
 """Every refusal of transformers to run remote code names this argument."""
@@ -158,7 +158,7 @@ def _config_errors(path: str | Path) -> Iterator[None]:
             yield
     except ConfigError:
         raise
-    except _DAMAGES as error:
+    except _LOAD_ERRORS as error:
         raise ConfigError(f"{path}: {str(error).strip() or type(error).__name__}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: its files are nested too deeply") from error

@@ -1,4 +1,4 @@
-"""`TokenPlan`: which token takes which path, and where each caller position ends."""
+"""`TokenPlan`: which path each token takes, and which token each caller position is merged into."""
 
 from __future__ import annotations
 

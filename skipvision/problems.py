@@ -78,7 +78,7 @@ def leaf_errors(problems: Iterable[ErrorDetails]) -> Iterator[ErrorDetails]:
 def field_name(problem: ErrorDetails, tree: Any) -> str:
     """Return the dotted name of the value in ``tree`` that is wrong; "" for the whole tree.
 
-    Pydantic's location also names the union member that it tried; the name leaves it out.
+    Pydantic's location also contains the union member that it tried. The dotted name omits it.
     """
     parts = []
     location = problem["loc"]
@@ -100,7 +100,7 @@ def short(value: object) -> str:
 def _complaints(
     problem: ErrorDetails, name: str, subject: str, fields: Mapping[str, Field], advice: str
 ) -> list[tuple[str, str]]:
-    """Return each complaint with what it is about: ``subject``, which shows the value, or names alone."""
+    """Return pairs of a subject and a complaint. Some subjects are field names without their value."""
     value, kind = problem["input"], problem["type"]
     if kind == "missing":
         return [(required, "is required") for required in _required(name, fields)]

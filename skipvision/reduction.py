@@ -195,12 +195,12 @@ class Fed:
     Attributes:
         mask: (B, T) real tokens of this call.
         earlier: (B, C) real entries of the cache.
-        place: (B, C + T) index of each among all tokens that its row was ever fed.
+        token_index: (B, C + T) index of each among all tokens that its row was ever fed.
     """
 
     mask: torch.Tensor
     earlier: torch.Tensor
-    place: torch.Tensor
+    token_index: torch.Tensor
 
     @classmethod
     def of(cls, kwargs: dict[str, Any], callers_mask: torch.Tensor | None) -> Fed:
@@ -212,7 +212,9 @@ class Fed:
             callers_mask = torch.ones(shape, dtype=torch.bool, device=embeds.device)
         mask, earlier = callers_mask[:, cached:].bool(), callers_mask[:, :cached].bool()
         state, whole = CacheState.of(cache), torch.cat([earlier, mask], dim=1)
-        return cls(mask, earlier, masks.places(whole) if state is None else state.extended_place(whole))
+        return cls(
+            mask, earlier, masks.token_indices(whole) if state is None else state.extended_index(whole)
+        )
 
     @property
     def cached(self) -> int:
@@ -258,7 +260,7 @@ class _DecoderCall:
         """Keyword arguments of a call without images on a pruned cache: only the mask changes."""
         given, embeds = self.kwargs.get("attention_mask"), self.kwargs["inputs_embeds"]
         sight, fed = masks.Sight.of(self.decoder), self.fed
-        mask = masks.decode_mask(sight, given, fed.whole, fed.place, embeds.shape[1], embeds.dtype)
+        mask = masks.decode_mask(sight, given, fed.whole, fed.token_index, embeds.shape[1], embeds.dtype)
         return {**self.kwargs, "attention_mask": mask}
 
     def reduced(self, plan: TokenPlan, config: SkipConfig, cache: Any) -> dict[str, Any]:
@@ -286,7 +288,7 @@ class _DecoderCall:
             shift = positions.ends(callers, fed.mask) - positions.ends(reduced, plan.attention_mask)
             shift = torch.zeros_like(shift) if original else shift
             following = positions.ends(callers, torch.ones_like(fed.mask)) - shift
-            Entries(fed.whole, fed.place, shift, following).remember(cache)
+            Entries(fed.whole, fed.token_index, shift, following).remember(cache)
         return reduced
 
     def _mask(self, plan: TokenPlan, dtype: torch.dtype, config: SkipConfig) -> masks.Given:
@@ -295,9 +297,9 @@ class _DecoderCall:
             masks.Sight.of(self.decoder),
             plan,
             self.kwargs.get("attention_mask"),
-            fed.place[:, fed.cached :],
+            fed.token_index[:, fed.cached :],
             fed.earlier,
-            fed.place[:, : fed.cached],
+            fed.token_index[:, : fed.cached],
             dtype,
             self.decoded if config.skip_kv else None,
         )
@@ -329,18 +331,18 @@ def _deep_features(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:
 
 def _prune(cache: Any, plan: TokenPlan) -> None:
     """Compact the cache after prefill and leave a `CacheState` on it for later calls."""
-    mask, place, shift, following = Entries.of(cache)
+    mask, token_index, shift, following = Entries.of(cache)
     state = CacheState.of(cache)
     length = plan.merged_into.shape[1]
     before = mask.shape[1] - length
     keep = torch.cat([mask[:, :before], plan.cache_mask], dim=1)
-    reduced_place = torch.take_along_dim(place[:, before:], plan.position_source.clamp(min=0), dim=1)
+    reduced_index = torch.take_along_dim(token_index[:, before:], plan.position_source.clamp(min=0), dim=1)
     caller = before
     if state is not None:
         caller = state.caller_length + before - state.mask.shape[1]
         shift = shift + positions.of_axes(state.shift, len(shift))
-    fed = place.masked_fill(~mask, -1).amax(dim=1) + 1
+    fed = token_index.masked_fill(~mask, -1).amax(dim=1) + 1
     kept, index = compact(cache, keep)
-    entries = torch.cat([place[:, :before], reduced_place], dim=1)
-    places = torch.take_along_dim(entries, index, dim=1)
-    CacheState(kept, caller + length, shift, following, places, fed).remember(cache)
+    entries = torch.cat([token_index[:, :before], reduced_index], dim=1)
+    kept_index = torch.take_along_dim(entries, index, dim=1)
+    CacheState(kept, caller + length, shift, following, kept_index, fed).remember(cache)

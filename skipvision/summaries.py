@@ -36,15 +36,15 @@ class AdapterSummaries(ModulesToSaveWrapper):
         active: the active adapters, at most one.
 
     Attributes:
-        not_read: name of an adapter that PEFT should load without its summary layer, or None.
+        without_summary: name of an adapter that PEFT should load without its summary layer, or None.
     """
 
     configs: dict[str, Any]
-    not_read: str | None
+    without_summary: str | None
 
     def __init__(self, summary: SummaryLayer, configs: dict[str, Any], active: list[str]) -> None:
         super().__init__(summary, next(iter(configs)))  # type: ignore[no-untyped-call]
-        self.configs, self.not_read = configs, None
+        self.configs, self.without_summary = configs, None
         self._provide()
         self.set_adapter(active, inference_mode=any(configs[name].inference_mode for name in active))
 
@@ -60,20 +60,26 @@ class AdapterSummaries(ModulesToSaveWrapper):
                 self.configs[name].modules_to_save = [*noted, SUMMARY]
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
-        """Return as PEFT does, which calls this before it switches adapters and after it adds one."""
+        """Called by PEFT before it switches adapters; returns the same as PEFT's own wrapper.
+
+        PEFT also calls it after it adds an adapter, which then gets its summary layer here.
+        """
         self._provide()
         return super().check_set_adapter(adapter_name)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Map names of weights in a saved adapter to names here; PEFT calls this before it loads one."""
-        if adapter_name == self.not_read:
+        if adapter_name == self.without_summary:
             return {}
         return super().adapter_state_dict_load_map(adapter_name)  # type: ignore[no-untyped-call]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the layer that stays when PEFT unloads: the merged adapter's, or the base model's."""
+        """Return the summary layer that remains after PEFT unloads.
+
+        It is the layer of the merged adapter, or the base model's if nothing is merged.
+        """
         names = (adapter_names or self.active_adapters) if merge else []
         return self.modules_to_save[names[0]] if names else self.original_module
 

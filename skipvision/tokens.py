@@ -28,7 +28,7 @@ Flops = Callable[[int, Counts, int], int]
 
 
 def no_products(tokens: int, counts: Counts, width: int) -> int:
-    """Count no FLOPs: only matrix products count, not sums, norms and sorts."""
+    """Return 0: the method has no matrix products."""
     return 0
 
 

@@ -326,7 +326,7 @@ def _add_lora(model: PeftModel, folder: Path, is_trainable: bool, name: str) -> 
     summaries = getattr(dissect(model).decoder, SUMMARY, None)
     try:
         if isinstance(summaries, AdapterSummaries):
-            summaries.not_read = name
+            summaries.without_summary = name
         with _adapter_errors(folder):
             model.load_adapter(
                 str(folder.absolute()),
@@ -340,7 +340,7 @@ def _add_lora(model: PeftModel, folder: Path, is_trainable: bool, name: str) -> 
         raise
     finally:
         if isinstance(summaries, AdapterSummaries):
-            summaries.not_read = None
+            summaries.without_summary = None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from skipvision.anatomy.families import Layer, dissect
-from skipvision.anatomy.probe import hidden_of, silenced
+from skipvision.anatomy.probe import hidden_of, zero_output
 from skipvision.attach import attachment_of
 from skipvision.config import SkipConfig
 from skipvision.errors import InputError
@@ -104,7 +104,7 @@ def _measuring(layers: Iterable[Layer]) -> Iterator[list[torch.Tensor]]:
 
     def hook(mlp: nn.Module) -> Any:
         def measure(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            with silenced(mlp):
+            with zero_output(mlp):
                 without = hidden_of(layer.forward(*args, **kwargs)).float()
             length = without.norm(dim=-1).clamp(min=torch.finfo(without.dtype).tiny)
             found.append((hidden_of(output).float() - without).norm(dim=-1) / length)

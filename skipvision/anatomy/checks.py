@@ -193,7 +193,7 @@ def refuse_packed(call: dict[str, Any]) -> None:
 
 
 def _begins_again(given: torch.Tensor) -> bool:
-    """Return whether positions (…, B, T) fall, on all axes at once: within an image only some do."""
+    """Return whether positions (…, B, T) fall on all axes at once. Within an image only some axes fall."""
     falls = given.diff(dim=-1) < 0
     return bool((falls.all(dim=0) if given.ndim == 3 else falls).any())
 

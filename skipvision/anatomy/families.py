@@ -30,8 +30,9 @@ class Family:
         rows: an encoded entry holds all images of a row, each of ``image_seq_len`` visual tokens.
         base_view: the view of the whole image comes before ("first") or after ("last") the high-resolution
             crops among an image's visual tokens (select="views"); None = one view only.
-        whole_prompt: text around images depends on them, so a prompt cannot be prefilled in two parts: text
-            before an image attends to tokens after it, or marks after an image become features of it.
+        whole_prompt: text around images depends on them, so a prompt cannot be prefilled in two parts. In
+            some of these families, text before an image attends to tokens after it. In others, the tokens
+            that mark the end of an image are replaced by its features.
         patches: each visual token is a patch of the one square image that the tower sees, in raster order.
         one_by_one: inputs index into each other, so several prompts cannot share a batch.
         geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = unknown.
@@ -163,12 +164,12 @@ def dissect(model: nn.Module) -> Anatomy:
 
 def base_view(anatomy: Anatomy, images: Images, entries: list[int]) -> torch.Tensor:
     """(I, N) mask of the whole image's view; ``entries`` are the sizes that `encode` returned."""
-    place = torch.arange(images.valid.shape[1], device=images.valid.device)
+    number = torch.arange(images.valid.shape[1], device=images.valid.device)
     if anatomy.family.base_view == "first":
-        return images.valid & (place < anatomy.view_size)
+        return images.valid & (number < anatomy.view_size)
     # All tiles have one size, and the last is the whole image's thumbnail.
     sizes = images.valid.sum(dim=1, keepdim=True)
-    return images.valid & (place >= sizes - entries[-1])
+    return images.valid & (number >= sizes - entries[-1])
 
 
 def check_patches(anatomy: Anatomy, sizes: list[int]) -> None:

@@ -87,7 +87,7 @@ class Sight:
         return queries - keys < reach if kind == _SLIDING else queries // reach == keys // reach
 
 
-def places(mask: torch.Tensor) -> torch.Tensor:
+def token_indices(mask: torch.Tensor) -> torch.Tensor:
     """(B, T) index of each token among the real tokens of its row; meaningless at padding."""
     return mask.long().cumsum(dim=1) - 1
 
@@ -101,9 +101,9 @@ def prefill_mask(
     sight: Sight,
     plan: TokenPlan,
     given: Given,
-    caller_places: torch.Tensor,
+    caller_index: torch.Tensor,
     earlier: torch.Tensor,
-    earlier_places: torch.Tensor,
+    earlier_index: torch.Tensor,
     dtype: torch.dtype,
     decoded: torch.Tensor | None = None,
 ) -> Given:
@@ -113,10 +113,10 @@ def prefill_mask(
         sight: of the decoder.
         plan: the reduction.
         given: the decoder's mask for the caller's sequence.
-        caller_places: (B, T) `places` of the caller's tokens, counted from the first token of the row's
+        caller_index: (B, T) `token_indices` of the caller's tokens, counted from the first token of the row's
             cache.
         earlier: (B, C) real entries of the cache.
-        earlier_places: (B, C) their places.
+        earlier_index: (B, C) their indices among all tokens that their row was fed.
         dtype: of the hidden states.
         decoded: (B, T) generated tokens, which do not see tokens that leave the cache.
 
@@ -131,30 +131,30 @@ def prefill_mask(
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
     source = plan.position_source.clamp(min=0)
-    place = torch.take_along_dim(caller_places, source, dim=1)
+    token_index = torch.take_along_dim(caller_index, source, dim=1)
     order = torch.arange(source.shape[1], device=source.device)
     before = order[:, None] >= order
     seen = {}
     for kind in sight.kinds if sight.by_kind or isinstance(given, dict) else sight.kinds[:1]:
         mask = given.get(kind) if isinstance(given, dict) else given
         if mask is not None and mask.ndim == 4:
-            own = _reduced(mask[..., -caller_places.shape[1] :], source, before)
+            own = _reduced(mask[..., -caller_index.shape[1] :], source, before)
         else:
-            own = before & sight.within_reach(kind, place, place)
+            own = before & sight.within_reach(kind, token_index, token_index)
         own = own & plan.attention_mask[:, None, :]
         if decoded is not None:
             generated = torch.take_along_dim(decoded, plan.source.clamp(min=0), dim=1) & (plan.source >= 0)
             own = own & ~(generated[:, :, None] & ~plan.cache_mask[:, None, :])
-        old = sight.within_reach(kind, place, earlier_places) & earlier[:, None, :]
+        old = sight.within_reach(kind, token_index, earlier_index) & earlier[:, None, :]
         seen[kind] = torch.cat([old.expand(-1, own.shape[1], -1), own], dim=2)
     return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype)
 
 
 def _reduced(given: torch.Tensor, source: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """(B, L, L) pairs of reduced tokens that a mask (B, 1, T, T) over the caller's sequence allows.
+    """(B, L, L) which reduced tokens see each other, by a mask (B, 1, T, T) over the caller's sequence.
 
-    A token sees earlier tokens if the mask allows the pair in either order. It sees later tokens if the mask
-    lets both see each other, as within an image that is attended to both ways.
+    A token sees an earlier token if the mask allows this pair in either order. It sees a later token only if
+    the mask allows the pair in both orders, as within an image that is attended to both ways.
     """
     allowed = given if given.dtype == torch.bool else given == 0
     allowed = allowed[:, 0].expand(len(source), -1, -1)
@@ -169,7 +169,7 @@ def decode_mask(
     sight: Sight,
     given: Given,
     mask: torch.Tensor,
-    place: torch.Tensor,
+    token_index: torch.Tensor,
     new: int,
     dtype: torch.dtype,
 ) -> Given:
@@ -179,7 +179,7 @@ def decode_mask(
         sight: of the decoder.
         given: the decoder's mask for the caller's sequence.
         mask: (B, C + new) real entries of the cache, and of the new tokens.
-        place: (B, C + new) their indices in the caller's rows.
+        token_index: (B, C + new) their indices in the caller's rows.
         new: tokens of this call.
         dtype: of the hidden states.
     """
@@ -189,7 +189,9 @@ def decode_mask(
     order = torch.arange(entries, device=mask.device)
     before = order[entries - new :, None] >= order
     seen = {
-        kind: before & mask[:, None, :] & sight.within_reach(kind, place[:, entries - new :], place)
+        kind: before
+        & mask[:, None, :]
+        & sight.within_reach(kind, token_index[:, entries - new :], token_index)
         for kind in (sight.kinds if sight.by_kind or isinstance(given, dict) else sight.kinds[:1])
     }
     return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype)

@@ -63,7 +63,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SyntheticImage:
     """One image as the processor returns it.
 
     Attributes:
@@ -75,175 +75,181 @@ class Picture:
     segments: int = 1
 
 
-Recipe = Callable[[Request], Picture]
+Recipe = Callable[[Request], SyntheticImage]
 
 
-def one_size(request: Request) -> Picture:
+def one_size(request: Request) -> SyntheticImage:
     """Resize every image to the tower's size."""
-    return Picture({"pixel_values": request.pixels(1)})
+    return SyntheticImage({"pixel_values": request.pixels(1)})
 
 
-def tiles(request: Request) -> Picture:
+def tiles(request: Request) -> SyntheticImage:
     """Cut an image into tiles of the tower's size, and add a view of the whole image."""
     count = (1, 3, 5)[request.scale]
-    return Picture({"pixel_values": request.pixels(count)}, segments=count)
+    return SyntheticImage({"pixel_values": request.pixels(count)}, segments=count)
 
 
-def tiles_by_row(request: Request) -> Picture:
+def tiles_by_row(request: Request) -> SyntheticImage:
     """Like `tiles`, each with a pixel mask; batches are (row, tile, …)."""
-    picture = tiles(request)
-    mask = torch.ones_like(picture.inputs["pixel_values"][:, 0], dtype=torch.long)
-    return Picture({**picture.inputs, "pixel_attention_mask": mask}, picture.segments)
+    image = tiles(request)
+    mask = torch.ones_like(image.inputs["pixel_values"][:, 0], dtype=torch.long)
+    return SyntheticImage({**image.inputs, "pixel_attention_mask": mask}, image.segments)
 
 
-def flagged_tiles_by_row(request: Request) -> Picture:
+def flagged_tiles_by_row(request: Request) -> SyntheticImage:
     """Like `tiles`, each with a flag; batches are (row, tile, …)."""
-    picture = tiles(request)
-    flags = torch.ones(picture.segments, dtype=torch.bool)
-    return Picture({**picture.inputs, "pixel_attention_mask": flags}, picture.segments)
+    image = tiles(request)
+    flags = torch.ones(image.segments, dtype=torch.bool)
+    return SyntheticImage({**image.inputs, "pixel_attention_mask": flags}, image.segments)
 
 
-def any_resolution(request: Request) -> Picture:
+def any_resolution(request: Request) -> SyntheticImage:
     """The whole image and tiles of its best resolution, with its original size."""
     side = request.side
     size = ((side + 8, side), (side - 8, 2 * side), (2 * side, 2 * side))[request.scale]
     count = 1 + (2, 2, 4)[request.scale]
     pixels = request.pixels(count)[None]
-    return Picture({"pixel_values": pixels, "image_sizes": torch.tensor([size])})
+    return SyntheticImage({"pixel_values": pixels, "image_sizes": torch.tensor([size])})
 
 
-def any_resolution_when_alone(request: Request) -> Picture:
+def any_resolution_when_alone(request: Request) -> SyntheticImage:
     """Like `any_resolution`, but several images in one row are not cut into tiles."""
     inputs = any_resolution(request).inputs
     pixels = inputs["pixel_values"] if request.company == 1 else inputs["pixel_values"][:, :1]
-    return Picture({**inputs, "pixel_values": pixels, "batch_num_images": torch.tensor([request.company])})
+    return SyntheticImage(
+        {**inputs, "pixel_values": pixels, "batch_num_images": torch.tensor([request.company])}
+    )
 
 
-def native_size(request: Request) -> Picture:
+def native_size(request: Request) -> SyntheticImage:
     """Images keep their shape and are padded to the largest of the batch."""
     unit = _first(request.vision, "patch_size", default=8) * _first(request.config, "spatial_merge_size")
     rows, columns = _grid(request)
     size = (rows * unit, columns * unit)
     inputs = {"pixel_values": request.pixels(1, *size), "image_sizes": torch.tensor([size])}
-    return Picture(inputs, segments=rows)
+    return SyntheticImage(inputs, segments=rows)
 
 
-def patches(request: Request) -> Picture:
+def patches(request: Request) -> SyntheticImage:
     """Flattened patches of all images in one sequence, with each image's grid (t, h, w)."""
     vision, (rows, columns) = request.vision, _grid(request)
     merge = _first(vision, "spatial_merge_size", "merge_size", "merge_kernel_size")
     grid = torch.tensor([[1, rows * merge, columns * merge]])
     frames = _first(vision, "temporal_patch_size", "patch_temporal")
     width = frames * request.channels * vision.patch_size**2
-    return Picture({"pixel_values": request.draw(int(grid.prod()), width), "image_grid_thw": grid})
+    return SyntheticImage({"pixel_values": request.draw(int(grid.prod()), width), "image_grid_thw": grid})
 
 
-def square_patches(request: Request) -> Picture:
+def square_patches(request: Request) -> SyntheticImage:
     """Like `patches`, but each patch is (channels, height, width)."""
-    picture, side = patches(request), request.vision.patch_size
-    squares = picture.inputs["pixel_values"].unflatten(1, (-1, side, side))
-    return Picture({**picture.inputs, "pixel_values": squares})
+    image, side = patches(request), request.vision.patch_size
+    squares = image.inputs["pixel_values"].unflatten(1, (-1, side, side))
+    return SyntheticImage({**image.inputs, "pixel_values": squares})
 
 
-def patches_and_merge(request: Request) -> Picture:
+def patches_and_merge(request: Request) -> SyntheticImage:
     """Like `patches`, with the number of patches along a side that become one token."""
-    return Picture({**patches(request).inputs, "image_merge_sizes": torch.tensor([1])})
+    return SyntheticImage({**patches(request).inputs, "image_merge_sizes": torch.tensor([1])})
 
 
-def padded_patches(request: Request) -> Picture:
+def padded_patches(request: Request) -> SyntheticImage:
     """Flattened patches of each image, padded to the largest of the batch, with its (h, w)."""
     rows, columns = (side * request.config.downsample_factor for side in _grid(request))
     pixels = request.draw(1, rows * columns, request.channels * request.vision.patch_size**2)
     mask = torch.ones(1, rows * columns, dtype=torch.int32)
     shapes = torch.tensor([[rows, columns]])
-    return Picture({"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes})
+    return SyntheticImage({"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes})
 
 
-def patches_of_tokens(request: Request) -> Picture:
+def patches_of_tokens(request: Request) -> SyntheticImage:
     """One patch (height, width, channels) per token, with each image's grid (t, h, w)."""
     rows, columns = _grid(request)
     side = request.vision.patch_size * request.vision.spatial_merge_size
     pixels = request.draw(rows * columns, side, side, request.channels)
-    return Picture({"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])})
+    return SyntheticImage({"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])})
 
 
-def patches_alone(request: Request) -> Picture:
+def patches_alone(request: Request) -> SyntheticImage:
     """One patch (frames, height, width, channels) per token, without a grid."""
     rows, columns = _grid(request)
     side, frames = request.vision.patch_size, request.vision.temporal_patch_size
-    return Picture({"pixel_values": request.draw(rows * columns, frames, side, side, request.channels)})
+    return SyntheticImage(
+        {"pixel_values": request.draw(rows * columns, frames, side, side, request.channels)}
+    )
 
 
-def positioned_patches(request: Request) -> Picture:
+def positioned_patches(request: Request) -> SyntheticImage:
     """Flattened patches of each image, padded to the largest of the batch, with each patch's (x, y)."""
     pool = _first(request.vision, "pooling_kernel_size")
     rows, columns = (side * pool for side in _grid(request))
     pixels = request.draw(1, rows * columns, request.channels * request.vision.patch_size**2)
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
-    return Picture({"pixel_values": pixels, "image_position_ids": places[None]})
+    positions = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+    return SyntheticImage({"pixel_values": pixels, "image_position_ids": positions[None]})
 
 
-def positioned_tokens(request: Request) -> Picture:
+def positioned_tokens(request: Request) -> SyntheticImage:
     """Like `positioned_patches`, with the patches of a token joined into one."""
     rows, columns = _grid(request)
     side = request.vision.patch_size * request.vision.pooling_kernel_size
     pixels = request.draw(1, rows * columns, request.channels * side**2)
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
-    return Picture({"pixel_values": pixels, "image_position_ids": places[None]})
+    positions = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+    return SyntheticImage({"pixel_values": pixels, "image_position_ids": positions[None]})
 
 
-def patches_in_rows(request: Request) -> Picture:
+def patches_in_rows(request: Request) -> SyntheticImage:
     """Flattened patches of all images in one sequence; the prompt marks their rows."""
     rows, columns = _grid(request)
     pixels = request.draw(rows * columns, request.channels * request.vision.patch_size**2)
-    return Picture({"pixel_values": pixels}, segments=rows)
+    return SyntheticImage({"pixel_values": pixels}, segments=rows)
 
 
-def strip(request: Request) -> Picture:
+def strip(request: Request) -> SyntheticImage:
     """Adjacent patches in one strip for the whole batch, with each image's (h, w)."""
     rows, columns = (4 * side for side in _grid(request))
     side = request.vision.patch_size
     pixels = request.draw(rows * columns * side, request.channels, side)
-    return Picture(
+    return SyntheticImage(
         {"pixel_values": pixels, "target_sizes": torch.tensor([[rows, columns]], dtype=torch.int32)}
     )
 
 
-def patches_with_height_and_width(request: Request) -> Picture:
+def patches_with_height_and_width(request: Request) -> SyntheticImage:
     """Flattened patches of all images in one sequence, with each image's grid (h, w)."""
     rows, columns = (2 * side for side in _grid(request))
     pixels = request.draw(rows * columns, request.channels * request.vision.patch_size**2)
-    return Picture({"pixel_values": pixels, "image_grid_hw": torch.tensor([[rows, columns]])})
+    return SyntheticImage({"pixel_values": pixels, "image_grid_hw": torch.tensor([[rows, columns]])})
 
 
-def one_size_and_mask(request: Request) -> Picture:
+def one_size_and_mask(request: Request) -> SyntheticImage:
     """Every image at the tower's size, with a pixel mask."""
     pixels = request.pixels(1)
-    return Picture({"pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0]).bool()})
+    return SyntheticImage({"pixel_values": pixels, "pixel_mask": torch.ones_like(pixels[:, 0]).bool()})
 
 
-def one_size_by_row(request: Request) -> Picture:
+def one_size_by_row(request: Request) -> SyntheticImage:
     """Every image at the tower's size with a pixel mask; batches are (row, image, …)."""
     pixels = request.pixels(1)
-    return Picture({"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, 0]).long()})
+    return SyntheticImage(
+        {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, 0]).long()}
+    )
 
 
-def one_size_and_question(request: Request) -> Picture:
+def one_size_and_question(request: Request) -> SyntheticImage:
     """Every image at the tower's size, with a question about it."""
     question = torch.arange(1, 5)[None]
     inputs = {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
-    return Picture({**one_size(request).inputs, **inputs})
+    return SyntheticImage({**one_size(request).inputs, **inputs})
 
 
-def pooled_patches(request: Request) -> Picture:
+def pooled_patches(request: Request) -> SyntheticImage:
     """Flattened patches of the whole image and of its tiles, and the four that each token pools."""
     side = request.side // request.vision.patch_size
     count = 1 + (1, 2, 4)[request.scale]
     pixels = request.draw(count, side**2, request.channels * request.vision.patch_size**2)
-    places = torch.arange(count * side**2).view(count, side // 2, 2, side // 2, 2)
-    pooling = places.transpose(2, 3).reshape(-1, 4)
+    positions = torch.arange(count * side**2).view(count, side // 2, 2, side // 2, 2)
+    pooling = positions.transpose(2, 3).reshape(-1, 4)
     rows, columns = side // 2, (count - 1) * side // 2
-    return Picture(
+    return SyntheticImage(
         {
             "pixel_values": pixels,
             "image_token_pooling": pooling,
@@ -253,11 +259,11 @@ def pooled_patches(request: Request) -> Picture:
     )
 
 
-def two_resolutions(request: Request) -> Picture:
+def two_resolutions(request: Request) -> SyntheticImage:
     """Each image twice, for a low-resolution and a high-resolution tower."""
     side = request.config.high_res_vision_config.image_size
     high = request.pixels(1, side, side)
-    return Picture({**one_size(request).inputs, "high_res_pixel_values": high})
+    return SyntheticImage({**one_size(request).inputs, "high_res_pixel_values": high})
 
 
 def _first(config: Any, *names: str, default: int = 1) -> int:
@@ -335,13 +341,13 @@ FILLERS = {"image_position_ids": -1}
 """Padding values of smaller images, where they are not 0."""
 
 
-def collate(model_type: str, rows: Sequence[Sequence[Picture]]) -> dict[str, torch.Tensor]:
+def collate(model_type: str, rows: Sequence[Sequence[SyntheticImage]]) -> dict[str, torch.Tensor]:
     """Return the vision inputs of a batch: those of its images concatenated, smaller ones padded."""
-    first = next((picture for row in rows for picture in row), None)
+    first = next((image for row in rows for image in row), None)
     if first is None:
         return {}
     none = {name: value[:0] for name, value in first.inputs.items()}
-    grouped = [_concatenate([none, *(picture.inputs for picture in row)]) for row in rows]
+    grouped = [_concatenate([none, *(image.inputs for image in row)]) for row in rows]
     for row in grouped:
         row.update({name: row[name][:1] for name in ONCE_A_ROW & row.keys()})
     if model_type in BY_ROW:

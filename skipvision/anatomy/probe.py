@@ -86,7 +86,7 @@ def ffn_ratio(run: EarlyRun) -> torch.Tensor:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with _random_state_kept(module):
             seen.append(hidden_of(module.forward(*args, **kwargs)))
-        with silenced(run.layer.mlp):
+        with zero_output(run.layer.mlp):
             seen.append(hidden_of(module.forward(*args, **kwargs)))
 
     run.up_to(run.layer.whole, note)
@@ -136,8 +136,11 @@ def _random_state_kept(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def silenced(mlp: nn.Module) -> Iterator[None]:
-    """Make a feed-forward network add nothing: only the first token of each row enters it."""
+def zero_output(mlp: nn.Module) -> Iterator[None]:
+    """Make a feed-forward network return zeros in the ``with`` block.
+
+    To save work, it runs on the first token of each row only.
+    """
     shapes: list[torch.Size] = []
 
     def shorten(mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

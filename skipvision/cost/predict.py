@@ -105,7 +105,7 @@ def predict_cost(
     if visual_tokens is not None:
         _check_counts(visual_tokens=visual_tokens)
     design = Design.of(model_config)
-    encoding, sizes = unit_costs.pictures(design, images, visual_tokens)
+    encoding, sizes = unit_costs.images(design, images, visual_tokens)
     if visual_tokens is not None and images:
         encoding = encoding * images * visual_tokens // sum(sizes)
         sizes = images * _resized(sizes[: len(sizes) // images], visual_tokens)
@@ -202,9 +202,9 @@ def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int
     if criterion.probe is not None:
         flops += unit_costs.probing(design, criterion.probe, config.probe_layer, rank)(row.prompt + new)
     if criterion.reads == "tower":
-        pictures = len(row.sizes)
-        own = sum(unit_costs.pictures(design, pictures, None)[1])
-        flops += unit_costs.tower_attention(design, pictures) * sum(row.sizes) // own
+        images = len(row.sizes)
+        own = sum(unit_costs.images(design, images, None)[1])
+        flops += unit_costs.tower_attention(design, images) * sum(row.sizes) // own
     return flops
 
 

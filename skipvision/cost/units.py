@@ -223,7 +223,7 @@ def cache(design: Design) -> tuple[CacheLayer, ...]:
 
 
 @lru_cache(maxsize=64)
-def pictures(design: Design, count: int, tokens: int | None) -> tuple[int, tuple[int, ...]]:
+def images(design: Design, count: int, tokens: int | None) -> tuple[int, tuple[int, ...]]:
     """Measure the FLOPs of encoding a row's images together, and the visual tokens of each.
 
     A family that keeps the size of images gets images of ``tokens`` visual tokens; any other gets them as its

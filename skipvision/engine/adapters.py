@@ -107,7 +107,7 @@ class Adapters:
         self._configs[name] = config
 
     def remove(self, name: str) -> None:
-        """Unload an adapter. If the model came without PEFT, the last removal takes PEFT off again."""
+        """Unload an adapter. If the model came without PEFT, removing the last one also removes PEFT."""
         if self.names == [BASE, name] and self._peft is not self._model:
             self.clear()
         elif self._peft is not None:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from skipvision._compat import generation_position_ids
-from skipvision.anatomy.masks import places
+from skipvision.anatomy.masks import token_indices
 from skipvision.anatomy.positions import ends
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
@@ -160,10 +160,10 @@ class Prefiller:
         axes = positions.reshape(-1, *mask.shape)
         if state is None or plan is None:
             return Prefilled(
-                _layers(cache), real, real, places(real), real.sum(dim=1), ends(positions, real), logits,
-                [Visual(total, total, 0, total) for total in visual], axes,
+                _layers(cache), real, real, token_indices(real), real.sum(dim=1), ends(positions, real),
+                logits, [Visual(total, total, 0, total) for total in visual], axes,
             )  # fmt: skip
-        roles = torch.full_like(state.place, TokenRole.PADDING)
+        roles = torch.full_like(state.token_index, TokenRole.PADDING)
         roles[state.mask] = plan.roles[plan.attention_mask].long()
         stay = state.mask & (roles != TokenRole.SKIPPED) if config.skip_kv else state.mask
         counts = torch.stack(
@@ -172,7 +172,7 @@ class Prefiller:
             dim=1,
         ).tolist()
         return Prefilled(
-            _layers(cache), state.mask, stay, state.place, state.fed, state.next_position, logits,
+            _layers(cache), state.mask, stay, state.token_index, state.fed, state.next_position, logits,
             [Visual(total, *row) for total, row in zip(visual, counts, strict=True)],
             axes - state.shift[..., None],
         )  # fmt: skip
@@ -195,7 +195,7 @@ class Prefiller:
             caller_length=held.shape[1],
             shift=torch.zeros_like(next_position),
             next_position=next_position,
-            place=_padded_left([prefix.ordinal for prefix in prefixes]),
+            token_index=_padded_left([prefix.ordinal for prefix in prefixes]),
             fed=torch.tensor([prefix.fed for prefix in prefixes], device=mask.device),
         )
         state.remember(cache)
@@ -212,7 +212,7 @@ class Prefiller:
         stay = torch.cat([_padded_left([prefix.stay for prefix in prefixes]), mask], dim=1)
         new = mask.sum(dim=1)
         return Prefilled(
-            _layers(cache), real, stay, state.extended_place(real), state.fed + new, next_position + new,
+            _layers(cache), real, stay, state.extended_index(real), state.fed + new, next_position + new,
             output.logits[:, -1], [prefix.visual for prefix in prefixes],
         )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Admission: first come, first served, as long as all rows fit into the KV cache.
 
-All rows are as long as the longest running sequence may become, so a set of sequences takes its number times
-that length.
+All rows are as long as the longest running sequence may become, so n sequences need n × that length.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ class Scheduler:
             raise ResourceError(
                 f"this request may need {count} × {group.reserved} entries of the KV cache (prompt "
                 f"{group.entries}, answer {group.request.sampling.max_new_tokens}), but kv_budget_bytes "
-                f"pays for {self.capacity} in all: lower max_new_tokens or n, skip more, or raise the budget"
+                f"holds {self.capacity} in all: lower max_new_tokens or n, retain fewer tokens, or raise "
+                "the budget"
             )
 
     def submit(self, group: SequenceGroup) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from skipvision._compat import modules_kept_in_float32
-from skipvision.anatomy.pictures import ONE_A_ROW, SCALES, Picture, Request, collate, recipe_of
+from skipvision.anatomy.pictures import ONE_A_ROW, SCALES, Request, SyntheticImage, collate, recipe_of
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.loading import build_model
 from skipvision.testing.configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRST_WORD, PAD, tiny_config
@@ -173,7 +173,7 @@ def _random(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(sum(number * 1009**power for power, number in enumerate(numbers)))
 
 
-def _images(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> list[Picture]:
+def _images(model: PreTrainedModel, row: Row, seeds: tuple[int, int]) -> list[SyntheticImage]:
     """Build the images of one row."""
     family = model.config.model_type
     scales = [_scale(part) for part in row if isinstance(part, str)]
@@ -192,7 +192,9 @@ def _scale(part: str) -> int:
     return SCALES[part]
 
 
-def _line(model: PreTrainedModel, row: Row, images: Sequence[Picture], words: torch.Generator) -> list[int]:
+def _line(
+    model: PreTrainedModel, row: Row, images: Sequence[SyntheticImage], words: torch.Generator
+) -> list[int]:
     """Return the token ids of one row."""
     line: list[int] = []
     following = iter(images)
@@ -205,7 +207,7 @@ def _line(model: PreTrainedModel, row: Row, images: Sequence[Picture], words: to
     return line
 
 
-def _framed(model: PreTrainedModel, image: Picture) -> list[int]:
+def _framed(model: PreTrainedModel, image: SyntheticImage) -> list[int]:
     """Return an image's placeholders with the marks around them."""
     frame = frame_of(model.config)
     marks = {name: FIRST_MARK + index for index, name in enumerate(frame.names)}
@@ -220,7 +222,7 @@ def _framed(model: PreTrainedModel, image: Picture) -> list[int]:
 
 
 @torch.no_grad()
-def _tokens(model: PreTrainedModel, image: Picture) -> int:
+def _tokens(model: PreTrainedModel, image: SyntheticImage) -> int:
     """Count the visual tokens of an image: the features that the model computes for it."""
     vision = collate(model.config.model_type, [[image]])
     on_device = {name: value.to(model.device) for name, value in vision.items()}

@@ -217,7 +217,7 @@ def test_the_largest_valid_numbers_are_answered(engine, name):
 def test_a_request_that_can_never_run_is_rejected_at_once():
     budget = 64 * 3 * 2 * 2 * 8 * 8
     with Engine(words(), None, CONFIGS["counts"], max_sequences=4, kv_budget_bytes=budget) as engine:
-        with pytest.raises(ResourceError, match=r"1 × 112 entries .*pays for 64 in all"):
+        with pytest.raises(ResourceError, match=r"1 × 112 entries .*holds 64 in all"):
             engine.submit(request(0, tokens=100))
         with pytest.raises(ResourceError, match=r"n=5 answers exceed max_sequences=4"):
             engine.submit(request(0, sampling=Sampling(n=5, max_new_tokens=1)))
