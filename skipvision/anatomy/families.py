@@ -31,8 +31,8 @@ class Family:
         base_view: the view of the whole image comes before ("first") or after ("last") the high-resolution
             crops among an image's visual tokens (select="views"); None = one view only.
         whole_prompt: text around images depends on them, so a prompt cannot be prefilled in two parts. In
-            some of these families, text before an image attends to tokens after it. In others, the tokens
-            that mark the end of an image are replaced by its features.
+            some of these families, text before an image attends to tokens after it. In others, marker
+            tokens after an image are replaced by its features.
         patches: each visual token is a patch of the one square image that the tower sees, in raster order.
         one_by_one: inputs index into each other, so several prompts cannot share a batch.
         geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = unknown.
