@@ -16,7 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from pipelines.engines.loading import check_known
 from pipelines.shared.paths import input_path, model_path, output_path
-from pipelines.tracking.client import TrackingError, sqlite_file
+from pipelines.tracking.client import TrackingError, sqlite_file, sqlite_uri
 from pipelines.tracking.registry import exact_model, is_registered
 from serve.config import ModelSection, ServeConfig, serve_config
 from serve.ingress.dispatch import GRACE_SECONDS
@@ -144,7 +144,7 @@ def _resolved(config: ServeConfig) -> ServeConfig:
 
 def _absolute_registry(uri: str) -> str:
     file = sqlite_file(uri)
-    return uri if file is None else f"sqlite:///{output_path(file, 'tracking_uri')}"
+    return uri if file is None else sqlite_uri(output_path(file, "tracking_uri"))
 
 
 def _check_registered(registry: str, sources: Iterable[str]) -> None:

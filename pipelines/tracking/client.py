@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote
 
 from pipelines.shared.proxies import bypass_proxies_on_loopback
 from skipvision.errors import ConfigError, SkipVisionError
@@ -56,7 +58,12 @@ def configure_mlflow() -> None:
 
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of a sqlite store, relative if the URI is relative; None for other stores."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    return Path(unquote(uri.removeprefix("sqlite:///"))) if uri.startswith("sqlite:///") else None
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the URI of a sqlite store, in which ``?`` and what looks like a percent escape are escaped."""
+    return "sqlite:///" + re.sub(r"\?|%(?=[0-9A-Fa-f]{2})", lambda found: f"%{ord(found[0]):02X}", str(file))
 
 
 def unless_exists(create: Callable[[], object]) -> None:

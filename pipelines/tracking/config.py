@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.shared.sections import JobConfig
-from pipelines.tracking.client import sqlite_file
+from pipelines.tracking.client import sqlite_file, sqlite_uri
 from pipelines.tracking.names import AliasName, ExperimentName, ModelName
 
 
@@ -25,9 +25,9 @@ class TrackingConfig(BaseModel):
     def absolute_uri(self, storage: Path) -> str:
         """Return the URI to connect to; a relative sqlite file starts at ``storage``."""
         if self.uri is None:
-            return f"sqlite:///{storage / 'mlflow.db'}"
+            return sqlite_uri(storage / "mlflow.db")
         file = sqlite_file(self.uri)
-        return self.uri if file is None else f"sqlite:///{storage / file}"
+        return self.uri if file is None else sqlite_uri(storage / file)
 
 
 class TrainingTrackingConfig(TrackingConfig):
