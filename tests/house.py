@@ -44,6 +44,8 @@ WORDS = {
     "goes on": r"\bgoes on\b|\bgo on\b|\bgoing on\b",
     "lies in": r"\blies in\b|\blie in\b",
     "as it is": r"(?<!soon )\bas it is\b|\bas they are\b",
+    "asks": r"(?<!question )\basks\b|\b(?:engine|job|replica|ingress|proxy|server|client|page) ask\b",
+    "picture": r"(?<!anatomy/)\bpictures?\b(?!\.(?:py|png)|\"\]|\?|\": )",
     "what is wrong": r"\bwhat is wrong\b",
 }
 """Words that make readers stumble, with the pattern that finds each."""

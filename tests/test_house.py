@@ -23,6 +23,12 @@ SHORT_DOCSTRINGS: dict[str, str] = {}
 """Docstrings of four words or fewer that say enough: ``path::name`` and why."""
 WORDS_THAT_FIT: dict[str, str] = {
     "tests/test_house.py": "it names the words",
+    "skipvision/": "its words are being revised",
+    "What is in the picture?": "a question of the data set",
+    "form that the question asks for": "people ask questions",
+    "s3://pictures": "a name of a user's folder",
+    '… "picture" …': "a key of result files",
+    "which asks the engine a number": "a label in generated tables",
     "behind: Skip-Vision minus this point": "a key of the trade-off's result file",
 }
 """Uses of words to avoid that are right: a part of the line that `House.words` reports, and why."""

@@ -1,5 +1,7 @@
 """Both wheels, installed outside the repository into an environment that has nothing else of this project."""
 
+import ast
+import email
 import json
 import os
 import shutil
@@ -9,12 +11,25 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("skipvision", "pipelines", "serve", "apps", "pyproject.toml", "README.md", "LICENSE")
+MAY_BE_ABSENT = {"lmms_eval"}
+"""Optional imports, of files that only another program loads."""
+BROUGHT_BY = {
+    "pydantic_core": "pydantic",
+    "tokenizers": "transformers",
+    "huggingface_hub": "transformers",
+    "starlette": "fastapi",
+    "yarl": "aiohttp",
+}
+"""Imports whose distribution is required by one that we require, and whose versions that one chooses."""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +110,53 @@ def test_the_applications_need_the_library_of_their_version():
         assert applications[name] == library[name]
     assert applications["dependencies"] == [f"skipvision[apps]=={library['version']}"]
     assert "apps" in library["optional-dependencies"]
+
+
+def imported(package):
+    """The top-level packages of others that the files of one of our packages import."""
+    ours = {"skipvision", "pipelines", "serve"}
+    names = set()
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    return names - ours - set(sys.stdlib_module_names)
+
+
+def required(wheel, *extras):
+    """The distributions that a wheel requires, without extras and with these."""
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    return {
+        canonicalize_name(one.name)
+        for one in requirements
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+    }
+
+
+@pytest.mark.parametrize("package", ["skipvision", "pipelines", "serve"])
+def test_the_wheels_require_what_their_packages_import(wheels, package):
+    """The environment of `node` has all dependencies of the tests, so it would not miss one."""
+    extras = () if package == "skipvision" else ("apps", "tracing")
+    distributions = packages_distributions()
+    known = required(wheels["skipvision"], *extras)
+    missing = {
+        name
+        for name in imported(package) - MAY_BE_ABSENT - BROUGHT_BY.keys()
+        if not {canonicalize_name(one) for one in distributions.get(name, [name])} & known
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", sorted(BROUGHT_BY))
+def test_a_required_distribution_brings_what_it_is_relied_on_for(wheels, name):
+    carrier = BROUGHT_BY[name]
+    assert carrier in required(wheels["skipvision"], "apps")
+    brought = {canonicalize_name(Requirement(line).name) for line in requires(carrier)}
+    assert canonicalize_name(name) in brought
 
 
 def test_a_proxy_finds_its_middleware_on_a_node(node):

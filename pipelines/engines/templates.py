@@ -91,7 +91,7 @@ class TemplateProcess:
         )
 
     def close(self) -> None:
-        """End the process."""
+        """End the process that renders templates."""
         if self._end is not None:
             self._end()
         self._process = None

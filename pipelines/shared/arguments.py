@@ -3,7 +3,7 @@
 ============================  ======================================================================
 field                         argument
 ============================  ======================================================================
-text, path                    literal: ``a #b``, ``007``, ``yes``, ``[x]``, ``a: b`` stay as they are
+text, path                    literal: ``a #b``, ``007``, ``yes``, ``[x]``, ``a: b`` are unchanged
 optional text                 also literal, except that ``null`` is null
 integer, number               decimal digits (``010`` is ten), ``1e3``, ``0x10``, ``.inf``, ``.nan``
 switch                        true, false, yes, no, on, off

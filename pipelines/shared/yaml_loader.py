@@ -9,7 +9,7 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """Reads a YAML file."""
+    """Reads a YAML file without running code from it."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -38,7 +38,7 @@ class ArgumentLoader(Loader):
 
 
 def describe(error: yaml.YAMLError) -> str:
-    """Return what is wrong with the YAML, with line and column if they are known."""
+    """Return the problem of the YAML, with line and column if they are known."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
     mark, context = error.problem_mark, f" {error.context}" if error.context else ""
