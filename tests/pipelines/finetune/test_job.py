@@ -357,10 +357,10 @@ def test_rows_that_become_unusable_are_skipped_listed_and_counted(settings, dama
     result = run_finetune(changed(settings, name="damaged", data=damaged, scaling={"workers": 2}))
     folder = Path(settings["storage"]) / "damaged"
     rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
-    assert sorted((Path(r["source"]).name, r["key"], r["kind"]) for r in rejects) == [
-        ("train_damaged.json", "train-000003", "missing image"),
-        ("train_damaged.json", "train-000005", "unreadable image"),
-        ("validation_damaged.json", "validation-000000-caption", "unreadable image"),
+    assert sorted((Path(r["source"]).name, r["key"], r["kind"], r["data_sets"]) for r in rejects) == [
+        ("train_damaged.json: row 4", "train-000003", "missing image", ["train"]),
+        ("train_damaged.json: row 6", "train-000005", "unreadable image", ["train"]),
+        ("validation_damaged.json: row 1", "validation-000000-caption", "unreadable image", ["validation"]),
     ]
     assert result["rejected_rows"] == 3
     assert result["steps"] == STEPS
