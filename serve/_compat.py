@@ -71,7 +71,7 @@ def stop_serve(seconds: float = 30.0) -> None:
     """
     with contextlib.suppress(ValueError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
-        call = controller.graceful_shutdown.options(max_task_retries=0)
+        call: Any = controller.graceful_shutdown.options(max_task_retries=0)
         ray.get(call.remote(), timeout=seconds)
 
 

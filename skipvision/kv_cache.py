@@ -136,9 +136,9 @@ class CacheState:
 
     def _cropped(self, lost: int) -> CacheState:
         """Return the state without its last entries, as `generate` drops the tokens of a wrong draft."""
-        place, fed = self.place[:, -lost:], self.fed[:, None]
+        index, fed = self.token_index[:, -lost:], self.fed[:, None]
         text = fed - lost + torch.arange(lost, device=fed.device)
-        if lost >= self.mask.shape[1] or not bool((place == text).all()):
+        if lost >= self.mask.shape[1] or not bool((index == text).all()):
             raise InputError(
                 f"a pruned cache was cropped by {lost} entries, into its images or padding: crop only the "
                 "text after the last image, or prefill the prompt again"
@@ -148,7 +148,7 @@ class CacheState:
             self.caller_length - lost,
             self.shift,
             self.next_position - lost,
-            self.place[:, :-lost],
+            self.token_index[:, :-lost],
             self.fed - lost,
         )
 

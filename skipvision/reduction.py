@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class Reduction:
         if not isinstance(kept, int) or kept < 2 or kwargs.get("past_key_values") is None:
             return 0
         drafted = isinstance(ids, torch.Tensor) and not torch.is_grad_enabled()
-        return kept - 1 if drafted and bool((ids == self._anatomy.image_token_id).any()) else 0
+        return kept - 1 if drafted and bool(cast(Any, ids == self._anatomy.image_token_id).any()) else 0
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check_summary(self, base: nn.Module) -> None:

@@ -57,12 +57,13 @@ def _render_lines(settings: dict[str, Any], answers: TextIO) -> None:
         signal.setitimer(signal.ITIMER_REAL, settings["seconds"])
         answer: dict[str, Any]
         try:
-            texts, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [json.loads(line)],
                 chat_template=settings["template"],
                 add_generation_prompt=True,
                 **settings["variables"],
             )
+            texts = rendered[0]
             answer = {"text": texts[0]} if len(texts[0]) <= _MAX_TEXT else {"error": _too_long(texts[0])}
         except MemoryError:
             answer = {"error": f"MemoryError: more than {_MAX_MEMORY:,} bytes"}

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -88,7 +88,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     learnt = targets != IGNORED
     given: dict[str, Any] = {}
     if sv.attachment_of(model) is not None:
-        given[sv.DECODED_KEYWORD] = _decoded(batch, model.config.image_token_id)
+        given[sv.DECODED_KEYWORD] = _decoded(batch, cast(Any, model).config.image_token_id)
     logits = model(**batch.inputs, **given, logits_to_keep=learnt, use_cache=False).logits
     return F.cross_entropy(logits.float(), targets[learnt], reduction="sum"), int(learnt.sum())
 

@@ -170,11 +170,12 @@ class Adapters:
     def _check_kind(self, folder: Path) -> None:
         """Raise `AdapterError` if the engine cannot run an adapter of this kind next to those it has."""
         try:
-            new = PeftConfig.from_pretrained(str(folder.absolute()))
+            new: Any = PeftConfig.from_pretrained(str(folder.absolute()))
         except (OSError, ValueError, KeyError, TypeError):
             return  # `load_adapter` explains what is damaged.
         reason = reason_to_refuse(new)
-        others = {kind.peft_type.value for kind in self._peft.peft_config.values()} if self._peft else set()
+        kinds: list[Any] = list(self._peft.peft_config.values()) if self._peft else []
+        others = {kind.peft_type.value for kind in kinds}
         if reason is None and others - {new.peft_type.value}:
             reason = (
                 f"it is of the kind {new.peft_type.value}, and PEFT loads no other kind next to the "

@@ -25,7 +25,7 @@ _QUANTISED = ("Linear8bitLt", "Linear4bit", "HqqLoraLinear")
 def reason_to_refuse(config: PeftConfig) -> str | None:
     """Return why the engine cannot run this kind of adapter, or None if it can."""
     settings: Any = config
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(settings.peft_type)
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
         return f"{kind} adds virtual tokens to the prompt: their places would not be those of the plan"

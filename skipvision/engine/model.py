@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -58,7 +58,9 @@ class ModelFacts:
             sight=Sight.of(anatomy.decoder),
             image_token_id=anatomy.image_token_id,
             # Some families have a placeholder that is no word.
-            vocabulary=max(len(base.get_input_embeddings().weight), anatomy.image_token_id + 1),
+            vocabulary=max(
+                int(cast(Any, base.get_input_embeddings()).weight.shape[0]), anatomy.image_token_id + 1
+            ),
             max_positions=getattr(anatomy.text_config, "max_position_embeddings", None),
             entry_bytes=values * next(anatomy.decoder.parameters()).element_size(),
             eos_token_ids=frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos),

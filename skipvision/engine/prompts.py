@@ -37,10 +37,12 @@ def prepare(processor: Any, request: Request, rendered: str | None = None) -> Re
     if request.inputs is not None:
         return request
     try:
-        text, special = request.prompt, {}
-        if not isinstance(text, str):
-            text = rendered
-            if text is None:
+        special: dict[str, bool] = {}
+        if isinstance(request.prompt, str):
+            text = request.prompt
+        else:
+            text = "" if rendered is None else rendered
+            if rendered is None:
                 messages = list(request.prompt)
                 text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
