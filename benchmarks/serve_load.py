@@ -141,7 +141,7 @@ async def overhead(options: argparse.Namespace, endpoint: Endpoint, session: aio
     inside = [sum(outcome.stages.values()) for outcome in through]
     parts["… HTTP: client, proxy, ingress"] = _differences(parts["endpoint"], inside)
     parts["for comparison: `GET /v1/models`, answered by the ingress"] = hops["/v1/models"]
-    parts["`GET /healthz`, which asks the engine a number"] = hops["/healthz"]
+    parts["`GET /healthz`, which queries the engine a number"] = hops["/healthz"]
     rows = [[name, *tail(values, 1.0, 1)] for name, values in parts.items()]
     return _measure.table(["one request at a time", "p50 ms", "p95 ms", "p99 ms"], rows)
 

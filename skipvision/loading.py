@@ -1,7 +1,7 @@
 """Load models, configs and processors of Hugging Face. No other file of the project does.
 
 A model folder may carry Python code (``auto_map`` in its JSON files), and pickled weights can run code, too.
-Without ``trust_remote_code=False`` transformers asks on standard input whether it may run a folder's code.
+Without ``trust_remote_code=False`` transformers prompts on standard input whether it may run a folder's code.
 These functions pass it, and read weights from safetensors only.
 """
 
