@@ -48,6 +48,6 @@ class Rendering:
             self.requests -= 1
 
     def close(self) -> None:
-        """End the process and the thread."""
+        """End the process and the thread that render."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._template.close()

@@ -14,11 +14,16 @@ const view = new OverlayView(at("panels"), at("legend"), at("pointed"));
 let image = null;
 let running = null;
 let lastRun = Promise.resolve();
+let choosing = Promise.resolve();
 
 // ------------------------------------------------------------------------------------------ the image
 
-async function choose(file) {
-  if (!file) return;
+/** Show a file as the image; a question waits until this is done. */
+function choose(file) {
+  if (file) choosing = load(file);
+}
+
+async function load(file) {
   running?.abort();
   await lastRun;
   try {
@@ -128,6 +133,7 @@ function question() {
 }
 
 async function answerTwice() {
+  await choosing;
   if (!image) throw new Error("There is no image yet: choose one, drop it, or paste it.");
   const request = question();
   const name = at("model").value;

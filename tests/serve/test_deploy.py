@@ -140,7 +140,9 @@ def test_a_stop_prints_nothing_of_rays(tiny_model, tmp_path):
         started = len(file.read_text())
         job.terminate()
         assert job.wait(120) == 0
-        assert file.read_text()[started:].strip() == "finishing the open requests …"
+        lines = file.read_text()[started:].strip().splitlines()
+        assert lines[:-1] == ["SIGTERM: stopping and cleaning up …", "finishing the open requests …"]
+        assert lines[-1].startswith('{"url":')
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)

@@ -1,9 +1,12 @@
 """URLs that are refused before anything is sent."""
 
+import base64
+
 import pytest
 from aiohttp import web
+from PIL import Image
 
-from tests.serve.media.site import assert_refused, assert_url_refused
+from tests.serve.media.site import PNG, RED, assert_refused, assert_url_refused, data_url, encode, fetch_url
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,35 @@ def test_messages_show_neither_path_nor_query():
     )
     assert "hidden" not in message
     assert "images.test" in message
+
+
+TEXT = base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"data:image/png;base64,{TEXT}",
+        f"data:image;base64,{TEXT}",
+        f"data:image/*;base64,{TEXT}",
+        f"data:image/jpg;base64,{TEXT}",
+        f"DATA:IMAGE/PNG;BASE64,{TEXT}",
+        f"data:image/png;name=a.png;base64,{TEXT}",
+        "data:image/png;base64," + base64.encodebytes(PNG).decode(),
+        "data:image/png;base64," + "\r\n".join(TEXT[at : at + 76] for at in range(0, len(TEXT), 76)),
+        "data:image/png;base64,\n " + "\t".join(TEXT) + " \n",
+    ],
+    ids=["plain", "image", "any image", "jpg", "capitals", "parameter", "MIME", "CRLF", "spaces"],
+)
+def test_data_urls_of_real_clients_are_read(url):
+    assert fetch_url(url, max_bytes=len(PNG)).size == (4, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_an_image_with_a_broken_exif_block_is_read():
+    for exif in (b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00not a header"):
+        data = encode(Image.new("RGB", (4, 3), RED), "JPEG", exif=exif)
+        assert fetch_url(data_url(data, "image/jpeg")).size == (4, 3)
 
 
 @pytest.mark.parametrize(
