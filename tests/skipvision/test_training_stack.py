@@ -18,7 +18,7 @@ from skipvision import (
     load_adapter,
     save_adapter,
 )
-from skipvision.testing.llava import tiny_inputs, tiny_llava
+from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
 
 F64 = torch.float64
@@ -287,7 +287,7 @@ def test_one_of_several_adapters_is_saved_by_name(tmp_path):
     for folder, expected in (("default", first), ("active", second), ("named", second)):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == files
         assert torch.equal(logits(load_adapter(tiny_llava(dtype=F64), tmp_path / folder)), expected)
-    with pytest.raises(AdapterError, match=r"not \['c'\]: this model has \['default', 'b'\]"):
+    with pytest.raises(AdapterError, match=r"not \['c'\]: choose one of \['default', 'b'\]"):
         save_adapter(model, tmp_path / "c", name="c")
 
 
@@ -346,7 +346,7 @@ def test_an_adapter_trained_under_another_config_is_refused(other, tmp_path):
     folder = save_adapter(tuned(config=config), tmp_path / "other")
     model = tuned()
     before = logits(model)
-    with pytest.raises(AdapterError, match=rf"{difference}.*base model of its own"):
+    with pytest.raises(AdapterError, match=rf"{difference}.*another copy of the base model"):
         load_adapter(model, folder, name="b")
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), before)
@@ -404,7 +404,9 @@ def collate(rows, decoded=False):
     inputs = tiny_inputs([row for row, _ in rows], padding="right", dtype=F64, seed=rows[0][1])
     labels = labels_for(inputs)
     if decoded:
-        inputs[DECODED_KEYWORD] = (labels != -100).cumsum(dim=1) > 0
+        image = inputs["input_ids"] == IMAGE_TOKEN
+        read = image.flip(1).cumsum(dim=1).flip(1) > 0  # up to the row's last image
+        inputs[DECODED_KEYWORD] = ((labels != -100).cumsum(dim=1) > 0) & ~read
     return {**inputs, "labels": labels}
 
 

@@ -103,9 +103,9 @@ SETTINGS = [
     (FinetuneConfig, FINETUNE, "--tracking.alias", "latest"),
     (FinetuneConfig, FINETUNE, "--tracking.alias", "v2"),
     (FinetuneConfig, FINETUNE, "--tracking.registered_model", "team/model"),
-    (FinetuneConfig, FINETUNE, "--tracking.experiment", "''"),
+    (FinetuneConfig, FINETUNE, "--tracking.experiment", ""),
     (PromoteConfig, PROMOTE, "--alias", "latest"),
-    (PromoteConfig, PROMOTE, "--tracking.experiment", "''"),
+    (PromoteConfig, PROMOTE, "--tracking.experiment", ""),
 ]
 
 
