@@ -23,7 +23,6 @@ SHORT_DOCSTRINGS: dict[str, str] = {}
 """Docstrings of four words or fewer that say enough: ``path::name`` and why."""
 WORDS_THAT_FIT: dict[str, str] = {
     "tests/test_house.py": "it names the words",
-    "skipvision/": "its words are being revised",
     "What is in the picture?": "a question of the data set",
     "form that the question asks for": "people ask questions",
     "s3://pictures": "a name of a user's folder",
