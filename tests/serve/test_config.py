@@ -1,4 +1,4 @@
-"""Settings of the endpoint."""
+"""The settings of the endpoint are checked before anything starts."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Errors state what is wrong, with which value, and what to do."""
+"""Errors state the problem, the value that caused it, and the remedy."""
 
 import accelerate
 import pytest

@@ -35,7 +35,7 @@ def first_pixel(source):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with `red.png` and `blue.png`, to put a data set beside."""
+    """A folder with `red.png` and `blue.png`, for a data set."""
     (tmp_path / "red.png").write_bytes(png())
     (tmp_path / "blue.png").write_bytes(png(BLUE))
     return tmp_path

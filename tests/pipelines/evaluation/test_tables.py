@@ -1,4 +1,4 @@
-"""Markdown tables."""
+"""Markdown tables of results have aligned columns and no bars inside cells."""
 
 from pipelines.evaluation.tables import markdown_table
 

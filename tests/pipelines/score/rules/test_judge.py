@@ -1,4 +1,4 @@
-"""The judge, behind a real HTTP server that plays OpenAI's endpoint."""
+"""The judge, called over a real HTTP server that plays OpenAI's endpoint."""
 
 from __future__ import annotations
 
