@@ -179,7 +179,7 @@ def test_keys_can_be_made_on_a_node(node):
 
 
 def test_the_page_comes_with_all_its_files(node):
-    served = node("-c", "import serve.page; print(*serve.page.FOLDER.iterdir())").split()
+    served = node("-c", "import serve.page.routes; print(*serve.page.routes.FOLDER.iterdir())").split()
     suffixes = {".html", ".css", ".js"}
     names, expected = (
         {path.name for path in paths if path.suffix in suffixes}

@@ -201,7 +201,7 @@ def _ingress(folder: str) -> None:
     from serve.config import ModelSection
     from serve.ingress.catalogue import ServedModel
 
-    ServedModel(ModelSection(path=folder), None)  # type: ignore[arg-type]
+    ServedModel(ModelSection(path=folder), None, template_seconds=2.0)  # type: ignore[arg-type]
 
 
 def _overlay(folder: str) -> None:

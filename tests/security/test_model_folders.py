@@ -107,7 +107,11 @@ def test_one_file_loads_everything_and_trusts_no_code():
         for load in loads_outside(file)
     ]
     elsewhere = [load for load in loads if not load.startswith("skipvision/loading.py:")]
-    assert [load.split()[1] for load in elsewhere] == ["PeftModel.from_pretrained"]
+    # Both read a local folder of an adapter, whose files hold no code.
+    assert {load.split()[1] for load in elsewhere} == {
+        "PeftConfig.from_pretrained",
+        "PeftModel.from_pretrained",
+    }
     assert len(loads) - len(elsewhere) == 4
     for node in ast.walk(ast.parse((ROOT / "skipvision/loading.py").read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS:

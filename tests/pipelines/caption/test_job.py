@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import skipvision as sv
 from pipelines.caption.folder import CaptionFolder
 from pipelines.caption.job import CaptionConfig, run_caption
-from pipelines.tracking.client import TrackingError
+from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.run import Tracker
 from skipvision.engine import Engine, Request, Sampling
 from skipvision.errors import ConfigError, DataError, ResourceError
@@ -455,7 +455,6 @@ def no_ray(monkeypatch):
         ({"input": {"prompt": "{colour}"}}, ConfigError, "input.prompt names column 'colour'"),
         ({"model": {"path": "/no/such/model"}}, ConfigError, "model.path = /no/such/model"),
         ({"model": {"adapter": "/no/such/adapter"}}, ConfigError, "model.adapter = /no/such/adapter"),
-        ({"model": {"adapter": "models:/nobody@knows"}}, ConfigError, "MLflow has no models:/nobody@knows"),
         ({"model": {"adapter": "models:/nobody"}}, ConfigError, "models:/NAME@ALIAS"),
         ({"max_error_fraction": 0.01}, DataError, r"1 of 40 rows are errors \(1 × duplicate key\)"),
         ({"storage": "/proc/nowhere"}, ConfigError, "storage = /proc/nowhere: cannot write to"),
@@ -464,6 +463,23 @@ def no_ray(monkeypatch):
 def test_mistakes_are_reported_before_ray_is_started(settings, no_ray, sections, error, message):
     with pytest.raises(error, match=message):
         run_caption(changed(settings, name="mistaken", **sections))
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        ("empty", "MLflow has no models:/nobody@knows"),
+        ("absent", "there is no .*mlflow.db to look up models in"),
+    ],
+)
+def test_an_adapter_that_the_registry_lacks_is_reported_before_ray_is_started(
+    settings, no_ray, tmp_path, store, message
+):
+    if store == "empty":
+        connect(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
+    unknown = {"model": {"adapter": "models:/nobody@knows"}, "storage": str(tmp_path)}
+    with pytest.raises(ConfigError, match=message):
+        run_caption(changed(settings, name="mistaken", **unknown))
 
 
 def test_more_engines_than_fit_are_refused(settings, local_ray):
