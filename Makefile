@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Two processes, each with whole groups of tests: see tests/conftest.py.
 IN_TWO = -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help install demo test test-all lint docs format clean
+.PHONY: help install demo test test-all test-infra lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,11 @@ test: install ## run the tests without the slow ones
 
 test-all: install ## run the slow tests, too (GPU tests: make test ARGS="-m gpu")
 	$(BIN)/python -m pytest -m "not gpu" $(IN_TWO) $(ARGS)
+
+# With IMAGE_BASE=IMAGE the images are built on it, by buildah; IMAGE_BUILD_ARGS are further options of its build.
+test-infra: install ## run all tests of infra/ with the checkers that pip has
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[infra]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/infra $(ARGS)
 
 lint: install ## check style, types, import contracts and advisories of dependencies
 	$(BIN)/ruff check .

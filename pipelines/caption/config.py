@@ -83,6 +83,11 @@ class ScalingSection(Section):
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs of each engine; null = one if the cluster has any, else none"
     )
+    autoscaling: bool = Field(
+        False,
+        description="the cluster grows on demand: request engines that it cannot hold yet; each gets one CPU "
+        "and no GPU unless the settings above say otherwise",
+    )
     readers: int = Field(
         1, ge=1, description="processes that open and prepare images; add some if engines wait for them"
     )

@@ -140,7 +140,7 @@ def _caption_missing(
     # Checked separately: rows with errors in the listing may be in finished shards, and must not count twice.
     limit.check(done.errors)
     limit.check(Counter(folder.state["listed"]["problems"]))
-    progress = CaptionProgress(manifest.rows, done, run, folder.state.get("seconds", 0.0))
+    progress = CaptionProgress(folder.name, manifest.rows, done, run, folder.state.get("seconds", 0.0))
     if not missing:
         return progress
     folder.remember(summary=None)

@@ -1,4 +1,4 @@
-"""The progress of a captioning job, printed and recorded in MLflow."""
+"""The progress of a captioning job, printed, recorded in MLflow and exported to Prometheus."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pipelines.caption.folder import Tally
+from pipelines.cluster.metrics import JobGauges
 from pipelines.shared.console import duration, say
 from pipelines.tracking.run import Tracker
 
@@ -16,18 +17,27 @@ if TYPE_CHECKING:
 
 _REPORT_SECONDS = 5.0
 
+_GAUGES = {
+    "skipvision_batch_rows": "rows of the job",
+    "skipvision_batch_rows_done": "rows that have a caption or an error, over all starts of the job",
+    "skipvision_batch_rows_per_second": "rate since the first rows of this start",
+    "skipvision_batch_seconds_left": "estimated time to the last row (s)",
+    "skipvision_batch_error_rows": "error rows by kind, over all starts of the job",
+}
+
 
 class CaptionProgress:
     """Rows and errors so far, their rate, and the statistics of the engines.
 
     Args:
+        name: name of the job.
         rows: number of rows of the job.
         before: rows captioned by earlier starts of the job.
         tracker: the job's MLflow run.
         seconds_before: seconds of earlier starts.
     """
 
-    def __init__(self, rows: int, before: Tally, tracker: Tracker, seconds_before: float) -> None:
+    def __init__(self, name: str, rows: int, before: Tally, tracker: Tracker, seconds_before: float) -> None:
         self.rows, self.tracker = rows, tracker
         self.tally = Tally(before.rows, Counter(before.errors))
         self._before, self._seconds_before = before.rows, seconds_before
@@ -35,6 +45,8 @@ class CaptionProgress:
         self._first: tuple[float, int] | None = None
         self._last = self._started
         self._engines: dict[str, Statistics] = {}
+        self._gauges = JobGauges(name, _GAUGES)
+        self._errors = JobGauges(name, _GAUGES, "kind")
 
     @property
     def seconds(self) -> float:
@@ -54,6 +66,7 @@ class CaptionProgress:
         self.tally.rows += len(block.captions)
         self.tally.errors.update(c.error_kind for c in block.captions.values() if c.error_kind)
         self._engines[block.engine] = block.statistics
+        self._export()
         if self._first is None:  # no rate yet
             self._first, self._reported = (self._last, self.tally.rows), self._last
         elif self._last - self._reported >= _REPORT_SECONDS:
@@ -72,6 +85,18 @@ class CaptionProgress:
             "rows_per_second": rate,
         }
         self.tracker.metrics({**values, **self.engines()}, self.tally.rows)
+
+    def _export(self) -> None:
+        """Set the gauges, with each block: a slow job differs from a stuck one."""
+        values = {
+            "skipvision_batch_rows": float(self.rows),
+            "skipvision_batch_rows_done": float(self.tally.rows),
+        }
+        if rate := self.rate:
+            values["skipvision_batch_rows_per_second"] = rate
+            values["skipvision_batch_seconds_left"] = (self.rows - self.tally.rows) / rate
+        self._gauges.set(values)
+        self._errors.set_by("skipvision_batch_error_rows", dict(self.tally.errors))
 
     def engines(self) -> dict[str, float]:
         """Return sums and means over the engines' statistics."""

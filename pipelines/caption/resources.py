@@ -13,12 +13,15 @@ from skipvision.errors import ResourceError
 def engine_resources(nodes: Sequence[Mapping[str, float]], scaling: ScalingSection) -> dict[str, float]:
     """Return the CPUs and GPUs of each engine.
 
-    Without settings an engine gets a GPU and one CPU if the cluster has GPUs. Otherwise it gets the largest
+    On a cluster that grows on demand an engine gets what the settings say, by default one CPU. Otherwise,
+    without settings, an engine gets a GPU and one CPU if the cluster has GPUs. Otherwise it gets the largest
     multiple of half a CPU with which all engines and readers fit.
 
     Raises:
         ResourceError: engines and readers do not fit; Ray would wait for ever.
     """
+    if scaling.autoscaling:
+        return {"CPU": scaling.cpus_per_worker or 1.0, "GPU": scaling.gpus_per_worker or 0.0}
     gpus = scaling.gpus_per_worker
     if gpus is None:
         gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes))
@@ -37,7 +40,7 @@ def engine_resources(nodes: Sequence[Mapping[str, float]], scaling: ScalingSecti
         f"{scaling.workers} engines with {demand['CPU']:g} CPU and {demand['GPU']:g} GPU each and "
         f"{scaling.readers} readers with {scaling.cpus_per_reader:g} CPU each are more than the "
         f"cluster holds (its nodes: {has or 'none'}). Lower scaling.workers, scaling.cpus_per_worker, "
-        "scaling.gpus_per_worker or scaling.readers, or add nodes"
+        "scaling.gpus_per_worker or scaling.readers, add nodes, or set scaling.autoscaling"
     )
 
 

@@ -21,6 +21,7 @@ from torch import distributed
 
 import skipvision as sv
 from pipelines.cluster.cpus import usable_cpus
+from pipelines.cluster.metrics import JobGauges
 from pipelines.data.collate import Batch, Collator
 from pipelines.data.rejects import LateRejects, count_rejects, rejected_rows
 from pipelines.data.rows import DATA_SETS, TrainingRow, pick_rows
@@ -37,6 +38,14 @@ from skipvision.errors import DataError, SkipVisionError
 
 _EMPTY_STEPS = 3
 """A run ends after this many consecutive steps without a usable row."""
+
+_GAUGES = {
+    "skipvision_training_steps": "steps of the run",
+    "skipvision_training_steps_done": "steps done, over all starts of the run",
+    "skipvision_training_step_seconds": "duration of the newest step, with the wait for its images (s)",
+    "skipvision_training_loss": "loss of the newest step",
+    "skipvision_training_images_per_second": "images of the newest step per second, over all workers",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Worker:
             LateRejects(work.rejects, DATA_SETS if same else (data_set,), stop=stop) for data_set in DATA_SETS
         )
         self._empty_steps = 0
+        self._gauges = JobGauges(work.config.name, _GAUGES)
 
     def run(self) -> dict[str, Any]:
         done = self._restore()
@@ -133,6 +143,8 @@ class Worker:
     def _record(self, done: int, stats: StepStats) -> None:
         self._check_not_empty(done, stats)
         seconds = self.progress.finish(stats)
+        if self.rank == 0:
+            self._export(done, stats, seconds)
         if self.tracker is not None and stats.learnt_tokens:
             values = {
                 "loss": stats.loss,
@@ -146,6 +158,18 @@ class Worker:
             self.tracker.metrics(values, done)
         if done % self.config.training.log_every == 0 or done == self.work.steps:
             self._say(self.progress.line(done, stats))
+
+    def _export(self, done: int, stats: StepStats, seconds: float) -> None:
+        """Set the gauges that Ray exports to Prometheus."""
+        values = {
+            "skipvision_training_steps": float(self.work.steps),
+            "skipvision_training_steps_done": float(done),
+            "skipvision_training_step_seconds": seconds,
+            "skipvision_training_images_per_second": stats.images / seconds,
+        }
+        if stats.learnt_tokens:
+            values["skipvision_training_loss"] = stats.loss
+        self._gauges.set(values)
 
     def _check_not_empty(self, done: int, stats: StepStats) -> None:
         """Raise `DataError` after several steps without a usable row: the storage of images is gone."""

@@ -101,6 +101,8 @@ def test_rows_are_read_from_the_manifest_as_they_were_written():
         ([{"CPU": 8, "GPU": 2}], {"workers": 2}, (1, 1)),
         ([{"CPU": 8, "GPU": 2}], {"workers": 4, "gpus_per_worker": 0.5, "cpus_per_worker": 1.5}, (1.5, 0.5)),
         ([{"CPU": 8, "GPU": 1}, {"CPU": 2}], {"gpus_per_worker": 0, "workers": 2}, (4, 0)),
+        ([{"CPU": 0}], {"autoscaling": True, "workers": 8}, (1, 0)),
+        ([], {"autoscaling": True, "workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 1}, (4, 1)),
     ],
 )
 def test_engines_get_the_cpus_that_readers_leave(nodes, scaling, each):
@@ -375,7 +377,7 @@ def test_progress_has_rate_and_remaining_time(monkeypatch, capsys):
 
     now = [100.0]
     monkeypatch.setattr("pipelines.caption.progress.time.monotonic", lambda: now[0])
-    progress = CaptionProgress(1000, Tally(rows=100, errors=Counter({"prompt": 1})), Silent(), 7.0)
+    progress = CaptionProgress("job", 1000, Tally(rows=100, errors=Counter({"prompt": 1})), Silent(), 7.0)
     for number in range(4):
         now[0] += 10
         captions = {row: Caption(str(row)) for row in range(40)}

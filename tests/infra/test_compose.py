@@ -1,0 +1,105 @@
+"""The compose files: their schema, closed ports, and references that lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+import yaml
+
+from tests.infra.manifests import INFRA
+
+FOLDER = INFRA / "compose"
+TEXTS = {name: (FOLDER / name).read_text() for name in ("compose.yaml", "compose.cuda.yaml")}
+FILES = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
+SERVICES = FILES["compose.yaml"]["services"]
+
+
+def keys(tree: object, path: str = "") -> set[str]:
+    """The paths of all keys of nested mappings, also in lists."""
+    if isinstance(tree, dict):
+        return {f"{path}.{key}" for key in tree} | {
+            found for key, value in tree.items() for found in keys(value, f"{path}.{key}")
+        }
+    if isinstance(tree, list):
+        return {found for value in tree for found in keys(value, f"{path}[]")}
+    return set()
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_the_schema_accepts_the_file_and_knows_every_field(name):
+    compose = pytest.importorskip("compose_spec", reason="pip install compose-spec")
+    tree = {key: value for key, value in FILES[name].items() if not key.startswith("x-")}
+    model = compose.ComposeSpecification.model_validate(tree)
+    assert keys(tree) - keys(model.model_dump(by_alias=True, exclude_unset=True, mode="json")) == set()
+
+
+def test_ports_are_published_on_loopback_only():
+    published = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert published
+    assert [port for port in published if not port.startswith("127.0.0.1:")] == []
+
+
+def test_secrets_come_from_the_environment_and_have_no_default():
+    example = set(re.findall(r"^(\w+)=$", (FOLDER / ".env.example").read_text(), re.MULTILINE))
+    sources = {one["environment"] for one in FILES["compose.yaml"]["secrets"].values()}
+    assert sources == example
+    used = {name for service in SERVICES.values() for name in service.get("secrets", [])}
+    assert used == set(FILES["compose.yaml"]["secrets"])
+    for name, default in re.findall(r"(?<!\$)\$\{(\w+):?-?([^}]*)\}", TEXTS["compose.yaml"]):
+        assert name not in example or default.startswith("?")
+
+
+def test_mounted_files_and_volumes_exist():
+    volumes = set(FILES["compose.yaml"]["volumes"])
+    for service in SERVICES.values():
+        for mount in service.get("volumes", []):
+            source = mount.partition(":")[0]
+            assert (FOLDER / source).exists() if source.startswith(".") else source in volumes
+
+
+def test_services_that_are_waited_for_exist_and_report_their_health():
+    for service in SERVICES.values():
+        depends = service.get("depends_on", {})
+        for name in depends:
+            assert name in SERVICES
+            if isinstance(depends, dict) and depends[name]["condition"] == "service_healthy":
+                assert "healthcheck" in SERVICES[name]
+
+
+def test_images_are_ours_or_have_a_version():
+    for service in SERVICES.values():
+        name, _, tag = service["image"].rpartition(":")
+        ours = service["image"].startswith("skipvision")
+        assert ours or (name.startswith("docker.io/") and re.search(r"\d+\.\d+", tag))
+
+
+@cache
+def grafana(name: str) -> dict:
+    return yaml.safe_load((FOLDER / f"grafana/{name}.yaml").read_text())
+
+
+def test_grafana_is_given_prometheus_and_every_dashboard():
+    (source,) = grafana("datasources")["datasources"]
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert host in SERVICES
+    assert f"127.0.0.1:{port}:{port}" in SERVICES[host]["ports"]
+    (provider,) = grafana("dashboards")["providers"]
+    folder = provider["options"]["path"]
+    assert f"../grafana:{folder}:ro" in SERVICES["grafana"]["volumes"]
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (INFRA / "grafana" / home.removeprefix(f"{folder}/")).exists()
+
+
+def test_prometheus_scrapes_every_node_of_ray_under_the_name_of_the_rules():
+    settings = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
+    (scrape,) = settings["scrape_configs"]
+    (found,) = scrape["dns_sd_configs"]
+    nodes = [name for name, one in SERVICES.items() if "ray start" in str(one.get("command"))]
+    assert sorted(found["names"]) == sorted(nodes)
+    for name in nodes:
+        assert f"--metrics-export-port={found['port']}" in SERVICES[name]["command"]
+    assert f'job="{scrape["job_name"]}"' in (INFRA / "prometheus/rules.yaml").read_text()
+    mounts = " ".join(SERVICES["prometheus"]["volumes"])
+    assert all(f":{file}:ro" in mounts for file in settings["rule_files"])

@@ -1,0 +1,61 @@
+"""The files of Ray's cluster launcher and of `serve deploy` follow Ray's schemas."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from serve.config import serve_config
+from tests.infra.manifests import INFRA, KUBERAY
+
+CLUSTERS = sorted((INFRA / "ray-cluster").glob("*.yaml"))
+SERVE = sorted(KUBERAY.rglob("serve.yaml"))
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_rays_schema_accepts_the_cluster(path):
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
+    cluster = yaml.safe_load(path.read_text())
+    jsonschema.validate(cluster, schema)
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_workers_are_spot_machines_that_scale_to_zero_and_the_head_is_not(path):
+    types = yaml.safe_load(path.read_text())["available_node_types"]
+    spot = {name: "spot" in json.dumps(one["node_config"]).lower() for name, one in types.items()}
+    assert spot == {"head": False, "gpu": True}
+    assert types["gpu"]["min_workers"] == 0
+    assert types["head"]["resources"]["CPU"] == 0
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_nodes_demand_a_token_and_export_their_metrics(path):
+    cluster = yaml.safe_load(path.read_text())
+    assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+    assert any(target.endswith("/.ray/auth_token") for target in cluster["file_mounts"])
+    for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
+        assert "--metrics-export-port=8080" in commands[-1]
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+@pytest.mark.parametrize("path", SERVE, ids=lambda path: path.parents[1].name)
+def test_ray_serve_and_the_application_accept_the_serve_config(path):
+    from ray.serve.schema import ServeDeploySchema
+
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    (application,) = deployed.applications
+    assert application.import_path == "serve.app:build"
+    config = serve_config(application.args)
+    assert config.ingresses >= 2
+    assert config.keys_file
+
+
+def test_ray_is_that_of_the_constraints():
+    assert f"ray=={version('ray')}\n" in (INFRA.parent / "constraints.txt").read_text()
