@@ -11,8 +11,9 @@
 
 Read the mechanisms first: `tokens`, `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache`. Then
 `planning` and `layout` (a plan is made), `arrival`, `reduction` and `attach` (a model runs by it), `cost`,
-`baselines` (other ways to spend as much), `adapters` (save and load) and `engine` (many requests at once).
-`registry` explains how another package adds a criterion or a merge.
+`baselines` (other ways to spend as much), `adapters` (save and load), `engine` (many requests at once) and
+`exporting` (one folder for other programs). `registry` explains how another
+package adds a criterion or a merge.
 
 Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Models via Adaptive
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
@@ -36,6 +37,8 @@ from skipvision.errors import (
     SkipVisionError,
     UnsupportedModelError,
 )
+from skipvision.exporting.load import from_exported
+from skipvision.exporting.write import export
 from skipvision.merge import register_merge
 from skipvision.plan import TokenPlan, TokenRole
 from skipvision.select import register_criterion
@@ -61,6 +64,8 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "attachment_of",
+    "export",
+    "from_exported",
     "load_adapter",
     "measure_flops",
     "predict_cost",

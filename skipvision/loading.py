@@ -24,6 +24,7 @@ from transformers import (
     ProcessorMixin,
     __version__,
 )
+from transformers.utils.hub import cached_file
 
 from skipvision.errors import ConfigError
 
@@ -78,6 +79,20 @@ def load_model(path: str | Path, **options: Any) -> PreTrainedModel:
             str(path), trust_remote_code=False, use_safetensors=True, **options
         )
     return model
+
+
+def find_file(path: str | Path, name: str) -> Path:
+    """Return one file of a model folder, or of the hub, which is then in the hub's cache.
+
+    Args:
+        path: folder or Hugging Face id.
+        name: of the file, relative to the folder.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    with _config_errors(path):
+        return Path(str(cached_file(str(path), name)))
 
 
 def build_model(config: PretrainedConfig, **options: Any) -> Any:

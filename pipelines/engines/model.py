@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 import transformers
-from torch import nn
 from transformers import PretrainedConfig
 
 import skipvision as sv
@@ -27,8 +25,9 @@ from pipelines.engines.loading import (
 from pipelines.shared.paths import input_path
 from pipelines.shared.sections import EngineSection
 from pipelines.tracking.registry import exact_model, fetch_model, is_registered
+from skipvision.adapters.fitting import load_without_weights
 from skipvision.engine import Engine
-from skipvision.errors import AdapterError, ConfigError
+from skipvision.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def check_model(model: EngineModel) -> PretrainedConfig:
     with sv.attach(base, model.skip):
         pass
     if model.adapter is not None:
-        _check_adapter(base, model.adapter)
+        load_without_weights(base, model.adapter)
     processor: Any = load_processor(model.base)
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
@@ -142,21 +141,6 @@ def check_model(model: EngineModel) -> PretrainedConfig:
             "choose a model with one"
         )
     return config
-
-
-def _check_adapter(base: nn.Module, folder: Path) -> None:
-    """Load an adapter onto a model without weights. Raise `AdapterError` if that fails."""
-    incomplete = "Found missing adapter keys"
-    with warnings.catch_warnings():
-        # The model is on the meta device, so the adapter's weights have nowhere to go.
-        warnings.filterwarnings("ignore", ".*non-meta parameter in the checkpoint to a meta", UserWarning)
-        warnings.filterwarnings("error", incomplete, UserWarning)
-        try:
-            sv.load_adapter(base, folder)
-        except UserWarning as warning:
-            if not str(warning).startswith(incomplete):
-                raise
-            raise AdapterError(f"{folder}: the adapter is incomplete: {warning}") from None
 
 
 def load_engine(model: EngineModel, settings: EngineSection, device: torch.device) -> Engine:

@@ -119,6 +119,15 @@ class Registry:
             )
         )
 
+    def metrics(self, version: ModelVersion) -> tuple[str, dict[str, float]]:
+        """Return the id and the last metrics of the run that registered a version; "" without a run."""
+
+        def look_up() -> tuple[str, dict[str, float]]:
+            run_id = self._client.get_model_version(version.name, version.version).run_id
+            return (run_id, dict(self._client.get_run(run_id).data.metrics)) if run_id else ("", {})
+
+        return self._call(f"reading the metrics of {version}", look_up)
+
     def _registered_by(self, run_id: str) -> ModelVersion:
         versions = self._call(
             f"looking for the model of run {run_id}",

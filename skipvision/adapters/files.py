@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -104,6 +105,15 @@ def check_safe(folder: Path) -> None:
         )
 
 
+def peft_config(folder: Path) -> PeftConfig | None:
+    """Read the PEFT config of an adapter; None if it has none, or one that only loading can explain."""
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder.absolute()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder holds what PEFT or a trainer saved, without the files of Skip-Vision."""
     return (folder / PEFT_FILES[0]).exists() and not (folder / SKIP_CONFIG).exists()
@@ -114,10 +124,25 @@ def summary_weights(folder: Path, hidden_size: int, summary_tokens: int) -> dict
 
     Those of a checkpoint without Skip-Vision's files are among PEFT's.
     """
-    path = folder / (PEFT_FILES[1] if is_checkpoint(folder) else SUMMARY_WEIGHTS)
+    checkpoint = is_checkpoint(folder)
+    path = folder / (PEFT_FILES[1] if checkpoint else SUMMARY_WEIGHTS)
+    return read_summary(path, hidden_size, summary_tokens, among_others=checkpoint)
+
+
+def read_summary(
+    path: Path, hidden_size: int, summary_tokens: int, *, among_others: bool = False
+) -> dict[str, torch.Tensor]:
+    """Read the weights of a summary layer from a file; raises `AdapterError` unless they have this size.
+
+    Args:
+        path: the file.
+        hidden_size: width of the decoder.
+        summary_tokens: summaries per group.
+        among_others: the file holds the weights of a whole adapter.
+    """
     try:
         weights = load_file(path)
-        if is_checkpoint(folder):
+        if among_others:
             named = ((name.rpartition(f"{SUMMARY}."), weight) for name, weight in weights.items())
             weights = {last: weight for (_, found, last), weight in named if found}
     except (FileNotFoundError, SafetensorError, OSError) as error:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from skipvision.adapters.files import read_adapter
+from skipvision.adapters.files import peft_config, read_adapter
 from skipvision.adapters.save_load import load_adapter, unload_adapters
 from skipvision.anatomy.families import dissect
 from skipvision.attach import Attachment
@@ -169,9 +169,8 @@ class Adapters:
 
     def _check_kind(self, folder: Path) -> None:
         """Raise `AdapterError` if the engine cannot run an adapter of this kind next to those it has."""
-        try:
-            new: Any = PeftConfig.from_pretrained(str(folder.absolute()))
-        except (OSError, ValueError, KeyError, TypeError):
+        new: Any = peft_config(folder)
+        if new is None:
             return  # `load_adapter` explains what is damaged.
         reason = reason_to_refuse(new)
         kinds: list[Any] = list(self._peft.peft_config.values()) if self._peft else []

@@ -32,6 +32,8 @@ NAMES = [
     "UnsupportedModelError",
     "attach",
     "attachment_of",
+    "export",
+    "from_exported",
     "load_adapter",
     "measure_flops",
     "predict_cost",

@@ -1,0 +1,1 @@
+"""The export job: base model and adapter become one folder, which MLflow and the hub can take."""
