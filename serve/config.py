@@ -72,7 +72,8 @@ class ModelSection(Section):
     )
     skip: SkipConfig | None = Field(
         None,
-        description="SkipConfig of the base model; default: all tokens. Adapters bring their own",
+        description="SkipConfig of the base model; default: as it was exported, otherwise all tokens. "
+        "Adapters bring their own",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of weights and arithmetic"

@@ -105,8 +105,8 @@ class CaptionConfig(TrackedConfig):
     input: InputSection
     skip: SkipConfig | Literal["full"] | None = Field(
         None,
-        description="how visual tokens are skipped; null = as in the adapter's training; full, or null "
-        "without an adapter = no skipping",
+        description="how visual tokens are skipped; null = as the adapter was trained or the model exported, "
+        "and otherwise no skipping; full = no skipping",
     )
     sampling: Sampling = Field(Sampling(), description="how captions are generated")
     engine: EngineSection = EngineSection()

@@ -28,6 +28,8 @@ from pipelines.tracking.registry import exact_model, fetch_model, is_registered
 from skipvision.adapters.fitting import load_without_weights
 from skipvision.engine import Engine
 from skipvision.errors import ConfigError
+from skipvision.exporting.load import attach_as_exported, settings_of
+from skipvision.exporting.read import exported_settings
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def find_model(config: ModelSettings, registry: str, downloads: Path, pinned: st
         label = f"{given.adapter}@{adapter_digest(folder)}"
     _check_unchanged(given, label, pinned)
     skip: Any = config.skip
-    if skip is None and folder is not None:
-        skip = sv.read_adapter(folder)["skip"]
+    if skip is None:
+        skip = _exported_skip(base) if folder is None else sv.read_adapter(folder)["skip"]
     return EngineModel(
         base=base,
         label=given.path,
@@ -101,6 +103,17 @@ def find_model(config: ModelSettings, registry: str, downloads: Path, pinned: st
         dtype=given.dtype,
         attention=given.attention,
     )
+
+
+def _exported_skip(base: str) -> sv.SkipConfig | None:
+    """Return the SkipConfig that an exported model names; None for other models."""
+    try:
+        if not Path(base).is_dir():
+            check_known(base, "model.path")  # one request to the hub, where transformers would send several
+        exported = settings_of(base)
+    except ConfigError:
+        return None  # `check_model` reports why the model cannot be used
+    return None if exported is None else exported.skip
 
 
 def insist_on_same_adapter(given: ModelSection, registry: str, pinned: str | None) -> None:
@@ -130,6 +143,10 @@ def check_model(model: EngineModel) -> PretrainedConfig:
     check_known(model.base, "model.path")
     config = load_config(model.base)
     base = empty_model(config)
+    exported = None if model.adapter is not None else exported_settings(config)
+    if exported is not None and exported.skip is not None:
+        with sv.attach(base, exported.skip) as attachment:
+            attachment.check(model.skip)
     with sv.attach(base, model.skip):
         pass
     if model.adapter is not None:
@@ -148,7 +165,11 @@ def load_engine(model: EngineModel, settings: EngineSection, device: torch.devic
     transformers.utils.logging.disable_progress_bar()
     dtype = arithmetic(model.dtype, device)
     base = load_base(model.base, dtype, model.attention, device)
-    tuned = base if model.adapter is None else sv.load_adapter(base, model.adapter).to(device, dtype)
+    if model.adapter is None:
+        attach_as_exported(base, model.base)
+        tuned = base.to(device, dtype)
+    else:
+        tuned = sv.load_adapter(base, model.adapter).to(device, dtype)
     processor = load_processor(model.base)
     return Engine(tuned, processor, model.skip, **settings.model_dump())
 

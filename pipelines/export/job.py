@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import transformers
+
 import skipvision as sv
 from pipelines.engines.config import ModelSection
 from pipelines.engines.loading import check_known
@@ -103,6 +105,7 @@ def _plan(config: ExportConfig, folder: ExportFolder, model: EngineModel) -> Exp
 
 
 def _write(plan: ExportPlan, model: EngineModel, run: Tracker) -> None:
+    transformers.utils.logging.disable_progress_bar()
     numbers = numbers_of(model.adapter, model.adapter_label, run.uri)
     say(f"exporting {model.label} to {plan.folder} …")
     write_export(plan, numbers)

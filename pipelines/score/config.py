@@ -23,8 +23,8 @@ class SystemSection(Section):
     model: ModelSection
     skip: SkipConfig | Literal["full"] | None = Field(
         None,
-        description="SkipConfig; null = the one that the adapter was trained with; full, or null without an "
-        "adapter = no skipping",
+        description="SkipConfig; null = as the adapter was trained or the model exported, and otherwise no "
+        "skipping; full = no skipping",
     )
 
 

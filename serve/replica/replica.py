@@ -28,6 +28,7 @@ from serve.replica.stream import call, stream
 from skipvision import SkipConfig
 from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
 from skipvision.errors import SkipVisionError
+from skipvision.exporting.load import attach_as_exported
 from skipvision.plan import TokenPlan
 
 logger = logging.getLogger("ray.serve")
@@ -176,7 +177,8 @@ class EngineReplica:
         dtype = arithmetic(section.dtype, device)
         model = load_base(section.path, dtype, section.attention, device)
         processor: Any = load_processor(section.path)
-        skip = section.skip or SkipConfig.full()
+        exported = attach_as_exported(model, section.path)
+        skip = section.skip or exported or SkipConfig.full()
         engine = Engine(model, processor, skip, **section.engine.model_dump())
         self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
         return engine

@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from skipvision.attach import attach, attachment_of
+from skipvision.attach import attach
+from skipvision.config import SkipConfig
 from skipvision.errors import AdapterError
 from skipvision.exporting.read import Exported, exported_settings, exported_summary
 from skipvision.loading import load_config, load_model
+from skipvision.summary import SummaryLayer
 
 
 def from_exported(path: str | Path, **options: Any) -> PreTrainedModel:
@@ -36,7 +38,7 @@ def from_exported(path: str | Path, **options: Any) -> PreTrainedModel:
         )
     summary = exported_summary(path, exported)
     model = load_model(path, **options)
-    attach_exported(model, exported, summary)
+    _attach(model, exported, summary)
     return model
 
 
@@ -53,12 +55,30 @@ def settings_of(path: str | Path) -> Exported | None:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def attach_exported(model: nn.Module, exported: Exported, summary: nn.Module | None) -> None:
-    """Attach Skip-Vision to the loaded model of an exported folder."""
+def attach_as_exported(model: nn.Module, path: str | Path) -> SkipConfig | None:
+    """Attach Skip-Vision to a model that was loaded from an exported folder; others stay as they are.
+
+    Args:
+        model: the loaded model.
+        path: the folder or Hugging Face id that it was loaded from.
+
+    Returns:
+        The SkipConfig that is attached now, or None.
+
+    Raises:
+        AdapterError: the entry in its config or the summary layer is damaged.
+    """
+    exported = settings_of(path)
+    if exported is None:
+        return None
+    _attach(model, exported, exported_summary(path, exported))
+    return exported.skip
+
+
+def _attach(model: nn.Module, exported: Exported, summary: SummaryLayer | None) -> None:
     if exported.skip is None:
         return
-    attach(model, exported.skip)
-    attachment = attachment_of(model)
-    if summary is not None and attachment is not None and attachment.summary is not None:
+    attachment = attach(model, exported.skip)
+    if summary is not None and attachment.summary is not None:
         attachment.summary.load_state_dict(summary.state_dict())
         attachment.summary.requires_grad_(False)

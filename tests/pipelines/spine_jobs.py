@@ -165,6 +165,10 @@ def compare(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def export(inputs: Inputs) -> dict[str, Any]:
+    return {"model": {"path": str(inputs.model), "adapter": str(inputs.adapter)}}
+
+
 def tradeoff(inputs: Inputs) -> dict[str, Any]:
     return {
         "model": {"path": str(inputs.model)},
@@ -236,6 +240,13 @@ JOBS = {
         compare,
         midway="pipelines.compare.job:_answers",
         ends=({"FINISHED"}, {"FINISHED"}),  # its runs are those of two fine-tunes that have ended
+        slow=frozenset({"stop", "kill"}),
+    ),
+    "export": Job(
+        export,
+        midway="pipelines.export.job:_write",
+        work=touch("model/config.json"),
+        data=change_adapter,
         slow=frozenset({"stop", "kill"}),
     ),
     "tradeoff": Job(tradeoff, midway="points/*.parquet", ends=(set(), set()), slow=STARTED),

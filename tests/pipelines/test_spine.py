@@ -207,7 +207,7 @@ def newest_run(uri: str) -> tuple[str, str]:
 def ray_if_needed(request: pytest.FixtureRequest) -> None:
     """The session's Ray, for jobs that use one."""
     name = request.getfixturevalue("name")
-    if name not in ("promote", "analyse", "compare"):
+    if name not in ("promote", "analyse", "compare", "export"):
         request.getfixturevalue("local_ray")
 
 
@@ -223,6 +223,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.finetune.job.ray_is_running", lambda: False)
     monkeypatch.setattr("pipelines.analyse.job._measure", refuse)
     monkeypatch.setattr("pipelines.compare.job._answers", refuse)
+    monkeypatch.setattr("pipelines.export.job._write", refuse)
 
 
 # ----------------------------------------------------------------------------------------- the scenarios
