@@ -102,6 +102,7 @@ def test_every_command_is_known_here():
         ("serve run",),
         ("deploy.py",),
         ("tradeoff.py",),
+        ("export.py",),
     ]
     assert len({shlex.join(command(*words)) for words in known}) == len(known) == len(COMMANDS)
 
@@ -117,6 +118,11 @@ def test_the_readmes_python_runs(home):
 def test_the_librarys_python_runs_from_the_first_line_to_the_last(home):
     run_python("docs/library.md", home)
     assert (home / "out/adapter/skip_config.json").exists()
+    adapter = "--model.adapter out/adapter --tracking.registered_model null"
+    export = [*command("export.py"), *adapter.split()]
+    assert json.loads(run(export, home).stdout.splitlines()[-1])["model"] == str(
+        home / "runs/demo-export/model"
+    )
 
 
 def run_python(page: str, home: Path) -> str:
