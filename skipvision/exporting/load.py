@@ -56,7 +56,7 @@ def settings_of(path: str | Path) -> Exported | None:
 
 
 def attach_as_exported(model: nn.Module, path: str | Path) -> SkipConfig | None:
-    """Attach Skip-Vision to a model that was loaded from an exported folder; others stay as they are.
+    """Attach Skip-Vision to a model that was loaded from an exported folder, and to no other.
 
     Args:
         model: the loaded model.
