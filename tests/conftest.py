@@ -106,6 +106,7 @@ def local_ray() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Assign each test to a group that one process runs, and start with the groups that take longest.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -66,3 +68,9 @@ def test_the_import_contracts_watch_every_package():
     packages = {file.relative_to(ROOT).parts[0] for file in ROOT.glob("[!.]*/*.py")}
     watched = set(PROJECT["tool"]["importlinter"]["root_packages"])
     assert packages - {"tests", "benchmarks"} == watched
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="the tests run in one process")
+def test_the_tests_of_a_file_run_in_one_process(request):
+    """Otherwise each process starts every shared Ray, endpoint and model of its own."""
+    assert request.node.nodeid.endswith("@tests/test_package.py")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from skipvision.select import CRITERIA
+from tests.in_one_process import helps
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
@@ -67,17 +66,22 @@ def test_every_documented_command_is_accepted(line, monkeypatch):
     load(ROOT / script, argv, monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The help of every job, from a folder outside of the repository, and that folder."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return helps(map(str, JOBS), folder), folder
+
+
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
-def test_every_job_prints_its_help_in_any_folder(job, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, job, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    usage, _, description = done.stdout.splitlines()[:3]
+def test_every_job_prints_its_help_in_any_folder(job, elsewhere):
+    texts, folder = elsewhere
+    status, text = texts[str(job)]
+    assert status == 0, text
+    usage, _, description = text.splitlines()[:3]
     assert usage.startswith(f"usage: {job.name} ")
     assert description
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_no_job_hides_a_library():

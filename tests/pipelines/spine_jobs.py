@@ -222,7 +222,7 @@ JOBS = {
         midway="captions/0*",
         work=touch("captions/000000.parquet"),
         data=change_adapter,
-        slow=STARTED - {"finished"},
+        slow=STARTED,
     ),
     "score": Job(
         score,
@@ -235,12 +235,12 @@ JOBS = {
         calibrate, midway="scores/*", work=touch("scores/x.parquet"), data=change_answer, slow=STARTED
     ),
     "promote": Job(promote, midway="pipelines.promote.job:_decide", slow=frozenset({"kill"})),
-    "analyse": Job(analyse, midway="pipelines.analyse.job:_measure"),
+    "analyse": Job(analyse, midway="pipelines.analyse.job:_measure", slow=frozenset({"kill"})),
     "compare": Job(
         compare,
         midway="pipelines.compare.job:_answers",
         ends=({"FINISHED"}, {"FINISHED"}),  # its runs are those of two fine-tunes that have ended
-        slow=frozenset({"stop", "kill"}),
+        slow=frozenset({"stop", "kill", "finished"}),
     ),
     "export": Job(
         export,

@@ -22,7 +22,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["My Drive/été #1 100%", "a [1] what? 12:30 'it' -x&y=%20 "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "My Drive/été #1 100%",
+        pytest.param("a [1] what? 12:30 'it' -x&y=%20 ", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fine_tune_and_its_captions(
     name: str, tiny_model: Path, shapes_data: Path, tmp_path: Path, local_ray: None
 ) -> None:

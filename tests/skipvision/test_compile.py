@@ -53,7 +53,10 @@ def compile_layers(model, backend="eager"):
         layer.compile(fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["counts", "grouped-contiguous", "ffn-ratio-later"])
+@pytest.mark.parametrize(
+    "name",
+    ["counts", *(pytest.param(n, marks=pytest.mark.slow) for n in ("grouped-contiguous", "ffn-ratio-later"))],
+)
 def test_every_layer_compiles_as_one_graph(name):
     model = tiny_llava(dtype=F64)
     with attach(model, CONFIGS[name]) as skip:
@@ -175,7 +178,7 @@ def test_compiled_prefill_and_decoding(way, name):
         assert torch.equal(answers(compiled, prompt), answer)
 
 
-@pytest.mark.parametrize("way", [of_the_model, of_the_layers])
+@pytest.mark.parametrize("way", [pytest.param(of_the_model, marks=pytest.mark.slow), of_the_layers])
 def test_compiled_models_notice_attaching_and_detaching(way):
     model = tiny_llava(dtype=F64)
     inputs = {**BATCHES[0], "use_cache": False}
@@ -199,6 +202,7 @@ def attentions(explained):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_attaching_breaks_the_whole_models_graph_around_tower_and_decoder_and_nowhere_else():
     model = tiny_llava(dtype=F64)
     inputs = {**BATCHES[0], "use_cache": False}

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_jobs_run_and_no_process_remains_and_another_ray_is_untouched(
     local_ray_session, tmp_path, capfd, monkeypatch
 ):
@@ -74,9 +75,10 @@ run_job(main, [])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT))],
+    [signal.SIGTERM, signal.SIGHUP, signal.SIGINT],
 )
 def test_a_signal_ends_the_job_and_the_ray(number, tmp_path):
     out = tmp_path / "out.txt"

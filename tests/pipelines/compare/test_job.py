@@ -89,6 +89,7 @@ def _run_id(storage: Path, name: str = "skip") -> str:
     return str(json.loads((storage / name / "run.json").read_text())["result"]["mlflow_run_id"])
 
 
+@pytest.mark.slow
 def test_each_run_gets_its_own_test_metrics(storage, shapes_data):
     result = compare(storage, shapes_data / "test.json", untuned=False)
     tracked = Tracker(uri=f"sqlite:///{storage}/mlflow.db", run_id="")._client
@@ -98,6 +99,7 @@ def test_each_run_gets_its_own_test_metrics(storage, shapes_data):
         assert shares == {f"test/exact_match/{t}": v for t, v in result["exact_match"][name].items()} != {}
 
 
+@pytest.mark.slow
 def test_only_the_text_between_the_readmes_marks_is_replaced(storage, shapes_data):
     readme = storage / "README.md"
     readme.write_text("# Title\n\n<!-- demo table -->\n| old |\n<!-- /demo table -->\n\nProse.\n")

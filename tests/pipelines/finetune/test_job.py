@@ -271,6 +271,7 @@ def test_a_killed_worker_and_an_absent_registry_change_nothing(straight, setting
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"adapter", "config.yaml"}
 
 
+@pytest.mark.slow  # the test above resumes from a checkpoint, too
 def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):
     """The job's process is killed; the same job, here on two workers, continues run and MLflow record."""
     config = changed(settings, name="job-killed")
@@ -324,6 +325,7 @@ def test_a_stopped_job_cleans_up(settings, tmp_path, number):
     assert client.get_run(state["mlflow_run_id"]).info.status == "KILLED"
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_same_adapter_as_one(straight, settings):
     """The same global batches, halved: the same adapter, up to the order of additions."""
     result = run_finetune(changed(settings, name="two-workers", scaling={"workers": 2}))
@@ -352,6 +354,7 @@ def damaged(settings: dict[str, Any], shapes_data: Path) -> dict[str, Any]:
     return {**data, "check_images": "none"}
 
 
+@pytest.mark.slow
 def test_rows_that_become_unusable_are_skipped_listed_and_counted(settings, damaged, local_ray):
     """On two workers over more than two epochs: each such row is listed once."""
     result = run_finetune(changed(settings, name="damaged", data=damaged, scaling={"workers": 2}))
@@ -373,7 +376,7 @@ def test_rows_that_become_unusable_are_skipped_listed_and_counted(settings, dama
     assert Path(stored).read_text() == (folder / "rejects.jsonl").read_text()
 
 
-@pytest.mark.slow  # the test above covers how they are found
+@pytest.mark.slow
 def test_rows_that_become_unusable_stop_the_run_if_so_configured(settings, damaged, local_ray, capfd):
     """At once, because they would at every restart; the adapter of the last step is safe."""
     data = {**damaged, "train": str(Path(damaged["train"]).with_name("train.json")), "on_bad_row": "stop"}

@@ -59,6 +59,7 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     result = run_tradeoff(TradeoffConfig(**given, report=str(tmp_path)))
