@@ -1,17 +1,18 @@
-"""The library's command line: ``python -m skipvision families`` and ``python -m skipvision overlay``."""
+"""The library's command line: ``python -m skipvision`` with ``families``, ``overlay`` or ``size``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 
 import transformers
 
 from skipvision.analysis import overlay_command
+from skipvision.cost import size_command
 from skipvision.errors import SkipVisionError
 from skipvision.testing.survey import EVERY, count, lines, markdown, survey
 
@@ -41,9 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overlay_command.add_options(overlay)
     except SkipVisionError as error:  # raised by a module of methods
         parser.exit(2, f"{parser.prog}: {error}\n")
+    size = commands.add_parser(
+        "size",
+        help="estimate GPUs, memory, storage and cost for a number of images a day",
+        description="Estimate what a number of images a day needs, with full tokens and with Skip-Vision, "
+        "from the model's config alone.",
+    )
+    size_command.add_options(size)
     options = parser.parse_args(arguments)
     if options.command == "overlay":
-        _overlay(overlay, options)
+        _run(overlay_command.run, overlay, options)
+        return
+    if options.command == "size":
+        _run(size_command.run, size, options)
         return
     unknown = [name for name in options.names if name not in EVERY]
     if unknown:
@@ -57,11 +68,15 @@ def _no_such_family(name: str) -> str:
     return f"no family {name!r} in transformers {transformers.__version__}: {near}"
 
 
-def _overlay(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _run(
+    command: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        overlay_command.run(options)
+        command(options)
     except SkipVisionError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")  # without usage: the options were understood
 
