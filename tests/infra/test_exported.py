@@ -1,0 +1,162 @@
+"""An endpoint and jobs that really run export every metric that dashboards and alerts name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.infra.exported import ON_INCIDENTS, declared, named
+from tests.infra.manifests import INFRA
+
+os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # by default Ray exports every few seconds
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def wanted() -> set[str]:
+    """All metrics that dashboards and alerts name."""
+    rules = yaml.safe_load((INFRA / "prometheus/rules.yaml").read_text())["groups"]
+    queries = [rule["expr"] for group in rules for rule in group["rules"]]
+    for path in (INFRA / "grafana").glob("*.json"):
+        panels = json.loads(path.read_text())["panels"]
+        queries += [target["expr"] for panel in panels for target in panel["targets"]]
+    return set().union(*map(named, queries))
+
+
+class Scraped:
+    """The names of all metrics that the nodes of the local Ray have exported so far."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def scrape(self) -> None:
+        import ray
+
+        for node in ray.nodes():
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with suppress(OSError), urllib.request.urlopen(url, timeout=10) as response:
+                lines = response.read().decode().splitlines()
+                self.names |= {re.split(r"[{ ]", line)[0] for line in lines if line.startswith("ray_skip")}
+
+    @contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """Scrape every half second in a thread, as gauges leave with their process."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.5):
+                self.scrape()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_endpoint_and_jobs_export_what_dashboards_and_alerts_name(
+    local_ray, tiny_model, shapes_data, tmp_path
+):
+    scraped = Scraped()
+    with scraped.meanwhile():
+        fine_tune(tiny_model, shapes_data, tmp_path)
+        caption(tiny_model, shapes_data, tmp_path)
+        serve(tiny_model, scraped)
+    assert wanted() - ON_INCIDENTS - scraped.names == set()
+    assert scraped.names <= declared()
+
+
+def fine_tune(model: Path, data: Path, storage: Path) -> None:
+    from pipelines.finetune.config import FinetuneConfig
+    from pipelines.finetune.job import run_finetune
+
+    settings = {
+        "name": "tuned",
+        "storage": str(storage),
+        "model": {"path": str(model)},
+        "data": {"train": str(data / "train.json")},
+        "training": {"max_steps": 40, "batch_size": 2},
+        "tracking": {"registered_model": None, "system_metrics_seconds": 0},
+        "scaling": {"cpus_per_worker": 1},
+    }
+    run_finetune(FinetuneConfig.model_validate(settings))
+
+
+def caption(model: Path, data: Path, storage: Path) -> None:
+    from pipelines.caption.job import CaptionConfig, run_caption
+
+    images = sorted((data / "images").rglob("*.png"))
+    rows = [{"id": str(number), "image": str(path)} for number, path in enumerate([*images, "/none.png"])]
+    (storage / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = {
+        "name": "captions",
+        "storage": str(storage),
+        "model": {"path": str(model)},
+        "input": {"source": str(storage / "rows.jsonl")},
+        "sampling": {"max_new_tokens": 64},
+        "engine": {"max_sequences": 2},
+        "output": {"shard_rows": 8},
+        "scaling": {"cpus_per_worker": 1},
+    }
+    run_caption(CaptionConfig.model_validate(settings))
+
+
+def serve(model: Path, scraped: Scraped) -> None:
+    """Deploy an endpoint, send a good request and a bad one, and wait for their metrics."""
+    from ray import serve as ray_serve
+
+    from serve.app import build
+    from serve.deploy import start
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start("127.0.0.1", port)
+    scaling = {"cpus_per_engine": 0.5}
+    skip = {"retained": 4, "skipped": 4}
+    section = {"path": str(model), "name": "tiny", "skip": skip, "scaling": scaling}
+    try:
+        ray_serve.run(build({"models": [section]}), name="exported", route_prefix="/")
+        assert post(port, "tiny") == 200
+        assert post(port, "none") == 404
+        deadline = time.monotonic() + 60
+        while wanted() - ON_INCIDENTS - scraped.names and time.monotonic() < deadline:
+            time.sleep(0.5)
+    finally:
+        ray_serve.shutdown()
+
+
+def post(port: int, model: str) -> int:
+    image = (
+        "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAA"
+        "AElFTkSuQmCC"
+    )
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is it?"}]
+    body = {"model": model, "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    try:
+        return urllib.request.urlopen(request, timeout=60).status
+    except urllib.error.HTTPError as error:
+        return error.code
