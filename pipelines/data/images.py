@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.data.encoded import decode_base64, is_data_url, split_data_url
-from pipelines.data.orientation import upright
 from pipelines.data.parquet_cells import read_cell
 from pipelines.data.rows import RejectKind
 from pipelines.data.storage import (
@@ -30,6 +29,7 @@ from pipelines.data.storage import (
     read_file,
 )
 from skipvision.errors import DataError
+from skipvision.orientation import upright
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 import yaml
-from PIL import Image, ImageOps
+from PIL import Image
 
 from skipvision.adapters.save_load import load_adapter
 from skipvision.analysis.overlay import Overlay, patches_of
@@ -19,6 +19,7 @@ from skipvision.engine import Request
 from skipvision.engine.prompts import prepare
 from skipvision.errors import ConfigError, InputError
 from skipvision.loading import load_model, load_processor
+from skipvision.orientation import upright
 from skipvision.problems import Field, fields_of
 
 
@@ -108,9 +109,8 @@ def _attached(model: Any, given: dict[str, Any]) -> Attachment:
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            # Photographs store their orientation.
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+            return upright(image).convert("RGB")
+    except Exception as error:  # decoders raise errors of many types on damaged files
         raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 

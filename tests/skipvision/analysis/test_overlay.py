@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import struct
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 import skipvision as sv
 from skipvision.__main__ import main
-from skipvision.analysis import patches_of
+from skipvision.analysis import overlay_command, patches_of
 from skipvision.anatomy.families import dissect
+from skipvision.errors import InputError
 from skipvision.testing.families import tiny_model
 
 SIDE = 32
@@ -280,3 +283,37 @@ def test_the_command_reports_errors(changed, message, tiny_folder, tmp_path, cap
         main(["overlay", "--model", str(tiny_folder), "-o", str(tmp_path / "out.png"), *image, *changed])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def with_exif(block):
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 8)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block + data[2:]
+
+
+TURN = b"II*\0" + struct.pack("<LHHHLHH", 8, 1, 0x0112, 3, 1, 6, 0)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    ("block", "size"),
+    [
+        (TURN, (8, 12)),
+        (TURN[:20], (8, 12)),
+        (b"none", (12, 8)),
+        (b"II*\0" + b"\xff" * 20, (12, 8)),
+        (b"", (12, 8)),
+    ],
+    ids=["sound", "cut off", "no header", "directory after the end", "empty"],
+)
+def test_the_command_opens_photographs_with_damaged_exif_blocks(block, size, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(with_exif(block))
+    assert overlay_command._open(tmp_path / "photo.jpg").size == size
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n" + bytes(40), with_exif(TURN)[:200], b""])
+def test_every_damaged_image_is_one_error(data, tmp_path):
+    (tmp_path / "photo").write_bytes(data)
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        overlay_command._open(tmp_path / "photo")
