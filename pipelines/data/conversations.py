@@ -6,16 +6,17 @@ Two formats are read and may be mixed::
     {"id", "images": list, "messages": [{"role": "user" | "assistant" | "system", "content": text or parts}]}
 
 `pipelines.data.message_parts` describes the parts, which may contain their images. An image is a path, a URL,
-a data URL, or a mapping with one of ``bytes`` (base64 in JSON), ``path`` and ``url``.
+a data URL, base64, or a mapping with one of ``bytes`` (base64 in JSON), ``path`` and ``url``.
 """
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pipelines.data.encoded import is_data_url
+from pipelines.data.encoded import is_data_url, is_image_base64
 from pipelines.data.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage, TsvImage
 from pipelines.data.message_parts import (
     Slot,
@@ -43,6 +44,8 @@ _TOOLS = {
 }
 """Speakers of tool calls and their results, in the formats of OpenAI, ShareGPT, Llama and Qwen."""
 _FIELDS = (("from", "value"), ("role", "content"))
+_LONGEST_PATH = 4096
+"""Bytes of a path in Linux."""
 
 
 def parse_row(value: object, *, key: str, image_root: str, max_pixels: int, source: str = "") -> TrainingRow:
@@ -193,12 +196,29 @@ def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> I
         value = encoded or value.get("path") or value.get("url")
     if not isinstance(value, str) or not value:
         raise BadRow("broken record", f"image {name} is {type_name(value)}, expected a path, a URL or base64")
-    if not encoded and not is_data_url(value):
+    if not encoded and not is_data_url(value) and not _is_bare_base64(value, image_root):
+        if len(value) > _LONGEST_PATH and "://" not in value:
+            what = f"a text of {len(value):,} characters: neither a path nor base64 of an image"
+            raise BadRow("broken record", f"image {name} is {what}")
         return FileImage(absolute(value) if "://" in value else posixpath.join(image_root, value), max_pixels)
     try:
         return InlineImage.from_base64(value, name, max_pixels)
     except ImageError as error:
         raise BadRow(error.kind, str(error)) from None
+
+
+def _is_bare_base64(text: str, image_root: str) -> bool:
+    """Return whether a text is base64 of an image, and not the path of a file that exists.
+
+    Base64 of a JPEG begins with ``/9j/``, as a path might.
+    """
+    if not is_image_base64(text):
+        return False
+    local = len(text) <= _LONGEST_PATH and "://" not in image_root
+    try:
+        return not (local and Path(image_root, text).exists())
+    except OSError:  # a part of it is too long for a name
+        return True
 
 
 def check_placeholders(messages: tuple[Message, ...], images: int) -> None:

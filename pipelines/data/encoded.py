@@ -7,6 +7,11 @@ import re
 from urllib.parse import unquote
 
 _WHITE = " \t\r\n\f\v"
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
+_HEADS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftyp|P[1-6]\s", re.DOTALL
+)
+"""The first bytes of images. BMP has four zeros that no text of a path would encode."""
 _SPACES = str.maketrans("", "", _WHITE)
 
 
@@ -38,3 +43,11 @@ def split_data_url(url: str) -> tuple[str, list[str], str]:
 def is_data_url(text: str) -> bool:
     """Return whether a text is a data URL, in any case and after white space."""
     return bool(re.match(r"\s*data:", text, re.IGNORECASE))
+
+
+def is_image_base64(text: str) -> bool:
+    """Return whether a text without any prefix is base64 that begins as an image file does."""
+    if not _BASE64.fullmatch(text):
+        return False
+    head = without_white_space(text[:200])[:32]  # 24 bytes
+    return len(head) == 32 and _HEADS.match(base64.b64decode(head)) is not None

@@ -33,6 +33,10 @@ CELLS = {
     "path in a subfolder": (pa.string(), "sub/été #1 100%.png", [BLUE]),
     "data URL": (pa.string(), f"data:image/png;base64,{BASE64}", [RED]),
     "data URL over lines": (pa.string(), f"data:image/png;base64,\n{BASE64[:40]}\n{BASE64[40:]}", [RED]),
+    "base64": (pa.string(), BASE64, [RED]),
+    "base64 over lines": (pa.string(), f"{BASE64[:40]}\n{BASE64[40:]}\n", [RED]),
+    "list of base64": (pa.list_(pa.string()), [BASE64, BASE64], [RED, RED]),
+    "struct with base64 as its path": (PATH, {"path": BASE64}, [RED]),
     "empty path": (pa.string(), "", []),
     "null path": (pa.string(), None, []),
     "struct with bytes": (STRUCT, {"bytes": RED, "path": None}, [RED]),
@@ -72,5 +76,5 @@ def in_table(cell):
     if not all(isinstance(value, str) and value for value in plain):
         return None
     if plain[0].startswith("data:") or plain[0][:5] == BASE64[:5]:
-        return {"image": plain[0]}
+        return {"image": plain[0] if len(plain) == 1 else str(plain)}
     return {"image_path": plain[0] if len(plain) == 1 else json.dumps(plain)}

@@ -10,7 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.data.encoded import decode_base64
+from pipelines.data.conversations import parse_image
+from pipelines.data.encoded import decode_base64, is_image_base64
+from pipelines.data.images import FORMATS, FileImage, InlineImage
+from pipelines.data.rows import BadRow
 from pipelines.data.training_rows import read_training_rows
 from pipelines.data.tsv_records import tsv_records
 from serve.errors import MediaError
@@ -118,3 +121,57 @@ def test_line_breaks_do_not_count_as_bytes_of_a_request():
         EncodedImage.from_data_url(
             f"data:image/png;base64,{text}", config.model_copy(update={"max_bytes": len(PNG) - 1})
         )
+
+
+def encoded(kind):
+    buffer = io.BytesIO()
+    Image.effect_noise((20, 12), 80).convert("RGB").save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_base64_without_a_prefix_is_an_image_in_every_format(kind):
+    image = parse_image(encoded(kind), "a", "/root", 1000)
+    assert isinstance(image, InlineImage)
+    assert image.open().size == (20, 12)
+
+
+@ways
+def test_base64_without_a_prefix_is_an_image_however_it_is_broken_up(text):
+    assert parse_image(text, "a", "/root", 1000) == InlineImage(PNG, "a", 1000)
+
+
+PATHS = {
+    "a name": "photo.jpg",
+    "a path": "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQ.jpg",
+    "a short path": "/9j/4AAQSkZJRgABAQ",
+    "a hash as name": "d41d8cd98f00b204e9800998ecf8427ed41d8cd98f00b204e9800998ecf8427e",
+    "a long path without a suffix": "data/train/images/of/the/first/part/number/000000001234",
+    "letters of a BMP": "Qk" + "images" * 12,
+    "a URL": "https://host/iVBORw0KGgoAAAANSUhEUgAAABQAAAAMCAIAAADtbgqsAAAAAElFTkSuQmCC",
+    "a name in other letters": "été/" + "a" * 60,
+}
+
+
+@pytest.mark.parametrize("text", PATHS.values(), ids=PATHS)
+def test_a_path_stays_a_path(text):
+    assert not is_image_base64(text)
+    assert isinstance(parse_image(text, "a", "/root", 1000), FileImage)
+
+
+def test_the_path_of_a_file_that_exists_is_never_base64(tmp_path):
+    name = TEXT[:40].replace("/", "a")
+    (tmp_path / name).write_bytes(PNG)
+    assert is_image_base64(name)
+    assert parse_image(name, "a", str(tmp_path), 1000) == FileImage(f"{tmp_path}/{name}", 1000)
+    assert isinstance(parse_image(name, "a", f"{tmp_path}/other", 1000), InlineImage)
+
+
+def test_damaged_base64_and_long_texts_are_reported_in_few_words():
+    for text, words in (
+        (TEXT[:-9], "not valid base64"),
+        ("x" * 5000, "a text of 5,000 characters: neither a path"),
+    ):
+        with pytest.raises(BadRow, match=words) as error:
+            parse_image(text, "#1 of row a", "/root", 1000)
+        assert len(str(error.value)) < 200
