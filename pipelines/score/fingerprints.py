@@ -46,15 +46,24 @@ def of_model(path: str) -> str:
 
 
 def of_images(images: Iterable[ImageSource]) -> str:
-    """Return the digest of the stored bytes of images, in order; an unreadable one counts by its error."""
+    """Return the digest of images, in order: of their stored bytes, or of their addresses at URLs.
+
+    A server may fail for a while, and a job must continue nevertheless. An unreadable file counts by its
+    error.
+    """
     digest = hashlib.sha256()
     for image in images:
-        try:
-            content = image.read()
-        except ImageError as error:
-            content = error.kind.encode()
-        digest.update(hashlib.sha256(content).digest())
+        digest.update(hashlib.sha256(_content(image)).digest())
     return digest.hexdigest()
+
+
+def _content(image: ImageSource) -> bytes:
+    if "://" in getattr(image, "path", ""):
+        return str(image).encode()
+    try:
+        return image.read()
+    except ImageError as error:
+        return error.kind.encode()
 
 
 def of_dataset(dataset: Dataset) -> str:

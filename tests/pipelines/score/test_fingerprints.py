@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -53,6 +54,17 @@ def test_the_fingerprint_of_a_dataset_depends_on_its_image_files(tmp_path):
     (tmp_path / "one.png").unlink()
     digests.append(fingerprint(tmp_path, rows))
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.png", "memory://fingerprints/a.png"])
+def test_an_image_at_a_url_counts_by_its_address_whether_or_not_it_can_be_read(tmp_path, address):
+    rows = [{"index": 1, "image_path": address, "question": "What?", "answer": "a cat"}]
+    away = fingerprint(tmp_path, rows)
+    file_system = fsspec.filesystem("memory")
+    file_system.pipe("/fingerprints/a.png", b"an image")
+    assert fingerprint(tmp_path, rows) == away
+    file_system.rm("/fingerprints", recursive=True)
+    assert fingerprint(tmp_path, [{**rows[0], "image_path": f"{address}2"}]) != away
 
 
 def test_the_fingerprint_of_a_model_depends_on_the_files_that_loading_reads(tiny_model, tmp_path):
