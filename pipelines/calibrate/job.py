@@ -21,7 +21,7 @@ from pipelines.calibrate.search import Calibration, NothingWithinBudgetError
 from pipelines.calibrate.space import candidates, parts
 from pipelines.calibrate.workers import scorers
 from pipelines.cluster.resources import node_resources, worker_resources
-from pipelines.cluster.session import ray_session
+from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.score.dataset import Dataset
 from pipelines.score.fingerprints import of_files
@@ -65,6 +65,7 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
     with folder.claimed():
         folder.resume(config)
         config.resolved()  # raises for missing paths; the model keeps its path as given
+        check_ray_address()
         inputs = _read(config, folder)
         result = finished_result(config, folder, folder.path)
         finished = result is not None

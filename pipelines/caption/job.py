@@ -24,7 +24,7 @@ from pipelines.caption.resources import engine_resources
 from pipelines.caption.rows import Caption
 from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
-from pipelines.cluster.session import ray_session
+from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model
 from pipelines.shared.console import say
 from pipelines.tracking.run import Tracker
@@ -58,6 +58,7 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
         if result := finished_result(config, folder, folder.captions):
             return {**result, "already_finished": True}
         absolute = config.resolved()
+        check_ray_address()
         model = find_model(
             config,
             config.tracking.absolute_uri(folder.storage),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,16 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_ray_address() -> None:
+    """Check at the start of a job what `ray_session` would only find when the work begins.
+
+    Raises:
+        ConfigError: ``$RAY_ADDRESS`` is not the address of a Ray.
+    """
+    if not in_ray_job() and not ("ray" in sys.modules and _ray().is_initialized()):
+        ray_address()
 
 
 def _connect() -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.caption.config import CaptionConfig, InputSection, OutputSection
 from pipelines.caption.error_limit import ErrorLimit
 from pipelines.caption.job import run_caption
-from pipelines.cluster.session import ray_session
+from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.evaluation.items import write_items
 from pipelines.score.config import ScoreConfig
@@ -78,6 +78,7 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
     with folder.claimed():
         folder.resume(config)
         config.resolved()  # raises for missing paths; the systems keep their paths as given
+        check_ray_address()
         job = _read(config, folder)
         if folder.is_reported(config) and (result := finished_result(config, folder, folder.table)):
             return {**result, "already_finished": True}

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipelines.cluster.session import ray_session
+from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.cluster.tasks import in_parallel
 from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
@@ -42,6 +42,7 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
         AdapterError: a folder holds no adapter, or the adapter of another model.
     """
     config = config.resolved()
+    check_ray_address()
     rows = pick_rows(read_rows(config.test), config.rows)
     model, text_tokens = model_config(config.model), mean_text_tokens(config.model, rows)
     todo = list(points(config, model, text_tokens))

@@ -256,6 +256,20 @@ def test_a_path_that_leads_nowhere_is_reported_before_any_work(name, write, inpu
     assert not (folder_of(argv) / "run.json").exists()
 
 
+@cells("address")
+def test_an_address_that_is_not_of_a_ray_is_reported_before_any_work(
+    name, write, no_ray, monkeypatch, capsys
+):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    argv = write(name)
+    status, message = refused(name, argv, capsys)
+    assert status == 2
+    assert "RAY_ADDRESS = http://127.0.0.1:8265: this is the address of Ray's dashboard" in message
+    assert not (folder_of(argv) / "run.json").exists()
+    assert not (folder_of(argv) / "manifest.parquet").exists()
+
+
 @cells("away")
 def test_without_mlflow_no_work_is_started(name, write, no_ray, capsys):
     status, message = refused(name, write(name, tracking={"uri": AWAY}), capsys)
