@@ -18,6 +18,8 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 RAY_PORT_VARIABLE = "RAY_GCS_SERVER_PORT"
 """Environment variable: the port of a Ray that ``ray.init(address="local")`` starts (Ray 2.60.0)."""
 
+CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
+"""The file in which Ray Train keeps the list of a run's checkpoints (Ray 2.60.0)."""
 
 LOOPBACK = "127.0.0.1"
 

@@ -7,6 +7,7 @@ earlier row is named ``key#2`` and so on, and becomes an error row.
 
 from __future__ import annotations
 
+import os
 import posixpath
 from array import array
 from collections import Counter
@@ -27,7 +28,7 @@ from pipelines.data.records import Record
 from pipelines.data.rows import BadRow
 from pipelines.data.sources import Wanted, read_inputs
 from pipelines.data.storage import absolute
-from pipelines.shared.files import atomic
+from pipelines.shared.files import atomic, cause_and_remedy
 from skipvision.errors import ConfigError, DataError
 
 _FIRST_ROWS = 256
@@ -73,6 +74,7 @@ def write_manifest(
     Raises:
         ConfigError: no row has the column of the prompt, the key or the images.
         DataError: a file cannot be read at all, or there are no rows.
+        StorageError: the manifest cannot be written.
     """
     listing = _Listing(settings)
     hashes = array("q")
@@ -87,7 +89,7 @@ def write_manifest(
                 say(f"{number:,} rows listed")
             yield row
 
-    rows = listing.rows()
+    rows = _errors_of_inputs(listing.rows(), settings.source)
     if settings.keys is not None:
         keys = frozenset(Path(settings.keys).read_text(encoding="utf-8").splitlines())
         rows = (row for row in rows if row.key in keys)
@@ -105,6 +107,15 @@ def write_manifest(
             if repeated.without_problem:
                 problems["duplicate key"] = repeated.without_problem
     return ManifestFacts(len(hashes), dict(problems.most_common()), dict(listing.passed_over))
+
+
+def _errors_of_inputs(rows: Iterator[CaptionRow], source: str) -> Iterator[CaptionRow]:
+    """Yield the rows; an `OSError` while they are read is about the inputs, and not about the manifest."""
+    try:
+        yield from rows
+    except OSError as error:
+        name = source if error.filename is None else os.fsdecode(error.filename)
+        raise DataError(f"input.source: {name} cannot be read: {cause_and_remedy(error)}") from error
 
 
 def _write(path: Path, rows: Iterable[CaptionRow], shard_rows: int) -> None:

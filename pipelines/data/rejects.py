@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 
 from pipelines.data.images import ImageError
 from pipelines.data.rows import DataSet, Reject, TrainingRow
+from pipelines.shared.files import storage_errors
 from skipvision.errors import DataError
 
 
@@ -32,7 +35,8 @@ class LateRejects:
     """Handles rows whose images became unreadable after the check.
 
     A call with a row and its error appends the row to ``file``, once. It then returns, to leave the row out,
-    or raises `DataError` if ``stop`` is true. Several processes may share the file.
+    or raises `DataError` if ``stop`` is true. Several processes may share the file. A `StorageError` says
+    that it cannot be written.
     """
 
     def __init__(self, file: Path, data_sets: tuple[DataSet, ...], *, stop: bool) -> None:
@@ -55,17 +59,28 @@ class LateRejects:
         identity = (reject.source, reject.key)
         if identity in self._seen:
             return False
-        with self.file.open("a+", encoding="utf-8") as file:
+        with storage_errors(self.file), self.file.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(self._read_to)
             self._seen |= {(line["source"], line["key"]) for line in map(json.loads, file)}
             if new := identity not in self._seen:
-                file.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
+                _append(file, json.dumps(dataclasses.asdict(reject), ensure_ascii=False).encode() + b"\n")
                 self._seen.add(identity)
-            file.flush()
             self._read_to = file.tell()
             fcntl.flock(file, fcntl.LOCK_UN)  # closing does not: a process forked meanwhile holds it, too
         return new
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Write a whole line at the end of a file, or nothing: half a line would end every later read."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        written = 0
+        while written < len(line):
+            written += file.write(line[written:])
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def count_rejects(file: Path) -> dict[str, int]:

@@ -12,11 +12,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
+from pipelines._compat import CHECKPOINT_LIST
 from pipelines.shared.folder import JobFolder
+
+STATE = "state.pt"
+"""The file of a checkpoint."""
 
 MAY_DIFFER = frozenset(
     {
@@ -62,3 +69,24 @@ class FinetuneFolder(JobFolder):
     @property
     def may_change(self) -> Collection[str]:
         return () if self.trained else MAY_CHANGE
+
+    def repair_checkpoints(self) -> Path | None:
+        """Return the checkpoint to continue from if Ray Train's list of checkpoints is lost; otherwise None.
+
+        Ray Train writes its list in place. A full disk leaves it empty, and Ray Train then refuses to start.
+        This removes the list, and all checkpoints but the last complete one, which it would not know.
+        """
+        file = self.checkpoints / CHECKPOINT_LIST
+        try:
+            if json.loads(file.read_text()):
+                return None
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            file.unlink()
+        newest_first = sorted(self.checkpoints.glob("checkpoint_*"), reverse=True)
+        complete = [path for path in newest_first if zipfile.is_zipfile(path / STATE)]
+        for path in newest_first:
+            if path not in complete[:1]:
+                shutil.rmtree(path)
+        return complete[0] if complete else None

@@ -14,13 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines._compat import configure_ray_train
-from pipelines.cluster.session import ray_is_running, ray_session
+from pipelines.cluster.session import check_ray_address, ray_is_running, ray_session
 from pipelines.data.rejects import count_rejects, rejected_rows
 from pipelines.finetune.checks import check_model, check_workers
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.data import FinetuneData, keep_choice, read_data
 from pipelines.finetune.folder import FinetuneFolder
 from pipelines.shared.console import say
+from pipelines.shared.files import is_storage_error, storage_error
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
@@ -102,6 +103,7 @@ class _Plan:
 def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, resumed: bool) -> _Plan:
     """Check model, workers and data. This joins a Ray that exists but starts none."""
     absolute = config.resolved()
+    check_ray_address()
     say(f"run {config.name!r}: checking the model and the data …")
     model = check_model(absolute)
     if ray_is_running():
@@ -198,6 +200,7 @@ def _fit(plan: _Plan, folder: FinetuneFolder, run: Tracker) -> dict[str, Any]:
 
     Raises:
         SkipVisionError: a worker raised it.
+        StorageError: Ray Train cannot write to the folder of checkpoints.
     """
     configure_ray_train()
     import ray.train
@@ -211,6 +214,8 @@ def _fit(plan: _Plan, folder: FinetuneFolder, run: Tracker) -> dict[str, Any]:
         validation=plan.data.validation,
         steps=plan.steps,
         adapter=folder.adapter,
+        checkpoints=folder.checkpoints,
+        start_from=folder.repair_checkpoints(),
         rejects=folder.rejects,
         tracking_uri=run.uri,
         run_id=run.run_id,
@@ -220,6 +225,8 @@ def _fit(plan: _Plan, folder: FinetuneFolder, run: Tracker) -> dict[str, Any]:
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, SkipVisionError):
             raise error.controller_failure from error
+        if is_storage_error(error.controller_failure):
+            raise storage_error(error.controller_failure, folder.checkpoints) from error
         raise
     except SystemExit:  # Ray Train turns Ctrl-C into it
         raise KeyboardInterrupt from None

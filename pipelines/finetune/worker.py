@@ -30,9 +30,11 @@ from pipelines.evaluation.exact_match import accuracy_by_task, evaluate_exact_ma
 from pipelines.evaluation.items import OVERALL
 from pipelines.finetune.batches import LengthGroupedBatches, prefetched
 from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.folder import STATE
 from pipelines.finetune.learner import Learner, StepStats, prepare
 from pipelines.finetune.progress import Progress
 from pipelines.shared.console import say
+from pipelines.shared.files import storage_errors
 from pipelines.tracking.run import Tracker
 from skipvision.errors import DataError, SkipVisionError
 
@@ -50,7 +52,10 @@ _GAUGES = {
 
 @dataclass(frozen=True)
 class Assignment:
-    """The work of a run, the same for all workers. Paths are absolute."""
+    """The work of a run, the same for all workers. Paths are absolute.
+
+    ``start_from`` is the checkpoint to continue from if Ray Train knows none.
+    """
 
     config: FinetuneConfig
     rows: Sequence[TrainingRow]
@@ -58,6 +63,8 @@ class Assignment:
     validation: Sequence[TrainingRow]
     steps: int
     adapter: Path
+    checkpoints: Path
+    start_from: Path | None
     rejects: Path
     tracking_uri: str
     run_id: str
@@ -123,7 +130,8 @@ class Worker:
             self.progress.start(done)
         if self.rank == 0:
             # Before the validation, which may fail: it opens images that may have become unreadable.
-            sv.save_adapter(self.learner.model, self.work.adapter)
+            with storage_errors(self.work.adapter):
+                sv.save_adapter(self.learner.model, self.work.adapter)
         return {**self.progress.summary(), **self._evaluate(done)}
 
     # ------------------------------------------------------------------------------------- steps
@@ -186,10 +194,12 @@ class Worker:
     def _restore(self) -> int:
         """Load the last checkpoint and return the number of completed steps."""
         checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and self.work.start_from is not None:
+            checkpoint = ray.train.Checkpoint.from_directory(self.work.start_from)
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location=self.learner.device)
+            state = torch.load(Path(folder) / STATE, weights_only=True, map_location=self.learner.device)
         self.learner.load_state(state)
         self.progress.step_seconds = state["step_seconds"]
         self.progress.last_loss = state["loss"]
@@ -203,19 +213,19 @@ class Worker:
         if self.tracker is not None:
             self.tracker.metrics(rejected_rows(count_rejects(self.work.rejects)), done)
             self.tracker.flush()  # a run that resumes from here will not repeat these steps
+        extra = {"step": done, "step_seconds": self.progress.step_seconds, "loss": self.progress.last_loss}
+        name = f"checkpoint_{done:08d}"
         with tempfile.TemporaryDirectory() as folder:
-            extra = {
-                "step": done,
-                "step_seconds": self.progress.step_seconds,
-                "loss": self.progress.last_loss,
-            }
-            torch.save({**self.learner.state(), **extra}, Path(folder) / "state.pt")
+            file = Path(folder, STATE)
+            with storage_errors(file), file.open("wb") as stream:  # torch hides the cause for a path
+                torch.save({**self.learner.state(), **extra}, stream)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(
-                {"step": done, "loss": self.progress.last_loss},
-                checkpoint=checkpoint,
-                checkpoint_dir_name=f"checkpoint_{done:08d}",
-            )
+            with storage_errors(self.work.checkpoints / name):
+                ray.train.report(
+                    {"step": done, "loss": self.progress.last_loss},
+                    checkpoint=checkpoint,
+                    checkpoint_dir_name=name,
+                )
 
     # -------------------------------------------------------------------------------- evaluation
 

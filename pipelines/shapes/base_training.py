@@ -71,8 +71,8 @@ class Stage:
             "step": self.step,
             "seconds": self.seconds,
         }
-        with atomic(self.path) as partial:
-            torch.save(state, partial)
+        with atomic(self.path) as partial, partial.open("wb") as file:  # torch hides the cause for a path
+            torch.save(state, file)
 
     def update(self, loss: torch.Tensor, **measured: object) -> None:
         """Run one optimiser step. Log every 50th step; save a checkpoint every few minutes and at the end."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeGuard
 
 from skipvision.errors import SkipVisionError
 
@@ -30,27 +32,55 @@ class StorageError(SkipVisionError):
 
 @contextmanager
 def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Raise an `OSError` of the block as a `StorageError` about ``path``.
+    """Raise an `OSError` of the block, or what a library made of it, as a `StorageError` about ``path``.
+
+    An error that names a file outside the folder of ``path`` is one about that file.
 
     Raises:
         StorageError: ``path`` cannot be written or read.
     """
     try:
         yield
-    except OSError as error:
-        raise storage_error(error, path, action) from error
+    except Exception as error:
+        found = os_error_of(error)
+        if found is None:
+            raise
+        named = None if found.filename is None else Path(os.fsdecode(found.filename))
+        if named is not None and not named.is_relative_to(path.parent):
+            raise storage_error(found, named, "use") from error
+        raise storage_error(found, path, action) from error
 
 
 def storage_error(error: OSError, path: Path | str, action: str = "write") -> StorageError:
     """Return the error about ``path`` with its cause and remedy."""
-    cause = error.strerror or str(error) or type(error).__name__
+    return StorageError(f"cannot {action} {path}: {cause_and_remedy(error)}")
+
+
+def cause_and_remedy(error: OSError) -> str:
+    """Return the end of a message about an error of disks and permissions."""
+    known = error.errno in _REMEDIES  # libraries add file positions and the like to the system's words
+    cause = os.strerror(error.errno or 0) if known else error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0, "make the folder usable again")
-    return StorageError(f"cannot {action} {path}: {cause}; {remedy}, then run the same job again to continue")
+    return f"{cause}; {remedy}, then run the same job again to continue"
 
 
-def is_storage_error(error: OSError) -> bool:
+def is_storage_error(error: BaseException | None) -> TypeGuard[OSError]:
     """Return whether the error is one of disks and permissions, and no bug."""
-    return error.errno in _REMEDIES
+    return isinstance(error, OSError) and error.errno in _REMEDIES
+
+
+def os_error_of(error: BaseException) -> OSError | None:
+    """Return the `OSError` that an error of a file's writer is, or hides; None if it has another cause.
+
+    safetensors puts the system's error number into its text. `torch.save` into an open file raises a
+    `RuntimeError` while it handles the `OSError`.
+    """
+    if isinstance(error, OSError):
+        return error
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    hidden = error.__context__
+    return hidden if isinstance(error, RuntimeError) and is_storage_error(hidden) else None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pipelines.tracking.client import (
     brief,
     configure_mlflow,
     connect,
+    failure,
     unless_exists,
     with_retries,
 )
@@ -55,7 +56,7 @@ class Tracker:
         self._waiting: deque[Metric] = deque(maxlen=200_000)
         self._next_flush = self._away_until = 0.0
         self._monitor: SystemMetricsMonitor | None = None
-        self._refusal = ""
+        self._refusal: Exception | None = None
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -149,9 +150,8 @@ class Tracker:
     def upload(self) -> None:
         """Upload the metrics that are still in memory, and raise `TrackingError` if some remain."""
         if missing := self.close():
-            raise TrackingError(
-                f"MLflow at {self.uri} did not take {missing} values of run {self.run_id}: {self._refusal}"
-            )
+            what = f"MLflow at {self.uri} did not take {missing} values of run {self.run_id}"
+            raise TrackingError(what) if self._refusal is None else failure(self._refusal, what)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the run. It can be FINISHED only after all metrics are uploaded."""
@@ -223,7 +223,7 @@ class Tracker:
         # No error of a tracking server or of the network may end a training run.
         except Exception as error:
             self._next_flush = self._away_until = time.monotonic() + self._retry_seconds
-            self._refusal = brief(error)
+            self._refusal = error
             warnings.warn(
                 f"MLflow at {self.uri} does not take metrics ({brief(error)}); the run continues, and "
                 f"{len(self._waiting)} values wait for the next try",

@@ -133,5 +133,5 @@ def ended(run: Tracker) -> Iterator[Tracker]:
             run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         run.close()
         if isinstance(error, TrackingError) and run.advice and run.advice not in str(error):
-            raise TrackingError(f"{error}\n{run.advice}") from error
+            raise type(error)(f"{error}\n{run.advice}") from error
         raise

@@ -2,67 +2,34 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from pipelines.caption.attempts import Attempts
 from pipelines.caption.config import InputSection
 from pipelines.caption.folder import CaptionShards
 from pipelines.caption.manifest import write_manifest
-from pipelines.caption.rows import Caption
+from pipelines.caption.rows import Caption, CaptionRow
+from pipelines.data.images import ImageError
+from pipelines.data.rejects import LateRejects
+from pipelines.data.rows import TrainingRow
 from pipelines.shared.config import run_job
 from pipelines.shared.files import StorageError, atomic, write_text
 from pipelines.shared.folder import JobFolder
-from skipvision.errors import ConfigError
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_READ_ONLY, _REMOUNT, _DETACH = 1, 32, 2
-
-
-class Disk:
-    """A small file system in memory at ``path``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        self._mount(0)
-
-    def _mount(self, flags: int) -> None:
-        if _LIBC.mount(b"tmpfs", bytes(self.path), b"tmpfs", flags, b"size=256k"):
-            pytest.skip(f"this user may not mount a file system: {os.strerror(ctypes.get_errno())}")
-
-    def fill(self) -> None:
-        with (self.path / "filler").open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(b"x" * 4096)
-            except OSError:
-                pass
-
-    def make_read_only(self) -> None:
-        self._mount(_REMOUNT | _READ_ONLY)
-
-    def restore(self) -> None:
-        self._mount(_REMOUNT)
-        (self.path / "filler").unlink(missing_ok=True)
-
-    def unmount(self) -> None:
-        _LIBC.umount2(bytes(self.path), _DETACH)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    disk = Disk(tmp_path / "disk")
-    yield disk
-    disk.unmount()
-
+from pipelines.tracking.client import TrackingStorageError, sqlite_uri
+from pipelines.tracking.run import Tracker
+from skipvision.errors import ConfigError, DataError
+from tests.pipelines.disk import Disk
 
 TROUBLES = {
     "full": (Disk.fill, "No space left on device; free space there"),
@@ -90,12 +57,37 @@ def captions(kind: str) -> Callable[[Path, Path], None]:
     return write
 
 
+def late_rejects(folder: Path, _: Path) -> None:
+    reject = LateRejects(folder / "rejects.jsonl", ("train",), stop=False)
+    reject(TrainingRow("a", (), (), source="t.json: row 1"), ImageError("é" * 5000))
+
+
+def checkpoint_of_base_training(folder: Path, _: Path) -> None:
+    """`torch.save` and its error, which hides the cause."""
+    with atomic(folder / "state.pt") as partial, partial.open("wb") as file:
+        torch.save({"a": torch.zeros(5000)}, file)
+
+
+def weights(folder: Path, _: Path) -> None:
+    """The error of safetensors."""
+    with atomic(folder / "weights.safetensors") as partial:
+        safetensors.torch.save_file({"a": torch.zeros(5000)}, partial)
+
+
+def store(folder: Path, _: Path) -> None:
+    """MLflow's tables, which it cannot use if they are incomplete."""
+    Tracker.start(sqlite_uri(folder / "mlflow.db"), experiment="e", run_name="r", artifacts=folder / "a")
+
+
 WRITERS = {
     "manifest": manifest,
     "attempts": attempts,
     "run.json": state,
     "captions": captions("parquet"),
     "captions as JSON": captions("jsonl"),
+    "rejects": late_rejects,
+    "checkpoint": checkpoint_of_base_training,
+    "weights": weights,
     "any text": lambda folder, _: write_text(folder / "table.md", "x" * 5000),
 }
 
@@ -112,14 +104,66 @@ def test_the_error_names_the_file_the_cause_and_the_remedy(writer, trouble, disk
         WRITERS[writer](folder, shapes_data / "images" / "train")
     assert str(folder) in str(error.value)
     assert "run the same job again" in str(error.value)
-    if writer != "attempts":
+    if writer not in ("attempts", "rejects"):
         assert set(folder.iterdir()) == before
+    assert not any(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     disk.restore()
     WRITERS[writer](folder, shapes_data / "images" / "train")
     assert not list(folder.glob(".*"))
 
 
-def test_an_error_of_the_inputs_is_not_blamed_on_the_output(tmp_path):
+def test_a_store_of_mlflow_that_was_not_created_is_created_by_the_next_start(disk):
+    disk.grow("300k")  # it needs 600k
+    with pytest.raises(TrackingStorageError, match=r"mlflow\.db: No space left on device; free space there"):
+        store(disk.path, disk.path)
+    assert list(disk.path.iterdir()) == []
+    disk.grow("4m")
+    store(disk.path, disk.path)
+    assert [file.name for file in disk.path.iterdir()] == ["mlflow.db"]
+
+
+def test_a_store_of_mlflow_that_is_full_later_is_an_error_of_the_disk(disk):
+    disk.grow("4m")
+    store(disk.path, disk.path)
+    disk.fill()
+    with pytest.raises(TrackingStorageError, match="No space left on device; free space"):  # noqa: PT012
+        for _ in range(20):  # the last page of the file has room
+            store(disk.path, disk.path)
+    disk.restore()
+    store(disk.path, disk.path)
+
+
+def images_of(error: OSError) -> Iterator[Any]:
+    yield CaptionRow("a", "a.png")
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError(errno.EACCES, "Permission denied", "/photos/a"),
+        OSError(errno.ESTALE, "Stale file handle", "/photos/b"),
+        OSError(errno.EMFILE, "Too many open files"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/photos/c"),
+    ],
+    ids=lambda error: error.strerror,
+)
+def test_an_error_of_the_inputs_names_them_and_not_the_manifest(error, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.caption.manifest._Listing.rows", lambda _: images_of(error))
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DataError) as found:
+        write_manifest(InputSection(source=str(tmp_path / "in"), prompt="What?"), tmp_path / "m", 4)
+    assert f"{error.filename or tmp_path / 'in'} cannot be read: {error.strerror}" in str(found.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_error_about_another_file_names_that_file(tmp_path):
+    with pytest.raises(StorageError, match=f"cannot use {tmp_path}/other/b: "), atomic(tmp_path / "a" / "b"):
+        (tmp_path / "other" / "b").read_text()
+
+
+def test_other_errors_in_the_block_of_a_writer_stay(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic(tmp_path / "file") as partial:  # noqa: PT012
         partial.touch()
         raise ZeroDivisionError
