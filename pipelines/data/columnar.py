@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from pipelines.data.arrow_files import ArrowTable
 from pipelines.data.formats import rows_of
 from pipelines.data.images import ParquetImage
+from pipelines.data.parquet_cells import open_parquet
+from pipelines.data.presence import present, present_in_row_group
 from skipvision.errors import DataError
 
 _BATCH_ROWS = 64  # small, because image bytes of lists pass through memory
@@ -42,6 +44,9 @@ class Group(Protocol):
     def has_no_null(self, column: str, field: str | None) -> bool:
         """Return whether it is known that a column, or this field of a struct, has a value in every row."""
 
+    def present(self, column: str) -> Iterator[bool]:
+        """Yield for each row whether the column holds anything."""
+
 
 def table_rows(
     file: str,
@@ -49,6 +54,7 @@ def table_rows(
     wanted: Callable[[Sequence[str]], Collection[str]],
     images: Sequence[str],
     max_pixels: int,
+    unread: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table with image bytes replaced by references to the file.
 
@@ -58,6 +64,7 @@ def table_rows(
         wanted: returns the columns to read out of all columns of the file.
         images: columns of images; those that the file lacks are left out.
         max_pixels: max pixels of an image, checked when it is opened.
+        unread: names, in lower case, of columns whose values are not needed: a row has True or None instead.
 
     Raises:
         DataError: the file cannot be read.
@@ -67,9 +74,12 @@ def table_rows(
             table = _Parquet(stream) if kind == "parquet" else _Arrow(file)
             names = table.schema.names
             columns = [name for name in names if name in wanted(names)]
-            present = [name for name in images if name in columns]
+            found = [name for name in images if name in columns]
+            marked = [name for name in columns if name.lower() in unread and name not in found]
+            columns = [name for name in columns if name not in marked]
             for number, group in enumerate(table.groups()):
-                yield from _group_rows(file, table.schema, number, group, columns, present, max_pixels)
+                rows = _group_rows(file, table.schema, number, group, columns, found, max_pixels)
+                yield from _marked(rows, group, marked)
         except pa.ArrowException as error:
             raise DataError(f"{file} is not a readable {kind} file: {error}") from error
 
@@ -91,6 +101,14 @@ def _group_rows(
             refer = partial(ParquetImage, file, number, row, column, max_pixels=max_pixels)
             value[column] = refer(0) if column in referred else without_bytes(value[column], refer)
         yield value
+
+
+def _marked(rows: Iterator[dict[str, Any]], group: Group, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows with True in those of these columns that hold anything, and None in the others."""
+    marks = [group.present(column) for column in columns]
+    for row in rows:
+        found = (next(mark) for mark in marks)
+        yield row | dict(zip(columns, (True if one else None for one in found), strict=True))
 
 
 def _all_bytes(schema: pa.Schema, group: Group, column: str) -> bool:
@@ -127,7 +145,7 @@ def without_bytes(cell: Any, refer: Callable[[int], ParquetImage]) -> object:
 
 class _Parquet:
     def __init__(self, stream: Any) -> None:
-        self.file = pq.ParquetFile(stream)
+        self.file = open_parquet(stream)
         self.schema = self.file.schema_arrow
 
     def groups(self) -> Iterator[Group]:
@@ -149,6 +167,9 @@ class _RowGroup:
         chunks = (self.metadata.column(number) for number in range(self.metadata.num_columns))
         found = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == path), None)
         return bool(found is not None and found.has_null_count and found.null_count == 0)
+
+    def present(self, column: str) -> Iterator[bool]:
+        return present_in_row_group(self.file, self.number, column)
 
 
 class _Arrow:
@@ -173,3 +194,6 @@ class _Batch:
     def has_no_null(self, column: str, field: str | None) -> bool:
         values = self.batch.column(column)
         return values.null_count == 0 and (field is None or values.field(field).null_count == 0)
+
+    def present(self, column: str) -> Iterator[bool]:
+        return iter(present(self.batch.column(column)).to_pylist())

@@ -39,6 +39,11 @@ def read_cell(path: str, row_group: int, column: str, row: int) -> Any:
     return found[row].as_py()
 
 
+def open_parquet(file: Any) -> pq.ParquetFile:
+    """Open a parquet file of which each column is read page by page; by default Arrow buffers it whole."""
+    return pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+
+
 def forget_columns() -> None:
     """Clear the cache of `read_cell`, so that changed files are read again."""
     _column.cache_clear()
@@ -86,7 +91,7 @@ class _Parts:
         self._close()
         file = open_file(path)
         self._close = weakref.finalize(self, file.close)
-        table = pq.ParquetFile(file, buffer_size=_READ_BYTES)
+        table = open_parquet(file)
         self._batches = table.iter_batches(_PART_ROWS, row_groups=[row_group], columns=[column])
         self._parts: deque[tuple[int, pa.Array]] = deque(maxlen=_PARTS)
         self._next = 0

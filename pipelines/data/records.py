@@ -126,10 +126,11 @@ def _training_table(file: str, kind: str, max_pixels: int) -> Iterator[Record]:
     def wanted(names: Sequence[str]) -> Collection[str]:
         if not {"conversations", "messages"} & set(names):
             raise DataError(f"{file} has no column `conversations` or `messages`; it has {', '.join(names)}")
-        # Videos and audio are read only so that their rows can be refused.
+        # Rows with videos and audio are refused.
         return [*TRAINING_COLUMNS, *(name for name in names if name.lower() in MEDIA_FIELDS)]
 
-    for number, value in enumerate(table_rows(file, kind, wanted, _IMAGE_COLUMNS, max_pixels), start=1):
+    rows = table_rows(file, kind, wanted, _IMAGE_COLUMNS, max_pixels, unread=MEDIA_FIELDS)
+    for number, value in enumerate(rows, start=1):
         yield Record(file, f"row {number}", _fallback_key(file, number), value)
 
 
