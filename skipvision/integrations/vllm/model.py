@@ -168,7 +168,6 @@ class SkipMRoPEModel(SkipModel):
         spans = {id(feature): (image, span) for feature, image, span in _spans(mm_features)}
         features, done = [], 0
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
-            placed = feature.mm_position
             if id(feature) not in spans:
                 features.append(_moved(feature, len(whole) - done, 0))
                 continue
@@ -179,7 +178,6 @@ class SkipMRoPEModel(SkipModel):
             index.extend([len(whole)] * span.kept)
             whole.extend([self.image_token_id] * image.tokens)
             done = span.begin + span.kept
-            _ = placed
         index.extend(range(len(whole), len(whole) + len(input_tokens) - done))
         whole.extend(input_tokens[done:])
         numbered, shift = super(SkipModel, self).get_mrope_input_positions(whole, features)  # type: ignore[misc]

@@ -31,11 +31,17 @@ def register() -> None:
 
     from skipvision.integrations.vllm.startup import VllmFamily, hook, refusal
 
+    # Towers that return features without separators between them.
+    plain = ("clip_vision_model", "siglip_vision_model")
     classes = {
-        "LlavaForConditionalGeneration": (
-            "llava:SkipLlava",
-            VllmFamily(towers=("clip_vision_model", "siglip_vision_model")),
+        "LlavaForConditionalGeneration": ("llava:SkipLlava", VllmFamily(towers=plain)),
+        "LlavaNextForConditionalGeneration": (
+            "llava_next:SkipLlavaNext",
+            VllmFamily(views=True, towers=plain),
         ),
+        "InternVLForConditionalGeneration": ("internvl:SkipInternVL", VllmFamily(views=True)),
+        "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl:SkipQwen25VL", VllmFamily(mrope=True)),
+        "Qwen3VLForConditionalGeneration": ("qwen3_vl:SkipQwen3VL", VllmFamily(mrope=True)),
     }
     for architecture, (name, family) in classes.items():
         ModelRegistry.register_model(architecture, f"{_FAMILIES}.{name}")

@@ -60,6 +60,20 @@ def number_prompt(length: int, spans: Sequence[Span]) -> tuple[torch.Tensor, int
     return torch.stack([position, torch.full_like(position, end), start]), end - length
 
 
+def grid_positions(grids: torch.Tensor, merge: int) -> list[torch.Tensor]:
+    """(3, N) for each image, relative to its first token: time, row and column, in raster order.
+
+    Args:
+        grids: (I, 3) frames, rows and columns of patches.
+        merge: patches along each side of a token.
+    """
+    sizes = [(rows // merge, columns // merge) for _, rows, columns in grids.tolist()]
+    return [
+        torch.cartesian_prod(torch.zeros(1, dtype=torch.long), torch.arange(rows), torch.arange(columns)).T
+        for rows, columns in sizes
+    ]
+
+
 def with_offsets(embeds: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Append positions relative to the image to its embeddings.
 

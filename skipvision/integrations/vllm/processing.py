@@ -34,8 +34,8 @@ class SkipInfo:
 class SkipProcessor:
     """Mixin for a family's ``BaseMultiModalProcessor``.
 
-    The request's SkipConfig replaces its ``mm_processor_kwargs["skip"]`` as JSON with every field. vLLM hashes
-    these arguments with each image, so caches of images, of their encodings, and of prefixes tell two
+    The request's SkipConfig replaces its ``mm_processor_kwargs["skip"]`` as JSON with every field. vLLM
+    hashes these arguments with each image, so caches of images, of their encodings, and of prefixes tell two
     configurations of one image apart.
     """
 

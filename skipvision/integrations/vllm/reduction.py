@@ -83,4 +83,6 @@ def _batch(
         embeds = summary(merged[..., :hidden_size], plan)
         merged = torch.cat([embeds, merged[..., hidden_size:]], dim=2)
     kept = plan.attention_mask
-    return [Reduced(merged[row, kept[row]], plan.position_source[row, kept[row]]) for row in range(len(sizes))]
+    return [
+        Reduced(merged[row, kept[row]], plan.position_source[row, kept[row]]) for row in range(len(sizes))
+    ]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Literal, Self
 
 from transformers import PretrainedConfig
 
-from skipvision.baselines import at_cost, language_share
 from skipvision.config import SkipConfig
-from skipvision.cost.predict import predict_cost
-from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.errors import ConfigError
+from skipvision.integrations.vllm.equal_cost import without_skipped
 from skipvision.registry import is_built_in
 
 KEYWORD = "skip"
@@ -82,7 +80,7 @@ class Settings:
         if self.refused is not None:
             raise ConfigError(f"this server prunes no images, because {self.refused}")
         if config.skipped:
-            config = _without_skipped(config, model, map_skipped)
+            config = _mapped(config, model, map_skipped)
         if config.summary_tokens not in (0, self.summary_tokens):
             layer = f"has {self.summary_tokens}" if self.summary_tokens else "has no summary layer"
             raise ConfigError(
@@ -150,57 +148,16 @@ def merged(base: SkipConfig, value: object, map_skipped: bool) -> tuple[SkipConf
         raise ConfigError(f"mm_processor_kwargs[{KEYWORD!r}]: {error}") from error
 
 
-def _without_skipped(config: SkipConfig, model: PretrainedConfig, mapped: bool) -> SkipConfig:
-    """Return a configuration without skipped tokens that costs as much; raise `ConfigError` if not allowed."""
-    equal = _equal_retained(config.model_dump_json(), model)
-    number = "" if equal is None else f" The same FLOPs pay for retained={equal}, skipped=0."
-    if equal is not None and mapped:
-        return SkipConfig(
-            **{**config.model_dump(), "retained": equal, "skipped": 0, "merge": _merge_of(config)}
-        )
-    remedy = "use skipped=0" if equal is None else f"use these, or {MAP_SKIPPED}=true to have them applied"
+def _mapped(config: SkipConfig, model: PretrainedConfig, allowed: bool) -> SkipConfig:
+    """Return a configuration of equal FLOPs without skipped tokens; raise `ConfigError` if not allowed."""
+    equal = without_skipped(config, model)
+    if equal is not None and allowed:
+        return equal
+    number, remedy = "", "use skipped=0"
+    if equal is not None:
+        number = f" The same FLOPs pay for retained={equal.retained}, skipped=0."
+        remedy = f"use these, or {MAP_SKIPPED}=true to have them applied"
     raise ConfigError(
         f"skipped={config.skipped!r}: in vLLM every token takes the whole decoder, so none can bypass the "
         f"feed-forward networks.{number} To run in vLLM, {remedy}"
     )
-
-
-def _equal_retained(config: str, model: PretrainedConfig) -> int | None:
-    return _cached_equal(config, _Key(model.to_json_string(use_diff=False), model))
-
-
-class _Key(str):
-    """A model's config as the key of a cache."""
-
-    model: PretrainedConfig
-
-    def __new__(cls, text: str, model: PretrainedConfig) -> Self:
-        key = super().__new__(cls, text)
-        key.model = model
-        return key
-
-
-@lru_cache(maxsize=256)
-def _cached_equal(config: str, key: _Key) -> int | None:
-    """Return the retained tokens whose prefill costs what a configuration costs; None if it is unknown."""
-    parsed = SkipConfig.model_validate_json(config)
-    if not parsed.skip_ffn:  # Every token pays for everything.
-        return int(parsed.retained + parsed.skipped) if _is_count(parsed) else None
-    try:
-        share = language_share(predict_cost(key.model, parsed))
-        shape = SkipConfig(
-            **{**parsed.model_dump(), "retained": 1, "skipped": 0, "merge": _merge_of(parsed)}
-        )
-        return int(at_cost(key.model, shape, share).retained)
-    except SkipVisionError:
-        return None
-
-
-def _is_count(config: SkipConfig) -> bool:
-    return isinstance(config.retained, int) and isinstance(config.skipped, int)
-
-
-def _merge_of(config: SkipConfig) -> str:
-    """Return the merge; one that works without skipped tokens, if the configured one makes them."""
-    complaint = config.merging.check(config.merge, 1, 0)
-    return "similarity" if complaint else config.merge

@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, UnsupportedModelError
 from skipvision.exporting.read import exported_settings
-from skipvision.integrations.vllm.settings import KEYWORD, Settings, is_full, merged
+from skipvision.integrations.vllm.settings import KEYWORD, Positions, Settings, is_full, merged
 
 RESOLVED = "skip_vision_settings"
 """Attribute of the model's config that holds `Settings.as_json` in all processes of vLLM."""
@@ -105,7 +105,7 @@ def resolve(model_config: Any, family: VllmFamily) -> None:
             key: other for key, other in mm_config.mm_processor_kwargs.items() if key != KEYWORD
         }
     layer = tuned.summary_tokens or default.summary_tokens
-    positions = "own" if family.mrope else "shared" if _shares(model_config, default) else "none"
+    positions: Positions = "own" if family.mrope else "shared" if _shares(model_config, default) else "none"
     settings = Settings(SkipConfig.full(), map_skipped, layer, positions, family.views)
     default = settings.checked(default, hf_config, map_skipped)
     reason = _unsupported_tower(hf_config, family)
@@ -173,7 +173,9 @@ def _contradiction(vllm_config: Any, settings: Settings) -> str | None:
             f"positions of pruned images. Use tensor_parallel_size{other}"
         )
     if carried and speculative is not None and speculative.method != "ngram":
-        return f"speculative decoding by {speculative.method!r} was not tested with pruned images: use 'ngram'"
+        return (
+            f"speculative decoding by {speculative.method!r} was not tested with pruned images: use 'ngram'"
+        )
     lora = vllm_config.lora_config
     if lora is not None and getattr(lora, "enable_tower_connector_lora", False):
         return "enable_tower_connector_lora counts the tower's tokens by those of the prompt: turn it off"
@@ -185,8 +187,7 @@ def _shares(model_config: Any, default: SkipConfig) -> bool:
     if default.positions == "contiguous" and not is_full(default):
         return False
     text = model_config.hf_text_config
-    kinds = {kind for kind in _rope_kinds(getattr(text, "rope_parameters", None))}
-    return kinds <= set(_UNSCALED)
+    return set(_rope_kinds(getattr(text, "rope_parameters", None))) <= set(_UNSCALED)
 
 
 def _rope_kinds(parameters: Any) -> list[str]:
