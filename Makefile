@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Two processes, each with whole groups of tests: see tests/conftest.py.
 IN_TWO = -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help install demo test test-all test-infra lint docs format clean
+.PHONY: help install demo test test-all test-infra test-vllm lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,11 @@ test-all: install ## run the slow tests, too (GPU tests: make test ARGS="-m gpu"
 test-infra: install ## run all tests of infra/ with the checkers that pip has
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[infra]"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/infra $(ARGS)
+
+# vLLM pins other versions of transformers and fastapi than ours, so it has an environment of its own. It warns a lot.
+VLLM_BIN := .venv-vllm/bin
+test-vllm: ## run the tests of the plug-in for vLLM in .venv-vllm/
+	$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm $(ARGS)
 
 lint: install ## check style, types, import contracts and advisories of dependencies
 	$(BIN)/ruff check .

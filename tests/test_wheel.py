@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("skipvision", "pipelines", "serve", "apps", "pyproject.toml", "README.md", "LICENSE")
-MAY_BE_ABSENT = {"lmms_eval"}
+MAY_BE_ABSENT = {"lmms_eval", "vllm"}
 """Optional imports, of files that only another program loads."""
 BROUGHT_BY = {
     "pydantic_core": "pydantic",

@@ -52,7 +52,7 @@ class ImageSettings:
 
     @staticmethod
     def from_tensor(values: torch.Tensor) -> ImageSettings:
-        """Read what `as_tensor` returned."""
+        """Read the settings from a tensor of `as_tensor`."""
         return _parsed(values.cpu().numpy().tobytes())
 
 

@@ -40,7 +40,7 @@ class SkipModel:
         self._skip = settings
         carried = settings.positions != "none" and settings.refused is None
         if carried:
-            # vLLM asks this before it passes embeddings on: they bring positions along.
+            # vLLM checks this before it reads positions from embeddings.
             model_config.multimodal_config.is_multimodal_pruning_enabled = _enabled
             pass_positions_on_cpu()
         with _positions_beyond(model_config, settings.positions == "shared"):
@@ -111,7 +111,7 @@ class SkipModel:
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: Sequence[Any]
     ) -> tuple[torch.Tensor, int]:
-        """Number a prompt as far as that is possible before its images are encoded."""
+        """Number a prompt before its images are encoded: text has its final positions, images their start."""
         return positions.number_prompt(len(input_tokens), [span for _, _, span in _spans(mm_features)])
 
     def forward(

@@ -102,7 +102,7 @@ def place(
 ) -> torch.Tensor:
     """Return positions with those of images whose tokens enter the decoder now.
 
-    Setting them twice changes nothing: they are added to the start of the image, which stays as it is.
+    Setting them twice changes nothing: they are added to the start of the image, which does not change.
 
     Args:
         positions: (A, length) of the whole prompt, as `number_prompt` or the family's M-RoPE numbers it.

@@ -44,7 +44,7 @@ class Settings:
     refused: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
+        """Return the settings as JSON values, for `from_json`."""
         return {**asdict(self), "default": self.default.model_dump()}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""LLaVA."""
+"""vLLM's LLaVA with pruned images."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class Processor(SkipProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
     """How a prompt is prepared."""
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)  # type: ignore[untyped-decorator]
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
 class SkipLlava(SkipModel, LlavaForConditionalGeneration):  # type: ignore[misc]
-    """vLLM's LLaVA with pruned images."""
+    """LLaVA with a CLIP or SigLIP tower, whose images are pruned."""

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL."""
+"""vLLM's Qwen2.5-VL with pruned images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Processor(SkipProcessor, Qwen2_5_VLMultiModalProcessor):  # type: ignore[m
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
 class SkipQwen25VL(SkipMRoPEModel, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
-    """vLLM's Qwen2.5-VL with pruned images."""
+    """Qwen2.5-VL, whose images are pruned."""
 
     def _relative_positions(self, images: list[ImageSettings], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         return grid_positions(kwargs["image_grid_thw"], self.config.vision_config.spatial_merge_size)

@@ -61,7 +61,10 @@ def save(model_type: str, folder: Path) -> Path:
             if weight.ndim > 1:
                 fan_in = weight[0].numel() if weight.ndim > 3 else weight.shape[-1]
                 weight.normal_(0, 0.6 / math.sqrt(fan_in))
-    ends = {"pad_token_id": processor.tokenizer.pad_token_id, "eos_token_id": processor.tokenizer.eos_token_id}
+    ends = {
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+    }
     model.generation_config.update(**ends)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -132,7 +135,8 @@ def qwen(model_type: str) -> tuple[Any, Any]:
     marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     words = tokenizer(*marks[:2], image_token=marks[2], video_token=marks[3])
     start, end, image, video = words.convert_tokens_to_ids(list(marks))
-    text = {**TEXT, "vocab_size": len(words), "rope_parameters": MROPE, **ends(words)}
+    rope = MROPE | ({"mrope_interleaved": True} if model_type == "qwen3_vl" else {})
+    text = {**TEXT, "vocab_size": len(words), "rope_parameters": rope, **ends(words)}
     vision: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
