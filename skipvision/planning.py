@@ -46,6 +46,18 @@ def make_plan(
     return lay_out(images, attention_mask, retained, assign(tokens, retained, ends), config)
 
 
+def checked_reading(criterion: Criterion, reading: object, real: torch.Tensor) -> torch.Tensor:
+    """Return what a criterion's probe has read. Raise `ConfigError` unless it has a number for each token.
+
+    Args:
+        criterion: of this package or another; both may read by a probe of a third.
+        reading: the result of its probe.
+        real: (B, T) the tokens of the early run.
+    """
+    method, expected = f"the probe of criterion {criterion.name!r}", "a number for every token"
+    return _checked_tensor(reading, real, method, expected, floating=True, shape="(rows, tokens)")
+
+
 def _check_scores(criterion: Criterion, scores: object, valid: torch.Tensor) -> None:
     """Raise `ConfigError` unless scores are (I, N) floating-point numbers, finite at every real token."""
     method, expected = f"criterion {criterion.name!r}", "finite scores of every token"
@@ -89,7 +101,13 @@ def _check_ends(
 
 
 def _checked_tensor(
-    value: object, valid: torch.Tensor, method: str, expected: str, *, floating: bool
+    value: object,
+    valid: torch.Tensor,
+    method: str,
+    expected: str,
+    *,
+    floating: bool,
+    shape: str = "(images, tokens)",
 ) -> torch.Tensor:
     kind = "a floating-point" if floating else "an integer"
     if isinstance(value, torch.Tensor):
@@ -100,8 +118,8 @@ def _checked_tensor(
         returned = f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     else:
         returned = f"{type(value).__name__} instead of a tensor"
-    shape = f"{tuple(valid.shape)} on {valid.device}"
-    raise _fault(method, returned, f"{expected}: {kind} tensor of shape (images, tokens) = {shape}")
+    wanted = f"{tuple(valid.shape)} on {valid.device}"
+    raise _fault(method, returned, f"{expected}: {kind} tensor of shape {shape} = {wanted}")
 
 
 def _refuse_first(wrong: torch.Tensor, ends: torch.Tensor, method: str, expected: str) -> None:

@@ -40,7 +40,7 @@ from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.kv_cache import CacheState, Entries, compact, keep_everything, prunable_layers
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
-from skipvision.planning import make_plan
+from skipvision.planning import checked_reading, make_plan
 from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, reached_layers
 from skipvision.summaries import SUMMARY, summary_in_use
 from skipvision.tokens import VisualTokens
@@ -172,7 +172,7 @@ class Reduction:
             probed = self._anatomy.layers[: self.config.probe_layer + 1]
             check_probing([layer.whole for layer in probed], criterion.setting)
             run = EarlyRun(call.decoder, probed[-1], call.alone(), call.fed.mask, call.prompt)
-            reading = images.take(criterion.probe.read(run))
+            reading = images.take(checked_reading(criterion, criterion.probe.read(run), run.real))
         tokens = VisualTokens(images.take(call.kwargs["inputs_embeds"]), images.valid, reading)
         return make_plan(tokens, images, call.fed.mask, self.config)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import skipvision as sv
+from skipvision.anatomy.probe import Probe
 from skipvision.merge import MERGES
-from skipvision.select import CRITERIA
+from skipvision.select import CRITERIA, by_reading
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.methods import scoped
 
@@ -57,6 +58,26 @@ def test_a_criterion_that_returns_unusable_scores_is_named(score, returned, mode
         run_model(model, {"select": "faulty"})
     assert re.match(f"criterion 'faulty' returned {returned}", str(caught.value))
     assert "expected finite scores of every token" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "returned"),
+    [
+        (lambda run: of_shape(run.real.shape[1]), r"a torch.float64 tensor of shape \(\d+,\) on cpu"),
+        (lambda run: of_shape(1, 3), r"a torch.float64 tensor of shape \(1, 3\) on cpu"),
+        (lambda run: of_shape(*run.real.shape, 8), r"a torch.float64 tensor of shape \(1, \d+, 8\)"),
+        (lambda run: run.real, "a torch.bool tensor"),
+        (lambda run: of_shape(*run.real.shape).to("meta"), ".* on meta"),
+        (lambda run: [0.0], "list instead of a tensor"),
+        (lambda run: None, "NoneType instead of a tensor"),
+    ],
+)
+def test_a_probe_that_returns_unusable_readings_is_named(read, returned, model):
+    method = sv.register_criterion("faulty", by_reading, reads="decoder", probe=Probe(read))
+    with scoped(method, CRITERIA), pytest.raises(sv.ConfigError) as caught:
+        run_model(model, {"select": "faulty"})
+    assert re.match(f"the probe of criterion 'faulty' returned {returned}", str(caught.value)), caught.value
+    assert "a number for every token" in str(caught.value)
 
 
 @pytest.mark.parametrize(
