@@ -149,6 +149,14 @@ class _NoModules:
         pass
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether a Rust library has panicked; its exception is no `Exception`, and no name exports it.
+
+    Seen in: tokenizers 0.22 (PyO3).
+    """
+    return type(error).__name__ == "PanicException"
+
+
 def fused_cpu_attention() -> tuple[Any, Any]:
     """Return the fused attention operator for CPUs and its backward, which torch's counter does not know.
 

@@ -7,7 +7,8 @@ them, by rendering the conversation up to the answer and including it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from pipelines.data.rows import IMAGE_PLACEHOLDER, Message
 from pipelines.data.special_tokens import SpecialTokens, special_tokens_of
+from skipvision._compat import is_panic
 from skipvision.errors import ConfigError
 
 
@@ -129,7 +131,21 @@ def encode(
     if _writes_bos(processor, texts):
         options["add_special_tokens"] = False
     nested = [list(row) for row in images]
-    return dict(processor(text=list(texts), images=nested if any(nested) else None, **options))
+    with tokenizer_panics(processor):
+        return dict(processor(text=list(texts), images=nested if any(nested) else None, **options))
+
+
+@contextmanager
+def tokenizer_panics(processor: Any) -> Iterator[None]:
+    """Raise a panic of a tokenizer, whose pattern may take too many steps, as a `ConfigError`."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ConfigError(
+            f"the tokenizer of {type(processor).__name__} fails on a text ({error}): use another model"
+        ) from error
 
 
 def chat_messages(messages: Sequence[Message], processor: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from pipelines._compat import visual_token_counter
-from pipelines.data.chat import ChatFormat, encode
+from pipelines.data.chat import ChatFormat, encode, tokenizer_panics
 from pipelines.data.rows import TrainingRow
 from pipelines.shared.console import say
 
@@ -105,7 +105,8 @@ def row_lengths(processor: ProcessorMixin, rows: Sequence[TrainingRow]) -> list[
 def _token_ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
     bos = processor.tokenizer.bos_token
     add_special = bos is None or not texts[0].startswith(bos)
-    ids: list[list[int]] = processor.tokenizer(list(texts), add_special_tokens=add_special)["input_ids"]
+    with tokenizer_panics(processor):
+        ids: list[list[int]] = processor.tokenizer(list(texts), add_special_tokens=add_special)["input_ids"]
     return ids
 
 

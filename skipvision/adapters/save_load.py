@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ from skipvision.adapters.files import (
     replace,
     summary_weights,
 )
+from skipvision.adapters.patterns import check_patterns
 from skipvision.anatomy.families import dissect
 from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
@@ -43,6 +45,11 @@ from skipvision.summaries import (
     withdraw_notes,
 )
 from skipvision.summary import SummaryLayer
+
+_LOAD_ERRORS = (
+    *(RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError),
+    *(SafetensorError, re.error),
+)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> Path:
@@ -136,6 +143,8 @@ def load_adapter(
     _check_config(folder, skip, config)
     _check_shape(model, folder, saved)
     # Check everything before changing the model.
+    if saved["lora"]:
+        check_patterns(folder / PEFT_FILES[0], (module for module, _ in model.named_modules()))
     weights = None
     if skip is not None and skip.summary_tokens:
         weights = summary_weights(folder, saved["hidden_size"], skip.summary_tokens)
@@ -355,7 +364,7 @@ def _adapter_errors(folder: Path) -> Iterator[None]:
             # PEFT still uses the old name of this property of transformers.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
+    except _LOAD_ERRORS as error:
         raise AdapterError(f"{folder} does not fit this model, or its files are damaged: {error}") from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from skipvision._compat import is_panic
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Inputs, Request
 from skipvision.errors import InputError
@@ -50,7 +51,9 @@ def prepare(processor: Any, request: Request, rendered: str | None = None) -> Re
                 special = {"add_special_tokens": False}
         images = {"images": list(request.images)} if request.images else {}
         inputs = processor(text=[text], return_tensors="pt", **images, **special)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise InputError(f"the processor rejects this request ({type(error).__name__}): {error}") from error
     return replace(request, inputs=dict(inputs))
 

@@ -1,12 +1,16 @@
 """Requests of text and images, with a real processor and a real checkpoint."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from skipvision import Engine, InputError, Request, Sampling, SkipConfig, attach
+from pipelines.data.chat import encode
+from skipvision import ConfigError, Engine, InputError, Request, Sampling, SkipConfig, attach
 from skipvision.engine import prepare
 
 CONFIG = SkipConfig(retained=4, skipped=6)
@@ -105,3 +109,25 @@ def test_an_error_of_the_processor_is_an_input_error(parts):
     assert isinstance(completions["bad"].error, InputError)
     with Engine(model, None, CONFIG) as engine, pytest.raises(InputError, match="no processor"):
         engine.submit(good)
+
+
+def test_a_tokenizer_that_panics_refuses_one_request(tiny_model, tmp_path):
+    """Its pattern takes too many steps, and the Rust library raises a BaseException."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    pattern = {"Regex": "(a+)+$"}
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": pattern,
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    processor = AutoProcessor.from_pretrained(folder)
+    with pytest.raises(
+        InputError, match=r"the processor rejects this request \(PanicException\): .*retry-limit"
+    ):
+        prepare(processor, Request("a" * 40 + "!"))
+    assert prepare(processor, Request("what?")).inputs is not None
+    with pytest.raises(ConfigError, match="the tokenizer of LlavaProcessor fails on a text"):
+        encode(processor, ["a" * 40 + "!"], [[]], padding_side="left")
