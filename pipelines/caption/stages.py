@@ -31,6 +31,7 @@ from pipelines.caption.rows import Caption, CaptionRow, Problem
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
+from pipelines.data.special_tokens import SpecialTokens
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.engines.templates import TemplateProcess
@@ -231,6 +232,7 @@ class CaptionActor:
         try:
             self.engine = EngineThread(lambda: load_engine(work.model, work.config.engine, device))
             self.engine.wait_until_ready()
+            self.special = self.engine.call(lambda engine: SpecialTokens(engine.processor)).result()
         except SkipVisionError as error:  # raised here, it would reach the job as text
             self.engine = error
 
@@ -298,7 +300,7 @@ class CaptionActor:
         usage, timing = outcome.usage, outcome.timing
         return Caption(
             key=row.key,
-            text=outcome.text.strip(),
+            text=self.special.unescape(outcome.text).strip(),
             finish_reason=outcome.choices[0].finish_reason,
             prompt_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,

@@ -30,7 +30,10 @@ class SpecialTokens:
         placeholders = (value for name, value in vars(processor).items() if name.endswith("_token"))
         words = {str(word) for word in (*self.texts.values(), *placeholders) if word and len(str(word)) > 1}
         longest_first = sorted(words, key=len, reverse=True)
-        self._reserved = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._reserved = _any_of(longest_first)
+        broken = [_broken(word) for word in longest_first]
+        self._broken = _any_of(broken)
+        self._beginnings = {word[:end] for word in broken for end in range(1, len(word))}
 
     def escape(self, texts: Sequence[str]) -> list[str]:
         """Return the texts of one message with special tokens broken up by `JOINER`.
@@ -38,11 +41,45 @@ class SpecialTokens:
         Tokenizer and processor then treat them as ordinary text. Special tokens that arise when a template
         joins the texts around an image are broken up too.
         """
-        escaped = [self._reserved.sub(lambda m: m[0][:1] + JOINER + m[0][1:], text) for text in texts]
+        escaped = [self._reserved.sub(lambda m: _broken(m[0]), text) for text in texts]
         # A template may strip the texts before it joins them.
         if any(self._reserved.search("".join(map(join, escaped))) for join in (str, str.strip)):
             escaped[1:] = [JOINER + text for text in escaped[1:]]
         return escaped
+
+    def unescape(self, text: str) -> str:
+        """Return an answer with the special tokens whole that `escape` broke up and the model repeated.
+
+        Other joiners stay.
+        """
+        return self._broken.sub(lambda m: m[0].replace(JOINER, ""), text)
+
+    def beginning_at_end(self, text: str) -> int:
+        """Return how many characters at the end of a text may begin a special token that is broken up."""
+        longest = min(len(text), max(map(len, self._beginnings), default=0))
+        return next((n for n in range(longest, 0, -1) if text[-n:] in self._beginnings), 0)
+
+
+class Unescaping:
+    """Applies `SpecialTokens.unescape` to an answer that arrives in pieces."""
+
+    def __init__(self, special: SpecialTokens) -> None:
+        self._special, self._held = special, ""
+
+    def push(self, text: str, *, last: bool) -> str:
+        """Return what can be shown after one more piece of text."""
+        text = self._held + text
+        end = len(text) if last else len(text) - self._special.beginning_at_end(text)
+        self._held = text[end:]
+        return self._special.unescape(text[:end])
+
+
+def _broken(word: str) -> str:
+    return word[:1] + JOINER + word[1:]
+
+
+def _any_of(words: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")
 
 
 @lru_cache(maxsize=8)

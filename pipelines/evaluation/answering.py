@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
 from pipelines.data.rows import TrainingRow
+from pipelines.data.special_tokens import special_tokens_of
 from pipelines.evaluation.exact_match import Answer
 from skipvision.config import SkipConfig
 from skipvision.engine import Engine, Request, Sampling
@@ -35,6 +36,7 @@ def answer_rows(
     """
     texts: dict[int, str] = {}
     failures: list[Exception] = []
+    special = special_tokens_of(engine.processor)
 
     def requests() -> Iterator[Request]:
         for index, row in enumerate(rows):
@@ -51,7 +53,7 @@ def answer_rows(
         if completion.error is not None:
             failures.append(completion.error)
         else:
-            texts[completion.key] = completion.text.strip()
+            texts[completion.key] = special.unescape(completion.text).strip()
     if failures:
         raise failures[0]
     return [Answer(row.key, row.task, row.messages[-1].text, texts[index]) for index, row in enumerate(rows)]

@@ -93,7 +93,9 @@ def evaluate_exact_match(
             inputs = encode(processor, [prompts[i] for i in batch], images, padding_side="left")
             limit = min(max_new_tokens, max(lengths[i] for i in batch) + _SPARE_TOKENS)
             for i, text in zip(batch, _generate(model, chat.tokenizer, inputs, limit), strict=True):
-                answers[i] = Answer(rows[i].key, rows[i].task, expected[i], text)
+                answers[i] = Answer(
+                    rows[i].key, rows[i].task, expected[i], chat.special.unescape(text).strip()
+                )
     return [answers[i] for i in sorted(answers)]
 
 
@@ -115,7 +117,7 @@ def _generate(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], li
     texts: list[str] = tokenizer.batch_decode(
         generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    return [text.strip() for text in texts]
+    return texts
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

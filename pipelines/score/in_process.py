@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
+from pipelines.data.special_tokens import special_tokens_of
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.points import Prediction, Scored, score_answers
 from pipelines.score.rules.judge import Judge
@@ -62,7 +63,8 @@ def score_dataset(
         if completion.error is not None or not completion.choices:
             predictions[completion.key] = Prediction(error=f"generation: {completion.error}")
         else:
-            predictions[completion.key] = Prediction(completion.text.strip())
+            text = special_tokens_of(engine.processor).unescape(completion.text)
+            predictions[completion.key] = Prediction(text.strip())
     return score_answers(dataset, predictions, system, judge)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from pipelines.data.special_tokens import Unescaping
 from serve.chat.logprobs import Logprobs
 from serve.chat.schemas import ChatRequest
 from serve.chat.vocabulary import Vocabulary
@@ -35,6 +36,7 @@ class ChatResponse:
     vocabulary: Vocabulary
     logprobs: bool
     _tokens: dict[int, Logprobs] = field(default_factory=dict, init=False)
+    _texts: dict[int, Unescaping] = field(default_factory=dict, init=False)
 
     @classmethod
     def to(cls, body: ChatRequest, vocabulary: Vocabulary) -> Self:
@@ -59,10 +61,12 @@ class ChatResponse:
     def chunk(self, chunk: Chunk) -> dict[str, Any] | None:
         """Return what a step added to a choice; None if nothing can be sent yet."""
         logprobs = self._logprobs(chunk.index, chunk.logprobs or (), chunk.text, chunk.finish_reason)
-        if not chunk.text and chunk.finish_reason is None and not (logprobs and logprobs["content"]):
+        unescaping = self._texts.setdefault(chunk.index, self.vocabulary.unescaping())
+        text = unescaping.push(chunk.text, last=chunk.finish_reason is not None)
+        if not text and chunk.finish_reason is None and not (logprobs and logprobs["content"]):
             return None
         reason = None if chunk.finish_reason is None else _FINISH.get(chunk.finish_reason)
-        delta = {"content": chunk.text} if chunk.text else {}
+        delta = {"content": text} if text else {}
         return self._delta(chunk.index, delta, reason, logprobs)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
@@ -75,7 +79,11 @@ class ChatResponse:
     def _choice(self, choice: Choice) -> dict[str, Any]:
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": self.vocabulary.unescape(choice.text),
+                "refusal": None,
+            },
             "finish_reason": _FINISH.get(choice.finish_reason, "stop"),
             "logprobs": self._logprobs(
                 choice.index, choice.logprobs or (), choice.text, choice.finish_reason

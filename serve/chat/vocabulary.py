@@ -7,7 +7,7 @@ from typing import Any
 
 import llguidance.hf
 
-from pipelines.data.special_tokens import SpecialTokens
+from pipelines.data.special_tokens import SpecialTokens, Unescaping
 
 
 class Vocabulary:
@@ -42,6 +42,14 @@ class Vocabulary:
         if first and data.startswith(b" ") and not self._tokenizer.decode([token]).startswith(" "):
             return data[1:]
         return data
+
+    def unescape(self, text: str) -> str:
+        """Return an answer without the characters that `escape` put into texts; see `SpecialTokens`."""
+        return self._special.unescape(text)
+
+    def unescaping(self) -> Unescaping:
+        """Return what does the same to an answer that arrives in pieces."""
+        return Unescaping(self._special)
 
     def escape(self, texts: Sequence[str]) -> list[str]:
         """Return the texts of one message with special tokens broken up; see `SpecialTokens.escape`."""

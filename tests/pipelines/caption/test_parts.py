@@ -24,6 +24,7 @@ from pipelines.caption.rows import Caption, CaptionRow, manifest_rows, manifest_
 from pipelines.caption.stages import Assignment, CaptionActor, PreparedRow, _few_at_once, prepare_row
 from pipelines.data.images import FileImage, InlineImage, ParquetImage, TarImage
 from pipelines.data.rows import Message
+from pipelines.data.special_tokens import SpecialTokens
 from pipelines.engines.model import EngineModel, find_model
 from pipelines.engines.thread import EngineThread
 from pipelines.tracking.registry import fetch_model
@@ -296,6 +297,7 @@ class Undisturbed(CaptionActor):
 
     def __init__(self, work, engine):
         self.work, self.name, self.engine, self.alone = work, "here", engine, threading.Lock()
+        self.special = SpecialTokens(AutoProcessor.from_pretrained(work.config.model.path))
 
 
 def work_of(tiny_model, tmp_path, **sections):

@@ -16,7 +16,7 @@ from pipelines.data.collate import IGNORED, Collator
 from pipelines.data.images import InlineImage
 from pipelines.data.prompts import PromptTemplate, prompt_messages
 from pipelines.data.rows import Message, TrainingRow
-from pipelines.data.special_tokens import without_joiners
+from pipelines.data.special_tokens import JOINER, SpecialTokens, Unescaping, without_joiners
 from pipelines.evaluation import answering
 from pipelines.evaluation.exact_match import normalised
 from pipelines.finetune.batches import row_lengths
@@ -130,3 +130,37 @@ def test_training_escapes_as_the_endpoint_does(processor):
 def test_an_escaped_answer_matches_the_row(processor):
     (learnt,) = Vocabulary(processor).escape(["Close it with </s>"])
     assert normalised(learnt) == normalised("close it with </S>") != normalised("close it with")
+
+
+REPEATED = {
+    **{words: words for words in (*WORDS, *ORDINARY)},
+    "a joiner of the user": f"a{JOINER}b",
+    "a joiner next to a token": f"{JOINER}</s>{JOINER}",
+    "the beginning of a token": "a </",
+    "several": "<pad> and </s> and <image>.",
+}
+
+
+@pytest.mark.parametrize("text", REPEATED.values(), ids=REPEATED)
+def test_an_answer_that_repeats_a_text_is_that_text(processor, text):
+    special = SpecialTokens(processor)
+    (escaped,) = special.escape([text])
+    assert special.unescape(escaped) == text
+    for size in range(1, 5):
+        pieces = [escaped[start : start + size] for start in range(0, len(escaped), size)]
+        unescaping = Unescaping(special)
+        shown = [unescaping.push(piece, last=False) for piece in pieces]
+        assert "".join(shown) + unescaping.push("", last=True) == text
+
+
+def test_an_answer_in_pieces_is_held_back_only_at_the_beginning_of_a_token(processor):
+    unescaping = Unescaping(SpecialTokens(processor))
+    pieces = ["It is ", "a <", "b> or <", f"{JOINER}/", "s>", " here"]
+    assert [unescaping.push(piece, last=False) for piece in pieces] == [
+        "It is ",
+        "a ",
+        "<b> or ",
+        "",
+        "</s>",
+        " here",
+    ]
