@@ -35,14 +35,14 @@ main()
 @pytest.fixture(scope="module")
 def address(exported, tmp_path_factory):
     """The documented command, with the test's model and port."""
-    command = re.search(r"^vllm (serve runs/exported)$", PAGE, re.M).group(1).split()
+    command = re.search(r"^vllm (serve runs/exported --trust.*)$", PAGE, re.M).group(1).split()
     log = tmp_path_factory.mktemp("serve") / "log"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    executable = [sys.executable, "-c", VLLM]
+    named = ["--served-model-name", command[1], "--port", str(port)]
     with log.open("w") as out, subprocess.Popen(
-        [*executable, command[0], exported, *SMALL, "--served-model-name", command[1], "--port", str(port)],
+        [sys.executable, "-c", VLLM, command[0], exported, *command[2:], *SMALL, *named],
         stdout=out, stderr=subprocess.STDOUT, env=os.environ, cwd=ROOT, start_new_session=True,
     ) as server:  # fmt: skip
         address = f"http://127.0.0.1:{port}"
