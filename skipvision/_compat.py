@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from dataclasses import fields
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import _dynamo as dynamo  # Seen in: torch 2.13
@@ -17,22 +19,36 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # Seen in: torch 2.13
 from torch.utils._pytree import tree_leaves, tree_map_only  # Seen in: torch 2.13
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # Seen in: torch 2.13
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers.utils import ModelOutput
+
+ENCODED = "mm_encoder_outputs"
+"""Keyword of an outer model's call: its encoded images and videos by modality (transformers 5.18)."""
 
 __all__ = [
+    "ENCODED",
+    "ConfigSection",
+    "LayerWithoutCache",
     "TorchDispatchMode",
     "attention_implementation",
     "compile_counters",
+    "config_sections",
+    "decoder_cache_layers",
+    "encoder_defaults",
     "experts_products",
     "flop_counter",
+    "forget_encoded",
     "fused_cpu_attention",
     "generation_position_ids",
+    "hand_over_encoded",
     "looks_up_attention",
+    "model_output",
     "modules_kept_in_float32",
     "raise_recompile_limits",
     "recompile_limit",
     "sdpa_flop_count",
     "submodules",
+    "takes_encoded",
     "tree_leaves",
     "tree_map_only",
     "with_attention_implementation",
@@ -56,6 +72,24 @@ def generation_position_ids(
     """
     generating: Any = model
     return generating._prepare_position_ids_for_generation(input_ids, dict(model_kwargs))
+
+
+class _LayerWithoutCache:
+    """Replaces the entry that transformers before 5.23 leaves out for layers that read another's cache."""
+
+
+LayerWithoutCache: type = getattr(cache_utils, "DummyLayer", _LayerWithoutCache)
+"""Class of the cache entries of layers that keep no keys and values. Seen in: transformers 5.23."""
+
+
+def decoder_cache_layers(text_config: Any) -> list[Any]:
+    """Return the layers of the cache that a decoder creates, one for each of its own layers.
+
+    Seen in: transformers 5.16 (without the last layers, if they read another one's cache) and 5.23.
+    """
+    layers: list[Any] = list(DynamicCache(config=text_config).layers)
+    missing = text_config.num_hidden_layers - len(layers)
+    return layers + [LayerWithoutCache() for _ in range(missing)]
 
 
 def modules_kept_in_float32(model: PreTrainedModel) -> tuple[str, ...]:
@@ -125,6 +159,101 @@ def with_attention_implementation(config: Any, name: str) -> Any:
     changed = copy(config)
     changed._attn_implementation_internal = name  # the public setter refuses unknown names
     return changed
+
+
+def model_output(output: Any, name: str) -> Any:
+    """Return a field of a model's output, or None; by name, because setting a field may not set its key.
+
+    Seen in: transformers 5.16.
+    """
+    return getattr(output, name, None) if isinstance(output, ModelOutput) else output.get(name)
+
+
+def encoder_defaults(outer: nn.Module, encoder: Callable[..., Any]) -> dict[str, Any]:
+    """Return the required arguments of a model's image encoder that its config has.
+
+    Seen in: transformers 5.16 (llama4).
+    """
+    required = [p.name for p in signature(encoder).parameters.values() if p.default is p.empty]
+    sections = (outer.config, getattr(outer.config, "vision_config", None))
+    return {name: getattr(part, name) for part in sections for name in required if hasattr(part, name)}
+
+
+def takes_encoded(outer: nn.Module) -> bool:
+    """Return whether calls of an outer model can have encoded images: ``mm_encoder_outputs``.
+
+    Seen in: transformers 5.18.
+    """
+    return ENCODED in signature(outer.forward).parameters
+
+
+def hand_over_encoded(outer: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a call with which an outer model does not encode its images again.
+
+    A model without ``mm_encoder_outputs`` encodes pixels by methods. They return what the call has encoded,
+    until `forget_encoded`.
+
+    Seen in: transformers 5.16.
+    """
+    if takes_encoded(outer) or ENCODED not in call:
+        return call
+    for modality, encoded in call[ENCODED].items():
+        object.__setattr__(outer, f"get_{modality}_features", lambda *_, _encoded=encoded, **__: _encoded)
+    return {name: value for name, value in call.items() if name != ENCODED}
+
+
+def forget_encoded(outer: nn.Module, *_: Any) -> None:
+    """Forward hook that undoes `hand_over_encoded`.
+
+    Seen in: transformers 5.16.
+    """
+    for modality in ("image", "video"):
+        vars(outer).pop(f"get_{modality}_features", None)
+
+
+class ConfigSection(NamedTuple):
+    """A section of a config: its class, and the arguments that the parent passes to it by default."""
+
+    cls: type[PretrainedConfig]
+    options: dict[str, Any]
+
+
+def config_sections(
+    cls: type[PretrainedConfig], default: Mapping[str, Any], always: str
+) -> dict[str, ConfigSection]:
+    """Return the sections that a config class has by default, by field name.
+
+    Args:
+        cls: the config class.
+        default: fields of its default config.
+        always: name of a section that is returned even if the default config leaves it out.
+
+    Seen in: transformers 5.16 (``sub_configs``) and 5.20 (``sub_configs_defaults``).
+    """
+    specs: dict[str, Any] | None = getattr(cls, "sub_configs_defaults", None)
+    classes: dict[str, Any] = cls.sub_configs
+    return {
+        name: ConfigSection(
+            type(default[name] or classes[name]()),
+            _changed_fields(default[name]) if specs is None else specs[name].init_kwargs,
+        )
+        for name in classes
+        if default[name] is not None or name == always
+    }
+
+
+def _changed_fields(config: PretrainedConfig | None) -> dict[str, Any]:
+    """Return the fields of a config that differ from the defaults of its class, without its sections."""
+    if config is None:
+        return {}
+    # `vars`, because a config refuses to return a field whose value may differ between layers.
+    values, defaults = vars(config), vars(type(config)())
+    return {
+        field.name: values[field.name]
+        for field in fields(config)
+        if not isinstance(values.get(field.name), PretrainedConfig)
+        and values.get(field.name) != defaults.get(field.name)
+    }
 
 
 def flop_counter(formulas: dict[Any, Callable[..., int]]) -> Any:

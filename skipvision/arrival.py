@@ -76,8 +76,8 @@ def find_placeholders(call: dict[str, Any], image_token_id: int) -> torch.Tensor
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def announce(
     call: dict[str, Any], visual: torch.Tensor | None, sizes: list[int], anatomy: Anatomy, config: SkipConfig
-) -> tuple[tuple[()], dict[str, Any]] | None:
-    """Return an outer call's arguments with its `Arrival`, or None to leave the call unchanged.
+) -> dict[str, Any] | None:
+    """Return an outer call's keyword arguments with its `Arrival`, or None to leave the call unchanged.
 
     Args:
         call: keyword arguments, images encoded.
@@ -106,7 +106,7 @@ def announce(
             reading = received(call, images, config.criterion.setting)
     if state is not None:
         call = _on_pruned_cache(call, state, images is not None)
-    return (), {**call, ARRIVAL: Arrival(call.get("attention_mask"), images, reading)}
+    return {**call, ARRIVAL: Arrival(call.get("attention_mask"), images, reading)}
 
 
 def _on_pruned_cache(call: dict[str, Any], state: CacheState, images: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from skipvision._compat import forget_encoded, takes_encoded
 from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
 from skipvision.anatomy.families import Anatomy, dissect
 from skipvision.anatomy.tower import hook_tower
@@ -162,6 +163,8 @@ class Attachment:
         base = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
         keep(base.register_forward_pre_hook(reduction.warn, with_kwargs=True))
         keep(anatomy.outer.register_forward_pre_hook(reduction.arrive, with_kwargs=True))
+        if not takes_encoded(anatomy.outer):
+            keep(anatomy.outer.register_forward_hook(forget_encoded, always_call=True))
         keep(anatomy.decoder.register_forward_pre_hook(reduction.reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(reduction.restore, with_kwargs=True))
         for layer in anatomy.layers:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from skipvision._compat import hand_over_encoded
 from skipvision.anatomy import masks, positions
 from skipvision.anatomy.checks import (
     DECODED_KEYWORD,
@@ -109,7 +110,8 @@ class Reduction:
         sizes: list[int] = []
         if visual is not None:
             call, sizes = encode(outer, call, int(visual.sum()))
-        return announce(call, visual, sizes, self._anatomy, self.config)
+        announced = announce(call, visual, sizes, self._anatomy, self.config)
+        return announced and ((), hand_over_encoded(outer, announced))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def reduce(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

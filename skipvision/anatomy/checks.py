@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from transformers import DynamicCache
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 
+from skipvision._compat import LayerWithoutCache, decoder_cache_layers
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 
 DECODED_KEYWORD = "skip_vision_decoded"
@@ -26,13 +25,13 @@ _IGNORED = -100
 
 def refuse_states(text_config: Any) -> None:
     """Raise `UnsupportedModelError` if the decoder's cache has layers that cannot forget single tokens."""
-    for number, layer in enumerate(DynamicCache(config=text_config).layers):
+    for number, layer in enumerate(decoder_cache_layers(text_config)):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             continue
         kind = type(layer).__name__
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             reason = "linear attention or convolutions carry a state that cannot forget"
-        elif isinstance(layer, DummyLayer):
+        elif isinstance(layer, LayerWithoutCache):
             # Such a decoder feeds these layers only the last token: the plan does not fit them.
             reason = "layers that attend to another layer's KV cache"
         else:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skipvision._compat import ENCODED, encoder_defaults, model_output, takes_encoded
 from skipvision.anatomy.families import family_of
 from skipvision.errors import InputError, UnsupportedModelError
 
@@ -33,16 +34,15 @@ def encode(outer: nn.Module, call: Mapping[str, Any], placeholders: int) -> tupl
         placeholders: image placeholders in its prompt.
 
     Returns:
-        The keyword arguments with encoded images in place of pixels, and the visual tokens of each
-        encoded entry in the order of their placeholders.
+        The keyword arguments with encoded images in place of pixels (next to pixels, if the model cannot
+        take them encoded), and the visual tokens of each encoded entry in the order of their placeholders.
     """
-    if not _takes_encoded_images(outer):
-        return dict(call), _equal_sizes(call, placeholders)
     encoded = _encoded(outer, call)
     if encoded.get("image") is None:
         raise _no_images(placeholders)
-    others = {name: value for name, value in call.items() if name not in _PIXELS}
-    return {**others, "mm_encoder_outputs": encoded}, _sizes(outer, encoded["image"])
+    replaced = _PIXELS if takes_encoded(outer) else ()
+    others = {name: value for name, value in call.items() if name not in replaced}
+    return {**others, ENCODED: encoded}, _sizes(outer, encoded["image"])
 
 
 def encoded_sizes(outer: nn.Module, call: Mapping[str, Any]) -> list[int]:
@@ -60,7 +60,7 @@ def _sizes(outer: nn.Module, encoded: Any) -> list[int]:
 
 def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return encoded images and videos by modality: those of the call, or its pixels encoded."""
-    encoded = dict(call.get("mm_encoder_outputs") or {})
+    encoded = dict(call.get(ENCODED) or {})
     _refuse_slices(outer, encoded.get("image"))
     for modality in ("image", "video"):
         encoder = getattr(outer, f"get_{modality}_features", None)
@@ -68,6 +68,7 @@ def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
             continue
         inputs = {name: call[name] for name in inspect.signature(encoder).parameters if name in call}
         if _has_pixels(inputs):
+            inputs = encoder_defaults(outer, encoder) | inputs
             _refuse_missing(encoder, inputs)
             _refuse_other_patches(encoder, inputs)
             encoded[modality] = encoder(**inputs, return_dict=True)
@@ -116,9 +117,9 @@ def _refuse_other_patches(encoder: Any, inputs: Mapping[str, Any]) -> None:
 
 def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
     """Return the visual tokens of each encoded image or tile."""
-    features = encoded.get("pooler_output")
+    features = model_output(encoded, "pooler_output")
     if features is None:
-        features = encoded.get("last_hidden_state")
+        features = model_output(encoded, "last_hidden_state")
     if features is None:
         raise UnsupportedModelError(
             f"{type(outer).__name__} encodes images to {', '.join(encoded)}, not to visual tokens of each "
@@ -136,13 +137,13 @@ def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
 
 def brings_images(call: Mapping[str, Any]) -> bool:
     """Return whether a call has images, as pixels or encoded."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+    encoded = (call.get(ENCODED) or {}).get("image")
     return encoded is not None or _has_pixels(call, [name for name in _PIXELS if name not in _VIDEOS])
 
 
 def skips_videos(call: Mapping[str, Any]) -> bool:
     """Return whether a call has videos, whose tokens are not reduced."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("video")
+    encoded = (call.get(ENCODED) or {}).get("video")
     return encoded is not None or _has_pixels(call, _VIDEOS)
 
 
@@ -155,21 +156,3 @@ def _no_images(placeholders: int) -> InputError:
         f"input_ids hold {placeholders} image placeholders but neither pixel_values nor encoded images came "
         "with them: pass the processor's output unchanged, or a prompt without images"
     )
-
-
-def _takes_encoded_images(outer: nn.Module) -> bool:
-    return "mm_encoder_outputs" in inspect.signature(outer.forward).parameters
-
-
-def _equal_sizes(call: Mapping[str, Any], placeholders: int) -> list[int]:
-    """Return the visual tokens of each image if they cannot be encoded ahead (transformers before 5.23)."""
-    pixels = call.get("pixel_values")
-    if pixels is None:
-        raise _no_images(placeholders)
-    if pixels.ndim != 4 or len(pixels) == 0 or placeholders % len(pixels):
-        raise InputError(
-            f"{placeholders} image placeholders cannot be divided among pixel_values of shape "
-            f"{tuple(pixels.shape)}: build input_ids and pixel_values with one processor call; images of "
-            "different sizes need transformers 5.23 or newer"
-        )
-    return [placeholders // len(pixels)] * len(pixels)

@@ -234,6 +234,11 @@ def one_size_by_row(request: Request) -> SyntheticImage:
     )
 
 
+def one_size_next_to_videos(request: Request) -> SyntheticImage:
+    """Every image at the tower's size, named apart from videos (transformers before 5.21)."""
+    return SyntheticImage({"pixel_values_images": request.pixels(1)})
+
+
 def one_size_and_question(request: Request) -> SyntheticImage:
     """Every image at the tower's size, with a question about it."""
     question = torch.arange(1, 5)[None]
@@ -319,6 +324,8 @@ RECIPES: dict[str, Recipe] = {
 
 def recipe_of(model_type: str, arguments: Container[str]) -> Recipe:
     """Return the family's recipe: by default `patches` if the model takes image grids, else `one_size`."""
+    if "pixel_values_images" in arguments:
+        return one_size_next_to_videos
     return RECIPES.get(model_type, patches if "image_grid_thw" in arguments else one_size)
 
 
@@ -361,7 +368,7 @@ def collate(model_type: str, rows: Sequence[Sequence[SyntheticImage]]) -> dict[s
 def _concatenate(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     collected: dict[str, list[torch.Tensor]] = defaultdict(list)
     for part in parts:
-        before = sum(pixels.shape[:2].numel() for pixels in collected["pixel_values"])
+        before = sum(pixels.shape[:2].numel() for pixels in collected.get("pixel_values", []))
         for name, value in part.items():
             collected[name].append(value + before if name in INTO_PIXELS else value)
     joined = {}

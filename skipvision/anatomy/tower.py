@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from skipvision._compat import submodules
+from skipvision._compat import ENCODED, submodules
 from skipvision.anatomy.attention import check_readable, read
 from skipvision.anatomy.families import Anatomy
 from skipvision.anatomy.images import Images
@@ -63,7 +63,7 @@ def received(call: Mapping[str, Any], images: Images, setting: str) -> torch.Ten
     Raises:
         InputError: the encoded images came without it.
     """
-    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+    encoded = (call.get(ENCODED) or {}).get("image")
     scores: torch.Tensor | None = None if encoded is None else encoded.get(_RECEIVED)
     if scores is None:
         raise InputError(

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
+from skipvision._compat import config_sections
 from skipvision.anatomy.pictures import SIDE
 
 LAYERS = 3
@@ -157,6 +158,8 @@ _MROPE = {"text.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}}
 _MROPE_OF_HALF = {"text.rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
 _FOUR_PATCHES_A_TOKEN = {"vision.patch_size": 4}
 _SIXTEEN_PATCHES_A_TOKEN = {"vision.patch_size": 2}
+# Before transformers 5.18 no image has more patches than this.
+_LARGE_IMAGES = {"vision.image_size": 4 * SIDE}
 _WINDOWED = {"vision.patch_size": 2, "vision.window_size": 4}
 _WINDOWED_THEN_ENCODED = {
     "vision.sam.patch_size": 2,
@@ -217,6 +220,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glmga": _MROPE,
     "got_ocr2": _WINDOWED,
     "granite4_vision": {
+        # As in its checkpoints; the defaults of transformers before 5.20 differ.
+        "text.model_type": "granite4_vision_text",
+        "qformer.encoder_hidden_size": 64,
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [1, 1, 2, 2],
@@ -230,8 +236,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     # As in its checkpoints; the default of the class differs.
     "lfm2_vl": {"text.layer_types": ["conv", "conv", "full_attention"]},
     "llama4": _FOUR_PATCHES_A_TOKEN | {"text.moe_layers": [1], "vision.intermediate_size": 256},
+    "lighton_ocr": _LARGE_IMAGES,
     # As in its checkpoints; the default of the class differs.
     "minimax_m3_vl": {"text.layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
+    "mistral3": _LARGE_IMAGES,
     "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
     "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},
     "muse_glimmer": {"out_hidden_size": 256},
@@ -297,11 +305,14 @@ def _shrink(
 ) -> PretrainedConfig:
     """Build a section of a config with tiny sizes, and its subsections.
 
+    A ``model_type`` among the exceptions replaces the class.
+
     Args:
         cls: class of the section.
         options: arguments that the parent section passes to it.
         exceptions: fields that differ from `SIZES`.
     """
+    cls = CONFIG_MAPPING[exceptions["model_type"]] if "model_type" in exceptions else cls
     defaults = vars(cls(**options))
     full = defaults | {name: defaults.get(other) for name, other in cls.attribute_map.items()}
     names = {field.name for field in dataclasses.fields(cls)} | options.keys()
@@ -316,11 +327,10 @@ def _shrink(
         for name, value in full.items()
         if name in names and isinstance(value, list) and len(value) == full.get("num_hidden_layers")
     }
-    own = {name: value for name, value in exceptions.items() if "." not in name}
+    own = {name: value for name, value in exceptions.items() if "." not in name and name != "model_type"}
     sections = {
-        name: _shrink(type(full[name] or spec.config_class()), spec.init_kwargs, _within(name, exceptions))
-        for name, spec in cls.sub_configs_defaults.items()
-        if full[name] is not None or name == "vision_config"
+        name: _shrink(section.cls, section.options, _within(name, exceptions))
+        for name, section in config_sections(cls, full, always="vision_config").items()
     }
     return cls(**{**options, **tiny, **ends, **layers, **own, **sections})
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from skipvision._compat import modules_kept_in_float32
+from skipvision._compat import encoder_defaults, model_output, modules_kept_in_float32
 from skipvision.anatomy.pictures import ONE_A_ROW, SCALES, Request, SyntheticImage, collate, recipe_of
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.loading import build_model
@@ -227,8 +227,9 @@ def _tokens(model: PreTrainedModel, image: SyntheticImage) -> int:
     vision = collate(model.config.model_type, [[image]])
     on_device = {name: value.to(model.device) for name, value in vision.items()}
     base: Any = model.base_model
-    output = base.get_image_features(**on_device, return_dict=True)
-    features = output.get("pooler_output")
+    encoder = base.get_image_features
+    output = encoder(**encoder_defaults(base, encoder), **on_device, return_dict=True)
+    features = model_output(output, "pooler_output")
     if features is None and "deepstack_features" in output:
         features = output.deepstack_features[0][1]
     elif features is None:

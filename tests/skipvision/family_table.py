@@ -1,16 +1,32 @@
-"""The tables of docs/families.md, which the survey generates."""
+"""The tables of docs/families.md: what the survey generates, and the rows that need a newer transformers."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import transformers
+from packaging.version import Version
+
 ROOT = Path(__file__).parents[2]
-TABLE = (
-    (ROOT / "docs/families.md").read_text().split("<!-- generated: families -->\n")[1].split("<!-- end")[0]
-)
+PAGE = (ROOT / "docs/families.md").read_text()
+TABLE = PAGE.split("<!-- generated: families -->\n")[1].split("<!-- end")[0]
 ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in TABLE.splitlines() if line.startswith("| ")}
 """The lines of the tables by their first cell."""
 _NAMES = list(ROWS)
 _BORDER = _NAMES.index("not supported")
-SUPPORTED = [name for name in _NAMES[:_BORDER] if name not in ("supported", "---")]
-OTHERS = [name for name in _NAMES[_BORDER + 1 :] if name != "---"]
+ALL_SUPPORTED = [name for name in _NAMES[:_BORDER] if name not in ("supported", "---")]
+ALL_OTHERS = [name for name in _NAMES[_BORDER + 1 :] if name != "---"]
+
+NEWER = {
+    family: version
+    for families, version in re.findall(r"^\| ([a-z0-9_, -]+) \| (\d+\.\d+) \|", PAGE, re.MULTILINE)
+    for family in families.split(", ")
+}
+"""Families whose row is that of newer versions of transformers only, and the first of these versions."""
+LEFT_OUT = [name for name, first in NEWER.items() if Version(transformers.__version__) < Version(first)]
+"""Those of them that the installed transformers is too old for."""
+OLDEST = re.search(r"\((\d+\.\d+\.\d+): (\d+ of \d+)\)", PAGE)
+"""The oldest version of transformers that is tested, and how many families it supports."""
+SUPPORTED = [name for name in ALL_SUPPORTED if name not in LEFT_OUT]
+OTHERS = [name for name in ALL_OTHERS if name not in LEFT_OUT]
