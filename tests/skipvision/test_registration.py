@@ -13,9 +13,6 @@ import torch
 from PIL import Image
 
 import skipvision as sv
-from pipelines.finetune.config import FinetuneConfig
-from pipelines.shared.config import load_config
-from serve.chat.schemas import ChatRequest
 from skipvision import registry
 from skipvision.__main__ import main
 from skipvision.merge import MERGES, into_nothing
@@ -140,8 +137,10 @@ def test_the_engine_answers_requests_with_them(outside, model):
     assert list(completion.choices[0].token_ids) == alone
 
 
-def test_a_chat_request_may_name_them(outside, model):
+def test_a_chat_request_may_name_them(applications, outside, model):
     """The endpoint's own schema validates `skip`, and lists the names in its OpenAPI document."""
+    from serve.chat.schemas import ChatRequest
+
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "skip": CONFIG}
     assert ChatRequest.model_validate(body).skip == sv.SkipConfig(**CONFIG)
     fields = ChatRequest.model_json_schema()["$defs"]["SkipConfig"]["properties"]
@@ -150,7 +149,10 @@ def test_a_chat_request_may_name_them(outside, model):
     assert "deep_norm" in fields["select"]["enum"]
 
 
-def test_a_job_may_name_them(outside, capsys):
+def test_a_job_may_name_them(applications, outside, capsys):
+    from pipelines.finetune.config import FinetuneConfig
+    from pipelines.shared.config import load_config
+
     given = ["--name", "x", "--model.path", "m", "--data.train", "t.json", "--skip.merge", "early"]
     assert load_config(FinetuneConfig, given, description=None).skip.merge == "early"
     with pytest.raises(SystemExit):
