@@ -89,6 +89,7 @@ def test_every_command_is_known_here():
         ("ray job submit", "SKIPVISION_METHODS"),
         ("caption_demo.yaml",),
         ("caption_demo.yaml", "--name sampled"),
+        ("caption_demo.yaml", "--name on-vllm"),
         ("caption.py --help",),
         ("--name cats",),
         ("--name products",),

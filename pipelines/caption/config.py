@@ -8,9 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.data.images import MAX_PIXELS
 from pipelines.data.prompts import PromptTemplate
-from pipelines.engines.config import ModelSection
+from pipelines.engines.config import BackendSection, ModelSection
 from pipelines.shared.paths import InputPath
-from pipelines.shared.sections import EngineSection, Section
+from pipelines.shared.sections import Section
 from pipelines.tracking.config import TrackedConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
@@ -109,7 +109,7 @@ class CaptionConfig(TrackedConfig):
         "and otherwise no skipping; full = no skipping",
     )
     sampling: Sampling = Field(Sampling(), description="how captions are generated")
-    engine: EngineSection = EngineSection()
+    engine: BackendSection = BackendSection()
     output: OutputSection = OutputSection()
     max_error_fraction: float = Field(
         1.0,

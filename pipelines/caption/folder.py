@@ -7,6 +7,7 @@
                      manifest.parquet    every row of the inputs; its row groups are the shards
                      adapter/            the adapter, if it is from MLflow
                      attempts/           blocks of rows that engines work on
+                     exported/           model and adapter merged for vLLM; removed when the job ends
                      captions/000000.parquet …    the result: one file per complete shard
 """
 
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 
 from pipelines.caption.attempts import Attempts
 from pipelines.caption.rows import CAPTION_SCHEMA, Caption, caption_table
+from pipelines.engines.config import NATIVE_ENGINE, assume_native
 from pipelines.shared.files import atomic
 from pipelines.shared.folder import JobFolder
 
@@ -42,7 +44,7 @@ class CaptionFolder(JobFolder):
     """Job ``name`` under ``storage``, new or resumed."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
-        {"scaling", "storage", "engine", "max_error_fraction", "samples", "tracking"}
+        {"scaling", "storage", "max_error_fraction", "samples", "tracking", *NATIVE_ENGINE}
     )
 
     def __init__(self, storage: Path, name: str) -> None:
@@ -50,7 +52,11 @@ class CaptionFolder(JobFolder):
         self.manifest = self.path / "manifest.parquet"
         self.captions = self.path / "captions"
         self.adapter = self.path / "adapter"
+        self.exported = self.path / "exported"
         self.attempts = Attempts(self.path / "attempts")
+
+    def _read(self) -> dict[str, Any]:
+        return assume_native(super()._read())
 
     @property
     def has_work(self) -> bool:

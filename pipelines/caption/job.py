@@ -25,7 +25,14 @@ from pipelines.caption.rows import Caption
 from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import check_ray_address, ray_session
+from pipelines.engines.backend import check_backend
 from pipelines.engines.model import EngineModel, check_model, find_model
+from pipelines.engines.vllm_settings import (
+    check_arguments,
+    needs_export,
+    remove_exported,
+    vllm_model,
+)
 from pipelines.shared.console import say
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
@@ -66,10 +73,11 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
             folder.state.get("adapter"),
         )
         model_config = check_model(model)
+        engine_model = _engine_model(config, model, folder, resumed=resumed)
         if not resumed or "listed" not in folder.state:
             _list_inputs(absolute, config, folder)
         folder.remember(adapter=model.adapter_label)
-        work = Assignment(absolute, model, folder.manifest, folder.attempts)
+        work = Assignment(absolute, engine_model, folder.manifest, folder.attempts)
         manifest = Manifest(folder.manifest)
         shards = CaptionShards(folder.captions, config.output.format)
         description = _description(absolute, model, manifest)
@@ -81,12 +89,31 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
             )
             summary = _sum_up(work, model_config, manifest, shards, folder, progress)
             record(run, summary, progress.engines(), manifest, shards, absolute)
+        remove_exported(folder.exported)
         result = {**summary, "mlflow_uri": run.uri, "mlflow_run_id": run.run_id}
         folder.remember(result=result)
         return {**result, "already_finished": False}
 
 
 # ------------------------------------------------------------------------------------ before captioning
+
+
+def _engine_model(
+    config: CaptionConfig, model: EngineModel, folder: CaptionFolder, *, resumed: bool
+) -> EngineModel:
+    """Check that the engine of the settings can do the job, and return the model that it loads."""
+    settings = config.engine
+    if settings.backend == "native":
+        return model
+    check_backend(model, settings)
+    if not needs_export(model):
+        return model
+    if not resumed:
+        remove_exported(folder.exported)
+    say(f"job {config.name!r}: merging the model for vLLM into {folder.exported}")
+    exported = vllm_model(model, folder.exported)
+    check_arguments(exported, settings)
+    return exported
 
 
 def _list_inputs(absolute: CaptionConfig, config: CaptionConfig, folder: CaptionFolder) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pickle
 import threading
 from collections import deque
@@ -23,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import safetensors.torch
 import torch
+from PIL import Image
 
 from pipelines.caption.attempts import Attempts
 from pipelines.caption.config import CaptionConfig
@@ -32,10 +34,11 @@ from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
 from pipelines.data.special_tokens import SpecialTokens
+from pipelines.engines.backend import SharedEngine, open_engine
 from pipelines.engines.loading import load_processor
-from pipelines.engines.model import EngineModel, load_engine
+from pipelines.engines.model import EngineModel
 from pipelines.engines.templates import TemplateProcess
-from pipelines.engines.thread import EngineThread, Outcome
+from pipelines.engines.thread import Outcome
 from pipelines.shared.files import StorageError, storage_errors
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
 from skipvision.errors import InputError, SkipVisionError
@@ -66,12 +69,24 @@ class Assignment:
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """Row ``number`` of its shard: the model's inputs in the safetensors format, or a problem."""
+    """Row ``number`` of its shard: what the engine takes, or a problem.
+
+    That is the model's inputs in the safetensors format for the native engine, and the rendered prompt with
+    its images for vLLM, which prepares them itself.
+    """
 
     number: int
     key: str
     inputs: bytes = b""
+    prompt: str = ""
+    images: tuple[Image.Image, ...] = ()
     problem: Problem | None = None
+
+    def request(self, sampling: Sampling) -> Request:
+        """Return the engine's request for this row, which has no problem."""
+        if self.inputs:
+            return Request(inputs=safetensors.torch.load(self.inputs), sampling=sampling)
+        return Request(self.prompt, self.images, sampling=sampling)
 
 
 @dataclass(frozen=True)
@@ -164,8 +179,9 @@ def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
     except StorageError as error:  # raised here, it would reach the job as text
         yield _packed(error)
         return
+    rendered_only = work.config.engine.backend == "vllm"
     prepared = _few_at_once(
-        lambda row: prepare_row(processor, row[0], row[1], template),
+        lambda row: prepare_row(processor, row[0], row[1], template, rendered_only=rendered_only),
         rows,
         work.config.scaling.threads_per_reader,
     )
@@ -192,11 +208,17 @@ def _few_at_once(function: Any, values: Iterable[Any], threads: int) -> Iterator
 
 
 def prepare_row(
-    processor: Any, number: int, row: CaptionRow, template: TemplateProcess | None = None
+    processor: Any,
+    number: int,
+    row: CaptionRow,
+    template: TemplateProcess | None = None,
+    *,
+    rendered_only: bool = False,
 ) -> PreparedRow:
     """Open a row's images and prepare the model's inputs. An error becomes the row's problem.
 
-    A chat template that does not end would stop the job, so readers render it in a ``template`` process.
+    With ``rendered_only`` the engine prepares the inputs from the rendered prompt and the images. A chat
+    template that does not end would stop the job, so readers render it in a ``template`` process.
     """
     if row.problem is not None:
         return PreparedRow(number, row.key, problem=row.problem)
@@ -204,6 +226,8 @@ def prepare_row(
     try:
         images = [image.open() for image in row.images]
         text = template.render(messages) if template is not None and template.exists else None
+        if rendered_only and text is not None:
+            return PreparedRow(number, row.key, prompt=text, images=tuple(images))
         inputs = prepare(processor, Request(messages, images), text).inputs or {}
     except ImageError as error:
         return PreparedRow(number, row.key, problem=Problem(error.kind, str(error)))
@@ -214,6 +238,12 @@ def prepare_row(
 
 
 # ------------------------------------------------------------------------------------------ generating
+
+
+def _end_process(error: BaseException) -> None:
+    """End this actor, so that Ray starts another: its engine ran in processes that have died."""
+    print(f"the engine has died: {error}", flush=True)
+    os._exit(1)
 
 
 class CaptionActor:
@@ -228,11 +258,11 @@ class CaptionActor:
         self.work = work
         self.name = str(ray.get_runtime_context().get_actor_id())
         self.alone = threading.Lock()
-        self.engine: EngineThread | SkipVisionError
+        self.engine: SharedEngine | SkipVisionError
         try:
-            self.engine = EngineThread(lambda: load_engine(work.model, work.config.engine, device))
+            self.engine = open_engine(work.model, work.config.engine, device, _end_process)
             self.engine.wait_until_ready()
-            self.special = self.engine.call(lambda engine: SpecialTokens(engine.processor)).result()
+            self.special = SpecialTokens(load_processor(work.model.base))
         except SkipVisionError as error:  # raised here, it would reach the job as text
             self.engine = error
 
@@ -246,7 +276,7 @@ class CaptionActor:
         except StorageError as error:  # raised here, it would reach the job as text
             return _packed(error)
 
-    def _captioned(self, engine: EngineThread, block: Block) -> CaptionedBlock:
+    def _captioned(self, engine: SharedEngine, block: Block) -> CaptionedBlock:
         piece = f"{block.shard}-{block.rows[0].number}"
         if self.work.attempts.begin(piece) == 0:
             captions = self._answer(engine, block.rows)
@@ -260,16 +290,13 @@ class CaptionActor:
         self.work.attempts.end(piece)
         return CaptionedBlock(block.shard, captions, self.name, engine.statistics())
 
-    def _answer(self, engine: EngineThread, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
+    def _answer(self, engine: SharedEngine, rows: Sequence[PreparedRow]) -> dict[int, Caption]:
         sound = [row for row in rows if row.problem is None]
-        requests = [
-            Request(inputs=safetensors.torch.load(row.inputs), sampling=self._sampling(row.key))
-            for row in sound
-        ]
+        requests = [row.request(self._sampling(row.key)) for row in sound]
         outcomes = dict(zip((row.number for row in sound), engine.answer(requests), strict=True))
         return {row.number: self._caption(row, outcomes.get(row.number)) for row in rows}
 
-    def _answer_alone(self, engine: EngineThread, piece: str, row: PreparedRow) -> dict[int, Caption]:
+    def _answer_alone(self, engine: SharedEngine, piece: str, row: PreparedRow) -> dict[int, Caption]:
         """Caption a row without another suspect row; after too many deaths of engines it is an error row."""
         deaths = self.work.attempts.begin(piece)
         if deaths >= self.work.config.scaling.max_failures:

@@ -171,7 +171,8 @@ def load_engine(model: EngineModel, settings: EngineSection, device: torch.devic
     else:
         tuned = sv.load_adapter(base, model.adapter).to(device, dtype)
     processor = load_processor(model.base)
-    return Engine(tuned, processor, model.skip, **settings.model_dump())
+    arguments = settings.model_dump(include=set(EngineSection.model_fields))
+    return Engine(tuned, processor, model.skip, **arguments)
 
 
 def adapter_digest(folder: Path) -> str:

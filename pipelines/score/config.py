@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from pipelines.caption.config import ScalingSection
-from pipelines.engines.config import ModelSection
+from pipelines.engines.config import BackendSection, ModelSection
 from pipelines.score.rules.judge_endpoint import JudgeConfig
-from pipelines.shared.sections import EngineSection, Section
+from pipelines.shared.sections import Section
 from pipelines.tracking.config import TrackedConfig
 from skipvision.config import SkipConfig
 from skipvision.engine.requests import Sampling
@@ -58,7 +58,7 @@ class ScoreConfig(TrackedConfig):
     )
     datasets: list[DatasetSection] = Field(min_length=1, description="the datasets")
     sampling: Sampling = Field(Sampling(max_new_tokens=512), description="how answers are generated")
-    engine: EngineSection = EngineSection()
+    engine: BackendSection = BackendSection()
     shard_rows: int = Field(500, ge=1, description="answers per file on disk")
     max_error_fraction: float = Field(
         0.05,

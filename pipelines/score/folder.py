@@ -15,10 +15,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from pipelines.engines.config import NATIVE_ENGINE, assume_native
 from pipelines.shared.folder import JobFolder
 
 
@@ -30,7 +31,7 @@ class ScoreFolder(JobFolder):
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
         {
-            *("scaling", "storage", "engine", "max_error_fraction", "tracking", *reported),
+            *("scaling", "storage", "max_error_fraction", "tracking", *NATIVE_ENGINE, *reported),
             *("judge.parallel", "judge.timeout", "judge.api_key_env", "judge.base_url"),
         }
     )
@@ -42,6 +43,9 @@ class ScoreFolder(JobFolder):
         self.judge = self.path / "judge.jsonl"
         self.table = self.path / "comparison.md"
         self.figure = self.path / "comparison.png"
+
+    def _read(self) -> dict[str, Any]:
+        return assume_native(super()._read())
 
     @property
     def has_work(self) -> bool:

@@ -21,6 +21,7 @@ from pipelines.caption.config import CaptionConfig, InputSection, OutputSection
 from pipelines.caption.error_limit import ErrorLimit
 from pipelines.caption.job import run_caption
 from pipelines.cluster.session import check_ray_address, ray_session
+from pipelines.engines.backend import check_backend
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.evaluation.items import write_items
 from pipelines.score.config import ScoreConfig
@@ -123,6 +124,7 @@ def _read(config: ScoreConfig, folder: ScoreFolder) -> _Job:
         models[label] = find_model(system, uri, folder.path / "adapters" / label, known)
         if not folder.state.get("result"):
             check_model(models[label])
+            check_backend(models[label], config.engine)
     files = of_files(datasets, models.values())
     folder.require_same_files(files)
     return _Job(config, folder, uri, datasets, models, files)

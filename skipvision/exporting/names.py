@@ -8,6 +8,7 @@ The names of all other parts are the same on both sides.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -38,6 +39,13 @@ def rename_weights(folder: Path, config: PretrainedConfig) -> None:
         content = json.loads(index.read_text())
         content["weight_map"] = {shared_name(name): file for name, file in content["weight_map"].items()}
         index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def needs_other_names(names: Iterable[str], config: PretrainedConfig) -> bool:
+    """Return whether `rename_weights` would rename weights with these names."""
+    vision = getattr(config, "vision_config", None)
+    towers = getattr(vision, "model_type", None) in _TOWERS
+    return towers and any(shared_name(name) != name for name in names)
 
 
 def shared_name(name: str) -> str:
