@@ -113,7 +113,7 @@ def vllm_model(model: EngineModel, folder: Path) -> EngineModel:
 
 
 def remove_exported(folder: Path) -> None:
-    """Remove what `vllm_model` exported."""
+    """Remove the copy of a model that `vllm_model` has written to the job folder."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

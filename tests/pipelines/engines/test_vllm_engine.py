@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def requests(shapes: Path) -> list[Request]:
         *(Request(text, [image], sampling=greedy) for image in images),
         Request(text, images[:1], sampling=Sampling(max_new_tokens=48, stop=(" at",))),
         Request(text, images[:1], sampling=Sampling(max_new_tokens=5)),
-        Request(text, images[:2], sampling=greedy),
+        Request(text.replace("<image>", "<image> <image>"), images[:2], sampling=greedy),
         Request("x " * 5000, sampling=greedy),
     ]
 
@@ -74,8 +75,8 @@ def answers(
 @pytest.mark.parametrize("skip", [FULL, SKIP], ids=["full", "pruned"])
 def test_its_answers_are_those_of_the_native_engine(skip, requests, tmp_path):
     drawn = [Request(requests[0].prompt, requests[0].images, sampling=Sampling(temperature=1.0, seed=5))] * 2
-    without = Request(requests[0].prompt, sampling=Sampling(max_new_tokens=4))
-    vllm, statistics = answers("vllm", [*requests, without, *drawn], tmp_path / "model", skip)
+    wrong = [replace(requests[0], images=requests[-2].images[:number]) for number in (0, 2)]
+    vllm, statistics = answers("vllm", [*requests, *wrong, *drawn], tmp_path / "model", skip)
     native, _ = answers("native", requests, tmp_path / "model", skip)
     for ours, theirs in zip(native, vllm, strict=False):
         if not isinstance(ours, Completion):
@@ -89,9 +90,9 @@ def test_its_answers_are_those_of_the_native_engine(skip, requests, tmp_path):
         for name in COUNTS:
             assert getattr(ours.usage, name) == getattr(theirs.usage, name), name
         assert 0 <= theirs.timing.queued <= theirs.timing.first_token <= theirs.timing.total
-    assert isinstance(vllm[-3], InputError), "a placeholder without an image"
+    assert all(isinstance(one, InputError) for one in vllm[-4:-2]), "one placeholder, no image or two"
     assert vllm[-1].choices[0].token_ids == vllm[-2].choices[0].token_ids, "a seed draws the same tokens"
-    assert sum(statistics.requests.values()) == 10
+    assert sum(statistics.requests.values()) == 11
     assert 0 < statistics.decode_tokens / statistics.decode_steps <= 4
 
 
