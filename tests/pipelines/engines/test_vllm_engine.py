@@ -92,7 +92,7 @@ def test_its_answers_are_those_of_the_native_engine(skip, requests, tmp_path):
         assert 0 <= theirs.timing.queued <= theirs.timing.first_token <= theirs.timing.total
     assert all(isinstance(one, InputError) for one in vllm[-4:-2]), "one placeholder, no image or two"
     assert vllm[-1].choices[0].token_ids == vllm[-2].choices[0].token_ids, "a seed draws the same tokens"
-    assert sum(statistics.requests.values()) == 11
+    assert sum(statistics.requests.values()) == sum(isinstance(one, Completion) for one in vllm)
     assert 0 < statistics.decode_tokens / statistics.decode_steps <= 4
 
 
@@ -111,6 +111,7 @@ def test_what_vllm_refuses_is_reported_before_ray_starts(tmp_path):
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_folder_is_captioned(shapes, tmp_path):
+    images = len(list(shapes.glob("*.png")))
     (shapes / "broken.png").write_text("no image")
     config = CaptionConfig.model_validate(
         {
@@ -126,7 +127,7 @@ def test_a_folder_is_captioned(shapes, tmp_path):
         }
     )
     result = run_caption(config)
-    assert (result["captioned"], result["errors"]) == (6, {"unreadable image": 1})
-    assert result["tokens"]["visual_tokens"] == 6 * 256
+    assert (result["captioned"], result["errors"]) == (images, {"unreadable image": 1})
+    assert result["tokens"]["visual_tokens"] == images * 256
     assert not (tmp_path / "captions" / "exported").exists()
     assert run_caption(config)["already_finished"]
