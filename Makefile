@@ -65,8 +65,8 @@ test-infra: install ## run all tests of infra/ with the checkers that pip has
 
 # vLLM pins other versions of transformers and fastapi than ours, so it has an environment of its own. It warns a lot.
 VLLM_BIN := .venv-vllm/bin
-test-vllm: ## run the tests of the plug-in for vLLM in .venv-vllm/
-	$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm $(ARGS)
+test-vllm: ## run the tests of vLLM (plug-in, jobs) in .venv-vllm/
+	$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm tests/pipelines/engines/test_vllm_engine.py $(ARGS)
 
 lint: install ## check style, types, import contracts and advisories of dependencies
 	$(BIN)/ruff check .
