@@ -63,10 +63,10 @@ test-infra: install ## run all tests of infra/ with the checkers that pip has
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[infra]"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/infra $(ARGS)
 
-# vLLM pins other versions of transformers and fastapi than ours, so it has an environment of its own. It warns a lot.
-VLLM_BIN := .venv-vllm/bin
-test-vllm: ## run the tests of vLLM (plug-in, jobs) in .venv-vllm/
-	$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm tests/pipelines/engines/test_vllm_engine.py $(ARGS)
+# vLLM warns a lot.
+test-vllm: install-vllm ## run the tests of vLLM (plug-in, jobs) in .venv-vllm/
+	$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm \
+		tests/pipelines/engines/test_vllm_engine.py $(ARGS)
 
 lint: install ## check style, types, import contracts and advisories of dependencies
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # Seen in: torch 2.1
 from torch.utils._pytree import tree_leaves, tree_map_only  # Seen in: torch 2.13
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # Seen in: torch 2.13
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 ENCODED = "mm_encoder_outputs"
 """Keyword of an outer model's call: its encoded images and videos by modality (transformers 5.18)."""
