@@ -252,7 +252,7 @@ JOBS = {
     "tradeoff": Job(tradeoff, midway="points/*.parquet", ends=(set(), set()), slow=STARTED),
 }
 NOT_APPLICABLE = {
-    **{("address", name): "it uses no Ray" for name in ("promote", "analyse", "compare")},
+    **{("address", name): "it uses no Ray" for name in ("promote", "analyse", "compare", "export")},
     ("data", "analyse"): "it measures everything in one go, so that no results can mix",
     ("data", "promote"): "one decision has no earlier work",
     ("finished", "promote"): "a candidate that has the alias is refused: there is nothing to decide",

@@ -6,6 +6,7 @@ from skipvision import SkipConfig, register_criterion
 from skipvision.errors import ConfigError
 from skipvision.integrations.vllm.image_settings import ImageSettings, from_tensors
 from skipvision.integrations.vllm.settings import Settings
+from skipvision.select import CRITERIA
 from skipvision.testing.llava import tiny_llava
 
 PRUNED = SkipConfig(retained=5, skipped=0)
@@ -88,11 +89,12 @@ def test_a_server_that_cannot_prune_says_why_and_still_answers_with_full_tokens(
         server.of_request({"retained": 3}, model_config)
 
 
-def test_a_criterion_of_another_package_runs_only_as_the_default(model_config):
+def test_a_criterion_of_another_package_runs_only_as_the_default(model_config, monkeypatch):
     def by_chance(tokens, counts, seed):
         return tokens.features.sum(-1)
 
     by_chance.__module__ = "elsewhere"
+    monkeypatch.setattr(CRITERIA, "_methods", dict(CRITERIA._methods))  # other tests list them
     register_criterion("elsewhere", by_chance)
     own = SkipConfig(retained=3, skipped=0, summary_tokens=0, select="elsewhere")
     assert Settings(own, positions="shared").of_request({"retained": 2}, model_config).retained == 2
