@@ -52,6 +52,15 @@ def configure_ray_train() -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Let a model run its layers again in the backward pass, by checkpoints that are not re-entrant.
+
+    Its name is ``gradient_checkpointing_enable`` before transformers 5.23.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def visual_token_counter(
     processor: ProcessorMixin,
 ) -> Callable[[Sequence[tuple[int, int]]], list[int]] | None:

@@ -20,6 +20,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 import skipvision as sv
+from pipelines._compat import enable_checkpointing
 from pipelines.data.collate import IGNORED, Batch
 from pipelines.engines.loading import arithmetic
 from pipelines.finetune.config import FinetuneConfig, TrainingSection
@@ -46,7 +47,7 @@ def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
     if config.skip is not None:
         sv.attach(model, config.skip)
     if config.training.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
         # Only re-entrant checkpointing needs gradients at the embeddings. At the vision tower's embeddings
         # they would make it keep all activations for a backward pass that updates nothing.
         model.disable_input_require_grads()

@@ -235,7 +235,7 @@ JOBS = {
         calibrate, midway="scores/*", work=touch("scores/x.parquet"), data=change_answer, slow=STARTED
     ),
     "promote": Job(promote, midway="pipelines.promote.job:_decide", slow=frozenset({"kill"})),
-    "analyse": Job(analyse, midway="pipelines.analyse.job:_measure", slow=frozenset({"kill"})),
+    "analyse": Job(analyse, midway="pipelines.analyse.job:_measure", slow=frozenset({"stop", "kill"})),
     "compare": Job(
         compare,
         midway="pipelines.compare.job:_answers",

@@ -5,6 +5,8 @@ An image of `tiny_llava` has 16 visual tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -77,3 +79,10 @@ def labels_for(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return every real word of a batch as its own label, −100 at images and padding."""
     words = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN)
     return inputs["input_ids"].masked_fill(~words, -100)
+
+
+def checkpoint_activations(model: Any, *, use_reentrant: bool) -> None:
+    """Let a model run its layers again in the backward pass."""
+    # The second is its name before transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import transformers
 from packaging.version import Version
 
@@ -30,3 +31,7 @@ OLDEST = re.search(r"\((\d+\.\d+\.\d+): (\d+ of \d+)\)", PAGE)
 """The oldest version of transformers that is tested, and how many families it supports."""
 SUPPORTED = [name for name in ALL_SUPPORTED if name not in LEFT_OUT]
 OTHERS = [name for name in ALL_OTHERS if name not in LEFT_OUT]
+
+BEFORE_5_18 = Version(transformers.__version__) < Version("5.18")
+"""Whether models take pixels alone. This has limits of its own, which docs/families.md lists."""
+since_5_18 = pytest.mark.skipif(BEFORE_5_18, reason="models before transformers 5.18 take no encoded images")

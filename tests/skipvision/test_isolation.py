@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from skipvision import SkipConfig, attach, attachment_of
 from skipvision.testing.llava import tiny_inputs, tiny_llava
-from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
+from tests.skipvision.cases import CONFIGS, ROWS, checkpoint_activations, close, labels_for, train_summary
 
 F64 = torch.float64
 CONFIG = CONFIGS["counts"]
@@ -131,7 +131,7 @@ def test_training_with_checkpointing_in_two_threads():
     expected = [gradients(model, inputs) for model, inputs in pairs]
     for model in models:
         model.zero_grad()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model, use_reentrant=False)
     for got, alone in zip(
         together(*(lambda m=model, i=inputs: gradients(m, i) for model, inputs in pairs)),
         expected,

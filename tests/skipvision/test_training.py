@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from skipvision import attach
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision import naive
-from tests.skipvision.cases import CONFIGS, ROWS, close, labels_for, train_summary
+from tests.skipvision.cases import CONFIGS, ROWS, checkpoint_activations, close, labels_for, train_summary
 
 F64 = torch.float64
 LORA = LoraConfig(
@@ -109,7 +109,7 @@ def test_summaries_train_under_peft_only_if_attached_after_it():
 
 
 def checkpointing(model, use_reentrant):
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model.get_base_model(), use_reentrant=use_reentrant)
     if use_reentrant:
         # Reentrant checkpoints need an input that takes gradients; the vision tower's has none.
         model.get_base_model().enable_input_require_grads()

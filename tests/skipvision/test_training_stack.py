@@ -493,12 +493,11 @@ def test_the_trainer_with_checkpointing_learns_the_same(tmp_path, use_reentrant)
     model, expected = tuned().train(), tuned().train()
     if use_reentrant:
         model.enable_input_require_grads()
-    run(
-        model,
-        tmp_path,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
-    )
+    checkpointing = "activation_checkpointing"
+    if not hasattr(TrainingArguments, checkpointing):
+        checkpointing = "gradient_checkpointing"  # its name before transformers 5.23
+    options = {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": use_reentrant}}
+    run(model, tmp_path, **options)
     by_hand(expected, 2)
     same(learnt(model), learnt(expected), rtol=1e-5, atol=1e-7)
 

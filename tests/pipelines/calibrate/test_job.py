@@ -60,6 +60,7 @@ def changed(settings: dict[str, Any], **sections: Any) -> CalibrateConfig:
     return CalibrateConfig.model_validate({**settings, **sections})
 
 
+@pytest.mark.slow
 def test_the_cheapest_is_found_verified_recorded_and_continued(settings, local_ray, capsys, monkeypatch):
     result = run_calibrate(changed(settings))
     folder = Path(settings["storage"]) / "job"

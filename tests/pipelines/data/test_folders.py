@@ -104,7 +104,7 @@ def test_a_folder_inside_a_closed_one_is_a_setting_that_cannot_be_accessed(unpri
     config = CaptionConfig(
         name="x",
         storage=str(unprivileged / "out"),
-        model={"path": "."},
+        model={"path": str(unprivileged)},
         input={"source": f"{unprivileged}/closed/set"},
     )
     with pytest.raises(ConfigError, match=r"input.source = .*closed/set.*Permission denied"):

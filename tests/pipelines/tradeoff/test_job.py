@@ -135,6 +135,7 @@ def test_other_points_rounds_or_cpus_are_timed_again(given, tmp_path, monkeypatc
     assert timed == [(2, 2, 1.5), (2, 1, 1.5), (2, 2, 4), (1, 2, 1.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_answers_of_several_seeds_are_pooled_and_paired_by_seed(given, adapter, tmp_path):
     weights = adapter / "adapter_model.safetensors"

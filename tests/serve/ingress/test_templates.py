@@ -33,6 +33,7 @@ def sick(tiny_model, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_other_models_answer_while_a_template_does_not_end(endpoint, sick, monkeypatch):
     async def ask(client, model, messages):
         body = {"model": model, "messages": messages, "max_tokens": 2}

@@ -8,8 +8,17 @@ from skipvision import SkipConfig, attach
 from skipvision.testing.families import tiny_batch
 from tests.skipvision.cases import train_summary
 from tests.skipvision.families import reference
-from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, TOLERANCE, combinations, model_of
+from tests.skipvision.families.matrix import (
+    DROPPING,
+    FAMILIES,
+    MERGING,
+    ROWS,
+    TOLERANCE,
+    combinations,
+    model_of,
+)
 from tests.skipvision.families.running import close, say, states_of
+from tests.skipvision.family_table import BEFORE_5_18
 
 
 def compare(model, config, converse):
@@ -87,7 +96,11 @@ def another_image(model, config, first_image, second_image, words=25):
     return both
 
 
-@combinations(turn=3)
+BIDIRECTIONAL = {"gemma3", "paligemma", "shieldgemma2"} if BEFORE_5_18 else set()
+"""Families that cannot read a second image after a cache before transformers 5.18: their masks do not fit."""
+
+
+@combinations(turn=3, families=[name for name in FAMILIES if name not in BIDIRECTIONAL])
 def test_a_second_turn_with_another_image(family, attention, dtype):
     another_image(model_of(family, attention, dtype), MERGING, "image", "image")
 

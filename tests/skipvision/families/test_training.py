@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from skipvision import attach
 from skipvision.anatomy.families import dissect
 from skipvision.testing.families import tiny_batch, tiny_model
-from tests.skipvision.cases import train_summary
+from tests.skipvision.cases import checkpoint_activations, train_summary
 from tests.skipvision.families.matrix import FAMILIES, MERGING, ROWS, combinations
 from tests.skipvision.families.running import labels_of
 
@@ -42,7 +42,7 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_
         assert untouched.keys() < plain.keys()
         runs = []
         dissect(model).layers[0].attention.register_forward_hook(lambda *_: runs.append(1))
-        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        checkpoint_activations(model, use_reentrant=use_reentrant)
         checkpointed = gradients_of(model, batch)
         assert len(runs) == 2, "the layer ran again in backward"
     assert checkpointed.keys() == plain.keys()
