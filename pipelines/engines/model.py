@@ -28,8 +28,8 @@ from pipelines.tracking.registry import exact_model, fetch_model, is_registered
 from skipvision.adapters.fitting import load_without_weights
 from skipvision.engine import Engine
 from skipvision.errors import ConfigError
-from skipvision.exporting.load import attach_as_exported, settings_of
-from skipvision.exporting.read import exported_settings
+from skipvision.exporting.load import attach_as_exported
+from skipvision.exporting.read import exported_settings, settings_of
 
 
 @dataclass(frozen=True)

@@ -157,16 +157,14 @@ class VllmEngine:
         _check(request)
         images = list(request.images)
         placeholder = getattr(self._processor, "image_token", None)
-        if placeholder and str(request.prompt).count(placeholder) != len(images):
+        if placeholder and (found := str(request.prompt).count(placeholder)) != len(images):
             raise InputError(
-                f"the prompt has {str(request.prompt).count(placeholder)} placeholders {placeholder} for "
-                f"{len(images)} images: give one for each"
+                f"the prompt has {found} placeholders {placeholder} for {len(images)} images: "
+                "give one for each"
             )
-        prompt: dict[str, Any] = {"prompt": request.prompt}
-        if images:
-            prompt["multi_modal_data"] = {"image": images}
         if not images:
-            return prompt, []
+            return {"prompt": request.prompt}, []
+        prompt = {"prompt": request.prompt, "multi_modal_data": {"image": images}}
         if self._count is not None:
             return prompt, self._count([(image.height, image.width) for image in images])
         ids = (prepare(self._processor, request).inputs or {})["input_ids"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import transformers
@@ -18,7 +17,7 @@ from pipelines.export.numbers import numbers_of
 from pipelines.shared.console import say
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
-from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.errors import Problems
 from skipvision.exporting.write import ExportPlan, plan_export, write_export
 
 __all__ = ["ExportConfig", "run_export"]
@@ -77,25 +76,14 @@ def _check(config: ExportConfig, folder: ExportFolder, model: EngineModel) -> Ex
         ConfigError: lists all problems.
     """
     plan: ExportPlan | None = None
-    problems: list[SkipVisionError] = []
-
-    def collect(check: Callable[[], Any]) -> Any:
-        try:
-            return check()
-        except SkipVisionError as error:
-            problems.append(error)
-            return None
-
+    problems = Problems()
     if not folder.has_work:
-        plan = collect(lambda: _plan(config, folder, model))
+        plan = problems.collect(lambda: _plan(config, folder, model))
     hub = config.hub
     if hub is not None:
         pushed = folder.state.get("pushed") == hub.repository
-        collect(lambda: check_hub(hub, pushed=pushed))
-    if len(problems) > 1:
-        raise ConfigError("\n".join(map(str, problems)))
-    if problems:
-        raise problems[0]
+        problems.collect(lambda: check_hub(hub, pushed=pushed))
+    problems.raise_any()
     return plan
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from pipelines._compat import RAY_JOB_VARIABLE
-from skipvision.errors import ConfigError
+from skipvision.errors import ConfigError, Problems
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -224,20 +224,14 @@ def resolve_paths(config: M) -> M:
     Raises:
         ConfigError: lists every path that leads nowhere.
     """
-    problems: list[str] = []
+    problems = Problems("paths")
 
     def resolve(field: PathField, value: str, name: str) -> str:
-        try:
-            return str(field.resolve(value, name))
-        except ConfigError as problem:
-            problems.append(str(problem))
-            return value
+        found = problems.collect(lambda: str(field.resolve(value, name)))
+        return value if found is None else found
 
     resolved: M = _map_model(config, "", resolve)
-    if len(problems) > 1:
-        raise ConfigError(f"{len(problems)} problems with paths" + "\n  ".join(["", *problems]))
-    if problems:
-        raise ConfigError(problems[0])
+    problems.raise_any()
     return resolved
 
 

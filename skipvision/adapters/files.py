@@ -170,14 +170,18 @@ def _described(config: SkipConfig | None) -> str:
 
 def replace(partial: Path, folder: Path) -> None:
     """Rename ``partial`` to ``folder``; an old adapter there is deleted once the new one is in place."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    if not (folder / SKIP_CONFIG).exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / SKIP_CONFIG).exists() and any(folder.iterdir()):
         raise AdapterError(
             f"{folder} exists and is not an adapter, so it is not overwritten: choose another folder"
         )
-    old = partial.with_name(f"{partial.name}-old")
+    put_in_place(partial, folder, partial.with_name(f"{partial.name}-old"))
+
+
+def put_in_place(partial: Path, folder: Path, old: Path) -> None:
+    """Rename ``partial`` to ``folder``. What is there is kept as ``old`` until that has succeeded."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
     folder.rename(old)
     try:
         partial.rename(folder)

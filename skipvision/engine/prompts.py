@@ -38,12 +38,13 @@ def prepare(processor: Any, request: Request, rendered: str | None = None) -> Re
     if request.inputs is not None:
         return request
     try:
+        text: str | None
         special: dict[str, bool] = {}
         if isinstance(request.prompt, str):
             text = request.prompt
         else:
-            text = "" if rendered is None else rendered
-            if rendered is None:
+            text = rendered
+            if text is None:
                 messages = list(request.prompt)
                 text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)

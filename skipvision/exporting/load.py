@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from skipvision.attach import attach
 from skipvision.config import SkipConfig
 from skipvision.errors import AdapterError
-from skipvision.exporting.read import Exported, exported_settings, exported_summary
-from skipvision.loading import load_config, load_model
+from skipvision.exporting.read import Exported, exported_summary, settings_of
+from skipvision.loading import load_model
 from skipvision.summary import SummaryLayer
 
 
@@ -40,19 +40,6 @@ def from_exported(path: str | Path, **options: Any) -> PreTrainedModel:
     model = load_model(path, **options)
     _attach(model, exported, summary)
     return model
-
-
-def settings_of(path: str | Path) -> Exported | None:
-    """Return what the config of a folder or Hugging Face id says about Skip-Vision; None if nothing.
-
-    Raises:
-        AdapterError: the entry is damaged; the message names ``path``.
-        ConfigError: the config cannot be loaded.
-    """
-    try:
-        return exported_settings(load_config(path))
-    except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from error
 
 
 def attach_as_exported(model: nn.Module, path: str | Path) -> SkipConfig | None:

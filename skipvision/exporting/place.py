@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from skipvision.adapters.files import put_in_place
 from skipvision.errors import AdapterError, ConfigError
-from skipvision.exporting.load import settings_of
+from skipvision.exporting.read import settings_of
 
 
 def check_place(folder: Path, *, overwrite: bool) -> None:
@@ -93,16 +94,7 @@ def _replace(partial: Path, folder: Path) -> None:
         _sync(path)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    folder.rename(old)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(partial, folder, old)
 
 
 def _sync(path: Path) -> None:

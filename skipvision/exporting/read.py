@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from skipvision.adapters.files import read_summary
 from skipvision.config import SkipConfig
 from skipvision.errors import AdapterError, ConfigError
-from skipvision.loading import find_file
+from skipvision.loading import find_file, load_config
 from skipvision.summary import SummaryLayer
 
 EXPORTED = "skip_vision"
@@ -91,6 +91,19 @@ def exported_settings(config: PretrainedConfig | Mapping[str, Any]) -> Exported 
             "export the model again"
         )
     return exported
+
+
+def settings_of(path: str | Path) -> Exported | None:
+    """Return what the config of a folder or Hugging Face id says about Skip-Vision; None if nothing.
+
+    Raises:
+        AdapterError: the entry is damaged; the message names ``path``.
+        ConfigError: the config cannot be loaded.
+    """
+    try:
+        return exported_settings(load_config(path))
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
 
 
 def exported_summary(path: str | Path, exported: Exported) -> SummaryLayer | None:

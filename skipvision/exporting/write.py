@@ -6,10 +6,10 @@ renamed. The next export to the same place replaces what a killed one left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +19,7 @@ from skipvision.adapters.files import read_adapter
 from skipvision.anatomy.families import dissect
 from skipvision.attach import attach
 from skipvision.config import SkipConfig
-from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.errors import ConfigError, Problems
 from skipvision.exporting.card import model_card
 from skipvision.exporting.merging import check_mergeable, merged
 from skipvision.exporting.names import rename_weights
@@ -29,7 +29,6 @@ from skipvision.loading import build_model, check_weights, load_config, load_mod
 from skipvision.summary import SummaryLayer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -107,29 +106,20 @@ def plan_export(
         AdapterError: as `export`.
     """
     folder = Path(folder).expanduser().absolute()
-    problems: list[SkipVisionError] = []
-
-    def collect(check: Callable[[], Any]) -> Any:
-        try:
-            return check()
-        except SkipVisionError as error:
-            problems.append(error)
-            return None
-
+    problems = Problems("this export")
+    collect = problems.collect
     collect(lambda: _check_dtype(dtype))
     collect(lambda: check_place(folder, overwrite=overwrite))
     model = collect(lambda: _checked_base(base))
     saved = None if adapter is None else collect(lambda: read_adapter(adapter))
     skip = config or (saved or {}).get("skip")
-    if adapter is None and config is None:
-        problems.append(ConfigError("neither an adapter nor a SkipConfig is given: nothing to export"))
+    collect(lambda: _check_given(adapter, config))
     if saved is not None and config is not None:
         collect(lambda: _check_summary(config, saved["skip"], adapter))
     if model is not None and saved is not None and adapter is not None:
         collect(lambda: check_mergeable(model, Path(adapter)))
-    exported = None if model is None else collect(lambda: _described(model, skip))
-    if problems or exported is None:
-        raise _together(problems)
+    exported: Any = None if model is None else collect(lambda: _described(model, skip))
+    problems.raise_any()
     return ExportPlan(
         str(base), None if adapter is None else Path(adapter), folder, exported, dtype, overwrite
     )
@@ -201,15 +191,15 @@ def _check_summary(config: SkipConfig, trained: SkipConfig | None, adapter: str 
         )
 
 
+def _check_given(adapter: object, config: SkipConfig | None) -> None:
+    if adapter is None and config is None:
+        raise ConfigError("neither an adapter nor a SkipConfig is given: nothing to export")
+
+
 def _check_dtype(dtype: object) -> None:
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(map(repr, _DTYPES))}")
-
-
-def _together(problems: list[SkipVisionError]) -> SkipVisionError:
-    if len(problems) == 1:
-        return problems[0]
-    return ConfigError(f"{len(problems)} problems with this export" + "\n  ".join(["", *map(str, problems)]))
+    known = get_args(Dtype)
+    if dtype not in known:
+        raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(map(repr, known))}")
 
 
 def _share(folder: Path) -> None:

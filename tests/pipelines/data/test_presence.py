@@ -69,7 +69,7 @@ class Counted(io.BytesIO):
 
 
 ROWS, SIZE = 40, 2**20
-"""Videos of forty megabytes."""
+"""The videos of a file: forty of them, of one megabyte each."""
 
 
 def videos(*, statistics: bool, missing: bool) -> Counted:

@@ -26,7 +26,7 @@ from pipelines.engines.templates import TemplateProcess
 from pipelines.engines.vllm_settings import check_settings, engine_arguments, vllm_model
 from pipelines.score.folder import ScoreFolder
 from skipvision.errors import ConfigError
-from skipvision.exporting.load import settings_of
+from skipvision.exporting.read import settings_of
 
 SKIP = sv.SkipConfig(retained=4, skipped=0)
 FULL = sv.SkipConfig.full()

@@ -69,7 +69,7 @@ def checkpoint_of_base_training(folder: Path, _: Path) -> None:
 
 
 def weights(folder: Path, _: Path) -> None:
-    """The error of safetensors."""
+    """safetensors names the cause only in the text of its error."""
     with atomic(folder / "weights.safetensors") as partial:
         safetensors.torch.save_file({"a": torch.zeros(5000)}, partial)
 

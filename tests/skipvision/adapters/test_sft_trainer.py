@@ -24,7 +24,7 @@ LORA = LoraConfig(r=4, target_modules=r".*language_model.*(q|v)_proj")
 
 
 def rows() -> Any:
-    """Conversations in TRL's format."""
+    """Questions about images and their answers, as conversations in TRL's format."""
     colours = ["red", "blue", "green", "yellow"]
     question = {
         "role": "user",
