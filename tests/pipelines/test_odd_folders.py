@@ -1,4 +1,7 @@
-"""Fine-tuning and captioning work with model, data and storage in folders like those of cloud drives."""
+"""Fine-tuning and captioning work with model, data and storage in folders with odd names.
+
+The quick tests of both jobs use such folders, too.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pipelines.caption.job import CaptionConfig, run_caption
 from pipelines.finetune.job import FinetuneConfig, run_finetune
 from pipelines.tracking.client import sqlite_file
 from pipelines.tracking.config import TrackingConfig
+from tests.pipelines.odd_folders import CLOUD_DRIVE, HOSTILE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -22,13 +26,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "My Drive/été #1 100%",
-        pytest.param("a [1] what? 12:30 'it' -x&y=%20 ", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [CLOUD_DRIVE, HOSTILE])
 def test_a_fine_tune_and_its_captions(
     name: str, tiny_model: Path, shapes_data: Path, tmp_path: Path, local_ray: None
 ) -> None:

@@ -271,7 +271,8 @@ def test_an_address_that_is_not_of_a_ray_is_reported_before_any_work(
 
 
 @cells("away")
-def test_without_mlflow_no_work_is_started(name, write, no_ray, capsys):
+def test_without_mlflow_no_work_is_started(name, write, no_ray, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # with them it takes 5 to 20 s
     status, message = refused(name, write(name, tracking={"uri": AWAY}), capsys)
     assert status == 1
     assert "MLflow failed at" in message

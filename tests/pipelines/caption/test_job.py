@@ -1,4 +1,7 @@
-"""Captioning on a real local Ray: every key occurs once, errors are rows, and deaths change no result."""
+"""Captioning on a real local Ray: every key occurs once, errors are rows, and deaths change no result.
+
+The model, the adapter, the images and the storage are in folders named like those of cloud drives.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.run import Tracker
 from skipvision.engine import Engine, Request, Sampling
 from skipvision.errors import ConfigError, DataError, ResourceError
+from tests.pipelines.odd_folders import CLOUD_DRIVE, copied
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -48,6 +52,11 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
+def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tiny_model, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the tiny model, with a config of its own."""
     torch.manual_seed(1)
@@ -57,13 +66,14 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = peft.get_peft_model(base, lora)
     sv.attach(model, sv.SkipConfig(retained=4, skipped=4))
-    return sv.save_adapter(model, tmp_path_factory.mktemp("adapter") / "adapter")
+    return sv.save_adapter(model, tmp_path_factory.mktemp("adapter") / CLOUD_DRIVE / "adapter")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of JSON: most are sound, and there is one of each kind of error."""
-    folder = tmp_path_factory.mktemp("inputs")
+    folder = tmp_path_factory.mktemp("inputs") / CLOUD_DRIVE
+    folder.mkdir(parents=True)
     rows = []
     for number in range(ROWS - len(BAD)):
         Image.effect_noise((56, 56), 10.0 + number).convert("RGB").save(folder / f"{number}.png")
@@ -91,7 +101,7 @@ def settings(
 ) -> dict[str, Any]:
     return {
         "name": "straight",
-        "storage": str(tmp_path_factory.mktemp("runs")),
+        "storage": str(tmp_path_factory.mktemp("runs") / CLOUD_DRIVE),
         "model": {"path": str(tiny_model), "adapter": str(adapter), "dtype": "float32"},
         "input": {"source": str(inputs), "prompt": "Describe the {category}.", "max_pixels": 1_000_000},
         "sampling": {"max_new_tokens": 24},

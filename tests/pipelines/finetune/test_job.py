@@ -1,4 +1,7 @@
-"""Fine-tuning on a real local Ray: its results, and that crashes on the way do not change them."""
+"""Fine-tuning on a real local Ray: its results, and that crashes on the way do not change them.
+
+The model, the data and the storage are in folders named like those of cloud drives.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from pipelines.finetune.job import FinetuneConfig, run_finetune
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError, DataError, ResourceError, SkipVisionError
+from tests.pipelines.odd_folders import CLOUD_DRIVE, copied
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -35,9 +39,19 @@ STEPS = 24
 
 
 @pytest.fixture(scope="module")
+def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tiny_model, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def shapes_data(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(shapes_data, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
 def settings(tiny_model: Path, shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of 24 steps, a checkpoint every 6; one row is too long and one has no image."""
-    storage = tmp_path_factory.mktemp("runs")
+    storage = tmp_path_factory.mktemp("runs") / CLOUD_DRIVE
     rows = json.loads((shapes_data / "train.json").read_text())
     rows[3]["image"] = "images/gone.png"
     rows[5]["conversations"][1]["value"] = "very " * 200
