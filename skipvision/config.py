@@ -99,6 +99,12 @@ class SkipConfig(BaseModel):
         return cls(retained=1.0, skipped=0.0, summary_tokens=0)
 
     @property
+    def is_full(self) -> bool:
+        """Whether the configuration leaves every image unchanged, as `full` does."""
+        everything = isinstance(self.retained, float) and self.retained == 1.0
+        return everything and not self.summary_tokens
+
+    @property
     def criterion(self) -> Criterion:
         """The criterion that ``select`` names."""
         return CRITERIA[self.select]

@@ -25,11 +25,10 @@ from pipelines.caption.rows import Caption
 from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import check_ray_address, ray_session
-from pipelines.engines.backend import check_backend
 from pipelines.engines.model import EngineModel, check_model, find_model
 from pipelines.engines.vllm_settings import (
     check_arguments,
-    needs_export,
+    check_settings,
     remove_exported,
     vllm_model,
 )
@@ -105,15 +104,12 @@ def _engine_model(
     settings = config.engine
     if settings.backend == "native":
         return model
-    check_backend(model, settings)
-    if not needs_export(model):
-        return model
+    check_settings(model, settings)
     if not resumed:
         remove_exported(folder.exported)
-    say(f"job {config.name!r}: merging the model for vLLM into {folder.exported}")
-    exported = vllm_model(model, folder.exported)
-    check_arguments(exported, settings)
-    return exported
+    loaded = vllm_model(model, folder.exported)
+    check_arguments(loaded, settings)
+    return loaded
 
 
 def _list_inputs(absolute: CaptionConfig, config: CaptionConfig, folder: CaptionFolder) -> None:

@@ -21,6 +21,7 @@ import skipvision as sv
 from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import load_config
 from pipelines.engines.model import EngineModel
+from pipelines.shared.console import say
 from skipvision.errors import ConfigError, SkipVisionError
 from skipvision.exporting.names import needs_other_names
 from skipvision.exporting.read import exported_settings
@@ -81,7 +82,7 @@ def check_settings(model: EngineModel, settings: BackendSection) -> None:
 
 
 def _skip_problem(skip: sv.SkipConfig) -> str | None:
-    if skip == sv.SkipConfig.full():
+    if skip.is_full:
         return None
     if not any(entry.value.startswith("skipvision.") for entry in entry_points(group=_PLUGINS)):
         return (
@@ -108,6 +109,7 @@ def vllm_model(model: EngineModel, folder: Path) -> EngineModel:
     if not needs_export(model):
         return model
     if not folder.exists():
+        say(f"merging the model for vLLM into {folder}")
         sv.export(model.base, model.adapter, folder, config=model.skip)
     return replace(model, base=str(folder), adapter=None)
 
@@ -160,10 +162,10 @@ def engine_arguments(model: EngineModel, settings: BackendSection, dtype: str) -
 def _skip_argument(model: EngineModel) -> Any:
     """Return the plug-in's setting where the job's SkipConfig is not the one in the model's config."""
     exported = exported_settings(load_config(model.base))
-    own = None if exported is None else exported.skip
-    if (own or sv.SkipConfig.full()) == model.skip:
+    own = (None if exported is None else exported.skip) or sv.SkipConfig.full()
+    if own == model.skip or (own.is_full and model.skip.is_full):
         return None
-    return "full" if model.skip == sv.SkipConfig.full() else model.skip.model_dump()
+    return "full" if model.skip.is_full else model.skip.model_dump()
 
 
 def configure_vllm() -> None:

@@ -45,7 +45,7 @@ class FullTokens:
         return "a model with full tokens"
 
     def matches(self, system: Mapping[str, str | None]) -> bool:
-        return _skip(system) == sv.SkipConfig.full()
+        return _skip(system).is_full
 
 
 class RegisteredSystem:

@@ -94,6 +94,10 @@ def test_full_is_the_identity():
     full = SkipConfig.full()
     assert (full.retained, full.skipped, full.summary_tokens) == (1.0, 0.0, 0)
     assert full.counts(576) == (576, 0, 0)
+    assert full.is_full
+    assert SkipConfig(retained=1.0, skipped=0, summary_tokens=0, select="norm").is_full
+    for other in ({"retained": 1, "summary_tokens": 0}, {"retained": 1.0}, {"summary_tokens": 0}):
+        assert not SkipConfig(skipped=0, **other).is_full
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), SkipConfig.full()], ids=[*CONFIGS, "full"])

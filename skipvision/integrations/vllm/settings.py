@@ -75,7 +75,7 @@ class Settings:
             ConfigError: it cannot run.
         """
         self._check_methods(config)
-        if is_full(config):
+        if config.is_full:
             return SkipConfig.full()
         if self.refused is not None:
             raise ConfigError(f"this server prunes no images, because {self.refused}")
@@ -117,12 +117,6 @@ class Settings:
                     f"{method.setting} belongs to another package, and an error in it would end the engine: "
                     "vLLM runs it only if the server's own configuration names it"
                 )
-
-
-def is_full(config: SkipConfig) -> bool:
-    """Return whether a configuration leaves every image unchanged."""
-    everything = isinstance(config.retained, float) and config.retained == 1.0
-    return everything and not config.summary_tokens
 
 
 def merged(base: SkipConfig, value: object, map_skipped: bool) -> tuple[SkipConfig, bool]:

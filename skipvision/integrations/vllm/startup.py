@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, UnsupportedModelError
 from skipvision.exporting.read import exported_settings
-from skipvision.integrations.vllm.settings import KEYWORD, Positions, Settings, is_full, merged
+from skipvision.integrations.vllm.settings import KEYWORD, Positions, Settings, merged
 
 RESOLVED = "skip_vision_settings"
 """Attribute of the model's config that holds `Settings.as_json` in all processes of vLLM."""
@@ -72,7 +72,7 @@ def refusal(
         def verify_and_update_model_config(model_config: Any) -> None:
             earlier.verify_and_update_model_config(model_config)
             exported = exported_settings(model_config.hf_config)
-            configured = exported is not None and exported.skip is not None and not is_full(exported.skip)
+            configured = exported is not None and exported.skip is not None and not exported.skip.is_full
             if configured or _server_value(model_config) is not None:
                 raise UnsupportedModelError(
                     f"the vLLM plug-in of Skip-Vision does not support {architecture}; it supports "
@@ -109,14 +109,14 @@ def resolve(model_config: Any, family: VllmFamily) -> None:
     settings = Settings(SkipConfig.full(), map_skipped, layer, positions, family.views)
     default = settings.checked(default, hf_config, map_skipped)
     reason = _unsupported_tower(hf_config, family)
-    if reason and not is_full(default):
+    if reason and not default.is_full:
         raise ConfigError(reason)
     settings = replace(settings, default=default, refused=reason)
     setattr(hf_config, RESOLVED, settings.as_json())
     if positions == "shared":
         # All three axes belong to one rotation: only the presence of the attribute matters.
         setattr(hf_config, _SHARED, [_rotated(model_config) // 2, 0, 0])
-    if not is_full(default):
+    if not default.is_full:
         logger.info("Skip-Vision prunes images: %s; positions: %s", default, positions)
 
 
@@ -136,7 +136,7 @@ def restrict(vllm_config: Any) -> None:
             logger.warning("Skip-Vision turns off cudagraph_mm_encoder: it would bypass pruning")
             vllm_config.compilation_config.cudagraph_mm_encoder = False
         return
-    if not is_full(settings.default):
+    if not settings.default.is_full:
         raise ConfigError(reason)
     logger.info("Skip-Vision refuses requests that prune images: %s", reason)
     if settings.positions == "shared":
@@ -184,7 +184,7 @@ def _contradiction(vllm_config: Any, settings: Settings) -> str | None:
 
 def _shares(model_config: Any, default: SkipConfig) -> bool:
     """Return whether a family with one axis can keep original positions on this server."""
-    if default.positions == "contiguous" and not is_full(default):
+    if default.positions == "contiguous" and not default.is_full:
         return False
     text = model_config.hf_text_config
     return set(_rope_kinds(getattr(text, "rope_parameters", None))) <= set(_UNSCALED)

@@ -110,6 +110,8 @@ def test_the_arguments_of_vllm(tiny_model, adapter, tmp_path):
     }
     full = engine_arguments(replace(model, skip=FULL), settings, "float32")
     assert full["mm_processor_kwargs"] == {"do_rescale": True, "skip": "full"}
+    spelled = sv.SkipConfig(retained=1.0, skipped=0, summary_tokens=0, select="norm")
+    assert engine_arguments(replace(model, skip=spelled), settings, "float32") == full
     other = SKIP.model_copy(update={"retained": 2})
     pruned = engine_arguments(replace(model, skip=other), settings, "float32")
     assert pruned["mm_processor_kwargs"]["skip"] == other.model_dump()
