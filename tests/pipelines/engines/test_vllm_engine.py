@@ -111,7 +111,7 @@ def test_what_vllm_refuses_is_reported_before_ray_starts(tmp_path):
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_folder_is_captioned(shapes, tmp_path):
-    images = len(list(shapes.glob("*.png")))
+    images = len(list(shapes.iterdir()))
     (shapes / "broken.png").write_text("no image")
     config = CaptionConfig.model_validate(
         {
