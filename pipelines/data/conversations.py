@@ -47,6 +47,9 @@ _FIELDS = (("from", "value"), ("role", "content"))
 _LONGEST_PATH = 4096
 """Bytes of a path in Linux."""
 
+_LONGEST_NAME = 255
+"""Bytes of the name of a file or folder."""
+
 
 def parse_row(value: object, *, key: str, image_root: str, max_pixels: int, source: str = "") -> TrainingRow:
     """Return the row of a record. Images are referred to, not opened.
@@ -197,7 +200,7 @@ def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> I
     if not isinstance(value, str) or not value:
         raise BadRow("broken record", f"image {name} is {type_name(value)}, expected a path, a URL or base64")
     if not encoded and not is_data_url(value) and not _is_bare_base64(value, image_root):
-        if len(value) > _LONGEST_PATH and "://" not in value:
+        if _is_no_path(value, image_root):
             what = f"a text of {len(value):,} characters: neither a path nor base64 of an image"
             raise BadRow("broken record", f"image {name} is {what}")
         return FileImage(absolute(value) if "://" in value else posixpath.join(image_root, value), max_pixels)
@@ -205,6 +208,15 @@ def parse_image(value: object, name: str, image_root: str, max_pixels: int) -> I
         return InlineImage.from_base64(value, name, max_pixels)
     except ImageError as error:
         raise BadRow(error.kind, str(error)) from None
+
+
+def _is_no_path(text: str, image_root: str) -> bool:
+    """Return whether a text is too long for a path, or one of its parts for the name of a local file."""
+    if "://" in text:
+        return False
+    if len(text) > _LONGEST_PATH:
+        return True
+    return "://" not in image_root and any(len(name) > _LONGEST_NAME for name in text.split("/"))
 
 
 def _is_bare_base64(text: str, image_root: str) -> bool:

@@ -7,12 +7,13 @@ import re
 from urllib.parse import unquote
 
 _WHITE = " \t\r\n\f\v"
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{40,}={0,2}\s*")
 _HEADS = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftyp|P[1-6]\s", re.DOTALL
 )
 """The first bytes of images. BMP has four zeros that no text of a path would encode."""
 _SPACES = str.maketrans("", "", _WHITE)
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def without_white_space(text: str) -> str:
@@ -21,8 +22,12 @@ def without_white_space(text: str) -> str:
 
 
 def decode_base64(text: str) -> bytes:
-    """Return the bytes of base64 text, which may have line breaks. Raise `ValueError` if it is not base64."""
-    return base64.b64decode(without_white_space(text), validate=True)
+    """Return the bytes of base64 text. Raise `ValueError` if it is not base64.
+
+    It may have line breaks, the URL-safe letters ``-`` and ``_`` (RFC 4648, section 5), and no padding.
+    """
+    letters = without_white_space(text).translate(_URL_SAFE)
+    return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
 
 
 def split_data_url(url: str) -> tuple[str, list[str], str]:
@@ -50,4 +55,4 @@ def is_image_base64(text: str) -> bool:
     if not _BASE64.fullmatch(text):
         return False
     head = without_white_space(text[:200])[:32]  # 24 bytes
-    return len(head) == 32 and _HEADS.match(base64.b64decode(head)) is not None
+    return len(head) == 32 and _HEADS.match(decode_base64(head)) is not None

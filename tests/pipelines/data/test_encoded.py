@@ -1,4 +1,4 @@
-"""Base64 is read with the line breaks that tools put into it: in rows, tables and requests."""
+"""Base64 is read as tools write it, with line breaks and in either alphabet: in rows, tables and requests."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.data.conversations import parse_image
 from pipelines.data.encoded import decode_base64, is_image_base64
-from pipelines.data.images import FORMATS, FileImage, InlineImage
+from pipelines.data.images import FORMATS, FileImage, ImageError, InlineImage
 from pipelines.data.rows import BadRow
 from pipelines.data.training_rows import read_training_rows
 from pipelines.data.tsv_records import tsv_records
@@ -24,7 +24,8 @@ from serve.media.images import EncodedImage
 def png():
     buffer = io.BytesIO()
     Image.effect_noise((20, 12), 80).convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    return data + bytes(2 - len(data) % 3)  # the base64 has padding
 
 
 PNG = png()
@@ -38,8 +39,15 @@ WRITTEN = {
     "tabs": "\t".join(textwrap.wrap(TEXT, 72)),
     "spaces": " ".join(textwrap.wrap(TEXT, 72)),
     "carriage returns": "\r".join(textwrap.wrap(TEXT, 72)),
+    "no padding": TEXT.rstrip("="),
+    "URL-safe": base64.urlsafe_b64encode(PNG).decode(),
+    "URL-safe, no padding": base64.urlsafe_b64encode(PNG).decode().rstrip("="),
+    "URL-safe, lines of 76": "\n".join(textwrap.wrap(base64.urlsafe_b64encode(PNG).decode(), 76)),
 }
 CONVERSATION = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+assert "+" in TEXT
+assert "/" in TEXT
+assert TEXT.endswith("=")
 ways = pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN)
 
 
@@ -105,7 +113,7 @@ def test_tables(tmp_path, cell):
     assert all(image.read() == PNG for image in images)
 
 
-@pytest.mark.parametrize("text", ["A", "AB", "ABC", "a?c=", "é" * 4, "QUJD!", "%%%%"])
+@pytest.mark.parametrize("text", ["A", "ABCDE", "a?c=", "AB=C", "é" * 4, "QUJD!", "%%%%"])
 def test_what_is_no_base64_is_refused(text):
     with pytest.raises(ValueError, match=r".+"):
         decode_base64(text)
@@ -169,9 +177,18 @@ def test_the_path_of_a_file_that_exists_is_never_base64(tmp_path):
 
 def test_damaged_base64_and_long_texts_are_reported_in_few_words():
     for text, words in (
-        (TEXT[:-9], "not valid base64"),
+        (TEXT[: len(TEXT) // 8 * 4 + 1], "not valid base64"),
         ("x" * 5000, "a text of 5,000 characters: neither a path"),
+        (f"images/{'x' * 256}", "a text of 263 characters: neither a path"),
     ):
         with pytest.raises(BadRow, match=words) as error:
             parse_image(text, "#1 of row a", "/root", 1000)
         assert len(str(error.value)) < 200
+    assert parse_image(f"images/{'x' * 255}", "#1 of row a", "/root", 1000).path.endswith("x")
+    assert parse_image("x" * 256, "#1 of row a", "s3://root", 1000).path == f"s3://root/{'x' * 256}"
+
+
+def test_base64_that_was_cut_off_is_an_image_that_cannot_be_read():
+    image = parse_image(TEXT[: len(TEXT) // 8 * 4 + 2], "#1 of row a", "/root", 1000)
+    with pytest.raises(ImageError, match="#1 of row a"):
+        image.open()

@@ -81,7 +81,7 @@ def test_an_image_with_a_broken_exif_block_is_read():
         ("data:", "media_url_invalid", "write data:image/png;base64"),
         ("data:image/png,abc", "media_url_invalid", "write data:image/png;base64"),
         ("data:image/png;base64,%%%%", "media_url_invalid", "not valid base64"),
-        ("data:image/png;base64,QUJ", "media_url_invalid", "not valid base64"),
+        ("data:image/png;base64,QUJDR", "media_url_invalid", "not valid base64"),
         ("data:image/png;base64,QUJ\u00e9", "media_url_invalid", "not valid base64"),
         ("data:image/png;base64,", "media_format", "is empty"),
         ("data:text/html;base64,QUJD", "media_format", "its type is 'text/html'"),
