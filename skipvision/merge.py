@@ -15,7 +15,7 @@ from math import isqrt
 import torch
 from torch.nn import functional as F
 
-from skipvision.plan import TokenPlan
+from skipvision.plan import TokenPlan, pick
 from skipvision.registry import Registry
 from skipvision.tokens import Counts, Flops, VisualTokens, no_products
 
@@ -233,9 +233,8 @@ def _most_similar(unit: torch.Tensor, leaving: torch.Tensor, hosts: torch.Tensor
     """
     guests, guest_index = _pack(leaving)
     homes, home_index = _pack(hosts)
-    rows = torch.take_along_dim(unit, guest_index[..., None], dim=1)
-    columns = torch.take_along_dim(unit, home_index[..., None], dim=1)
-    similarity = (rows @ columns.transpose(1, 2)).masked_fill(~homes[:, None, :], -float("inf"))
+    similarity = pick(unit, guest_index) @ pick(unit, home_index).transpose(1, 2)
+    similarity = similarity.masked_fill(~homes[:, None, :], -float("inf"))
     best = torch.take_along_dim(home_index, similarity.argmax(dim=2), dim=1)
     # An image's unused slots repeat real tokens: an extra column takes them, so that they overwrite nothing.
     extra = unit.shape[1]
@@ -256,10 +255,7 @@ def _one_round(features: torch.Tensor, alive: torch.Tensor, surplus: torch.Tenso
     """(I, N) where each token ends when at most ``surplus`` (I,) of every second one join the others."""
     used, index = _pack(alive)
     guests, homes = used[:, ::2], used[:, 1::2]
-    rows, columns = (
-        F.normalize(torch.take_along_dim(features, at[..., None], dim=1), dim=2)
-        for at in (index[:, ::2], index[:, 1::2])
-    )
+    rows, columns = (F.normalize(pick(features, at), dim=2) for at in (index[:, ::2], index[:, 1::2]))
     similarity = (rows @ columns.transpose(1, 2)).masked_fill(~homes[:, None], -torch.inf)
     best, host = similarity.max(dim=2)
     order = best.masked_fill(~guests, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -299,12 +295,13 @@ def merge_tokens(embeds: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
     reduced = plan.gather(embeds, plan.source)
     own = torch.take_along_dim(plan.source, plan.merged_into.clamp(min=0), dim=1)
     positions = torch.arange(plan.merged_into.shape[1], device=embeds.device)
-    guests = ((plan.merged_into >= 0) & (own != positions)).nonzero(as_tuple=True)
-    if guests[0].numel() == 0:
+    row, column = ((plan.merged_into >= 0) & (own != positions)).nonzero(as_tuple=True)
+    if row.numel() == 0:
         return reduced
-    host = guests[0] * length + plan.merged_into[guests]
+    host = row * length + plan.merged_into[row, column]
+    guests = embeds.flatten(0, 1).index_select(0, row * embeds.shape[1] + column)
     # Half precision would lose the small addends of a large group: sum in float32.
     wide = torch.promote_types(embeds.dtype, torch.float32)
-    total = reduced.to(wide).flatten(0, 1).index_add(0, host, embeds[guests].to(wide))
+    total = reduced.to(wide).flatten(0, 1).index_add(0, host, guests.to(wide))
     mean = total / plan.mass.flatten().clamp(min=1)[:, None]
     return mean.to(embeds.dtype).unflatten(0, (rows, length))

@@ -97,12 +97,18 @@ class TokenPlan:
 
     def gather(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows of ``values`` (B, X, H) at ``index`` (B, Y), zeros where the index is −1."""
-        rows, length = values.shape[:2]
-        begin = torch.arange(rows, device=index.device)[:, None] * length
-        # Selecting whole vectors by flat index is several times cheaper than an element-wise gather.
-        picked = values.flatten(0, 1).index_select(0, (begin + index.clamp(min=0)).flatten())
-        return picked.unflatten(0, index.shape).masked_fill((index < 0)[..., None], 0)
+        return pick(values, index.clamp(min=0)).masked_fill((index < 0)[..., None], 0)
 
     def to_caller(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, L, H) → (B, T, H): each caller position takes the state of the token it was merged into."""
         return self.gather(hidden, self.merged_into)
+
+
+def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Vectors of ``values`` (B, X, H) at ``index`` (B, Y), which has no negative entries.
+
+    Selecting whole vectors by flat index is several times cheaper than an element-wise gather.
+    """
+    rows, length = values.shape[:2]
+    begin = torch.arange(rows, device=index.device)[:, None] * length
+    return values.flatten(0, 1).index_select(0, (begin + index).flatten()).unflatten(0, index.shape)

@@ -59,9 +59,9 @@ class SummaryLayer(nn.Module):
         """
         if plan is None:
             return reduced + self._scores(reduced[:0]).sum().to(reduced.dtype)
-        members = (plan.group >= 0).nonzero(as_tuple=True)
-        group = plan.group[members]
-        tokens = reduced[members]
+        members = (plan.group >= 0).flatten().nonzero().squeeze(1)
+        group = plan.group.flatten()[members]
+        tokens = reduced.flatten(0, 1).index_select(0, members)
         scores = self._scores(tokens)
         weights = _softmax_by_group(
             scores.to(torch.promote_types(scores.dtype, torch.float32)), group, 2 * plan.images
