@@ -98,7 +98,7 @@ def local_ray(applications: None) -> Iterator[None]:
         object_store_memory=200 * 2**20,
         runtime_env={
             "env_vars": {
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
                 "OMP_NUM_THREADS": "1",
                 "SKIPVISION_METHODS": "tests.skipvision.further_methods",
             }

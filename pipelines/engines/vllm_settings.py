@@ -1,4 +1,4 @@
-"""What vLLM gets from a job's settings, and what it cannot do for a job.
+"""What vLLM gets from the settings of a job or of the endpoint, and what it cannot do for them.
 
 The check builds vLLM's own configuration, so it finds at once what vLLM refuses: unknown arguments, a model
 that it does not know, and a SkipConfig that the plug-in cannot run.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,13 +34,13 @@ _NATIVE = {
 }
 """Settings of the native engine alone, and the arguments of vLLM that come closest."""
 _OURS = {
-    "model": "model.path",
-    "tokenizer": "model.path",
-    "dtype": "model.dtype",
-    "max_num_seqs": "engine.max_sequences",
-    "kv_cache_memory_bytes": "engine.kv_budget_bytes",
+    "model": "{model}path",
+    "tokenizer": "{model}path",
+    "dtype": "{model}dtype",
+    "max_num_seqs": "{engine}.max_sequences",
+    "kv_cache_memory_bytes": "{engine}.kv_budget_bytes",
     "trust_remote_code": "none, because no code of a model folder is run",
-    "enable_lora": "model.adapter",
+    "enable_lora": "{adapters}",
 }
 """Arguments of vLLM that other settings decide."""
 _PLUGINS = "vllm.general_plugins"
@@ -49,52 +50,81 @@ class VllmError(SkipVisionError):
     """vLLM cannot start, or does not answer any more."""
 
 
-def check_settings(model: EngineModel, settings: BackendSection) -> None:
-    """Raise `ConfigError`, listing every problem, for what vLLM cannot do for a job; before weights are read.
+@dataclass(frozen=True)
+class SettingNames:
+    """How messages name the settings; by default as in the settings of a job.
+
+    Attributes:
+        engine: the section of the engine.
+        model: what precedes the name of a field of the model.
+        skip: the SkipConfig.
+        adapters: the setting that names adapters.
+    """
+
+    engine: str = "engine"
+    model: str = "model."
+    skip: str = "skip"
+    adapters: str = "model.adapter"
+
+
+OF_JOBS = SettingNames()
+
+
+def check_settings(model: EngineModel, settings: BackendSection, names: SettingNames = OF_JOBS) -> None:
+    """Raise `ConfigError`, listing every problem, for what vLLM cannot do; before weights are read.
 
     Args:
-        model: the model of the job.
+        model: the model.
         settings: with ``backend: vllm``.
+        names: of the settings in messages.
     """
-    problems = []
+    engine, problems = names.engine, []
     if find_spec("vllm") is None:
-        problems.append("engine.backend = vllm: vLLM is not installed here: pip install 'skipvision[vllm]'")
+        problems.append(
+            f"{engine}.backend = vllm: vLLM is not installed here: pip install 'skipvision[vllm]'"
+        )
     for name, near in _NATIVE.items():
-        if getattr(settings, name) != BackendSection.model_fields[name].default:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
             problems.append(
-                f"engine.{name} = {getattr(settings, name)}: only the native engine has it; for vLLM see "
-                f"engine.engine_kwargs.{near}"
+                f"{engine}.{name} = {getattr(settings, name)}: only the native engine has it; for vLLM see "
+                f"{engine}.engine_kwargs.{near}"
             )
     problems += [
-        f"engine.engine_kwargs.{name}: this is decided by another setting: {_OURS[name]}"
+        f"{engine}.engine_kwargs.{name}: this is decided by another setting: "
+        + _OURS[name].format(engine=engine, model=names.model, adapters=names.adapters)
         for name in settings.engine_kwargs
         if name in _OURS
     ]
     if model.attention != "sdpa":
         problems.append(
-            f"model.attention = {model.attention}: vLLM has attention of its own; see "
-            "engine.engine_kwargs.attention_backend"
+            f"{names.model}attention = {model.attention}: vLLM has attention of its own; see "
+            f"{engine}.engine_kwargs.attention_backend"
         )
-    if (problem := _skip_problem(model.skip)) is not None:
+    if (problem := _skip_problem(model.skip, names)) is not None:
         problems.append(problem)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _skip_problem(skip: sv.SkipConfig) -> str | None:
+def _skip_problem(skip: sv.SkipConfig, names: SettingNames) -> str | None:
     if skip.is_full:
         return None
-    if not any(entry.value.startswith("skipvision.") for entry in entry_points(group=_PLUGINS)):
+    if not prunes_images():
         return (
-            "skip: vLLM prunes images by the plug-in of skipvision, which is not installed here: pip install "
-            "'skipvision[vllm]', or set skip to full"
+            f"{names.skip}: vLLM prunes images by the plug-in of skipvision, which is not installed here: "
+            f"pip install 'skipvision[vllm]', or set {names.skip} to full"
         )
     if skip.skipped:
         return (
-            f"skip.skipped = {skip.skipped}: in vLLM no token can bypass the feed-forward networks: set it "
-            "to 0 and calibrate or tune for that, or use engine.backend native"
+            f"{names.skip}.skipped = {skip.skipped}: in vLLM no token can bypass the feed-forward networks: "
+            f"set it to 0 and calibrate or tune for that, or use {names.engine}.backend native"
         )
     return None
+
+
+def prunes_images() -> bool:
+    """Return whether vLLM finds the plug-in that prunes images."""
+    return any(entry.value.startswith("skipvision.") for entry in entry_points(group=_PLUGINS))
 
 
 def vllm_model(model: EngineModel, folder: Path) -> EngineModel:
@@ -138,19 +168,23 @@ def _needs_other_names(base: str) -> bool:
     return needs_other_names(names, load_config(base))
 
 
-def engine_arguments(model: EngineModel, settings: BackendSection, dtype: str) -> dict[str, Any]:
+def engine_arguments(
+    model: EngineModel, settings: BackendSection, dtype: str, further: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the arguments of vLLM's engine.
 
     Args:
         model: as `vllm_model` returned it.
         settings: of the engine.
         dtype: "float32", "bfloat16" or "auto".
+        further: arguments that ``engine_kwargs`` may replace.
     """
     arguments: dict[str, Any] = {
         "model": model.base,
         "dtype": dtype,
         "max_num_seqs": settings.max_sequences,
         "kv_cache_memory_bytes": settings.kv_budget_bytes,
+        **(further or {}),
         **settings.engine_kwargs,
     }
     if skip := _skip_argument(model):
@@ -176,26 +210,43 @@ def configure_vllm() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def check_arguments(model: EngineModel, settings: BackendSection) -> None:
-    """Build vLLM's configuration without an engine.
+def check_arguments(
+    model: EngineModel,
+    settings: BackendSection,
+    names: SettingNames = OF_JOBS,
+    further: Mapping[str, Any] | None = None,
+) -> None:
+    """Build vLLM's configuration without an engine; not where vLLM has no device, such as a head node.
+
+    Args:
+        model: as `vllm_model` returned it.
+        settings: of the engine.
+        names: of the settings in messages.
+        further: as for `engine_arguments`.
 
     Raises:
         ConfigError: vLLM refuses the model or the settings.
     """
     configure_vllm()
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
 
-    arguments = engine_arguments(model, settings, "auto" if model.dtype == "auto" else model.dtype)
+    if not current_platform.device_type:
+        return
+    dtype = "auto" if model.dtype == "auto" else model.dtype
+    arguments = engine_arguments(model, settings, dtype, further)
     try:
         AsyncEngineArgs(**arguments).create_engine_config()
     except Exception as error:  # vLLM, its plug-ins and pydantic raise errors of their own
-        raise refusal(error) from error
+        raise refusal(error, names) from error
 
 
-def refusal(error: BaseException) -> ConfigError:
+def refusal(error: BaseException, names: SettingNames = OF_JOBS) -> ConfigError:
     """Return the error of a start of vLLM, with the innermost reason."""
     own: BaseException | None = error
     while own is not None and not isinstance(own, SkipVisionError):
         own = own.__cause__ or own.__context__
     lines = [line for line in str(own or error).splitlines() if line.strip()]
-    return ConfigError(f"engine.backend = vllm: vLLM refuses these settings: {' '.join(lines[:4])[:600]}")
+    return ConfigError(
+        f"{names.engine}.backend = vllm: vLLM refuses these settings: {' '.join(lines[:4])[:600]}"
+    )

@@ -27,9 +27,9 @@ class TextStream:
         self._held = ""
         self.text, self.stopped = "", False
 
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that is now certain."""
-        self._ids.append(token)
+    def push(self, *tokens: int) -> str:
+        """Add tokens; returns the text that is now certain."""
+        self._ids += tokens
         return self._release(self._new_text(final=False), final=False)
 
     def finish(self) -> str:
