@@ -64,9 +64,10 @@ test-infra: install ## run all tests of infra/ with the checkers that pip has
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/infra $(ARGS)
 
 # vLLM warns a lot.
-test-vllm: install-vllm ## run the tests of vLLM (plug-in, jobs) in .venv-vllm/
-	$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm \
-		tests/pipelines/engines/test_vllm_engine.py $(ARGS)
+test-vllm: install-vllm ## run the tests of vLLM (plug-in, jobs, endpoint) in .venv-vllm/
+	TEST_BACKEND=vllm $(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm \
+		tests/pipelines/engines/test_vllm_engine.py tests/serve/chat/test_chat.py \
+		tests/serve/chat/test_refusals.py tests/serve/test_vllm.py $(ARGS)
 
 lint: install ## check style, types, import contracts and advisories of dependencies
 	$(BIN)/ruff check .

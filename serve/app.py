@@ -24,6 +24,7 @@ from serve.ingress.ingress import Ingress
 from serve.ingress.routes import http_app
 from serve.keys import KeyRing
 from serve.replica import autoscaling as scaling
+from serve.replica import vllm_settings
 from serve.replica.replica import EngineReplica
 from skipvision import read_adapter
 
@@ -134,6 +135,9 @@ def _resolved(config: ServeConfig) -> ServeConfig:
         keys = str(output_path(keys, "keys_file"))
         KeyRing(keys)
     models = [_resolved_model(model) for model in config.models]
+    for index, model in enumerate(models):
+        if model.engine.backend == "vllm":
+            vllm_settings.check_model(model, index)
     sources = {source for model in models for source in model.adapters.values() if is_registered(source)}
     registry = config.tracking_uri
     if registry is not None:

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pipelines.shared.sections import EngineSection, Section
+from pipelines.engines.config import BackendSection
+from pipelines.shared.sections import Section
 from pipelines.tracking.registry import is_registered
 from serve.media.config import MediaConfig
 from skipvision import SkipConfig
@@ -26,7 +28,7 @@ _NAME_RULE = (
 """Rule for the names of models and adapters: clients send them, also in paths, and the page shows them."""
 
 
-class ServingEngineSection(EngineSection):
+class ServingEngineSection(BackendSection):
     """Settings of each engine. An endpoint caches images, because users send several questions about one."""
 
     prefix_cache_bytes: int = Field(
@@ -156,6 +158,7 @@ class ServeConfig(Section):
     adapter: str | None = Field(
         None, description="its adapter: folder, or models:/name@alias; its name for clients is 'adapter'"
     )
+    engine: ServingEngineSection | None = Field(None, description="settings of the engines of that model")
     models: list[ModelSection] = Field(default_factory=list, description="models with their settings")
     media: MediaConfig = Field(default_factory=MediaConfig, description="images by URL")
     limits: LimitSection = Field(default_factory=LimitSection, description="limits on requests")
@@ -176,20 +179,24 @@ class ServeConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_model(cls, data: Any) -> Any:
-        """Turn ``model`` and ``adapter`` into the first of ``models``."""
+        """Turn ``model``, ``adapter`` and ``engine`` into the first of ``models``."""
         if not isinstance(data, dict) or data.get("model") is None:
             return data
         models = data.get("models") or []
         if not isinstance(models, list):
             return data
-        adapter = data.get("adapter")
+        adapter, engine = data.get("adapter"), data.get("engine")
         first = {"path": data["model"], "adapters": {} if adapter is None else {"adapter": adapter}}
-        return {**data, "models": [first, *models], "model": None, "adapter": None}
+        if engine is not None:
+            first["engine"] = engine
+        return {**data, "models": [first, *models], "model": None, "adapter": None, "engine": None}
 
     @model_validator(mode="after")
     def _something_to_serve(self) -> Self:
         if self.adapter is not None:
             raise ValueError("adapter without model: name its base model too")
+        if self.engine is not None:
+            raise ValueError("engine without model: each of models has an engine section of its own")
         if not self.models:
             raise ValueError("nothing to serve: give model=FOLDER, or models")
         names = [name for model in self.models for name in (model.served_name, *model.adapters)]
@@ -223,7 +230,9 @@ def serve_config(arguments: dict[str, Any]) -> ServeConfig:
         section = tree
         for part in path:
             section = section.setdefault(part, {})
-        section[last] = value
+        # Other fields have types, by which pydantic reads the words of a command line.
+        words = "engine_kwargs" in path and isinstance(value, str)
+        section[last] = yaml.safe_load(value) if words else value
     try:
         return ServeConfig.model_validate(tree)
     except ValidationError as error:

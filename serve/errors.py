@@ -3,7 +3,8 @@
     SkipVisionError
     ├── InputError
     │   ├── MediaError           an image of a request cannot be fetched or used; `code` is the reason
-    │   └── SchemaError          no answer can follow the JSON schema
+    │   ├── SchemaError          no answer can follow the JSON schema
+    │   └── LengthError          prompt and answer exceed the model's positions
     ├── AuthenticationError      no API key, or an unknown one
     ├── OverloadedError          too many requests at once; try again later
     ├── NotLoadedError           the engine has not loaded the adapter yet
@@ -48,6 +49,13 @@ class SchemaError(InputError):
 
     code: ClassVar = "invalid_json_schema"
     param: ClassVar = "response_format"
+
+
+class LengthError(InputError):
+    """The prompt leaves no room for the answer."""
+
+    code: ClassVar = "context_length_exceeded"
+    param: ClassVar = "messages"
 
 
 class AuthenticationError(SkipVisionError):

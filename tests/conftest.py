@@ -27,52 +27,7 @@ def applications() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(applications: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaVA (16 visual tokens per image) and its processor."""
-    import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from pipelines.shapes.base_model import build_processor, build_tokenizer
-
-    tokenizer = build_tokenizer(0, vocabulary=320)
-    processor = build_processor(tokenizer)
-    processor.image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        projection_dim=16,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
-        vision_feature_layer=-1,
-        tie_word_embeddings=False,
-    )
-    folder = tmp_path_factory.mktemp("model") / "tiny-llava"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny_llava(tmp_path_factory.mktemp("model") / "tiny-llava")
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +65,56 @@ def local_ray(applications: None) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for all of its processes
         gc.collect()
+
+
+def save_tiny_llava(folder: Path, **text_fields: int) -> Path:
+    """Write a random LLaVA and its processor; keywords are further fields of its text model's config."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from pipelines.shapes.base_model import build_processor, build_tokenizer
+
+    tokenizer = build_tokenizer(0, vocabulary=320)
+    processor = build_processor(tokenizer)
+    processor.image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **text_fields,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

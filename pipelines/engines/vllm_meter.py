@@ -55,11 +55,12 @@ class Meter:
 
     def record(self, scheduler: Any, iteration: Any) -> None:
         """Take vLLM's statistics of one step."""
+        tokens = 0 if iteration is None else iteration.num_generation_tokens
         if scheduler is not None:
             self._running, self._usage = scheduler.num_running_reqs, scheduler.kv_cache_usage
-        if iteration is not None and iteration.num_generation_tokens:
-            self._counters.decode_steps += 1
-            self._counters.decode_tokens += iteration.num_generation_tokens
+            # In its last step no request is running any more.
+            self._counters.decode_steps += bool(tokens or self._running)
+        self._counters.decode_tokens += tokens
 
     def statistics(self, max_sequences: int, kv_budget_bytes: int) -> Statistics:
         """Return a snapshot.

@@ -11,6 +11,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from PIL import Image
+
 from serve.chat.schemas import ChatRequest, ImagePart, Message, RefusalPart, TextPart
 from serve.chat.vocabulary import Vocabulary
 from serve.errors import MediaError
@@ -18,6 +20,7 @@ from serve.media.images import EncodedImage
 from serve.problem import Problem
 from skipvision.engine import Request as EngineRequest
 from skipvision.engine import Sampling, prepare
+from skipvision.errors import InputError
 
 _ANY_OBJECT = '{"type": "object"}'
 """JSON schema of the response format ``json_object``."""
@@ -99,11 +102,27 @@ def prepared(
     processor: Any, request: EngineRequest, images: Mapping[str, EncodedImage], text: str | None
 ) -> EngineRequest:
     """Decode a request's images and tokenize the text of its messages."""
+    return prepare(processor, replace(request, images=_decoded(images)), text)
+
+
+def rendered(request: EngineRequest, images: Mapping[str, EncodedImage], text: str | None) -> EngineRequest:
+    """Decode a request's images, and replace its messages by their text, for an engine with a processor.
+
+    Raises:
+        Problem: an image cannot be decoded.
+        InputError: the model has no chat template.
+    """
+    if text is None:
+        raise InputError("this model has no chat template: it cannot answer messages")
+    return replace(request, images=_decoded(images), prompt=text)
+
+
+def _decoded(images: Mapping[str, EncodedImage]) -> list[Image.Image]:
     decoded = []
     for param, image in images.items():
         with blamed_on(param):
             decoded.append(image.open())
-    return prepare(processor, replace(request, images=decoded), text)
+    return decoded
 
 
 @contextlib.contextmanager
@@ -147,6 +166,11 @@ def schema(body: ChatRequest) -> str | None:
     return json.dumps(wanted.json_schema.schema_ or {})
 
 
+def wanted_tokens(body: ChatRequest) -> int | None:
+    """Return the max tokens of an answer that a request names; None = it names none."""
+    return body.max_completion_tokens or body.max_tokens
+
+
 def sampling(body: ChatRequest, max_new_tokens: int, room: int) -> Sampling:
     """Return the sampling settings of a request.
 
@@ -158,7 +182,7 @@ def sampling(body: ChatRequest, max_new_tokens: int, room: int) -> Sampling:
     Raises:
         Problem: the answer is longer than the limit, or does not fit.
     """
-    wanted = body.max_completion_tokens or body.max_tokens
+    wanted = wanted_tokens(body)
     if wanted is not None and wanted > max_new_tokens:
         name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         message = f"{name}={wanted}: at most {max_new_tokens} here"

@@ -15,6 +15,7 @@ from serve.ingress.rendering import Rendering
 from serve.problem import Problem
 from skipvision import SkipConfig
 from skipvision.engine import BASE
+from skipvision.exporting.read import exported_settings
 
 
 class ServedModel:
@@ -31,6 +32,7 @@ class ServedModel:
         vocabulary: tokens of its tokenizer.
         config: Hugging Face configuration.
         max_positions: longest sequence of prompt and answer (tokens).
+        skip: SkipConfig of the base model: that of the settings or, if there is none, of an exported model.
     """
 
     def __init__(self, section: ModelSection, engines: Engines, template_seconds: float) -> None:
@@ -41,6 +43,16 @@ class ServedModel:
         self.config: Any = load_config(section.path)
         text = self.config.get_text_config()
         self.max_positions: int = getattr(text, "max_position_embeddings", None) or 2**31
+        limit = section.engine.engine_kwargs.get("max_model_len")
+        if isinstance(limit, int) and limit > 0:
+            self.max_positions = min(self.max_positions, limit)
+        exported = exported_settings(self.config)
+        self.skip = section.skip or (None if exported is None else exported.skip)
+
+    @property
+    def renders_itself(self) -> bool:
+        """Whether its engines tokenize prompts and process images themselves."""
+        return self.section.engine.backend == "vllm"
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,8 @@ class Target:
 
     @property
     def skip(self) -> SkipConfig | None:
-        """The base model's SkipConfig from the settings. None for adapters, which have their own."""
-        return self.model.section.skip if self.adapter is None else None
+        """The base model's SkipConfig. None for adapters, which have their own."""
+        return self.model.skip if self.adapter is None else None
 
     def skip_for(self, requested: SkipConfig | Literal["full"] | None) -> SkipConfig | Literal["full"] | None:
         """Return the SkipConfig of a request; None = the adapter's own.

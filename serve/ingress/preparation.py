@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from serve.chat import request as chat
 from serve.chat.schemas import ChatRequest
@@ -54,11 +55,17 @@ class Preparer:
         rows = target.model.section.engine.max_sequences
         if sampling.n > rows:
             raise Problem(400, f"n={sampling.n}: n must be at most {rows}", param="n", code="invalid_value")
-        bare = replace(request, prompt="", images=(), sampling=sampling)
-        return Work(bare, unix_time(journey.until), schema, journey.span.traceparent)
+        request = replace(request, sampling=sampling)
+        if request.inputs is not None:
+            request = replace(request, prompt="", images=())
+        least = chat.wanted_tokens(body) or 1
+        return Work(request, unix_time(journey.until), schema, least, journey.span.traceparent)
 
     async def request(self, body: ChatRequest, target: Target, journey: Journey) -> Request:
-        """Return the prompt: images fetched and processed, templates filled in, texts tokenized."""
+        """Return the prompt: images fetched and processed, templates filled in, texts tokenized.
+
+        vLLM processes images and tokenizes texts itself.
+        """
         model = target.model
         chat.refuse_too_long(body, model.vocabulary, model.max_positions)
         messages, urls = chat.conversation(body, model.vocabulary)
@@ -76,9 +83,12 @@ class Preparer:
                 threads = self._threads if images else None
                 self.requests += len(images) > 0
                 try:
-                    return await asyncio.get_running_loop().run_in_executor(
-                        threads, chat.prepared, model.processor, request, images, text
+                    prepared = (
+                        partial(chat.rendered, request, images, text)
+                        if model.renders_itself
+                        else partial(chat.prepared, model.processor, request, images, text)
                     )
+                    return await asyncio.get_running_loop().run_in_executor(threads, prepared)
                 finally:
                     self.requests -= len(images) > 0
 

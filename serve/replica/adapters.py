@@ -7,15 +7,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-from pipelines.engines.thread import EngineThread
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.registry import exact_model, fetch_model, is_registered
 from serve.errors import NotLoadedError
-from skipvision.engine import Engine
+from serve.replica.engine import AdapterHost
 from skipvision.errors import SkipVisionError
 
 logger = logging.getLogger("ray.serve")
@@ -70,7 +68,7 @@ class ServedAdapters:
             raise NotLoadedError(message, self._poll_seconds)
         return version
 
-    def load(self, engine: EngineThread) -> None:
+    def load(self, host: AdapterHost) -> None:
         """Load all adapters at the start; a later `update` loads those that the registry cannot provide now.
 
         Raises:
@@ -82,19 +80,19 @@ class ServedAdapters:
             if down and is_registered(source):
                 continue
             try:
-                self._follow(name, engine)
+                self._follow(name, host)
             except SkipVisionError as error:
                 if not is_registered(source):
                     raise
                 down = self._record_failure(name, error)
 
-    def update(self, engine: EngineThread) -> None:
+    def update(self, host: AdapterHost) -> None:
         """Load the versions that aliases name now, and remove older versions that have no requests."""
         # Removes what earlier updates retired: requests may still be on their way to the latest.
-        self._remove_retired(engine)
+        self._remove_retired(host)
         for name in self.registered:
             try:
-                self._follow(name, engine)
+                self._follow(name, host)
             except Exception as error:
                 # The served version stays; the next update tries again.
                 if self._record_failure(name, error):
@@ -108,13 +106,13 @@ class ServedAdapters:
             self.missing = {**self.missing, name: _REGISTRY_DOWN if down else _NOT_LOADABLE}
         return down
 
-    def _follow(self, name: str, engine: EngineThread) -> None:
+    def _follow(self, name: str, host: AdapterHost) -> None:
         new, old = self._version(name), self.versions.get(name)
         if new == old:
             return
-        if new.name not in engine.call(lambda engine: engine.adapters).result():
+        if new.name not in host.names():
             with self._files(new) as folder:
-                engine.call(partial(Engine.add_adapter, name=new.name, folder=folder)).result()
+                host.add(new.name, folder)
         # New dictionaries, because other threads read the old ones.
         self.versions = {**self.versions, name: new}
         self.missing = {other: why for other, why in self.missing.items() if other != name}
@@ -122,10 +120,10 @@ class ServedAdapters:
             self._retired = (self._retired | {old.name}) - {new.name}
         logger.info("adapter %s: %s replaces %s", name, new.source, old.source if old else "none")
 
-    def _remove_retired(self, engine: EngineThread) -> None:
+    def _remove_retired(self, host: AdapterHost) -> None:
         for old in list(self._retired):
             with suppress(SkipVisionError):  # it still has requests
-                engine.call(partial(Engine.remove_adapter, name=old)).result()
+                host.remove(old)
                 self._retired.remove(old)
 
     def _version(self, name: str) -> Version:

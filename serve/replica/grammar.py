@@ -42,6 +42,10 @@ class Grammars:
         matcher = self._compiled(schema)
         return lambda: _adjust(matcher.deep_copy())
 
+    def check(self, schema: str) -> None:
+        """Raise `SchemaError` if no answer can follow a schema. Thread-safe."""
+        self._compiled(schema)
+
     def _compile(self, schema: str) -> llguidance.LLMatcher:
         try:
             # With free whitespace a model may generate blanks without end.

@@ -13,15 +13,17 @@ class Work:
     """A request from an ingress to an engine, which adds what only an engine can make.
 
     Attributes:
-        request: tokenized, with processed images.
+        request: tokenized, with processed images; for vLLM the text of the prompt, and decoded images.
         until: deadline (Unix time).
         schema: JSON schema that the answer must follow, as JSON.
+        least: tokens that the prompt must leave room for. Only vLLM has to check that.
         traceparent: W3C trace context of the request's span.
     """
 
     request: Request
     until: float
     schema: str | None = None
+    least: int = 1
     traceparent: str | None = None
 
 

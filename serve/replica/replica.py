@@ -7,28 +7,23 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
 
-import torch
 from ray import serve as ray_serve
 from ray.util import metrics
 
-from pipelines.engines.loading import arithmetic, load_base, load_processor
-from pipelines.engines.thread import EngineThread
 from serve.config import ModelSection
 from serve.errors import DeadlineError
 from serve.observe.journeys import engine_stages
 from serve.observe.tracing import Tracer
 from serve.replica.adapters import ServedAdapters
-from serve.replica.grammar import Grammars
+from serve.replica.engine import ReplicaEngine
 from serve.replica.messages import Served, State, Work
-from serve.replica.stream import call, stream
-from skipvision import SkipConfig
-from skipvision.engine import BASE, Chunk, Completion, Engine, Request, Statistics
+from serve.replica.native import NativeEngine
+from serve.replica.vllm_engine import VllmReplicaEngine
+from skipvision.engine import BASE, Chunk, Completion, Request, Statistics
 from skipvision.errors import SkipVisionError
-from skipvision.exporting.load import attach_as_exported
 from skipvision.plan import TokenPlan
 
 logger = logging.getLogger("ray.serve")
@@ -47,7 +42,8 @@ class EngineReplica:
         traces: arguments of `Tracer`.
     """
 
-    def __init__(
+    # Ray Serve awaits it.
+    async def __init__(  # type: ignore[misc]
         self,
         section: ModelSection,
         registry: str | None,
@@ -55,12 +51,12 @@ class EngineReplica:
         traces: tuple[str | None, str],
     ) -> None:
         self._tracer = Tracer(*traces)
-        self._section = section
         self._adapters = ServedAdapters(section.adapters, registry, poll_seconds)
-        self._engine = EngineThread(self._make, _end_process)
-        self._engine.wait_until_ready()
-        self._adapters.load(self._engine)
-        self._gauges = _Gauges(section.served_name)
+        kind = VllmReplicaEngine if section.engine.backend == "vllm" else NativeEngine
+        self._engine: ReplicaEngine = kind(section, _end_process)
+        await self._engine.start()
+        await asyncio.to_thread(self._adapters.load, self._engine.adapters)
+        self._gauges = _Gauges(section.served_name, self._engine.unmeasured)
         self._planning = asyncio.Lock()
         tasks = [self._watch_adapters(poll_seconds)] if self._adapters.registered else []
         self._tasks = [asyncio.get_event_loop().create_task(task) for task in (*tasks, self._report())]
@@ -73,29 +69,32 @@ class EngineReplica:
         If the engine refuses the request, the last item is its error. The error is not raised, because Ray
         would wrap it and the replica has not failed.
         """
-        request, begun = work.request, False
         try:
             left = work.until - time.time()
             if left <= 0:
                 raise DeadlineError
-            request = replace(request, deadline=left)
-            if work.schema is not None:
-                adjuster = await asyncio.to_thread(self._grammars.adjuster, work.schema)
-                request = replace(request, adjust=adjuster)
-            async for chunk in stream(self._engine, self._named(request), whole=whole):
-                done = chunk.completion
-                begun = begun or bool(done.usage.completion_tokens if done else chunk.token_ids)
-                if chunk.finish_reason == "deadline" and not begun:
-                    raise DeadlineError
-                if done is None:
+            request = self._named(replace(work.request, deadline=left))
+            async with aclosing(self._engine.stream(request, work, whole=whole)) as chunks:
+                async for chunk in self._sent(chunks, work.traceparent):
                     yield chunk
-                else:
-                    self._trace(done, work.traceparent)
-                    # The ingress has the original request, so its tensors are not sent back.
-                    bare = replace(done.request, inputs=None, images=(), adjust=None, prompt="")
-                    yield replace(chunk, completion=replace(done, request=bare, error=_sendable(done.error)))
         except SkipVisionError as error:
             yield error
+
+    async def _sent(self, chunks: AsyncIterator[Chunk], traceparent: str | None) -> AsyncIterator[Chunk]:
+        """Yield chunks as the ingress gets them. Raise `DeadlineError` if there was no time for a token."""
+        begun = False
+        async for chunk in chunks:
+            done = chunk.completion
+            begun = begun or bool(done.usage.completion_tokens if done else chunk.token_ids)
+            if chunk.finish_reason == "deadline" and not begun:
+                raise DeadlineError
+            if done is None:
+                yield chunk
+            else:
+                self._trace(done, traceparent)
+                # The ingress has the original request, so its tensors are not sent back.
+                bare = replace(done.request, inputs=None, images=(), adjust=None, prompt="")
+                yield replace(chunk, completion=replace(done, request=bare, error=_sendable(done.error)))
 
     async def answer(self, work: Work) -> Completion | SkipVisionError:
         """Return the whole answer, or the error if the engine refuses the request."""
@@ -111,8 +110,7 @@ class EngineReplica:
         # One at a time, so that running answers wait for at most one plan between two steps.
         async with self._planning:
             try:
-                request = self._named(work.request)
-                return await call(self._engine, partial(_plan, request=request, until=work.until))
+                return await self._engine.plan(self._named(work.request), work.until)
             except SkipVisionError as error:
                 return error
 
@@ -129,12 +127,9 @@ class EngineReplica:
 
     async def served(self) -> Served:
         """Return the adapters and SkipConfigs that requests can use."""
-        return await call(self._engine, self._served)
-
-    def _served(self, engine: Engine) -> Served:
         # Copies, because another thread changes both; `missing` first, so that no adapter is in neither.
         missing, versions = dict(self._adapters.missing), dict(self._adapters.versions)
-        skip = engine.configs
+        skip = await self._engine.configs()
         return Served(
             {name: version.source for name, version in versions.items()},
             {BASE: skip[BASE], **{name: skip[version.name] for name, version in versions.items()}},
@@ -147,7 +142,7 @@ class EngineReplica:
 
     async def statistics(self) -> Statistics:
         """Return the engine's counters since it started."""
-        return await call(self._engine, Engine.statistics)
+        return await self._engine.statistics()
 
     def seconds_since_step(self) -> float:
         """Return the seconds since the engine last finished a step or was idle."""
@@ -157,8 +152,7 @@ class EngineReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Report the load relative to the scarcer of rows and memory; 1 = full."""
-        now = await call(self._engine, Engine.statistics)
-        return {"load": load_of(now)}
+        return {"load": load_of(await self._engine.statistics())}
 
     async def check_health(self) -> None:
         """Raise if the engine hangs; Ray Serve then replaces the replica."""
@@ -169,30 +163,16 @@ class EngineReplica:
         """Send the remaining spans. Ray Serve calls this before the process ends."""
         self._tracer.close()
 
-    # ----------------------------------------------------------------------- in the engine's thread
-
-    def _make(self) -> Engine:
-        section = self._section
-        device = torch.device("cuda" if section.scaling.gpus_per_engine else "cpu")
-        dtype = arithmetic(section.dtype, device)
-        model = load_base(section.path, dtype, section.attention, device)
-        processor: Any = load_processor(section.path)
-        exported = attach_as_exported(model, section.path)
-        skip = section.skip or exported or SkipConfig.full()
-        engine = Engine(model, processor, skip, **section.engine.model_dump())
-        self._grammars = Grammars(processor.tokenizer, engine.vocabulary, sorted(engine.ending))
-        return engine
-
     # -------------------------------------------------------------------------- background tasks
 
     async def _watch_adapters(self, seconds: float) -> None:
         while True:
-            await asyncio.to_thread(self._adapters.update, self._engine)
+            await asyncio.to_thread(self._adapters.update, self._engine.adapters)
             await asyncio.sleep(seconds)
 
     async def _report(self) -> None:
         while True:
-            self._gauges.set(await call(self._engine, Engine.statistics))
+            self._gauges.set(await self._engine.statistics())
             await asyncio.sleep(1.0)
 
 
@@ -206,7 +186,8 @@ def load_of(now: Statistics) -> float:
 class _Gauges:
     """The counters of one engine as Ray metrics, which its node exports."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, unmeasured: frozenset[str]) -> None:
+        self._unmeasured = unmeasured
         tags = {"model": model, "replica": ray_serve.get_replica_context().replica_tag}
         self._gauges: dict[str, metrics.Gauge] = {}
         self._tags = tags
@@ -214,7 +195,7 @@ class _Gauges:
     def set(self, now: Statistics) -> None:
         numbers = {**asdict(now), "kv_occupancy": now.kv_bytes_used / now.kv_bytes_budget}
         for name, value in numbers.items():
-            if not isinstance(value, (int, float)):
+            if name in self._unmeasured or not isinstance(value, (int, float)):
                 continue
             if name not in self._gauges:
                 self._gauges[name] = metrics.Gauge(
@@ -223,13 +204,6 @@ class _Gauges:
                     tag_keys=tuple(self._tags),
                 )
             self._gauges[name].set(float(value), tags=self._tags)
-
-
-def _plan(engine: Engine, request: Request, until: float) -> TokenPlan:
-    # The deadline may have passed while other plans and steps ran.
-    if time.time() >= until:
-        raise DeadlineError
-    return engine.plan(request)
 
 
 def _end_process(error: BaseException) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
@@ -19,7 +19,9 @@ async def call(thread: EngineThread, function: Callable[[Engine], T]) -> T:
     return await asyncio.wrap_future(thread.call(function))
 
 
-async def stream(thread: EngineThread, request: Request, *, whole: bool = False) -> AsyncIterator[Chunk]:
+async def stream(
+    thread: EngineThread, request: Request, *, whole: bool = False
+) -> AsyncGenerator[Chunk, None]:
     """Yield the chunks of one request. Leaving the iteration, or cancellation, cancels the request at once.
 
     Args:

@@ -1,7 +1,7 @@
 """Two deployments of the tiny model on the session's Ray, shared by all tests of the endpoint.
 
 `endpoint` is open to everyone and has two adapters. `guarded` has keys, traces, an adapter from MLflow, and
-low limits.
+low limits. With ``TEST_BACKEND=vllm`` in the environment both run on vLLM, which has no skipped tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import save_tiny_llava
+
 # By default Ray and OpenTelemetry export only every few seconds.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
 os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", "200")
 
-SKIP = {"retained": 4, "skipped": 6}
+BACKEND = os.environ.get("TEST_BACKEND", "native")
+ON_VLLM = BACKEND == "vllm"
+on_native = pytest.mark.skipif(ON_VLLM, reason="only the native engine does this")
+on_vllm = pytest.mark.skipif(not ON_VLLM, reason="needs TEST_BACKEND=vllm: make test-vllm")
+
+SKIP = {"retained": 4, "skipped": 0, "summary_tokens": 0} if ON_VLLM else {"retained": 4, "skipped": 6}
+KEPT = 4 if ON_VLLM else 4 + 2
+"""Visual tokens of an image in the cache under `SKIP`."""
+
+ENGINE = (
+    {"backend": "vllm", "engine_kwargs": {"max_model_len": 512, "enforce_eager": True}} if ON_VLLM else {}
+)
+"""Settings of every engine."""
 ORIGIN = "https://page.example"
 LONG = {
     "type": "json_schema",
@@ -87,7 +101,19 @@ def question(text: str = "what is it?", *seeds: int) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="session")
-def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def served_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the deployments: the tiny one. For vLLM larger heads and other names of weights."""
+    if not ON_VLLM:
+        return request.getfixturevalue("tiny_model")
+    import skipvision as sv
+
+    folder = tmp_path_factory.mktemp("served")
+    tiny = save_tiny_llava(folder / "tiny-llava", head_dim=32)
+    return Path(sv.export(tiny, None, folder / "exported", config=sv.SkipConfig.full()))
+
+
+@pytest.fixture(scope="session")
+def adapters(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Skip-Vision adapter and one of full tokens, random, for the tiny model."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -98,7 +124,7 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     where = tmp_path_factory.mktemp("serve-adapters")
     for number, (name, skip) in enumerate((("red", SkipConfig(**SKIP)), ("blue", None))):
         torch.manual_seed(number)
-        base = AutoModelForImageTextToText.from_pretrained(tiny_model)
+        base = AutoModelForImageTextToText.from_pretrained(served_model)
         config = LoraConfig(r=4, target_modules=r".*language_model.*_proj", init_lora_weights=False)
         model = get_peft_model(base, config)
         if skip is not None:
@@ -108,7 +134,7 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture(scope="session")
-def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> Iterator[Endpoint]:
+def endpoint(local_ray: None, served_model: Path, adapters: dict[str, Path]) -> Iterator[Endpoint]:
     from ray import serve as ray_serve
 
     from serve.app import build
@@ -119,20 +145,20 @@ def endpoint(local_ray: None, tiny_model: Path, adapters: dict[str, Path]) -> It
     settings = {
         "models": [
             {
-                "path": str(tiny_model),
+                "path": str(served_model),
                 "name": "tiny",
                 "skip": SKIP,
                 "dtype": "float32",
                 "adapters": {name: str(folder) for name, folder in adapters.items()}
                 | {"org/blue": str(adapters["blue"])},
-                "engine": {"max_sequences": 4, "kv_budget_bytes": 2**23},
+                "engine": {"max_sequences": 4, "kv_budget_bytes": 2**23, **ENGINE},
                 "scaling": {"cpus_per_engine": 0.5},
             }
         ],
         "limits": {"max_new_tokens": 400, "images": 3, "request_seconds": 30},
     }
     ray_serve.run(build(settings), name="skipvision", route_prefix="/")
-    yield Endpoint(f"http://127.0.0.1:{port}", tiny_model, adapters)
+    yield Endpoint(f"http://127.0.0.1:{port}", served_model, adapters)
     ray_serve.shutdown()
 
 
@@ -196,7 +222,7 @@ def guarded(
                 "name": "small",
                 "dtype": "float32",
                 "adapters": {"shapes": "models:/shapes@champion"},
-                "engine": {"max_sequences": 1, "kv_budget_bytes": 2**22},
+                "engine": {"max_sequences": 1, "kv_budget_bytes": 2**22, **ENGINE},
                 "scaling": {"cpus_per_engine": 0.25},
             }
         ],

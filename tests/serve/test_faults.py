@@ -110,7 +110,7 @@ def failing(flag):
     """An engine class: the first to decode while the flag exists deletes it and runs out of memory."""
 
     class Failing(EngineReplica):
-        def __init__(self, *given):
+        async def __init__(self, *given):
             decode = Running.decode
 
             def fails(running):
@@ -121,7 +121,7 @@ def failing(flag):
                 raise MemoryError
 
             Running.decode = fails
-            super().__init__(*given)
+            await super().__init__(*given)
 
     return Failing
 
@@ -176,7 +176,7 @@ def hanging(flag):
     """An engine class whose steps do not end while the flag exists."""
 
     class Hanging(EngineReplica):
-        def __init__(self, *given):
+        async def __init__(self, *given):
             decode = Running.decode
 
             def waits(running):
@@ -185,7 +185,7 @@ def hanging(flag):
                 return decode(running)
 
             Running.decode = waits
-            super().__init__(*given)
+            await super().__init__(*given)
 
     return Hanging
 

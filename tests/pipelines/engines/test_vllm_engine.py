@@ -18,6 +18,9 @@ from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel
 from pipelines.engines.vllm_settings import check_arguments, check_settings, vllm_model
+from pipelines.evaluation.items import Item, read_items
+from pipelines.score.config import ScoreConfig
+from pipelines.score.job import run_score
 from pipelines.shapes.files import ShapesConfig, write_shapes
 from skipvision.engine import Completion, Request, Sampling
 from skipvision.errors import ConfigError, InputError
@@ -107,6 +110,29 @@ def test_what_vllm_refuses_is_reported_before_ray_starts(tmp_path):
     ):
         with pytest.raises(ConfigError, match=says):
             check_arguments(model, BackendSection(backend="vllm", engine_kwargs=arguments))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_scores_are_those_of_the_native_engine(shapes, tmp_path):
+    def items(backend: str, **engine: Any) -> list[Item]:
+        settings = {
+            "name": backend,
+            "storage": str(tmp_path),
+            "systems": {
+                "pruned": {"model": {"path": str(MODEL), "dtype": "float32"}, "skip": SKIP.model_dump()}
+            },
+            "reference": "pruned",
+            "datasets": [{"name": "Shapes", "path": str(shapes.parents[1] / "test.tsv"), "limit": 12}],
+            "engine": {"backend": backend, "max_sequences": 4, **engine},
+            "sampling": {"max_new_tokens": 32},
+            "scaling": {"cpus_per_worker": 1},
+        }
+        return read_items(Path(run_score(ScoreConfig.model_validate(settings))["items"]["pruned"]))
+
+    native = items("native")
+    assert len(native) == 12
+    assert all(item.prediction and item.error is None for item in native)
+    assert items("vllm", engine_kwargs=SMALL) == native
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -12,7 +12,7 @@ from ray import serve as ray_serve
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from skipvision import Engine, Request, Sampling, SkipConfig, load_adapter
-from tests.serve.conftest import SKIP, noise, question
+from tests.serve.conftest import KEPT, ON_VLLM, SKIP, noise, on_native, question
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_answer_equals_the_engines(client, engine, model, adapter):
     assert found.usage.completion_tokens == right.usage.completion_tokens
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
     visual = found.usage.visual_tokens
-    kept = 6 if model != "blue" else 16
+    kept = KEPT if model != "blue" else 16
     assert visual == {
         "total": 16,
         "retained": right.usage.visual_retained,
@@ -107,7 +107,8 @@ def test_a_stream_equals_the_whole_answer(client, n):
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert [chunk.choices[0].delta.role for chunk in chunks[:n]] == ["assistant"] * n
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage.model_copy(update={"prefix_hit": True})
+    # vLLM shares whole blocks, which are longer than this prompt.
+    assert chunks[-1].usage == whole.usage.model_copy(update={"prefix_hit": not ON_VLLM})
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
 
@@ -163,6 +164,7 @@ def test_top_p_0_is_greedy(client, engine):
     assert found == expected(engine, adapter="red").text
 
 
+@on_native
 def test_a_request_can_set_its_skipconfig(client, engine):
     found = ask(client, extra_body={"skip": {"retained": 2, "skipped": 2}})
     assert found.usage.visual_tokens == {"total": 16, "retained": 2, "skipped": 2, "cached": 4}
@@ -248,6 +250,7 @@ def test_models_are_listed_and_described(client, endpoint):
         client.models.retrieve("green")
 
 
+@on_native
 @pytest.mark.parametrize("model", ["tiny", "red"])
 def test_a_skip_without_summary_tokens_has_those_of_its_model(client, model):
     skip = {"retained": 3, "skipped": 6}

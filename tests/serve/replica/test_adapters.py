@@ -17,6 +17,7 @@ from pipelines.engines.thread import EngineThread
 from pipelines.tracking.config import TrackingConfig
 from serve.errors import NotLoadedError
 from serve.replica.adapters import ServedAdapters
+from serve.replica.native import NativeAdapters
 from serve.reporting import problem_of
 from skipvision import AdapterError, SkipConfig
 from skipvision.engine import BASE, Engine
@@ -46,14 +47,10 @@ def engine(tiny_model):
         base = load_base(str(tiny_model), torch.float32, "sdpa", torch.device("cpu"))
         return Engine(base, load_processor(str(tiny_model)), SkipConfig.full(), max_sequences=1)
 
-    engine = EngineThread(make)
-    engine.wait_until_ready()
-    yield engine
-    engine.stop()
-
-
-def loaded(engine):
-    return engine.call(lambda engine: engine.adapters).result()
+    thread = EngineThread(make)
+    thread.wait_until_ready()
+    yield NativeAdapters(thread)
+    thread.stop()
 
 
 def test_an_alias_is_followed_forward_and_back_and_old_versions_leave_nothing(
@@ -83,7 +80,7 @@ def test_an_alias_is_followed_forward_and_back_and_old_versions_leave_nothing(
     served.load(engine)
     for version in (1, 2, 1, 1):
         assert name(version) == f"models:/shapes/{version}"
-        assert loaded(engine) == [BASE, served.versions["shapes"].name]
+        assert engine.names() == [BASE, served.versions["shapes"].name]
     assert fetched == ["models:/shapes/1", "models:/shapes/2", "models:/shapes/1"]
     assert not list(copies.iterdir())
 
@@ -114,7 +111,7 @@ def test_adapters_of_a_registry_that_is_down_are_loaded_once_it_is_back(
     served = ServedAdapters(sources, f"http://127.0.0.1:{port}", 2.5)
     served.load(engine)
     served.update(engine)
-    assert served.version("plain").name in loaded(engine)
+    assert served.version("plain").name in engine.names()
     assert served.missing == dict.fromkeys(("shapes", "one"), "its registry does not respond")
     with pytest.raises(
         NotLoadedError, match="'shapes' is not loaded yet: its registry does not respond"
@@ -134,15 +131,15 @@ def test_adapters_of_a_registry_that_is_down_are_loaded_once_it_is_back(
             time.sleep(0.1)
     assert served.version("shapes").source == "models:/shapes/2"
     served.update(engine)
-    assert loaded(engine) == [BASE, *(served.version(name).name for name in ("plain", "shapes", "one"))]
+    assert engine.names() == [BASE, *(served.version(name).name for name in ("plain", "shapes", "one"))]
 
 
 def test_adapters_may_have_any_name(registry, engine):
     names = ("team/shapes", "shapes.v1", "shapes_v1", "shapes%2Ev1", "lora_x", "keys", "__base__")
     served = ServedAdapters(dict.fromkeys(names, "models:/shapes@champion"), registry, 1)
     served.load(engine)
-    assert loaded(engine) == [BASE, *(served.version(name).name for name in names)]
-    assert len(set(loaded(engine))) == 1 + len(names)
+    assert engine.names() == [BASE, *(served.version(name).name for name in names)]
+    assert len(set(engine.names())) == 1 + len(names)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +155,7 @@ def test_an_adapter_that_cannot_be_loaded_does_not_affect_others(registry, adapt
     served = ServedAdapters({"shapes": source, "plain": str(adapters["blue"])}, registry, 1)
     served.load(engine)
     assert served.missing == {"shapes": "its registry has no version that can be loaded"}
-    assert served.version("plain").name in loaded(engine)
+    assert served.version("plain").name in engine.names()
 
 
 def test_a_folder_without_an_adapter_fails_the_start(engine, tmp_path):
@@ -172,7 +169,7 @@ def test_a_damaged_adapter_does_not_stop_the_engine(registry, engine):
     served = ServedAdapters({"shapes": "models:/shapes@champion"}, registry, 1)
     served.update(engine)
     assert served.missing == {"shapes": "its registry has no version that can be loaded"}
-    assert loaded(engine) == [BASE]
+    assert engine.names() == [BASE]
     client.set_registered_model_alias("shapes", "champion", "1")
     served.update(engine)
     assert served.version("shapes").source == "models:/shapes/1"
