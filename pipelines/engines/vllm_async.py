@@ -46,12 +46,10 @@ class AsyncVllm:
 
     Attributes:
         processor: the model's Hugging Face processor.
-        max_positions: longest sequence of prompt and answer (tokens).
         vocabulary: number of logits.
     """
 
     processor: Any
-    max_positions: int
     vocabulary: int
 
     def __init__(
@@ -93,7 +91,9 @@ class AsyncVllm:
         # It reports dead processes with a traceback, also when Ray ends this one; `died` reports them.
         logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
         self._prompts = Prompts(self._engine, self.processor)
-        self.max_positions = self._engine.model_config.max_model_len
+        text = load_config(self._model.base).get_text_config()
+        multiaxial = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
+        self._positions = None if multiaxial else getattr(text, "max_position_embeddings", None)
         self.vocabulary = self._engine.model_config.get_vocab_size()
         self._entry_bytes = self._bytes_of_an_entry()
 
@@ -108,6 +108,14 @@ class AsyncVllm:
     async def render(self, request: Request, skip: object = None) -> Rendered:
         """Return a request's prompt as vLLM runs it; see `Prompts.render`."""
         return await self._prompts.render(request, skip)
+
+    def room(self, rendered: Rendered, config: SkipConfig) -> int:
+        """Return the tokens that a prompt leaves for its answer; 0 or less = it is too long itself."""
+        room: int = self._engine.model_config.max_model_len - len(rendered)
+        if self._positions is None or config.positions == "contiguous":
+            return room
+        # The tokens that images lost still take their positions.
+        return min(room, self._positions - len(rendered) + rendered.visual_kept - rendered.visual_total)
 
     async def stream(
         self,
@@ -136,8 +144,16 @@ class AsyncVllm:
             GenerationError: vLLM could not answer it.
             VllmError: its processes have died.
         """
-        number, until = next(self._numbers), _until(request)
-        parameters = sampling_parameters(request.sampling, schema, whole=whole)
+        number, until, room = next(self._numbers), _until(request), self.room(rendered, config)
+        if room < 1:
+            raise InputError(
+                f"{len(rendered)} tokens of prompt leave no position of this model for an answer: shorten it"
+            )
+        try:
+            parameters = sampling_parameters(request.sampling, schema, whole=whole)
+            parameters.max_tokens = min(parameters.max_tokens, room)
+        except ValueError as error:
+            raise InputError(f"vLLM refuses this request: {error}") from error
         for last_try in (False, True):
             answers = Answers(number, request, rendered, config, self._decode, self._entry_bytes)
             async with aclosing(self._chunks(answers, parameters, lora, until)) as chunks:
@@ -289,12 +305,14 @@ def sampling_parameters(sampling: Sampling, schema: str | None = None, *, whole:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    # vLLM refuses temperature 0 for several answers; drawing from one token is the same.
+    several = sampling.n > 1 and not sampling.temperature
     return SamplingParams(
         n=sampling.n,
         max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
+        temperature=1.0 if several else sampling.temperature,
         top_p=max(sampling.top_p, 1e-9),  # vLLM wants more than 0, which also leaves one token
-        top_k=sampling.top_k,
+        top_k=1 if several else sampling.top_k,
         repetition_penalty=sampling.repetition_penalty,
         seed=sampling.seed,
         stop=list(sampling.stop),

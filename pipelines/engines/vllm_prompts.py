@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skipvision.engine import Request
@@ -118,7 +118,10 @@ class Prompts:
 
     async def _processed(self, prompt: dict[str, Any], *, skip_mm_cache: bool = False) -> dict[str, Any]:
         begins = self._begin is not None and prompt["prompt"].startswith(self._begin)
-        parameters = self._renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=not begins)
+        # Without a limit: vLLM checks the length again once images have been pruned.
+        parameters = replace(
+            self._renderer.default_cmpl_tok_params, add_special_tokens=not begins, max_total_tokens=None
+        )
         try:
             (inputs,) = await self._renderer.render_cmpl_async(
                 [dict(prompt)], parameters, skip_mm_cache=skip_mm_cache

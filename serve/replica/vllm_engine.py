@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
+from pipelines.engines.loading import load_config
 from pipelines.engines.vllm_async import AsyncVllm
 from pipelines.engines.vllm_meter import UNMEASURED
-from pipelines.engines.vllm_prompts import Rendered
 from pipelines.engines.vllm_settings import VllmError, prunes_images
 from serve.config import ModelSection
 from serve.errors import DeadlineError, LengthError
@@ -21,6 +21,7 @@ from serve.replica.vllm_settings import engine_model, further_arguments
 from skipvision import SkipConfig
 from skipvision.engine import BASE, Chunk, Request, Statistics
 from skipvision.errors import ConfigError, UnsupportedModelError
+from skipvision.integrations.vllm.equal_cost import without_skipped
 from skipvision.plan import TokenPlan
 
 _PING_SECONDS = 1.0
@@ -60,13 +61,23 @@ class VllmReplicaEngine:
             config = request.skip if isinstance(request.skip, SkipConfig) else adapter.skip
             try:
                 async with asyncio.timeout_at(until):
-                    rendered = await self._engine.render(request, self._setting(config))
+                    rendered = await self._engine.render(request, await self._setting(config))
             except TimeoutError as error:
                 raise DeadlineError from error
             left = max(until - time.monotonic(), 1e-3)
-            request = self._fitting(replace(request, deadline=left), rendered, work.least)
+            room = max(self._engine.room(rendered, config), 0)
+            if room < work.least:
+                raise LengthError(
+                    f"the messages leave {room} of this model's positions, too few for an answer of "
+                    f"{work.least} tokens: shorten them"
+                )
             chunks = self._engine.stream(
-                request, rendered, config, lora=adapter.lora, schema=work.schema, whole=whole
+                replace(request, deadline=left),
+                rendered,
+                config,
+                lora=adapter.lora,
+                schema=work.schema,
+                whole=whole,
             )
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -74,26 +85,26 @@ class VllmReplicaEngine:
                     if chunk.completion is not None or not whole:
                         yield chunk
 
-    def _setting(self, config: SkipConfig) -> object:
-        """Return the plug-in's setting of a request; None = the server's default."""
-        if config == self._model.skip:
+    async def _setting(self, config: SkipConfig) -> object:
+        """Return the plug-in's setting of a request; None = the server's default. Raise `ConfigError`."""
+        default = self._model.skip
+        if config == default or (config.is_full and default.is_full):
             return None
         if not self._prunes:
             raise ConfigError(
                 "this server prunes no images: the plug-in for vLLM is not installed. Leave skip out"
             )
-        return "full" if config == SkipConfig.full() else config.model_dump()
-
-    def _fitting(self, request: Request, rendered: Rendered, least: int) -> Request:
-        """Return the request with an answer that fits next to its prompt. Raise `LengthError`."""
-        room, wanted = self._engine.max_positions - len(rendered), request.sampling.max_new_tokens
-        if room < least:
-            raise LengthError(
-                f"the messages leave {max(room, 0)} of this model's positions, too few for an answer of "
-                f"{least} tokens: shorten them"
+        if config.skipped:
+            # The first call measures the model, which takes seconds.
+            equal = await asyncio.to_thread(without_skipped, config, load_config(self._model.base))
+            instead = (
+                "skipped=0" if equal is None else f"retained={equal.retained}, skipped=0 for the same FLOPs"
             )
-        sampling = request.sampling.model_copy(update={"max_new_tokens": min(wanted, room)})
-        return replace(request, sampling=sampling)
+            raise ConfigError(
+                f"skipped={config.skipped!r}: in vLLM every token takes the whole decoder, so none bypasses "
+                f"the feed-forward networks: use {instead}"
+            )
+        return "full" if config.is_full else config.model_dump()
 
     async def plan(self, request: Request, until: float) -> TokenPlan:
         raise UnsupportedModelError(

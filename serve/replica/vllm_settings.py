@@ -114,7 +114,8 @@ def _check_weights(section: ModelSection, name: str) -> None:
     if needs_export(EngineModel(section.path, "", None, None, SkipConfig.full(), "auto", "sdpa")):
         raise ConfigError(
             f"{name}.path = {section.path}: vLLM does not know the names of its weights: export the model by "
-            "jobs/export.py, and serve the folder that it writes"
+            "jobs/export.py (for full tokens with skip.retained 1.0, skip.skipped 0, skip.summary_tokens 0), "
+            "and serve the folder that it writes"
         )
 
 

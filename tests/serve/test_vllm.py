@@ -77,10 +77,10 @@ def test_a_request_chooses_its_skipconfig(client, endpoint, model, skip):
 @pytest.mark.parametrize(
     ("skip", "message"),
     [
-        ({"retained": 4, "skipped": 6, "summary_tokens": 0}, "The same FLOPs pay for retained="),
+        ({"retained": 4, "skipped": 6, "summary_tokens": 0}, "skipped=0 for the same FLOPs"),
         ({**OTHER, "select": "ffn_ratio"}, "select='ffn_ratio' reads the decoder"),
         ({**OTHER, "summary_tokens": 3}, "summary_tokens=3, but the model on this server has no summary"),
-        ({**OTHER, "retained": 0}, "skip keeps none of the 16 tokens"),
+        ({**OTHER, "retained": 0, "merge": "drop"}, "skip keeps none of the 16 tokens"),
     ],
     ids=["skipped", "select", "summary", "nothing"],
 )
@@ -96,6 +96,17 @@ def test_a_text_without_images_is_answered(client):
     found = ask(client, messages=[{"role": "user", "content": "hi"}], stop=["zzz"])
     assert found.usage.visual_tokens == {"total": 0, "retained": 0, "skipped": 0, "cached": 0}
     assert found.usage.completion_tokens
+
+
+def test_an_answer_ends_at_the_last_position_of_the_model(client):
+    """Pruned images leave their positions unused, and the answer must not go past the last one."""
+    options = {"messages": question("x" * 380), "response_format": LONG, "max_completion_tokens": None}
+    found = ask(client, skip=OTHER, **options)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage.total_tokens == 512
+    with pytest.raises(openai.BadRequestError, match="too few for an answer of 300 tokens") as refused:
+        ask(client, skip=OTHER, **{**options, "max_completion_tokens": 300})
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_tokens_are_streamed_as_they_are_generated(client):

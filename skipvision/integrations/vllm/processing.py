@@ -93,7 +93,7 @@ class SkipProcessor:
             if item is not None:
                 image = ImageSettings.from_tensor(item[FIELD].data)
                 removed += image.span - placed.get_num_embeds()
-        if length + removed > limit and length > sum(placed.length for placed in ranges):
+        if removed and length + removed > limit and length > sum(placed.length for placed in ranges):
             raise InputError(
                 f"the prompt has {length} tokens, but with the {removed} that its images lost, its positions "
                 f"reach {length + removed}; the model knows {limit}: use positions='contiguous'"

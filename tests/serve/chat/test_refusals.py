@@ -74,7 +74,7 @@ CUT_OFF = image_part(png((64, 48))[:50])
             "Unknown parameter",
         ),
         ({"n": 5}, "n", "n=5: n must be at most 4"),
-        ({"extra_body": {"skip": {"summary_tokens": 3}}}, "skip", "summary_tokens=3, but this model"),
+        ({"extra_body": {"skip": {"skipped": 0, "summary_tokens": 3}}}, "skip", "summary_tokens=3, but th"),
         (
             {"messages": question("x" * 10**5)},
             "messages",

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 
-from tests.serve.conftest import LONG, ORIGIN, eventually, question, register
+from tests.serve.conftest import KEPT, LONG, ORIGIN, eventually, question, register
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -35,7 +35,7 @@ def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, clien
 
     assert source() == "models:/shapes/1"
     assert client.models.retrieve("small").skip["retained"] == 1.0  # the base model's default
-    assert answer().usage.visual_tokens["cached"] == 6
+    assert answer().usage.visual_tokens["cached"] == KEPT
     register(endpoint.adapters["blue"], guarded.registry, guarded.storage)
     eventually(lambda: source() == "models:/shapes/2")
     assert answer().usage.visual_tokens["cached"] == 16  # blue skips nothing
@@ -47,7 +47,7 @@ def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, clien
     assert answer().usage.visual_tokens["cached"] == 16
     register(endpoint.adapters["red"], guarded.registry, guarded.storage)
     eventually(lambda: source() == "models:/shapes/4")
-    assert answer().usage.visual_tokens["cached"] == 6
+    assert answer().usage.visual_tokens["cached"] == KEPT
 
 
 def test_a_skip_without_summary_tokens_has_none_if_the_model_has_none(client):
