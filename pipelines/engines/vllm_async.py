@@ -280,7 +280,7 @@ class AsyncVllm:
         return lora
 
     async def remove_lora(self, number: int) -> None:
-        """Remove an adapter."""
+        """Remove the adapter with this number from vLLM."""
         await self._engine.remove_lora(number)
 
     def shutdown(self) -> None:

@@ -42,7 +42,7 @@ class NativeAdapters:
         return self._thread.call(lambda engine: engine.adapters).result()
 
     def add(self, name: str, folder: Path) -> None:
-        """Load an adapter."""
+        """Load an adapter from its folder."""
         self._thread.call(partial(Engine.add_adapter, name=name, folder=folder)).result()
 
     def remove(self, name: str) -> None:

@@ -22,7 +22,7 @@ from skipvision.errors import AdapterError, ConfigError, Problems
 from skipvision.exporting.read import settings_of
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's ``max_lora_rank``."""
+"""The values that vLLM's ``max_lora_rank`` may have."""
 
 _UNKNOWN_RANK = 64
 """Max rank of adapters that come from a registry later."""
