@@ -5,11 +5,13 @@ Start here when a new version of that library breaks something.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields
+from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -24,10 +26,13 @@ from transformers.utils.generic import ModelOutput
 
 ENCODED = "mm_encoder_outputs"
 """Keyword of an outer model's call: its encoded images and videos by modality (transformers 5.18)."""
+MODALITIES = ("image", "video")
 
 __all__ = [
     "ENCODED",
+    "MODALITIES",
     "ConfigSection",
+    "EncoderOverride",
     "LayerWithoutCache",
     "TorchDispatchMode",
     "attention_implementation",
@@ -35,6 +40,7 @@ __all__ = [
     "config_sections",
     "decoder_cache_layers",
     "encoder_defaults",
+    "encoder_of",
     "experts_products",
     "flop_counter",
     "forget_encoded",
@@ -44,6 +50,7 @@ __all__ = [
     "looks_up_attention",
     "model_output",
     "modules_kept_in_float32",
+    "override_encoders",
     "raise_recompile_limits",
     "recompile_limit",
     "sdpa_flop_count",
@@ -184,31 +191,101 @@ def takes_encoded(outer: nn.Module) -> bool:
 
     Seen in: transformers 5.18.
     """
-    return ENCODED in signature(outer.forward).parameters
+    return _takes_encoded(type(outer).forward)
+
+
+@cache
+def _takes_encoded(forward: Callable[..., Any]) -> bool:
+    return ENCODED in signature(forward).parameters
+
+
+class _Calls(threading.local):
+    """The images and videos that a thread's calls have encoded, by id of the outer model and modality."""
+
+    def __init__(self) -> None:
+        self.encoded: dict[int, dict[str, Any]] = {}
+
+
+_calls = _Calls()
+
+
+class EncoderOverride:
+    """Replaces the method of an outer model that encodes images or videos, until it is removed.
+
+    In a call that `hand_over_encoded` has prepared, it returns what is encoded already, once. Otherwise it
+    encodes. For models without ``mm_encoder_outputs``.
+
+    Seen in: transformers 5.16.
+    """
+
+    def __init__(self, outer: nn.Module, modality: str) -> None:
+        self._outer, self._modality = outer, modality
+        self._name = _encoder_name(modality)
+        self._earlier: Callable[..., Any] | None = vars(outer).get(self._name)
+        object.__setattr__(outer, self._name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the call has encoded, or encode."""
+        encoded = _take_encoded(self._outer, self._modality)
+        return self.__wrapped__(*args, **kwargs) if encoded is None else encoded
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The method that encodes, whose signature `inspect` finds by this name."""
+        if self._earlier is not None:
+            return self._earlier
+        method: Callable[..., Any] = getattr(type(self._outer), self._name).__get__(self._outer)
+        return method
+
+    def remove(self) -> None:
+        """Give the model its method back."""
+        if self._earlier is not None:
+            object.__setattr__(self._outer, self._name, self._earlier)
+        elif vars(self._outer).get(self._name) is self:
+            object.__delattr__(self._outer, self._name)
+
+
+def encoder_of(outer: nn.Module, modality: str) -> Callable[..., Any] | None:
+    """Return the method that encodes an outer model's images or videos; None if there is none."""
+    encoder: Callable[..., Any] | None = getattr(outer, _encoder_name(modality), None)
+    return encoder.__wrapped__ if isinstance(encoder, EncoderOverride) else encoder
+
+
+def override_encoders(outer: nn.Module) -> list[EncoderOverride]:
+    """Let an outer model without ``mm_encoder_outputs`` use images that are encoded ahead of its calls."""
+    present = [modality for modality in MODALITIES if encoder_of(outer, modality) is not None]
+    return [EncoderOverride(outer, modality) for modality in present]
 
 
 def hand_over_encoded(outer: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of a call with which an outer model does not encode its images again.
 
-    A model without ``mm_encoder_outputs`` encodes pixels by methods. They return what the call has encoded,
-    until `forget_encoded`.
+    A model with `override_encoders` gets encoded images through its methods, until `forget_encoded`. After a
+    cache it must not mask them by their type, because it would take its index from the start of the cache.
 
-    Seen in: transformers 5.16.
+    Seen in: transformers 5.16 (paligemma).
     """
     if takes_encoded(outer) or ENCODED not in call:
         return call
-    for modality, encoded in call[ENCODED].items():
-        object.__setattr__(outer, f"get_{modality}_features", lambda *_, _encoded=encoded, **__: _encoded)
-    return {name: value for name, value in call.items() if name != ENCODED}
+    _calls.encoded[id(outer)] = dict(call[ENCODED])
+    cache = call.get("past_key_values")
+    filled = cache is not None and cache.get_seq_length() > 0
+    left_out = (ENCODED, "token_type_ids") if filled else (ENCODED,)
+    return {name: value for name, value in call.items() if name not in left_out}
 
 
 def forget_encoded(outer: nn.Module, *_: Any) -> None:
-    """Forward hook that undoes `hand_over_encoded`.
+    """Forward hook that undoes `hand_over_encoded`."""
+    _calls.encoded.pop(id(outer), None)
 
-    Seen in: transformers 5.16.
-    """
-    for modality in ("image", "video"):
-        vars(outer).pop(f"get_{modality}_features", None)
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _take_encoded(outer: nn.Module, modality: str) -> Any:
+    return _calls.encoded.get(id(outer), {}).pop(modality, None)
+
+
+def _encoder_name(modality: str) -> str:
+    return f"get_{modality}_features"
 
 
 class ConfigSection(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from skipvision._compat import forget_encoded, takes_encoded
+from skipvision._compat import EncoderOverride, forget_encoded, override_encoders, takes_encoded
 from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
 from skipvision.anatomy.families import Anatomy, dissect
 from skipvision.anatomy.tower import hook_tower
@@ -50,7 +50,7 @@ class Attachment:
         self.model = model
         self._anatomy = anatomy
         self._reduction = Reduction(anatomy, config)
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | EncoderOverride] = []
         self._detached_summary: nn.Module | None = None
         if config.summary_tokens:
             self._add_summary(config.summary_tokens)
@@ -164,6 +164,7 @@ class Attachment:
         keep(base.register_forward_pre_hook(reduction.warn, with_kwargs=True))
         keep(anatomy.outer.register_forward_pre_hook(reduction.arrive, with_kwargs=True))
         if not takes_encoded(anatomy.outer):
+            self._handles += override_encoders(anatomy.outer)
             keep(anatomy.outer.register_forward_hook(forget_encoded, always_call=True))
         keep(anatomy.decoder.register_forward_pre_hook(reduction.reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(reduction.restore, with_kwargs=True))

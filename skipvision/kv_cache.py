@@ -8,7 +8,7 @@ any number of generations can be interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from transformers.cache_utils import (
@@ -27,7 +27,23 @@ class SettledCache(Cache):
     """A cache whose owner sets masks and positions itself: calls with it pass the hooks unchanged."""
 
 
-class _RowsLayer(DynamicLayer):
+class _PrunedLayer(DynamicLayer):
+    """A layer of a pruned cache. ``reset`` empties it; before transformers 5.18 that would set it to zero."""
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> Self:
+        """Replace a layer, with its contents."""
+        own = cls()
+        vars(own).update(vars(layer))
+        return own
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
+
+class _RowsLayer(_PrunedLayer):
     """First layer of a pruned cache, which tracks the prefill row that each of its rows comes from.
 
     Attributes:
@@ -37,10 +53,8 @@ class _RowsLayer(DynamicLayer):
     origin: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, layer: DynamicLayer) -> _RowsLayer:
-        """Replace a layer, with its contents."""
-        own = cls()
-        vars(own).update(vars(layer))
+    def of(cls, layer: DynamicLayer) -> Self:
+        own = super().of(layer)
         own.origin = None
         return own
 
@@ -63,6 +77,9 @@ class _RowsLayer(DynamicLayer):
     def _origin(self) -> torch.Tensor:
         rows = 0 if self.keys is None else len(self.keys)
         return torch.arange(rows, device=self.device) if self.origin is None else self.origin
+
+
+_PRUNABLE = (DynamicLayer, _PrunedLayer, _RowsLayer)
 
 
 class Entries(NamedTuple):
@@ -131,8 +148,9 @@ class CacheState:
     def remember(self, cache: Cache) -> None:
         """Store the state on the cache."""
         setattr(cache, _STATE, self)
-        if isinstance(cache.layers[0], DynamicLayer):
-            cache.layers[0] = _RowsLayer.of(cache.layers[0])
+        for number, layer in enumerate(cache.layers):
+            if isinstance(layer, DynamicLayer):
+                cache.layers[number] = (_PrunedLayer if number else _RowsLayer).of(layer)
 
     def _cropped(self, lost: int) -> CacheState:
         """Return the state without its last entries, as `generate` drops the tokens of a wrong draft."""
@@ -214,7 +232,7 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     """Return a cache's layers; raise `UnsupportedModelError` unless all of them can be pruned."""
     layers = []
     for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, _RowsLayer):
+        if not isinstance(layer, DynamicLayer) or type(layer) not in _PRUNABLE:
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned (a "
                 "static cache keeps its size): call generate without cache_implementation, so that it "

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipvision._compat import ENCODED, encoder_defaults, model_output, takes_encoded
+from skipvision._compat import (
+    ENCODED,
+    MODALITIES,
+    encoder_defaults,
+    encoder_of,
+    model_output,
+    takes_encoded,
+)
 from skipvision.anatomy.families import family_of
 from skipvision.errors import InputError, UnsupportedModelError
 
@@ -62,8 +69,8 @@ def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return encoded images and videos by modality: those of the call, or its pixels encoded."""
     encoded = dict(call.get(ENCODED) or {})
     _refuse_slices(outer, encoded.get("image"))
-    for modality in ("image", "video"):
-        encoder = getattr(outer, f"get_{modality}_features", None)
+    for modality in MODALITIES:
+        encoder = encoder_of(outer, modality)
         if encoder is None or encoded.get(modality) is not None:
             continue
         inputs = {name: call[name] for name in inspect.signature(encoder).parameters if name in call}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from packaging.version import Version
 
 from skipvision import SkipConfig, attach
 from skipvision.testing.families import tiny_batch
@@ -18,7 +19,7 @@ from tests.skipvision.families.matrix import (
     model_of,
 )
 from tests.skipvision.families.running import close, say, states_of
-from tests.skipvision.family_table import BEFORE_5_18
+from tests.skipvision.family_table import VERSION
 
 
 def compare(model, config, converse):
@@ -96,8 +97,8 @@ def another_image(model, config, first_image, second_image, words=25):
     return both
 
 
-BIDIRECTIONAL = {"gemma3", "paligemma", "shieldgemma2"} if BEFORE_5_18 else set()
-"""Families that cannot read a second image after a cache before transformers 5.18: their masks do not fit."""
+BIDIRECTIONAL = {"gemma3", "shieldgemma2"} if Version("5.17") > VERSION else set()
+"""Families that cannot read a second image after a cache in transformers 5.16: their masks do not fit."""
 
 
 @combinations(turn=3, families=[name for name in FAMILIES if name not in BIDIRECTIONAL])

@@ -21,23 +21,41 @@ from tests.skipvision.families.matrix import (
     model_of,
 )
 from tests.skipvision.families.running import say, scores_as_beams_and_alone, states_in_batch_and_alone
-from tests.skipvision.family_table import LEFT_OUT, ROOT, since_5_18
+from tests.skipvision.family_table import BEFORE_5_18, LEFT_OUT, ROOT, before_5_18, since_5_18
+
+SMALL = [[3, "small image", 24], [5], [2, "small image", 2, "small image", 12, "small image", 3]]
+"""As `ROWS`, with images of one tile and one size."""
 
 
-@since_5_18
 @pytest.mark.parametrize("family", MIXED_UP.families)
 def test_beams_mix_up_images(family):
-    _, beams, alone = scores_as_beams_and_alone(model_of(family), ROWS)
+    """Without Skip-Vision."""
+    rows = SMALL if BEFORE_5_18 else ROWS
+    _, beams, alone = scores_as_beams_and_alone(model_of(family), rows)
     assert torch.allclose(beams[:4], alone[:4], atol=1e-4), "rows of one image and none"
-    assert (beams[4:] - alone[4:]).abs().min() > 0.1, "the row of three"
+    assert (beams[4:] - alone[4:]).abs().min() > (1e-3 if BEFORE_5_18 else 0.1), "the row of three"
 
 
 @since_5_18
 @pytest.mark.parametrize("family", NOT_REPEATED.families)
 def test_beams_do_not_repeat_images(family):
+    """Without Skip-Vision."""
     model = model_of(family)
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         say(model, tiny_batch(model, [[3, "image", 4]]), 4, do_sample=False, num_beams=3)
+
+
+@before_5_18
+@pytest.mark.parametrize("family", NOT_REPEATED.families)
+def test_beams_repeat_patches_instead_of_images(family):
+    """Without Skip-Vision; in one family the patches no longer fit the images."""
+    model = model_of(family)
+    if family == "exaone4_5":
+        with pytest.raises(RuntimeError, match="split_with_sizes"):
+            say(model, tiny_batch(model, [[3, "image", 4]]), 4, do_sample=False, num_beams=3)
+        return
+    _, beams, alone = scores_as_beams_and_alone(model, [[3, "image", 24]])
+    assert (beams - alone).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("limit", "row"), [(PADDED, 0), (NUMBERED, 2)], ids=["padded", "numbered"])
