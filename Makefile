@@ -63,9 +63,10 @@ test-infra: install ## run all tests of infra/ with the checkers that pip has
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[infra]"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/infra $(ARGS)
 
-# vLLM warns a lot.
+# vLLM warns a lot. Its build for CPUs can come with a torchvision for CUDA: sitecustomize.py lets that be imported.
 test-vllm: install-vllm ## run the tests of vLLM (plug-in, jobs, endpoint) in .venv-vllm/
-	TEST_BACKEND=vllm $(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm \
+	PYTHONPATH="$(CURDIR)/tests/skipvision/integrations/vllm/start$${PYTHONPATH:+:$$PYTHONPATH}" TEST_BACKEND=vllm \
+		$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm \
 		tests/pipelines/engines/test_vllm_engine.py tests/serve/chat/test_chat.py \
 		tests/serve/chat/test_refusals.py tests/serve/test_vllm.py $(ARGS)
 

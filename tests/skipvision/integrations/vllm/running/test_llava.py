@@ -148,7 +148,8 @@ def test_full_tokens_are_those_of_vllm_without_the_plugin(generate, exported, sc
         scene.save(tmp_path / f"{number}.png")
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
-    environment = {**os.environ, "VLLM_PLUGINS": "", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "VLLM_PLUGINS": "", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, script, exported, tmp_path, prompt(QUESTION), str(TOKENS)],
         capture_output=True, text=True, env=environment, timeout=280, check=False,
