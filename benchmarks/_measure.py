@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,6 +143,12 @@ def setting(name: str) -> sv.SkipConfig | None:
     if match is None:
         raise SystemExit(f"setting {name!r}: expected RETAINED+SKIPPED, for example 100+156")
     return sv.SkipConfig(retained=int(match[1]), skipped=int(match[2]), select="similarity")
+
+
+def answer_lengths(count: int, seed: int) -> list[int]:
+    """Draw lengths of answers: most are short, a few long."""
+    generator = random.Random(seed)
+    return [min(max(round(generator.lognormvariate(3.2, 0.8)), 4), 160) for _ in range(count)]
 
 
 # -------------------------------------------------------------------------------------------- work

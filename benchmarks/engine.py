@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _throughput(model: Any, options: argparse.Namespace) -> str:
     """Compare all ways to answer the same requests."""
-    lengths = _lengths(options.requests, options.seed)
+    lengths = _measure.answer_lengths(options.requests, options.seed)
     requests = [
         Request(inputs=_inputs(model, number), sampling=Sampling(max_new_tokens=length))
         for number, length in enumerate(lengths)
@@ -154,12 +153,6 @@ def _under(model: nn.Module, setting: str, run: Way) -> Way:
             return run()
 
     return attached
-
-
-def _lengths(count: int, seed: int) -> list[int]:
-    """Draw lengths of answers: most are short, a few long."""
-    generator = random.Random(seed)
-    return [min(max(round(generator.lognormvariate(3.2, 0.8)), 4), 160) for _ in range(count)]
 
 
 # ---------------------------------------------------------------------------------------- budget

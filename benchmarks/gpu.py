@@ -8,6 +8,10 @@ Every run takes a few minutes and appends JSON lines to a file; ``--report`` pri
     python -m benchmarks.gpu --geometry llama-3-8b --piece prefill --compiled --out gpu.jsonl
     python -m benchmarks.gpu --report gpu.jsonl --page docs/benchmarks/gpu.md
 
+With ``--engine vllm``, vLLM answers requests of 1 … 64 clients, full and pruned by the plug-in:
+
+    python -m benchmarks.gpu --engine vllm --geometry llava-1.5-7b --repeats 3 --out vllm.jsonl
+
 To try the script without a CUDA device: ``--device cpu --tiny``.
 """
 
@@ -19,8 +23,9 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,8 @@ from torch import nn
 
 import skipvision as sv
 from benchmarks import _measure
+from benchmarks._engines.on_gpu import measure_vllm
+from benchmarks._engines.report import report as report_engines
 from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample, Spread
 from skipvision._compat import compile_counters, raise_recompile_limits
 from skipvision.anatomy.families import dissect
@@ -81,15 +88,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # One graph for each layer, length and batch. Beyond its default limit dynamo falls back to eager.
         raise_recompile_limits(1024, accumulated=4096)
     begin = time.perf_counter()
+    for record in _records(options, device):
+        line = json.dumps(record)
+        print(line, flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(line + "\n")
+    print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
+
+
+def _records(options: argparse.Namespace, device: torch.device) -> Iterator[Record]:
+    if options.engine == "vllm":
+        # vLLM's tokenizer needs a token for each byte, and its attention on CPUs wider heads.
+        tiny = replace(TINY, vocabulary=512, heads=2, key_heads=1)
+        yield from measure_vllm(options, tiny if options.tiny else GEOMETRIES[options.geometry])
+        return
     for batch in options.batch:
         gc.collect()  # free the last batch's model before the next one is built
-        for record in measure(options, device, batch):
-            line = json.dumps(record)
-            print(line, flush=True)
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(line + "\n")
-    print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
+        yield from measure(options, device, batch)
 
 
 def measure(options: argparse.Namespace, device: torch.device, batch: int) -> list[Record]:
@@ -250,6 +266,9 @@ def _predicted(
 
 def report(records: Sequence[Record]) -> str:
     """Format all runs as Markdown, with one table each."""
+    engines = [record for record in records if "engine" in record]
+    if engines:
+        return report_engines(engines)
     runs: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for record in records:
         runs[record["run"], record["batch"]].append(record)
@@ -333,6 +352,7 @@ def _options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--engine", choices=["library", "vllm"], default="library")
     add("--geometry", choices=list(GEOMETRIES), default="llama-3-8b")
     add("--piece", choices=["prefill", "train", "decode"], default="prefill")
     add("--batch", type=int, nargs="+", default=[1, 8])
@@ -344,6 +364,8 @@ def _options() -> argparse.ArgumentParser:
     add("--rank", type=int, default=16, help="LoRA rank")
     add("--steps", type=int, default=32, help="decode steps in one sample")
     add("--repeats", type=int, default=10, help="rounds over all settings")
+    add("--concurrency", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="clients of --engine vllm")
+    add("--requests", type=int, default=32, help="requests of a run of --engine vllm; at least two a client")
     add("--device", default="cuda")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--tiny", action="store_true", help="a tiny model instead of the geometry, to try the script")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measure and draw the pictures and tables of docs/ and docs/benchmarks/ again, except those of a GPU. It takes three
-# hours on two idle cores. Jobs that can resume keep their finished parts. Prose that quotes numbers is not changed:
-# check it against `git diff`.
+# Measure and draw the pictures and tables of docs/ and docs/benchmarks/ again, except those of a GPU and of other
+# engines. It takes three hours on two idle cores. Jobs that can resume keep their finished parts. Prose that quotes
+# numbers is not changed: check it against `git diff`.
 set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

@@ -36,6 +36,22 @@ SCRIPTS = {
         *("--setting", SETTING, "--requests", "3", "--batch", "2", "--repeats", "1", "--budget-mib", "16"),
         *("--decode-rows", "1", "2", "--steps", "2", "--hidden", "64", "--layers", "1"),
     ],
+    "engines": [
+        *(
+            "--setting",
+            "8+0",
+            "--concurrency",
+            "1",
+            "2",
+            "--requests",
+            "2",
+            "--repeats",
+            "1",
+            "--image",
+            "84",
+        ),
+        *("--hidden", "64", "--layers", "1", "--dtype", "float32", "--kv-gib", "0.1"),
+    ],
     "serve_faults": [
         *("--rate", "2", "--seconds", "6", "--tokens", "8"),
         *("--cases", "nothing", "half of the images oversized or hostile"),
