@@ -24,8 +24,8 @@ def report(records: Sequence[Record]) -> str:
 
 
 def _heading(records: Sequence[Record]) -> str:
-    # Not in backticks: docs/regenerate.sh would run them, by a Python without these engines.
-    commands = "\n".join(f"    {command}" for command in dict.fromkeys(one["command"] for one in records))
+    # Not in single backticks: docs/regenerate.sh would run them, by a Python without these engines.
+    commands = "\n".join(["```text", *dict.fromkeys(one["command"] for one in records), "```"])
     first, loads = records[0], Spread.of([one["load"] for one in records])
     threads = f"{first['threads']} thread of each engine; " if first["threads"] else ""
     load = f"load average during the run {loads.text(digits=0)}"
