@@ -186,6 +186,7 @@ def encoder_defaults(outer: nn.Module, encoder: Callable[..., Any]) -> dict[str,
     return {name: getattr(part, name) for part in sections for name in required if hasattr(part, name)}
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo would warn of the cache
 def takes_encoded(outer: nn.Module) -> bool:
     """Return whether calls of an outer model can have encoded images: ``mm_encoder_outputs``.
 
