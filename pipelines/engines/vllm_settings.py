@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import safe_open
 
 import skipvision as sv
@@ -246,7 +247,10 @@ def refusal(error: BaseException, names: SettingNames = OF_JOBS) -> ConfigError:
     own: BaseException | None = error
     while own is not None and not isinstance(own, SkipVisionError):
         own = own.__cause__ or own.__context__
-    lines = [line for line in str(own or error).splitlines() if line.strip()]
+    text = str(own or error)
+    if own is None and isinstance(error, ValidationError):
+        text = "\n".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+    lines = [line for line in text.splitlines() if line.strip()]
     return ConfigError(
         f"{names.engine}.backend = vllm: vLLM refuses these settings: {' '.join(lines[:4])[:600]}"
     )

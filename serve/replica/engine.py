@@ -73,3 +73,6 @@ class ReplicaEngine(Protocol):
 
     async def statistics(self) -> Statistics:
         """Return the engine's counters since it started."""
+
+    def close(self) -> None:
+        """End what would outlive this process."""

@@ -89,6 +89,9 @@ class NativeEngine:
     async def statistics(self) -> Statistics:
         return await call(self._thread, Engine.statistics)
 
+    def close(self) -> None:
+        """Do nothing: the thread ends with its process."""
+
     def _make(self) -> Engine:
         section = self._section
         device = torch.device("cuda" if section.scaling.gpus_per_engine else "cpu")

@@ -50,11 +50,12 @@ class EngineReplica:
         poll_seconds: float,
         traces: tuple[str | None, str],
     ) -> None:
-        self._tracer = Tracer(*traces)
+        self._tracer, self._running = Tracer(*traces), False
         self._adapters = ServedAdapters(section.adapters, registry, poll_seconds)
         kind = VllmReplicaEngine if section.engine.backend == "vllm" else NativeEngine
         self._engine: ReplicaEngine = kind(section, _end_process)
         await self._engine.start()
+        self._running = True
         await asyncio.to_thread(self._adapters.load, self._engine.adapters)
         self._gauges = _Gauges(section.served_name, self._engine.unmeasured)
         self._planning = asyncio.Lock()
@@ -160,8 +161,10 @@ class EngineReplica:
             raise RuntimeError(f"the engine has not finished a step for {self.seconds_since_step():.0f} s")
 
     def __del__(self) -> None:
-        """Send the remaining spans. Ray Serve calls this before the process ends."""
+        """Send the remaining spans, and end the engine. Ray Serve calls this before the process ends."""
         self._tracer.close()
+        if self._running:
+            self._engine.close()
 
     # -------------------------------------------------------------------------- background tasks
 

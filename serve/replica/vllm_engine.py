@@ -125,11 +125,11 @@ class VllmReplicaEngine:
                 self.stepped = time.monotonic()
                 await asyncio.sleep(_PING_SECONDS)
 
-    def _end(self, error: BaseException) -> None:
+    def close(self) -> None:
+        """End vLLM's processes, and remove the files of adapters."""
         self.adapters.close()
         self._engine.shutdown()
-        self._died(error)
 
-    def __del__(self) -> None:
-        """End vLLM's processes. The replica is deleted before its process ends."""
-        self._engine.shutdown()
+    def _end(self, error: BaseException) -> None:
+        self.close()
+        self._died(error)

@@ -101,6 +101,7 @@ def check_model(section: ModelSection, index: int) -> None:
     problems.collect(lambda: check_settings(model, section.engine, names))
     problems.collect(lambda: _check_weights(section, base))
     problems.collect(lambda: _check_gpus(section, base))
+    problems.collect(lambda: _check_rank(section, base))
     for name, source in section.adapters.items():
         if not is_registered(source):
             skip = problems.collect(partial(check_adapter, name, Path(source)))
@@ -127,6 +128,16 @@ def _check_gpus(section: ModelSection, name: str) -> None:
             f"{name}.scaling.gpus_per_engine = {gpus:g}: {name}.engine.engine_kwargs spreads the model over "
             f"{wanted} GPUs"
         )
+
+
+def _check_rank(section: ModelSection, name: str) -> None:
+    limit = section.engine.engine_kwargs.get("max_lora_rank")
+    for adapter, source in section.adapters.items():
+        if limit is not None and not is_registered(source) and (rank := _rank(Path(source))) > limit:
+            raise ConfigError(
+                f"{name}.engine.engine_kwargs.max_lora_rank = {limit}: adapter {adapter} has rank {rank}: "
+                "raise the limit, or leave it out"
+            )
 
 
 def check_adapter(name: str, folder: Path) -> SkipConfig:

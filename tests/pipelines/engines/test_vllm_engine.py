@@ -37,7 +37,7 @@ COUNTS = ("prompt_tokens", "completion_tokens", "visual_total", "visual_retained
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(ShapesConfig(output=folder, train=0, validation=0, test=6))
+    write_shapes(ShapesConfig(output=folder, train=0, validation=0, test=6, tsv=True))
     return folder / "images" / "test"
 
 

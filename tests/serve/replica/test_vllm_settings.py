@@ -72,7 +72,12 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter):
         "engine": {
             "backend": "vllm",
             "prefill_tokens": 77,
-            "engine_kwargs": {"max_num_seqs": 2, "enable_lora": True, "tensor_parallel_size": 2},
+            "engine_kwargs": {
+                "max_num_seqs": 2,
+                "enable_lora": True,
+                "tensor_parallel_size": 2,
+                "max_lora_rank": 8,
+            },
         },
         "scaling": {"gpus_per_engine": 1},
     }
@@ -87,6 +92,7 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter):
         "models.1.skip",
         f"models.1.path = {tiny_model}: vLLM does not know the names of its weights",
         "models.1.scaling.gpus_per_engine = 1",
+        "models.1.engine.engine_kwargs.max_lora_rank = 8: adapter one has rank 12",
         "adapter one",
     ):
         assert text in message
