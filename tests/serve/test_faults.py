@@ -113,11 +113,11 @@ def failing(flag):
         async def __init__(self, *given):
             decode = Running.decode
 
-            def fails(running):
+            def fails(running, sequences):
                 try:
                     flag.unlink()
                 except FileNotFoundError:
-                    return decode(running)
+                    return decode(running, sequences)
                 raise MemoryError
 
             Running.decode = fails
@@ -179,10 +179,10 @@ def hanging(flag):
         async def __init__(self, *given):
             decode = Running.decode
 
-            def waits(running):
+            def waits(running, sequences):
                 while flag.exists():
                     time.sleep(0.1)
-                return decode(running)
+                return decode(running, sequences)
 
             Running.decode = waits
             await super().__init__(*given)
