@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.error_limit import ErrorLimit, listed
-from pipelines.caption.folder import CaptionFolder, CaptionShards, Tally
+from pipelines.caption.folder import CaptionFolder, CaptionShards
 from pipelines.caption.manifest import Manifest, ManifestFacts, write_manifest
 from pipelines.caption.progress import CaptionProgress
 from pipelines.caption.report import record, savings
@@ -86,7 +86,7 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
             run.advice = (
                 f"The captions are complete in {folder.captions}. Run the same job again to record them"
             )
-            summary = _sum_up(work, model_config, manifest, shards, folder, progress)
+            summary = _sum_up(work, model_config, folder, progress)
             record(run, summary, progress.engines(), manifest, shards, absolute)
         remove_exported(folder.exported)
         result = {**summary, "mlflow_uri": run.uri, "mlflow_run_id": run.run_id}
@@ -157,9 +157,7 @@ def _caption_missing(
     shards.clean()
     folder.attempts.clear()
     missing = shards.missing(manifest.shards)
-    done = Tally()
-    for table in shards.tables(range(manifest.shards)):
-        done.add(table)
+    done = shards.tally(manifest.shards)
     limit = ErrorLimit(work.config.max_error_fraction, manifest.rows)
     # Checked separately: rows with errors in the listing may be in finished shards, and must not count twice.
     limit.check(done.errors)
@@ -180,8 +178,9 @@ def _caption_missing(
         rows.update(block.captions)
         progress.add(block)
         limit.check(progress.tally.errors)
-        if len(rows) == manifest.shard_rows[block.shard]:
+        if len(rows) == manifest.rows_in(block.shard):
             shards.write(block.shard, [rows[number] for number in sorted(rows)])
+            progress.written.add(rows.values())
             del unfinished[block.shard]
             folder.remember(seconds=round(progress.seconds, 2))
     if unfinished:
@@ -211,8 +210,6 @@ def _alive(stream: Iterator[CaptionedBlock]) -> Iterator[CaptionedBlock]:
 def _sum_up(
     work: Assignment,
     model_config: PretrainedConfig,
-    manifest: Manifest,
-    shards: CaptionShards,
     folder: CaptionFolder,
     progress: CaptionProgress,
 ) -> dict[str, Any]:
@@ -220,9 +217,7 @@ def _sum_up(
     summary: dict[str, Any] | None = folder.state.get("summary")
     if summary is not None:
         return summary
-    tally = Tally()
-    for table in shards.tables(range(manifest.shards)):
-        tally.add(table)
+    tally = progress.written
     summary = {
         "run": folder.name,
         "captions": str(folder.captions),

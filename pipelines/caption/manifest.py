@@ -1,26 +1,32 @@
 """The manifest: a list of every row of the inputs, divided into shards.
 
-It is one parquet file whose row groups are the shards. The job writes it at its first start and reads it at
-every later start, even if files were added to the inputs since. Its keys are unique: a row with the key of an
-earlier row is named ``key#2`` and so on, and becomes an error row.
+It is a folder of parquet files whose row groups are the shards. The job writes it at its first start and
+reads it at every later start, even if files were added to the inputs since. Its keys are unique: a row with
+the key of an earlier row is named ``key#2`` and so on, and becomes an error row.
+
+::
+
+    manifest/000000.parquet …    the rows of `_PART_SHARDS` shards each
+             index.json          number of rows, rows of a shard, shards of a file
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import posixpath
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from pipelines.caption.config import InputSection
+from pipelines.caption.keys import KeyHashes, RepeatedKeys
 from pipelines.caption.rows import MANIFEST_SCHEMA, CaptionRow, Problem, manifest_rows, manifest_table
 from pipelines.data.conversations import listed_images, parse_image
 from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, prompt_messages
@@ -28,12 +34,14 @@ from pipelines.data.records import Record
 from pipelines.data.rows import BadRow
 from pipelines.data.sources import Wanted, read_inputs
 from pipelines.data.storage import absolute
-from pipelines.shared.files import atomic, cause_and_remedy
+from pipelines.shared.files import atomic_folder, cause_and_remedy
 from skipvision.errors import ConfigError, DataError
 
 _FIRST_ROWS = 256
 """Every column in the settings must occur in some of this many first rows."""
 _REPORT_EVERY = 100_000
+_PART_SHARDS = 100
+"""Shards in a file. Who reads one of them reads the metadata of all, 2 KB each."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +54,45 @@ class ManifestFacts:
 
 
 class Manifest:
-    """The rows of a job, read from its folder of manifest shards."""
+    """The rows of a job, read from its manifest. All shards except the last have ``shard_rows`` rows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        metadata = pq.read_metadata(path)
-        self.rows: int = metadata.num_rows
-        self.shard_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if path.is_dir():
+            index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+            self.rows: int = index["rows"]
+            self.shard_rows: int = index["shard_rows"]
+            self._part_shards: int = index["part_shards"]
+        else:  # one file, written by an earlier version
+            metadata = pq.read_metadata(path)
+            self.rows, self.shard_rows = metadata.num_rows, metadata.row_group(0).num_rows
+            self._part_shards = metadata.num_row_groups
 
     @property
     def shards(self) -> int:
-        return len(self.shard_rows)
+        return math.ceil(self.rows / self.shard_rows)
+
+    def rows_in(self, shard: int) -> int:
+        """Return the number of rows in a shard."""
+        return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
     def shard(self, number: int, max_pixels: int) -> list[CaptionRow]:
         """Return the rows of one shard."""
-        with pq.ParquetFile(self.path) as file:
-            return manifest_rows(file.read_row_group(number), max_pixels)
+        part, group = divmod(number, self._part_shards)
+        with pq.ParquetFile(_part(self.path, part) if self.path.is_dir() else self.path) as file:
+            return manifest_rows(file.read_row_group(group), max_pixels)
+
+    def all_rows(self, max_pixels: int) -> Iterator[CaptionRow]:
+        """Yield the rows of all shards."""
+        return chain.from_iterable(self.shard(number, max_pixels) for number in range(self.shards))
 
 
 def write_manifest(
     settings: InputSection, path: Path, shard_rows: int, say: Callable[[str], None] = print
 ) -> ManifestFacts:
-    """List all inputs in the file ``path``, which appears when it is complete.
+    """List all inputs in the folder ``path``, which appears when it is complete.
 
-    This needs memory for one shard, and eight bytes per row.
+    This needs memory for one shard and 2²⁰ hashes of keys, and in addition for `RepeatedKeys`.
 
     Raises:
         ConfigError: no row has the column of the prompt, the key or the images.
@@ -77,12 +100,11 @@ def write_manifest(
         StorageError: the manifest cannot be written.
     """
     listing = _Listing(settings)
-    hashes = array("q")
     problems: Counter[str] = Counter()
 
-    def counted(rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
+    def counted(rows: Iterable[CaptionRow], hashes: KeyHashes) -> Iterator[CaptionRow]:
         for number, row in enumerate(rows, start=1):
-            hashes.append(hash(row.key))
+            hashes.add(row.key)
             if row.problem:
                 problems[row.problem.kind] += 1
             if number % _REPORT_EVERY == 0:
@@ -93,19 +115,17 @@ def write_manifest(
     if settings.keys is not None:
         keys = frozenset(Path(settings.keys).read_text(encoding="utf-8").splitlines())
         rows = (row for row in rows if row.key in keys)
-    with atomic(path) as partial:
-        _write(partial, counted(islice(rows, settings.limit)), shard_rows)
+    with atomic_folder(path) as partial:
+        hashes = KeyHashes(partial)
+        _write(partial, counted(islice(rows, settings.limit), hashes), shard_rows)
         if not hashes:
             raise DataError(f"input.source = {settings.source}: there is nothing to caption{listing.hint()}")
-        repeated = _Repeated(np.frombuffer(hashes, np.int64))
+        repeated = RepeatedKeys(hashes)
         if repeated.hashes.size:
-            again = partial.with_name(f"{partial.name}-again")
-            manifest = Manifest(partial)
-            rows = chain.from_iterable(manifest.shard(i, settings.max_pixels) for i in range(manifest.shards))
-            _write(again, repeated.renamed(rows), shard_rows)
-            again.replace(partial)
+            _rename(partial, repeated, settings.max_pixels)
             if repeated.without_problem:
                 problems["duplicate key"] = repeated.without_problem
+        hashes.remove()
     return ManifestFacts(len(hashes), dict(problems.most_common()), dict(listing.passed_over))
 
 
@@ -118,11 +138,35 @@ def _errors_of_inputs(rows: Iterator[CaptionRow], source: str) -> Iterator[Capti
         raise DataError(f"input.source: {name} cannot be read: {cause_and_remedy(error)}") from error
 
 
-def _write(path: Path, rows: Iterable[CaptionRow], shard_rows: int) -> None:
+def _write(folder: Path, rows: Iterable[CaptionRow], shard_rows: int) -> None:
     rows = iter(rows)
-    with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
-        while shard := list(islice(rows, shard_rows)):
-            writer.write_table(manifest_table(shard), row_group_size=shard_rows)
+    shards = iter(lambda: list(islice(rows, shard_rows)), [])
+    written = 0
+    for part in count():
+        first = next(shards, None)
+        if first is None:
+            break
+        with pq.ParquetWriter(_part(folder, part), MANIFEST_SCHEMA, compression="zstd") as writer:
+            for shard in chain([first], islice(shards, _PART_SHARDS - 1)):
+                writer.write_table(manifest_table(shard), row_group_size=shard_rows)
+                written += len(shard)
+    index = {"rows": written, "shard_rows": shard_rows, "part_shards": _PART_SHARDS}
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _rename(folder: Path, repeated: RepeatedKeys, max_pixels: int) -> None:
+    """Write a manifest again, with new keys in place of those that repeat."""
+    again = folder / "again"
+    again.mkdir()
+    manifest = Manifest(folder)
+    _write(again, repeated.renamed(manifest.all_rows(max_pixels)), manifest.shard_rows)
+    for file in again.iterdir():
+        file.replace(folder / file.name)
+    again.rmdir()
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.parquet"
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -135,6 +179,7 @@ class _Listing:
         self.settings = settings
         self.template = None if settings.prompt is None else PromptTemplate(settings.prompt)
         self.images = ("image", "images") if settings.image is None else (settings.image,)
+        self.root = None if settings.image_root is None else absolute(settings.image_root)
         columns = {settings.key or "id", *self.images}
         columns |= set(CONVERSATION_COLUMNS if self.template is None else self.template.columns)
         wanted = Wanted(frozenset(columns), self.images, settings.max_pixels)
@@ -198,8 +243,7 @@ class _Listing:
         value: Any = record.value
         if self.settings.image is not None:
             value = {"image": value.get(self.settings.image)}
-        root = self.settings.image_root
-        root = posixpath.dirname(record.file) if root is None else absolute(root)
+        root = posixpath.dirname(record.file) if self.root is None else self.root
         found = tuple(
             parse_image(image, f"#{number} of row {key}", root, self.settings.max_pixels)
             for number, image in enumerate(listed_images(value), start=1)
@@ -220,45 +264,3 @@ def _writable(row: CaptionRow) -> CaptionRow:
             key, source, problem=Problem("broken record", "a text of the row is not valid Unicode")
         )
     return row
-
-
-# -------------------------------------------------------------------------------------------- keys
-
-
-class _Repeated:
-    """Keys that occur more than once, found by their hashes, so that not all keys must be in memory."""
-
-    def __init__(self, hashes: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        self.all = np.sort(hashes)
-        self.hashes = np.unique(self.all[1:][self.all[1:] == self.all[:-1]])
-        self.without_problem = 0
-        self._first: dict[str, str] = {}
-        self._numbers: Counter[str] = Counter()
-
-    def renamed(self, rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
-        """Yield the rows. A row whose key was used before gets a new key and a problem."""
-        for row in rows:
-            if not _within(hash(row.key), self.hashes):
-                yield row
-            elif row.key not in self._first:
-                self._first[row.key] = row.source
-                yield row
-            else:
-                if row.problem is None:
-                    self.without_problem += 1
-                    reason = f"the key {row.key!r} is that of an earlier row ({self._first[row.key]})"
-                    row = replace(row, problem=Problem("duplicate key", reason), messages=(), images=())
-                yield replace(row, key=self._free(row.key))
-
-    def _free(self, key: str) -> str:
-        """Return the next of ``key#2``, ``key#3`` … that no row has as its own key."""
-        while True:
-            self._numbers[key] += 1
-            name = f"{key}#{self._numbers[key] + 1}"
-            if not _within(hash(name), self.all):
-                return name
-
-
-def _within(value: int, ordered: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-    at = int(np.searchsorted(ordered, value))
-    return at < ordered.size and int(ordered[at]) == value

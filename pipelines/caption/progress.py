@@ -29,6 +29,8 @@ _GAUGES = {
 class CaptionProgress:
     """Rows and errors so far, their rate, and the statistics of the engines.
 
+    ``tally`` has the rows that have arrived, and ``written`` those in files.
+
     Args:
         name: name of the job.
         rows: number of rows of the job.
@@ -40,6 +42,7 @@ class CaptionProgress:
     def __init__(self, name: str, rows: int, before: Tally, tracker: Tracker, seconds_before: float) -> None:
         self.rows, self.tracker = rows, tracker
         self.tally = Tally(before.rows, Counter(before.errors))
+        self.written = before
         self._before, self._seconds_before = before.rows, seconds_before
         self._started = self._reported = time.monotonic()
         self._first: tuple[float, int] | None = None

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from html import escape
-from itertools import accumulate, pairwise
+from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -91,13 +91,11 @@ def _sample(
 ) -> Iterator[tuple[CaptionRow, dict[str, Any]]]:
     count = min(config.samples, manifest.rows)
     wanted = [i * manifest.rows // count for i in range(count)]
-    starts = [0, *accumulate(manifest.shard_rows)]
-    for shard, (start, end) in enumerate(pairwise(starts)):
-        here = [number - start for number in wanted if start <= number < end]
-        if here:
-            rows = manifest.shard(shard, config.input.max_pixels)
-            captions = shards.read(shard).take(here).to_pylist()
-            yield from zip((rows[number] for number in here), captions, strict=True)
+    for shard, numbers in groupby(wanted, lambda number: number // manifest.shard_rows):
+        here = [number % manifest.shard_rows for number in numbers]
+        rows = manifest.shard(shard, config.input.max_pixels)
+        captions = shards.read(shard).take(here).to_pylist()
+        yield from zip((rows[number] for number in here), captions, strict=True)
 
 
 def _line(row: CaptionRow, caption: Mapping[str, Any]) -> str:

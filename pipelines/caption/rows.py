@@ -82,6 +82,7 @@ _SOURCES = {
     "tsv": TsvImage,
 }
 _KINDS = {source: kind for kind, source in _SOURCES.items()}
+_FIELDS = {source: tuple(f.name for f in fields(source)) for source in _KINDS}
 _IMAGE = pa.struct(
     [
         ("kind", pa.string()),
@@ -132,7 +133,7 @@ def _manifest_line(row: CaptionRow) -> dict[str, Any]:
 
 def _image_line(image: Any) -> dict[str, Any]:
     # `asdict` copies the bytes of images, which takes longer than everything else.
-    return {"kind": _KINDS[type(image)], **{f.name: getattr(image, f.name) for f in fields(image)}}
+    return {"kind": _KINDS[type(image)], **{name: getattr(image, name) for name in _FIELDS[type(image)]}}
 
 
 def _row_of(line: dict[str, Any], max_pixels: int) -> CaptionRow:
@@ -144,5 +145,5 @@ def _row_of(line: dict[str, Any], max_pixels: int) -> CaptionRow:
 
 def _image_of(value: dict[str, Any], max_pixels: int) -> ImageSource:
     source = _SOURCES[value["kind"]]
-    given = {field.name: value[field.name] for field in fields(source) if field.name != "max_pixels"}
+    given = {name: value[name] for name in _FIELDS[source] if name != "max_pixels"}
     return source(**given, max_pixels=max_pixels)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import pickle
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from pipelines.caption.attempts import Attempts
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.manifest import Manifest
 from pipelines.caption.rows import Caption, CaptionRow, Problem
+from pipelines.caption.stream import packed, streamed, unpacked
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
@@ -46,10 +46,6 @@ from skipvision.errors import InputError, SkipVisionError
 _BLOCKS_AT_ONCE = 12
 _ROWS_AT_ONCE = 3
 """Rows waiting in an engine, as a multiple of the captions that it generates at once."""
-
-
-_MAX_TASKS = 1000
-"""Max reader tasks, because Ray Data keeps a record of each. With more shards, a task reads several."""
 
 
 @dataclass(frozen=True)
@@ -116,53 +112,8 @@ def captions(
         SkipVisionError: an engine could not start.
         ray.exceptions.RayError: a bug.
     """
-    import ray.data
-    from ray.data import ActorPoolStrategy
-
-    scaling = work.config.scaling
-    items = [{"shard": shard} for shard in shards]
-    rows = ray.data.from_items(items, override_num_blocks=min(len(shards), _MAX_TASKS))
-    # Ray Data splits and merges blocks by size. Ours are single binary values, which cannot be split, and
-    # this size is too small for two.
-    rows.context.target_max_block_size = 1
-    rows.context.enable_progress_bars = False
-    rows.context.print_on_execution_start = False
-    prepared = rows.map_batches(
-        partial(read_shard, work),
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=scaling.cpus_per_reader,
-        compute=ray.data.TaskPoolStrategy(size=min(scaling.readers, len(shards))),
-    )
-    written = prepared.map_batches(
-        CaptionActor,
-        fn_constructor_args=(work,),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            size=scaling.workers,
-            enable_true_multi_threading=True,
-            max_concurrent_calls_per_actor=_BLOCKS_AT_ONCE,
-            max_tasks_in_flight_per_actor=_BLOCKS_AT_ONCE + 2,
-        ),
-        num_cpus=resources["CPU"],
-        num_gpus=resources["GPU"],
-    )
-    for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from _unpacked(batch)
-
-
-def _packed(value: Block | CaptionedBlock | SkipVisionError) -> pa.Table:
-    return pa.table({"value": pa.array([pickle.dumps(value)], pa.large_binary())})
-
-
-def _unpacked(table: pa.Table) -> Iterator[Any]:
-    """Yield the values packed by `_packed` in another process of the job; raise those that are errors."""
-    for packed in table["value"]:
-        value = pickle.loads(packed.as_buffer())  # noqa: S301
-        if isinstance(value, SkipVisionError):
-            raise value
-        yield value
+    actor, scaling = (CaptionActor, work), work.config.scaling
+    return streamed(shards, partial(read_shard, work), actor, scaling, resources, _BLOCKS_AT_ONCE)
 
 
 # --------------------------------------------------------------------------------------------- reading
@@ -177,7 +128,7 @@ def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
         with storage_errors(work.manifest, "read"):
             rows = enumerate(Manifest(work.manifest).shard(shard, work.config.input.max_pixels))
     except StorageError as error:  # raised here, it would reach the job as text
-        yield _packed(error)
+        yield packed(error)
         return
     rendered_only = work.config.engine.backend == "vllm"
     prepared = _few_at_once(
@@ -186,7 +137,7 @@ def read_shard(work: Assignment, batch: pa.Table) -> Iterator[pa.Table]:
         work.config.scaling.threads_per_reader,
     )
     while block := list(islice(prepared, work.block_rows)):
-        yield _packed(Block(shard, block))
+        yield packed(Block(shard, block))
 
 
 @cache
@@ -269,12 +220,12 @@ class CaptionActor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         engine = self.engine
         if isinstance(engine, SkipVisionError):
-            return _packed(engine)
-        (block,) = _unpacked(batch)
+            return packed(engine)
+        (block,) = unpacked(batch)
         try:
-            return _packed(self._captioned(engine, block))
+            return packed(self._captioned(engine, block))
         except StorageError as error:  # raised here, it would reach the job as text
-            return _packed(error)
+            return packed(error)
 
     def _captioned(self, engine: SharedEngine, block: Block) -> CaptionedBlock:
         piece = f"{block.shard}-{block.rows[0].number}"

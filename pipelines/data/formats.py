@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple, cast
 
@@ -72,6 +73,7 @@ def format_of(file: str) -> Format | None:
     return Format(_BY_SUFFIX[last]) if last in _BY_SUFFIX else None
 
 
+@lru_cache(maxsize=64)  # it is needed for every row of a file
 def name_of_rows(path: str) -> str:
     """Return the path of a file of rows without the suffixes of its format and its compression."""
     found = format_of(path)

@@ -6,10 +6,10 @@ A record is checked for readability only; `pipelines.data.training_rows` checks 
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 from typing import IO
 
 from pipelines.data.columnar import table_rows
@@ -148,4 +148,4 @@ def _lines(file: str, stream: IO[bytes]) -> Iterator[Record]:
 
 
 def _fallback_key(file: str, number: int) -> str:
-    return f"{name_of_rows(PurePosixPath(file).name)}-{number}"
+    return f"{name_of_rows(posixpath.basename(file))}-{number}"

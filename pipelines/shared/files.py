@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,31 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         with suppress(OSError):  # the first error counts
             partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder next to ``path``. It replaces ``path`` when the block succeeds.
+
+    The next write replaces the ``.<name>.partial`` of a killed process.
+
+    Raises:
+        StorageError: a file in the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with storage_errors(path):
+            partial.mkdir()
+            yield partial
+            for name in partial.iterdir():
+                with name.open("rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

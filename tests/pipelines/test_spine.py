@@ -267,7 +267,7 @@ def test_an_address_that_is_not_of_a_ray_is_reported_before_any_work(
     assert status == 2
     assert "RAY_ADDRESS = http://127.0.0.1:8265: this is the address of Ray's dashboard" in message
     assert not (folder_of(argv) / "run.json").exists()
-    assert not (folder_of(argv) / "manifest.parquet").exists()
+    assert not (folder_of(argv) / "manifest").exists()
 
 
 @cells("away")

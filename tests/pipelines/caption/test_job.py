@@ -306,7 +306,7 @@ def test_json_lines_two_engines_and_a_registered_adapter(straight, settings, ada
 @pytest.mark.slow
 def test_a_killed_engine_and_an_absent_mlflow_cost_no_caption(straight, settings, monkeypatch):
     config = changed(settings, name="engine-killed")
-    monkeypatch.setattr("pipelines.caption.stages._MAX_TASKS", 2)  # as with very many shards
+    monkeypatch.setattr("pipelines.caption.stream._MAX_TASKS", 2)  # as with very many shards
     killed = []
 
     def kill() -> None:

@@ -73,7 +73,8 @@ def test_a_tally_counts_rows_errors_and_tokens(tmp_path):
     shards, tally = CaptionShards(tmp_path, "parquet"), Tally()
     for number in range(2):
         shards.write(number, CAPTIONS)
-        tally.add(shards.read(number))
+        tally.add(CAPTIONS)
+    assert shards.tally(3) == tally
     assert (tally.rows, tally.failed, tally.errors) == (6, 2, Counter({"missing image": 2}))
     assert tally.tokens["prompt_tokens"] == 82
     assert tally.tokens["output_tokens"] == 2
@@ -308,7 +309,8 @@ def work_of(tiny_model, tmp_path, **sections):
 
 
 def test_only_the_row_that_kills_engines_becomes_an_error_row(tiny_model, tmp_path, engine):
-    from pipelines.caption.stages import Block, _packed, _unpacked
+    from pipelines.caption.stages import Block
+    from pipelines.caption.stream import packed, unpacked
 
     class Deadly(EngineThread):
         def answer(self, requests):
@@ -324,11 +326,11 @@ def test_only_the_row_that_kills_engines_becomes_an_error_row(tiny_model, tmp_pa
         for number, words in enumerate(["a word", "the four words", "that kill this whole engine", "another"])
     ]
     deadly = safetensors.torch.load(rows[2].inputs)["input_ids"].shape
-    block = _packed(Block(7, rows))
+    block = packed(Block(7, rows))
     for _ in range(3):
         with pytest.raises(SystemExit):
             actor(block)
-    (written,) = _unpacked(actor(block))
+    (written,) = unpacked(actor(block))
     assert {number: caption.error_kind for number, caption in written.captions.items()} == {
         0: None,
         1: None,
@@ -340,11 +342,12 @@ def test_only_the_row_that_kills_engines_becomes_an_error_row(tiny_model, tmp_pa
 
 
 def test_the_error_of_an_engine_that_cannot_start_reaches_the_job(tiny_model, tmp_path):
-    from pipelines.caption.stages import Block, _packed, _unpacked
+    from pipelines.caption.stages import Block
+    from pipelines.caption.stream import packed, unpacked
 
     actor = Undisturbed(work_of(tiny_model, tmp_path), ConfigError("summary_tokens = 3"))
     with pytest.raises(ConfigError, match="summary_tokens = 3"):
-        list(_unpacked(actor(_packed(Block(0, [PreparedRow(0, "a")])))))
+        list(unpacked(actor(packed(Block(0, [PreparedRow(0, "a")])))))
 
 
 def test_each_row_has_its_own_constant_seed(tiny_model, tmp_path):

@@ -38,7 +38,7 @@ TROUBLES = {
 
 
 def manifest(folder: Path, images: Path) -> None:
-    write_manifest(InputSection(source=str(images), prompt="What?"), folder / "manifest.parquet", 4, print)
+    write_manifest(InputSection(source=str(images), prompt="What?"), folder / "manifest", 4, print)
 
 
 def attempts(folder: Path, _: Path) -> None:
