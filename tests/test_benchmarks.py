@@ -57,6 +57,7 @@ SCRIPTS = {
         *("--cases", "nothing", "half of the images oversized or hostile"),
     ],
     "serve_load": ["--parts", "overhead", "--requests", "3", "--tokens", "4"],
+    "scale": ["--rows", "200", "1500", "--blocks", "160", "--requests", "8"],
     "caption_job": ["--rows", "4", "--sequences", "2", "--repeats", "1"],
     "gpu": [
         "--device",
@@ -92,7 +93,7 @@ def test_a_script_writes_its_part_of_a_page(script, tmp_path, shapes_data):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- generated: here -->\n<!-- end: here -->\nafter\n")
     where = {"caption_job": ["--images", str(shapes_data / "images/train")]}
-    options = where.get(script, [] if script.startswith("serve") else ["--threads", "1"])
+    options = where.get(script, [] if script.startswith(("serve", "scale")) else ["--threads", "1"])
     run(script, *SCRIPTS[script], *options, "--out", str(page), "--part", "here")
     text = page.read_text()
     assert text.startswith("before\n")

@@ -1,0 +1,282 @@
+"""Find the first bottleneck of a captioning job and of an endpoint at each power of ten.
+
+    python -m benchmarks.scale --out docs/benchmarks/scale.md
+
+Each cost is measured on this machine in CPU seconds, with tiny payloads where only their number matters. GPUs
+are sized by `skipvision.cost` from data sheets. Then arithmetic: how much of each limit a job of 10³ to 10⁹
+images and an endpoint of 1 to 10⁵ requests a second take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import skipvision as sv
+from benchmarks import _measure, _scale
+from benchmarks.gpu import GEOMETRIES
+from skipvision.cost.sizing import GPUS, Workload, demand, size
+
+DAY = 86_400
+BLOCK_ROWS = 16
+"""Rows of a block with 64 sequences at once: see `pipelines.caption.stages`."""
+EARLIER = {"block_bytes": 4_100.0, "row_bytes": 44.0, "footer_bytes": 1_750.0, "tally": 2.0}
+"""Costs of the version before, measured in the same way.
+
+Bytes of the driver for each block (Ray Data's statistics) and row (hashes of keys, and their sorted copy);
+bytes of metadata for each shard of the manifest, which every reader parses for every shard; seconds of
+`tally` as a multiple of today's, for a start and once more for the end.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; with --out, update the page."""
+    options = _options().parse_args(arguments)
+    if options.measure:
+        print(json.dumps(getattr(_scale, options.measure)(options.count)))
+        return
+    load = os.getloadavg()[0]
+    jobs = [_apart("job", rows) for rows in options.rows]
+    parts = [f"### A job's driver, tiny payloads, {_scale.SHARD:,} rows a shard\n\n{_driver(jobs)}"]
+    if "arithmetic" in options.parts:
+        block, request = _apart("blocks", options.blocks), _apart("endpoint", options.requests)
+        costs = Costs(jobs[-1], block, _scale.image(), request, _scale.attempts(), options.gpu)
+        parts += [
+            f"### Costs of one\n\n{costs.table()}",
+            f"### A captioning job in a day\n\n{_captioning(costs)}",
+            f"### An endpoint\n\n{_serving(costs)}",
+        ]
+    command = "python -m benchmarks.scale " + " ".join(arguments or sys.argv[1:])
+    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
+    text = "\n\n".join(
+        [
+            f"`{command.strip()}`",
+            f"{machine}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after.",
+            *parts,
+        ]
+    )
+    print(text)
+    if options.out:
+        _measure.write_part(options.out, options.part, text)
+
+
+def _apart(what: str, count: int) -> Any:
+    """Measure in a process of its own."""
+    words = [sys.executable, "-m", "benchmarks.scale", "--measure", what, "--count", str(count)]
+    done = subprocess.run(
+        words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured costs: of a job without Ray, a block, an image, a request, and a block's files (s, bytes)."""
+
+    job: dict[str, float]
+    block: dict[str, float]
+    image: dict[str, float]
+    request: dict[str, float]
+    attempts: float
+    gpu: str
+
+    @property
+    def reading(self) -> float:
+        """CPU seconds of a reader for an image."""
+        return self.image["open"] + self.image["prepare"] + self.image["pack"]
+
+    @property
+    def engine(self) -> float:
+        """Seconds of a GPU for an image."""
+        work = Workload(1)
+        model = GEOMETRIES["llava-1.5-7b"].config()
+        model.dtype = torch.bfloat16
+        sized = size(demand(model, sv.SkipConfig(retained=0.25, skipped=0.25), work), GPUS[self.gpu], work)
+        if sized is None:
+            raise SystemExit(f"LLaVA-1.5-7B does not fit into one {self.gpu}")
+        return 1 / sized.images_per_second
+
+    def table(self) -> str:
+        """Format the costs as a table."""
+        rows = [
+            ("image: open a JPEG of 640 × 480", _ms(self.image["open"])),
+            ("image: to the model's pixels (336 × 336)", _ms(self.image["prepare"])),
+            ("image: into a block", _ms(self.image["pack"])),
+            ("image: bytes in the object store", f"{self.image['bytes'] / 1e6:.2f} MB"),
+            (f"image: prefill and decode on one {self.gpu} (predicted)", _ms(self.engine)),
+            ("row: listing", _us(self.job["listing"])),
+            ("row: writing its caption", _us(self.job["writing"])),
+            ("row: counting its caption at a later start", _us(self.job["tally"])),
+            (
+                "row: manifest, caption",
+                f"{self.job['manifest_bytes']:.0f} + {self.job['caption_bytes']:.0f} B",
+            ),
+            ("block: Ray Data, the driver's time", _ms(self.block["seconds"])),
+            ("block: Ray Data, the driver's memory", f"{self.block['bytes']:,.0f} B"),
+            ("block: its file of attempts", _ms(self.attempts)),
+            ("shard: reading its manifest", _ms(self.job["shard"])),
+            ("request: CPU of the proxy", _ms(self.request["proxy"])),
+            ("request: CPU of the ingress", _ms(self.request["ingress"])),
+            ("checkpoint of fine-tuning: LoRA of rank 16, 7B", f"{_scale.checkpoint() / 1e6:.0f} MB"),
+        ]
+        return _measure.table(["cost", "measured"], rows)
+
+
+def _driver(jobs: Sequence[dict[str, float]]) -> str:
+    head = ["rows", "listing µs/row", "open manifest ms", "read last shard ms", "missing µs/shard"]
+    head += ["count finished µs/row", "memory above start MiB"]
+    rows = [
+        [
+            f"{job['rows']:,}",
+            f"{1e6 * job['listing']:.0f}",
+            f"{1e3 * job['opening']:.1f}",
+            f"{1e3 * job['shard']:.0f}",
+            f"{1e6 * job['missing']:.1f}",
+            f"{1e6 * job['tally']:.2f}",
+            f"{job['memory'] / 2**20:.0f}",
+        ]
+        for job in jobs
+    ]
+    return _measure.table(head, rows)
+
+
+# ----------------------------------------------------------------------------------------- captioning
+
+
+def _captioning(costs: Costs) -> str:
+    """Format the first bottlenecks of jobs that may take a day."""
+    head = ["images", "GPUs", "hours", "before", "today", "what lifts today's"]
+    rows = []
+    for power in range(3, 10):
+        images = 10**power
+        gpus = max(1, math.ceil(images * costs.engine / DAY))
+        time = images * costs.engine / gpus
+        before, now = (_limits(costs, images, gpus, time, earlier=old) for old in (True, False))
+        rows.append(
+            [
+                f"10^{power}",
+                str(gpus),
+                f"{time / 3600:.2g}",
+                _first(before),
+                _first(now),
+                LIFTED[max(now, key=lambda name: now[name])] if max(now.values()) > 1 else "",
+            ]
+        )
+    return _measure.table(head, rows)
+
+
+LIFTED = {
+    "listing": "parquet inputs in several jobs",
+    "driver's time": "larger blocks (`engine.max_sequences`), or several jobs over parts of the inputs",
+    "driver's memory": "several jobs over parts of the inputs",
+    "manifest's metadata": "larger `output.shard_rows`",
+    "restart": "larger `output.shard_rows`",
+    "files in a folder": "larger `output.shard_rows`",
+    "readers' CPUs": "`scaling.readers`, on nodes with more CPUs",
+    "shared folder": "inputs in an object store",
+    "ingress' CPU": "`ingresses`",
+    "proxies' CPU": "a proxy on every node and a load balancer; HAProxy",
+    "Serve's controller": "several endpoints with a load balancer",
+    "clients' network": "URLs instead of base64, a load balancer",
+    "MLflow": "a longer `adapter_poll_s`",
+}
+
+
+def _limits(costs: Costs, images: int, gpus: int, time: float, *, earlier: bool) -> dict[str, float]:
+    """Return the share of each limit that a job takes, by name."""
+    blocks, shards = images / BLOCK_ROWS, max(1.0, images / _scale.SHARD)
+    block_bytes = EARLIER["block_bytes"] if earlier else costs.block["bytes"]
+    memory = block_bytes * blocks + (EARLIER["row_bytes"] * images if earlier else costs.job["memory"])
+    parsed = EARLIER["footer_bytes"] * (shards if earlier else min(shards, 100))
+    tally = costs.job["tally"] * (2 * EARLIER["tally"] if earlier else 1)
+    driver = costs.block["seconds"] * blocks + costs.job["writing"] * images
+    return {
+        "listing": costs.job["listing"] * images / (0.2 * DAY),  # a fifth of a day
+        "driver's time": driver / time,
+        "driver's memory": memory / 6e9,  # of a head with 8 GiB
+        "manifest's metadata": parsed
+        / 100e6
+        / (0.05 * _scale.SHARD * costs.engine),  # 100 MB/s, 5 % of a shard
+        "restart": tally * images / 600,  # ten minutes
+        "files in a folder": shards / 1e6,
+        "readers' CPUs": costs.reading / costs.engine / 7,  # of a worker with 8, for each GPU
+        "shared folder": costs.image["file"] * images / time / 5e9,  # 5 GB/s
+    }
+
+
+def _first(shares: dict[str, float]) -> str:
+    """Name the limit that is reached first; the job is bound by its GPUs if none is."""
+    name = max(shares, key=lambda one: shares[one])
+    if shares[name] <= 1:
+        return f"GPUs (next: {name}, {shares[name]:.2g})"
+    return f"**{name}**, {shares[name]:,.1f} × its limit"
+
+
+# ------------------------------------------------------------------------------------------- serving
+
+
+def _serving(costs: Costs) -> str:
+    """Format the first bottlenecks of endpoints: with one ingress and proxy, and with one on each node."""
+    head = ["requests/s", "GPUs", "one ingress and proxy", "one for each 8 GPUs", "what lifts that"]
+    rows = []
+    for power in range(6):
+        rate = 10**power
+        gpus = math.ceil(rate * costs.engine)
+        one, many = (_loads(costs, rate, gpus, fronts) for fronts in (1, math.ceil(gpus / 8)))
+        name = max(many, key=lambda one: many[one])
+        rows.append(
+            [f"10^{power}", f"{gpus:,}", _first(one), _first(many), LIFTED[name] if many[name] > 1 else ""]
+        )
+    return _measure.table(head, rows)
+
+
+def _loads(costs: Costs, rate: int, gpus: int, fronts: int) -> dict[str, float]:
+    request = costs.request
+    return {
+        "ingress' CPU": rate * request["ingress"] / fronts,
+        "proxies' CPU": rate * request["proxy"] / fronts,
+        "clients' network": rate * costs.image["file"] * 4 / 3 / fronts / 1.25e9,  # 10 Gbit/s, base64
+        "Serve's controller": gpus / 2_000,  # replicas that report to one controller, an assumption
+        "MLflow": gpus / 30 / 100,  # each engine polls every 30 s; 100 answers/s, an assumption
+    }
+
+
+def _ms(value: float) -> str:
+    return f"{1e3 * value:.2f} ms"
+
+
+def _us(value: float) -> str:
+    return f"{1e6 * value:.1f} µs"
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    rows = [10**3, 10**4, 10**5, 10**6]
+    both = ["driver", "arithmetic"]
+    add("--parts", choices=both, nargs="+", default=both, help="tables to print (default: both)")
+    add("--rows", type=int, nargs="+", default=rows, help="sizes of the manifest (default: 10^3 to 10^6)")
+    add("--blocks", type=int, default=6000, help="blocks through Ray Data (default: %(default)s)")
+    add("--requests", type=int, default=160, help="requests to the endpoint (default: %(default)s)")
+    add("--gpu", choices=list(GPUS), default="l40s", help="GPU of the arithmetic (default: %(default)s)")
+    add("--measure", choices=["job", "blocks", "endpoint"], help="measure only this, in this process")
+    add("--count", type=int, default=1000, help="rows, blocks or requests of --measure")
+    add("--out", type=Path, help="Markdown page to update")
+    add("--part", default="table", help="name of the page's part (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
