@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import pytest
 from packaging.requirements import Requirement
+from sqlalchemy.engine import make_url
 
 from tests.infra.manifests import INFRA, ROOT
 
@@ -65,6 +66,13 @@ def test_mlflow_has_exact_versions():
         if line and not line.startswith("#"):
             wanted = Requirement(line)
             assert wanted.name in CONSTRAINTS or str(wanted.specifier).startswith("==")
+
+
+def test_mlflow_has_the_driver_of_its_database():
+    compose = (INFRA / "compose/compose.yaml").read_text()
+    uri = re.search(r"--backend-store-uri (\S+)", compose)[1]
+    driver = make_url(uri).get_dialect().driver
+    assert f"\n{driver}==" in (INFRA / "image/mlflow.txt").read_text()
 
 
 def test_copied_files_exist_and_are_not_ignored():
@@ -119,7 +127,7 @@ def test_nodes_have_the_variables_of_the_endpoint():
         (
             "mlflow",
             "native",
-            ["test $(id -u) = 1000", "mlflow --version", "python -c 'import psycopg2, boto3'"],
+            ["test $(id -u) = 1000", "mlflow --version", "python -c 'import psycopg, boto3'"],
         ),
     ],
 )
