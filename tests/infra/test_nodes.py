@@ -1,4 +1,4 @@
-"""Jobs on a cluster of four nodes, one of which is killed in the middle: nothing is lost, little is repeated.
+"""Jobs and an endpoint on four nodes, one of which is killed: nothing is lost, and little is repeated.
 
 The nodes are raylets on this machine, each with its own worker processes and object store. A killed node
 loses all of them at once.
@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,3 +168,71 @@ def test_fine_tuning_survives_the_death_of_a_node(nodes, tiny_model, shapes_data
     print(f"fine-tuning: 0 of {steps} steps lost, {repeated} repeated, killed after step {reached}")
     assert set(recorded) == set(range(1, steps + 1))
     assert repeated <= 2 * every
+
+
+class Clients:
+    """Clients that send one request after another, each up to three times, as the OpenAI client does."""
+
+    def __init__(self, url: str, count: int) -> None:
+        self.url, self.end = url, threading.Event()
+        self.tries: list[int] = []
+        self.lost: list[str] = []
+        self.threads = [threading.Thread(target=self._send_all) for _ in range(count)]
+
+    def _send_all(self) -> None:
+        while not self.end.is_set():
+            for tries in range(1, 4):
+                try:
+                    self._send()
+                except (OSError, ValueError) as error:
+                    reason = repr(error)
+                    time.sleep(1)
+                else:
+                    self.tries.append(tries)
+                    break
+            else:
+                self.lost.append(reason)
+
+    def _send(self) -> None:
+        messages = [{"role": "user", "content": "What is it?"}]
+        body = json.dumps({"model": "tiny", "max_tokens": 48, "messages": messages}).encode()
+        request = urllib.request.Request(self.url, body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as response:
+            assert json.load(response)["usage"]["completion_tokens"] > 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (reached := condition()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return reached
+
+
+def test_an_endpoint_survives_the_death_of_a_node(nodes, tiny_model, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    scaling = {"min_engines": 3, "max_engines": 3, "cpus_per_engine": 0.5}
+    model = {"path": str(tiny_model), "name": "tiny", "scaling": scaling}
+    deploy = start(nodes, "deploy", {"models": [model], "port": port, "ingresses": 2}, tmp_path)
+    output = deploy.communicate(timeout=600)[0]
+    assert deploy.returncode == 0, output
+    holding = nodes.with_process(":engine")
+    assert len(holding) > 1, "the engines are on one node"
+
+    clients = Clients(f"http://127.0.0.1:{port}/v1/chat/completions", 6)
+    for thread in clients.threads:
+        thread.start()
+    try:
+        assert wait_for(lambda: len(clients.tries) > 20, 120)
+        nodes.kill(holding[-1])
+        before = len(clients.tries)
+        assert wait_for(lambda: len(clients.tries) > before + 60, 300), clients.lost
+    finally:
+        clients.end.set()
+        for thread in clients.threads:
+            thread.join()
+    resent = sum(tries - 1 for tries in clients.tries)
+    print(f"endpoint: {len(clients.lost)} of {len(clients.tries)} requests lost, {resent} sent again")
+    assert clients.lost == []
+    assert resent <= 2 * 6  # those on their way when the node died, at most twice
