@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from skipvision._compat import EncoderOverride, forget_encoded, override_encoders, takes_encoded
 from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
 from skipvision.anatomy.families import Anatomy, dissect
+from skipvision.anatomy.probe import Probe
 from skipvision.anatomy.tower import hook_tower
 from skipvision.config import SkipConfig
-from skipvision.errors import ConfigError
+from skipvision.errors import ConfigError, UnsupportedModelError
 from skipvision.plan import TokenPlan
 from skipvision.reduction import Reduction
 from skipvision.skip_ffn import hook_layer
@@ -229,10 +230,28 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
             f"{criterion.setting} needs a multi-view family; {outer} encodes one view per image"
         )
     if criterion.probe is not None:
-        criterion.probe.check(anatomy.layers[config.probe_layer])
+        _check_probe(criterion.probe, anatomy, config.probe_layer)
     for method in (config.merging, criterion):
         if method.needs_patches and not anatomy.family.patches:
             raise ConfigError(
                 f"{method.setting} needs a family whose visual tokens are patches of one square image; "
                 f"those of {outer} are not known to be (docs/families.md)"
             )
+
+
+def _check_probe(probe: Probe, anatomy: Anatomy, number: int) -> None:
+    """Raise an error if a layer cannot be read; name those that can, as in a decoder with recurrent layers."""
+    failed: dict[int, UnsupportedModelError] = {}
+    for each, layer in enumerate(anatomy.layers):
+        try:
+            probe.check(layer)
+        except UnsupportedModelError as error:
+            failed[each] = error
+    if number in failed and len(failed) < len(anatomy.layers):
+        readable = ", ".join(str(each) for each in range(len(anatomy.layers)) if each not in failed)
+        raise ConfigError(
+            f"probe_layer={number} is a {type(anatomy.layers[number].attention).__name__}, which cannot be "
+            f"read: set probe_layer to one of the decoder's layers {readable}"
+        ) from failed[number]
+    if number in failed:
+        raise failed[number]

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
 )
 
 from skipvision.errors import InputError, UnsupportedModelError
@@ -44,7 +45,7 @@ class _PrunedLayer(DynamicLayer):
 
 
 class _RowsLayer(_PrunedLayer):
-    """First layer of a pruned cache, which tracks the prefill row that each of its rows comes from.
+    """First attention layer of a pruned cache: tracks the prefill row that each of its rows comes from.
 
     Attributes:
         origin: (B,) row of the prefill; None while the rows are those of the prefill.
@@ -140,7 +141,7 @@ class CacheState:
         if lost > 0:
             state = state._cropped(lost)
             setattr(cache, _STATE, state)
-        first = cache.layers[0]
+        first = cache.layers[_first_with_entries(cache)]
         if not isinstance(first, _RowsLayer) or first.origin is None:
             return state
         return state._of_rows(first.origin)
@@ -148,9 +149,10 @@ class CacheState:
     def remember(self, cache: Cache) -> None:
         """Store the state on the cache."""
         setattr(cache, _STATE, self)
+        first = _first_with_entries(cache)
         for number, layer in enumerate(cache.layers):
             if isinstance(layer, DynamicLayer):
-                cache.layers[number] = (_PrunedLayer if number else _RowsLayer).of(layer)
+                cache.layers[number] = (_RowsLayer if number == first else _PrunedLayer).of(layer)
 
     def _cropped(self, lost: int) -> CacheState:
         """Return the state without its last entries, as `generate` drops the tokens of a wrong draft."""
@@ -207,6 +209,11 @@ class CacheState:
         return torch.cat([self.token_index, self.fed[:, None] + later], dim=1)
 
 
+def _first_with_entries(cache: Cache) -> int:
+    """Return the number of the first layer that is not of linear attention or a convolution."""
+    return next(n for n, layer in enumerate(cache.layers) if not isinstance(layer, LinearAttentionLayer))
+
+
 def keep_everything(cache: Cache) -> None:
     """Make sliding-window layers keep all entries: in a pruned cache the mask limits the window.
 
@@ -229,9 +236,15 @@ def keep_everything(cache: Cache) -> None:
 
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:
-    """Return a cache's layers; raise `UnsupportedModelError` unless all of them can be pruned."""
+    """Return a cache's layers with keys and values. States of linear attention stay as they are.
+
+    Raises:
+        UnsupportedModelError: one of them cannot be pruned.
+    """
     layers = []
     for number, layer in enumerate(cache.layers):
+        if type(layer) is LinearAttentionLayer:
+            continue
         if not isinstance(layer, DynamicLayer) or type(layer) not in _PRUNABLE:
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned (a "
@@ -245,7 +258,7 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
 def refuse_static(cache: Cache | None) -> None:
     """Raise `UnsupportedModelError` for a cache of fixed size: transformers makes other masks for it."""
     for layer in () if cache is None else cache.layers:
-        if not isinstance(layer, DynamicLayer):
+        if not isinstance(layer, DynamicLayer) and type(layer) is not LinearAttentionLayer:
             prunable_layers(cache)  # type: ignore[arg-type]
 
 
@@ -283,6 +296,6 @@ def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor |
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Count the bytes of a cache's keys and values."""
+    """Count the bytes of a cache's keys and values, without the fixed states of linear attention."""
     tensors = [t for layer in prunable_layers(cache) for t in (layer.keys, layer.values) if t is not None]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -11,6 +11,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
 from skipvision._compat import LayerWithoutCache, decoder_cache_layers
@@ -24,13 +25,19 @@ _IGNORED = -100
 
 
 def refuse_states(text_config: Any) -> None:
-    """Raise `UnsupportedModelError` if the decoder's cache has layers that cannot forget single tokens."""
+    """Raise `UnsupportedModelError` if the decoder's cache has layers that a plan does not fit.
+
+    Layers of linear attention and short convolutions keep a state of fixed size. Tokens that leave the cache
+    of the attention layers stay in that state, which costs nothing.
+    """
     for number, layer in enumerate(decoder_cache_layers(text_config)):
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
             continue
         kind = type(layer).__name__
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            reason = "linear attention or convolutions carry a state that cannot forget"
+            reason = "attention whose keys and values pass through convolutions with a state"
+        elif (getattr(text_config, "layer_types", None) or {number: ""})[number] in ("mlp", "moe"):
+            reason = "layers that are either attention or a feed-forward network, not both"
         elif isinstance(layer, LayerWithoutCache):
             # Such a decoder feeds these layers only the last token: the plan does not fit them.
             reason = "layers that attend to another layer's KV cache"

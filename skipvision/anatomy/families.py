@@ -2,8 +2,8 @@
 
 Most image-text-to-text families of transformers 5.23 share one shape. An outer model encodes images by
 ``get_image_features`` or takes them encoded as ``mm_encoder_outputs``, puts them at placeholder tokens, and
-calls a text decoder with ``inputs_embeds``. Each decoder layer has self-attention and then a feed-forward
-network. A family of that shape declares nothing here.
+calls a text decoder with ``inputs_embeds``. Each decoder layer mixes tokens, by attention or a recurrence, and
+then has a feed-forward network. A family of that shape declares nothing here.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ FAMILIES: dict[str, Family] = {
 
 _IMAGE_PARTS = ("vision", "image", "vq_")
 _DECODERS = ("language_model", "text_model")
-_ATTENTION = ("self_attn",)
+_MIXERS = ("self_attn", "linear_attn", "conv")
 _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
 _MORE_FEED_FORWARD = ("experts",)
 _CROSS_ATTENTION = ("cross_attn", "crossattention")
@@ -87,7 +87,10 @@ _ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
 
 
 class Layer(NamedTuple):
-    """A decoder layer and its two halves."""
+    """A decoder layer and its two halves.
+
+    ``attention`` mixes tokens: by softmax attention, linear attention, or a short convolution.
+    """
 
     whole: nn.Module
     attention: nn.Module
@@ -249,7 +252,7 @@ def _attends_across(module: nn.Module) -> bool:
 
 def _halves(layer: nn.Module, number: int) -> Layer:
     parts = submodules(layer)
-    attention = next((parts[name] for name in _ATTENTION if name in parts), None)
+    attention = next((parts[name] for name in _MIXERS if name in parts), None)
     mlp = next((parts[name] for name in _FEED_FORWARD if name in parts), None)
     others = [name for name in _MORE_FEED_FORWARD if name in parts]
     if attention is None or mlp is None or others:

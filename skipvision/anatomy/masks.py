@@ -20,6 +20,8 @@ from skipvision.plan import TokenPlan
 FULL = "full_attention"
 _SLIDING = "sliding_attention"
 _CHUNKED = "chunked_attention"
+_RECURRENT = ("linear_attention", "conv")
+"""Kinds of layers that take a 2-D padding mask."""
 
 Given = torch.Tensor | dict[str, torch.Tensor | None] | None
 """A decoder's attention_mask: (B, S), (B, 1, L, S), one of the latter per kind of layer, or None."""
@@ -30,7 +32,8 @@ class Sight:
     """How far the layers of one decoder see.
 
     Attributes:
-        kinds: the kinds of layers: "full_attention", "sliding_attention", "chunked_attention".
+        kinds: the kinds of layers: "full_attention", "sliding_attention", "chunked_attention",
+            "linear_attention", "conv".
         by_kind: the decoder takes a dictionary of masks, one per kind.
         reach: window or chunk length of a kind, in tokens.
         implementation: "sdpa" (boolean masks), "eager" (added masks), or one without masks per query.
@@ -59,17 +62,39 @@ class Sight:
     @property
     def unlimited(self) -> bool:
         """Whether every layer sees all earlier tokens, so that a 2-D mask suffices."""
-        return self.kinds == (FULL,)
+        return not {*self.kinds} - {FULL, *_RECURRENT}
 
     @property
     def takes_masks(self) -> bool:
         """Whether the attention implementation takes a mask per query."""
         return self.implementation in ("sdpa", "eager")
 
-    def write(self, seen: dict[str, torch.Tensor], as_dict: bool, dtype: torch.dtype) -> Given:
-        """Return (B, Q, K) booleans per kind in the form that the decoder takes."""
-        masks = {kind: self._written(allowed, dtype) for kind, allowed in seen.items()}
-        return masks if as_dict else next(iter(masks.values()))  # type: ignore[return-value]
+    @property
+    def attending(self) -> tuple[str, ...]:
+        """The kinds of layers that take a mask per query."""
+        return tuple(kind for kind in self.kinds if kind not in _RECURRENT)
+
+    def write(
+        self,
+        seen: dict[str, torch.Tensor],
+        as_dict: bool,
+        dtype: torch.dtype,
+        real: torch.Tensor | None = None,
+    ) -> Given:
+        """Return the masks in the form that the decoder takes.
+
+        Args:
+            seen: (B, Q, K) booleans for each kind of attention layer.
+            as_dict: the decoder takes a dictionary.
+            dtype: of the hidden states.
+            real: (B, Q) tokens that are not padding, for recurrent layers; None = all.
+        """
+        masks: dict[str, torch.Tensor | None] = {
+            kind: self._written(allowed, dtype) for kind, allowed in seen.items()
+        }
+        if not as_dict:
+            return next(iter(masks.values()))
+        return {**masks, **{kind: real for kind in self.kinds if kind in _RECURRENT}}
 
     def _written(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         seen = seen[:, None]
@@ -135,7 +160,7 @@ def prefill_mask(
     order = torch.arange(source.shape[1], device=source.device)
     before = order[:, None] >= order
     seen = {}
-    for kind in sight.kinds if sight.by_kind or isinstance(given, dict) else sight.kinds[:1]:
+    for kind in sight.attending if sight.by_kind or isinstance(given, dict) else sight.attending[:1]:
         mask = given.get(kind) if isinstance(given, dict) else given
         if mask is not None and mask.ndim == 4:
             own = _reduced(mask[..., -caller_index.shape[1] :], source, before)
@@ -147,7 +172,7 @@ def prefill_mask(
             own = own & ~(generated[:, :, None] & ~plan.cache_mask[:, None, :])
         old = sight.within_reach(kind, token_index, earlier_index) & earlier[:, None, :]
         seen[kind] = torch.cat([old.expand(-1, own.shape[1], -1), own], dim=2)
-    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype)
+    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, plan.attention_mask)
 
 
 def _reduced(given: torch.Tensor, source: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -192,6 +217,7 @@ def decode_mask(
         kind: before
         & mask[:, None, :]
         & sight.within_reach(kind, token_index[:, entries - new :], token_index)
-        for kind in (sight.kinds if sight.by_kind or isinstance(given, dict) else sight.kinds[:1])
+        for kind in (sight.attending if sight.by_kind or isinstance(given, dict) else sight.attending[:1])
     }
-    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype)
+    real = mask[:, entries - new :] if new > 1 else None
+    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, real)

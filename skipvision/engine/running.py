@@ -156,7 +156,7 @@ class Running:
         visible = torch.arange(keys.shape[1], device=keys.device) <= lengths[:, None]
         if not self._sight.takes_masks:
             return visible.long()
-        kinds = self._sight.kinds if self._sight.by_kind else self._sight.kinds[:1]
+        kinds = self._sight.attending if self._sight.by_kind else self._sight.attending[:1]
         masks = {
             kind: visible[:, None] & self._sight.within_reach(kind, ordinals[:, None], keys) for kind in kinds
         }

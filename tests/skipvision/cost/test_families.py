@@ -54,7 +54,7 @@ def last(model, positions):
 
 
 def kept_bytes(cache):
-    states = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    states = [tensor for layer in prunable_layers(cache) for tensor in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in states if tensor is not None)
 
 

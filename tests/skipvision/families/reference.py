@@ -4,7 +4,8 @@ No token leaves the sequence here. The untouched model makes the same calls as t
 the inputs of its decoder are recorded: embeddings, positions, and which token sees which in every layer. The
 decoder then runs once over all of them. Dropped and merged columns are hidden from all, skipped ones from
 later calls; FFN outputs of skipped ones are zero; and summaries are further columns. So windows, chunks,
-two-way images, M-RoPE and DeepStack act as the family implements them.
+two-way images, M-RoPE and DeepStack act as the family implements them. Recurrent layers have no mask: each row's
+surviving columns, skipped ones included, run through them alone, in order.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ Run = Callable[[], Any]
 
 @dataclass
 class Call:
-    """One call of the decoder: its keywords, and the (B, q, past + q) visible pairs of each layer."""
+    """One call of the decoder: its keywords, and the (B, q, past + q) visible pairs of each attention layer.
+
+    ``real`` are its (B, q) tokens that are not padding.
+    """
 
     keywords: dict[str, Any]
     seen: list[torch.Tensor]
+    real: torch.Tensor
 
 
 @dataclass
@@ -40,7 +45,8 @@ class Seen:
         embeds: (B, T, H).
         positions: (…, B, T).
         call: (T,) number of the call that brought each column.
-        layers: (B, T, T) for each layer, True where a query (second axis) sees a key (third).
+        real: (B, T) columns that are not padding.
+        layers: (B, T, T) for each attention layer, True where a query (second axis) sees a key (third).
         deep: DeepStack features at their columns, zero elsewhere; (B, T, H) for each layer that has some.
         visual: (B, T) columns that have DeepStack features.
         others: further keywords with one entry per column, (B, T, …) each.
@@ -50,6 +56,7 @@ class Seen:
     embeds: torch.Tensor
     positions: torch.Tensor
     call: torch.Tensor
+    real: torch.Tensor
     layers: list[torch.Tensor]
     deep: list[torch.Tensor]
     visual: torch.Tensor
@@ -85,7 +92,10 @@ def watch(model: nn.Module, run: Run) -> Seen:
     calls: list[Call] = []
 
     def begin(decoder: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
-        calls.append(Call(dict(keywords), []))
+        shape, given = keywords["inputs_embeds"].shape[:2], keywords.get("attention_mask")
+        padded = isinstance(given, torch.Tensor) and given.ndim == 2
+        real = given[:, -shape[1] :].bool() if padded else torch.ones(shape, dtype=torch.bool)
+        calls.append(Call(dict(keywords), [], real))
 
     def note(attention: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
         past = sum(call.keywords["inputs_embeds"].shape[1] for call in calls[:-1])
@@ -93,13 +103,19 @@ def watch(model: nn.Module, run: Run) -> Seen:
         calls[-1].seen.append(_seen(keywords["attention_mask"], *shape, past))
 
     handles = [anatomy.decoder.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in anatomy.layers]
+    attending = [layer.attention for layer in anatomy.layers if not is_recurrent(layer.attention)]
+    handles += [attention.register_forward_pre_hook(note, with_kwargs=True) for attention in attending]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
     return _joined(calls)
+
+
+def is_recurrent(mixer: nn.Module) -> bool:
+    """Return whether a layer mixes tokens by linear attention or a convolution."""
+    return mixer.__class__.__name__.endswith(("GatedDeltaNet", "ShortConv"))
 
 
 def _seen(mask: torch.Tensor | None, rows: int, new: int, past: int) -> torch.Tensor:
@@ -138,6 +154,7 @@ def _joined(calls: list[Call]) -> Seen:
         torch.cat(embeds, dim=1),
         torch.cat(_alike(positions), dim=-1),
         torch.cat([torch.full((part.shape[1],), number) for number, part in enumerate(embeds)]),
+        torch.cat([call.real for call in calls], dim=1),
         layers,
         deep,
         torch.cat(visual, dim=1),
@@ -252,7 +269,8 @@ def hidden_states(
         merged = [extended(_merged(features, fate.host))[visual] for features in seen.deep]
         keywords |= {"visual_pos_masks": visual, "deepstack_visual_embeds": merged}
     masks = [_mask(layer, seen.call, fate, columns, config) for layer in seen.layers]
-    output = _run(model, keywords, masks, takes_ffn)[:, :total]
+    orders = _orders(seen.real, fate, columns)
+    output = _run(model, keywords, masks, orders, takes_ffn)[:, :total]
     states = torch.take_along_dim(output, fate.host.clamp(min=0)[..., None], dim=1)
     return states.masked_fill((fate.host < 0)[..., None], 0)
 
@@ -306,6 +324,18 @@ def _mask(
     return whole
 
 
+def _orders(real: torch.Tensor, fate: Fate, columns: list[list[Summary]]) -> list[torch.Tensor]:
+    """Return the surviving columns of each row in their order: a summary follows the last of its image."""
+    rows, total = fate.host.shape
+    orders = []
+    for row in range(rows):
+        keys = {(column, 0, 0): column for column in range(total) if real[row, column]}
+        keys = {key: column for key, column in keys.items() if fate.host[row, column] == column}
+        keys |= {(one.behind, 1, n): n for n, one in enumerate(columns[row], start=total)}
+        orders.append(torch.tensor([column for _, column in sorted(keys.items())]))
+    return orders
+
+
 def _placeholder(given: Any, rows: int, width: int) -> Any:
     """Pass the decoder a mask that it accepts, and give every layer its own mask instead."""
     if isinstance(given, dict):
@@ -316,7 +346,11 @@ def _placeholder(given: Any, rows: int, width: int) -> Any:
 
 
 def _run(
-    model: nn.Module, keywords: dict[str, Any], masks: list[torch.Tensor], takes_ffn: torch.Tensor
+    model: nn.Module,
+    keywords: dict[str, Any],
+    masks: list[torch.Tensor],
+    orders: list[torch.Tensor],
+    takes_ffn: torch.Tensor,
 ) -> torch.Tensor:
     anatomy = dissect(model)
     adds = anatomy.text_config._attn_implementation == "eager"
@@ -334,10 +368,21 @@ def _run(
         silent = silent.reshape(update.shape)
         return (silent, *output[1:]) if isinstance(output, tuple) else silent
 
-    handles = []
-    for layer, mask in zip(anatomy.layers, masks, strict=True):
-        see_own = functools.partial(see, mask)
-        handles.append(layer.attention.register_forward_pre_hook(see_own, with_kwargs=True))
+    def recur(mixer: nn.Module, args: Any, given: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        hidden, output = given["hidden_states"], torch.zeros_like(output)
+        own = {**given, "attention_mask": None}
+        for row, order in enumerate(orders):
+            if len(order):
+                output[row, order] = mixer.forward(**{**own, "hidden_states": hidden[row, order][None]})[0]
+        return output
+
+    handles, left = [], iter(masks)
+    for layer in anatomy.layers:
+        if is_recurrent(layer.attention):
+            handles.append(layer.attention.register_forward_hook(recur, with_kwargs=True))
+        else:
+            see_own = functools.partial(see, next(left))
+            handles.append(layer.attention.register_forward_pre_hook(see_own, with_kwargs=True))
         handles.append(layer.mlp.register_forward_hook(silence))
     try:
         return anatomy.decoder(**keywords).last_hidden_state

@@ -3,6 +3,7 @@
 import torch
 
 from skipvision import attach
+from skipvision.kv_cache import prunable_layers
 from skipvision.testing.families import tiny_batch
 from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinations, model_of
 
@@ -11,7 +12,7 @@ from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinatio
 def layers_of(model, batch):
     """Return the keys and values that a prefill caches, by layer."""
     cache = model(**batch, use_cache=True).past_key_values
-    return [states for layer in cache.layers for states in (layer.keys, layer.values) if states is not None]
+    return [states for layer in prunable_layers(cache) for states in (layer.keys, layer.values)]
 
 
 @combinations(turn=2)

@@ -21,8 +21,15 @@ def everything(model, batch):
         output_scores=True,
         return_dict_in_generate=True,
     )
-    cached = [(layer.keys, layer.values) for layer in said.past_key_values.layers]
-    return [out.loss, out.logits, *gradients, said.sequences, *said.scores, *sum(cached, ())]
+    cached = [tensor for layer in said.past_key_values.layers for tensor in tensors_of(layer)]
+    return [out.loss, out.logits, *gradients, said.sequences, *said.scores, *cached]
+
+
+def tensors_of(layer):
+    """Return the keys and values of a cache's layer, or the states of a recurrent one."""
+    if hasattr(layer, "conv_states"):
+        return [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return [layer.keys, layer.values]
 
 
 def same(actual, expected):

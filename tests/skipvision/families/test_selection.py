@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skipvision import SkipConfig, TokenRole, attach
+from skipvision import ConfigError, SkipConfig, TokenRole, attach
 from skipvision.anatomy.families import dissect
 from skipvision.testing.families import tiny_batch
 from tests.skipvision.families import reference
@@ -97,15 +97,15 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
 
 @combinations(turn=1, dtypes=["float32"])
 def test_the_last_words_attention_equals_that_of_eager_attention(family, attention, dtype):
-    model, config = (
-        model_of(family, attention, dtype),
-        SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=1),
-    )
+    model = model_of(family, attention, dtype)
+    layers = dissect(model).layers
+    probed = next(number for number in (1, 2) if not reference.is_recurrent(layers[number].attention))
+    config = SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=probed)
     batch = tiny_batch(model, ROWS)
     plan, eager, weights = plan_of(model, batch, config), model_of(family, "eager", dtype), []
     handle = (
         dissect(eager)
-        .layers[1]
+        .layers[probed]
         .attention.register_forward_hook(lambda module, args, output: weights.append(output[1]))
     )
     with torch.no_grad():
@@ -130,3 +130,11 @@ def test_each_image_is_followed_by_its_own_summaries(family, attention, dtype):
         assert places.tolist() == list(range(last + 1, last + 5))
         expected = [max(retained)] * 2 + [max(skipped)] * 2
         assert plan.position_source[row, places].tolist() == expected
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_without_attention_cannot_be_probed(layer):
+    config = SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=layer)
+    message = f"probe_layer={layer} is a Lfm2ShortConv, which cannot be read: set .* decoder's layers 2$"
+    with pytest.raises(ConfigError, match=message):
+        attach(model_of("lfm2_vl"), config)

@@ -63,7 +63,7 @@ def exact_loss(model, batch):
 DIFFERENTIATED = {"gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl_moe", "smolvlm"}
 
 
-JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark"}
+JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark", "qwen3_5_moe"}
 """Mixtures of experts whose loss jumps: a small change may move a token to another expert."""
 
 
