@@ -240,7 +240,7 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
 
 
 def _check_probe(probe: Probe, anatomy: Anatomy, number: int) -> None:
-    """Raise an error if a layer cannot be read; name those that can, as in a decoder with recurrent layers."""
+    """Raise an error if a layer cannot be read; name those that can, if some layers are recurrent."""
     failed: dict[int, UnsupportedModelError] = {}
     for each, layer in enumerate(anatomy.layers):
         try:

@@ -2,8 +2,8 @@
 
 Most image-text-to-text families of transformers 5.23 share one shape. An outer model encodes images by
 ``get_image_features`` or takes them encoded as ``mm_encoder_outputs``, puts them at placeholder tokens, and
-calls a text decoder with ``inputs_embeds``. Each decoder layer mixes tokens, by attention or a recurrence, and
-then has a feed-forward network. A family of that shape declares nothing here.
+calls a text decoder with ``inputs_embeds``. Each decoder layer mixes tokens, by attention or a recurrence,
+and then has a feed-forward network. A family of that shape declares nothing here.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ from skipvision.loading import build_model
 
 _SHORT = 8
 """Tokens of the shortest run."""
+_CHUNK = 64
+"""Tokens that linear attention computes together in a prompt; transformers pads the last chunk."""
 _TOKENS = 256
 """Visual tokens of an image in families that keep its size (448 × 448 pixels at 28 per token)."""
 _TRIES = 4
@@ -54,47 +56,61 @@ class Design:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a run: per token, per pair of query and key, and per token in the feed-forward networks."""
+    """FLOPs of a run: per token, per pair of query and key, and per token in the feed-forward networks.
+
+    ``chunk`` are those of linear attention per chunk of a prompt; a decode step computes no chunk.
+    """
 
     token: int
     pair: int
     ffn: int
+    chunk: int = 0
 
     def __call__(self, queries: int, keys: int, ffn_tokens: int) -> int:
-        return self.token * queries + self.pair * queries * keys + self.ffn * ffn_tokens
+        chunks = self.chunk * math.ceil(queries / _CHUNK) if queries > 1 else 0
+        return self.token * queries + self.pair * queries * keys + self.ffn * ffn_tokens + chunks
 
     @classmethod
-    def fitted(cls, run: Callable[[int, int], Any]) -> Self:
-        """Fit three runs of ``run(tokens, ffn_tokens)``."""
-        n = _SHORT
+    def fitted(cls, run: Callable[[int, int], Any], chunked: bool) -> Self:
+        """Fit runs of ``run(tokens, ffn_tokens)``: three, or five if there is linear attention."""
+        n = _CHUNK if chunked else _SHORT
+        sizes = [(n, n), (2 * n, 2 * n), (2 * n, n)] + [(n + 1, n + 1), (n + 2, n + 2)] * chunked
         with DryRun():
-            short, long, part = (
-                measure_flops(partial(run, *sizes)) for sizes in ((n, n), (2 * n, 2 * n), (2 * n, n))
-            )
+            short, long, part, *longer = (measure_flops(partial(run, *each)) for each in sizes)
         ffn, pair = (long - part) // n, (long - 2 * short) // (2 * n * n)
-        return cls(short // n - pair * n - ffn, pair, ffn)
+        chunk = _chunk(short, *longer, pair) if chunked else 0
+        return cls((short - chunk) // n - pair * n - ffn, pair, ffn, chunk)
 
 
 @dataclass(frozen=True)
 class ProbeFlops:
-    """FLOPs of a probing run: a fixed part, and a part per token and per pair of tokens."""
+    """FLOPs of a probing run: a fixed part, and a part per token, per pair of tokens, and per chunk."""
 
     fixed: int
     token: int
     pair: int
+    chunk: int = 0
 
     def __call__(self, tokens: int) -> int:
-        return self.fixed + self.token * tokens + self.pair * tokens**2
+        chunks = self.chunk * math.ceil(tokens / _CHUNK)
+        return self.fixed + self.token * tokens + self.pair * tokens**2 + chunks
 
     @classmethod
-    def fitted(cls, run: Callable[[int], Any]) -> Self:
-        """Fit three runs of ``run(tokens)``."""
-        n = _SHORT
+    def fitted(cls, run: Callable[[int], Any], chunked: bool) -> Self:
+        """Fit runs of ``run(tokens)``: three, or five if there is linear attention."""
+        n = _CHUNK if chunked else _SHORT
+        sizes = [n, 2 * n, 3 * n] + [n + 1, n + 2] * chunked
         with DryRun():
-            one, two, three = (measure_flops(partial(run, times * n)) for times in (1, 2, 3))
+            one, two, three, *longer = (measure_flops(partial(run, each)) for each in sizes)
         pair = (three - 2 * two + one) // (2 * n * n)
-        token = (two - one) // n - 3 * n * pair
-        return cls(one - token * n - pair * n * n, token, pair)
+        chunk = _chunk(one, *longer, pair) if chunked else 0
+        token = (two - one - chunk) // n - 3 * n * pair
+        return cls(one - token * n - pair * n * n - chunk, token, pair, chunk)
+
+
+def _chunk(full: int, one_more: int, two_more: int, pair: int) -> int:
+    """Return the FLOPs of a chunk, by runs of one full chunk and of one and two tokens more."""
+    return (one_more - full) - (two_more - one_more) + 2 * pair
 
 
 class CacheLayer(NamedTuple):
@@ -108,6 +124,11 @@ class _Model(NamedTuple):
     whole: PreTrainedModel
     anatomy: Anatomy
     weights: int
+
+    @property
+    def chunked(self) -> bool:
+        """Whether a layer computes linear attention in chunks."""
+        return "linear_attention" in (getattr(self.anatomy.text_config, "layer_types", None) or ())
 
 
 class _Stop(Exception):
@@ -138,7 +159,7 @@ def head_sees_all(design: Design) -> bool:
 def decoder(design: Design) -> Flops:
     """Measure one forward through the decoder."""
     model = _model(design)
-    return Flops.fitted(partial(_forward, model, model.anatomy.decoder))
+    return Flops.fitted(partial(_forward, model, model.anatomy.decoder), model.chunked)
 
 
 @lru_cache(maxsize=64)
@@ -161,7 +182,7 @@ def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
             handle.remove()
 
     with _lora(anatomy, rank):
-        return ProbeFlops.fitted(run)
+        return ProbeFlops.fitted(run, model.chunked)
 
 
 @lru_cache(maxsize=64)
@@ -200,7 +221,7 @@ def training(design: Design, rank: int, below: bool) -> Flops:
     anatomy.decoder.requires_grad_(not rank)
     try:
         with _lora(anatomy, rank):
-            return Flops.fitted(step)
+            return Flops.fitted(step, model.chunked)
     finally:
         handle.remove()
         anatomy.decoder.requires_grad_(False).zero_grad()

@@ -13,6 +13,7 @@ from torch import nn
 
 from skipvision import SkipConfig, attach, measure_flops, predict_cost
 from skipvision.anatomy.families import dissect
+from skipvision.kv_cache import prunable_layers
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.family_table import SUPPORTED
 

@@ -4,8 +4,8 @@ No token leaves the sequence here. The untouched model makes the same calls as t
 the inputs of its decoder are recorded: embeddings, positions, and which token sees which in every layer. The
 decoder then runs once over all of them. Dropped and merged columns are hidden from all, skipped ones from
 later calls; FFN outputs of skipped ones are zero; and summaries are further columns. So windows, chunks,
-two-way images, M-RoPE and DeepStack act as the family implements them. Recurrent layers have no mask: each row's
-surviving columns, skipped ones included, run through them alone, in order.
+two-way images, M-RoPE and DeepStack act as the family implements them. Recurrent layers have no mask: each
+row's surviving columns, skipped ones included, run through them alone, in order.
 """
 
 from __future__ import annotations
