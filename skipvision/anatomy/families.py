@@ -8,6 +8,7 @@ and then has a feed-forward network. A family of that shape declares nothing her
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -270,4 +271,15 @@ def _halves(layer: nn.Module, number: int) -> Layer:
             "skipped, and only attention can forget a token",
             reason,
         )
+    if "self_attn" not in parts and not _takes_keywords(attention):
+        raise UnsupportedModelError(
+            f"layer {number} of the decoder does not pass its keywords on to {type(attention).__name__}, so "
+            "gradient checkpointing could not repeat the plan: a newer transformers does",
+            "layers that do not pass the plan on",
+        )
     return Layer(layer, attention, mlp)
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

@@ -20,7 +20,8 @@ from skipvision.anatomy.positions import ends
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
 from skipvision.engine.prompts import Prompt, collate
-from skipvision.kv_cache import CacheState, prunable_layers
+from skipvision.engine.states import States, states_of
+from skipvision.kv_cache import CacheState, keep_everything, prunable_layers
 from skipvision.plan import TokenRole
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
@@ -67,7 +68,8 @@ class Prefilled:
     """A batch of B prompts in the model's KV cache, C entries a row.
 
     Attributes:
-        layers: (B, heads, C, dim) keys and values of each layer.
+        layers: (B, heads, C, dim) keys and values of each attention layer.
+        states: states of the recurrent layers.
         real: (B, C) False for padding.
         stay: (B, C) True for entries that stay after prefill.
         ordinal: (B, C) index of each entry among the caller's tokens.
@@ -80,6 +82,7 @@ class Prefilled:
     """
 
     layers: Layers
+    states: States
     real: torch.Tensor
     stay: torch.Tensor
     ordinal: torch.Tensor
@@ -126,17 +129,22 @@ class Prefiller:
         model: without a PEFT wrapper.
         attachment: Skip-Vision on that model; applies a request's SkipConfig.
         image_token_id: placeholder token of one visual token.
+        text_config: of a decoder with recurrent layers, else None.
     """
 
-    def __init__(self, model: PreTrainedModel, attachment: Attachment, image_token_id: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, attachment: Attachment, image_token_id: int, text_config: Any = None
+    ) -> None:
         self._model: Any = model
         self._attachment, self._image_token_id = attachment, image_token_id
+        self._text_config = text_config
         pad = getattr(model.generation_config, "pad_token_id", None)
         self._pad = pad if pad is not None else 0
 
     def from_start(self, prompts: Sequence[Prompt], config: SkipConfig) -> Prefilled:
         """Prefill whole prompts with their images."""
-        model, cache = self._model, DynamicCache()
+        model, cache = self._model, DynamicCache(config=self._text_config)
+        keep_everything(cache)
         batch = self._to_device(collate(prompts, self._pad))
         ids, mask = batch.pop("input_ids"), batch["attention_mask"]
         # `generate` calls the same two methods: they add the inputs that a family needs besides the prompt.
@@ -160,8 +168,8 @@ class Prefiller:
         axes = positions.reshape(-1, *mask.shape)
         if state is None or plan is None:
             return Prefilled(
-                _layers(cache), real, real, token_indices(real), real.sum(dim=1), ends(positions, real),
-                logits, [Visual(total, total, 0, total) for total in visual], axes,
+                _layers(cache), states_of(cache), real, real, token_indices(real), real.sum(dim=1),
+                ends(positions, real), logits, [Visual(total, total, 0, total) for total in visual], axes,
             )  # fmt: skip
         roles = torch.full_like(state.token_index, TokenRole.PADDING)
         roles[state.mask] = plan.roles[plan.attention_mask].long()
@@ -172,7 +180,8 @@ class Prefiller:
             dim=1,
         ).tolist()
         return Prefilled(
-            _layers(cache), state.mask, stay, state.token_index, state.fed, state.next_position, logits,
+            _layers(cache), states_of(cache), state.mask, stay, state.token_index, state.fed,
+            state.next_position, logits,
             [Visual(total, *row) for total, row in zip(visual, counts, strict=True)],
             axes - state.shift[..., None],
         )  # fmt: skip
@@ -212,7 +221,7 @@ class Prefiller:
         stay = torch.cat([_padded_left([prefix.stay for prefix in prefixes]), mask], dim=1)
         new = mask.sum(dim=1)
         return Prefilled(
-            _layers(cache), real, stay, state.extended_index(real), state.fed + new, next_position + new,
+            _layers(cache), {}, real, stay, state.extended_index(real), state.fed + new, next_position + new,
             output.logits[:, -1], [prefix.visual for prefix in prefixes],
         )  # fmt: skip
 

@@ -65,11 +65,11 @@ class Running:
         fed, positions = filled.fed.tolist(), filled.next_position.T.tolist()
         for sequence, row in zip(sequences, source, strict=True):
             sequence.length, sequence.fed, sequence.position = lengths[row], fed[row], positions[row]
-        self.slots.allocate(filled.layers)
+        self.slots.allocate(filled.layers, filled.states)
         self._make_room([*self.sequences, *sequences])
         rows = torch.tensor(source, device=index.device)
         ordinals = torch.take_along_dim(filled.ordinal, index, dim=1)
-        self.slots.append(filled.layers, rows, index[rows], ordinals[rows])
+        self.slots.append(filled.layers, filled.states, rows, index[rows], ordinals[rows])
         self.sequences += sequences
 
     def remove(self, sequence: Sequence, erase: bool = False) -> None:
@@ -129,6 +129,7 @@ class Running:
             "use_cache": True,
         }
         output = self._call(inputs, [sequence.group.adapter for sequence in sequences], idle, compiled)
+        self.slots.end_step()
         logits: torch.Tensor = output.logits[: len(sequences), -1]
         for sequence in sequences:
             sequence.length += 1

@@ -3,7 +3,7 @@
 A layer has two blocks, keys and values. A block is a flat tensor with room for ``capacity`` tokens, viewed as
 rows of one length: (rows, heads, length, dim). The rows in use come first, so a decode step reads them as one
 view. Rows are as long as the longest sequence needs. When that changes, the block is viewed with another
-length and its content is moved.
+length and its content is moved. Recurrent layers have states of fixed size instead (`StateLayer`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from skipvision.engine.states import StateLayer, States
 from skipvision.kv_cache import SettledCache, take_entries
 
 
@@ -36,25 +37,30 @@ class Slots(SettledCache):
         self.capacity = capacity
         self.rows = self.length = 0
         self._blocks: list[_Block] = []
+        self._states: dict[int, StateLayer] = {}
         self._ordinal = torch.zeros(0, dtype=torch.long)
         self.at = self._ordinal
         self.step_rows: torch.Tensor | None = None
         self.span = 0
 
-    def allocate(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Allocate the blocks on the first call, for keys and values (B, heads, S, dim) like these."""
+    def allocate(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], states: States) -> None:
+        """Allocate memory on the first call, for keys and values (B, heads, S, dim) and states like these."""
         if not self._blocks:
             self._blocks = [
                 _Block(states, self.capacity) for keys, values in layers for states in (keys, values)
             ]
             pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
-            self.layers = [_Layer(self, *pair) for pair in pairs]
+            self._states = {number: StateLayer(examples) for number, examples in states.items()}
+            attending = (_Layer(self, *pair) for pair in pairs)
+            count = len(layers) + len(states)
+            self.layers = [self._states.get(number) or next(attending) for number in range(count)]
             self._ordinal = torch.zeros(self.capacity, dtype=torch.long, device=layers[0][0].device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the blocks of all layers occupy."""
-        return sum(block.flat.nbytes for block in self._blocks)
+        """Bytes that the blocks and states of all layers occupy."""
+        blocks = sum(block.flat.nbytes for block in self._blocks)
+        return blocks + sum(states.nbytes for states in self._states.values())
 
     def reshape(self, length: int) -> None:
         """Change the length of all rows; the entries in use must fit."""
@@ -71,6 +77,7 @@ class Slots(SettledCache):
     def append(
         self,
         layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        states: States,
         source: torch.Tensor,
         index: torch.Tensor,
         ordinals: torch.Tensor,
@@ -79,14 +86,17 @@ class Slots(SettledCache):
 
         Args:
             layers: keys and values (B, heads, C, dim) of the prefill.
+            states: its states.
             source: (N,) row of the prefill that each new row copies from.
             index: (N, K) entries that it copies, in order; arbitrary past a row's last entry.
             ordinals: (N, K) index of each entry among the caller's tokens.
         """
         new, longest = index.shape
         rows = slice(self.rows, self.rows + new)
-        for block, states in zip(self._blocks, (states for pair in layers for states in pair), strict=True):
-            block.view(self.length)[rows, :, :longest] = take_entries(states, index, source)
+        for block, entries in zip(self._blocks, (each for pair in layers for each in pair), strict=True):
+            block.view(self.length)[rows, :, :longest] = take_entries(entries, index, source)
+        for number, held in self._states.items():
+            held.put(self.rows, states[number], source)
         self._ordinals(self.length)[rows, :longest] = ordinals
         self.rows += new
 
@@ -99,12 +109,16 @@ class Slots(SettledCache):
                 view[row] = view[last]
             ordinals = self._ordinals(self.length)
             ordinals[row] = ordinals[last]
+            for held in self._states.values():
+                held.move(last, row)
         self.rows = last
 
     def erase(self, row: int) -> None:
         """Fill a row with zeros. A mask does not stop NaN: attention multiplies it by a weight of zero."""
         for block in self._blocks:
             block.view(self.length)[row] = 0
+        for held in self._states.values():
+            held.erase(row)
 
     def begin_step(
         self, lengths: torch.Tensor, ordinals: torch.Tensor, span: int, rows: torch.Tensor | None = None
@@ -118,8 +132,20 @@ class Slots(SettledCache):
             rows: (R,) rows that take part, each once; None = the first R. Others are copied, which is slower.
         """
         self.at, self.span, self.step_rows = lengths, span, rows
-        rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
+        rows = self._rows_of_step()
         self._ordinals(self.length)[rows, lengths] = ordinals
+        for held in self._states.values():
+            held.reserve(len(lengths))
+            held.begin_step(rows)
+
+    def end_step(self) -> None:
+        """Keep the states that this step computed. Without this call, they are as before the step."""
+        for held in self._states.values():
+            held.end_step(self._rows_of_step())
+
+    def _rows_of_step(self) -> torch.Tensor:
+        own = self.step_rows
+        return torch.arange(len(self.at), device=self.at.device) if own is None else own
 
     def ordinals(self) -> torch.Tensor:
         """(R, span) index among the caller's tokens of each entry that attention reads.

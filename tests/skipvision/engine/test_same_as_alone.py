@@ -83,7 +83,8 @@ def test_other_decoders_and_eager_attention(text):
                     assert ids_of(completion) == expected[completion.key]
 
 
-# Sliding windows, M-RoPE, DeepStack, tiles, rows of images, bidirectional prompts, inputs that index others.
+# Sliding windows, M-RoPE, DeepStack, tiles, rows of images, bidirectional prompts, inputs that index others,
+# linear attention, short convolutions.
 FAMILIES = (
     "gemma3",
     "qwen2_5_vl",
@@ -94,6 +95,8 @@ FAMILIES = (
     "paligemma",
     "molmo2",
     "ovis2",
+    "qwen3_5",
+    "lfm2_vl",
 )
 
 
