@@ -78,7 +78,7 @@ class Flops:
         with DryRun():
             short, long, part, *longer = (measure_flops(partial(run, *each)) for each in sizes)
         ffn, pair = (long - part) // n, (long - 2 * short) // (2 * n * n)
-        chunk = _chunk(short, *longer, pair) if chunked else 0
+        chunk = _chunk(short, longer, pair) if chunked else 0
         return cls((short - chunk) // n - pair * n - ffn, pair, ffn, chunk)
 
 
@@ -103,13 +103,14 @@ class ProbeFlops:
         with DryRun():
             one, two, three, *longer = (measure_flops(partial(run, each)) for each in sizes)
         pair = (three - 2 * two + one) // (2 * n * n)
-        chunk = _chunk(one, *longer, pair) if chunked else 0
+        chunk = _chunk(one, longer, pair) if chunked else 0
         token = (two - one - chunk) // n - 3 * n * pair
         return cls(one - token * n - pair * n * n - chunk, token, pair, chunk)
 
 
-def _chunk(full: int, one_more: int, two_more: int, pair: int) -> int:
+def _chunk(full: int, longer: list[int], pair: int) -> int:
     """Return the FLOPs of a chunk, by runs of one full chunk and of one and two tokens more."""
+    one_more, two_more = longer
     return (one_more - full) - (two_more - one_more) + 2 * pair
 
 

@@ -32,7 +32,7 @@ class StateLayer(LinearAttentionLayer):
     """
 
     def __init__(self, examples: Sequence[torch.Tensor | None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._rows = [None if one is None else one.new_zeros(0, *one.shape[1:]) for one in examples]
         self.is_conv_states_initialized[0] = examples[0] is not None
         self.is_recurrent_states_initialized[0] = examples[1] is not None
