@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,14 @@ def test_scores_are_those_of_the_native_engine(shapes, tmp_path):
 @pytest.mark.usefixtures("local_ray")
 def test_a_folder_is_captioned(shapes, tmp_path):
     images = len(list(shapes.iterdir()))
-    (shapes / "broken.png").write_text("no image")
+    folder = shutil.copytree(shapes, tmp_path / "images")  # other tests read `shapes`
+    (folder / "broken.png").write_text("no image")
     config = CaptionConfig.model_validate(
         {
             "name": "captions",
             "storage": str(tmp_path),
             "model": {"path": str(MODEL), "dtype": "float32"},
-            "input": {"source": str(shapes)},
+            "input": {"source": str(folder)},
             "engine": {"backend": "vllm", "max_sequences": 4, "engine_kwargs": SMALL},
             "sampling": {"max_new_tokens": 48},
             "output": {"shard_rows": 3},
