@@ -170,7 +170,7 @@ class Attachment:
         keep(anatomy.decoder.register_forward_pre_hook(reduction.reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(reduction.restore, with_kwargs=True))
         for layer in anatomy.layers:
-            self._handles += hook_layer(*layer)
+            self._handles += hook_layer(layer.whole, layer.attention, layer.mlp)
         self._handles += self._tower_hooks()
 
     def _tower_hooks(self) -> list[RemovableHandle]:

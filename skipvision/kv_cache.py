@@ -236,7 +236,7 @@ def keep_everything(cache: Cache) -> None:
 
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:
-    """Return a cache's layers with keys and values. States of linear attention stay as they are.
+    """Return a cache's layers with keys and values. The states of linear attention are left out.
 
     Raises:
         UnsupportedModelError: one of them cannot be pruned.

@@ -87,16 +87,17 @@ def read(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             attention.forward(*args, **kwargs)
         except _Read as found:
             return found.attended
-    raise _unreadable(attention)
+    raise unreadable(attention)
 
 
 def check_readable(attention: nn.Module) -> None:
     """Raise the `UnsupportedModelError` of `read` if it is clear without a call."""
     if not looks_up_attention(attention):
-        raise _unreadable(attention)
+        raise unreadable(attention)
 
 
-def _unreadable(attention: nn.Module) -> UnsupportedModelError:
+def unreadable(attention: nn.Module) -> UnsupportedModelError:
+    """Return the error about a module whose attention cannot be read."""
     return UnsupportedModelError(
         f"{type(attention).__name__} does not pass queries and keys to transformers' attention function: "
         "the attention of its tokens cannot be read. Choose another select",

@@ -90,12 +90,13 @@ _ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
 class Layer(NamedTuple):
     """A decoder layer and its two halves.
 
-    ``attention`` mixes tokens: by softmax attention, linear attention, or a short convolution.
+    ``attention`` mixes tokens; ``recurrent`` says that it is linear attention or a short convolution.
     """
 
     whole: nn.Module
     attention: nn.Module
     mlp: nn.Module
+    recurrent: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,13 +272,14 @@ def _halves(layer: nn.Module, number: int) -> Layer:
             "skipped, and only attention can forget a token",
             reason,
         )
-    if "self_attn" not in parts and not _takes_keywords(attention):
+    recurrent = "self_attn" not in parts
+    if recurrent and not _takes_keywords(attention):
         raise UnsupportedModelError(
             f"layer {number} of the decoder does not pass its keywords on to {type(attention).__name__}, so "
             "gradient checkpointing could not repeat the plan: a newer transformers does",
             "layers that do not pass the plan on",
         )
-    return Layer(layer, attention, mlp)
+    return Layer(layer, attention, mlp, recurrent)
 
 
 def _takes_keywords(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from skipvision.anatomy.attention import check_readable, read
+from skipvision.anatomy.attention import check_readable, read, unreadable
 from skipvision.anatomy.families import Layer
 
 Note = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -118,6 +118,8 @@ def prompt_attention(run: EarlyRun) -> torch.Tensor:
 
 def check_attention(layer: Layer) -> None:
     """Raise `UnsupportedModelError` if a layer's attention cannot be read."""
+    if layer.recurrent:
+        raise unreadable(layer.attention)
     check_readable(layer.attention)
 
 

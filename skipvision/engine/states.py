@@ -42,7 +42,7 @@ class StateLayer(LinearAttentionLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
+        """Bytes that all rows occupy, used or not."""
         return sum(held.nbytes for held in self._rows if held is not None)
 
     def put(self, first: int, states: Sequence[torch.Tensor | None], source: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ def expected(model, batch):
 
     middle: list[torch.Tensor] = []
     handles = []
-    for layer, _, _ in dissect(model).layers:
+    for layer in (one.whole for one in dissect(model).layers):
         norm = layer.post_attention_layernorm
         handles.append(norm.register_forward_pre_hook(lambda norm, args: middle.append(args[0])))
         handles.append(layer.register_forward_hook(measure))
@@ -77,7 +77,7 @@ def test_families_with_other_layer_structures(family):
 
 def test_an_ffn_that_does_nothing():
     model = tiny_model("llava")
-    for _, _, mlp in dissect(model).layers:
+    for mlp in (layer.mlp for layer in dissect(model).layers):
         torch.nn.init.zeros_(mlp.down_proj.weight)
     found = ffn_ratios(model, [tiny_batch(model, ROWS)])
     assert found.visual.mean == found.text.mean == [0.0] * 3

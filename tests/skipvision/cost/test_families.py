@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import nn
+from transformers.cache_utils import LinearAttentionLayer
 
 from skipvision import SkipConfig, attach, measure_flops, predict_cost
 from skipvision.anatomy.families import dissect
-from skipvision.kv_cache import prunable_layers
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.family_table import SUPPORTED
 
@@ -55,7 +55,8 @@ def last(model, positions):
 
 
 def kept_bytes(cache):
-    states = [tensor for layer in prunable_layers(cache) for tensor in (layer.keys, layer.values)]
+    attending = [layer for layer in cache.layers if not isinstance(layer, LinearAttentionLayer)]
+    states = [tensor for layer in attending for tensor in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in states if tensor is not None)
 
 

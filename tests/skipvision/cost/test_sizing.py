@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -85,7 +86,9 @@ def test_every_gpu_has_a_plausible_data_sheet_and_a_source():
         assert 100 < gpu.flops / gpu.bandwidth < 600
         assert 16e9 < gpu.memory < 300e9
         assert 0.1 < gpu.price < 20
-        assert "data sheet; " in gpu.source
+        sheet, _, price = gpu.source.rpartition("; ")
+        assert "data sheet" in sheet
+        assert re.search(r"\d{4}-\d\d-\d\d$", price)
 
 
 def test_the_command_compares_full_and_skipped(tiny_model, capsys):

@@ -103,7 +103,7 @@ def watch(model: nn.Module, run: Run) -> Seen:
         calls[-1].seen.append(_seen(keywords["attention_mask"], *shape, past))
 
     handles = [anatomy.decoder.register_forward_pre_hook(begin, with_kwargs=True)]
-    attending = [layer.attention for layer in anatomy.layers if not is_recurrent(layer.attention)]
+    attending = [layer.attention for layer in anatomy.layers if not layer.recurrent]
     handles += [attention.register_forward_pre_hook(note, with_kwargs=True) for attention in attending]
     try:
         run()
@@ -111,11 +111,6 @@ def watch(model: nn.Module, run: Run) -> Seen:
         for handle in handles:
             handle.remove()
     return _joined(calls)
-
-
-def is_recurrent(mixer: nn.Module) -> bool:
-    """Return whether a layer mixes tokens by linear attention or a convolution."""
-    return mixer.__class__.__name__.endswith(("GatedDeltaNet", "ShortConv"))
 
 
 def _seen(mask: torch.Tensor | None, rows: int, new: int, past: int) -> torch.Tensor:
@@ -378,7 +373,7 @@ def _run(
 
     handles, left = [], iter(masks)
     for layer in anatomy.layers:
-        if is_recurrent(layer.attention):
+        if layer.recurrent:
             handles.append(layer.attention.register_forward_hook(recur, with_kwargs=True))
         else:
             see_own = functools.partial(see, next(left))

@@ -1,9 +1,9 @@
 """After prefill, the cache of every layer has the planned length and no byte more."""
 
 import torch
+from transformers.cache_utils import LinearAttentionLayer
 
 from skipvision import attach
-from skipvision.kv_cache import prunable_layers
 from skipvision.testing.families import tiny_batch
 from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinations, model_of
 
@@ -12,7 +12,8 @@ from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinatio
 def layers_of(model, batch):
     """Return the keys and values that a prefill caches, by layer."""
     cache = model(**batch, use_cache=True).past_key_values
-    return [states for layer in prunable_layers(cache) for states in (layer.keys, layer.values)]
+    attending = [layer for layer in cache.layers if not isinstance(layer, LinearAttentionLayer)]
+    return [states for layer in attending for states in (layer.keys, layer.values) if states is not None]
 
 
 @combinations(turn=2)

@@ -99,7 +99,7 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
 def test_the_last_words_attention_equals_that_of_eager_attention(family, attention, dtype):
     model = model_of(family, attention, dtype)
     layers = dissect(model).layers
-    probed = next(number for number in (1, 2) if not reference.is_recurrent(layers[number].attention))
+    probed = next(number for number in (1, 2) if not layers[number].recurrent)
     config = SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=probed)
     batch = tiny_batch(model, ROWS)
     plan, eager, weights = plan_of(model, batch, config), model_of(family, "eager", dtype), []
