@@ -240,18 +240,15 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
 
 
 def _check_probe(probe: Probe, anatomy: Anatomy, number: int) -> None:
-    """Raise an error if a layer cannot be read; name those that can, if some layers are recurrent."""
-    failed: dict[int, UnsupportedModelError] = {}
-    for each, layer in enumerate(anatomy.layers):
-        try:
-            probe.check(layer)
-        except UnsupportedModelError as error:
-            failed[each] = error
-    if number in failed and len(failed) < len(anatomy.layers):
-        readable = ", ".join(str(each) for each in range(len(anatomy.layers)) if each not in failed)
+    """Raise an error if a layer cannot be read; for a recurrent one, name those with attention."""
+    layer = anatomy.layers[number]
+    try:
+        probe.check(layer)
+    except UnsupportedModelError as error:
+        if not layer.recurrent:
+            raise
+        attending = ", ".join(str(each) for each, one in enumerate(anatomy.layers) if not one.recurrent)
         raise ConfigError(
-            f"probe_layer={number} is a {type(anatomy.layers[number].attention).__name__}, which cannot be "
-            f"read: set probe_layer to one of the decoder's layers {readable}"
-        ) from failed[number]
-    if number in failed:
-        raise failed[number]
+            f"probe_layer={number} is a {type(layer.attention).__name__}, which cannot be read: set "
+            f"probe_layer to one of the decoder's layers {attending}"
+        ) from error

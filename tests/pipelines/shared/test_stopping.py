@@ -13,10 +13,13 @@ from pipelines.shared.stopping import SIGNALS, handlers_kept
 
 @pytest.fixture
 def unignored():
-    """SIGHUP with its default handler: under nohup the tests ignore it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Signals with their default handlers: in the background of a script, tests ignore some of them."""
+    ignored = [one for one in SIGNALS if signal.getsignal(one) == signal.SIG_IGN]
+    for one in ignored:
+        signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for one in ignored:
+        signal.signal(one, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
