@@ -205,7 +205,8 @@ def patches_in_rows(request: Request) -> SyntheticImage:
 
 def strip(request: Request) -> SyntheticImage:
     """Adjacent patches in one strip for the whole batch, with each image's (h, w)."""
-    rows, columns = (4 * side for side in _grid(request))
+    merged = 2 if getattr(request.config, "downsample_mode", None) == "4x" else 4
+    rows, columns = (merged * side for side in _grid(request))
     side = request.vision.patch_size
     pixels = request.draw(rows * columns * side, request.channels, side)
     return SyntheticImage(
