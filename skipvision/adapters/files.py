@@ -178,7 +178,7 @@ def replace(partial: Path, folder: Path) -> None:
 
 
 def put_in_place(partial: Path, folder: Path, old: Path) -> None:
-    """Rename ``partial`` to ``folder``. What is there is kept as ``old`` until that has succeeded."""
+    """Rename ``partial`` to ``folder``. An old ``folder`` is kept as ``old`` until that has succeeded."""
     if not folder.exists():
         partial.rename(folder)
         return

@@ -24,19 +24,20 @@ _IGNORED = -100
 """Label of tokens outside the loss, as in PyTorch and transformers."""
 
 
-def refuse_states(text_config: Any) -> None:
+def check_cache_layers(text_config: Any) -> None:
     """Raise `UnsupportedModelError` if the decoder's cache has layers that a plan does not fit.
 
     Layers of linear attention and short convolutions keep a state of fixed size. Tokens that leave the cache
     of the attention layers stay in that state, which costs nothing.
     """
+    kinds = dict(enumerate(getattr(text_config, "layer_types", None) or ()))
     for number, layer in enumerate(decoder_cache_layers(text_config)):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
             continue
         kind = type(layer).__name__
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             reason = "attention whose keys and values pass through convolutions with a state"
-        elif (getattr(text_config, "layer_types", None) or {number: ""})[number] in ("mlp", "moe"):
+        elif kinds.get(number) in ("mlp", "moe"):
             reason = "layers that are either attention or a feed-forward network, not both"
         elif isinstance(layer, LayerWithoutCache):
             # Such a decoder feeds these layers only the last token: the plan does not fit them.

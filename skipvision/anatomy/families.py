@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from skipvision._compat import submodules
-from skipvision.anatomy.checks import refuse_states
+from skipvision.anatomy.checks import check_cache_layers
 from skipvision.anatomy.images import Images
 from skipvision.errors import UnsupportedModelError
 
@@ -140,7 +140,7 @@ def dissect(model: nn.Module) -> Anatomy:
     _refuse_family(base)
     outer, decoder, layers = _find_decoder(base)
     text_config: Any = decoder.config
-    refuse_states(text_config)
+    check_cache_layers(text_config)
     halves = tuple(_halves(layer, number) for number, layer in enumerate(layers))
     if not hasattr(outer, "get_image_features"):
         raise UnsupportedModelError(

@@ -92,9 +92,7 @@ class Engine:
         self._scheduler = Scheduler(capacity, max_sequences, prefill_tokens, row_multiple, length_multiple)
         self._running = Running(facts, self._adapters, self._scheduler, compile_decoding)
         self._prefixes = PrefixCache(prefix_cache_bytes)
-        self._prefiller = Prefiller(
-            facts.base, self._attachment, facts.image_token_id, facts.recurrent_config
-        )
+        self._prefiller = Prefiller(facts.base, self._attachment, facts.image_token_id, facts.text_config)
         self._counters = Counters()
         self._finisher = Finisher(self._scheduler, self._running, self._counters, facts.entry_bytes)
         self._decoding = DecodeStage(self._running, self._finisher, self._counters, facts)

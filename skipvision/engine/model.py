@@ -26,8 +26,7 @@ class ModelFacts:
         vocabulary: number of token ids that the model can read.
         max_positions: longest sequence that the model can read, or None without a limit.
         entry_bytes: bytes of one entry of the KV cache, over all layers.
-        recurrent_config: config of a decoder with recurrent layers, else None. A prompt's prefix is not
-            cached there: it would need the states after its last token.
+        text_config: the decoder's config.
         eos_token_ids: tokens that end any answer.
         suppressed_token_ids: tokens that are never generated.
     """
@@ -39,7 +38,7 @@ class ModelFacts:
     vocabulary: int
     max_positions: int | None
     entry_bytes: int
-    recurrent_config: Any
+    text_config: Any
     eos_token_ids: frozenset[int]
     suppressed_token_ids: list[int]
 
@@ -53,14 +52,16 @@ class ModelFacts:
         base = _generating_model(model)
         anatomy = dissect(model)
         values = sum(layer.values for layer in units.cache(units.Design.of(base.config)))
-        sight, family = Sight.of(anatomy.decoder), anatomy.family
-        recurrent = sight.attending != sight.kinds
+        family = anatomy.family
+        if any(layer.recurrent for layer in anatomy.layers):
+            # A cached prefix would need the states after its last token.
+            family = replace(family, whole_prompt=True)
         generation: Any = base.generation_config
         eos = generation.eos_token_id
         return cls(
             base=base,
-            family=replace(family, whole_prompt=True) if recurrent else family,
-            sight=sight,
+            family=family,
+            sight=Sight.of(anatomy.decoder),
             image_token_id=anatomy.image_token_id,
             # Some families have a placeholder that is no word.
             vocabulary=max(
@@ -68,7 +69,7 @@ class ModelFacts:
             ),
             max_positions=getattr(anatomy.text_config, "max_position_embeddings", None),
             entry_bytes=values * next(anatomy.decoder.parameters()).element_size(),
-            recurrent_config=anatomy.text_config if recurrent else None,
+            text_config=anatomy.text_config,
             eos_token_ids=frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos),
             suppressed_token_ids=list(generation.suppress_tokens or []),
         )

@@ -129,11 +129,11 @@ class Prefiller:
         model: without a PEFT wrapper.
         attachment: Skip-Vision on that model; applies a request's SkipConfig.
         image_token_id: placeholder token of one visual token.
-        text_config: of a decoder with recurrent layers, else None.
+        text_config: the decoder's, which decides the layers of its cache.
     """
 
     def __init__(
-        self, model: PreTrainedModel, attachment: Attachment, image_token_id: int, text_config: Any = None
+        self, model: PreTrainedModel, attachment: Attachment, image_token_id: int, text_config: Any
     ) -> None:
         self._model: Any = model
         self._attachment, self._image_token_id = attachment, image_token_id
