@@ -38,6 +38,7 @@ with ray_session():
 """
 
 
+@pytest.mark.slow
 def test_the_ray_of_a_job_listens_on_loopback_only():
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-c", SESSION]

@@ -194,7 +194,7 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1/traces", spans
         server.shutdown()
 

@@ -281,6 +281,7 @@ def ingresses():
     return [each for each in everything if ":skipvision:ingress" in "".join(each.cmdline()[:1])]
 
 
+@pytest.mark.slow
 def test_an_ingress_that_is_killed_loses_no_request(endpoint):
     """The next ingress gives a whole answer; a stream that has begun ends with an error event."""
     answers = []

@@ -1,6 +1,6 @@
 """Two processes learn what one learns from both their batches: DistributedDataParallel and FSDP2.
 
-Starting processes is slow, so one pair runs all scenarios of a kind; each test reads how its own went.
+Starting processes is slow, so one pair runs all scenarios; each test reads how its own went.
 """
 
 import os
@@ -182,7 +182,7 @@ def learning(wrap, rows, **options):
     return lambda rank, folder: learns_the_same(wrap, rank, rows, **options)
 
 
-KINDS = {
+SCENARIOS = {
     "ddp": {
         "images in both": learning(ddp, BOTH),
         "no image in one": learning(ddp, ONE_WITHOUT),
@@ -210,41 +210,36 @@ KINDS = {
         "attaching late": partial(attaching_late_is_refused, fsdp_whole),
     },
 }
+NAMES = [(kind, name) for kind, scenarios in SCENARIOS.items() for name in scenarios]
 
 
-def work(rank, kind, folder):
-    """Run every scenario of a kind in one process, and record each result."""
+def work(rank, folder):
+    """Run every scenario in one process, and record each result."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", f"file://{folder}/meet", timeout=timedelta(seconds=20), rank=rank, world_size=WORLD
     )
-    notes = {}
-    for name, scenario in KINDS[kind].items():
+    errors = {}
+    for kind, name in NAMES:
         try:
-            scenario(rank, folder)
-            notes[name] = ""
+            SCENARIOS[kind][name](rank, folder)
+            errors[kind, name] = ""
         except Exception:
-            notes[name] = traceback.format_exc()
-    torch.save(notes, folder / f"{rank}.pt")
+            errors[kind, name] = traceback.format_exc()
+    torch.save(errors, folder / f"{rank}.pt")
     # A scenario that fails in one process can leave the other waiting: end without it.
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    """Return, by kind and scenario, the error of either process, "" for none."""
-    found = {}
-
-    def of(kind, name):
-        if kind not in found:
-            folder = Path(tmp_path_factory.mktemp(kind))
-            multiprocessing.spawn(work, args=(kind, folder), nprocs=WORLD)
-            found[kind] = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-        return "\n".join(notes[name] for notes in found[kind] if notes[name])
-
-    return of
+def errors(tmp_path_factory):
+    """Return, by kind and name of the scenario, the errors of both processes, "" for none."""
+    folder = Path(tmp_path_factory.mktemp("distributed"))
+    multiprocessing.spawn(work, args=(folder,), nprocs=WORLD)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(WORLD))
+    return {name: first[name] + second[name] for name in NAMES}
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in KINDS[kind]])
-def test_two_processes_learn_what_one_learns(outcome, kind, name):
-    assert not outcome(kind, name)
+@pytest.mark.parametrize(("kind", "name"), NAMES)
+def test_two_processes_learn_what_one_learns(errors, kind, name):
+    assert not errors[kind, name]

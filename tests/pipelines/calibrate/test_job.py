@@ -125,6 +125,7 @@ def in_process(monkeypatch):
     monkeypatch.setattr(calibrate, "scorers", scorers)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "in_process")
 def test_a_config_without_sufficient_evidence_is_not_chosen(settings):
     """Twelve questions about two images cannot show a drop of five points or less."""

@@ -98,6 +98,7 @@ def twenty_blocks(batch):
         yield packed((batch["shard"][0].as_py(), number))
 
 
+@pytest.mark.slow
 def test_the_job_keeps_nothing_of_blocks_that_are_done(local_ray):
     """Ray Data would keep statistics of each, 2 KB in the end: 12 GB for 10⁸ rows."""
     scaling = ScalingSection(workers=1, readers=1)

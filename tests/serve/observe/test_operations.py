@@ -168,6 +168,7 @@ def test_a_stream_that_nobody_reads_blocks_nobody(guarded):
     assert b"data: [DONE]" in read[-100:]
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_interrupts_only_the_stream_that_has_begun(guarded, client):
     options = {"model": "small", "messages": question(), "max_tokens": 400, "response_format": LONG}
     (engine,) = [
