@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -82,22 +82,13 @@ class Tally:
         """Number of rows with an error."""
         return self.errors.total()
 
-    def add(self, captions: Iterable[Caption]) -> None:
-        """Add rows that are in memory."""
-        for caption in captions:
-            self.rows += 1
-            if caption.error_kind is not None:
-                self.errors[caption.error_kind] += 1
-            for name in _COUNTED:
-                self.tokens[name] += getattr(caption, name) or 0
-
-    def add_table(self, table: pa.Table) -> None:
-        """Add the rows of one file."""
-        self.rows += table.num_rows
-        for entry in pc.value_counts(table["error_kind"].drop_null()).to_pylist():
+    def add(self, captions: pa.Table) -> None:
+        """Add rows of ``CAPTION_SCHEMA``, or of its columns with errors and tokens."""
+        self.rows += captions.num_rows
+        for entry in pc.value_counts(captions["error_kind"].drop_null()).to_pylist():
             self.errors[entry["values"]] += entry["counts"]
         for name in _COUNTED:
-            self.tokens[name] += pc.sum(table[name]).as_py() or 0
+            self.tokens[name] += pc.sum(captions[name]).as_py() or 0
 
 
 class CaptionShards:
@@ -153,7 +144,7 @@ class CaptionShards:
         tally = Tally()
         for shard, present in enumerate(self._present(shards)):
             if present:
-                tally.add_table(self.read(shard, ("error_kind", *_COUNTED)))
+                tally.add(self.read(shard, ("error_kind", *_COUNTED)))
         return tally
 
 

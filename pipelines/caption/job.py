@@ -21,7 +21,7 @@ from pipelines.caption.manifest import Manifest, ManifestFacts, write_manifest
 from pipelines.caption.progress import CaptionProgress
 from pipelines.caption.report import record, savings
 from pipelines.caption.resources import engine_resources
-from pipelines.caption.rows import Caption
+from pipelines.caption.rows import Caption, caption_table
 from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import check_ray_address, ray_session
@@ -179,8 +179,9 @@ def _caption_missing(
         progress.add(block)
         limit.check(progress.tally.errors)
         if len(rows) == manifest.rows_in(block.shard):
-            shards.write(block.shard, [rows[number] for number in sorted(rows)])
-            progress.written.add(rows.values())
+            in_order = [rows[number] for number in sorted(rows)]
+            shards.write(block.shard, in_order)
+            progress.written.add(caption_table(in_order))
             del unfinished[block.shard]
             folder.remember(seconds=round(progress.seconds, 2))
     if unfinished:

@@ -20,7 +20,7 @@ from pipelines.caption.config import CaptionConfig, ScalingSection
 from pipelines.caption.folder import CaptionShards, Tally
 from pipelines.caption.progress import CaptionProgress
 from pipelines.caption.resources import engine_resources
-from pipelines.caption.rows import Caption, CaptionRow, manifest_rows, manifest_table
+from pipelines.caption.rows import Caption, CaptionRow, caption_table, manifest_rows, manifest_table
 from pipelines.caption.stages import Assignment, CaptionActor, PreparedRow, _few_at_once, prepare_row
 from pipelines.data.images import FileImage, InlineImage, ParquetImage, TarImage
 from pipelines.data.rows import Message
@@ -73,7 +73,7 @@ def test_a_tally_counts_rows_errors_and_tokens(tmp_path):
     shards, tally = CaptionShards(tmp_path, "parquet"), Tally()
     for number in range(2):
         shards.write(number, CAPTIONS)
-        tally.add(CAPTIONS)
+        tally.add(caption_table(CAPTIONS))
     assert shards.tally(3) == tally
     assert (tally.rows, tally.failed, tally.errors) == (6, 2, Counter({"missing image": 2}))
     assert tally.tokens["prompt_tokens"] == 82
