@@ -125,7 +125,10 @@ def _is_repeatable(scope: Any) -> bool:
 
 
 def _is_cancelled() -> bool:
-    """Return whether the proxy shuts down: it cancels its requests, and Ray's code swallows the exception."""
+    """Return whether the proxy is shutting down.
+
+    It then cancels its requests, and Ray's code swallows the exception.
+    """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -25,7 +25,7 @@ _INTERNAL = re.compile(
     r"|\b0x[0-9a-fA-F]{6,}\b"  # an address
     r"|(?<![\w:/])/(?:[\w.@+~-]+/)+[\w.@+~-]+"  # a file
 )
-"""What the messages of other libraries may hold, and clients must not see."""
+"""Patterns that clients must not see in other libraries' messages."""
 
 
 def problem_of(error: BaseException) -> Problem:

@@ -9,10 +9,10 @@
                └ KV cache: skipped tokens leave after prefill
                   └ text
 
-Read the mechanisms first: `tokens`, `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache`. Then
-`planning` and `layout` (a plan is made), `arrival`, `reduction` and `attach` (a model runs by it), `cost`,
-`baselines` (other ways to spend as much), `adapters` (save and load), `engine` (many requests at once) and
-`exporting` (one folder for other programs). `registry` explains how another
+Read the mechanisms first: `tokens`, `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache`. `planning`
+and `layout` make a plan; `arrival`, `reduction` and `attach` run a model with it; `cost` predicts FLOPs and
+bytes; `baselines` are simpler methods of equal cost. `adapters` saves and loads adapters, `engine` answers
+many requests at once, and `exporting` makes one folder for other programs. `registry` explains how another
 package adds a criterion or a merge.
 
 Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Models via Adaptive

@@ -1,4 +1,4 @@
-"""Skip KV-cache: after prefill the skipped tokens' keys and values are deleted (METHOD piece 5).
+"""Skip KV-cache: after prefill the skipped tokens' keys and values are deleted.
 
 Keys are rotated before they are cached, so the remaining ones need no change. A pruned cache no longer has
 one entry per caller position. `CacheState` records the difference and is stored on the cache object, so that

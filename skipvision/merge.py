@@ -1,4 +1,4 @@
-"""Merging: which token each visual token ends in, and the mean that puts it there (METHOD piece 2).
+"""Merging: assign each visual token to a surviving token, and average what was assigned.
 
 The decision (`Merge.ends`, then `assign`) is made once and without gradients. Applying it (`merge_tokens`) is
 differentiable.
@@ -84,7 +84,7 @@ def register_merge(
     """Make a merge available as ``SkipConfig(merge=name)``.
 
     Other processes (Ray workers, replicas of the endpoint, the command line) register it by importing its
-    module: `skipvision.registry` describes both ways to name that module.
+    module: `skipvision.registry` describes both places to name that module.
 
     Args:
         name: value of ``SkipConfig.merge``.
@@ -202,7 +202,7 @@ def into_matches(tokens: VisualTokens, retained: torch.Tensor, skipped: torch.Te
     ends = _indices(tokens)
     alive = tokens.valid & ~retained
     features = tokens.features.detach()
-    # Sums serve as means: only directions are compared.
+    # Sums suffice: only directions are compared.
     total = features.to(torch.promote_types(features.dtype, torch.float32))
     while bool(((surplus := alive.sum(dim=1) - skipped) > 0).any()):
         into = _one_round(total, alive, surplus)
@@ -244,7 +244,7 @@ def _most_similar(unit: torch.Tensor, leaving: torch.Tensor, hosts: torch.Tensor
 
 
 def _pack(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of M slots are used in each row, and the (I, M) indices of the row's True entries in order."""
+    """Return the (I, M) mask of used slots, and the (I, M) indices of each row's True entries in order."""
     counts = mask.sum(dim=1)
     slots = int(counts.max())
     index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]

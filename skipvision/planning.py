@@ -50,7 +50,7 @@ def checked_reading(criterion: Criterion, reading: object, real: torch.Tensor) -
     """Return what a criterion's probe has read. Raise `ConfigError` unless it has a number for each token.
 
     Args:
-        criterion: of this package or another; both may read by a probe of a third.
+        criterion: of this package or another; its probe may come from another package.
         reading: the result of its probe.
         real: (B, T) the tokens of the early run.
     """
@@ -76,7 +76,10 @@ def _check_scores(criterion: Criterion, scores: object, valid: torch.Tensor) -> 
 def _check_ends(
     merge: Merge, ends: object, valid: torch.Tensor, retained: torch.Tensor, skipped: torch.Tensor
 ) -> None:
-    """Raise `ConfigError` unless ends are survivors, ``skipped`` (I,) of which are not retained."""
+    """Raise `ConfigError` unless every token ends in a survivor or is dropped.
+
+    Exactly ``skipped[i]`` of the survivors of image i must not be retained.
+    """
     method = f"merge {merge.name!r}"
     expected = "the index of a token of the same image, or -1"
     ends = _checked_tensor(ends, valid, method, expected, floating=False).long()

@@ -179,7 +179,7 @@ class Reduction:
         return make_plan(tokens, images, call.fed.mask, self.config)
 
     def _prunable_cache(self, kwargs: dict[str, Any]) -> Any:
-        """Return the call's cache, new or converted so that it can be pruned; raise before any work."""
+        """Return a prunable cache for the call: new, converted or as given. Raise before any work."""
         cache, config = kwargs.get("past_key_values"), self._anatomy.text_config
         use = kwargs.get("use_cache")
         if cache is None and (config.use_cache if use is None else use):
@@ -266,8 +266,12 @@ class _DecoderCall:
         return {**self.kwargs, "attention_mask": mask}
 
     def reduced(self, plan: TokenPlan, config: SkipConfig, cache: Any) -> dict[str, Any]:
-        """Keyword arguments for the reduced sequence; notes on the cache what it would hold unreduced."""
-        _ = plan.ffn_index  # Its size depends on data: computed here, it is an input of compiled layers.
+        """Return keyword arguments for the reduced sequence.
+
+        Also record on the cache the entries that the unreduced call would leave.
+        """
+        # Computed here as an input of compiled layers, because its size depends on the data.
+        _ = plan.ffn_index
         if self.decoded is not None and not self.drafting and config.skip_kv and cache is not None:
             raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
         embeds = merge_tokens(self.kwargs["inputs_embeds"], plan)

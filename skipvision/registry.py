@@ -1,8 +1,8 @@
 """Named methods: the criteria and merges that a `SkipConfig` selects by name.
 
-Methods from other packages register themselves when their module is imported. A process that looks up an
-unknown name first imports the modules that are named in one of two ways. So jobs, Ray workers and the
-endpoint's replicas find the method too:
+Methods from other packages register themselves when their module is imported. Before an unknown name is
+looked up, the modules named in either of these places are imported, so that jobs, Ray workers and the
+endpoint's replicas know the method too:
 
 - in the environment variable ``SKIPVISION_METHODS``, as module names separated by commas. On a Ray cluster,
   set it in the ``env_vars`` of the job's or the application's runtime environment.
@@ -120,7 +120,7 @@ def load_methods() -> None:
     """Import the modules that `METHODS_VARIABLE` and `METHODS_GROUP` name, once in a process.
 
     Raises:
-        ConfigError: one of them cannot be imported, or raises it while it registers its methods.
+        ConfigError: one of them cannot be imported, or raises a `ConfigError` while registering.
     """
     _load(os.environ.get(METHODS_VARIABLE, ""))
 

@@ -1,4 +1,4 @@
-"""Selection: a criterion scores visual tokens, and each image retains its highest (METHOD piece 1).
+"""Selection: a criterion scores visual tokens, and each image retains its highest scores.
 
 A criterion scores one padded tensor of all images of the batch, so images of different sizes need no loop.
 The choice of tokens is discrete, so scores need no gradients.
@@ -65,7 +65,7 @@ def register_criterion(
     """Make a criterion available as ``SkipConfig(select=name)``.
 
     Other processes (Ray workers, replicas of the endpoint, the command line) register it by importing its
-    module: `skipvision.registry` describes both ways to name that module.
+    module: `skipvision.registry` describes both places to name that module.
 
     Args:
         name: value of ``SkipConfig.select``.
@@ -149,9 +149,9 @@ def by_position(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.
 
 
 def by_chance(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:
-    """Retain tokens in a random order that the seed alone decides: one pattern serves all images.
+    """Retain random positions. The pattern depends on the seed alone and is the same for all images.
 
-    So a row gets the same plan alone and in any batch, and another seed draws another pattern.
+    So a row gets the same plan alone and in any batch.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(tokens.valid.shape[1], generator=generator, dtype=torch.float64)

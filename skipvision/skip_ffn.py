@@ -1,4 +1,4 @@
-"""Skip-FFN: in every decoder layer only the tokens on the full path enter the FFN (METHOD piece 4).
+"""Skip-FFN: in every decoder layer only the tokens on the full path enter the FFN.
 
 Each layer has four hooks. The plan travels with the call, as a keyword of the decoder that every layer passes
 to its attention. A hook on the layer stores it in a slot for the layer's ``mlp``. A hook on attention removes
@@ -85,7 +85,7 @@ def gather_rows(mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None
 
 
 def scatter_rows(mlp: nn.Module, args: Any, output: Any) -> Any:
-    """mlp post-hook: (1, n, H) → (B, L, H), zeros for skipped tokens, which so keep the residual alone.
+    """mlp post-hook: (1, n, H) → (B, L, H), zeros for skipped tokens, so that only their residual remains.
 
     A mixture of experts may also return router logits, which pass unchanged.
     """

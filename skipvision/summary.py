@@ -1,4 +1,4 @@
-"""Summary tokens: K vectors that stay in place of a group of visual tokens (METHOD piece 3)."""
+"""Summary tokens: K vectors per group of visual tokens that keep what the group holds."""
 
 from __future__ import annotations
 

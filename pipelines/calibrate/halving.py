@@ -57,7 +57,7 @@ def cheapest_within(
 
     A candidate whose whole interval is over the budget is dropped. The others are ranked by their expected
     saving: what they save, times the chance that they are within the budget. A safe candidate therefore stays
-    next to bold ones, some of which always look good by luck.
+    together with riskier ones, some of which look good by chance.
 
     Returns:
         The candidates kept, and by name the reason why each of the others was dropped.

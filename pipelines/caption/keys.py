@@ -110,7 +110,7 @@ def _repeated(ordered: Hashes) -> Hashes:
 
 
 def within(value: int, ordered: Hashes) -> bool:
-    """Return whether ``ordered``, which ascends, contains a value."""
+    """Return whether an ascending array contains a value."""
     at = int(np.searchsorted(ordered, value))
     return at < ordered.size and int(ordered[at]) == value
 

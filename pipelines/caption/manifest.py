@@ -41,7 +41,7 @@ _FIRST_ROWS = 256
 """Every column in the settings must occur in some of this many first rows."""
 _REPORT_EVERY = 100_000
 _PART_SHARDS = 100
-"""Shards in a file. Who reads one of them reads the metadata of all, 2 KB each."""
+"""Shards in a file. Reading one shard also reads the metadata of all shards in its file, 2 KB each."""
 
 
 @dataclass(frozen=True)

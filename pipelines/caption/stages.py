@@ -65,10 +65,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """Row ``number`` of its shard: what the engine takes, or a problem.
+    """A prepared row, ``number`` of its shard: the engine's input, or a problem.
 
-    That is the model's inputs in the safetensors format for the native engine, and the rendered prompt with
-    its images for vLLM, which prepares them itself.
+    The native engine takes the model's inputs in the safetensors format; vLLM takes the rendered prompt with
+    its images, and prepares them itself.
     """
 
     number: int

@@ -26,7 +26,7 @@ class Rendered:
     """A rendered conversation with one placeholder per image.
 
     Attributes:
-        text: the conversation in the template's words.
+        text: the conversation as the template renders it.
         answers: (start, end) characters of each answer, including the token that ends it.
     """
 

@@ -24,15 +24,6 @@ _BATCH_ROWS = 64  # small, because image bytes of lists pass through memory
 _NAMES = ("bytes", "path", "url")
 
 
-class Groups(Protocol):
-    """A table in groups of rows, each of which is read on its own."""
-
-    schema: pa.Schema
-
-    def groups(self) -> Iterator[Group]:
-        """Yield the groups in order."""
-
-
 class Group(Protocol):
     """Consecutive rows of a table."""
 
@@ -45,7 +36,7 @@ class Group(Protocol):
         """Return whether it is known that a column, or this field of a struct, has a value in every row."""
 
     def present(self, column: str) -> Iterator[bool]:
-        """Yield for each row whether the column holds anything."""
+        """Yield for each row whether its cell in the column is not empty."""
 
 
 def table_rows(
@@ -104,7 +95,7 @@ def _group_rows(
 
 
 def _marked(rows: Iterator[dict[str, Any]], group: Group, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows with True in those of these columns that hold anything, and None in the others."""
+    """Yield the rows with True in those of these columns that are not empty, and None in the others."""
     marks = [group.present(column) for column in columns]
     for row in rows:
         found = (next(mark) for mark in marks)

@@ -1,4 +1,4 @@
-"""Decode base64 and data URLs; one place for data sets and the endpoint."""
+"""Decode base64 and data URLs; shared by data sets and the endpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find out which cells of a column hold anything, without their contents in memory.
+"""Find out which cells of a column are not empty, without their contents in memory.
 
 A cell is empty by the rule of `pipelines.data.message_parts.is_empty`: null, empty, or made of nothing else.
 """
@@ -18,7 +18,7 @@ _MAX_BATCH_ROWS = 4096
 
 
 def present(cells: Any) -> Any:
-    """Return whether each cell of an Arrow array holds anything, as an array of booleans."""
+    """Return which cells of an Arrow array are not empty, as an array of booleans."""
     kind = cells.type
     if isinstance(cells, pa.ExtensionArray):
         return present(cells.storage)
@@ -42,7 +42,7 @@ def _has_length(kind: Any) -> bool:
 
 
 def present_in_row_group(file: pq.ParquetFile, number: int, column: str) -> Iterator[bool]:
-    """Yield whether each cell of a column holds anything; values are read only if no statistics say so.
+    """Yield for each cell of a column whether it is not empty; values are read only without statistics.
 
     Args:
         file: opened by `open_parquet`.

@@ -48,10 +48,7 @@ class SpecialTokens:
         return escaped
 
     def unescape(self, text: str) -> str:
-        """Return an answer with the special tokens whole that `escape` broke up and the model repeated.
-
-        Other joiners stay.
-        """
+        """Restore the special tokens that `escape` broke up and the model repeated. Other joiners stay."""
         return self._broken.sub(lambda m: m[0].replace(JOINER, ""), text)
 
     def beginning_at_end(self, text: str) -> int:

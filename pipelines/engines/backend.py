@@ -1,4 +1,4 @@
-"""Which engine answers: the library's own, or vLLM.
+"""Create the configured engine: the library's own, or vLLM.
 
 A job's processes share a `SharedEngine`. `open_engine` creates the one that the settings choose, and
 `check_backend` refuses before Ray starts what the chosen one cannot do.

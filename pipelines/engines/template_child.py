@@ -1,4 +1,4 @@
-"""The program of a `TemplateProcess`: it renders a chat template, and survives if that does not end.
+"""The program of a `TemplateProcess`: it renders chat templates, and recovers if one does not end.
 
 It is started as a file, so that it imports little: Jinja, and the sandbox in which transformers renders. A
 child of this program renders, and is replaced when it dies, which takes milliseconds.

@@ -1,4 +1,4 @@
-"""What vLLM generates for a request, as chunks and as a completion of this library."""
+"""Convert vLLM's output to this library's chunks and completion."""
 
 from __future__ import annotations
 

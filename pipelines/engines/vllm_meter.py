@@ -100,7 +100,7 @@ class Meter:
 
 
 def meter_factory(meter: Meter) -> Callable[..., Any]:
-    """Return what vLLM calls for a logger of its statistics, which passes them to a meter."""
+    """Return a factory of vLLM stat loggers that feed a meter."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class Logger(StatLoggerBase):  # type: ignore[misc]

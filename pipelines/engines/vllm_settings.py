@@ -1,4 +1,4 @@
-"""What vLLM gets from the settings of a job or of the endpoint, and what it cannot do for them.
+"""Translate the settings of a job or of the endpoint into vLLM's arguments, and reject what vLLM cannot do.
 
 The check builds vLLM's own configuration, so it finds at once what vLLM refuses: unknown arguments, a model
 that it does not know, and a SkipConfig that the plug-in cannot run.

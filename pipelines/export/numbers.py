@@ -10,7 +10,7 @@ from pipelines.shared.sections import flatten
 from pipelines.tracking.registry import ModelVersion, Registry
 
 _RESULTS = ("steps", "loss", "validation_loss", "exact_match")
-"""What fine-tuning writes to its result, apart from times and files."""
+"""Fields of a fine-tune's result for the card."""
 
 
 def numbers_of(adapter: Path | None, label: str | None, uri: str) -> dict[str, object]:

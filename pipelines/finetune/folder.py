@@ -74,7 +74,8 @@ class FinetuneFolder(JobFolder):
         """Return the checkpoint to continue from if Ray Train's list of checkpoints is lost; otherwise None.
 
         Ray Train writes its list in place. A full disk leaves it empty, and Ray Train then refuses to start.
-        This removes the list, and all checkpoints but the last complete one, which it would not know.
+        This removes the list. It also removes all checkpoints but the last complete one, because Ray Train no
+        longer knows them.
         """
         file = self.checkpoints / CHECKPOINT_LIST
         try:

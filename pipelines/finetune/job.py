@@ -44,7 +44,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     ``already_finished``.
 
     Raises:
-        ConfigError: settings that contradict each other, a path that leads nowhere, or an earlier start with
+        ConfigError: settings that contradict each other, a path that does not exist, or an earlier start with
             other settings.
         DataError: no usable row, more unusable rows than allowed, or rows that have changed.
         ResourceError: the cluster is too small.

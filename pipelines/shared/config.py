@@ -87,9 +87,9 @@ def run_job(main: Callable[[list[str]], Mapping[str, object]], argv: Sequence[st
     """Run a job's ``main`` and print its results as one JSON line, the last line of standard output.
 
     A `SkipVisionError` is printed to standard error without a traceback; the exit status is 2 for wrong
-    settings (`ConfigError`) and 1 for others. So is an `OSError` of a full disk or of missing permissions
-    (status 1). Any other exception is a bug and keeps its traceback (status 1). On SIGTERM, SIGHUP and Ctrl-C
-    the job cleans up; the status is 128 + the signal's number.
+    settings (`ConfigError`) and 1 for others. An `OSError` of a full disk or of missing permissions is
+    reported in the same way (status 1). Any other exception is a bug and keeps its traceback (status 1). On
+    SIGTERM, SIGHUP and Ctrl-C the job cleans up; the status is 128 + the signal's number.
     """
     bypass_proxies_on_loopback()
     with stoppable() as stop:

@@ -1,4 +1,4 @@
-"""What jobs print for people."""
+"""Print lines of progress."""
 
 from __future__ import annotations
 

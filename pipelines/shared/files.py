@@ -33,9 +33,9 @@ class StorageError(SkipVisionError):
 
 @contextmanager
 def storage_errors(path: Path, action: str = "write") -> Iterator[None]:
-    """Raise an `OSError` of the block, or what a library made of it, as a `StorageError` about ``path``.
+    """Convert an `OSError` of the block, or a library's wrapper of one, to a `StorageError` about ``path``.
 
-    An error that names a file outside the folder of ``path`` is one about that file.
+    If the error names a file outside the folder of ``path``, the `StorageError` is about that file.
 
     Raises:
         StorageError: ``path`` cannot be written or read.
@@ -71,7 +71,7 @@ def is_storage_error(error: BaseException | None) -> TypeGuard[OSError]:
 
 
 def os_error_of(error: BaseException) -> OSError | None:
-    """Return the `OSError` that an error of a file's writer is, or hides; None if it has another cause.
+    """Return the `OSError` that an error is, or was caused by; None if it has another cause.
 
     safetensors puts the system's error number into its text. `torch.save` into an open file raises a
     `RuntimeError` while it handles the `OSError`.

@@ -1,7 +1,7 @@
 """Resolve a job's relative paths.
 
 Under ``ray job submit`` a job runs in a temporary copy of the project: output written there is lost, and
-nobody knows which folder was copied. Relative paths therefore start at ``$SKIPVISION_HOME`` if it is set, and
+the original folder is unknown. Relative paths therefore start at ``$SKIPVISION_HOME`` if it is set, and
 otherwise at the working directory. Inside a Ray job the working directory serves inputs only, because inputs
 may be part of the copy.
 
@@ -222,7 +222,7 @@ def resolve_paths(config: M) -> M:
     """Return a copy of a job's settings in which every path is absolute.
 
     Raises:
-        ConfigError: lists every path that leads nowhere.
+        ConfigError: lists every path that does not exist or cannot be used.
     """
     problems = Problems("paths")
 
@@ -238,7 +238,7 @@ def resolve_paths(config: M) -> M:
 def real_paths(config: BaseModel) -> dict[str, str]:
     """Return the real path of every input, by the field's dotted name.
 
-    URLs, Hugging Face ids and paths that lead nowhere stay unchanged.
+    URLs, Hugging Face ids and paths that do not exist stay unchanged.
     """
     found: dict[str, str] = {}
 

@@ -20,7 +20,7 @@ class Section(BaseModel):
         """Return a copy in which every path is absolute, as processes on other nodes need it.
 
         Raises:
-            ConfigError: lists every path that leads nowhere.
+            ConfigError: lists every path that does not exist or cannot be used.
         """
         return resolve_paths(self)
 

@@ -21,7 +21,7 @@ class Stop:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as shells have it."""
+        """128 + the signal's number, as in shells."""
         return 128 + self.signal
 
 

@@ -142,7 +142,7 @@ def with_retries(call: Callable[[], T], action: str, pauses: tuple[float, ...]) 
 
 
 def failure(error: Exception, what: str) -> TrackingError:
-    """Return the error about an error of MLflow; ``what`` begins its message."""
+    """Wrap an error of MLflow; ``what`` begins the message."""
     found = _storage_error_in(error)
     if found is not None:
         return TrackingStorageError(f"{what}: {cause_and_remedy(found)}")

@@ -52,7 +52,7 @@ class Tracker:
         self.resumed = False
         self.advice = ""
         self._flush_seconds, self._retry_seconds = flush_seconds, retry_seconds
-        # Bounded: if a server is away for days, the oldest values are dropped.
+        # Bounded: if a server does not answer for days, the oldest values are dropped.
         self._waiting: deque[Metric] = deque(maxlen=200_000)
         self._next_flush = self._away_until = 0.0
         self._monitor: SystemMetricsMonitor | None = None
@@ -171,7 +171,7 @@ class Tracker:
     # ------------------------------------------------------------------------------------ lenient
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record the values of one step. They are uploaded in batches, and later if MLflow is away.
+        """Record the values of one step. They are uploaded in batches, and later if MLflow does not answer.
 
         Characters that MLflow refuses in a name become underscores.
         """

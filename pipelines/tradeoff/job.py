@@ -73,7 +73,10 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
 def digests(
     todo: Sequence[Point], config: TradeoffConfig, rows: Sequence[TrainingRow]
 ) -> dict[SeededPoint, str]:
-    """Name each point under each seed by all that its answers depend on: contents of files, not paths."""
+    """Return a digest of everything that the answers at each point and seed depend on.
+
+    Files count by their contents, not by their paths.
+    """
     model = config.model.model_copy(update={"path": of_model(config.model.path)}).model_dump()
     questions = [[row.key, row.task, *(message.text for message in row.messages)] for row in rows]
     images = of_images(image for row in rows for image in row.images)

@@ -75,7 +75,7 @@ def _parts(message: Message) -> list[TextPart | ImagePart]:
 
 
 def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -> None:
-    """Raise `Problem` for texts that are too long whatever their tokens, without tokenizing them."""
+    """Raise `Problem` for texts that are longer than the model's positions however they are tokenized."""
     parts = [part for message in body.messages for part in _parts(message)]
     characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
     if characters > positions * vocabulary.longest:
@@ -89,7 +89,7 @@ def refuse_too_long(body: ChatRequest, vocabulary: Vocabulary, positions: int) -
 
 
 def refuse_too_long_text(text: str, vocabulary: Vocabulary, positions: int) -> None:
-    """Raise `Problem` for a text of the chat template that is too long whatever its tokens."""
+    """Raise `Problem` if the chat template's text is too long for the model however it is tokenized."""
     if len(text) > positions * vocabulary.longest:
         message = (
             f"This model's maximum context length is {positions} tokens. However, its chat template makes "

@@ -48,7 +48,7 @@ class Vocabulary:
         return self._special.unescape(text)
 
     def unescaping(self) -> Unescaping:
-        """Return what does the same to an answer that arrives in pieces."""
+        """Return the incremental form of `unescape`, for streamed answers."""
         return Unescaping(self._special)
 
     def escape(self, texts: Sequence[str]) -> list[str]:

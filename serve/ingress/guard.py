@@ -1,4 +1,4 @@
-"""Admission: requests need a key, and only so many run at once."""
+"""Admission: requests need a key, and the number of open requests is limited."""
 
 from __future__ import annotations
 

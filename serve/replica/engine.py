@@ -1,4 +1,4 @@
-"""What a replica needs of an engine: the library's own (`native`), or vLLM's (`vllm_engine`)."""
+"""The interface of a replica's engine: the library's own (`native`), or vLLM's (`vllm_engine`)."""
 
 from __future__ import annotations
 
@@ -75,4 +75,4 @@ class ReplicaEngine(Protocol):
         """Return the engine's counters since it started."""
 
     def close(self) -> None:
-        """End what would outlive this process."""
+        """Stop child processes that would outlive this one."""

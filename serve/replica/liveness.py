@@ -1,4 +1,4 @@
-"""Which engines are alive. These calls get through even while all engines are full."""
+"""Query which engines are alive. These calls get through even while all engines are full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ingresses and engines send each other."""
+"""Messages between ingresses and engines."""
 
 from __future__ import annotations
 

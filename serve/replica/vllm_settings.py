@@ -1,4 +1,4 @@
-"""What vLLM gets from the settings of a model, and what it cannot do for an endpoint."""
+"""Translate a model's settings into vLLM's arguments, and reject what vLLM cannot do for an endpoint."""
 
 from __future__ import annotations
 

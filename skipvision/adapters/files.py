@@ -106,7 +106,10 @@ def check_safe(folder: Path) -> None:
 
 
 def peft_config(folder: Path) -> PeftConfig | None:
-    """Read the PEFT config of an adapter; None if it has none, or one that only loading can explain."""
+    """Read the PEFT config of an adapter.
+
+    Return None if it has none, or if it cannot be parsed; loading then raises the error.
+    """
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder.absolute()))
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
 """Check the regular expressions of an adapter before PEFT applies them.
 
-An adapter may choose its modules by regular expressions. Some take longer than a life to fail on a name, and
+An adapter may choose its modules by regular expressions. Some need exponential time to reject a name, and
 Python cannot stop a match in a thread. They are therefore tried in another process, which can be killed.
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 from skipvision.errors import AdapterError
 
 PATTERN_SECONDS = 5.0
-"""Limit on matching all patterns with all names of modules, which takes milliseconds as a rule (s)."""
+"""Limit on matching all patterns with all names of modules, which usually takes milliseconds (s)."""
 
 _WHOLE = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save")
 """Fields that are regular expressions for whole names if they are texts."""
 _BY_NAME = ("rank_pattern", "alpha_pattern")
-"""Mappings whose keys are regular expressions for the ends of names."""
+"""Mappings whose keys are regular expressions that match the end of a name."""
 _LAYERS = "layers_pattern"
 _PROGRAM = """
 import json, re, sys

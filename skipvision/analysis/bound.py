@@ -29,7 +29,7 @@ from skipvision.errors import InputError
 
 @dataclass(frozen=True)
 class Errors:
-    """‖h̃ − h‖ / ‖h‖ over all tokens of a prompt at one point of the decoder. A bound above 2 says nothing.
+    """‖h̃ − h‖ / ‖h‖ over all tokens of a prompt at one point of the decoder. A bound above 2 is vacuous.
 
     Attributes:
         measured: with h̃ from Skip-FFN and h from full tokens.

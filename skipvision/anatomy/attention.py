@@ -1,6 +1,6 @@
 """Attention that tokens receive in one layer, computed from the layer's own queries and keys.
 
-They are taken where transformers passes them to its attention function, after projections, norms and
+They are intercepted where transformers passes them to its attention function, after projections, norms and
 rotations. So layers of all families and attention implementations are read in the same way, and only the
 rows of weights that are needed are computed.
 """

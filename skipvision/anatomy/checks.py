@@ -1,4 +1,4 @@
-"""Checks of models and calls: each raises an error that says why Skip-Vision cannot honour it."""
+"""Checks of models and calls: each raises an error that says why Skip-Vision does not support it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def check_unsharded(model: nn.Module) -> None:
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` if accelerate has offloaded weights: modules of ours would lack them."""
+    """Raise `UnsupportedModelError` if accelerate has offloaded weights.
+
+    Skip-Vision reads weights between calls, when they are not loaded.
+    """
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
@@ -85,7 +88,7 @@ def check_adapters(model: nn.Module) -> None:
             if getattr(config, "is_prompt_learning", False):
                 raise UnsupportedModelError(
                     f"adapter {name!r} is {config.peft_type.value}, which adds virtual tokens to the prompt: "
-                    "the places of images cannot be known. Use an adapter of the layers, such as LoRA"
+                    "the positions of images are then unknown. Use an adapter of the layers, such as LoRA"
                 )
 
 

@@ -83,7 +83,7 @@ def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_slices(outer: nn.Module, encoded: Any) -> None:
-    """Raise `InputError` for the parts of images that ``generate(prefill_chunk_size=…)`` passes."""
+    """Reject images that ``generate(prefill_chunk_size=…)`` has cut into parts."""
     if isinstance(encoded, Mapping) and encoded.keys() <= _SLICED:
         raise InputError(
             f"encoded images hold {', '.join(encoded)} alone, as generate(prefill_chunk_size=…) cuts them: "

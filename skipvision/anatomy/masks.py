@@ -29,7 +29,7 @@ Given = torch.Tensor | dict[str, torch.Tensor | None] | None
 
 @dataclass(frozen=True)
 class Sight:
-    """How far the layers of one decoder see.
+    """The attention range of each kind of layer of one decoder.
 
     Attributes:
         kinds: the kinds of layers: "full_attention", "sliding_attention", "chunked_attention",

@@ -1,7 +1,7 @@
 """Criteria that read the decoder's first layers, in a run over the unreduced sequence that ends early.
 
-Two readings: how much an FFN changes a token (`ffn_ratio`, METHOD piece 1), and how much attention the
-prompt's last token pays it (`prompt_attention`).
+Two readings: how much an FFN changes a token (`ffn_ratio`), and how much attention the prompt's last token
+pays it (`prompt_attention`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Stop(Exception):
 
 @dataclass(frozen=True, eq=False)
 class EarlyRun:
-    """The decoder over the caller's B rows of T tokens, to be run up to a module and no further.
+    """A decoder run over the caller's B rows of T tokens that stops at one module.
 
     Attributes:
         decoder: text decoder.

@@ -1,4 +1,4 @@
-"""Run a model without values: floating-point tensors have shapes alone, integers and booleans are real.
+"""Run a model on shapes: floating-point tensors have only shapes; integers and booleans have values.
 
 The meta device by itself has no integers, but image grids, masks and routing decide what is computed.
 """

@@ -78,7 +78,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What has to be done, and how well the hardware is used.
+    """A workload, and the utilisation of the hardware.
 
     Attributes:
         images_per_day: requests with one image each.
@@ -115,7 +115,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Size:
-    """What one kind of GPU needs for the workload.
+    """The number of GPUs of one kind that a workload needs, and their cost.
 
     Attributes:
         sequences: answers that fit at once.
@@ -136,7 +136,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one image takes, with Skip-Vision or without.
+    """The cost of one image, with Skip-Vision or without.
 
     Attributes:
         cost: predicted cost.

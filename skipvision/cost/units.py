@@ -72,7 +72,7 @@ class Flops:
 
     @classmethod
     def fitted(cls, run: Callable[[int, int], Any], chunked: bool) -> Self:
-        """Fit runs of ``run(tokens, ffn_tokens)``: three, or five if there is linear attention."""
+        """Fit costs from three calls of ``run(tokens, ffn_tokens)``, or five with linear attention."""
         n = _CHUNK if chunked else _SHORT
         sizes = [(n, n), (2 * n, 2 * n), (2 * n, n)] + [(n + 1, n + 1), (n + 2, n + 2)] * chunked
         with DryRun():
@@ -97,7 +97,7 @@ class ProbeFlops:
 
     @classmethod
     def fitted(cls, run: Callable[[int], Any], chunked: bool) -> Self:
-        """Fit runs of ``run(tokens)``: three, or five if there is linear attention."""
+        """Fit costs from three calls of ``run(tokens)``, or five with linear attention."""
         n = _CHUNK if chunked else _SHORT
         sizes = [n, 2 * n, 3 * n] + [n + 1, n + 2] * chunked
         with DryRun():
@@ -152,7 +152,7 @@ def head(design: Design) -> int:
 
 
 def head_sees_all(design: Design) -> bool:
-    """Return whether the LM head runs over the whole prompt, for want of ``logits_to_keep``."""
+    """Return whether the LM head runs over the whole prompt, because the family has no ``logits_to_keep``."""
     return "logits_to_keep" not in inspect.signature(_model(design).whole.forward).parameters
 
 

@@ -190,8 +190,8 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer all requests; completions come in the order in which they end.
 
-        The iterable is read as the queue empties. A request that fails is returned with its ``error``, and
-        the others continue.
+        Requests are taken from the iterable as the queue empties. A request that fails is returned with its
+        ``error``, and the others continue.
         """
         remaining = iter(requests)
         more = True

@@ -28,7 +28,7 @@ def reason_to_refuse(config: PeftConfig) -> str | None:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(settings.peft_type)
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
-        return f"{kind} adds virtual tokens to the prompt: their places would not be those of the plan"
+        return f"{kind} adds virtual tokens to the prompt: positions would not be those of the plan"
     if tuner is None or not issubclass(tuner, BaseTuner) or config.peft_type in _WRAPPED_CALL:
         return f"{kind} changes the call of the whole model, not only its layers"
     if getattr(settings, "alora_invocation_tokens", None):

@@ -43,7 +43,7 @@ def from_exported(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def attach_as_exported(model: nn.Module, path: str | Path) -> SkipConfig | None:
-    """Attach Skip-Vision to a model that was loaded from an exported folder, and to no other.
+    """Attach Skip-Vision to a model that was loaded from an exported folder; otherwise do nothing.
 
     Args:
         model: the loaded model.

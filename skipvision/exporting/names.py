@@ -1,7 +1,7 @@
 """Give saved weights the names that both transformers and vLLM read.
 
-Since 5.20 or so transformers saves a CLIP or SigLIP tower as ``vision_tower.…``. Earlier versions, the
-checkpoints on the hub and vLLM 0.32 have ``vision_tower.vision_model.…``, which transformers still loads.
+transformers 5.16 to 5.23 save a CLIP or SigLIP tower as ``vision_tower.…``. The checkpoints on the hub and
+vLLM 0.32 have ``vision_tower.vision_model.…``, which transformers also loads.
 The names of all other parts are the same on both sides.
 """
 

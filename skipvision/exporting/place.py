@@ -1,4 +1,4 @@
-"""The place of an exported model: a folder that appears complete or not at all."""
+"""Write an exported model's folder atomically: it appears complete or not at all."""
 
 from __future__ import annotations
 

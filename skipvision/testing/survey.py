@@ -145,7 +145,7 @@ def _try(family: str) -> Finding:
 
 @torch.no_grad()
 def _identity(model: PreTrainedModel, anatomy: Anatomy, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Check that nothing skipped ≡ the untouched model, bit for bit; returns the decoder's arguments."""
+    """Check that logits with nothing skipped equal the untouched model's; return the decoder's arguments."""
     seen: dict[str, Any] = {}
 
     def see(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -69,7 +69,10 @@ class UnreadableReply(NoVerdictError):
 
 
 class Judge:
-    """Grades, chooses and extracts. Several threads may share it."""
+    """Sends prompts to grade an answer, choose an option, or extract a final answer.
+
+    Several threads may share it.
+    """
 
     def __init__(self, config: JudgeConfig, memory: Path) -> None:
         """Read the replies kept in ``memory``, a file of JSON lines to which new ones are appended.

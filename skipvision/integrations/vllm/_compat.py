@@ -1,4 +1,4 @@
-"""What the plug-in changes in vLLM itself, with the version in which it was needed."""
+"""Changes to vLLM itself, each with the version that needed it."""
 
 from __future__ import annotations
 

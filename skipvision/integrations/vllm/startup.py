@@ -1,4 +1,4 @@
-"""What the plug-in does to vLLM's configuration before anything is built from it."""
+"""Adapt vLLM's configuration before anything is built from it."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from skipvision.integrations.vllm.processing import SkipInfo, SkipProcessor
 
 
 class Info(SkipInfo, InternS1ProcessingInfo):  # type: ignore[misc]
-    """How images of a prompt are counted."""
+    """Counts the visual tokens of images in InternVL prompts."""
 
 
 class Processor(SkipProcessor, InternS1MultiModalProcessor):  # type: ignore[misc]
-    """How a prompt is prepared."""
+    """Prepares prompts of InternVL with pruned images."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)

@@ -15,11 +15,11 @@ from skipvision.integrations.vllm.processing import SkipInfo, SkipProcessor
 
 
 class Info(SkipInfo, LlavaProcessingInfo):  # type: ignore[misc]
-    """How images of a prompt are counted."""
+    """Counts the visual tokens of images in LLaVA prompts."""
 
 
 class Processor(SkipProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
-    """How a prompt is prepared."""
+    """Prepares prompts of LLaVA with pruned images."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)

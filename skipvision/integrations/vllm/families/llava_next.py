@@ -17,11 +17,11 @@ from skipvision.integrations.vllm.processing import SkipInfo, SkipProcessor
 
 
 class Info(SkipInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
-    """How images of a prompt are counted."""
+    """Counts the visual tokens of images in LLaVA-NeXT prompts."""
 
 
 class Processor(SkipProcessor, LlavaNextMultiModalProcessor):  # type: ignore[misc]
-    """How a prompt is prepared."""
+    """Prepares prompts of LLaVA-NeXT with pruned images."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)

@@ -20,11 +20,11 @@ from skipvision.integrations.vllm.processing import SkipInfo, SkipProcessor
 
 
 class Info(SkipInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
-    """How images of a prompt are counted."""
+    """Counts the visual tokens of images in Qwen2.5-VL prompts."""
 
 
 class Processor(SkipProcessor, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
-    """How a prompt is prepared."""
+    """Prepares prompts of Qwen2.5-VL with pruned images."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)

@@ -20,11 +20,11 @@ from skipvision.integrations.vllm.processing import SkipInfo, SkipProcessor
 
 
 class Info(SkipInfo, Qwen3VLProcessingInfo):  # type: ignore[misc]
-    """How images of a prompt are counted."""
+    """Counts the visual tokens of images in Qwen3-VL prompts."""
 
 
 class Processor(SkipProcessor, Qwen3VLMultiModalProcessor):  # type: ignore[misc]
-    """How a prompt is prepared."""
+    """Prepares prompts of Qwen3-VL with pruned images."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen3VLDummyInputsBuilder)
