@@ -1,4 +1,4 @@
-"""Print lines of progress."""
+"""Print lines of progress, and write durations for readers."""
 
 from __future__ import annotations
 
