@@ -19,6 +19,7 @@ from skipvision.anatomy.probe import Probe
 from skipvision.anatomy.tower import hook_tower
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, UnsupportedModelError
+from skipvision.kv_cache import hook_block_indexer
 from skipvision.plan import TokenPlan
 from skipvision.reduction import Reduction
 from skipvision.skip_ffn import hook_layer
@@ -171,6 +172,7 @@ class Attachment:
         keep(anatomy.decoder.register_forward_hook(reduction.restore, with_kwargs=True))
         for layer in anatomy.layers:
             self._handles += hook_layer(layer.whole, layer.attention, layer.mlp)
+            self._handles += hook_block_indexer(layer.attention)
         self._handles += self._tower_hooks()
 
     def _tower_hooks(self) -> list[RemovableHandle]:

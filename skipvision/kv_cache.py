@@ -8,9 +8,12 @@ any number of generations can be interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from functools import cache as remember_results
+from typing import Any, NamedTuple, Self, cast
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -18,6 +21,9 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from skipvision._compat import LayerWithoutCache
+from skipvision.anatomy.attention import block_indexer
+from skipvision.anatomy.cache_layers import entries_of, holds_entries, kind_of, set_entries
 from skipvision.errors import InputError, UnsupportedModelError
 
 _STATE = "_skip_vision_state"
@@ -27,16 +33,34 @@ _ENTRIES = "_skip_vision_entries"
 class SettledCache(Cache):
     """A cache whose owner sets masks and positions itself: calls with it pass the hooks unchanged."""
 
+    def newest(self) -> torch.Tensor:
+        """(B, 1) index among the entries of its row of each token of the current call."""
+        raise NotImplementedError
+
 
 class _PrunedLayer(DynamicLayer):
-    """A layer of a pruned cache. ``reset`` empties it; before transformers 5.18 that would set it to zero."""
+    """A layer of a pruned cache. ``reset`` empties it; before transformers 5.18 that would set it to zero.
+
+    Attributes:
+        base: the kind of layer that it was.
+    """
+
+    base: type[DynamicLayer] = DynamicLayer
 
     @classmethod
     def of(cls, layer: DynamicLayer) -> Self:
-        """Replace a layer, with its contents."""
-        own = cls()
+        """Replace a layer of any kind, with its contents."""
+        own = _restored(cls.role(), kind_of(layer))
         vars(own).update(vars(layer))
         return own
+
+    @classmethod
+    def role(cls) -> type[_PrunedLayer]:
+        """Return the class that says what is tracked, whatever the kind of layer."""
+        return next(each for each in cls.__mro__ if each in (_RowsLayer, _PrunedLayer))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.role(), self.base), vars(self)
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -80,7 +104,19 @@ class _RowsLayer(_PrunedLayer):
         return torch.arange(rows, device=self.device) if self.origin is None else self.origin
 
 
-_PRUNABLE = (DynamicLayer, _PrunedLayer, _RowsLayer)
+@remember_results
+def _based(role: type[_PrunedLayer], base: type[DynamicLayer]) -> type[_PrunedLayer]:
+    """Return the class of pruned layers of a kind."""
+    if base is DynamicLayer:
+        return role
+    # With a `_layer_type`, transformers would register it in place of the kind.
+    return type(role.__name__, (role, base), {"base": base, "_layer_type": None})
+
+
+def _restored(role: type[_PrunedLayer], base: type[DynamicLayer]) -> Any:
+    """Return an empty pruned layer; its contents are copied to it afterwards, as pickling does too."""
+    kind = _based(role, base)
+    return kind.__new__(kind)
 
 
 class Entries(NamedTuple):
@@ -210,8 +246,8 @@ class CacheState:
 
 
 def _first_with_entries(cache: Cache) -> int:
-    """Return the number of the first layer that is not of linear attention or a convolution."""
-    return next(n for n, layer in enumerate(cache.layers) if not isinstance(layer, LinearAttentionLayer))
+    """Return the number of the first layer that attends, so that it has an entry for each token."""
+    return next(n for n, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer))
 
 
 def keep_everything(cache: Cache) -> None:
@@ -235,6 +271,9 @@ def keep_everything(cache: Cache) -> None:
         cache.layers[number] = whole
 
 
+_WITHOUT_ENTRIES = (LinearAttentionLayer, LayerWithoutCache)
+
+
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     """Return a cache's layers with keys and values. The states of linear attention are left out.
 
@@ -243,22 +282,22 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     """
     layers = []
     for number, layer in enumerate(cache.layers):
-        if type(layer) is LinearAttentionLayer:
+        if type(layer) in _WITHOUT_ENTRIES:
             continue
-        if not isinstance(layer, DynamicLayer) or type(layer) not in _PRUNABLE:
+        if not holds_entries(layer):
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned (a "
                 "static cache keeps its size): call generate without cache_implementation, so that it "
                 "creates a DynamicCache, or pass past_key_values=DynamicCache(config=...)"
             )
-        layers.append(layer)
+        layers.append(cast(DynamicLayer, layer))
     return layers
 
 
 def refuse_static(cache: Cache | None) -> None:
     """Raise `UnsupportedModelError` for a cache of fixed size: transformers makes other masks for it."""
     for layer in () if cache is None else cache.layers:
-        if not isinstance(layer, DynamicLayer) and type(layer) is not LinearAttentionLayer:
+        if not isinstance(layer, DynamicLayer) and type(layer) not in _WITHOUT_ENTRIES:
             prunable_layers(cache)  # type: ignore[arg-type]
 
 
@@ -280,9 +319,10 @@ def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     # A stable sort moves the entries that leave to the front and keeps the order of the others.
     index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
     for layer in prunable_layers(cache):
-        if layer.keys is not None and layer.values is not None and layer.keys.numel():
-            at = index.to(layer.keys.device)
-            layer.keys, layer.values = take_entries(layer.keys, at), take_entries(layer.values, at)
+        entries = entries_of(layer)
+        set_entries(
+            layer, {n: take_entries(states, index.to(states.device)) for n, states in entries.items()}
+        )
     return torch.arange(longest, device=keep.device) >= (longest - counts)[:, None], index
 
 
@@ -292,10 +332,31 @@ def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor |
     rows = torch.arange(count, device=index.device) if rows is None else rows
     begin = (rows[:, None] * heads + torch.arange(heads, device=index.device)) * length
     flat = (begin[:, :, None] + index[:, None, :]).flatten()
-    return states.reshape(-1, dim).index_select(0, flat).view(len(rows), heads, index.shape[1], dim)
+    return states.flatten(0, 2).index_select(0, flat).view(len(rows), heads, index.shape[1], dim)
+
+
+def hook_block_indexer(attention: nn.Module) -> list[RemovableHandle]:
+    """Make an indexer that selects blocks of entries count them in a pruned cache.
+
+    It takes position ids for indices of entries, which those of a pruned cache are not.
+    """
+    indexer = block_indexer(attention)
+    return [] if indexer is None else [indexer.register_forward_pre_hook(_count_entries)]
+
+
+def _count_entries(indexer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Pre-hook: replace the positions of tokens that follow a pruned cache."""
+    hidden, rotations, cache, positions = args
+    if isinstance(cache, SettledCache):
+        positions = cache.newest()
+    elif CacheState.of(cache) is not None:
+        entries = cache.get_seq_length(indexer.layer_idx)
+        order = torch.arange(entries - hidden.shape[1], entries, device=hidden.device)
+        positions = order.expand(hidden.shape[:2])
+    return hidden, rotations, cache, positions
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Count the bytes of a cache's keys and values, without the fixed states of linear attention."""
-    tensors = [t for layer in prunable_layers(cache) for t in (layer.keys, layer.values) if t is not None]
+    """Count the bytes of a cache's entries, without the fixed states of linear attention."""
+    tensors = [states for layer in prunable_layers(cache) for states in entries_of(layer).values()]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

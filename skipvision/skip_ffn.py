@@ -9,6 +9,7 @@ a changed plan keeps the layer free of side effects, as ``torch.compile`` requir
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -40,9 +41,10 @@ _current = _PerThread()
 
 def hook_layer(layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
     """Make a decoder layer skip by the plan it is called with; without a plan it runs unchanged."""
+    take = take_plan if _computes_with_positions(attention) else take_plan_and_positions
     return [
         layer.register_forward_pre_hook(store_plan, with_kwargs=True),
-        attention.register_forward_pre_hook(take_plan, with_kwargs=True),
+        attention.register_forward_pre_hook(take, with_kwargs=True),
         mlp.register_forward_pre_hook(gather_rows),
         mlp.register_forward_hook(scatter_rows),
     ]
@@ -56,13 +58,27 @@ def store_plan(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 def take_plan(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Attention pre-hook: remove the plan from the keywords; store it in a repeated forward."""
     plan = kwargs.pop(PLAN_KEYWORD, None)
-    if plan is not None and "position_ids" in kwargs:
-        # Positions may have gaps, which attention code can mistake for packed sequences. The rotations are
-        # in position_embeddings already.
-        kwargs["position_ids"] = None
     if _current.slot.plan is not plan:
         _current.slot.plan = plan
     return args, kwargs
+
+
+def take_plan_and_positions(
+    attention: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Like `take_plan`, for attention that knows positions from ``position_embeddings``.
+
+    Positions may have gaps, which its code can mistake for packed sequences.
+    """
+    if kwargs.get(PLAN_KEYWORD) is not None and "position_ids" in kwargs:
+        kwargs["position_ids"] = None
+    return take_plan(attention, args, kwargs)
+
+
+def _computes_with_positions(attention: nn.Module) -> bool:
+    """Return whether attention computes with position ids, as it does if it cannot be called without them."""
+    positions = inspect.signature(attention.forward).parameters.get("position_ids")
+    return positions is not None and positions.default is positions.empty
 
 
 def forget_plan() -> None:

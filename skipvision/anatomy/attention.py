@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from skipvision._compat import looks_up_attention, with_attention_implementation
+from skipvision._compat import looks_up_attention, submodules, with_attention_implementation
 from skipvision.errors import UnsupportedModelError
 
 _READING = "skip_vision_reading"
@@ -90,6 +90,15 @@ def read(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     raise unreadable(attention)
 
 
+def block_indexer(attention: nn.Module) -> nn.Module | None:
+    """Return the module by which attention selects blocks of neighbouring entries, if it does.
+
+    It counts a row's entries with the padding before them, so what it selects depends on the batch.
+    """
+    indexer = submodules(attention).get("indexer")
+    return indexer if hasattr(indexer, "block_size") else None
+
+
 def check_readable(attention: nn.Module) -> None:
     """Raise the `UnsupportedModelError` of `read` if it is clear without a call."""
     if not looks_up_attention(attention):
@@ -117,7 +126,36 @@ def _raise_read(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: Any, attention_mask: Any, **options: Any
 ) -> None:
     per_query = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
-    raise _Read(Attended(query, key, attention_mask if per_query else None, options))
+    mask = _selected(module, query, key, attention_mask if per_query else None, options)
+    raise _Read(Attended(query, key, mask, options))
+
+
+def _selected(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: dict[str, Any],
+) -> torch.Tensor | None:
+    """Return a mask that leaves each query only what its layer's indexer selects, if it has one.
+
+    Decoders put the selection into the mask themselves for "eager" and "sdpa" alone.
+    """
+    keys, blocks = options.get("indices"), options.get("block_indices")
+    if keys is None and blocks is None:
+        return mask
+    shape = (len(query), 1, query.shape[2], key.shape[2])
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[3] - shape[2])
+    if keys is not None:
+        chosen = torch.zeros(shape, dtype=torch.bool, device=query.device)
+        chosen = chosen.scatter(-1, keys[:, None].long(), True)
+        return (mask if mask.dtype == torch.bool else mask == 0) & chosen
+    indexer: Any = module.indexer
+    selected: torch.Tensor = indexer.build_block_mask(
+        blocks, mask, key.shape[2], query.dtype, query.device, options.get("position_ids")
+    )
+    return selected
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from transformers.cache_utils import (
-    DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
 from skipvision._compat import LayerWithoutCache, decoder_cache_layers
+from skipvision.anatomy.cache_layers import holds_entries
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 
 DECODED_KEYWORD = "skip_vision_decoded"
@@ -32,7 +32,7 @@ def check_cache_layers(text_config: Any) -> None:
     """
     kinds = dict(enumerate(getattr(text_config, "layer_types", None) or ()))
     for number, layer in enumerate(decoder_cache_layers(text_config)):
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
+        if holds_entries(layer) or type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
             continue
         kind = type(layer).__name__
         if isinstance(layer, LinearAttentionCacheLayerMixin):

@@ -35,7 +35,8 @@ class Family:
             some of these families, text before an image attends to tokens after it. In others, marker
             tokens after an image are replaced by its features.
         patches: each visual token is a patch of the one square image that the tower sees, in raster order.
-        one_by_one: inputs index into each other, so several prompts cannot share a batch.
+        one_by_one: a prompt's result depends on the others in its batch, as where inputs index into each
+            other, so several prompts cannot share one.
         geometry: how its processor cuts an image (`skipvision.analysis.geometry`); None = unknown.
         refused: why it is not supported, where the modules do not show it; None = it may be.
     """

@@ -20,6 +20,8 @@ from skipvision.plan import TokenPlan
 FULL = "full_attention"
 _SLIDING = "sliding_attention"
 _CHUNKED = "chunked_attention"
+_INDEXED = ("indexed_attention", "minimax_m3_sparse")
+"""Kinds of layers that choose what to attend to among all earlier tokens."""
 _RECURRENT = ("linear_attention", "conv")
 """Kinds of layers that take a 2-D padding mask."""
 
@@ -62,7 +64,7 @@ class Sight:
     @property
     def unlimited(self) -> bool:
         """Whether every layer sees all earlier tokens, so that a 2-D mask suffices."""
-        return not {*self.kinds} - {FULL, *_RECURRENT}
+        return not {*self.kinds} - {FULL, *_INDEXED, *_RECURRENT}
 
     @property
     def takes_masks(self) -> bool:

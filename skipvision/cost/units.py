@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from skipvision.anatomy.cache_layers import entries_of
 from skipvision.anatomy.encoding import encoded_sizes
 from skipvision.anatomy.families import Anatomy, dissect, takes_images, text_only
 from skipvision.anatomy.pictures import Request, collate, recipe_of
@@ -236,11 +237,11 @@ def cache(design: Design) -> tuple[CacheLayer, ...]:
         kept = _run(model, model.anatomy.decoder, _SHORT, _SHORT, use_cache=True).past_key_values
     return tuple(
         CacheLayer(
-            (layer.keys.numel() + layer.values.numel()) // _SHORT,
+            sum(states.numel() for states in entries.values()) // _SHORT,
             layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else math.inf,
         )
         for layer in kept.layers
-        if getattr(layer, "keys", None) is not None
+        if (entries := entries_of(layer))
     )
 
 

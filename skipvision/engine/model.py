@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from skipvision.anatomy.attention import block_indexer
 from skipvision.anatomy.families import Family, dissect
 from skipvision.anatomy.masks import Sight
 from skipvision.cost import units
@@ -56,6 +57,8 @@ class ModelFacts:
         if any(layer.recurrent for layer in anatomy.layers):
             # A cached prefix would need the states after its last token.
             family = replace(family, whole_prompt=True)
+        if any(block_indexer(layer.attention) for layer in anatomy.layers):
+            family = replace(family, one_by_one=True)
         generation: Any = base.generation_config
         eos = generation.eos_token_id
         return cls(

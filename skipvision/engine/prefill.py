@@ -15,16 +15,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from skipvision._compat import generation_position_ids
+from skipvision.anatomy.cache_layers import Entries, entries_of, set_entries
 from skipvision.anatomy.masks import token_indices
 from skipvision.anatomy.positions import ends
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
 from skipvision.engine.prompts import Prompt, collate
 from skipvision.engine.states import States, states_of
-from skipvision.kv_cache import CacheState, keep_everything, prunable_layers
+from skipvision.kv_cache import CacheState, keep_everything
 from skipvision.plan import TokenRole
-
-Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Prefix:
     """KV cache of one prompt up to its last image, skipped tokens included: C entries.
 
     Attributes:
-        layers: (heads, C, dim) keys and values of each layer.
+        layers: (heads, C, dim) entries of each layer that has some, by its number and by field.
         stay: (C,) True for entries that stay after prefill.
         ordinal: (C,) index of each entry among the caller's tokens.
         next_position: (A,) position of the token after it, on each of the model's position axes.
@@ -50,7 +49,7 @@ class Prefix:
         visual: counts of visual tokens.
     """
 
-    layers: Layers
+    layers: Entries
     stay: torch.Tensor
     ordinal: torch.Tensor
     next_position: torch.Tensor
@@ -59,8 +58,8 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(states.nbytes for pair in self.layers for states in pair)
+        """Bytes of the entries."""
+        return sum(states.nbytes for fields in self.layers.values() for states in fields.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +67,7 @@ class Prefilled:
     """A batch of B prompts in the model's KV cache, C entries a row.
 
     Attributes:
-        layers: (B, heads, C, dim) keys and values of each attention layer.
+        layers: (B, heads, C, dim) entries of each layer that has some, by its number and by field.
         states: states of the recurrent layers.
         real: (B, C) False for padding.
         stay: (B, C) True for entries that stay after prefill.
@@ -81,7 +80,7 @@ class Prefilled:
             started from cached prefixes.
     """
 
-    layers: Layers
+    layers: Entries
     states: States
     real: torch.Tensor
     stay: torch.Tensor
@@ -110,10 +109,10 @@ class Prefilled:
         padding = self.positions.shape[2] - int(self.fed[row])
         index = (self.real[row] & (self.ordinal[row] < tokens)).nonzero().squeeze(1)
         return Prefix(
-            [
-                (keys[row].index_select(1, index), values[row].index_select(1, index))
-                for keys, values in self.layers
-            ],
+            {
+                number: {name: states[row].index_select(1, index) for name, states in fields.items()}
+                for number, fields in self.layers.items()
+            },
             self.stay[row, index],
             self.ordinal[row, index],
             self.positions[:, row, padding + tokens].clone(),
@@ -190,13 +189,16 @@ class Prefiller:
         """Prefill the rest of each prompt after its cached prefix. The rest has no images."""
         batch = self._to_device(collate(prompts, self._pad, begin=[prefix.fed for prefix in prefixes]))
         mask = batch["attention_mask"].bool()
-        cache = DynamicCache()
-        for number in range(len(prefixes[0].layers)):
-            keys, values = (
-                _padded_left([prefix.layers[number][part].transpose(0, 1) for prefix in prefixes])
-                for part in (0, 1)
+        cache = DynamicCache(config=self._text_config)
+        keep_everything(cache)
+        for number, fields in prefixes[0].layers.items():
+            joined = {
+                name: _padded_left([one.layers[number][name].transpose(0, 1) for one in prefixes])
+                for name in fields
+            }
+            set_entries(
+                cache.layers[number], {name: states.transpose(1, 2) for name, states in joined.items()}
             )
-            cache.update(keys.transpose(1, 2), values.transpose(1, 2), number)
         held = _padded_left([torch.ones_like(prefix.stay) for prefix in prefixes])
         next_position = torch.stack([prefix.next_position for prefix in prefixes], dim=1)
         state = CacheState(
@@ -233,12 +235,9 @@ class Prefiller:
         }
 
 
-def _layers(cache: DynamicCache) -> Layers:
-    return [
-        (layer.keys, layer.values)
-        for layer in prunable_layers(cache)
-        if layer.keys is not None and layer.values is not None
-    ]
+def _layers(cache: DynamicCache) -> Entries:
+    found = {number: entries_of(layer) for number, layer in enumerate(cache.layers)}
+    return {number: fields for number, fields in found.items() if fields}
 
 
 def _padded_left(values: list[torch.Tensor]) -> torch.Tensor:

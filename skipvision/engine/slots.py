@@ -1,19 +1,20 @@
 """The preallocated KV cache of the running sequences, one row for each.
 
-A layer has two blocks, keys and values. A block is a flat tensor with room for ``capacity`` tokens, viewed as
-rows of one length: (rows, heads, length, dim). The rows in use come first, so a decode step reads them as one
-view. Rows are as long as the longest sequence needs. When that changes, the block is viewed with another
-length and its content is moved. Recurrent layers have states of fixed size instead (`StateLayer`).
+A layer has a block of keys and one of values, and one more if it chooses by keys of their own what to attend
+to. A block is a flat tensor with room for ``capacity`` tokens, viewed as rows of one length: (rows, heads,
+length, dim). The rows in use come first, so a decode step reads them as one view. Rows are as long as the
+longest sequence needs. When that changes, the block is viewed with another length and its content is moved.
+Recurrent layers have states of fixed size instead (`StateLayer`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from skipvision.anatomy.cache_layers import Entries
 from skipvision.engine.states import StateLayer, States
 from skipvision.kv_cache import SettledCache, take_entries
 
@@ -36,30 +37,35 @@ class Slots(SettledCache):
         super().__init__(layers=[])
         self.capacity = capacity
         self.rows = self.length = 0
-        self._blocks: list[_Block] = []
+        self._blocks: dict[tuple[int, str], _Block] = {}
         self._states: dict[int, StateLayer] = {}
         self._ordinal = torch.zeros(0, dtype=torch.long)
         self.at = self._ordinal
         self.step_rows: torch.Tensor | None = None
         self.span = 0
 
-    def allocate(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], states: States) -> None:
-        """Allocate memory on the first call, for keys and values (B, heads, S, dim) and states like these."""
-        if not self._blocks:
-            self._blocks = [
-                _Block(states, self.capacity) for keys, values in layers for states in (keys, values)
-            ]
-            pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
-            self._states = {number: StateLayer(examples) for number, examples in states.items()}
-            attending = (_Layer(self, *pair) for pair in pairs)
-            count = len(layers) + len(states)
-            self.layers = [self._states.get(number) or next(attending) for number in range(count)]
-            self._ordinal = torch.zeros(self.capacity, dtype=torch.long, device=layers[0][0].device)
+    def allocate(self, layers: Entries, states: States) -> None:
+        """Allocate memory on the first call, for entries (B, heads, S, D) and states like these."""
+        if self._blocks:
+            return
+        self._blocks = {
+            (number, name): _Block(example, self.capacity)
+            for number, fields in layers.items()
+            for name, example in fields.items()
+        }
+        self._states = {number: StateLayer(examples) for number, examples in states.items()}
+        blocks = {number: {name: self._blocks[number, name] for name in layers[number]} for number in layers}
+        self.layers = [
+            self._states.get(number) or _Layer(self, blocks.get(number, {}))
+            for number in range(1 + max({*layers, *states}))
+        ]
+        device = next(iter(self._blocks.values())).flat.device
+        self._ordinal = torch.zeros(self.capacity, dtype=torch.long, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the blocks and states of all layers occupy."""
-        blocks = sum(block.flat.nbytes for block in self._blocks)
+        blocks = sum(block.flat.nbytes for block in self._blocks.values())
         return blocks + sum(states.nbytes for states in self._states.values())
 
     def reshape(self, length: int) -> None:
@@ -67,7 +73,7 @@ class Slots(SettledCache):
         if length == self.length:
             return
         old, self.length = self.length, length
-        for block in self._blocks:
+        for block in self._blocks.values():
             block.move(self.rows, old, length)
         if self.rows:
             kept = min(old, length)
@@ -76,7 +82,7 @@ class Slots(SettledCache):
 
     def append(
         self,
-        layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        layers: Entries,
         states: States,
         source: torch.Tensor,
         index: torch.Tensor,
@@ -85,7 +91,7 @@ class Slots(SettledCache):
         """Copy entries of a prefill into N new rows.
 
         Args:
-            layers: keys and values (B, heads, C, dim) of the prefill.
+            layers: entries (B, heads, C, dim) of the prefill.
             states: its states.
             source: (N,) row of the prefill that each new row copies from.
             index: (N, K) entries that it copies, in order; arbitrary past a row's last entry.
@@ -93,8 +99,8 @@ class Slots(SettledCache):
         """
         new, longest = index.shape
         rows = slice(self.rows, self.rows + new)
-        for block, entries in zip(self._blocks, (each for pair in layers for each in pair), strict=True):
-            block.view(self.length)[rows, :, :longest] = take_entries(entries, index, source)
+        for (number, name), block in self._blocks.items():
+            block.view(self.length)[rows, :, :longest] = take_entries(layers[number][name], index, source)
         for number, held in self._states.items():
             held.put(self.rows, states[number], source)
         self._ordinals(self.length)[rows, :longest] = ordinals
@@ -104,7 +110,7 @@ class Slots(SettledCache):
         """Free a row and move the last row there."""
         last = self.rows - 1
         if row != last:
-            for block in self._blocks:
+            for block in self._blocks.values():
                 view = block.view(self.length)
                 view[row] = view[last]
             ordinals = self._ordinals(self.length)
@@ -115,7 +121,7 @@ class Slots(SettledCache):
 
     def erase(self, row: int) -> None:
         """Fill a row with zeros. A mask does not stop NaN: attention multiplies it by a weight of zero."""
-        for block in self._blocks:
+        for block in self._blocks.values():
             block.view(self.length)[row] = 0
         for held in self._states.values():
             held.erase(row)
@@ -147,6 +153,10 @@ class Slots(SettledCache):
         own = self.step_rows
         return torch.arange(len(self.at), device=self.at.device) if own is None else own
 
+    def newest(self) -> torch.Tensor:
+        """(R, 1) index of the entry that the current step writes in each of its rows."""
+        return self.at[:, None]
+
     def ordinals(self) -> torch.Tensor:
         """(R, span) index among the caller's tokens of each entry that attention reads.
 
@@ -165,7 +175,7 @@ class Slots(SettledCache):
 
 
 class _Block:
-    """Keys or values of one layer: a flat tensor, viewed as rows of a given length."""
+    """One field of one layer: a flat tensor, viewed as rows of a given length."""
 
     def __init__(self, example: torch.Tensor, capacity: int) -> None:
         _, self.heads, _, self.dim = example.shape
@@ -184,13 +194,18 @@ class _Block:
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of `Slots`, as `transformers` expects it."""
+    """One layer of `Slots`, as `transformers` expects it.
+
+    Args:
+        slots: that it belongs to.
+        blocks: of its fields, as `entries_of` names them; none of a layer that reads another one's entries.
+    """
 
     is_sliding = False
 
-    def __init__(self, slots: Slots, keys: _Block, values: _Block) -> None:
+    def __init__(self, slots: Slots, blocks: dict[str, _Block]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slots, self.blocks = slots, (keys, values)
+        self.slots, self.blocks = slots, blocks
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -200,16 +215,23 @@ class _Layer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new entry in each row, (R, heads, 1, dim); returns the entries that attention reads."""
+        return self._write("keys", key_states), self._write("values", value_states)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Write a new key of the indexer in each row, (R, 1, dim); returns those that it reads."""
+        return self._write("indexer_keys", indexer_key_states[:, None])[:, 0]
+
+    def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
+        """Do the same as `update_indexer` for MiniMax M3, whose keys are (R, 1, 1, dim)."""
+        return self._write("idx_keys", idx_k)
+
+    def _write(self, name: str, states: torch.Tensor) -> torch.Tensor:
         slots = self.slots
         own = slots.step_rows
-        rows = torch.arange(len(key_states), device=key_states.device) if own is None else own
-        first = slice(len(key_states))
-        read = []
-        for block, states in zip(self.blocks, (key_states, value_states), strict=True):
-            view = block.view(slots.length)
-            view[rows, :, slots.at] = states[:, :, 0]
-            read.append(view[first if own is None else own, :, : slots.span])
-        return read[0], read[1]
+        rows = torch.arange(len(states), device=states.device) if own is None else own
+        view = self.blocks[name].view(slots.length)
+        view[rows, :, slots.at] = states[:, :, 0]
+        return view[slice(len(states)) if own is None else own, :, : slots.span]
 
     def get_seq_length(self) -> int:
         return self.slots.get_seq_length()

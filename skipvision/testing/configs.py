@@ -51,7 +51,9 @@ SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    # With few heads many scores are 0, and which of them are among the best is arbitrary.
+    "index_n_heads": 16,
+    "index_topk": 24,
     "sliding_window": 20,
     "sliding_window_size": 20,
     "attention_chunk_size": 20,
@@ -215,7 +217,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm46v": _MROPE,
     "glm4v": _MROPE,
     "glm4v_moe": _MROPE_OF_HALF,
-    "glm5_next": _ALL_HEADS_CACHED | {"text.qk_rope_head_dim": 0},
+    # Its pools of tokens are others after a reduction: all of them are selected.
+    "glm5_next": _ALL_HEADS_CACHED | {"text.qk_rope_head_dim": 0, "text.index_topk": 2048},
     "glm_ocr": _MROPE,
     "glmga": _MROPE,
     "got_ocr2": _WINDOWED,
@@ -238,7 +241,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "llama4": _FOUR_PATCHES_A_TOKEN | {"text.moe_layers": [1], "vision.intermediate_size": 256},
     "lighton_ocr": _LARGE_IMAGES,
     # As in its checkpoints; the default of the class differs.
-    "minimax_m3_vl": {"text.layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
+    "minimax_m3_vl": {
+        "text.layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "text.index_n_heads": 2,
+        # Its blocks of tokens are others after a reduction: all of them are selected.
+        "text.index_block_size": 8,
+        "text.index_topk_blocks": 256,
+    },
     "mistral3": _LARGE_IMAGES,
     "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
     "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import nn
-from transformers.cache_utils import LinearAttentionLayer
 
 from skipvision import SkipConfig, attach, measure_flops, predict_cost
+from skipvision.anatomy.cache_layers import entries_of
 from skipvision.anatomy.families import dissect
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.family_table import SUPPORTED
@@ -55,9 +55,8 @@ def last(model, positions):
 
 
 def kept_bytes(cache):
-    attending = [layer for layer in cache.layers if not isinstance(layer, LinearAttentionLayer)]
-    states = [tensor for layer in attending for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in states if tensor is not None)
+    states = [tensor for layer in cache.layers for tensor in entries_of(layer).values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in states)
 
 
 @families

@@ -37,8 +37,8 @@ ONLY_FLOAT32 = {
     "step3p7",
 }
 """Families whose experts' grouped product has no float64 on CPU."""
-FLOAT32_INSIDE = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe"}
-"""Families whose linear attention computes in float32, whatever the dtype of the model."""
+FLOAT32_INSIDE = {"dots3_note", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe"}
+"""Families whose linear attention or indexer computes in float32, whatever the dtype of the model."""
 ONLY_EAGER = {"got_ocr2", "pp_chart2table"}
 """Families whose towers have no SDPA."""
 TOLERANCE = 1e-4

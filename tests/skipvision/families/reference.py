@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from skipvision import SkipConfig, TokenPlan, TokenRole
+from skipvision.anatomy.attention import block_indexer
 from skipvision.anatomy.families import dissect
 
 Run = Callable[[], Any]
@@ -371,8 +372,15 @@ def _run(
                 output[row, order] = mixer.forward(**{**own, "hidden_states": hidden[row, order][None]})[0]
         return output
 
+    def all_blocks(indexer: Any, args: Any, blocks: torch.Tensor) -> torch.Tensor:
+        """Tiny models select all blocks; here the order of the columns, summaries last, would hide some."""
+        count = -(-takes_ffn.shape[1] // indexer.block_size)
+        return torch.arange(count).expand(*blocks.shape[:3], count)
+
     handles, left = [], iter(masks)
     for layer in anatomy.layers:
+        if (indexer := block_indexer(layer.attention)) is not None:
+            handles.append(indexer.register_forward_hook(all_blocks))
         if layer.recurrent:
             handles.append(layer.attention.register_forward_hook(recur, with_kwargs=True))
         else:

@@ -1,19 +1,18 @@
 """After prefill, the cache of every layer has the planned length and no byte more."""
 
 import torch
-from transformers.cache_utils import LinearAttentionLayer
 
 from skipvision import attach
+from skipvision.anatomy.cache_layers import entries_of
 from skipvision.testing.families import tiny_batch
 from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinations, model_of
 
 
 @torch.no_grad()
 def layers_of(model, batch):
-    """Return the keys and values that a prefill caches, by layer."""
+    """Return the entries that a prefill caches, by layer and field."""
     cache = model(**batch, use_cache=True).past_key_values
-    attending = [layer for layer in cache.layers if not isinstance(layer, LinearAttentionLayer)]
-    return [states for layer in attending for states in (layer.keys, layer.values) if states is not None]
+    return [states for layer in cache.layers for states in entries_of(layer).values()]
 
 
 @combinations(turn=2)

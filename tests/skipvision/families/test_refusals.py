@@ -206,7 +206,9 @@ def after(model, cache, rows):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "family", [name for name in ("dots3_note", "gemma3", "llava", "qwen2_5_vl") if name not in LEFT_OUT]
+)
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
 def test_a_pruned_cache_whose_rows_move(family, positions):
     model = model_of(family)

@@ -52,6 +52,8 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_
 
 STEP = 1e-5
 """Size of a change of weights that is too small to change a plan."""
+SMALL_STEPS = {"dots3_note"}
+"""Families in which it moves a token to another expert, but a tenth of it does not."""
 
 
 def exact_loss(model, batch):
@@ -78,8 +80,14 @@ JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark", "qwen3_5_moe"}
 def test_gradients_are_the_slopes_of_the_loss(family):
     """Compare with loss differences along a random change of all weights, without another backward."""
     model = tiny_model(family, dtype=torch.float64)
+    for module in model.modules():
+        if hasattr(
+            module, "index_topk"
+        ):  # A small change may move a query to other keys, and the loss jumps.
+            module.index_topk = 2048
     batch = tiny_batch(model, ROWS, padding="right")
     generator = torch.Generator().manual_seed(1)
+    size = STEP / 10 if family in SMALL_STEPS else STEP
     # After a layer norm all norms are alike, so any change of weights would change a plan made by norms.
     with attach(model, MERGING.model_copy(update={"select": "uniform"})) as skip:
         train_summary(skip.summary)
@@ -95,9 +103,9 @@ def test_gradients_are_the_slopes_of_the_loss(family):
         expected = float(sum((p.grad * change[name]).sum() for name, p in trained.items()))
         losses = []
         with torch.no_grad():
-            for step in (STEP, -2 * STEP):
+            for step in (size, -2 * size):
                 for name, parameter in trained.items():
                     parameter.add_(step * change[name])
                 losses.append(float(exact_loss(model, batch)))
     # Some families compute norms in float32.
-    assert (losses[0] - losses[1]) / (2 * STEP) == pytest.approx(expected, rel=2e-2, abs=3e-2)
+    assert (losses[0] - losses[1]) / (2 * size) == pytest.approx(expected, rel=2e-2, abs=3e-2)
