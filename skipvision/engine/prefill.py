@@ -58,7 +58,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the entries."""
+        """Bytes of the entries of all layers."""
         return sum(states.nbytes for fields in self.layers.values() for states in fields.values())
 
 
