@@ -53,6 +53,7 @@ test: install ## run the tests without the slow ones
 
 test-all: install ## run the slow tests and test-oldest, too (GPU tests: make test ARGS="-m gpu")
 	$(MAKE) test-oldest ARGS=
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[services]"
 	$(BIN)/python -m pytest -m "not gpu" $(IN_TWO) $(ARGS)
 
 test-oldest: install-oldest ## run the library's tests with the oldest versions
