@@ -7,147 +7,124 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.infra.clusters import Jobs, free_port, rays_folder, result, wait_for
+
+NODES = 3
 LISTS = (
     *("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands"),
     *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
 )
 """Fields that Ray expects in a cluster's settings, and that processes on one machine leave empty."""
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Autoscaled:
-    """A head without CPUs, and workers with two CPUs each that the autoscaler starts and stops.
+    """A head without CPUs, and nodes with two CPUs each that the autoscaler starts and stops.
 
     ``AutoscalingCluster`` of Ray is not used: it stops every Ray of the machine.
     """
 
-    def __init__(self, folder: Path, max_workers: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.address = f"{socket.gethostbyname(socket.gethostname())}:{free_port()}"
-        resources = {"object_store_memory": 100 * 2**20}
-        settings = {
+        config = folder / "cluster.json"
+        config.write_text(json.dumps(self._settings()))
+        host, _, port = self.address.partition(":")
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        command += [f"--autoscaling-config={config}", f"--node-ip-address={host}", f"--port={port}"]
+        command += ["--num-cpus=0", f"--object-store-memory={100 * 2**20}", "--include-dashboard=false"]
+        command += [f"--{name}={free_port()}" for name in ("ray-client-server-port", *PORTS)]
+        environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        self.log = folder / "head.log"
+        with self.log.open("wb") as log:
+            self.head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def _settings(self) -> dict[str, Any]:
+        memory = {"object_store_memory": 100 * 2**20}
+        return {
             "cluster_name": "test",
-            "max_workers": max_workers,
+            "max_workers": NODES,
             "idle_timeout_minutes": 0.2,
             # Its type `fake_multinode` needs a file that Ray's wheel lacks.
-            "provider": {"type": "external", "module": PROVIDER, "gcs_address": self.address},
+            "provider": {
+                "type": "external",
+                "module": PROVIDER,
+                "gcs_address": self.address,
+                "launch_multiple": True,
+            },
             "available_node_types": {
-                "head": {"resources": {"CPU": 0, **resources}, "node_config": {}, "max_workers": 0},
-                "worker": {
-                    "resources": {"CPU": 2, **resources},
-                    "node_config": {},
-                    "max_workers": max_workers,
-                },
+                "head": {"resources": {"CPU": 0, **memory}, "node_config": {}, "max_workers": 0},
+                "worker": {"resources": {"CPU": 2, **memory}, "node_config": {}, "max_workers": NODES},
             },
             "head_node_type": "head",
             **{name: {} for name in ("auth", "docker", "file_mounts")},
             **{name: [] for name in LISTS},
         }
-        config = folder / "cluster.json"
-        config.write_text(json.dumps(settings))
-        host, _, port = self.address.partition(":")
-        command = [
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--head",
-            "--block",
-            f"--autoscaling-config={config}",
-        ]
-        command += [f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0"]
-        command += [f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
-        command += [f"--object-store-memory={100 * 2**20}"]
-        environment = {
-            **os.environ,
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_FAKE_CLUSTER": "1",
-        }
-        self.log = folder / "head.log"
-        with self.log.open("wb") as log:
-            self.head = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
 
-    def workers(self) -> int:
-        """The number of worker nodes that live."""
+    def nodes(self) -> int | None:
+        """The number of live nodes besides the head; None before the head listens."""
         from ray._raylet import GcsClient
 
-        nodes = GcsClient(address=self.address).get_all_node_info().values()
-        return sum(node.state == 0 for node in nodes) - 1
+        try:
+            found = GcsClient(address=self.address).get_all_node_info().values()
+        except Exception:
+            return None
+        return sum(node.state == 0 for node in found) - 1
 
     def stop(self) -> None:
-        processes = psutil.Process(self.head.pid).children(recursive=True)
-        self.head.terminate()
-        _, alive = psutil.wait_procs([psutil.Process(self.head.pid), *processes], timeout=30)
+        """End the head and its children, which are the nodes and their processes."""
+        head = psutil.Process(self.head.pid)
+        processes = [head, *head.children(recursive=True)]
+        head.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=30)
         for process in alive:
             process.kill()
         self.head.wait()
 
 
 @pytest.fixture
-def autoscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Autoscaled]:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    started = Autoscaled(tmp_path, max_workers=2)
-    yield started
-    started.stop()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (reached := condition()) and time.monotonic() < end:
-        time.sleep(0.5)
-    return reached
-
-
-def started(cluster: Autoscaled) -> bool:
-    try:
-        return cluster.workers() == 0
-    except Exception:  # the head does not listen yet
-        return False
+def autoscaled(tmp_path: Path) -> Iterator[Autoscaled]:
+    with rays_folder():
+        started = Autoscaled(tmp_path)
+        yield started
+        started.stop()
 
 
 def test_the_cluster_grows_for_captioning_and_shrinks_after_it(autoscaled, tiny_model, shapes_data, tmp_path):
-    assert wait_for(lambda: started(autoscaled), 120), autoscaled.log.read_text()
-    settings: dict[str, Any] = {
+    assert wait_for(lambda: autoscaled.nodes() == 0, 180), autoscaled.log.read_text()
+    images = sorted((shapes_data / "images").rglob("*.png"))
+    rows = [{"id": f"row-{number}", "image": str(images[number % len(images)])} for number in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = {
         "name": "captions",
         "storage": str(tmp_path),
         "model": {"path": str(tiny_model)},
-        "input": {"source": str(shapes_data / "images"), "limit": 20},
-        "sampling": {"max_new_tokens": 4},
-        "output": {"shard_rows": 5},
+        "input": {"source": str(tmp_path / "rows.jsonl")},
+        "sampling": {"max_new_tokens": 32},
+        "engine": {"max_sequences": 4},
+        "output": {"shard_rows": 10},
         "samples": 0,
-        "scaling": {"workers": 2, "cpus_per_worker": 1.5, "autoscaling": True},
+        # An engine fills a node, so the reader needs a third one.
+        "scaling": {"workers": 2, "cpus_per_worker": 2, "autoscaling": True},
     }
-    config = tmp_path / "caption.json"
-    config.write_text(json.dumps(settings))
-    environment = {**os.environ, "RAY_ADDRESS": autoscaled.address, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(
-        [sys.executable, ROOT / "jobs/caption.py", "--config", config],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    most = 0
-
-    def finished() -> bool:
-        nonlocal most
-        most = max(most, autoscaled.workers())
-        return job.poll() is not None
-
-    assert wait_for(finished, 900)
-    output = job.communicate()[0]
-    assert job.returncode == 0, output
-    assert json.loads(output.splitlines()[-1])["captioned"] == 20
-    assert most == 2  # an engine with 1.5 CPUs on each
-    assert wait_for(lambda: autoscaled.workers() == 0, 180)
+    jobs = Jobs(autoscaled.address, tmp_path)
+    seen = set()
+    try:
+        job = jobs.start("caption", settings)
+        answer = result(job, lambda _: seen.add(autoscaled.nodes()))
+    finally:
+        jobs.end()
+    assert answer["captioned"] == len(rows)
+    captions = pq.read_table(answer["captions"])["key"].to_pylist()
+    assert sorted(captions) == sorted(row["id"] for row in rows)
+    assert max(seen) == NODES
+    assert wait_for(lambda: autoscaled.nodes() == 0, 240)

@@ -7,17 +7,14 @@ loses all of them at once.
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.infra.clusters import Jobs, free_port, rays_folder, result, wait_for
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1500),
@@ -66,41 +64,61 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    started = Nodes()
+def nodes() -> Iterator[Nodes]:
+    with rays_folder():
+        started = Nodes()
+        yield started
+        started.cluster.shutdown()
+
+
+@pytest.fixture
+def jobs(nodes: Nodes, tmp_path: Path) -> Iterator[Jobs]:
+    started = Jobs(nodes.cluster.address, tmp_path)
     yield started
-    started.cluster.shutdown()
+    started.end()
 
 
-def start(nodes: Nodes, job: str, settings: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    config = folder / f"{job}.json"
-    config.write_text(json.dumps(settings))
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": nodes.cluster.address,
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, ROOT / "jobs" / f"{job}.py", "--config", config]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+class Pieces(threading.Thread):
+    """Counts how often engines begin each piece of a captioning job, by looking at its files of attempts."""
+
+    def __init__(self, attempts: Path) -> None:
+        super().__init__(daemon=True)
+        self.attempts, self.end = attempts, threading.Event()
+        self.begun: Counter[str] = Counter()
+
+    def run(self) -> None:
+        before: dict[str, int] = {}
+        while not self.end.wait(0.005):
+            now = self._sizes()
+            for name, size in now.items():
+                self.begun[name] += max(0, size - before.get(name, 0))
+            before = now
+
+    def _sizes(self) -> dict[str, int]:
+        sizes = {}
+        with suppress(FileNotFoundError):  # before the job's first piece, and after its last
+            for path in self.attempts.iterdir():
+                with suppress(FileNotFoundError):  # an engine has just ended this piece
+                    sizes[path.name] = path.stat().st_size
+        return sizes
+
+    @property
+    def repeated(self) -> int:
+        return sum(count - 1 for count in self.begun.values() if count)
 
 
-def result(process: subprocess.Popen[str], killed: Callable[[str], bool]) -> dict[str, Any]:
-    """Call ``killed`` with each line of a job until it returns true; return the job's result."""
-    lines, done = [], False
-    with process:
-        for line in process.stdout:
-            lines.append(line)
-            done = done or killed(line)
-    assert process.returncode == 0, "".join(lines[-60:])
-    assert done, "".join(lines[-60:])
-    return json.loads(lines[-1])
+def once(kill: Callable[[str], bool]) -> Callable[[str], None]:
+    """Call ``kill`` with each line until it returns true."""
+    done = False
+
+    def watch(line: str) -> None:
+        nonlocal done
+        done = done or kill(line)
+
+    return watch
 
 
-def test_captioning_survives_the_death_of_a_node(nodes, tiny_model, shapes_data, tmp_path):
+def test_captioning_survives_the_death_of_a_node(nodes, jobs, tiny_model, shapes_data, tmp_path):
     images = sorted((shapes_data / "images").rglob("*.png"))
     rows = [{"id": f"row-{number}", "image": str(images[number % len(images)])} for number in range(200)]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -114,28 +132,33 @@ def test_captioning_survives_the_death_of_a_node(nodes, tiny_model, shapes_data,
         "output": {"shard_rows": 10},
         "scaling": {"workers": 2, "cpus_per_worker": 1.5},
     }
-    attempts, held = tmp_path / "captions/attempts", []
+    killed_at = 0
 
     def kill_an_engine(line: str) -> bool:
+        nonlocal killed_at
         found = re.match(r"row (\d+)/200", line)
         if not found or int(found[1]) >= 150:
             return False
-        node = nodes.with_process("CaptionActor")[0]
-        held.extend(path.name for path in attempts.iterdir())  # pieces that both engines have begun
-        nodes.kill(node)
+        killed_at = int(found[1])
+        nodes.kill(nodes.with_process("CaptionActor")[0])
         return True
 
-    answer = result(start(nodes, "caption", settings, tmp_path), kill_an_engine)
+    pieces = Pieces(tmp_path / "captions/attempts")
+    pieces.start()
+    answer = result(jobs.start("caption", settings), once(kill_an_engine))
+    pieces.end.set()
+    pieces.join()
+    assert killed_at, "the job was faster than its first report"
     tables = [pq.read_table(path) for path in sorted((tmp_path / "captions/captions").glob("*.parquet"))]
     keys = Counter(key for table in tables for key in table["key"].to_pylist())
     assert keys == Counter(row["id"] for row in rows)
     assert answer["captioned"] == len(rows)
-    print(f"captioning: 0 of {len(rows)} rows lost, at most {len(held)} repeated")
+    print(f"captioning: 0 of {len(rows)} rows lost, {pieces.repeated} repeated, killed after {killed_at}")
     # With four captions at once a block is one row, and an engine holds twelve blocks.
-    assert len(held) <= 2 * 12
+    assert 0 < pieces.repeated <= 2 * 12
 
 
-def test_fine_tuning_survives_the_death_of_a_node(nodes, tiny_model, shapes_data, tmp_path):
+def test_fine_tuning_survives_the_death_of_a_node(nodes, jobs, tiny_model, shapes_data, tmp_path):
     from pipelines.tracking.client import connect
 
     steps, every = 60, 5
@@ -159,8 +182,8 @@ def test_fine_tuning_survives_the_death_of_a_node(nodes, tiny_model, shapes_data
         nodes.kill(nodes.with_process("RayTrainWorker")[-1])
         return True
 
-    process = start(nodes, "finetune", settings, tmp_path)
-    answer = result(process, kill_a_worker)
+    answer = result(jobs.start("finetune", settings), once(kill_a_worker))
+    assert reached, "no node was killed"
     assert answer["steps"] == steps
     client = connect(answer["mlflow_uri"])
     recorded = Counter(one.step for one in client.get_metric_history(answer["mlflow_run_id"], "loss"))
@@ -201,22 +224,11 @@ class Clients:
             assert json.load(response)["usage"]["completion_tokens"] > 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (reached := condition()) and time.monotonic() < end:
-        time.sleep(0.5)
-    return reached
-
-
-def test_an_endpoint_survives_the_death_of_a_node(nodes, tiny_model, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_an_endpoint_survives_the_death_of_a_node(nodes, jobs, tiny_model):
+    port = free_port()
     scaling = {"min_engines": 3, "max_engines": 3, "cpus_per_engine": 0.5}
     model = {"path": str(tiny_model), "name": "tiny", "scaling": scaling}
-    deploy = start(nodes, "deploy", {"models": [model], "port": port, "ingresses": 2}, tmp_path)
-    output = deploy.communicate(timeout=600)[0]
-    assert deploy.returncode == 0, output
+    result(jobs.start("deploy", {"models": [model], "port": port, "ingresses": 2}))
     holding = nodes.with_process(":engine")
     assert len(holding) > 1, "the engines are on one node"
 
