@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,23 @@ def test_the_command_compares_full_and_skipped(tiny_model, capsys):
         ["l4", "skipped"],
     ]
     assert lines[-1] == "Prices: --price."
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_what_the_command_prints(tmp_path, capsys):
+    # LLaVA-1.5-7B: its text model has Llama's default sizes.
+    tower = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
+    tower |= {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+    config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}
+    config |= {"vision_config": tower, "vision_feature_layer": -2, "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = (Path(__file__).parents[3] / "docs/deploy.md").read_text()
+    (command,) = re.findall(r"python -m skipvision (size .*)", page)
+    main(command.replace("llava-hf/llava-1.5-7b-hf", str(tmp_path)).split())
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line.split() for line in re.findall(r"^    (\S+ +(?:full|skipped) .*)$", page, re.MULTILINE)]
+    assert len(rows) == 6
+    assert [row for row in rows if row not in printed] == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""The commands of docs/deploy.md that need neither a container nor a cluster of Kubernetes or of a cloud.
+
+`test_services` runs those of compose.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.cluster.local import LocalRay, local_ray
+from tests.infra.clusters import free_port, wait_for
+from tests.infra.manifests import INFRA
+
+ROOT = INFRA.parent
+PAGE = (ROOT / "docs/deploy.md").read_text()
+COMMANDS = [
+    shlex.split(re.sub(r"\\\n\s*", "", line), comments=True)
+    for line in re.findall(r"^    (\S(?:.*\\\n)*.*)$", PAGE, flags=re.MULTILINE)
+    if not line.startswith(("GPU ", "l4 ", "l40s ", "h100 "))
+]
+
+
+def starting_with(*words: str) -> list[list[str]]:
+    found = [command for command in COMMANDS if command[: len(words)] == list(words)]
+    assert found, f"docs/deploy.md has no command `{shlex.join(words)}`"
+    return found
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kubectl_would_create_the_namespace_and_the_secrets(tmp_path):
+    (tmp_path / "keys.yaml").write_text("keys: []\n")
+    created = [
+        *starting_with("kubectl", "create"),
+        *starting_with("kubectl", "--namespace", "skipvision", "create"),
+    ]
+    objects = []
+    for command in created:
+        done = subprocess.run(
+            [*command, "--dry-run=client", "--output=json"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        objects.append(json.loads(done.stdout))
+    assert {one["metadata"]["name"]: sorted(one.get("data", {})) for one in objects} == {
+        "skipvision": [],
+        "skipvision-keys": ["keys.yaml"],
+        "mlflow": ["artifacts-destination", "backend-store-uri"],
+    }
+
+
+@pytest.mark.slow
+def test_ray_generates_the_token_that_the_launcher_copies(tmp_path):
+    (command,) = starting_with("ray", "get-auth-token")
+    binary = Path(sys.executable).with_name("ray")
+    done = subprocess.run(
+        [binary, *command[1:]], env={"HOME": str(tmp_path), "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    token = (tmp_path / ".ray/auth_token").read_text()
+    assert len(token) >= 32
+    assert token in done.stdout
+
+
+def adapted(folder: Path) -> tuple[Path, int]:
+    """The Serve config with paths and a port of this machine."""
+    (command,) = starting_with("serve", "deploy")
+    config = yaml.safe_load((ROOT / command[2]).read_text())
+    config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
+    (application,) = config["applications"]
+    (model,) = application["args"]["models"]
+    model["path"] = model["path"].replace("/opt/skipvision", str(ROOT))
+    model["scaling"]["cpus_per_engine"] = 0.5
+    application["args"]["keys_file"] = str(folder / "keys.yaml")
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    return folder / "serve.yaml", config["http_options"]["port"]
+
+
+def serve(ray: LocalRay, *words: str) -> str:
+    binary = Path(sys.executable).with_name("serve")
+    environment = {
+        "PATH": "",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": ray.token,
+        "RAY_DASHBOARD_ADDRESS": ray.dashboard,
+    }
+    done = subprocess.run([binary, *words], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ask(port: int, key: str) -> Any:
+    messages = [{"role": "user", "content": "What is it?"}]
+    body = json.dumps({"model": "shapes-llava", "max_tokens": 4, "messages": messages}).encode()
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as response:
+        return json.load(response)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_serve_deploy_starts_the_endpoint_on_a_cluster(tmp_path, monkeypatch):
+    (command,) = starting_with("python", "-m", "serve.keys", "new")
+    done = subprocess.run(
+        [sys.executable, *command[1:-1], tmp_path / command[-1]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (key,) = re.findall(r"sk-skip-\S+", done.stdout)
+    config, port = adapted(tmp_path)
+    # What the page demands of every node.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.front:middlewares")
+    with local_ray() as ray:
+        serve(ray, "deploy", str(config))
+
+        def status() -> str:
+            return str(yaml.safe_load(serve(ray, "status"))["applications"]["skipvision"]["status"])
+
+        assert wait_for(lambda: status() in ("RUNNING", "DEPLOY_FAILED"), 600)
+        assert status() == "RUNNING", serve(ray, "status")
+        assert ask(port, key)["usage"]["completion_tokens"] > 0
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(port, "sk-skip-another")
+        config.write_text(config.read_text().replace(str(tmp_path / "keys.yaml"), "/nowhere/keys.yaml"))
+        serve(ray, "deploy", str(config))
+        assert wait_for(lambda: status() == "DEPLOY_FAILED", 300)
+        assert "/nowhere/keys.yaml" in serve(ray, "status")
