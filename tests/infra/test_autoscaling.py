@@ -23,6 +23,8 @@ LISTS = (
     *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
 )
 """Fields that Ray expects in a cluster's settings, and that processes on one machine leave empty."""
+HEAD = "ray.head.default"
+"""The provider's name for the type of the head."""
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -60,12 +62,15 @@ class Autoscaled:
                 "module": PROVIDER,
                 "gcs_address": self.address,
                 "launch_multiple": True,
+                "use_node_id_as_ip": True,  # all nodes have the same address
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
             },
             "available_node_types": {
-                "head": {"resources": {"CPU": 0, **memory}, "node_config": {}, "max_workers": 0},
+                HEAD: {"resources": {"CPU": 0, **memory}, "node_config": {}, "max_workers": 0},
                 "worker": {"resources": {"CPU": 2, **memory}, "node_config": {}, "max_workers": NODES},
             },
-            "head_node_type": "head",
+            "head_node_type": HEAD,
             **{name: {} for name in ("auth", "docker", "file_mounts")},
             **{name: [] for name in LISTS},
         }

@@ -90,6 +90,7 @@ def serve(ray: LocalRay, *words: str) -> str:
     binary = Path(sys.executable).with_name("serve")
     environment = {
         "PATH": "",
+        "PYTHONPATH": str(ROOT),  # the packages, as on every node
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": ray.token,
         "RAY_DASHBOARD_ADDRESS": ray.dashboard,
