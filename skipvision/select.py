@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+import numpy as np
 import torch
 
 from skipvision.anatomy.probe import Probe, check_attention, ffn_ratio, prompt_attention
@@ -108,31 +109,58 @@ def by_diversity(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch
     """Max-min distance: each next token is the one farthest (1 − cosine) from those already chosen.
 
     As DivPrune (CVPR 2025, arXiv 2503.02175): the first is the token whose nearest neighbour is farthest
-    away. Takes one step per retained token, for all images at once.
+    away.
     """
     unit, valid = tokens.unit, tokens.valid
     similarity = unit @ unit.transpose(1, 2)
     # The product is symmetric only up to rounding, but nearest neighbours of each other must tie.
     distance = 1 - (similarity + similarity.transpose(1, 2)) / 2
-    images, length, _ = distance.shape
-    padding = ~valid
-    distance.masked_fill_(
-        padding[:, None, :] | torch.eye(length, dtype=torch.bool, device=unit.device), float("inf")
-    )
-    nearest = distance.amin(dim=2).masked_fill(padding, -float("inf"))
-    score = torch.zeros(images, length, device=unit.device)
-    every = torch.arange(images, device=unit.device)
-    chosen = nearest.argmax(dim=1)
-    nearest = torch.full_like(nearest, float("inf")).masked_fill(padding, -float("inf"))
-    steps = int(counts.max()) if images else 0
-    for step in range(steps):
-        # A smaller image runs out of tokens before the last step; argmax then repeats an earlier choice.
-        left = nearest[every, chosen] > -float("inf")
-        score[every, chosen] = torch.where(left, float(steps - step), score[every, chosen])
-        nearest = torch.minimum(nearest, distance[every, chosen])
-        nearest[every, chosen] = -float("inf")
-        chosen = nearest.argmax(dim=1)
-    return score
+    distance.masked_fill_(~valid[:, None, :], float("inf"))
+    distance.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    first = distance.amin(dim=2).masked_fill(~valid, -float("inf")).argmax(dim=1)
+    # No token is farther from the chosen ones than one of them, so none is chosen twice.
+    distance.diagonal(dim1=1, dim2=2).fill_(-float("inf"))
+    nearest = torch.where(valid, float("inf"), -float("inf")).to(distance.dtype)
+    order = first.new_empty(len(valid), int(counts.max()) if len(counts) else 0)
+    # Rows are short: on a CPU, a call of NumPy takes a fraction of one of PyTorch.
+    chain = chain_by_numpy if order.device.type == "cpu" else chain_by_torch
+    chain(distance, first, nearest, order)
+    worth = torch.arange(order.shape[1], 0, -1, dtype=distance.dtype, device=order.device)
+    # An image of fewer tokens repeats some at the end; their first place counts.
+    scores = torch.zeros(valid.shape, dtype=distance.dtype, device=order.device)
+    return scores.scatter_reduce_(1, order, worth.expand_as(order), "amax")
+
+
+def chain_by_numpy(
+    distance: torch.Tensor, first: torch.Tensor, nearest: torch.Tensor, order: torch.Tensor
+) -> None:
+    """Fill ``order``: each token is the one farthest from all those before it.
+
+    Args:
+        distance: (I, N, N) −∞ from a token to itself.
+        first: (I,) the tokens to begin with.
+        nearest: (I, N) distance to the tokens chosen already: ∞ at tokens, −∞ at padding. It is changed.
+        order: (I, S) is filled.
+    """
+    images = zip(distance.numpy(), first.tolist(), nearest.numpy(), order.numpy(), strict=True)
+    for rows, last, near, chosen in images:
+        for step in range(len(chosen)):
+            chosen[step] = last
+            np.minimum(near, rows[last], out=near)
+            last = int(near.argmax())
+
+
+def chain_by_torch(
+    distance: torch.Tensor, first: torch.Tensor, nearest: torch.Tensor, order: torch.Tensor
+) -> None:
+    """Do the same for all images at once, without waiting for a GPU."""
+    rows = distance.flatten(0, 1)
+    offsets = torch.arange(len(first), device=first.device) * distance.shape[1]
+    last = first
+    for step in range(order.shape[1]):
+        order[:, step] = last
+        torch.minimum(nearest, rows.index_select(0, offsets + last), out=nearest)
+        last = nearest.argmax(dim=1)
 
 
 def by_position(tokens: VisualTokens, counts: torch.Tensor, seed: int) -> torch.Tensor:

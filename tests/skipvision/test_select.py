@@ -9,7 +9,7 @@ from skipvision import SkipConfig
 from skipvision.anatomy.attention import Attended
 from skipvision.anatomy.families import dissect
 from skipvision.anatomy.probe import EarlyRun, ffn_ratio
-from skipvision.select import CRITERIA, top
+from skipvision.select import CRITERIA, by_diversity, chain_by_torch, top
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 from skipvision.tokens import VisualTokens
 from tests.skipvision import naive
@@ -71,6 +71,15 @@ def test_a_small_image_is_not_disturbed_by_a_large_one(select, seed):
     together = retained_by(select, features, valid, [2, 8])
     alone = retained_by(select, features[:1, :4], valid[:1, :4], [2])
     assert torch.equal(together[:1, :4], alone)
+
+
+def test_both_chains_of_the_farthest_tokens_are_equal(monkeypatch):
+    """A GPU runs the one without a loop over images."""
+    features, valid = ragged([16, 7, 1, 12, 16])
+    counts = torch.tensor([16, 3, 1, 5, 9])
+    by_numpy = by_diversity(VisualTokens(features, valid), counts, 0)
+    monkeypatch.setattr("skipvision.select.chain_by_numpy", chain_by_torch)
+    assert torch.equal(by_diversity(VisualTokens(features, valid), counts, 0), by_numpy)
 
 
 def test_random_is_fixed_by_its_seed():
