@@ -21,7 +21,7 @@ from pipelines.data.collate import Collator
 from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_training_rows
 from pipelines.engines.config import BaseModelSection
-from pipelines.engines.loading import load_frozen, load_processor
+from pipelines.engines.loading import load_frozen, load_processor, usable_device
 from pipelines.shared.paths import copy_into
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
@@ -112,7 +112,7 @@ def _measure(
     rows: Sequence[TrainingRow],
     config: AnalyseConfig,
 ) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device()
     model: nn.Module = load_frozen(model_config, torch.float32, device)
     if adapter is not None:
         model = sv.load_adapter(model, adapter)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
+from pipelines.engines.loading import usable_device
 from pipelines.engines.model import EngineModel, load_engine
+from pipelines.evaluation.answering import request_for, seconds_of
 from pipelines.evaluation.items import Item
 from pipelines.score.dataset import Dataset
-from pipelines.score.in_process import request_for, score_dataset
+from pipelines.score.in_process import score_dataset
 from pipelines.shared.sections import EngineSection
 from skipvision.config import SkipConfig
 from skipvision.engine import Sampling
@@ -45,8 +44,7 @@ class Scorer:
     """The engine of one process."""
 
     def __init__(self, model: EngineModel, engine: EngineSection, max_new_tokens: int) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._engine = load_engine(model, engine, device)
+        self._engine = load_engine(model, engine, usable_device())
         self._max_new_tokens = max_new_tokens
 
     def do(self, number: int, task: Task) -> tuple[int, list[Item] | float]:
@@ -73,14 +71,10 @@ class Scorer:
         seconds: dict[SkipConfig | Literal["full"], list[float]] = {"full": [], task.skip: []}
         for number, question in enumerate([questions[0], *questions]):  # the first round is a warm-up
             for skip, taken in seconds.items():
-                request = request_for(question, engine.processor, one_token)
-                request = engine.prepare(replace(request, skip=skip))
-                started = time.perf_counter()
-                for completion in self._engine.run([request]):
-                    if completion.error is not None:
-                        raise completion.error
+                request = request_for(question.messages, question.images, engine.processor, one_token)
+                one = seconds_of(engine, engine.prepare(replace(request, skip=skip)))
                 if number:
-                    taken.append(time.perf_counter() - started)
+                    taken.append(one)
         return statistics.median(seconds[task.skip]) / statistics.median(seconds["full"])
 
 

@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,15 @@ from pipelines.compare.report import check_marked, draw, markdown, renew_marked
 from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
 from pipelines.engines.config import BaseModelSection
+from pipelines.engines.loading import usable_device
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.evaluation.answering import answer_rows
-from pipelines.evaluation.exact_match import Answer, accuracy_by_task
-from pipelines.evaluation.items import OVERALL, Item
+from pipelines.evaluation.exact_match import Answer, accuracy_by_task, exact_items, group_of
+from pipelines.evaluation.fingerprints import of_rows
+from pipelines.evaluation.items import OVERALL
 from pipelines.evaluation.paired import Paired, paired, widened
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.folder import MAY_DIFFER
-from pipelines.score.fingerprints import of_images
 from pipelines.shared.files import write_text
 from pipelines.shared.folder import comparable
 from pipelines.shared.paths import output_path
@@ -73,7 +73,7 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
     folder = ComparisonFolder(storage, f"{config.skip}-against-{config.full}")
     with folder.claimed():
         folder.resume(config)
-        inputs = {"full": full["result"], "skip": skip["result"], "rows": _digest(rows)}
+        inputs = {"full": full["result"], "skip": skip["result"], "rows": of_rows(rows)}
         if folder.state.get("inputs") != inputs:
             folder.state = {}
         finished = bool(folder.state.get("recorded"))
@@ -110,7 +110,7 @@ def _compare(
         costs[name]["training_seconds"] = run["result"]["training_seconds"]
     return {
         "rows": len(rows),
-        "images": len({_image(row) for row in rows}),
+        "images": len({group_of(row) for row in rows}),
         "exact_match": {name: accuracy_by_task(given) for name, given in answers.items()},
         "difference": {
             task: {"difference": gap.difference, "low": gap.low, "high": gap.high}
@@ -122,28 +122,14 @@ def _compare(
     }
 
 
-def _digest(rows: Sequence[TrainingRow]) -> str:
-    """Return a digest of the questions, the answers and the images."""
-    texts = [[row.key, row.task, *(message.text for message in row.messages)] for row in rows]
-    images = of_images(image for row in rows for image in row.images)
-    return sha256(json.dumps([texts, images]).encode()).hexdigest()
-
-
 def differences(rows: Sequence[TrainingRow], answers: dict[str, list[Answer]]) -> dict[str, Paired]:
     """Return tuned Skip-Vision minus tuned full tokens, per task and overall, paired by row."""
-    full, skip = (_items(rows, answers[name], name) for name in ("full", "skip"))
+    full, skip = (exact_items(rows, answers[name], name) for name in ("full", "skip"))
     gaps = {}
     for task in [*sorted({row.task for row in rows} - {""}), OVERALL]:
         sides = ([item for item in side if task in (OVERALL, item.category)] for side in (full, skip))
         gaps[task] = widened(paired(*sides))
     return gaps
-
-
-def _items(rows: Sequence[TrainingRow], answers: Sequence[Answer], system: str) -> list[Item]:
-    return [
-        Item("test", str(index), system, row.task, _image(row), answer.answer, float(answer.correct))
-        for index, (row, answer) in enumerate(zip(rows, answers, strict=True))
-    ]
 
 
 def _variants(
@@ -162,7 +148,7 @@ def _evaluate_all(
     variants: Sequence[Variant], base: BaseModelSection, rows: Sequence[TrainingRow], config: CompareConfig
 ) -> tuple[dict[str, list[Answer]], dict[str, dict[str, float]]]:
     """Return every variant's answers, and the costs of the tuned ones on one row of each task."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device()
     one_per_task = pick_rows(rows, len({row.task for row in rows}))
     answers: dict[str, list[Answer]] = {}
     costs: dict[str, dict[str, float]] = {}
@@ -190,22 +176,10 @@ def _answers(
     config: CompareConfig,
     device: torch.device,
 ) -> list[Answer]:
-    model = EngineModel(
-        base=base.path,
-        label=base.path,
-        adapter=variant.adapter,
-        adapter_label=None,
-        skip=variant.skip or sv.SkipConfig.full(),
-        dtype=base.dtype,
-        attention=base.attention,
-    )
+    model = EngineModel.of(base, variant.adapter, variant.skip or sv.SkipConfig.full())
     settings = EngineSection(max_sequences=config.batch_size, kv_budget_bytes=config.kv_budget_bytes)
     with load_engine(model, settings, device) as engine:
         return answer_rows(engine, rows, max_new_tokens=config.max_new_tokens)
-
-
-def _image(row: TrainingRow) -> str:
-    return str(row.images[0]) if row.images else row.key
 
 
 def _finished(storage: Path, name: str) -> dict[str, Any]:

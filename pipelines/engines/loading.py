@@ -18,6 +18,11 @@ from skipvision.errors import ConfigError
 _HUB_SECONDS = 10
 
 
+def usable_device() -> torch.device:
+    """Return the GPU of this process if it has one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products: for "auto", bfloat16 if the hardware multiplies it natively."""
     if precision != "auto":

@@ -13,7 +13,7 @@ import transformers
 from transformers import PretrainedConfig
 
 import skipvision as sv
-from pipelines.engines.config import ModelSection
+from pipelines.engines.config import BaseModelSection, ModelSection
 from pipelines.engines.loading import (
     arithmetic,
     check_known,
@@ -53,6 +53,11 @@ class EngineModel:
     skip: sv.SkipConfig
     dtype: str
     attention: str
+
+    @classmethod
+    def of(cls, base: BaseModelSection, adapter: Path | None, skip: sv.SkipConfig) -> EngineModel:
+        """Return the model of a section whose path is resolved, with an adapter of this machine."""
+        return cls(base.path, base.path, adapter, None, skip, base.dtype, base.attention)
 
 
 class ModelSettings(Protocol):

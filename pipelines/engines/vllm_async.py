@@ -14,10 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.engines.config import BackendSection
-from pipelines.engines.loading import arithmetic, load_config, load_processor
+from pipelines.engines.loading import arithmetic, load_config, load_processor, usable_device
 from pipelines.engines.model import EngineModel
 from pipelines.engines.vllm_answers import Answers
 from pipelines.engines.vllm_meter import Meter, meter_factory
@@ -74,7 +72,7 @@ class AsyncVllm:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable_device()
         dtype = str(arithmetic(self._model.dtype, device)).removeprefix("torch.")
         arguments = engine_arguments(self._model, self._settings, dtype, self._further)
         try:

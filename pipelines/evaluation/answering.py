@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
-from pipelines.data.rows import TrainingRow
+from pipelines.data.rows import ImageSource, Message, TrainingRow
 from pipelines.data.special_tokens import special_tokens_of
 from pipelines.evaluation.exact_match import Answer
 from skipvision.config import SkipConfig
@@ -37,13 +38,14 @@ def answer_rows(
     texts: dict[int, str] = {}
     failures: list[Exception] = []
     special = special_tokens_of(engine.processor)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
 
     def requests() -> Iterator[Request]:
         for index, row in enumerate(rows):
             if failures:
                 return  # the engine finishes what it has, and is idle for its next user
             try:
-                request = request_for(row, engine.processor, max_new_tokens=max_new_tokens)
+                request = request_for(row.messages[:-1], row.images, engine.processor, sampling)
             except ImageError as error:
                 failures.append(error)
                 return
@@ -59,8 +61,19 @@ def answer_rows(
     return [Answer(row.key, row.task, row.messages[-1].text, texts[index]) for index, row in enumerate(rows)]
 
 
-def request_for(row: TrainingRow, processor: Any, *, max_new_tokens: int) -> Request:
-    """Return a greedy request for a row's last question. Raise `ImageError` if an image cannot be opened."""
-    chat = chat_messages(row.messages[:-1], processor)
-    images = [image.open() for image in row.images]
-    return Request(chat, images, sampling=Sampling(max_new_tokens=max_new_tokens))
+def request_for(
+    messages: Sequence[Message], images: Iterable[ImageSource], processor: Any, sampling: Sampling
+) -> Request:
+    """Return an engine's request for a chat. Raise `ImageError` if an image cannot be opened."""
+    chat = chat_messages(messages, processor)
+    return Request(chat, [image.open() for image in images], sampling=sampling)
+
+
+def seconds_of(engine: Engine, request: Request) -> float:
+    """Return the seconds in which an idle engine completes a prepared request. Raise the request's error."""
+    started = time.perf_counter()
+    [completion] = engine.run([request])
+    taken = time.perf_counter() - started
+    if completion.error is not None:
+        raise completion.error
+    return taken

@@ -14,7 +14,8 @@ from pipelines.data.chat import ChatFormat, encode
 from pipelines.data.collate import OnUnreadable, open_images
 from pipelines.data.rows import TrainingRow
 from pipelines.data.special_tokens import without_joiners
-from pipelines.evaluation.items import OVERALL
+from pipelines.evaluation.fingerprints import of_one
+from pipelines.evaluation.items import OVERALL, Item
 
 _SPARE_TOKENS = 8
 """An answer that is this much longer than the longest expected one of its batch is cut off: it is wrong."""
@@ -55,6 +56,19 @@ def accuracy_by_task(answers: Iterable[Answer]) -> dict[str, float]:
     if everything:
         hits[OVERALL] = everything
     return {task: sum(right) / len(right) for task, right in hits.items()}
+
+
+def exact_items(rows: Sequence[TrainingRow], answers: Sequence[Answer], system: str) -> list[Item]:
+    """Return an item for each row with its answer. Rows with the same first image form a group."""
+    return [
+        Item("test", row.key, system, row.task, group_of(row), answer.answer, float(answer.correct))
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+
+
+def group_of(row: TrainingRow) -> str:
+    """Return what rows with the same first image have in common; the key of a row without images."""
+    return of_one(row.images[0]) if row.images else row.key
 
 
 def evaluate_exact_match(

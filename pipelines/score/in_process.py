@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-from pipelines.data.chat import chat_messages
 from pipelines.data.images import ImageError
 from pipelines.data.special_tokens import special_tokens_of
-from pipelines.score.dataset import Dataset, Question
+from pipelines.evaluation.answering import request_for
+from pipelines.score.dataset import Dataset
 from pipelines.score.points import Prediction, Scored, score_answers
 from pipelines.score.rules.judge import Judge
 from skipvision.config import SkipConfig
@@ -51,11 +51,11 @@ def score_dataset(
             if question.problem is not None:
                 continue
             try:
-                request = request_for(question, engine.processor, sampling)
+                request = request_for(question.messages, question.images, engine.processor, sampling)
             except ImageError as error:
                 predictions[question.index] = Prediction(error=f"{error.kind}: {error}")
             else:
-                yield replace(request, skip=skip, adapter=adapter)
+                yield replace(request, skip=skip, adapter=adapter, key=question.index)
 
     for completion in engine.run(requests()):
         if isinstance(completion.error, ConfigError):  # every other question would fail in the same way
@@ -66,10 +66,3 @@ def score_dataset(
             text = special_tokens_of(engine.processor).unescape(completion.text)
             predictions[completion.key] = Prediction(text.strip())
     return score_answers(dataset, predictions, system, judge)
-
-
-def request_for(question: Question, processor: Any, sampling: Sampling) -> Request:
-    """Return an engine's request for a question. Raise `ImageError` if an image cannot be opened."""
-    chat = chat_messages(question.messages, processor)
-    images = [image.open() for image in question.images]
-    return Request(chat, images, sampling=sampling, key=question.index)

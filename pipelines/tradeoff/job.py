@@ -19,8 +19,8 @@ from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.cluster.tasks import in_parallel
 from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
+from pipelines.evaluation.fingerprints import of_folder, of_model, of_rows
 from pipelines.evaluation.items import OVERALL, read_items, write_items
-from pipelines.score.fingerprints import of_folder, of_images, of_model
 from pipelines.shared.files import write_text
 from pipelines.shared.folder import JobFolder
 from pipelines.shared.paths import copy_into
@@ -78,11 +78,9 @@ def digests(
     Files count by their contents, not by their paths.
     """
     model = config.model.model_copy(update={"path": of_model(config.model.path)}).model_dump()
-    questions = [[row.key, row.task, *(message.text for message in row.messages)] for row in rows]
-    images = of_images(image for row in rows for image in row.images)
     paths = {path for point in todo for path in point.paths}
     adapters = {path: None if path is None else of_folder(Path(path)) for path in paths}
-    common = [_EVALUATION, model, config.max_new_tokens, questions, images]
+    common = [_EVALUATION, model, config.max_new_tokens, of_rows(rows)]
     evaluation = sha256(json.dumps(common).encode()).hexdigest()
     return {
         (point, seed): point.digest(evaluation, adapters[path], seed)

@@ -6,25 +6,23 @@ the dtype that serving chooses.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 import skipvision as sv
 from pipelines.data.rows import TrainingRow
 from pipelines.engines.config import BaseModelSection
+from pipelines.engines.loading import usable_device
 from pipelines.engines.model import EngineModel, load_engine
-from pipelines.evaluation.answering import answer_rows, request_for
+from pipelines.evaluation.answering import answer_rows, request_for, seconds_of
+from pipelines.evaluation.exact_match import exact_items
 from pipelines.evaluation.items import Item
-from pipelines.score.fingerprints import of_images
 from pipelines.shared.sections import EngineSection
 from pipelines.tradeoff.config import TradeoffConfig
 from pipelines.tradeoff.points import Point, skip_vision_shape
-from skipvision.engine import Engine, Request
+from skipvision.engine import Engine, Sampling
 
 
 def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[TrainingRow]) -> list[Item]:
@@ -32,11 +30,7 @@ def score(point: Point, seed: int, config: TradeoffConfig, rows: Sequence[Traini
     engine = _engine_for(point, seed, config)
     skip = point.under(seed) or sv.SkipConfig.full()
     answers = answer_rows(engine, rows, skip=skip, max_new_tokens=config.max_new_tokens)
-    groups = [of_images(row.images[:1]) if row.images else row.key for row in rows]
-    return [
-        Item("test", row.key, point.method, row.task, group, answer.answer, float(answer.correct))
-        for row, group, answer in zip(rows, groups, answers, strict=True)
-    ]
+    return exact_items(rows, answers, point.method)
 
 
 def first_token_seconds(
@@ -53,19 +47,12 @@ def first_token_seconds(
     engine = _engine_for(some[0], 0, config)
     seconds: list[list[float]] = [[] for _ in some]
     for number in range(config.latency_rounds + 1):
-        request = engine.prepare(request_for(rows[number % len(rows)], engine.processor, max_new_tokens=1))
+        row = rows[number % len(rows)]
+        request = request_for(row.messages[:-1], row.images, engine.processor, Sampling(max_new_tokens=1))
+        request = engine.prepare(request)
         for point, own in zip(some, seconds, strict=True):
-            own.append(_seconds(engine, replace(request, skip=point.skip or "full")))
+            own.append(seconds_of(engine, replace(request, skip=point.skip or "full")))
     return [own[1:] for own in seconds]
-
-
-def _seconds(engine: Engine, request: Request) -> float:
-    started = time.perf_counter()
-    [completion] = engine.run([request])
-    taken = time.perf_counter() - started
-    if completion.error is not None:
-        raise completion.error
-    return taken
 
 
 def _engine_for(point: Point, seed: int, config: TradeoffConfig) -> Engine:
@@ -82,14 +69,6 @@ def _engine(
 
     A request may use no summary tokens or the engine's number, so the engine has the number of Skip-Vision.
     """
-    model = EngineModel(
-        base=base.path,
-        label=base.path,
-        adapter=None if adapter is None else Path(adapter),
-        adapter_label=None,
-        skip=sv.SkipConfig.full().model_copy(update={"summary_tokens": summary_tokens}),
-        dtype=base.dtype,
-        attention=base.attention,
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_engine(model, settings, device)
+    skip = sv.SkipConfig.full().model_copy(update={"summary_tokens": summary_tokens})
+    model = EngineModel.of(base, None if adapter is None else Path(adapter), skip)
+    return load_engine(model, settings, usable_device())

@@ -16,6 +16,7 @@ import skipvision as sv
 from pipelines.compare.config import CompareConfig
 from pipelines.compare.job import differences, run_compare
 from pipelines.compare.report import markdown
+from pipelines.data.images import InlineImage
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.evaluation.exact_match import Answer
 from pipelines.finetune.config import FinetuneConfig
@@ -147,7 +148,8 @@ def test_differences_are_paired_by_row_and_resampled_by_image():
     rows, full, skip = [], [], []
     for image in range(40):
         for task in ("a", "b"):
-            rows.append(TrainingRow(f"{image}{task}", (f"{image}.png",), (Message("user", "?"),), task))  # type: ignore[arg-type]
+            picture = InlineImage(bytes([image]), f"#1 of row {image}{task}")
+            rows.append(TrainingRow(f"{image}{task}", (picture,), (Message("user", "?"),), task))
             full.append(Answer("", task, "yes", "yes"))
             skip.append(Answer("", task, "yes", "no" if image < 10 else "yes"))
     found = differences(rows, {"full": full, "skip": skip})

@@ -17,11 +17,9 @@ from pipelines.data.images import InlineImage
 from pipelines.data.prompts import PromptTemplate, prompt_messages
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.data.special_tokens import JOINER, SpecialTokens, Unescaping, without_joiners
-from pipelines.evaluation import answering
+from pipelines.evaluation.answering import request_for
 from pipelines.evaluation.exact_match import normalised
 from pipelines.finetune.batches import row_lengths
-from pipelines.score import in_process
-from pipelines.score.dataset import Question
 from serve.chat.vocabulary import Vocabulary
 from skipvision.engine import Sampling, prepare
 from tests.pipelines.data.test_message_parts import png
@@ -97,15 +95,10 @@ def test_prompts_of_captioning(processor, words):
 
 
 @pytest.mark.parametrize("words", WORDS)
-@pytest.mark.parametrize("job", ["score", "compare"])
-def test_prompts_of_scoring_and_comparing(processor, words, job):
+def test_prompts_of_scoring_and_comparing(processor, words):
     def prompt(text: str) -> torch.Tensor:
         given = row(text, "red")
-        if job == "score":
-            question = Question("1", "1", "", "1", {}, given.messages[:-1], given.images)
-            request = in_process.request_for(question, processor, Sampling())
-        else:
-            request = answering.request_for(given, processor, max_new_tokens=1)
+        request = request_for(given.messages[:-1], given.images, processor, Sampling())
         return prepare(processor, request).inputs["input_ids"]
 
     assert control(processor, prompt(words)) == control(processor, prompt("it"))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import skipvision as sv
-from pipelines.data.images import FileImage, MissingImageError
+from pipelines.data.images import FileImage, InlineImage, MissingImageError, ParquetImage
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.data.training_rows import read_training_rows
-from pipelines.evaluation.exact_match import Answer, accuracy_by_task, evaluate_exact_match
+from pipelines.evaluation.exact_match import Answer, accuracy_by_task, evaluate_exact_match, exact_items
 
 
 def test_only_case_and_white_space_are_ignored():
@@ -31,6 +33,29 @@ def test_accuracy_is_counted_per_task_and_overall():
     ]
     assert accuracy_by_task(answers) == {"colour": 0.5, "shape": 1.0, "overall": 0.75}
     assert accuracy_by_task([]) == {}
+
+
+@pytest.mark.parametrize("kind", ["file", "copied file", "in the row", "parquet cell"])
+def test_questions_about_one_image_form_a_group(tmp_path, kind):
+    """Wherever the image is. Rows without images are groups of their own."""
+    contents = [b"one image", b"one image", b"another"]
+    images = []
+    for number, content in enumerate(contents):
+        path = tmp_path / (f"{number}.png" if kind == "copied file" else f"{len(content)}.png")
+        path.write_bytes(content)
+        images.append(
+            InlineImage(content, f"#1 of row {number}") if kind == "in the row" else FileImage(str(path))
+        )
+    if kind == "parquet cell":
+        pq.write_table(pa.table({"image": contents}), tmp_path / "rows.parquet")
+        images = [ParquetImage(str(tmp_path / "rows.parquet"), 0, number, "image", 0) for number in range(3)]
+    said = (Message("user", "What?"), Message("assistant", "red"))
+    rows = [TrainingRow(f"row {number}", (image,), said) for number, image in enumerate(images)]
+    rows += [TrainingRow("text", (), said), TrainingRow("more text", (), said)]
+    answers = [Answer(row.key, row.task, "red", "red") for row in rows]
+    groups = [item.group for item in exact_items(rows, answers, "full")]
+    assert groups[0] == groups[1]
+    assert len(set(groups)) == 4
 
 
 @pytest.mark.parametrize("skip", [None, sv.SkipConfig(retained=4, skipped=4)], ids=["full", "skipping"])

@@ -10,8 +10,9 @@ import fsspec
 import pytest
 from PIL import Image
 
+from pipelines.evaluation.fingerprints import of_folder, of_model
 from pipelines.score.dataset import read_dataset
-from pipelines.score.fingerprints import of_dataset, of_folder, of_model
+from pipelines.score.fingerprints import of_dataset
 from tests.pipelines.score.tables import png, table
 
 ROWS: list[dict[str, Any]] = [
