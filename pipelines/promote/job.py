@@ -26,7 +26,7 @@ from pipelines.promote.items import (
     items_of,
 )
 from pipelines.tracking.client import TrackingError
-from pipelines.tracking.registry import ModelVersion, Registry
+from pipelines.tracking.registry import AliasMovedError, ModelVersion, Registry
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import ended
 from skipvision.errors import ConfigError, SkipVisionError
@@ -104,18 +104,18 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
         run_name=f"{candidate.name}/{candidate.version} as {config.alias}",
         artifacts=storage / "mlflow-artifacts",
     )
-    refusal: SkipVisionError | None = None
+    refusal: RefusedError | AliasMovedError | None = None
     with ended(tracker):
         settings = config.model_dump(mode="json")
         tracker.describe(settings, settings)
         try:
             _decide(decision, registry, tracker)
-        except SkipVisionError as error:
+        except (RefusedError, AliasMovedError) as error:
             decision.outcome, decision.reason, refusal = "refused", str(error), error
         finally:
             if decision.reason:  # otherwise the job was stopped before it decided anything
                 print(decision.markdown(), flush=True)
-                _conclude(decision, registry, tracker)
+                _record(decision, registry, tracker)
     if refusal is not None:
         raise refusal
     return {**decision.evidence(), "mlflow_uri": registry.uri, "mlflow_run_id": tracker.run_id}
@@ -178,10 +178,10 @@ def _move(decision: Decision, registry: Registry) -> None:
     before = None if decision.champion is None else decision.champion.version
     try:
         registry.move(decision.config.alias, decision.candidate, expected=before)
-    except TrackingError:
+    except TrackingError as error:
         # If the candidate has the alias, the move succeeded and only MLflow's response was lost.
         if not _has_alias(decision, registry):
-            raise
+            raise _about_alias(error, decision, registry) from error
 
 
 def _has_alias(decision: Decision, registry: Registry) -> bool | None:
@@ -193,24 +193,29 @@ def _has_alias(decision: Decision, registry: Registry) -> bool | None:
     return holder == decision.candidate.version
 
 
+def _about_alias(error: TrackingError, decision: Decision, registry: Registry) -> TrackingError:
+    """Return the error with a line that says whether the alias has moved."""
+    moved = decision.outcome == "promoted" or _has_alias(decision, registry)
+    alias = {
+        True: "has moved",
+        False: "stays; run the job again",
+        None: "may have moved; check it before you run the job again",
+    }[moved]
+    return TrackingError(f"{error}\nThe alias {decision.config.alias!r} {alias}")
+
+
 # --------------------------------------------------------------------------------------------- recording
 
 
-def _conclude(decision: Decision, registry: Registry, tracker: Tracker) -> None:
-    """Record the final decision; a `TrackingError` says whether the alias has moved."""
-    try:
-        _record(decision, registry, tracker)
-    except TrackingError as error:
-        moved = decision.outcome == "promoted" or _has_alias(decision, registry)
-        alias = {
-            True: "has moved",
-            False: "stays; run the job again",
-            None: "may have moved; check it before you run the job again",
-        }[moved]
-        raise TrackingError(f"{error}\nThe alias {decision.config.alias!r} {alias}") from error
-
-
 def _record(decision: Decision, registry: Registry, tracker: Tracker) -> None:
+    """Record the decision; a `TrackingError` says whether the alias has moved."""
+    try:
+        _store(decision, registry, tracker)
+    except TrackingError as error:
+        raise _about_alias(error, decision, registry) from error
+
+
+def _store(decision: Decision, registry: Registry, tracker: Tracker) -> None:
     """Store table, evidence and numbers in the run, and tag the model version with the outcome."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (

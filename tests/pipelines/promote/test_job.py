@@ -195,6 +195,24 @@ def test_an_alias_has_moved_even_if_the_response_of_mlflow_is_lost(storage, regi
     assert away or tags(registry)["outcome"] == "promoted"
 
 
+def test_a_failed_move_is_no_refusal(storage, registry, monkeypatch):
+    ask = Registry._call
+
+    def refuse_to_move(self: Registry, doing: str, call: Any) -> Any:
+        if doing.startswith("moving"):
+            raise TrackingError(f"no answer to {doing}")
+        return ask(self, doing, call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Registry, "_call", refuse_to_move)
+        with pytest.raises(TrackingError, match=r"no answer to moving .*\n.*'champion' stays"):
+            promote(storage, before=GOOD, after=SAME)
+    assert registry.holder("ours", "champion") == "1"
+    assert tags(registry)["outcome"] == "passed"
+    promote(storage, before=GOOD, after=SAME)
+    assert (registry.holder("ours", "champion"), tags(registry)["outcome"]) == ("2", "promoted")
+
+
 def test_slices_with_the_same_name_in_mlflow_stay_apart(storage, registry):
     wrong = {"is it?": 20, "is it!": 10}
     sides = {"before": items("old", wrong=wrong), "after": items("new", wrong={**wrong, "is it!": 9})}
