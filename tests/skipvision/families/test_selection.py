@@ -8,6 +8,7 @@ from skipvision.anatomy.families import dissect
 from skipvision.testing.families import tiny_batch
 from tests.skipvision.families import reference
 from tests.skipvision.families.matrix import ROWS, combinations, model_of
+from tests.skipvision.family_table import LEFT_OUT
 
 ALONE = [[2, "image", 3], [1, "small image", 2], ["large image", 4]]
 
@@ -132,6 +133,7 @@ def test_each_image_is_followed_by_its_own_summaries(family, attention, dtype):
         assert plan.position_source[row, places].tolist() == expected
 
 
+@pytest.mark.skipif("lfm2_vl" in LEFT_OUT, reason="docs/families.md names the version of transformers")
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_without_attention_cannot_be_probed(layer):
     config = SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=layer)
