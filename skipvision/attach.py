@@ -163,7 +163,7 @@ class Attachment:
     def _hook(self) -> None:
         anatomy, reduction, keep = self._anatomy, self._reduction, self._handles.append
         base = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
-        keep(base.register_forward_pre_hook(reduction.warn, with_kwargs=True))
+        keep(base.register_forward_pre_hook(reduction.call, with_kwargs=True))
         keep(anatomy.outer.register_forward_pre_hook(reduction.arrive, with_kwargs=True))
         if not takes_encoded(anatomy.outer):
             self._handles += override_encoders(anatomy.outer)

@@ -2,6 +2,7 @@
 
 One call passes them in this order::
 
+    whole model   `Reduction.call`       warn of mistakes in training, count drafted tokens
     outer model   `Reduction.arrive`     encode and find images, or translate the call to a pruned cache
     decoder       `Reduction.reduce`     plan, merge, summarise
       layers      `hook_layer`           skip the FFN by the plan that comes with the call
@@ -65,30 +66,30 @@ class Reduction:
         self._warned = False
         self._checked_summary = self._checked_labels = False
 
-    def warn(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the model that takes labels: warn once of each mistake in training.
-
-        The mistakes are answers that see skipped tokens, a frozen summary layer, and labels at images.
-        """
-        labels = kwargs.get("labels")
-        training = torch.is_grad_enabled() and (base.training or labels is not None)
-        if training and self.config.summary_tokens and not self._checked_summary:
-            self._checked_summary = True
-            self._check_summary(base)
-        if labels is not None and self.config.skipped and not self._checked_labels:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            self._checked_labels = warn_of_learnt_placeholders(labels, ids, self._anatomy.image_token_id)
-        plain = kwargs.get("labels") is not None and kwargs.get(DECODED_KEYWORD) is None
-        forgets = self.config.skip_kv and self.config.skipped
-        if plain and forgets and not self._warned and torch.is_grad_enabled():
-            self._warned = True
-            warn_of_plain_training()
-        drafts = self._drafts(args, kwargs)
+    def call(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of the model that takes labels: warn of mistakes in training, and count drafts."""
+        ids, labels = kwargs.get("input_ids", args[0] if args else None), kwargs.get("labels")
+        if torch.is_grad_enabled() and (base.training or labels is not None):
+            self._warn(base, ids, labels, decoded=kwargs.get(DECODED_KEYWORD) is not None)
+        drafts = self._drafts(ids, kwargs)
         return (args, {**kwargs, _DRAFTS: drafts}) if drafts else None
 
-    def _drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def _warn(self, base: nn.Module, ids: Any, labels: Any, *, decoded: bool) -> None:
+        """Warn once of each: a frozen summary layer, labels at images, answers that see skipped tokens."""
+        if self.config.summary_tokens and not self._checked_summary:
+            self._checked_summary = True
+            self._check_summary(base)
+        if labels is None or not self.config.skipped:
+            return
+        if not self._checked_labels:
+            self._checked_labels = warn_of_learnt_placeholders(labels, ids, self._anatomy.image_token_id)
+        if self.config.skip_kv and not decoded and not self._warned:
+            self._warned = True
+            warn_of_plain_training()
+
+    def _drafts(self, ids: Any, kwargs: dict[str, Any]) -> int:
         """Return how many drafted tokens end a prefill: assisted `generate` checks them in the same call."""
-        kept, ids = kwargs.get("logits_to_keep"), kwargs.get("input_ids", args[0] if args else None)
+        kept = kwargs.get("logits_to_keep")
         if not isinstance(kept, int) or kept < 2 or kwargs.get("past_key_values") is None:
             return 0
         drafted = isinstance(ids, torch.Tensor) and not torch.is_grad_enabled()

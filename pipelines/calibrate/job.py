@@ -110,7 +110,7 @@ def _complete(config: CalibrateConfig, folder: CalibrationFolder, inputs: _Input
     """Search, unless that is done, record the evidence and return the result."""
     evidence = folder.state.get("evidence")
     space = [] if evidence else _space(config, inputs)
-    folder.state |= {"adapter": inputs.model.adapter_label, "files": inputs.files}
+    folder.hold(adapter=inputs.model.adapter_label, files=inputs.files)
     settings = config.model_dump(mode="json")
     # Ray is left after the MLflow run has ended, because stopping it takes seconds.
     with ExitStack() as ray, tracked_run(config, folder, settings, settings) as run:

@@ -118,7 +118,7 @@ def _list_inputs(absolute: CaptionConfig, config: CaptionConfig, folder: Caption
     facts = write_manifest(absolute.input, folder.manifest, config.output.shard_rows, say)
     for line in _described(facts):
         say(line)
-    folder.state = {}
+    folder.forget()
     folder.remember_settings(
         config, listed={"rows": facts.rows, "problems": facts.problems, "passed_over": facts.passed_over}
     )

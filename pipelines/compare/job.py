@@ -75,7 +75,7 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
         folder.resume(config)
         inputs = {"full": full["result"], "skip": skip["result"], "rows": of_rows(rows)}
         if folder.state.get("inputs") != inputs:
-            folder.state = {}
+            folder.forget()
         finished = bool(folder.state.get("recorded"))
         if finished:
             print(f"job {folder.name!r} is finished already: {folder.table}", flush=True)

@@ -41,7 +41,7 @@ def run_export(config: ExportConfig) -> dict[str, Any]:
         if result is not None and result["hub"] == _repository(config):
             return {**result, "already_finished": True}
         plan = _check(absolute, folder, model)
-        folder.state |= {"adapter": model.adapter_label}
+        folder.hold(adapter=model.adapter_label)
         settings = config.model_dump(mode="json")
         with tracked_run(config, folder, settings, {**settings, "adapter": model.adapter_label}) as run:
             if plan is not None:

@@ -116,11 +116,11 @@ def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, 
                 f"{config.data.train} has changed since run {config.name!r} began; restore it, or choose "
                 "another name"
             )
-        folder.state = {}
+        folder.forget()
     changes = [*folder.state.get("changes", []), *folder.changes]
     if folder.changes:
         say("resuming with other settings:\n  " + "\n  ".join(folder.changes))
-    folder.state |= {"data": data.fingerprint, "changes": changes}  # written when the MLflow run has started
+    folder.hold(data=data.fingerprint, changes=changes)  # until the MLflow run has started
     return _Plan(absolute, data, model.parameters)
 
 

@@ -27,10 +27,7 @@ _ABSENT = object()
 
 
 class JobFolder:
-    """Job ``name`` under ``storage``, new or resumed.
-
-    ``state`` is the content of ``run.json`` while the folder is claimed.
-    """
+    """Job ``name`` under ``storage``, new or resumed."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset({"storage", "tracking"})
     """Dotted names of settings that do not change the result; a section's name covers all its fields."""
@@ -41,7 +38,7 @@ class JobFolder:
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
         self.path = storage / name
-        self.state: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
         self.changes: list[str] = []
 
     # ---------------------------------------------------------------------------------------- claim
@@ -59,7 +56,7 @@ class JobFolder:
         created = [self.path, *(path for path in self.path.parents if not path.exists())]
         with self._locked() as lock:
             try:
-                self.state = self._read()
+                self._state = self._read()
                 yield
             except OSError as error:
                 raise self._explained(error) from error
@@ -140,7 +137,8 @@ class JobFolder:
                 + f"\nRestore them to resume{resume}, choose another name, or delete its folder"
                 + self.hint
             )
-        self.state, self.changes = {}, []
+        self.forget()
+        self.changes = []
         return False
 
     def _differences(self, config: BaseModel) -> dict[str, str]:
@@ -174,11 +172,24 @@ class JobFolder:
 
     # ---------------------------------------------------------------------------------------- state
 
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The content of ``run.json`` while the folder is claimed."""
+        return self._state
+
     def remember(self, **values: Any) -> None:
         """Write JSON values to ``run.json``."""
-        state = {**self.state, **values}
+        state = {**self._state, **values}
         write_text(self.path / "run.json", json.dumps(state, indent=2) + "\n")
-        self.state = state
+        self._state = state
+
+    def hold(self, **values: Any) -> None:
+        """Set JSON values that the next `remember` writes, with its own."""
+        self._state = {**self._state, **values}
+
+    def forget(self) -> None:
+        """Begin anew: the next `remember` writes only its own values and those held since."""
+        self._state = {}
 
     def remember_settings(self, config: BaseModel, **values: Any) -> None:
         """Write the settings, and further values, to ``run.json``."""
