@@ -24,8 +24,8 @@ from serve.ingress.ingress import Ingress
 from serve.ingress.routes import http_app
 from serve.keys import KeyRing
 from serve.replica import autoscaling as scaling
-from serve.replica import vllm_settings
 from serve.replica.replica import EngineReplica
+from serve.replica.vllm import settings as vllm_settings
 from skipvision import read_adapter
 
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)

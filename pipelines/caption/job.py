@@ -15,7 +15,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from pipelines.caption.config import CaptionConfig
-from pipelines.caption.error_limit import ErrorLimit, listed
 from pipelines.caption.folder import CaptionFolder, CaptionShards
 from pipelines.caption.manifest import Manifest, ManifestFacts, write_manifest
 from pipelines.caption.progress import CaptionProgress
@@ -25,8 +24,9 @@ from pipelines.caption.rows import Caption, caption_table
 from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import check_ray_address, ray_session
+from pipelines.data.error_limit import ErrorLimit, listed
 from pipelines.engines.model import EngineModel, check_model, find_model
-from pipelines.engines.vllm_settings import (
+from pipelines.engines.vllm.settings import (
     check_arguments,
     check_settings,
     remove_exported,

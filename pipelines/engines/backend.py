@@ -14,8 +14,8 @@ import torch
 from pipelines.engines.config import BackendSection
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.engines.thread import EngineThread, Outcome
-from pipelines.engines.vllm_engine import VllmEngine
-from pipelines.engines.vllm_settings import check_arguments, check_settings, needs_export
+from pipelines.engines.vllm.settings import check_arguments, check_settings, needs_export
+from pipelines.engines.vllm.threaded import VllmEngine
 from skipvision.engine import Request, Statistics
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.caption.config import CaptionConfig, InputSection, OutputSection
-from pipelines.caption.error_limit import ErrorLimit
 from pipelines.caption.job import run_caption
 from pipelines.cluster.session import check_ray_address, ray_session
+from pipelines.data.error_limit import ErrorLimit
 from pipelines.engines.backend import check_backend
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.evaluation.items import write_items

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipelines.caption.error_limit import ErrorLimit
+from pipelines.data.error_limit import ErrorLimit
 from pipelines.evaluation.items import Item, categories
 from pipelines.score.dataset import Dataset, Question
 from pipelines.score.rules.judge import Judge

@@ -1,4 +1,4 @@
-"""The interface of a replica's engine: the library's own (`native`), or vLLM's (`vllm_engine`)."""
+"""The interface of a replica's engine: the library's own (`native`), or vLLM's (`vllm`)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from serve.replica.adapters import ServedAdapters
 from serve.replica.engine import ReplicaEngine
 from serve.replica.messages import Served, State, Work
 from serve.replica.native import NativeEngine
-from serve.replica.vllm_engine import VllmReplicaEngine
+from serve.replica.vllm.engine import VllmReplicaEngine
 from skipvision.engine import BASE, Chunk, Completion, Request, Statistics
 from skipvision.errors import SkipVisionError
 from skipvision.plan import TokenPlan

@@ -17,10 +17,10 @@ from typing import Any
 from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import arithmetic, load_config, load_processor, usable_device
 from pipelines.engines.model import EngineModel
-from pipelines.engines.vllm_answers import Answers
-from pipelines.engines.vllm_meter import Meter, meter_factory
-from pipelines.engines.vllm_prompts import Prompts, Rendered
-from pipelines.engines.vllm_settings import VllmError, configure_vllm, engine_arguments, refusal
+from pipelines.engines.vllm.answers import Answers
+from pipelines.engines.vllm.meter import Meter, meter_factory
+from pipelines.engines.vllm.prompts import Prompts, Rendered
+from pipelines.engines.vllm.settings import VllmError, configure_vllm, engine_arguments, refusal
 from skipvision.config import SkipConfig
 from skipvision.cost import units
 from skipvision.engine import Chunk, Completion, Request, Sampling, Statistics
@@ -37,7 +37,7 @@ class AsyncVllm:
     """vLLM's engine in the event loop that awaits `start`.
 
     Args:
-        model: as `vllm_settings.vllm_model` returned it.
+        model: as `settings.vllm_model` returned it.
         settings: of the engine.
         died: called in the event loop when vLLM's processes have died, before waiting requests get the error.
         further: arguments of vLLM that ``engine_kwargs`` may replace.

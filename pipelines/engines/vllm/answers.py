@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipelines.engines.vllm_prompts import Rendered
+from pipelines.engines.vllm.prompts import Rendered
 from skipvision.config import SkipConfig
 from skipvision.engine import Choice, Chunk, Completion, Request, Sampling, Timing, TokenLogprob, Usage
 from skipvision.engine.requests import FinishReason

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pipelines.engines.config import BackendSection
 from pipelines.engines.model import EngineModel
 from pipelines.engines.thread import Outcome
-from pipelines.engines.vllm_async import AsyncVllm
+from pipelines.engines.vllm.awaited import AsyncVllm
 from skipvision.engine import Request, Statistics
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ class VllmEngine:
     """An `AsyncVllm` in an event loop of its own, for many threads.
 
     Args:
-        model: as `vllm_settings.vllm_model` returned it.
+        model: as `settings.vllm_model` returned it.
         settings: of the engine.
         died: called in the event loop's thread when vLLM's processes have died, before waiting threads get
             the error.

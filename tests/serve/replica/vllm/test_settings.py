@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from serve.app import build
 from serve.config import serve_config
-from serve.replica.vllm_settings import check_adapter, further_arguments
+from serve.replica.vllm.settings import check_adapter, further_arguments
 from skipvision import AdapterError, ConfigError, SkipConfig
 
 LANGUAGE = "base_model.model.model.language_model.layers.0.self_attn.q_proj"

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pipelines.engines.model import EngineModel
-from pipelines.engines.vllm_settings import SettingNames, check_arguments, check_settings, needs_export
+from pipelines.engines.vllm.settings import SettingNames, check_arguments, check_settings, needs_export
 from pipelines.tracking.registry import is_registered
 from serve.config import ModelSection
 from skipvision import SkipConfig, read_adapter

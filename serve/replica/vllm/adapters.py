@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pipelines.engines.vllm_async import AsyncVllm
-from serve.replica.vllm_settings import check_adapter
+from pipelines.engines.vllm.awaited import AsyncVllm
+from serve.replica.vllm.settings import check_adapter
 from skipvision import SkipConfig
 from skipvision.adapters.files import PEFT_FILES
 from skipvision.engine import BASE

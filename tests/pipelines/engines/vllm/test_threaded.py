@@ -18,7 +18,7 @@ from pipelines.engines.backend import open_engine
 from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel
-from pipelines.engines.vllm_settings import check_arguments, check_settings, vllm_model
+from pipelines.engines.vllm.settings import check_arguments, check_settings, vllm_model
 from pipelines.evaluation.items import Item, read_items
 from pipelines.score.config import ScoreConfig
 from pipelines.score.job import run_score

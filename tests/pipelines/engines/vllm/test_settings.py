@@ -23,7 +23,7 @@ from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel
 from pipelines.engines.templates import TemplateProcess
-from pipelines.engines.vllm_settings import check_settings, engine_arguments, vllm_model
+from pipelines.engines.vllm.settings import check_settings, engine_arguments, vllm_model
 from pipelines.score.folder import ScoreFolder
 from skipvision.errors import ConfigError
 from skipvision.exporting.read import settings_of

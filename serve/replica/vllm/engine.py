@@ -9,15 +9,15 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from pipelines.engines.loading import load_config
-from pipelines.engines.vllm_async import AsyncVllm
-from pipelines.engines.vllm_meter import UNMEASURED
-from pipelines.engines.vllm_settings import VllmError, prunes_images
+from pipelines.engines.vllm.awaited import AsyncVllm
+from pipelines.engines.vllm.meter import UNMEASURED
+from pipelines.engines.vllm.settings import VllmError, prunes_images
 from serve.config import ModelSection
 from serve.errors import DeadlineError, LengthError
 from serve.replica.grammar import Grammars
 from serve.replica.messages import Work
-from serve.replica.vllm_adapters import VllmAdapters
-from serve.replica.vllm_settings import engine_model, further_arguments
+from serve.replica.vllm.adapters import VllmAdapters
+from serve.replica.vllm.settings import engine_model, further_arguments
 from skipvision import SkipConfig
 from skipvision.engine import BASE, Chunk, Request, Statistics
 from skipvision.errors import ConfigError, UnsupportedModelError
