@@ -21,7 +21,7 @@ import yaml
 
 from pipelines.cluster.local import LocalRay, local_ray
 from tests.infra.clusters import free_port, wait_for
-from tests.infra.manifests import INFRA
+from tests.infra.manifests import INFRA, built, of_kind
 
 ROOT = INFRA.parent
 PAGE = (ROOT / "docs/deploy.md").read_text()
@@ -38,7 +38,10 @@ def starting_with(*words: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+@needs_kubectl
 def test_kubectl_would_create_the_namespace_and_the_secrets(tmp_path):
     (tmp_path / "keys.yaml").write_text("keys: []\n")
     created = [
@@ -57,6 +60,45 @@ def test_kubectl_would_create_the_namespace_and_the_secrets(tmp_path):
         "skipvision-keys": ["keys.yaml"],
         "mlflow": ["artifacts-destination", "backend-store-uri"],
     }
+
+
+@needs_kubectl
+def test_the_kustomization_of_the_page_replaces_every_image(tmp_path):
+    built("gpu")  # skips where kustomize is too old
+    (own,) = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "kustomization.yaml").write_text(own)
+    shutil.copytree(INFRA, tmp_path / "infra")
+    done = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images = set(re.findall(r"\bimage: (\S+)", done.stdout))
+    assert images == {
+        "registry.example.org/skipvision:cuda-2026-12-01",
+        "registry.example.org/skipvision-mlflow:2026-12-01",
+    }
+
+
+@needs_kubectl
+def test_the_patch_of_the_page_starts_a_suspended_job(tmp_path):
+    (command,) = starting_with("kubectl", "--namespace", "skipvision", "patch", "rayjob")
+    kind, name, *options = command[4:]
+    (job,) = [one for one in of_kind(built("gpu"), "RayJob") if one["metadata"]["name"] == name]
+    assert (kind, job["spec"]["suspend"]) == ("rayjob", True)
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    local = [*command[:4], "--local", "--filename", tmp_path / "job.json", "--output=json", *options]
+    done = subprocess.run(local, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["spec"]["suspend"] is False
+
+
+@needs_kubectl
+def test_the_page_names_objects_that_exist():
+    objects = {(one["kind"].lower(), one["metadata"]["name"]) for one in built("gpu")}
+    named = {tuple(command[4:6]) for command in starting_with("kubectl", "--namespace", "skipvision", "get")}
+    named -= {("pod", "-l")}  # in a command inside another
+    assert named == {("rayservice", "endpoint"), ("rayjob", "finetune")}
+    assert named <= objects
+    (cluster,) = re.findall(r"ray\.io/cluster=(\w+)", PAGE)
+    assert ("raycluster", cluster) in objects
 
 
 @pytest.mark.slow
