@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from skipvision._compat import EncoderOverride, forget_encoded, override_encoders, takes_encoded
 from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
-from skipvision.anatomy.families import Anatomy, dissect
+from skipvision.anatomy.families import Anatomy, Layer, dissect
 from skipvision.anatomy.probe import Probe
 from skipvision.anatomy.tower import hook_tower
 from skipvision.config import SkipConfig
@@ -242,15 +242,24 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
 
 
 def _check_probe(probe: Probe, anatomy: Anatomy, number: int) -> None:
-    """Raise an error if a layer cannot be read; for a recurrent one, name those with attention."""
+    """Raise an error if a layer cannot be read; name those that can."""
     layer = anatomy.layers[number]
     try:
         probe.check(layer)
     except UnsupportedModelError as error:
-        if not layer.recurrent:
+        others = [str(each) for each, one in enumerate(anatomy.layers) if _can_be_read(probe, one)]
+        if not others:
             raise
-        attending = ", ".join(str(each) for each, one in enumerate(anatomy.layers) if not one.recurrent)
+        name = type(layer.attention or layer.mlp).__name__
         raise ConfigError(
-            f"probe_layer={number} is a {type(layer.attention).__name__}, which cannot be read: set "
-            f"probe_layer to one of the decoder's layers {attending}"
+            f"probe_layer={number} is a {name}, which cannot be read: set "
+            f"probe_layer to one of the decoder's layers {', '.join(others)}"
         ) from error
+
+
+def _can_be_read(probe: Probe, layer: Layer) -> bool:
+    try:
+        probe.check(layer)
+    except UnsupportedModelError:
+        return False
+    return True

@@ -23,7 +23,13 @@ from transformers.cache_utils import (
 
 from skipvision._compat import LayerWithoutCache
 from skipvision.anatomy.attention import block_indexer
-from skipvision.anatomy.cache_layers import entries_of, holds_entries, kind_of, set_entries
+from skipvision.anatomy.cache_layers import (
+    entries_of,
+    holds_entries,
+    kind_of,
+    set_entries,
+    without_padding,
+)
 from skipvision.errors import InputError, UnsupportedModelError
 
 _STATE = "_skip_vision_state"
@@ -318,12 +324,12 @@ def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         return keep, torch.arange(longest, device=keep.device).expand_as(keep)
     # A stable sort moves the entries that leave to the front and keeps the order of the others.
     index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
+    real = torch.arange(longest, device=keep.device) >= (longest - counts)[:, None]
     for layer in prunable_layers(cache):
         entries = entries_of(layer)
-        set_entries(
-            layer, {n: take_entries(states, index.to(states.device)) for n, states in entries.items()}
-        )
-    return torch.arange(longest, device=keep.device) >= (longest - counts)[:, None], index
+        taken = {n: take_entries(states, index.to(states.device)) for n, states in entries.items()}
+        set_entries(layer, without_padding(taken, real))
+    return real, index
 
 
 def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -335,7 +341,7 @@ def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor |
     return states.flatten(0, 2).index_select(0, flat).view(len(rows), heads, index.shape[1], dim)
 
 
-def hook_block_indexer(attention: nn.Module) -> list[RemovableHandle]:
+def hook_block_indexer(attention: nn.Module | None) -> list[RemovableHandle]:
     """Make an indexer that selects blocks of entries count them in a pruned cache.
 
     It takes position ids for indices of entries, which those of a pruned cache are not.

@@ -15,7 +15,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 import torch
 
-from skipvision.anatomy.probe import Probe, check_attention, ffn_ratio, prompt_attention
+from skipvision.anatomy.probe import Probe, check_attention, check_feed_forward, ffn_ratio, prompt_attention
 from skipvision.errors import ConfigError
 from skipvision.registry import Registry
 from skipvision.tokens import Counts, Flops, VisualTokens, no_products
@@ -203,7 +203,7 @@ def _all_pairs(tokens: int, counts: Counts, width: int) -> int:
 
 
 register_criterion("similarity", by_similarity)
-register_criterion("ffn_ratio", by_reading, reads="decoder", probe=Probe(ffn_ratio))
+register_criterion("ffn_ratio", by_reading, reads="decoder", probe=Probe(ffn_ratio, check_feed_forward))
 register_criterion("diversity", by_diversity, flops=_all_pairs)
 register_criterion("norm", by_norm)
 register_criterion("views", by_view, reads="views")

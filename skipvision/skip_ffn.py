@@ -5,6 +5,9 @@ to its attention. A hook on the layer stores it in a slot for the layer's ``mlp`
 it from the keywords, and stores it if the slot holds another plan: gradient checkpointing runs a layer's
 ``forward`` again during backward, attention first, with the keywords of the forward it repeats. Writing only
 a changed plan keeps the layer free of side effects, as ``torch.compile`` requires of a checkpointed region.
+
+A layer that is an FFN alone has no attention to do so. There the gradient of the layer's output, which
+arrives before the layer runs again, stores the plan.
 """
 
 from __future__ import annotations
@@ -39,20 +42,34 @@ class _PerThread(threading.local):
 _current = _PerThread()
 
 
-def hook_layer(layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> list[RemovableHandle]:
+def hook_layer(layer: nn.Module, attention: nn.Module | None, mlp: nn.Module | None) -> list[RemovableHandle]:
     """Make a decoder layer skip by the plan it is called with; without a plan it runs unchanged."""
-    take = take_plan if _computes_with_positions(attention) else take_plan_and_positions
-    return [
-        layer.register_forward_pre_hook(store_plan, with_kwargs=True),
-        attention.register_forward_pre_hook(take, with_kwargs=True),
-        mlp.register_forward_pre_hook(gather_rows),
-        mlp.register_forward_hook(scatter_rows),
-    ]
+    handles = [layer.register_forward_pre_hook(store_plan, with_kwargs=True)]
+    if attention is None:
+        handles.append(layer.register_forward_hook(store_in_backward, with_kwargs=True))
+    else:
+        take = take_plan if _computes_with_positions(attention) else take_plan_and_positions
+        handles.append(attention.register_forward_pre_hook(take, with_kwargs=True))
+    if mlp is not None:
+        handles.append(mlp.register_forward_pre_hook(gather_rows))
+        handles.append(mlp.register_forward_hook(scatter_rows))
+    return handles
 
 
 def store_plan(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Layer pre-hook: store the plan of this call for the layer's ``mlp``."""
     _current.slot.plan = kwargs.get(PLAN_KEYWORD)
+
+
+def store_in_backward(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+    """Layer post-hook: store the plan of this call again when the gradient of its output arrives."""
+    plan = kwargs.get(PLAN_KEYWORD)
+
+    def store(gradient: torch.Tensor) -> None:
+        _current.slot.plan = plan
+
+    if plan is not None and output.requires_grad:
+        output.register_hook(store)
 
 
 def take_plan(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -37,14 +37,14 @@ class Parts:
     """The modules of one supported layer.
 
     Attributes:
-        layer: the layer itself.
+        halves: attention, and the FFN.
         norms: before attention, and before the FFN.
         projections: query, key, value and output projections.
         linear: the FFN's gate, up and down projections; or up and down.
         activation: the FFN's activation.
     """
 
-    layer: Layer
+    halves: tuple[nn.Module, nn.Module]
     norms: tuple[nn.Module, nn.Module]
     projections: tuple[nn.Module, ...]
     linear: tuple[nn.Module, ...]
@@ -54,6 +54,8 @@ class Parts:
     def of(cls, layer: Layer, number: int) -> Parts:
         """Find the modules; raises `UnsupportedModelError` if some are missing, or others have weights."""
         attention, mlp = layer.attention, layer.mlp
+        if attention is None or mlp is None:
+            raise _unknown(layer.whole, number, "only one of attention and a feed-forward network")
         _refuse_others(layer.whole, {*_NORMS, *_names_of(layer.whole, attention, mlp)}, number)
         _refuse_others(attention, set(_PROJECTIONS), number)
         linear = next((names for names in _LINEAR if all(hasattr(mlp, name) for name in names)), _LINEAR[0])
@@ -62,7 +64,7 @@ class Parts:
         if activation is None:
             raise _unknown(mlp, number, "no activation")
         return cls(
-            layer,
+            (attention, mlp),
             (getattr(layer.whole, _NORMS[0]), getattr(layer.whole, _NORMS[1])),
             tuple(getattr(attention, name) for name in _PROJECTIONS),
             tuple(getattr(mlp, name) for name in linear),
@@ -72,7 +74,7 @@ class Parts:
     @property
     def watched(self) -> list[nn.Module]:
         """Modules whose outputs are needed for the constants."""
-        return [self.layer.attention, self.layer.mlp, *self.projections[:3], *self.linear[:-1]]
+        return [*self.halves, *self.projections[:3], *self.linear[:-1]]
 
 
 class Normed:
@@ -115,7 +117,7 @@ class AttentionBound:
     """
 
     def __init__(self, parts: Parts, norm: Normed, runs: Sequence[Run], stretch: float = 1.0) -> None:
-        attention: Any = parts.layer.attention
+        attention: Any = parts.halves[0]
         width, scale = attention.head_dim, norm.scale
         states = [
             torch.stack([run.seen[module][0].double().unflatten(-1, (-1, width)) for run in runs])

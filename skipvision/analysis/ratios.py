@@ -56,7 +56,9 @@ class FfnRatios:
 
 @torch.no_grad()
 def ffn_ratios(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> FfnRatios:
-    """Measure the FFN ratios of every layer with full tokens. An attached Skip-Vision is paused meanwhile.
+    """Measure the FFN ratios of every layer that has an FFN, with full tokens.
+
+    An attached Skip-Vision is paused meanwhile.
 
     Args:
         model: any supported model, in eval mode.
@@ -105,13 +107,17 @@ def _measuring(layers: Iterable[Layer]) -> Iterator[list[torch.Tensor]]:
     def hook(mlp: nn.Module) -> Any:
         def measure(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             with zero_output(mlp):
-                without = hidden_of(layer.forward(*args, **kwargs)).float()
+                without = hidden_of(layer.forward(*args, **kwargs)).float().flatten(2)
             length = without.norm(dim=-1).clamp(min=torch.finfo(without.dtype).tiny)
-            found.append((hidden_of(output).float() - without).norm(dim=-1) / length)
+            found.append((hidden_of(output).float().flatten(2) - without).norm(dim=-1) / length)
 
         return measure
 
-    handles = [layer.whole.register_forward_hook(hook(layer.mlp), with_kwargs=True) for layer in layers]
+    handles = [
+        layer.whole.register_forward_hook(hook(layer.mlp), with_kwargs=True)
+        for layer in layers
+        if layer.mlp is not None
+    ]
     try:
         yield found
     finally:

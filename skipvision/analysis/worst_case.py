@@ -45,8 +45,8 @@ def worst_case(pair: Pair, parts: Sequence[Parts]) -> WorstCase:
     errors, attention, ffn = [], [], []
     for number, part in enumerate(parts):
         before = [run.hidden[number] for run in runs]
-        middle = [run.hidden[number] + run.seen[part.layer.attention] for run in runs]
-        update = [run.seen[part.layer.mlp] for run in runs]
+        middle = [run.hidden[number] + run.seen[part.halves[0]] for run in runs]
+        update = [run.seen[part.halves[1]] for run in runs]
         _check_sum(pair, number, middle, update)
         norms = Normed(part.norms[0], *before), Normed(part.norms[1], *middle)
         attend = AttentionBound(part, norms[0], runs, stretch)

@@ -90,13 +90,23 @@ def read(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     raise unreadable(attention)
 
 
-def block_indexer(attention: nn.Module) -> nn.Module | None:
+def block_indexer(attention: nn.Module | None) -> nn.Module | None:
     """Return the module by which attention selects blocks of neighbouring entries, if it does.
 
     It counts a row's entries with the padding before them, so what it selects depends on the batch.
     """
+    if attention is None:
+        return None
     indexer = submodules(attention).get("indexer")
     return indexer if hasattr(indexer, "block_size") else None
+
+
+def reads_padding_alone(layer: nn.Module) -> bool:
+    """Return whether a decoder layer's attention masks what its indexer does not select, and no more.
+
+    It takes no mask per query: causality and padding are the indexer's.
+    """
+    return hasattr(submodules(layer).get("self_attn"), "build_attention_mask_from_topk")
 
 
 def check_readable(attention: nn.Module) -> None:

@@ -76,3 +76,13 @@ def set_entries(layer: Any, entries: Mapping[str, torch.Tensor]) -> None:
         layer.lazy_initialization_indexer(entries["indexer_keys"])
     for name, states in entries.items():
         setattr(layer, name, _FORMS[name].back(states))
+
+
+def without_padding(entries: Mapping[str, torch.Tensor], real: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Zero the keys of indexers outside the (B, C) real entries: some keys say whether they are valid."""
+    return {
+        name: states
+        if name in _KEYS_AND_VALUES
+        else states.masked_fill(~real.to(states.device)[:, None, :, None], 0)
+        for name, states in entries.items()
+    }

@@ -20,6 +20,9 @@ from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 DECODED_KEYWORD = "skip_vision_decoded"
 """Keyword of a training call: a (B, T) mask, True from each row's first generated token on (see `attach`)."""
 
+FEED_FORWARD_KINDS = ("mlp", "moe")
+"""Kinds of layers, by the decoder's ``layer_types``, that are a feed-forward network without attention."""
+
 _IGNORED = -100
 """Label of tokens outside the loss, as in PyTorch and transformers."""
 
@@ -34,11 +37,11 @@ def check_cache_layers(text_config: Any) -> None:
     for number, layer in enumerate(decoder_cache_layers(text_config)):
         if holds_entries(layer) or type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
             continue
+        if isinstance(layer, LayerWithoutCache) and kinds.get(number) in FEED_FORWARD_KINDS:
+            continue
         kind = type(layer).__name__
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             reason = "attention whose keys and values pass through convolutions with a state"
-        elif kinds.get(number) in ("mlp", "moe"):
-            reason = "layers that are either attention or a feed-forward network, not both"
         elif isinstance(layer, LayerWithoutCache):
             # Such a decoder feeds these layers only the last token: the plan does not fit them.
             reason = "layers that attend to another layer's KV cache"

@@ -3,12 +3,13 @@
 Most image-text-to-text families of transformers 5.23 share one shape. An outer model encodes images by
 ``get_image_features`` or takes them encoded as ``mm_encoder_outputs``, puts them at placeholder tokens, and
 calls a text decoder with ``inputs_embeds``. Each decoder layer mixes tokens, by attention or a recurrence,
-and then has a feed-forward network. A family of that shape declares nothing here.
+and then has a feed-forward network; or it is one of both. A family of that shape declares nothing here.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -82,22 +83,31 @@ FAMILIES: dict[str, Family] = {
 _IMAGE_PARTS = ("vision", "image", "vq_")
 _DECODERS = ("language_model", "text_model")
 _MIXERS = ("self_attn", "linear_attn", "conv")
+_EITHER = "mixer"
+"""Name of the one half of layers that have one: it mixes tokens, or it is a feed-forward network."""
 _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
 _MORE_FEED_FORWARD = ("experts",)
 _CROSS_ATTENTION = ("cross_attn", "crossattention")
+_STATES = "cache_params"
+"""Keyword of the cache in modules that keep a state instead of keys and values."""
 _ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
 
 
 class Layer(NamedTuple):
-    """A decoder layer and its two halves.
+    """A decoder layer and its two halves, of which one may be missing.
 
     ``attention`` mixes tokens; ``recurrent`` says that it is linear attention or a short convolution.
     """
 
     whole: nn.Module
-    attention: nn.Module
-    mlp: nn.Module
+    attention: nn.Module | None
+    mlp: nn.Module | None
     recurrent: bool = False
+
+    @property
+    def attends(self) -> bool:
+        """Whether its tokens attend to each other, so that they have keys and values."""
+        return self.attention is not None and not self.recurrent
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,15 @@ def dissect(model: nn.Module) -> Anatomy:
         hidden_size=int(text_config.hidden_size),
         view_size=_patches(base.config) if family_of(base.config).base_view == "first" else 0,
     )
+
+
+def lm_head(model: PreTrainedModel) -> nn.Module:
+    """Return the layer that computes logits, which a causal language model inside may own."""
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    head = next((head for part in parts if (head := part.get_output_embeddings()) is not None), None)
+    if head is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no LM head: it computes no logits of words")
+    return head
 
 
 def base_view(anatomy: Anatomy, images: Images, entries: list[int]) -> torch.Tensor:
@@ -258,7 +277,10 @@ def _halves(layer: nn.Module, number: int) -> Layer:
     attention = next((parts[name] for name in _MIXERS if name in parts), None)
     mlp = next((parts[name] for name in _FEED_FORWARD if name in parts), None)
     others = [name for name in _MORE_FEED_FORWARD if name in parts]
-    if attention is None or mlp is None or others:
+    either = parts.get(_EITHER)
+    if either is not None and attention is None and mlp is None:
+        attention, mlp = (either, None) if _keeps_something(either) else (None, either)
+    elif attention is None or mlp is None or others:
         if _attends_across(layer):
             reason = _ATTENDS_ACROSS
         elif others:
@@ -273,14 +295,24 @@ def _halves(layer: nn.Module, number: int) -> Layer:
             "skipped, and only attention can forget a token",
             reason,
         )
-    recurrent = "self_attn" not in parts
-    if recurrent and not _takes_keywords(attention):
+    recurrent = attention is not None and _is_recurrent(attention, parts)
+    if attention is not None and recurrent and not _takes_keywords(attention):
         raise UnsupportedModelError(
             f"layer {number} of the decoder does not pass its keywords on to {type(attention).__name__}, so "
             "gradient checkpointing could not repeat the plan: a newer transformers does",
             "layers that do not pass the plan on",
         )
     return Layer(layer, attention, mlp, recurrent)
+
+
+def _keeps_something(module: nn.Module) -> bool:
+    """Return whether a module takes a cache, as those do that mix tokens."""
+    return not {"past_key_values", _STATES}.isdisjoint(inspect.signature(module.forward).parameters)
+
+
+def _is_recurrent(attention: nn.Module, parts: Mapping[str, nn.Module | None]) -> bool:
+    named = all(parts.get(name) is not attention for name in ("self_attn", _EITHER))
+    return named or _STATES in inspect.signature(attention.forward).parameters
 
 
 def _takes_keywords(module: nn.Module) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from skipvision._compat import attention_implementation
+from skipvision.anatomy.attention import reads_padding_alone
+from skipvision.anatomy.checks import FEED_FORWARD_KINDS
 from skipvision.errors import ConfigError
 from skipvision.plan import TokenPlan
 
@@ -39,19 +41,21 @@ class Sight:
         by_kind: the decoder takes a dictionary of masks, one per kind.
         reach: window or chunk length of a kind, in tokens.
         implementation: "sdpa" (boolean masks), "eager" (added masks), or one without masks per query.
+        own_masks: attention makes its masks itself, by a 2-D padding mask.
     """
 
     kinds: tuple[str, ...]
     by_kind: bool
     reach: dict[str, int]
     implementation: str | None
+    own_masks: bool = False
 
     @classmethod
     def of(cls, decoder: nn.Module) -> Sight:
         """Read it from the decoder's config."""
         config: Any = decoder.config
         window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-        types = getattr(config, "layer_types", None)
+        types = [t for t in getattr(config, "layer_types", None) or () if t not in FEED_FORWARD_KINDS]
         kinds = sorted(set(types)) if types else [_SLIDING if window else FULL]
         reach = {kind: size for kind, size in ((_SLIDING, window), (_CHUNKED, chunk)) if size}
         return cls(
@@ -59,6 +63,7 @@ class Sight:
             bool(types),
             reach,
             attention_implementation(config),
+            any(reads_padding_alone(layer) for layer in getattr(decoder, "layers", ())),
         )
 
     @property
@@ -68,8 +73,8 @@ class Sight:
 
     @property
     def takes_masks(self) -> bool:
-        """Whether the attention implementation takes a mask per query."""
-        return self.implementation in ("sdpa", "eager")
+        """Whether attention takes a mask per query."""
+        return self.implementation in ("sdpa", "eager") and not self.own_masks
 
     @property
     def attending(self) -> tuple[str, ...]:
@@ -121,7 +126,10 @@ def token_indices(mask: torch.Tensor) -> torch.Tensor:
 
 def is_per_query(given: Given) -> bool:
     """Return whether a mask differs by query, instead of marking padding alone."""
-    return isinstance(given, dict) or (given is not None and given.ndim == 4)
+    if isinstance(given, dict):
+        written = [mask for mask in given.values() if mask is not None]
+        return not written or any(mask.ndim == 4 for mask in written)
+    return given is not None and given.ndim == 4
 
 
 def prefill_mask(
@@ -152,6 +160,11 @@ def prefill_mask(
     """
     if decoded is None and not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
         return torch.cat([earlier, plan.attention_mask], dim=1)
+    if sight.own_masks:
+        raise ConfigError(
+            "the decoder's attention makes its masks itself, from padding alone, so generated tokens cannot "
+            "be kept from seeing skipped ones: train without skip_vision_decoded, and generate without drafts"
+        )
     if not sight.takes_masks:
         raise ConfigError(
             f"attn_implementation {sight.implementation!r} takes no mask per query, which this call needs: "

@@ -16,6 +16,7 @@ from torch import nn
 
 from skipvision.anatomy.attention import check_readable, read, unreadable
 from skipvision.anatomy.families import Layer
+from skipvision.errors import UnsupportedModelError
 
 Note = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 """Receives the call of a module: the module and its arguments."""
@@ -76,21 +77,25 @@ class Probe(NamedTuple):
 
 @torch.no_grad()
 def ffn_ratio(run: EarlyRun) -> torch.Tensor:
-    """(B, T) ‖h′ − h‖ / ‖h‖ at the run's layer.
+    """(B, T) ‖h′ − h‖ / ‖h‖ at the run's layer, which has a feed-forward network.
 
     h′ is the layer's output and h its output without the FFN's, whatever the family does to an FFN's output
     before adding it.
     """
     seen: list[torch.Tensor] = []
+    mlp = _present(run.layer.mlp, run.layer)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with _random_state_kept(module):
             seen.append(hidden_of(module.forward(*args, **kwargs)))
-        with zero_output(run.layer.mlp):
+        with zero_output(mlp):
             seen.append(hidden_of(module.forward(*args, **kwargs)))
 
     run.up_to(run.layer.whole, note)
-    changed, unchanged = (hidden.to(torch.promote_types(hidden.dtype, torch.float32)) for hidden in seen)
+    # Hyper-connections have several streams for each token.
+    changed, unchanged = (
+        hidden.to(torch.promote_types(hidden.dtype, torch.float32)).flatten(2) for hidden in seen
+    )
     length = unchanged.norm(dim=-1).clamp(min=torch.finfo(unchanged.dtype).tiny)
     return (changed - unchanged).norm(dim=-1) / length
 
@@ -112,15 +117,30 @@ def prompt_attention(run: EarlyRun) -> torch.Tensor:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(read(module, args, kwargs).received(last, run.real & (position <= last)))
 
-    run.up_to(run.layer.attention, note)
+    run.up_to(_present(run.layer.attention, run.layer), note)
     return seen[0]
 
 
 def check_attention(layer: Layer) -> None:
     """Raise `UnsupportedModelError` if a layer's attention cannot be read."""
+    attention = _present(layer.attention, layer)
     if layer.recurrent:
-        raise unreadable(layer.attention)
-    check_readable(layer.attention)
+        raise unreadable(attention)
+    check_readable(attention)
+
+
+def check_feed_forward(layer: Layer) -> None:
+    """Raise `UnsupportedModelError` if a layer has no feed-forward network."""
+    _present(layer.mlp, layer)
+
+
+def _present(half: nn.Module | None, layer: Layer) -> nn.Module:
+    if half is None:
+        raise UnsupportedModelError(
+            f"{type(layer.whole).__name__} has no such half: it is either attention or an FFN",
+            "a layer without the half that is read",
+        )
+    return half
 
 
 def hidden_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

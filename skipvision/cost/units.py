@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import count
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from skipvision.anatomy.cache_layers import entries_of
 from skipvision.anatomy.encoding import encoded_sizes
-from skipvision.anatomy.families import Anatomy, dissect, takes_images, text_only
+from skipvision.anatomy.families import Anatomy, dissect, lm_head, takes_images, text_only
 from skipvision.anatomy.pictures import Request, collate, recipe_of
 from skipvision.anatomy.probe import EarlyRun, Probe
 from skipvision.anatomy.tower import hook_tower
@@ -36,7 +36,8 @@ from skipvision.loading import build_model
 _SHORT = 8
 """Tokens of the shortest run."""
 _CHUNK = 64
-"""Tokens that linear attention computes together in a prompt; transformers pads the last chunk."""
+"""Tokens that linear attention computes together in a prompt if its config does not say (``chunk_size``);
+transformers pads the last chunk."""
 _TOKENS = 256
 """Visual tokens of an image in families that keep its size (448 × 448 pixels at 28 per token)."""
 _TRIES = 4
@@ -59,28 +60,29 @@ class Design:
 class Flops:
     """FLOPs of a run: per token, per pair of query and key, and per token in the feed-forward networks.
 
-    ``chunk`` are those of linear attention per chunk of a prompt; a decode step computes no chunk.
+    ``chunk`` are those of linear attention per ``length`` tokens of a prompt; decode steps compute none.
     """
 
     token: int
     pair: int
     ffn: int
     chunk: int = 0
+    length: int = _CHUNK
 
     def __call__(self, queries: int, keys: int, ffn_tokens: int) -> int:
-        chunks = self.chunk * math.ceil(queries / _CHUNK) if queries > 1 else 0
+        chunks = self.chunk * math.ceil(queries / self.length) if queries > 1 else 0
         return self.token * queries + self.pair * queries * keys + self.ffn * ffn_tokens + chunks
 
     @classmethod
-    def fitted(cls, run: Callable[[int, int], Any], chunked: bool) -> Self:
+    def fitted(cls, run: Callable[[int, int], Any], length: int) -> Self:
         """Fit costs from three calls of ``run(tokens, ffn_tokens)``, or five with linear attention."""
-        n = _CHUNK if chunked else _SHORT
-        sizes = [(n, n), (2 * n, 2 * n), (2 * n, n)] + [(n + 1, n + 1), (n + 2, n + 2)] * chunked
+        n = length or _SHORT
+        sizes = [(n, n), (2 * n, 2 * n), (2 * n, n)] + [(n + 1, n + 1), (n + 2, n + 2)] * bool(length)
         with DryRun():
             short, long, part, *longer = (measure_flops(partial(run, *each)) for each in sizes)
         ffn, pair = (long - part) // n, (long - 2 * short) // (2 * n * n)
-        chunk = _chunk(short, longer, pair) if chunked else 0
-        return cls((short - chunk) // n - pair * n - ffn, pair, ffn, chunk)
+        chunk = _chunk(short, longer, pair) if length else 0
+        return cls((short - chunk) // n - pair * n - ffn, pair, ffn, chunk, length or _CHUNK)
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,23 @@ class ProbeFlops:
     token: int
     pair: int
     chunk: int = 0
+    length: int = _CHUNK
 
     def __call__(self, tokens: int) -> int:
-        chunks = self.chunk * math.ceil(tokens / _CHUNK)
+        chunks = self.chunk * math.ceil(tokens / self.length)
         return self.fixed + self.token * tokens + self.pair * tokens**2 + chunks
 
     @classmethod
-    def fitted(cls, run: Callable[[int], Any], chunked: bool) -> Self:
+    def fitted(cls, run: Callable[[int], Any], length: int) -> Self:
         """Fit costs from three calls of ``run(tokens)``, or five with linear attention."""
-        n = _CHUNK if chunked else _SHORT
-        sizes = [n, 2 * n, 3 * n] + [n + 1, n + 2] * chunked
+        n = length or _SHORT
+        sizes = [n, 2 * n, 3 * n] + [n + 1, n + 2] * bool(length)
         with DryRun():
             one, two, three, *longer = (measure_flops(partial(run, each)) for each in sizes)
         pair = (three - 2 * two + one) // (2 * n * n)
-        chunk = _chunk(one, longer, pair) if chunked else 0
+        chunk = _chunk(one, longer, pair) if length else 0
         token = (two - one - chunk) // n - 3 * n * pair
-        return cls(one - token * n - pair * n * n - chunk, token, pair, chunk)
+        return cls(one - token * n - pair * n * n - chunk, token, pair, chunk, length or _CHUNK)
 
 
 def _chunk(full: int, longer: list[int], pair: int) -> int:
@@ -128,9 +131,11 @@ class _Model(NamedTuple):
     weights: int
 
     @property
-    def chunked(self) -> bool:
-        """Whether a layer computes linear attention in chunks."""
-        return "linear_attention" in (getattr(self.anatomy.text_config, "layer_types", None) or ())
+    def chunk(self) -> int:
+        """Tokens of a chunk, if a layer computes linear attention in chunks; else 0."""
+        config = self.anatomy.text_config
+        chunked = "linear_attention" in (getattr(config, "layer_types", None) or ())
+        return (getattr(config, "chunk_size", None) or _CHUNK) if chunked else 0
 
 
 class _Stop(Exception):
@@ -149,7 +154,7 @@ def hidden_size(design: Design) -> int:
 
 def head(design: Design) -> int:
     """Count the FLOPs of the LM head for one token."""
-    return 2 * _model(design).whole.get_output_embeddings().weight.numel()
+    return 2 * cast(Any, lm_head(_model(design).whole)).weight.numel()
 
 
 def head_sees_all(design: Design) -> bool:
@@ -161,7 +166,7 @@ def head_sees_all(design: Design) -> bool:
 def decoder(design: Design) -> Flops:
     """Measure one forward through the decoder."""
     model = _model(design)
-    return Flops.fitted(partial(_forward, model, model.anatomy.decoder), model.chunked)
+    return Flops.fitted(partial(_forward, model, model.anatomy.decoder), model.chunk)
 
 
 @lru_cache(maxsize=64)
@@ -184,7 +189,7 @@ def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
             handle.remove()
 
     with _lora(anatomy, rank):
-        return ProbeFlops.fitted(run, model.chunked)
+        return ProbeFlops.fitted(run, model.chunk)
 
 
 @lru_cache(maxsize=64)
@@ -223,7 +228,7 @@ def training(design: Design, rank: int, below: bool) -> Flops:
     anatomy.decoder.requires_grad_(not rank)
     try:
         with _lora(anatomy, rank):
-            return Flops.fitted(step, model.chunked)
+            return Flops.fitted(step, model.chunk)
     finally:
         handle.remove()
         anatomy.decoder.requires_grad_(False).zero_grad()
@@ -329,7 +334,8 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
 
     with ExitStack() as stack:
         for layer in model.anatomy.layers if ffn_tokens < tokens else ():
-            stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
+            if layer.mlp is not None:
+                stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
         stack.callback(end.register_forward_hook(stop).remove)
         try:
             model.whole(**_text(model.whole, tokens), use_cache=use_cache)

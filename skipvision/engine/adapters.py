@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from skipvision.adapters.files import peft_config, read_adapter
 from skipvision.adapters.save_load import load_adapter, unload_adapters
-from skipvision.anatomy.families import dissect
+from skipvision.anatomy.families import dissect, lm_head
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
 from skipvision.engine.kinds import by_row, can_share, reason_to_refuse
@@ -164,8 +164,7 @@ class Adapters:
     def _decoding_modules(self) -> list[nn.Module]:
         """Return the modules that a decode step runs: those of decoder and LM head."""
         base = next(module for module in self._model.modules() if isinstance(module, PreTrainedModel))
-        head = base.get_output_embeddings()
-        return [*dissect(base).decoder.modules(), *(head.modules() if head is not None else ())]
+        return [*dissect(base).decoder.modules(), *lm_head(base).modules()]
 
     def _check_kind(self, folder: Path) -> None:
         """Raise `AdapterError` if the engine cannot run an adapter of this kind next to those it has."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
+from skipvision.anatomy.families import lm_head
 from skipvision.attach import attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.engine.adapters import Adapters
@@ -248,7 +249,7 @@ class Engine:
     @property
     def vocabulary(self) -> int:
         """Number of logits for each token."""
-        return int(self._facts.base.get_output_embeddings().weight.shape[0])
+        return int(cast(Any, lm_head(self._facts.base)).weight.shape[0])
 
     def statistics(self) -> Statistics:
         """Return a snapshot of the queue, the KV cache, and all counters."""

@@ -215,11 +215,17 @@ class _Layer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new entry in each row, (R, heads, 1, dim); returns the entries that attention reads."""
-        return self._write("keys", key_states), self._write("values", value_states)
+        read = self._write("keys", key_states), self._write("values", value_states)
+        if "indexer_keys" in self.blocks:
+            self.keys, self.values = read
+        return read
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Write a new key of the indexer in each row, (R, 1, dim); returns those that it reads."""
-        return self._write("indexer_keys", indexer_key_states[:, None])[:, 0]
+        read = self._write("indexer_keys", indexer_key_states[:, None])[:, 0]
+        # Some keys say themselves whether they are valid; past a row's last entry none is.
+        used = torch.arange(self.slots.span, device=read.device) <= self.slots.at[:, None]
+        return read.masked_fill(~used[..., None], 0)
 
     def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
         """Do the same as `update_indexer` for MiniMax M3, whose keys are (R, 1, 1, dim)."""
@@ -234,7 +240,8 @@ class _Layer(CacheLayerMixin):
         return view[slice(len(states)) if own is None else own, :, : slots.span]
 
     def get_seq_length(self) -> int:
-        return self.slots.get_seq_length()
+        """Number of entries, with that of this step: attention reads it after its update."""
+        return self.slots.span
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.span, 0

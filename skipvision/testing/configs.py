@@ -251,6 +251,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mistral3": _LARGE_IMAGES,
     "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
     "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},
+    "nemotron_h_omni": {"text.layer_types": ["linear_attention", "moe", "full_attention", "mlp"]},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {
         "out_hidden_size": 256,

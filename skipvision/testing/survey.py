@@ -132,6 +132,7 @@ def _try(family: str) -> Finding:
     call = _identity(model, anatomy, batch)
     _reduction(model, batch)
     positions = call.get("position_ids")
+    ffns = [layer.mlp for layer in anatomy.layers if layer.mlp is not None]
     return Finding(
         family,
         images=_images(model, anatomy),
@@ -139,7 +140,7 @@ def _try(family: str) -> Finding:
         mrope=positions is not None and positions.ndim == 3,
         deepstack=any("deepstack" in name and value is not None for name, value in call.items()),
         attention=tuple(kind.removesuffix("_attention") for kind in Sight.of(anatomy.decoder).kinds),
-        experts=any(weight.ndim == 3 for layer in anatomy.layers for weight in layer.mlp.parameters()),
+        experts=any(weight.ndim == 3 for mlp in ffns for weight in mlp.parameters()),
     )
 
 

@@ -212,9 +212,7 @@ def test_no_error_of_attention_exceeds_its_bound_and_some_reach_half_of_it():
         other = one + step * moving * torch.randn(3, 2, generator=generator, dtype=torch.double)
         runs = runs_of([query, key, value], [one, other])
         attention = SimpleNamespace(head_dim=2, scaling=0.7)
-        parts = SimpleNamespace(
-            layer=SimpleNamespace(attention=attention), projections=(query, key, value, out)
-        )
+        parts = SimpleNamespace(halves=(attention, None), projections=(query, key, value, out))
         stretch = 1.0 + trial % 2 / 2
         bound = AttentionBound(parts, UNSCALED, runs, stretch)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import nn
 
 from skipvision import SkipConfig, attach, measure_flops, predict_cost
 from skipvision.anatomy.cache_layers import entries_of
-from skipvision.anatomy.families import dissect
+from skipvision.anatomy.families import dissect, lm_head
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.family_table import SUPPORTED
 
@@ -105,7 +105,7 @@ def test_training_step(family, name, rank):
                 model.set_submodule(path, lora.Linear(part, "default", LoraConfig(), r=rank))
     else:
         decoder.requires_grad_(True)
-        model.get_output_embeddings().requires_grad_(True)
+        lm_head(model).requires_grad_(True)
 
     def step():
         model(**inputs, **last(model, ANSWER), use_cache=False).logits.logsumexp(dim=-1).sum().backward()

@@ -37,12 +37,22 @@ ONLY_FLOAT32 = {
     "step3p7",
 }
 """Families whose experts' grouped product has no float64 on CPU."""
-FLOAT32_INSIDE = {"dots3_note", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe"}
+FLOAT32_INSIDE = {
+    "dots3_note",
+    "glm5_next",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "qwen3_5",
+    "qwen3_5_moe",
+}
 """Families whose linear attention or indexer computes in float32, whatever the dtype of the model."""
 ONLY_EAGER = {"got_ocr2", "pp_chart2table"}
 """Families whose towers have no SDPA."""
 TOLERANCE = 1e-4
 """Maximum difference of hidden states, whose size is about 1, in float32."""
+LOSSY_STATES = {"nemotron_h_omni"}
+"""Families whose states lose digits in float32: ten times that difference after several turns."""
 
 ROWS: list[list[int | str]] = [
     [3, "image", 24],
@@ -69,7 +79,7 @@ _UNREPEATED = ("exaone4_5", "kimi_k25", "muse_glimmer")
 MIXED_UP = Limit(
     tuple(name for name in FAMILIES if not name.startswith(_GRIDS + _BATCHED + _UNREPEATED))
     if BEFORE_5_18
-    else ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
+    else ("glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga"),
     "beam search mixes up the images of a row that has several",
     # Before 5.18 also the tiles of an image.
     [[3, "small image", 24], [5], [2, "small image", 3]]

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from skipvision import SkipConfig, TokenPlan, TokenRole
-from skipvision.anatomy.attention import block_indexer
+from skipvision.anatomy.attention import block_indexer, reads_padding_alone
 from skipvision.anatomy.families import dissect
+from skipvision.anatomy.masks import is_per_query
 
 Run = Callable[[], Any]
 
@@ -94,6 +95,8 @@ def watch(model: nn.Module, run: Run) -> Seen:
 
     def begin(decoder: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
         shape, given = keywords["inputs_embeds"].shape[:2], keywords.get("attention_mask")
+        if isinstance(given, dict) and not is_per_query(given):
+            given = next(iter(given.values()))
         padded = isinstance(given, torch.Tensor) and given.ndim == 2
         real = given[:, -shape[1] :].bool() if padded else torch.ones(shape, dtype=torch.bool)
         calls.append(Call(dict(keywords), [], real))
@@ -101,10 +104,14 @@ def watch(model: nn.Module, run: Run) -> Seen:
     def note(attention: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
         past = sum(call.keywords["inputs_embeds"].shape[1] for call in calls[:-1])
         shape = calls[-1].keywords["inputs_embeds"].shape[:2]
-        calls[-1].seen.append(_seen(keywords["attention_mask"], *shape, past))
+        given = keywords["attention_mask"]
+        if given is not None and given.ndim == 2:  # attention adds causality itself
+            real = torch.cat([call.real for call in calls], dim=1)
+            given = (_seen(None, *shape, past) & real[:, None])[:, None]
+        calls[-1].seen.append(_seen(given, *shape, past))
 
     handles = [anatomy.decoder.register_forward_pre_hook(begin, with_kwargs=True)]
-    attending = [layer.attention for layer in anatomy.layers if not layer.recurrent]
+    attending = [layer.attention for layer in anatomy.layers if layer.attends]
     handles += [attention.register_forward_pre_hook(note, with_kwargs=True) for attention in attending]
     try:
         run()
@@ -334,7 +341,7 @@ def _orders(real: torch.Tensor, fate: Fate, columns: list[list[Summary]]) -> lis
 
 def _placeholder(given: Any, rows: int, width: int) -> Any:
     """Pass the decoder a mask that it accepts, and give every layer its own mask instead."""
-    if isinstance(given, dict):
+    if isinstance(given, dict) and is_per_query(given):
         return dict.fromkeys(given)
     if given is not None and given.ndim == 4:
         return torch.ones(rows, 1, width, width, dtype=torch.bool)
@@ -351,12 +358,14 @@ def _run(
     anatomy = dissect(model)
     adds = anatomy.text_config._attn_implementation == "eager"
 
+    def as_written(mask: torch.Tensor, **_: Any) -> torch.Tensor:
+        if not adds:
+            return mask
+        dtype = keywords["inputs_embeds"].dtype
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
     def see(mask: torch.Tensor, attention: nn.Module, args: Any, given: dict[str, Any]) -> Any:
-        written: torch.Tensor = mask[:, None]
-        if adds:
-            dtype = keywords["inputs_embeds"].dtype
-            written = torch.zeros(written.shape, dtype=dtype).masked_fill(~written, torch.finfo(dtype).min)
-        return args, {**given, "attention_mask": written}
+        return args, {**given, "attention_mask": as_written(mask[:, None])}
 
     def silence(mlp: nn.Module, args: Any, output: Any) -> Any:
         update = output[0] if isinstance(output, tuple) else output
@@ -365,7 +374,7 @@ def _run(
         return (silent, *output[1:]) if isinstance(output, tuple) else silent
 
     def recur(mixer: nn.Module, args: Any, given: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-        hidden, output = given["hidden_states"], torch.zeros_like(output)
+        hidden, output = given.get("hidden_states", next(iter(args), None)), torch.zeros_like(output)
         own = {**given, "attention_mask": None}
         for row, order in enumerate(orders):
             if len(order):
@@ -383,12 +392,18 @@ def _run(
             handles.append(indexer.register_forward_hook(all_blocks))
         if layer.recurrent:
             handles.append(layer.attention.register_forward_hook(recur, with_kwargs=True))
-        else:
+        elif reads_padding_alone(layer.whole):
+            written = next(left)[:, None]
+            layer.attention.build_attention_mask_from_topk = functools.partial(as_written, written)
+        elif layer.attends:
             see_own = functools.partial(see, next(left))
             handles.append(layer.attention.register_forward_pre_hook(see_own, with_kwargs=True))
-        handles.append(layer.mlp.register_forward_hook(silence))
+        if layer.mlp is not None:
+            handles.append(layer.mlp.register_forward_hook(silence))
     try:
         return anatomy.decoder(**keywords).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()
+        for layer in anatomy.layers:
+            vars(layer.attention or layer.whole).pop("build_attention_mask_from_topk", None)

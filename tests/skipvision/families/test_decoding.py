@@ -12,6 +12,7 @@ from tests.skipvision.families import reference
 from tests.skipvision.families.matrix import (
     DROPPING,
     FAMILIES,
+    LOSSY_STATES,
     MERGING,
     ROWS,
     TOLERANCE,
@@ -33,7 +34,8 @@ def compare(model, config, converse):
     fate = reference.decide([skip.plan], seen)
     expected = reference.hidden_states(model, seen, fate, config, skip.summary)
     prompt = skip.plan.merged_into.shape[1]
-    close(got[:, prompt:], expected[:, prompt:], TOLERANCE)
+    tolerance = 10 * TOLERANCE if model.config.model_type in LOSSY_STATES else TOLERANCE
+    close(got[:, prompt:], expected[:, prompt:], tolerance)
     return got[:, prompt:]
 
 

@@ -61,10 +61,11 @@ def norms(model, batch):
 @torch.no_grad()
 def ffn_ratios(model, batch):
     """(B, T) change of each token by the first layer's FFN, from its output with and without the FFN's."""
-    layer, outputs = dissect(model).layers[0], []
+    layer, outputs = next(layer for layer in dissect(model).layers if layer.mlp is not None), []
 
     def keep(module, args, output):
-        outputs.append((output if isinstance(output, torch.Tensor) else output[0]).float())
+        # Hyper-connections have several streams for each token.
+        outputs.append((output if isinstance(output, torch.Tensor) else output[0]).float().flatten(2))
 
     def silence(mlp, args, output):
         return (0 * output[0], *output[1:]) if isinstance(output, tuple) else 0 * output
@@ -84,7 +85,9 @@ def ffn_ratios(model, batch):
 def test_each_image_retains_its_own_highest(family, attention, dtype, select, scores):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
-    plan = plan_of(model, batch, SkipConfig(retained=0.4, skipped=0.3, select=select))
+    layers = dissect(model).layers
+    first = next(number for number, layer in enumerate(layers) if layer.mlp is not None)
+    plan = plan_of(model, batch, SkipConfig(retained=0.4, skipped=0.3, select=select, probe_layer=first))
     score = scores(model, batch)
     visual = batch["input_ids"] == model.config.image_token_id
     found = torch.zeros_like(visual)
@@ -100,7 +103,7 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
 def test_the_last_words_attention_equals_that_of_eager_attention(family, attention, dtype):
     model = model_of(family, attention, dtype)
     layers = dissect(model).layers
-    probed = next(number for number in (1, 2) if not layers[number].recurrent)
+    probed = next(number for number, layer in enumerate(layers) if number and layer.attends)
     config = SkipConfig(retained=0.4, skipped=0.3, select="attention", probe_layer=probed)
     batch = tiny_batch(model, ROWS)
     plan, eager, weights = plan_of(model, batch, config), model_of(family, "eager", dtype), []

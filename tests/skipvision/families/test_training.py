@@ -41,7 +41,7 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_
         assert all(gradient.isfinite().all() for gradient in plain.values())
         assert untouched.keys() < plain.keys()
         runs = []
-        dissect(model).layers[0].attention.register_forward_hook(lambda *_: runs.append(1))
+        dissect(model).layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(1))
         checkpoint_activations(model, use_reentrant=use_reentrant)
         checkpointed = gradients_of(model, batch)
         assert len(runs) == 2, "the layer ran again in backward"
