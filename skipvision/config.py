@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from skipvision.errors import ConfigError
+from skipvision.files import check_regular
 from skipvision.merge import MERGES, Merge
 from skipvision.problems import config_error
 from skipvision.select import CRITERIA, Criterion
@@ -161,6 +162,7 @@ class SkipConfig(BaseModel):
             return dict(pairs)
 
         try:
+            check_regular(path, or_descriptor=True)
             values = json.loads(Path(path).read_text(), object_pairs_hook=note)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a SkipConfig: {error}") from error

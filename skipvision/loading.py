@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from skipvision.errors import ConfigError
+from skipvision.files import check_entries
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _LOAD_ERRORS = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError)
@@ -71,8 +72,10 @@ def load_model(path: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         ConfigError: it cannot be loaded, or only with code from the folder, or its weights are pickled.
     """
-    if Path(path).is_dir():
-        check_weights(path, [file.name for file in Path(path).iterdir()])
+    with _config_errors(path):
+        names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else []
+    if names:
+        check_weights(path, names)
     load_config(path)
     with _config_errors(path):
         model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
@@ -116,9 +119,11 @@ def check_folder(folder: Path) -> None:
         ConfigError: it has no config, its weights are pickled, or its config or processor cannot be loaded
             without code from the folder.
     """
-    if not (folder / "config.json").is_file():
+    with _config_errors(folder):
+        has_config, names = (folder / "config.json").is_file(), [file.name for file in folder.iterdir()]
+    if not has_config:
         raise ConfigError(f"{folder}: this folder holds no model, because it has no config.json")
-    check_weights(folder, [file.name for file in folder.iterdir()])
+    check_weights(folder, names)
     config = load_config(folder)
     if getattr(config, "auto_map", None):
         with torch.device("meta"), _config_errors(folder):
@@ -169,14 +174,24 @@ def _check_kernels(path: str | Path, config: Any) -> None:
 def _config_errors(path: str | Path) -> Iterator[None]:
     """Turn what transformers raises about damaged or foreign files into a `ConfigError` with the path."""
     try:
+        if Path(path).is_dir():
+            check_entries(path)
         with _remote_code_refused(path):
             yield
     except ConfigError:
         raise
     except _LOAD_ERRORS as error:
-        raise ConfigError(f"{path}: {str(error).strip() or type(error).__name__}") from error
+        raise ConfigError(f"{path}: {_reason(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: its files are nested too deeply") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of a system's error with the remedy, and the words of any other error."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        remedy = "make it readable" if isinstance(error, PermissionError) else "remove or replace it"
+        return f"{error.filename} cannot be read: {error.strerror}; {remedy}"
+    return str(error).strip() or type(error).__name__
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from pipelines.data.records import Record
 from pipelines.data.rows import BadRow
 from pipelines.data.sources import Wanted, read_inputs
 from pipelines.data.storage import absolute
-from pipelines.shared.files import atomic_folder, cause_and_remedy
+from pipelines.shared.files import atomic_folder, cause_and_remedy, read_setting
 from skipvision.errors import ConfigError, DataError
 
 _FIRST_ROWS = 256
@@ -95,7 +95,7 @@ def write_manifest(
     This needs memory for one shard and 2²⁰ hashes of keys, and in addition for `RepeatedKeys`.
 
     Raises:
-        ConfigError: no row has the column of the prompt, the key or the images.
+        ConfigError: no row has the column of the prompt, the key or the images, or the keys cannot be read.
         DataError: a file cannot be read at all, or there are no rows.
         StorageError: the manifest cannot be written.
     """
@@ -113,7 +113,7 @@ def write_manifest(
 
     rows = _errors_of_inputs(listing.rows(), settings.source)
     if settings.keys is not None:
-        keys = frozenset(Path(settings.keys).read_text(encoding="utf-8").splitlines())
+        keys = frozenset(read_setting(settings.keys, "input.keys").splitlines())
         rows = (row for row in rows if row.key in keys)
     with atomic_folder(path) as partial:
         hashes = KeyHashes(partial)

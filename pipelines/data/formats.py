@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipelines.data.storage import failure_of, open_file
 from skipvision.errors import DataError
+from skipvision.files import NotAFileError
 
 _IMAGES = "jpg jpeg jpe jfif png webp avif gif bmp dib tif tiff ppm pgm pbm pnm"
 IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in _IMAGES.split())
@@ -135,6 +136,8 @@ def rows_of(file: str, compression: str = "") -> Iterator[IO[bytes]]:
         raise DataError(f"{file} is damaged or cut off: {error}; copy or compress it again") from None
     except DataError:
         raise
+    except NotAFileError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
     except Exception as error:  # storage back ends raise errors of many types
         failure = failure_of(error)
         if failure is None and not isinstance(error, OSError):

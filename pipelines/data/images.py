@@ -29,6 +29,7 @@ from pipelines.data.storage import (
     read_file,
 )
 from skipvision.errors import DataError
+from skipvision.files import NotAFileError
 from skipvision.orientation import upright
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
@@ -220,6 +221,8 @@ def _errors_of_storage(image: object) -> Iterator[None]:
         yield
     except ImageError:
         raise
+    except NotAFileError as error:
+        raise ImageError(f"image {image} cannot be read: {error.strerror}") from None
     except Exception as error:  # storage back ends raise errors of many types
         failure = failure_of(error)
         if isinstance(failure, FileNotFoundError):

@@ -20,6 +20,7 @@ from pipelines.data.storage import absolute, failure_of, is_local, locate, open_
 from pipelines.data.tar_records import tar_records
 from pipelines.data.tsv_records import tsv_records
 from skipvision.errors import DataError
+from skipvision.files import NotAFileError, check_regular
 
 _FORMATS = ("json", "jsonl", "parquet", "arrow", "tar", "tsv")
 _HEAD = 2**20
@@ -56,6 +57,8 @@ def read_inputs(source: str, wanted: Wanted) -> Inputs:
         entries = _entries(fs, path, url)
     except DataError:
         raise
+    except NotAFileError as error:
+        raise DataError(f"{url} cannot be read: {error.strerror}") from None
     except Exception as error:  # storage back ends raise errors of many types
         failure = failure_of(error)
         if isinstance(failure, FileNotFoundError):
@@ -85,6 +88,8 @@ def _entries(fs: Any, path: str, url: str) -> list[Entry] | None:
         return None
     if not url.startswith(("http://", "https://")):
         fs.info(path)
+    if is_local(fs):
+        check_regular(path)
     return one
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import io
+import re
 import tempfile
 import threading
 import time
@@ -26,6 +27,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.shared.paths import equivalent_path
+from skipvision.files import check_regular
 
 T = TypeVar("T")
 
@@ -38,8 +40,10 @@ _GIVEN_UP = 3
 _TIMEOUT = aiohttp.ClientTimeout(total=600, sock_connect=20, sock_read=60)
 _LARGEST = 2**30
 """Max bytes of one image at an HTTP URL; the server may send without end."""
-_TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TEMPORARY = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505}
+"""Proxies and content networks have codes of their own, such as 520 to 529."""
 _ABSENT = frozenset({404, 410})
+_SCHEME = re.compile(r"(^|::)[A-Za-z][A-Za-z0-9+.-]*://")
 
 _failures: Counter[str] = Counter()
 _download_lock = threading.Lock()
@@ -61,7 +65,11 @@ class UnreachableError(ConnectionError):
 
 
 def absolute(path: str) -> str:
-    """Return a path that is valid in every process: URLs unchanged, local paths and file URLs absolute."""
+    """Return a path that is valid in every process: an absolute path, or a URL with its scheme in lower case.
+
+    A file URL becomes a path.
+    """
+    path = _with_lower_scheme(path)
     for prefix in ("file://", "local://"):
         if path.startswith(prefix):
             path = path.removeprefix(prefix)
@@ -77,7 +85,7 @@ def locate(path: str) -> tuple[Any, str]:
         ImportError, ValueError: an unknown protocol, or one whose package is missing.
     """
     if "://" in path:
-        return cast("tuple[Any, str]", fsspec.core.url_to_fs(path))
+        return cast("tuple[Any, str]", fsspec.core.url_to_fs(_with_lower_scheme(path)))
     return LocalFileSystem(), equivalent_path(path)
 
 
@@ -90,10 +98,11 @@ def open_file(path: str) -> IO[bytes]:
     """Open a file of rows for reading at any position.
 
     Raises:
-        OSError: `FileNotFoundError`, `PermissionError` and `UnreachableError` among others.
+        OSError: `FileNotFoundError`, `PermissionError`, `NotAFileError` and `UnreachableError` among others.
     """
     fs, name = locate(path)
     if isinstance(fs, LocalFileSystem):
+        check_regular(name)
         return Path(name).open("rb")
     if not _is_http(path):
         return cast("IO[bytes]", _repeated(path, partial(fs.open, name, "rb")))
@@ -113,6 +122,7 @@ def read_file(path: str) -> bytes:
     """Return the bytes of a whole file. Raise as `open_file`."""
     fs, name = locate(path)
     if isinstance(fs, LocalFileSystem):
+        check_regular(name)
         return Path(name).read_bytes()
     if not _is_http(path):
         return cast("bytes", _repeated(path, partial(fs.cat_file, name)))
@@ -122,10 +132,10 @@ def read_file(path: str) -> bytes:
 
 
 def check_file(path: str) -> None:
-    """Return if a file or folder exists. Raise as `open_file`; an HTTP server is not sent a HEAD."""
+    """Return if a file exists. Raise as `open_file`; an HTTP server is not sent a HEAD."""
     fs, name = locate(path)
     if isinstance(fs, LocalFileSystem):
-        Path(name).stat()
+        check_regular(name)
     elif not _is_http(path):
         _repeated(path, partial(fs.info, name))
     else:
@@ -144,6 +154,10 @@ def failure_of(error: Exception) -> OSError | None:
         return error
     if isinstance(error, PermissionError):
         return RefusedError(error.strerror or str(error))
+    if isinstance(error, aiohttp.TooManyRedirects):
+        return RefusedError(
+            f"the server redirects without end (stopped after {len(error.history)} redirects)"
+        )
     if isinstance(error, aiohttp.ClientResponseError):
         answer = f"the server answered {error.status} {error.message}".rstrip()
         if error.status in _ABSENT:
@@ -166,7 +180,12 @@ def failure_of(error: Exception) -> OSError | None:
 
 
 def _is_http(path: str) -> bool:
-    return path.startswith(("http://", "https://"))
+    return path.lower().startswith(("http://", "https://"))
+
+
+def _with_lower_scheme(path: str) -> str:
+    """Return a URL, or a chain of them, with schemes in lower case, which is how fsspec knows them."""
+    return _SCHEME.sub(lambda found: found[0].lower(), path) if "://" in path else path
 
 
 def _repeated(path: str, action: Callable[[], T]) -> T:

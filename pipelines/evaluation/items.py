@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines.shared.files import atomic
 from skipvision.errors import DataError
+from skipvision.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def categories(text: str) -> list[str]:
 
 def _table(path: Path) -> pa.Table:
     try:
+        check_regular(path)
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as scored items: {error}") from error

@@ -46,6 +46,7 @@ from pipelines.shared.settings import merge, set_field
 from pipelines.shared.stopping import stoppable
 from pipelines.shared.yaml_loader import Loader, describe
 from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.files import check_regular
 from skipvision.problems import problem_lines
 
 M = TypeVar("M", bound=BaseModel)
@@ -131,6 +132,7 @@ def _parse_options(argv: Sequence[str]) -> dict[str, str]:
 
 def _read_mapping(file: Path) -> dict[str, Any]:
     try:
+        check_regular(file, or_descriptor=True)
         content = yaml.load(file.read_bytes(), Loader)  # noqa: S506 — a SafeLoader
     except OSError as error:
         raise ConfigError(f"cannot read {file} (in {Path.cwd()}): {error.strerror}") from None

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeGuard
 
-from skipvision.errors import SkipVisionError
+from skipvision.errors import ConfigError, SkipVisionError
+from skipvision.files import check_regular
 
 _REMEDIES = {
     errno.ENOSPC: "free space there",
@@ -82,6 +83,23 @@ def os_error_of(error: BaseException) -> OSError | None:
         return OSError(int(number[1]), os.strerror(int(number[1])))
     hidden = error.__context__
     return hidden if isinstance(error, RuntimeError) and is_storage_error(hidden) else None
+
+
+def read_setting(path: str, field: str) -> str:
+    """Return the text of a file that a setting names.
+
+    Raises:
+        ConfigError: it cannot be read, or is not text in UTF-8.
+    """
+    try:
+        check_regular(path, or_descriptor=True)
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        remedy = "give this user the permission to read it" if "permission" in remedy else "give a text file"
+        raise ConfigError(f"{field} = {path}: {error.strerror or error}; {remedy}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{field} = {path}: it is not text in UTF-8; give a text file") from None
 
 
 @contextmanager

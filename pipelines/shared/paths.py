@@ -133,7 +133,7 @@ def model_path(path: str, field: str) -> str:
     except ConfigError as error:
         folder = Path(path).expanduser().parent
         bases = [Path(os.environ.get(HOME, ".")).expanduser(), Path.cwd()]
-        is_path = folder != Path() and any((base / folder).is_dir() for base in bases)
+        is_path = folder != Path() and any(os.path.isdir(base / folder) for base in bases)  # noqa: PTH112
         if is_path or not _HUB_ID.fullmatch(path):
             near = [match for base in bases for match in _similar_names(base / folder, Path(path).name)]
             hint = f"; did you mean {folder / near[0]}?" if near else ""
@@ -176,7 +176,10 @@ def _names_by_normal_form(folder: str) -> dict[str, str]:
 
 
 def _similar_names(folder: Path, name: str) -> list[str]:
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except OSError:
+        names = []
     return get_close_matches(name, names, n=1)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from skipvision.config import SkipConfig
 from skipvision.errors import AdapterError
+from skipvision.files import check_entries
 from skipvision.summaries import SUMMARY
 from skipvision.summary import SummaryLayer
 
@@ -46,8 +47,8 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     """Read an adapter's ``skip_config.json``; ``skip`` is its `SkipConfig`, or None for full tokens.
 
     Raises:
-        AdapterError: the folder holds no adapter, or its weights are pickled or its PEFT config reads other
-            files or modules, so that loading it could run code.
+        AdapterError: the folder holds no adapter or cannot be read, or its weights are pickled or its PEFT
+            config reads other files or modules, so that loading it could run code.
     """
     path = Path(folder) / SKIP_CONFIG
     if not path.exists():
@@ -61,6 +62,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
             f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}; "
             + (how if (Path(folder) / PEFT_FILES[0]).exists() else other)
         )
+    _check_entries(Path(folder))
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
         skip = saved["skip"]
@@ -68,6 +70,8 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         known = saved["format"] == FORMAT and all(
             isinstance(saved[name], int) for name in ("hidden_size", "layers", "lora")
         )
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not known:
@@ -77,8 +81,16 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     return saved
 
 
+def _check_entries(folder: Path) -> None:
+    try:
+        check_entries(folder)
+    except OSError as error:
+        raise AdapterError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
 def check_safe(folder: Path) -> None:
     """Raise `AdapterError` if loading the folder's PEFT adapter could run code."""
+    _check_entries(folder)
     pickled = folder / "adapter_model.bin"
     if pickled.exists() and not (folder / _PEFT_WEIGHTS).exists():
         raise AdapterError(

@@ -177,7 +177,14 @@ KINDS = {
     500: ("unreachable image", 4),
     502: ("unreachable image", 4),
     503: ("unreachable image", 4),
+    501: ("refused image", 1),
     504: ("unreachable image", 4),
+    505: ("refused image", 1),
+    507: ("unreachable image", 4),
+    520: ("unreachable image", 4),
+    524: ("unreachable image", 4),
+    529: ("unreachable image", 4),
+    598: ("unreachable image", 4),
     "broken": ("unreachable image", 4),
     "half": ("unreachable image", 4),
 }
@@ -201,12 +208,36 @@ def test_failures_have_kinds_of_their_own(site, status, lacks):
         assert caught.value.kind == kind
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, "broken", "half"])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 520, 524, "broken", "half"])
 @pytest.mark.parametrize("times", [1, 3])
 def test_temporary_failures_are_repeated(site, status, times):
     site.answers = [status] * times + [200]
     assert FileImage(f"{site.url}/a.png").open().size == (8, 6)
     assert len(site.seen) == times + 1
+
+
+@pytest.mark.parametrize("lacks", [set(), {"HEAD", "length"}], ids=["able", "unable"])
+def test_endless_redirects(site, lacks):
+    site.answers, site.lacks, site.headers["Location"] = [302], lacks, "/a.png"
+    for read in (FileImage.open, FileImage.read, FileImage.check_exists):
+        with pytest.raises(ImageError, match="the server redirects without end") as caught:
+            read(FileImage(f"{site.url}/a.png"))
+        assert caught.value.kind == "refused image"
+    with pytest.raises(DataError, match="the server redirects without end"):
+        read_training_rows(f"{site.url}/rows.jsonl")
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTP", "Http"])
+def test_schemes_in_any_case(site, tmp_path, scheme):
+    url = site.url.replace("http", scheme)
+    site.files["/rows.jsonl"] = json.dumps({"image": "a.png", "conversations": CONVERSATION}).encode()
+    assert FileImage(f"{url}/a.png").open().size == (8, 6)
+    assert FileImage(f"{url}/a.png").read() == png()
+    assert read_training_rows(f"{url}/rows.jsonl").rejects == []
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"image": f"FILE://{tmp_path}/a.png", "conversations": CONVERSATION}
+    (tmp_path / "rows.json").write_text(json.dumps([row, {**row, "image": f"{url}/a.png"}]))
+    assert read_training_rows(f"FILE://{tmp_path}/rows.json").rejects == []
 
 
 def test_silence_is_a_temporary_failure(site, monkeypatch):

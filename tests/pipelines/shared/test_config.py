@@ -239,7 +239,7 @@ def test_a_missing_file_is_reported_with_the_working_directory(tmp_path, monkeyp
     assert (
         problem("--config", "job.yaml") == f"cannot read job.yaml (in {tmp_path}): No such file or directory"
     )
-    assert "Is a directory" in problem("--config", str(tmp_path))
+    assert "it is a folder, not a regular file" in problem("--config", str(tmp_path))
 
 
 # --------------------------------------------------------------------------- settings of fine-tuning
