@@ -22,7 +22,7 @@ class NotAFileError(OSError):
     """A path names something other than a regular file. Its text describes it without the path."""
 
     def __str__(self) -> str:
-        return self.strerror
+        return str(self.strerror)
 
 
 def check_regular(path: str | Path, *, or_descriptor: bool = False) -> None:

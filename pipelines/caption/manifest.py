@@ -29,11 +29,12 @@ from pipelines.caption.config import InputSection
 from pipelines.caption.keys import KeyHashes, RepeatedKeys
 from pipelines.caption.rows import MANIFEST_SCHEMA, CaptionRow, Problem, manifest_rows, manifest_table
 from pipelines.data.conversations import listed_images, parse_image
-from pipelines.data.prompts import CONVERSATION_COLUMNS, PromptTemplate, prompt_messages
+from pipelines.data.prompts import PromptTemplate, prompt_messages
 from pipelines.data.records import Record
 from pipelines.data.rows import BadRow
 from pipelines.data.sources import Wanted, read_inputs
 from pipelines.data.storage import absolute
+from pipelines.data.turns import CONVERSATION_COLUMNS, NO_CONVERSATION, has_conversation
 from pipelines.shared.files import atomic_folder, cause_and_remedy, read_setting
 from skipvision.errors import ConfigError, DataError
 
@@ -211,10 +212,10 @@ class _Listing:
                     f"{field} names column {missing[0]!r}, which no row of {self.settings.source} has; their "
                     f"columns are: {', '.join(sorted(map(str, present))) or 'none'}"
                 )
-        if self.template is None and not present & set(CONVERSATION_COLUMNS):
+        if self.template is None and not has_conversation(present):
             raise ConfigError(
-                f"input.prompt is null, but rows of {self.settings.source} have neither `conversations` nor "
-                "`messages`: give a prompt"
+                f"input.prompt is null, but rows of {self.settings.source} have {NO_CONVERSATION}: give a "
+                "prompt"
             )
 
     def _row(self, record: Record) -> CaptionRow:

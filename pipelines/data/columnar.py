@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipelines.data.arrow_files import ArrowTable
 from pipelines.data.formats import rows_of
 from pipelines.data.images import ParquetImage
+from pipelines.data.media import UNREAD
 from pipelines.data.parquet_cells import open_parquet
 from pipelines.data.presence import present, present_in_row_group
 from skipvision.errors import DataError
@@ -45,7 +46,7 @@ def table_rows(
     wanted: Callable[[Sequence[str]], Collection[str]],
     images: Sequence[str],
     max_pixels: int,
-    unread: Collection[str] = (),
+    unread: Callable[..., bool] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table with image bytes replaced by references to the file.
 
@@ -55,7 +56,8 @@ def table_rows(
         wanted: returns the columns to read out of all columns of the file.
         images: columns of images; those that the file lacks are left out.
         max_pixels: max pixels of an image, checked when it is opened.
-        unread: names, in lower case, of columns whose values are not needed: a row has True or None instead.
+        unread: returns whether the content of a column is not needed, as `needs_no_content` does; a row has
+            `UNREAD` or None instead.
 
     Raises:
         DataError: the file cannot be read.
@@ -66,7 +68,13 @@ def table_rows(
             names = table.schema.names
             columns = [name for name in names if name in wanted(names)]
             found = [name for name in images if name in columns]
-            marked = [name for name in columns if name.lower() in unread and name not in found]
+            marked = [
+                name
+                for name in columns
+                if unread is not None
+                and name not in found
+                and unread(name, **_kind(table.schema.field(name)))
+            ]
             columns = [name for name in columns if name not in marked]
             for number, group in enumerate(table.groups()):
                 rows = _group_rows(file, table.schema, number, group, columns, found, max_pixels)
@@ -95,11 +103,22 @@ def _group_rows(
 
 
 def _marked(rows: Iterator[dict[str, Any]], group: Group, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows with True in those of these columns that are not empty, and None in the others."""
+    """Yield the rows with `UNREAD` in those of these columns that hold anything, None in the others."""
     marks = [group.present(column) for column in columns]
     for row in rows:
         found = (next(mark) for mark in marks)
-        yield row | dict(zip(columns, (True if one else None for one in found), strict=True))
+        yield row | dict(zip(columns, (UNREAD if one else None for one in found), strict=True))
+
+
+def _kind(field: pa.Field) -> dict[str, bool]:
+    """Return what `pipelines.data.media.needs_no_content` takes about a column."""
+    kind, inner = field.type, [field.type]
+    while any(hasattr(one, "num_fields") and one.num_fields for one in inner):
+        inner = [
+            part for one in inner for part in ([one.field(n).type for n in range(one.num_fields)] or [one])
+        ]
+    number = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return {"is_number": bool(number), "has_bytes": any(map(_is_bytes, inner))}
 
 
 def _all_bytes(schema: pa.Schema, group: Group, column: str) -> bool:

@@ -1,12 +1,13 @@
 """Parse one record into one row, or raise `BadRow` with the reason.
 
-Two formats are read and may be mixed::
+These formats are read and may be mixed::
 
     {"id", "image": path or list, "conversations": [{"from": "human" | "gpt" | "system", "value": text}]}
     {"id", "images": list, "messages": [{"role": "user" | "assistant" | "system", "content": text or parts}]}
 
-`pipelines.data.message_parts` describes the parts, which may contain their images. An image is a path, a URL,
-a data URL, base64, or a mapping with one of ``bytes`` (base64 in JSON), ``path`` and ``url``.
+`pipelines.data.turns` lists further fields. `pipelines.data.message_parts` describes the parts, which may
+contain their images. An image is a path, a URL, a data URL, base64, or a mapping with one of ``bytes``
+(base64 in JSON), ``path`` and ``url``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from typing import Any
 
 from pipelines.data.encoded import is_data_url, is_image_base64
 from pipelines.data.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage, TsvImage
+from pipelines.data.media import check_media, check_placeholders_of_media
 from pipelines.data.message_parts import (
     Slot,
-    check_media,
-    check_placeholders_of_media,
     fill_slots,
     is_absent,
     parse_content,
@@ -29,6 +29,7 @@ from pipelines.data.message_parts import (
 )
 from pipelines.data.rows import IMAGE_PLACEHOLDER, BadRow, ImageSource, Message, Role, TrainingRow
 from pipelines.data.storage import absolute
+from pipelines.data.turns import turns_of
 
 _ROLES: dict[object, Role] = {
     "human": "user",
@@ -82,19 +83,14 @@ def parse_row(value: object, *, key: str, image_root: str, max_pixels: int, sour
 
 
 def parse_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """Return the messages in ``conversations`` or ``messages``. Raise `BadRow` if they are malformed."""
+    """Return the messages of the row's conversation. Raise `BadRow` if they are malformed."""
     return _parse_turns(row)[0]
 
 
 def _parse_turns(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[Slot]]:
     """Return the messages, and the image of each of their placeholders."""
     check_media(row, "the row")
-    field, speaker, text = "conversations", "from", "value"
-    if row.get(field) is None:
-        field, speaker, text = "messages", "role", "content"
-    turns = row.get(field)
-    if turns is None:
-        raise BadRow("conversation", "the row has neither `conversations` nor `messages`")
+    field, turns, speaker, text = turns_of(row)
     if not isinstance(turns, list):
         raise BadRow("broken record", f"`{field}` is {type_name(turns)}, expected a list")
     messages: list[Message] = []
@@ -167,7 +163,7 @@ def listed_images(row: Mapping[str, Any]) -> list[object]:
     the places of their parts, and listed images fill the other placeholders.
 
     Raises:
-        BadRow: both ``image`` and ``images`` are given, or there is a video, audio or file but no image.
+        BadRow: both ``image`` and ``images`` are given, or there is another medium but no image.
     """
     listed = _listed(row)
     try:

@@ -7,30 +7,37 @@ Parts of all common formats are read::
     {"type": "image", "index": 0}                                image 0 of the row's list (TRL)
     {"type": "image", "image": …}                                an image in any notation (Qwen, TRL)
     {"type": "image", "path" | "url" | "base64" | "data": …}     transformers
+    {"type": "image", "image_path" | "content": …}               others
     {"type": "image_url", "image_url": {"url": …} or …}          OpenAI; also "input_image"
     {"type": "image", "source": {"type": "base64", "data": …}}   Anthropic
+    {"image": {"format": …, "source": {"bytes": …}}}             Bedrock
+    {"inline_data": {"mime_type": …, "data": …}}                 Gemini
     {"image": …}, {"text": …}                                    the first Qwen-VL
 
-A message may also have ``image`` or ``images`` of its own (ShareGPT, Ollama). Videos, audio and files are
-refused: the row would otherwise be trained as if they were not there.
+A message may also have ``image`` or ``images`` of its own (ShareGPT, Ollama). Other media are
+refused (`pipelines.data.media`).
 """
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipelines.data.rows import IMAGE_PLACEHOLDER, MEDIA_FIELDS, BadRow
+from pipelines.data.media import MEDIA_PARTS, REMEDY, check_media, is_empty
+from pipelines.data.rows import IMAGE_PLACEHOLDER, BadRow
 
 
 @dataclass(frozen=True)
 class FromList:
-    """An image of the row's list: number ``index``, or the next one if that is None."""
+    """An image of the row's list: number ``index``, or the next one if that is None.
+
+    ``others`` are the fields of its part that might name its image but are not understood.
+    """
 
     index: int | None = None
+    others: tuple[str, ...] = ()
 
 
 Slot = object
@@ -48,13 +55,15 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 """The field with the text, by type of part."""
 _PLACES = ("bytes", "path", "url")
 """The fields of a mapping that is an image."""
-_IMAGE_PARTS = {"image", "image_url", "input_image"}
-_MEDIA_PARTS = {
-    *("video", "video_url", "input_video", "audio", "audio_url", "input_audio"),
-    *("file", "input_file", "file_url", "document"),
+_IMAGE_PARTS = {"image", "image_url", "input_image", "image_path", "image_file", "inline_data"}
+_IMAGE_FIELDS = ("image", "image_url", "image_path", "image_file", "inline_data")
+"""The fields of a part that are an image in any notation."""
+_ENCODED = ("base64", "data", "image_base64", "image_data")
+_HARMLESS = {
+    *("type", "text", "detail", "index", "cache_control", "id", "name", "format", "media_type", "mime_type"),
+    *("min_pixels", "max_pixels", "resized_height", "resized_width", "width", "height", "size"),
 }
-_MEDIA_PLACEHOLDER = re.compile(r"<(video|audio)>|<\|(video|audio)(_pad)?\|>", re.IGNORECASE)
-_REMEDY = "which the model cannot read: it reads text and images. Remove the row, or show images instead"
+"""Fields of an image part that are not its image."""
 
 
 def parse_content(turn: Mapping[str, Any], field: str, number: int) -> Content:
@@ -73,8 +82,8 @@ def parse_content(turn: Mapping[str, Any], field: str, number: int) -> Content:
     slots: list[Slot] = []
     for part in content:
         kind = _kind(part)
-        if kind in _MEDIA_PARTS:
-            raise BadRow("other media", f"{name} has a part of type {kind!r}, {_REMEDY}")
+        if kind in MEDIA_PARTS:
+            raise BadRow("other media", f"{name} has a part of type {kind!r}, {REMEDY}")
         if kind in _IMAGE_PARTS:
             lines.append(IMAGE_PLACEHOLDER)
             slots.append(_image_of(part, name))
@@ -108,6 +117,13 @@ def fill_slots(slots: Sequence[Slot], listed: Sequence[object]) -> list[object]:
         if 0 <= index < len(listed):
             images.append(listed[index])
             used.add(index)
+        elif slot.others:
+            has = ", ".join(f"`{name}`" for name in slot.others)
+            raise BadRow(
+                "broken record",
+                "an image part has no image: expected `image`, `path`, `url`, `base64` or `source`; it has "
+                + has,
+            )
         elif slot.index is not None:
             raise BadRow(
                 "placeholders", f"an image part has the index {index}, but the row lists {len(listed)} images"
@@ -115,33 +131,11 @@ def fill_slots(slots: Sequence[Slot], listed: Sequence[object]) -> list[object]:
     return images + [image for index, image in enumerate(listed) if index not in used]
 
 
-def check_media(fields: Mapping[str, Any], name: str) -> None:
-    """Raise `BadRow` if a row or a message has a video or audio in a field of its own."""
-    for field, value in fields.items():
-        if str(field).lower() in MEDIA_FIELDS and not is_empty(value):
-            raise BadRow("other media", f"{name} has `{field}`, {_REMEDY}")
-
-
-def check_placeholders_of_media(text: str, name: str) -> None:
-    """Raise `BadRow` if a user's text has a placeholder of a video or of audio."""
-    if found := _MEDIA_PLACEHOLDER.search(text):
-        raise BadRow("other media", f"{name} has {found[0]}, {_REMEDY}")
-
-
 def is_absent(value: object) -> bool:
     """Return whether a field says "no image"; some writers do so by a mapping in which nothing is set."""
     if isinstance(value, Mapping) and any(name in value for name in _PLACES):
         return not any(value.get(name) for name in _PLACES)
     return value in (None, "", [])
-
-
-def is_empty(value: object) -> bool:
-    """Return whether a field is null, empty, or made of nothing else."""
-    if isinstance(value, Mapping):
-        return all(map(is_empty, value.values()))
-    if isinstance(value, list):
-        return all(map(is_empty, value))
-    return value is None or value in ("", b"")
 
 
 def type_name(value: object) -> str:
@@ -170,24 +164,40 @@ def _kind(part: object) -> str | None:
     fields = [field for field, value in part.items() if not is_empty(value)]
     return (
         fields[0]
-        if len(fields) == 1 and fields[0] in _TEXT_PARTS | dict.fromkeys(_IMAGE_PARTS | _MEDIA_PARTS)
+        if len(fields) == 1 and fields[0] in _TEXT_PARTS | dict.fromkeys(_IMAGE_PARTS | MEDIA_PARTS)
         else None
     )
 
 
 def _image_of(part: Mapping[str, Any], name: str) -> Slot:
     """Return the image inside a part, or its place in the row's list."""
-    given: list[object] = [part[field] for field in ("image", "image_url") if not is_absent(part.get(field))]
+    given = [_unwrapped(part[field]) for field in _IMAGE_FIELDS if not is_absent(part.get(field))]
+    given += [part["content"]] if isinstance(part.get("content"), str) and part["content"] else []
     place = {field: part[field] for field in _PLACES if not is_empty(part.get(field))}
     given += [place] if place else []
-    given += [{"bytes": part[field]} for field in ("base64", "data") if not is_empty(part.get(field))]
-    source = part.get("source")
-    if isinstance(source, Mapping) and not is_empty(source):
-        encoded = source.get("data")
-        given.append(dict(source) if is_empty(encoded) else {"bytes": encoded})
-    if len(given) > 1:
+    given += [{"bytes": part[field]} for field in _ENCODED if not is_empty(part.get(field))]
+    if isinstance(part.get("source"), Mapping) and not is_empty(part["source"]):
+        given.append(_unwrapped(part["source"]))
+    found = [image for image in given if image is not None]
+    if len(found) > 1:
         raise BadRow("broken record", f"{name} has an image part with several images: keep one field")
-    if given:
-        return given[0]
+    if found:
+        return found[0]
     index = part.get("index")
-    return FromList(index if isinstance(index, int) and not isinstance(index, bool) else None)
+    others = (field for field, value in part.items() if field not in _HARMLESS and not is_empty(value))
+    return FromList(index if isinstance(index, int) and not isinstance(index, bool) else None, tuple(others))
+
+
+def _unwrapped(image: object) -> object:
+    """Return an image whose bytes may be named as in Anthropic's, Bedrock's and Gemini's formats.
+
+    A mapping that only names a file in somebody's storage is no image: None.
+    """
+    if not isinstance(image, Mapping):
+        return image
+    if isinstance(source := image.get("source"), Mapping):
+        image = source
+    encoded = next((image[field] for field in _ENCODED if not is_empty(image.get(field))), None)
+    if encoded is not None:
+        return {"bytes": encoded}
+    return None if not is_empty(image.get("file_id")) and is_absent({"url": None, **image}) else dict(image)

@@ -1,6 +1,6 @@
 """Find out which cells of a column are not empty, without their contents in memory.
 
-A cell is empty by the rule of `pipelines.data.message_parts.is_empty`: null, empty, or made of nothing else.
+A cell is empty by the rule of `pipelines.data.media.is_empty`: null, empty, or made of nothing else.
 """
 
 from __future__ import annotations

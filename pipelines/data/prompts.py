@@ -9,8 +9,6 @@ from typing import Any
 from pipelines.data.conversations import check_placeholders, parse_messages
 from pipelines.data.rows import IMAGE_PLACEHOLDER, BadRow, Message
 
-CONVERSATION_COLUMNS = ("conversations", "messages")
-
 
 class PromptTemplate:
     """A text with ``{column}`` for a row's value and ``{{`` for a brace."""

@@ -16,12 +16,13 @@ from pipelines.data.columnar import table_rows
 from pipelines.data.folders import matching
 from pipelines.data.formats import Format, check_format, name_of_rows, rows_of, unsupported
 from pipelines.data.json_items import json_items
-from pipelines.data.rows import MEDIA_FIELDS
+from pipelines.data.media import MEDIA_FIELDS, needs_no_content
 from pipelines.data.storage import absolute, failure_of, is_local, locate
+from pipelines.data.turns import CONVERSATION_COLUMNS, NO_CONVERSATION, has_conversation
 from skipvision.errors import DataError
 
-TRAINING_COLUMNS = ("id", "task", "image", "images", "conversations", "messages")
-"""The columns that are read; ``conversations`` or ``messages`` must exist."""
+TRAINING_COLUMNS = ("id", "task", "image", "images", *CONVERSATION_COLUMNS)
+"""The columns that are read; some of them must hold conversations."""
 _IMAGE_COLUMNS = ("image", "images")
 _FORMATS = ("json", "jsonl", "parquet", "arrow")
 
@@ -124,12 +125,12 @@ def table_records(
 
 def _training_table(file: str, kind: str, max_pixels: int) -> Iterator[Record]:
     def wanted(names: Sequence[str]) -> Collection[str]:
-        if not {"conversations", "messages"} & set(names):
-            raise DataError(f"{file} has no column `conversations` or `messages`; it has {', '.join(names)}")
-        # Rows with videos and audio are refused.
+        if not has_conversation(names):
+            raise DataError(f"{file} has {NO_CONVERSATION}; its columns are {', '.join(names)}")
+        # Rows with other media are refused.
         return [*TRAINING_COLUMNS, *(name for name in names if name.lower() in MEDIA_FIELDS)]
 
-    rows = table_rows(file, kind, wanted, _IMAGE_COLUMNS, max_pixels, unread=MEDIA_FIELDS)
+    rows = table_rows(file, kind, wanted, _IMAGE_COLUMNS, max_pixels, unread=needs_no_content)
     for number, value in enumerate(rows, start=1):
         yield Record(file, f"row {number}", _fallback_key(file, number), value)
 

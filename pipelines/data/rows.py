@@ -11,19 +11,12 @@ from PIL import Image
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the position of an image in a message's text."""
 
-MEDIA_FIELDS = frozenset(
-    medium + ending
-    for medium in ("video", "audio")
-    for ending in ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
-)
-"""Fields of rows and messages with media that the model cannot read, in lower case."""
-
 Role = Literal["system", "user", "assistant"]
 
 RejectKind = Literal[
     "broken record",  # not JSON, or values of the wrong type
     "conversation",  # empty, without an answer, or with speakers out of order
-    "other media",  # a video, audio or file: the model reads text and images
+    "other media",  # a video, audio, document or point cloud: the model reads text and images
     "placeholders",  # the numbers of <image> and of images differ
     "too long",  # more tokens than data.max_length, or than the model has positions
     "missing image",

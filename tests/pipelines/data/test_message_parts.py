@@ -165,6 +165,39 @@ READ = {
         chat(user({"type": "image", "image": "a.png"}, {"type": "image"}, TEXT), images=["b.png"]),
         TWO,
     ),
+    "others: image_path": (part(image_path="a.png"), FILE),
+    "others: content": (part(content="a.png"), FILE),
+    "others: image_base64": (part(image_base64=BASE64), INLINE),
+    "others: a nested path": (part(image={"source": {"path": "a.png"}}), FILE),
+    "Gemini: inline data": (
+        chat(user({"inline_data": {"mime_type": "image/png", "data": BASE64}}, TEXT)),
+        INLINE,
+    ),
+    "Bedrock: bytes": (
+        chat(user({"image": {"format": "png", "source": {"bytes": BASE64}}}, {"text": "What?"})),
+        INLINE,
+    ),
+    "TRL: prompt and completion": (
+        {
+            "prompt": [user({"type": "image"}, TEXT)],
+            "completion": [ANSWER],
+            "images": ["a.png"],
+        },
+        FILE,
+    ),
+    "TRL: texts": ({"prompt": "<image>What?", "completion": "red", "image": "a.png"}, FILE),
+    "ms-swift: query and response": (
+        {"query": "<image>What?", "response": "red", "images": ["a.png"], "system": "Be brief."},
+        FILE,
+    ),
+    "ms-swift: a history": (
+        {"query": "<image>What?", "response": "red", "images": ["a.png"], "history": [["Hi", "Hello"]]},
+        FILE,
+    ),
+    "Alpaca": (
+        {"instruction": "<image>", "input": "What?", "output": "red", "images": ["a.png"]},
+        FILE,
+    ),
     "the list repeats the parts": (
         chat(user({"type": "image", "image": "a.png"}, TEXT), images=["a.png"]),
         FILE,
@@ -217,6 +250,23 @@ REFUSED_PARTS = {
         "1 <image> placeholder for 2 images",
     ),
     "two images in a part": (part(image="a.png", base64=BASE64), "broken record", "several images"),
+    "a file of a provider": (
+        chat(user({"type": "input_image", "file_id": "file-1"}, TEXT)),
+        "broken record",
+        "no image: expected `image`, `path`, `url`, `base64` or `source`; it has `file_id`",
+    ),
+    "a file of a provider in an object": (
+        chat(user({"type": "image_file", "image_file": {"file_id": "file-1"}}, TEXT)),
+        "broken record",
+        "it has `image_file`",
+    ),
+    "an unknown field": (part(picture="a.png"), "broken record", "it has `picture`"),
+    "preferences": ({"prompt": "<image>", "chosen": "a", "rejected": "b"}, "conversation", "`completion`"),
+    "a history that is none": (
+        {"query": "a", "response": "b", "history": ["c"]},
+        "broken record",
+        "`history` is not a list of pairs",
+    ),
     "an image of the assistant": (
         {"messages": [user(TEXT), {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]},
         "placeholders",
@@ -276,13 +326,45 @@ OTHER_MEDIA = {
             "Video": "a.mp4",
             "video_path": "a.mp4",
             "audio_url": "https://host/a.wav",
+            "sound": "a.wav",
+            "speech": "a.flac",
+            "wav": "a",
+            "audio_paths": ["a"],
+            "voice": {"path": "a.mp3", "array": [0.1]},
+            "frames": ["a.png", "b.png"],
+            "video_frames": [{"bytes": b"x"}],
+            "clip": "a.mp4",
+            "document": "a.pdf",
+            "documents": ["https://host/a.pdf?x=1"],
+            "pdf": "a",
+            "file": "a.pdf",
+            "files": ["a.docx"],
+            "attachment": "data:application/pdf;base64,AAAA",
+            "point_cloud": "a.ply",
+            "pcd": "a",
+            "mesh": "a.obj",
+            "depth": "a.png",
+            "media": [{"file_id": "file-1"}],
         }.items()
     },
     "a video next to an image": ({**asked("<image>\nWhat?"), "image": "a.png", "video": "a.mp4"}, "`video`"),
     "a video of a turn": ({"conversations": [{**HUMAN, "video": "a.mp4"}, GPT]}, "message 1 has `video`"),
     "the placeholder <video>": ({**asked("<video>\nWhat?"), "video": "a.mp4"}, "the row has `video`"),
     "only the placeholder <video>": (asked("<video>\nWhat?"), "`value` of message 1 has <video>"),
-    "only the placeholder <audio>": (asked("What is in <audio>?"), "has <audio>"),
+    "only the placeholder <audio>": (asked("What is in it?\n<audio>"), "has <audio>"),
+    "a placeholder glued to the question": (asked("<speech>What?"), "has <speech>"),
+    "a placeholder next to that of an image": (
+        {**asked("<image> <video>\nWhat?"), "image": "a.png"},
+        "<video>",
+    ),
+    "a numbered placeholder": (asked("<audio_1>\nWhat?"), "has <audio_1>"),
+    "the placeholder of PointLLM": (asked("<point>\nWhat?"), "has <point>"),
+    "the placeholder of VILA": (asked("<sound>\nWhat?"), "has <sound>"),
+    "the placeholder of a point cloud": (asked("<point_cloud>\n"), "has <point_cloud>"),
+    "the vision tokens of Qwen": (
+        asked("<|vision_start|><|video_pad|><|vision_end|>What?"),
+        "has <|video_pad|>",
+    ),
     "only the placeholder of Qwen": (asked("<|video_pad|>What?"), "has <|video_pad|>"),
     **{
         f"a part of type {kind}": (chat(user({"type": kind, **fields}, TEXT)), f"part of type {kind!r}")
@@ -295,6 +377,10 @@ OTHER_MEDIA = {
             "file": {"file": {"file_id": "file-1"}},
             "input_file": {"file_id": "file-1"},
             "document": {"source": {"type": "base64", "data": "…"}},
+            "sound": {"sound": "a.wav"},
+            "speech": {"speech": "a.wav"},
+            "point_cloud": {"point_cloud": "a.ply"},
+            "video_file": {"video_file": "a.mp4"},
         }.items()
     },
     "a video part without a type": (chat(user({"video": "a.mp4"}, TEXT)), "part of type 'video'"),
@@ -328,6 +414,13 @@ def test_rows_with_other_media_are_refused(name):
         {**LLAVA, "video_id": 7},
         {"conversations": [HUMAN, {"from": "gpt", "value": "Use the <video> tag."}]},
         asked("How long is a video?"),
+        asked("What does the <video> tag do in HTML?"),
+        asked("<video> is a tag of HTML. What is <audio>?"),
+        asked("Explain:\n<video>\n  <source src='a.mp4'>\n</video>"),
+        {**LLAVA, "video": None, "audio": False, "videos": 0},
+        {**LLAVA, "document": "A long text about cats.", "speech": "Four score and seven years ago"},
+        {**LLAVA, "depth": 3.5, "frames": 16, "points": [[1, 2]], "mesh": "fine", "sound": "barking"},
+        {**LLAVA, "file": "coco/1.jpg", "files": ["train.json"], "clip": 0.31, "media": "newspaper"},
     ],
     ids=lambda row: json.dumps(row)[:40],
 )
@@ -345,3 +438,27 @@ def test_a_file_of_videos_is_not_trained_as_text(tmp_path, suffix):
         pq.write_table(pa.Table.from_pylist(rows), file)
     read = read_training_rows(str(file))
     assert ([reject.kind for reject in read.rejects], len(read.rows)) == (["other media"], 1)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columns_with_the_names_of_media_may_hold_texts_and_numbers(tmp_path, suffix):
+    table = pa.table(
+        {
+            "conversations": [LLAVA["conversations"]] * 3,
+            "speech": ["Four score", "a.wav", None],
+            "frames": pa.array([16, 8, 4]),
+            "video": pa.array([0, 0, 1]),
+            "document": pa.array(
+                [None, None, [{"bytes": b"%PDF"}]], pa.list_(pa.struct([("bytes", pa.binary())]))
+            ),
+        }
+    )
+    file = str(tmp_path / f"rows.{suffix}")
+    if suffix == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.OSFile(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    read = read_training_rows(file)
+    assert [row.key for row in read.rows] == ["rows-1"]
+    assert [reject.reason.split("`")[1] for reject in read.rejects] == ["speech", "document"]

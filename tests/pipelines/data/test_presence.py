@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.columnar import table_rows
-from pipelines.data.message_parts import is_empty
+from pipelines.data.media import UNREAD, is_empty, needs_no_content
 from pipelines.data.parquet_cells import open_parquet
 from pipelines.data.presence import present, present_in_row_group
 
@@ -110,5 +110,9 @@ def test_the_rows_of_a_table_hold_marks_instead_of_videos(kind, tmp_path):
     else:
         with pa.OSFile(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
-    rows = table_rows(file, kind, lambda names: names, [], 100, unread={"video"})
-    assert list(rows) == [{"id": "a", "Video": True}, {"id": "b", "Video": None}, {"id": "c", "Video": None}]
+    rows = table_rows(file, kind, lambda names: names, [], 100, unread=needs_no_content)
+    assert list(rows) == [
+        {"id": "a", "Video": UNREAD},
+        {"id": "b", "Video": None},
+        {"id": "c", "Video": None},
+    ]

@@ -214,7 +214,7 @@ def test_missing_sources(source, message):
 
 
 def test_parquet_without_conversations_names_its_columns(folder):
-    with pytest.raises(DataError, match="no column `conversations` or `messages`; it has image, texts"):
+    with pytest.raises(DataError, match=r"neither `conversations` .*; its columns are image, texts"):
         read(folder, [{"image": b"", "texts": "?"}], "data.parquet")
 
 
