@@ -8,14 +8,16 @@ run external programs.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, ClassVar
+from typing import IO, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.data.damage import damage_of, kind_of, without_metadata
 from pipelines.data.encoded import decode_base64, is_data_url, split_data_url
 from pipelines.data.parquet_cells import read_cell
 from pipelines.data.rows import RejectKind
@@ -31,6 +33,11 @@ from pipelines.data.storage import (
 from skipvision.errors import DataError
 from skipvision.files import NotAFileError
 from skipvision.orientation import upright
+
+T = TypeVar("T")
+
+# They are about metadata of images that are read, and do not name the image.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
@@ -241,22 +248,65 @@ def decode(
     file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> Image.Image:
     """Return the image as upright RGB. Raise `ImageError` for any bytes that cannot be decoded."""
-    with _opened(file, name, max_pixels, formats) as image:
-        image.load()
-        return to_rgb(upright(image))
+    return _read_image(file, name, max_pixels, formats, _pixels)
 
 
 def size_of(
     file: IO[bytes], name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
 ) -> tuple[int, int]:
     """Return width and height (pixels) from the header, without decoding. Raise `ImageError` as `decode`."""
-    with _opened(file, name, max_pixels, formats) as image:
-        return image.size
+    return _read_image(file, name, max_pixels, formats, lambda image: image.size)
 
 
-@contextmanager
-def _opened(file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str]) -> Iterator[Image.Image]:
-    """Open an image and read its header; errors inside the block become an `ImageError`."""
+def _pixels(image: Image.Image) -> Image.Image:
+    image.load()
+    return to_rgb(upright(image))
+
+
+def _read_image(
+    file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str], read: Callable[[Image.Image], T]
+) -> T:
+    """Open an image and return what ``read`` makes of it; without its metadata if these are broken.
+
+    Raises:
+        ImageError: the image is too large, or not even its pixels can be read.
+    """
+    try:
+        return _opened(file, name, max_pixels, formats, read)
+    except (OversizedImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise errors of many types on corrupt bytes
+        file.seek(0)
+        data = file.read()
+        kind = kind_of(data)
+        cleaned = without_metadata(data) if kind in formats else None
+        if cleaned is not None and cleaned != data:
+            try:
+                return _opened(io.BytesIO(cleaned), name, max_pixels, formats, read)
+            except OversizedImageError:
+                raise
+            except Exception as other:  # the first error is about the whole file
+                error.add_note(f"without its metadata: {other}")
+        raise ImageError(f"image {name} {_fault(data, kind, formats, error)}") from error
+
+
+def _fault(data: bytes, kind: str | None, formats: Sequence[str], error: Exception) -> str:
+    """Return the end of the message about an image that cannot be read."""
+    if not data:
+        return "is empty"
+    if kind in formats and (found := damage_of(data)):
+        return f"cannot be decoded: it {found}"
+    if not isinstance(error, UnidentifiedImageError):
+        return f"cannot be decoded: {error}"
+    if kind in formats:
+        return f"cannot be decoded: it is a {kind} whose header is damaged"
+    return f"has no known format ({', '.join(formats)})"
+
+
+def _opened(
+    file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str], read: Callable[[Image.Image], T]
+) -> T:
+    """Open an image, check its size by its header, and return what ``read`` makes of it."""
     try:
         with Image.open(file, formats=tuple(formats)) as image:
             if image.width * image.height > max_pixels:
@@ -268,16 +318,9 @@ def _opened(file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str])
                     f"image {name} has {image.width} × {image.height} pixels: one side is more than "
                     f"{MAX_ASPECT} times the other; scaled by its shorter side it would not fit into memory"
                 )
-            yield image
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        reason = f"has no known format ({', '.join(formats)})" if file.seek(0, 2) else "is empty"
-        raise ImageError(f"image {name} {reason}") from None
+            return read(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OversizedImageError(f"image {name} is too large: {error}") from None
-    except Exception as error:  # decoders raise errors of many types on corrupt bytes
-        raise ImageError(f"image {name} cannot be decoded: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
