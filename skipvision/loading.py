@@ -8,13 +8,14 @@ These functions pass it, and read weights from safetensors only.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -31,9 +32,12 @@ from skipvision.files import check_entries
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _LOAD_ERRORS = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError)
-_INDEX = "model.safetensors.index.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CODE = "trust_remote_code"
 """Every refusal of transformers to run remote code names this argument."""
+
+
+NO_IMAGE_MODEL = "is not the config of an image-text-to-text model"
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
@@ -46,7 +50,12 @@ def load_config(path: str | Path) -> PretrainedConfig:
         ConfigError: it cannot be loaded, or only with code from the folder.
     """
     with _config_errors(path):
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        except ValueError as error:
+            if "Unrecognized model" in str(error):
+                _check_own_code(path, PretrainedConfig.get_config_dict(str(path))[0])
+            raise
         _check_kernels(path, PretrainedConfig.get_config_dict(str(path))[0])
     return config
 
@@ -102,13 +111,22 @@ def build_model(config: PretrainedConfig, **options: Any) -> Any:
     """Build an image-text-to-text model with random weights from its config.
 
     Raises:
-        ConfigError: the model can only be built with code from the folder of its config.
-        ValueError: the config is of no image-text-to-text model, or does not support the options.
+        ConfigError: the model can only be built with code from the folder of its config, or the config is of
+            no image-text-to-text model.
+        ValueError: the config does not support the options.
     """
-    with _remote_code_refused(config.name_or_path or type(config).__name__):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-            config, trust_remote_code=False, **options
-        )
+    name = config.name_or_path or type(config).__name__
+    with _remote_code_refused(name):
+        try:
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+                config, trust_remote_code=False, **options
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ConfigError(
+                f"{name}: {type(config).__name__} {NO_IMAGE_MODEL} of transformers {__version__}"
+            ) from None
     return model
 
 
@@ -116,8 +134,8 @@ def check_folder(folder: Path) -> None:
     """Check a model folder in a second, without loading weights.
 
     Raises:
-        ConfigError: it has no config, its weights are pickled, or its config or processor cannot be loaded
-            without code from the folder.
+        ConfigError: it has no config, its weights are missing, damaged or pickled, or its config or processor
+            cannot be loaded without code from the folder.
     """
     with _config_errors(folder):
         has_config, names = (folder / "config.json").is_file(), [file.name for file in folder.iterdir()]
@@ -132,7 +150,9 @@ def check_folder(folder: Path) -> None:
 
 
 def check_weights(path: str | Path, names: list[str]) -> None:
-    """Raise `ConfigError` if weights are pickled or lie outside their folder.
+    """Raise `ConfigError` if weights are pickled, or those of a folder are missing, damaged or outside of it.
+
+    Only the headers of the weights are read.
 
     Args:
         path: folder or Hugging Face id, for the message; the index of the weights is read from a folder.
@@ -146,6 +166,8 @@ def check_weights(path: str | Path, names: list[str]) -> None:
         )
     index = Path(path, _INDEX)
     if not index.is_file():
+        if Path(path).is_dir():
+            _check_single_file(Path(path), names)
         return
     try:
         files = set(json.loads(index.read_text())["weight_map"].values())
@@ -156,6 +178,40 @@ def check_weights(path: str | Path, names: list[str]) -> None:
             raise ConfigError(
                 f"{path}: {_INDEX} names {name!r}: weights must be .safetensors files of the same folder"
             )
+    for name in files:
+        _check_header(Path(path, name))
+
+
+def _check_single_file(folder: Path, names: list[str]) -> None:
+    if _WEIGHTS in names:
+        _check_header(folder / _WEIGHTS)
+    elif not any(name.endswith(".safetensors") for name in names):
+        raise ConfigError(
+            f"{folder}: this folder has no weights ({_WEIGHTS}, or several files with {_INDEX}): copy them "
+            "there"
+        )
+
+
+def _check_header(file: Path) -> None:
+    """Raise `ConfigError` if a file of weights is missing, damaged or cut off. Its tensors are not read."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        reason = f"{file.name} does not exist" if isinstance(error, FileNotFoundError) else None
+        if reason is None:
+            reason = _reason(error) if isinstance(error, OSError) else f"{file.name} is damaged ({error})"
+        raise ConfigError(f"{file.parent}: {reason}: copy the model again") from error
+
+
+def _check_own_code(path: str | Path, config: Any) -> None:
+    """Raise `ConfigError` if any part of a config names code of its folder (``auto_map``)."""
+    if not isinstance(config, dict):
+        return
+    if config.get("auto_map"):
+        raise _never_run(path)
+    for part in config.values():
+        _check_own_code(path, part)
 
 
 def _check_kernels(path: str | Path, config: Any) -> None:
@@ -191,7 +247,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         remedy = "make it readable" if isinstance(error, PermissionError) else "remove or replace it"
         return f"{error.filename} cannot be read: {error.strerror}; {remedy}"
-    return str(error).strip() or type(error).__name__
+    text, *listed = re.split(r"(?:Model type s|S)hould (?:be|contain) one of", str(error).strip(), maxsplit=1)
+    if listed:  # a list of all that transformers has
+        return f"{text.strip()} Choose a model that transformers {__version__} supports"
+    return text or type(error).__name__
 
 
 @contextmanager
@@ -201,7 +260,11 @@ def _remote_code_refused(path: str | Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if _CODE not in str(error):
             raise
-        raise ConfigError(
-            f"{path}: this model needs Python code from its own folder (auto_map), and such code is never "
-            f"run: choose a model that transformers {__version__} supports itself"
-        ) from error
+        raise _never_run(path) from error
+
+
+def _never_run(path: str | Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: this model needs Python code from its own folder (auto_map), and such code is never "
+        f"run: choose a model that transformers {__version__} supports itself"
+    )

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from skipvision.errors import ConfigError, DataError
 _FIRST_ROWS = 256
 """Every column in the settings must occur in some of this many first rows."""
 _REPORT_EVERY = 100_000
+_UNDECODED = re.compile("[\udc80-\udcff]")
+"""What Python puts in place of the bytes of a file name that is not UTF-8."""
 _PART_SHARDS = 100
 """Shards in a file. Reading one shard also reads the metadata of all shards in its file, 2 KB each."""
 
@@ -260,8 +263,9 @@ def _writable(row: CaptionRow) -> CaptionRow:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
-        key, source = (text.encode(errors="backslashreplace").decode() for text in texts[:2])
-        return CaptionRow(
-            key, source, problem=Problem("broken record", "a text of the row is not valid Unicode")
-        )
+        key, source, *shown = (text.encode(errors="backslashreplace").decode() for text in texts)
+        reason = "a text of the row is not valid Unicode"
+        if any(_UNDECODED.search(str(image)) for image in row.images):
+            reason = f"the file name {shown[-1]} is not UTF-8: rename it, for example with convmv"
+        return CaptionRow(key, source, problem=Problem("broken record", reason))
     return row

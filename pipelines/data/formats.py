@@ -113,8 +113,8 @@ def check_format(file: str, allowed: Collection[str]) -> Format | None:
 def unsupported(file: str, allowed: Collection[str]) -> str:
     """Return the message for a file whose format is not read here, with the formats that are."""
     suffix = PurePosixPath(file).suffix.lower()
-    known = ", ".join(_FORMATS[name][0] for name in allowed)
-    compressed = [_FORMATS[name][0] for name in allowed if name in _COMPRESSED]
+    known = ", ".join(ending for name in allowed for ending in _FORMATS[name])
+    compressed = [ending for name in allowed if name in _COMPRESSED for ending in _FORMATS[name]]
     if compressed:
         known += f" (of these {', '.join(compressed)} also as {', '.join(_COMPRESSIONS)})"
     remedy = f"; {_REMEDIES[suffix]}" if suffix in _REMEDIES and "jsonl" in allowed else ""

@@ -210,7 +210,7 @@ def _write_rejects(rejects: Sequence[Reject], path: str) -> None:
             fs.rm(name)
         return
     fs.makedirs(posixpath.dirname(name), exist_ok=True)
-    with fs.open(name, "w", encoding="utf-8") as file:
+    with fs.open(name, "w", encoding="utf-8", errors="backslashreplace") as file:
         for reject in rejects:
             file.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
 

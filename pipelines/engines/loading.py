@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, ProcessorMixin
 
 from pipelines.engines.config import BaseModelSection
 from skipvision import loading
+from skipvision.anatomy.families import takes_images, text_only
 from skipvision.errors import ConfigError
 
 _HUB_SECONDS = 10
@@ -123,7 +124,13 @@ def load_config(path: str) -> PretrainedConfig:
 
 
 def empty_model(config: PretrainedConfig) -> nn.Module:
-    """Build a model without weights (on the meta device). Raise `ConfigError` if that is not possible."""
+    """Build a model without weights (on the meta device).
+
+    Raises:
+        ConfigError: the model takes no images, or cannot be built.
+    """
+    if not takes_images(config):
+        raise ConfigError(f"model.path = {config.name_or_path}: {text_only(type(config).__name__)}")
     try:
         with torch.device("meta"), _of_setting("model.path"):
             return loading.build_model(config)

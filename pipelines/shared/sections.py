@@ -29,6 +29,7 @@ class JobConfig(Section):
     """Settings of a job that has a folder and can be resumed there."""
 
     name: str = Field(
+        max_length=200,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="name of the job, of its folder and, if the job is tracked, of its MLflow run",
     )

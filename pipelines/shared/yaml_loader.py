@@ -34,7 +34,7 @@ class ArgumentLoader(Loader):
         before = self.pointer
         super().scan_to_next_token()
         if self.index > start and "#" in self.buffer[before : self.pointer]:
-            raise yaml.MarkedYAMLError(None, None, "` #` begins a comment: quote the text", mark)
+            raise yaml.MarkedYAMLError(None, None, "`#` begins a comment: quote the text", mark)
 
 
 def describe(error: yaml.YAMLError) -> str:

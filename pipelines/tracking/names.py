@@ -17,7 +17,7 @@ def _experiment(name: str) -> str:
 
 def _model(name: str) -> str:
     _checked(name)
-    if found := re.search(r"""[/:@'"]""", name):
+    if found := re.search(r"""[/:@?'"]""", name):
         raise ValueError(
             f"a registered model's name must not contain {found[0]!r}, because it is part of addresses such "
             "as models:/NAME@ALIAS: choose another name"

@@ -74,7 +74,7 @@ class ImageUrl(_Strict):
     """An image by URL: ``data:image/…;base64,…``, or http(s) from an allowed host."""
 
     url: str
-    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description=IGNORED)
+    detail: str | None = Field(None, description=IGNORED)
 
 
 class _Part(_Strict):

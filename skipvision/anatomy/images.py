@@ -38,9 +38,14 @@ class Images:
         """
         found = visual.flatten().nonzero().squeeze(1)
         if sum(sizes) != found.numel():
+            drafted = (
+                ". If prompt_lookup_num_tokens is set, the draft may repeat image placeholders of the prompt, "
+                "which transformers cannot read either: generate without it"
+            )
             raise InputError(
                 f"the prompt has {found.numel()} image placeholders but the images have {sizes} visual "
                 f"tokens (together {sum(sizes)}): build input_ids and pixel_values with one processor call"
+                + (drafted if found.numel() > sum(sizes) else "")
             )
         if tiles:
             sizes = _joined(found, sizes, visual.shape[1])

@@ -31,7 +31,7 @@ from skipvision.anatomy.tower import hook_tower
 from skipvision.cost.dry_run import DryRun
 from skipvision.cost.flops import measure_flops
 from skipvision.errors import UnsupportedModelError
-from skipvision.loading import build_model
+from skipvision.loading import NO_IMAGE_MODEL, build_model
 
 _SHORT = 8
 """Tokens of the shortest run."""
@@ -309,7 +309,7 @@ def _model(design: Design) -> _Model:
         name = type(design.config).__name__
         if not takes_images(design.config):
             raise text_only(name) from None
-        if "Unrecognized configuration class" in str(error):  # ends in a list of all classes
+        if NO_IMAGE_MODEL in str(error):
             raise UnsupportedModelError(
                 f"{name} is not the config of an image-text-to-text model of transformers: pass the config "
                 "of the whole model (model.config)"

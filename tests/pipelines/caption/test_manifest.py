@@ -207,6 +207,18 @@ def test_llava_json_has_its_own_questions(tmp_path, listed):
     assert rows[2].messages == (Message("user", "<image>Describe the image."),)
 
 
+def test_a_file_name_that_is_not_utf_8_is_an_error_row_with_the_remedy(tmp_path, listed):
+    (tmp_path / "a.png").touch()
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/latin\xe9.png")).touch()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    rows, _ = listed(tmp_path)
+    bad = next(row.problem for row in rows if row.problem)
+    assert (len(rows), bad.kind) == (2, "broken record")
+    assert "latin\\udce9.png is not UTF-8: rename it" in bad.reason
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -30,7 +30,7 @@ REFUSED_BY_MLFLOW = {
 }
 REFUSED_BY_US = {
     "alias": ["a\n", "latest\n"],  # MLflow's pattern allows a line break at the end
-    "model": ["a@b", "it's", '"a"', "a\nb", "x" * 256],  # such a version cannot be found by its name
+    "model": ["a@b", "a?b", "it's", '"a"', "a\nb", "x" * 256],  # such a version cannot be found by its name
     "experiment": [" ", "a\nb", "x" * 257],
 }
 TYPES = {
