@@ -18,6 +18,7 @@ from pipelines.engines.loading import check_known
 from pipelines.shared.paths import input_path, model_path, output_path
 from pipelines.tracking.client import TrackingError, sqlite_file, sqlite_uri
 from pipelines.tracking.registry import exact_model, is_registered
+from serve.capacity import INGRESS_CPUS
 from serve.config import ModelSection, ServeConfig, serve_config
 from serve.ingress.dispatch import GRACE_SECONDS
 from serve.ingress.ingress import Ingress
@@ -70,7 +71,7 @@ def application(config: ServeConfig) -> ray_serve.Application:
         health_check_timeout_s=10,
         # Longer than any request takes: a stopping ingress finishes its requests first.
         graceful_shutdown_timeout_s=config.limits.request_seconds + GRACE_SECONDS,
-        ray_actor_options={"num_cpus": 0.25, "runtime_env": _LARGE_MESSAGES},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": _LARGE_MESSAGES},
         logging_config=_LOGS,
     )(ray_serve.ingress(lambda: http_app(config))(Ingress))
     return ingress.bind(config, *engines)

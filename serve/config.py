@@ -53,7 +53,9 @@ class ScalingSection(Section):
         60.0, ge=0, description="how long load must stay low before engines are removed (s)"
     )
     interval_s: float = Field(1.0, gt=0, description="time between load measurements (s)")
-    cpus_per_engine: float = Field(1.0, gt=0, description="CPUs of each engine")
+    cpus_per_engine: float = Field(
+        0.75, gt=0, description="CPUs of each engine; each ingress takes another 0.25"
+    )
     gpus_per_engine: float = Field(0.0, ge=0, description="GPUs of each engine; fractions share one")
 
     @model_validator(mode="after")

@@ -11,9 +11,11 @@ from typing import Any
 
 from ray import serve as ray_serve
 
+from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import ray_is_running, ray_session
 from serve import _compat
 from serve.app import application
+from serve.capacity import check_capacity, report_waiting
 from serve.config import Proxy, ServeConfig
 from serve.ingress.dispatch import GRACE_SECONDS
 from skipvision.errors import ConfigError, SkipVisionError
@@ -53,15 +55,19 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the settings cannot be honoured.
         DeploymentError: the application did not start.
+        ResourceError: this machine has too few CPUs or GPUs.
     """
     app = application(config)
     joined = ray_is_running()
+    if not joined:  # a cluster may have other work now, and more nodes later
+        check_capacity(config, node_resources())
     with ray_session():
         start(config.host, config.port, config.proxy)
         # Hides a line at every start about connecting to the Serve instance that `start` made.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
-            ray_serve.run(app, name=config.name, route_prefix="/")
+            with report_waiting(config.name):
+                ray_serve.run(app, name=config.name, route_prefix="/")
         except RuntimeError as error:
             reasons = "; ".join(_failures(config.name)) or error
             raise DeploymentError(f"{config.name!r} did not start: {reasons}") from error

@@ -39,8 +39,8 @@ class Images:
         found = visual.flatten().nonzero().squeeze(1)
         if sum(sizes) != found.numel():
             drafted = (
-                ". If prompt_lookup_num_tokens is set, the draft may repeat image placeholders of the prompt, "
-                "which transformers cannot read either: generate without it"
+                ". If prompt_lookup_num_tokens is set, the draft may repeat image placeholders of the "
+                "prompt, which transformers cannot read either: generate without it"
             )
             raise InputError(
                 f"the prompt has {found.numel()} image placeholders but the images have {sizes} visual "

@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 import tracemalloc
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
