@@ -39,6 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from serve.errors import AuthenticationError, OverloadedError
 from skipvision.errors import ConfigError
+from skipvision.files import check_regular
 from skipvision.problems import problem_lines
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def _fingerprint(path: Path) -> object:
 def _read(path: Path) -> tuple[ApiKey, ...]:
     """Return the keys of a file. Raise `ConfigError`, which quotes nothing from the file."""
     try:
+        check_regular(path)
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(

@@ -76,6 +76,8 @@ def parse_content(turn: Mapping[str, Any], field: str, number: int) -> Content:
     content = turn.get(field)
     if isinstance(content, str):
         return _with_own_images(turn, content)
+    if isinstance(content, Mapping):
+        content = [content]
     if not isinstance(content, list):
         raise BadRow("broken record", f"{name} is {type_name(content)}, expected text or a list of parts")
     lines: list[str] = []

@@ -94,7 +94,13 @@ def find_model(config: ModelSettings, registry: str, downloads: Path, pinned: st
         folder = downloads
     elif given.adapter is not None:
         folder = Path(input_path(given.adapter, "model.adapter"))
-        label = f"{given.adapter}@{adapter_digest(folder)}"
+        try:
+            label = f"{given.adapter}@{adapter_digest(folder)}"
+        except OSError as error:
+            raise ConfigError(
+                f"model.adapter = {given.adapter}: {error.filename} cannot be read: {error.strerror}; give "
+                "the folder of an adapter that this user may read"
+            ) from None
     _check_unchanged(given, label, pinned)
     skip: Any = config.skip
     if skip is None:

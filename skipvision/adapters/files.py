@@ -51,6 +51,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
             config reads other files or modules, so that loading it could run code.
     """
     path = Path(folder) / SKIP_CONFIG
+    _check_entries(Path(folder))
     if not path.exists():
         how = (
             "it is a PEFT checkpoint. Call load_adapter(..., config=) with the SkipConfig of the "
@@ -62,7 +63,6 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
             f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}; "
             + (how if (Path(folder) / PEFT_FILES[0]).exists() else other)
         )
-    _check_entries(Path(folder))
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
         skip = saved["skip"]
@@ -83,7 +83,8 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
 
 def _check_entries(folder: Path) -> None:
     try:
-        check_entries(folder)
+        if folder.is_dir():
+            check_entries(folder)
     except OSError as error:
         raise AdapterError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
 

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +12,11 @@ from pipelines.caption.config import InputSection
 from pipelines.caption.manifest import write_manifest
 from pipelines.data.images import FileImage, ImageError
 from pipelines.data.training_rows import read_training_rows
+from pipelines.engines.config import ModelSection
+from pipelines.engines.model import find_model
 from pipelines.evaluation.items import read_items
 from pipelines.shared.config import load_config
+from serve.keys import KeyRing
 from skipvision import SkipConfig
 from skipvision.adapters.files import read_adapter
 from skipvision.errors import SkipVisionError
@@ -60,6 +64,7 @@ READERS = {
     "adapter's weights": ("adapter/adapter_model.safetensors", lambda path: read_adapter(path.parent)),
     "model": ("model/model.safetensors", lambda path: check_folder(path.parent)),
     "scored items": ("items.parquet", read_items),
+    "API keys": ("keys.yaml", lambda path: KeyRing(str(path))),
 }
 FOLDERS = {"image to caption", "rows to caption", "tar to caption", "table to caption"}
 
@@ -126,3 +131,12 @@ def test_unreadable_keys_and_models(unprivileged):
     (unprivileged / "model").chmod(0)
     with pytest.raises(SkipVisionError, match=r"model.* cannot be read: Permission denied; make it readable"):
         check_folder(unprivileged / "model")
+    with pytest.raises(SkipVisionError, match=r"model cannot be read: Permission denied"):
+        read_adapter(unprivileged / "model")
+    with pytest.raises(SkipVisionError, match=r"model\.adapter = .* cannot be read: Permission denied"):
+        find_model(
+            SimpleNamespace(model=ModelSection(path="a/b", adapter=str(unprivileged / "model")), skip=None),
+            "",
+            unprivileged,
+            None,
+        )
