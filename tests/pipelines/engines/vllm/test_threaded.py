@@ -28,7 +28,7 @@ from skipvision.errors import ConfigError, InputError
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
-MODEL = Path(__file__).parents[3] / "models/shapes-llava"
+MODEL = Path(__file__).parents[4] / "models/shapes-llava"
 SMALL = {"max_model_len": 1024, "enforce_eager": True}
 SKIP = sv.SkipConfig(retained=64, skipped=0, summary_tokens=1)
 FULL = sv.SkipConfig.full()
