@@ -57,7 +57,7 @@ def test_no_rooms_import_each_other(package):
     assert cycles(HOUSE.rooms(package)) == []
 
 
-def test_every_file_in_shared_has_three_users():
+def test_every_file_in_shared_is_needed_by_three_rooms():
     few = {path: sorted(rooms) for path, rooms in HOUSE.users_of_shared().items() if len(rooms) < 3}
     assert few == {}
 
