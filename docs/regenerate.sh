@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Measure and draw the pictures and tables of docs/ and docs/benchmarks/ again, except those of a GPU and of other
+# Measure and draw the images and tables of docs/ and docs/benchmarks/ again, except those of a GPU and of other
 # engines. It takes three hours on two idle cores. Jobs that can resume keep their finished parts. Prose that quotes
 # numbers is not changed: check it against `git diff`.
 set -eu
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 pages=docs/benchmarks
-pictures=data/shapes/images/test
+images=data/shapes/images/test
 
 $python jobs/demo.py --fresh true --readme docs/demo.md
 cp runs/demo-against-demo-full/comparison.png docs/images/demo.png
@@ -20,7 +20,7 @@ longer="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --tracking.reg
 $python jobs/make_shapes.py --config jobs/configs/shapes_demo.yaml --output data/shapes-16k --train 16000
 $python $longer --name long-full --skip null
 $python $longer --name long
-$python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $pictures/000000.png \
+$python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $images/000000.png \
   -o docs/images/overlay.png
 $python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs/results
@@ -33,7 +33,7 @@ until $python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/h
   kill -0 $endpoint
   sleep 1
 done
-$python -m tests.serve.page_picture --image $pictures/000018.png -o docs/images/page.png
+$python -m tests.serve.page_screenshot --image $images/000018.png -o docs/images/page.png
 kill -TERM $endpoint
 wait $endpoint || true
 

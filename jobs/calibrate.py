@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.calibrate.job import CalibrateConfig, run_calibrate
+from pipelines.calibrate.config import CalibrateConfig
+from pipelines.calibrate.job import run_calibrate
 from pipelines.shared.config import load_config, run_job
 
 

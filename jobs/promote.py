@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.promote.job import PromoteConfig, run_promote
+from pipelines.promote.config import PromoteConfig
+from pipelines.promote.job import run_promote
 from pipelines.shared.config import load_config, run_job
 
 

@@ -16,6 +16,7 @@ from pipelines.cluster.local import local_ray
 from pipelines.cluster.session import ROOT
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.shared.config import load_config
+from pipelines.shared.console import say
 from pipelines.shared.paths import HOME, output_path
 
 _RUNS = ("demo-full", "demo")
@@ -79,7 +80,7 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
     _log(started, "done; the demo has stopped its Ray")
     uri = f"sqlite:///{storage / 'mlflow.db'}"
     mlflow = Path(sys.executable).with_name("mlflow")
-    print(f"Runs, curves, adapters and the comparison in MLflow: {mlflow} ui --backend-store-uri {uri}")
+    say(f"Runs, curves, adapters and the comparison in MLflow: {mlflow} ui --backend-store-uri {uri}")
     return {"storage": str(storage), "mlflow_uri": uri, "seconds": round(time.monotonic() - started)}
 
 
@@ -109,10 +110,10 @@ def _steps(config: DemoConfig, storage: str) -> list[Step]:
 
 def _print_captions(captions: Path) -> None:
     """Print the first few captions."""
-    print()
+    say("")
     for row in pq.read_table(captions).slice(0, _SHOWN).to_pylist():
-        print(f"  {row['key']}  {row['text'] or row['error']}", flush=True)
+        say(f"  {row['key']}  {row['text'] or row['error']}")
 
 
 def _log(started: float, text: str) -> None:
-    print(f"\n=== {time.monotonic() - started:4.0f} s  {text}", flush=True)
+    say(f"\n=== {time.monotonic() - started:4.0f} s  {text}")

@@ -13,6 +13,7 @@ from ray import serve as ray_serve
 
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import ray_is_running, ray_session
+from pipelines.shared.console import say
 from serve import _compat
 from serve.app import application
 from serve.capacity import check_capacity, report_waiting
@@ -72,7 +73,7 @@ def run_deploy(config: ServeConfig) -> dict[str, Any]:
             reasons = "; ".join(_failures(config.name)) or error
             raise DeploymentError(f"{config.name!r} did not start: {reasons}") from error
         url = f"http://{config.host}:{config.port}"
-        print(f"{', '.join(config.served())} at {url}/v1", flush=True)
+        say(f"{', '.join(config.served())} at {url}/v1")
         if not joined:
             _wait_for_interrupt()
             drain(config)
@@ -92,7 +93,7 @@ def start(host: str, port: int, proxy: Proxy = "ray") -> None:
         ConfigError: Ray Serve already runs at another address.
     """
     if _compat.serve_is_running():
-        print("Ray Serve already runs on this cluster and keeps its proxy", flush=True)
+        say("Ray Serve already runs on this cluster and keeps its proxy")
     environment = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT[proxy].items()}
     ray_serve.start(
         http_options={"host": host, "port": port},
@@ -127,8 +128,8 @@ def drain(config: ServeConfig) -> None:
 
 def _wait_for_interrupt() -> None:
     """Return on Ctrl-C or SIGTERM, which `pipelines.shared.stopping` turns into `KeyboardInterrupt`."""
-    print("stop it with Ctrl-C", flush=True)
+    say("stop it with Ctrl-C")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        print("finishing the open requests …", flush=True)
+        say("finishing the open requests …")

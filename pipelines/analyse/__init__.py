@@ -1,1 +1,4 @@
-"""The analysis job: FFN ratios, and the error of skipping with its bounds."""
+"""The analysis job: FFN ratios, and the error of skipping with its bounds.
+
+Reading order: `config`, `job`, `folder`, `report`, `figures`.
+"""

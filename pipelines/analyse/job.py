@@ -22,6 +22,7 @@ from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_training_rows
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import load_frozen, load_processor, usable_device
+from pipelines.shared.console import say
 from pipelines.shared.paths import copy_into
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
@@ -100,7 +101,7 @@ def _skip_config(config: AnalyseConfig, adapter: Path | None) -> sv.SkipConfig:
 def _rows(source: str) -> list[TrainingRow]:
     data = read_training_rows(source)
     if data.rejects:
-        print(f"{source}: ignoring {len(data.rejects)} unusable rows", flush=True)
+        say(f"{source}: ignoring {len(data.rejects)} unusable rows")
     return data.rows
 
 
@@ -119,7 +120,7 @@ def _measure(
     model.eval()
     collate = Collator(load_processor(model_config.path))
     some = pick_rows(rows, config.ratio_rows)
-    print(f"{name}: FFN ratios on {len(some)} rows …", flush=True)
+    say(f"{name}: FFN ratios on {len(some)} rows …")
     batches = (
         collate(some[start : start + config.batch_size]).to(device).inputs
         for start in range(0, len(some), config.batch_size)
@@ -127,7 +128,7 @@ def _measure(
     ratios = ffn_ratios(model, batches)
     bounds = []
     for number, row in enumerate(pick_rows(rows, config.bound_rows), start=1):
-        print(f"{name}: error and bounds, row {number}/{min(config.bound_rows, len(rows))} …", flush=True)
+        say(f"{name}: error and bounds, row {number}/{min(config.bound_rows, len(rows))} …")
         inputs = collate([row]).to(device).inputs
         bounds.append(asdict(error_bound(model, inputs, skip, worst_case=config.worst_case)))
     del model

@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.analyse.figures import draw_errors, draw_ratio_heat, draw_ratios
 from pipelines.analyse.folder import AnalysisFolder
 from pipelines.evaluation.tables import markdown_table
+from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 
 ERRORS = {
@@ -33,7 +34,7 @@ def write_report(result: Mapping[str, Any], folder: AnalysisFolder) -> None:
     draw_ratio_heat(variants, heat)
     draw_errors({name: medians(variant) for name, variant in variants.items()}, errors)
     names = ", ".join(file.name for file in (folder.numbers, folder.table, *folder.figures))
-    print(f"\n{folder.table.read_text()}\nin {folder.path}: {names}", flush=True)
+    say(f"\n{folder.table.read_text()}\nin {folder.path}: {names}")
 
 
 def medians(variant: Mapping[str, Any]) -> list[dict[str, float | None]]:

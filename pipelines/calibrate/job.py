@@ -25,12 +25,11 @@ from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
 from pipelines.score.dataset import Dataset
 from pipelines.score.fingerprints import of_files
+from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 from pipelines.shared.folder import JobFolder
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
-
-__all__ = ["CalibrateConfig", "run_calibrate"]
 
 
 class CalibrationFolder(JobFolder):
@@ -72,7 +71,7 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
         if result is None:
             result = _complete(config, folder, inputs)
             folder.remember(result=result)
-        print(Path(result["table"]).read_text(), flush=True)
+        say(Path(result["table"]).read_text())
     if result["chosen"] is None:
         best = json.dumps(result["best"])
         raise NothingWithinBudgetError(
@@ -127,7 +126,7 @@ def _complete(config: CalibrateConfig, folder: CalibrationFolder, inputs: _Input
 def _space(config: CalibrateConfig, inputs: _Inputs) -> list[Candidate]:
     """Report the dataset and return the search space. Mistakes are reported before an MLflow run starts."""
     for line in inputs.whole.facts():
-        print(line, flush=True)
+        say(line)
     return candidates(config, inputs.model, check_model(inputs.model), inputs.search)
 
 

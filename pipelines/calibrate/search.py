@@ -20,6 +20,7 @@ from pipelines.calibrate.workers import FULL, RunTasks, Task
 from pipelines.evaluation.gate import Budget, judge
 from pipelines.evaluation.items import Item, read_items, write_items
 from pipelines.score.dataset import Dataset
+from pipelines.shared.console import say
 from pipelines.shared.folder import JobFolder
 from skipvision.config import SkipConfig
 from skipvision.errors import SkipVisionError
@@ -125,10 +126,7 @@ class Calibration:
         ]
         for number, (task, items) in enumerate(self._run_tasks(tasks), start=1):
             write_items(files[task.system], items)
-            print(
-                f"{part}: {number} of {len(tasks)} configs evaluated on {len(dataset.questions)} questions",
-                flush=True,
-            )
+            say(f"{part}: {number} of {len(tasks)} configs evaluated on {len(dataset.questions)} questions")
         for name, file in files.items():
             new = read_items(file) if dataset.questions else []
             before = [] if part == HELD_OUT else self._items.get(name, [])
@@ -207,7 +205,7 @@ class Calibration:
                     "out": out.get(one.candidate.name, ""),
                 }
             )
-        print(f"{stage}: {len(standings) - len(out)} of {len(standings)} configs continue", flush=True)
+        say(f"{stage}: {len(standings) - len(out)} of {len(standings)} configs continue")
 
 
 def _failure(one: Standing, fast: bool) -> str:

@@ -18,6 +18,7 @@ from pipelines.calibrate.search import NothingWithinBudgetError
 from pipelines.engines.loading import empty_model, load_processor
 from pipelines.engines.model import EngineModel
 from pipelines.score.dataset import Dataset, read_dataset
+from pipelines.shared.console import say
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, DataError
 
@@ -89,7 +90,7 @@ def candidates(
             f"every config of the space costs more than the budget {json.dumps(limits)}; the cheapest costs "
             f"{json.dumps(least)}: widen the space"
         )
-    print(f"{len(priced)} configs, {len(cheap)} of them within the limits on predicted costs", flush=True)
+    say(f"{len(priced)} configs, {len(cheap)} of them within the limits on predicted costs")
     return cheap
 
 

@@ -37,8 +37,6 @@ from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
 from skipvision.errors import SkipVisionError
 
-__all__ = ["CaptionConfig", "run_caption"]
-
 
 class EngineDiedError(SkipVisionError):
     """An engine died before it generated anything."""

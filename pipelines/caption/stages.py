@@ -39,6 +39,7 @@ from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel
 from pipelines.engines.templates import TemplateProcess
 from pipelines.engines.thread import Outcome
+from pipelines.shared.console import say
 from pipelines.shared.files import StorageError, storage_errors
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
 from skipvision.errors import InputError, SkipVisionError
@@ -193,7 +194,7 @@ def prepare_row(
 
 def _end_process(error: BaseException) -> None:
     """End this actor, so that Ray starts another: its engine ran in processes that have died."""
-    print(f"the engine has died: {error}", flush=True)
+    say(f"the engine has died: {error}")
     os._exit(1)
 
 

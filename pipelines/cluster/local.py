@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.cluster.session import ROOT
+from pipelines.shared.console import say
 from pipelines.shared.proxies import bypass_proxies_on_loopback
 from skipvision.errors import ResourceError, SkipVisionError
 
@@ -77,7 +78,7 @@ class LocalRay:
         command, environment_json = shlex.join(entrypoint), json.dumps({"env_vars": dict(environment)})
         options = ["--address", self.dashboard, "--working-dir", str(ROOT)]
         options += ["--runtime-env-json", environment_json, "--"]
-        print(f"$ {shlex.join(['ray', 'job', 'submit', *options])} {command}", flush=True)
+        say(f"$ {shlex.join(['ray', 'job', 'submit', *options])} {command}")
         name = f"job-{uuid.uuid4().hex[:12]}"
         try:
             with _quiet_client():
@@ -127,7 +128,7 @@ def _quiet_client() -> Iterator[None]:
 
 def _print_line(line: str) -> None:
     if line.strip() and not _CHATTER.search(line):
-        print(line, flush=True)
+        say(line)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from types import ModuleType
 from pipelines._compat import LOOPBACK, ray_on_loopback
 from pipelines.cluster.address import default_folder, host_and_port, ray_address, short_folder
 from pipelines.cluster.cpus import usable_cpus
+from pipelines.shared.console import say
 from pipelines.shared.paths import in_ray_job
 from pipelines.shared.stopping import handlers_kept
 from skipvision.errors import ResourceError
@@ -73,10 +74,10 @@ def _connect() -> None:
         known = {name: os.environ[name] for name in ["RAY_ADDRESS"] if name in os.environ}
         ray.init(logging_level="WARNING", runtime_env={"env_vars": known})
     elif address := ray_address():
-        print(f"joining Ray at {address} …", flush=True)
+        say(f"joining Ray at {address} …")
         _join(address)
     else:
-        print("starting Ray on this machine for this run …", flush=True)
+        say("starting Ray on this machine for this run …")
         _start_local()
 
 
@@ -114,7 +115,7 @@ def _start_local() -> None:
                         "machine may be overloaded, or out of memory or of disk space: run the same job "
                         f"again when it has less to do. Ray's logs are in {logs}"
                     ) from error
-                print(f"Ray did not start: {_first_line(error)} Trying again …", flush=True)
+                say(f"Ray did not start: {_first_line(error)} Trying again …")
     finally:
         if hidden is not None:
             os.environ["RAY_ADDRESS"] = hidden

@@ -35,6 +35,7 @@ from pipelines.evaluation.items import OVERALL
 from pipelines.evaluation.paired import Paired, paired, widened
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.folder import MAY_DIFFER
+from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 from pipelines.shared.folder import comparable
 from pipelines.shared.paths import output_path
@@ -78,7 +79,7 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
             folder.forget()
         finished = bool(folder.state.get("recorded"))
         if finished:
-            print(f"job {folder.name!r} is finished already: {folder.table}", flush=True)
+            say(f"job {folder.name!r} is finished already: {folder.table}")
         runs = {name: _open_run(state) for name, state in (("full", full), ("skip", skip))}
         if "comparison" not in folder.state:
             comparison = _compare(full, skip, rows, config)
@@ -94,7 +95,7 @@ def run_compare(config: CompareConfig) -> dict[str, Any]:
             folder.remember(recorded=True)
     if absolute.readme is not None:
         renew_marked(Path(absolute.readme), folder.table.read_text())
-        print(f"updated the table in {absolute.readme}; the figure is {folder.figure}", flush=True)
+        say(f"updated the table in {absolute.readme}; the figure is {folder.figure}")
     return {**result, "already_finished": finished}
 
 
@@ -152,7 +153,7 @@ def _evaluate_all(
     one_per_task = pick_rows(rows, len({row.task for row in rows}))
     answers: dict[str, list[Answer]] = {}
     costs: dict[str, dict[str, float]] = {}
-    print(f"evaluating {len(variants)} variants on {len(rows)} rows each …", flush=True)
+    say(f"evaluating {len(variants)} variants on {len(rows)} rows each …")
     for number, variant in enumerate(variants, start=1):
         started = time.monotonic()
         answers[variant.name] = _answers(variant, base, rows, config, device)
@@ -161,10 +162,9 @@ def _evaluate_all(
             costs[variant.name] = measure_costs(base, variant.adapter, variant.skip, one_per_task, device)
             gc.collect()
         share = accuracy_by_task(answers[variant.name])[OVERALL]
-        print(
+        say(
             f"{number}/{len(variants)} {variant.name}: exact match {share:.3f} on {len(rows)} rows "
-            f"({time.monotonic() - started:.0f} s)",
-            flush=True,
+            f"({time.monotonic() - started:.0f} s)"
         )
     return answers, costs
 
@@ -209,7 +209,7 @@ def _write(result: dict[str, Any], folder: ComparisonFolder) -> None:
     """Write the table and the figure, and print the table."""
     write_text(folder.table, markdown(result))
     draw(result, folder.figure)
-    print(f"\n{folder.table.read_text()}", flush=True)
+    say(f"\n{folder.table.read_text()}")
 
 
 def _open_run(state: dict[str, Any]) -> Tracker:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipelines.data.images import ImageError
 from pipelines.data.rows import DataSet, Reject, TrainingRow
+from pipelines.shared.console import say
 from pipelines.shared.files import storage_errors
 from skipvision.errors import DataError
 
@@ -52,7 +53,7 @@ class LateRejects:
                 f"data.on_bad_row to skip; it is listed in {self.file}"
             )
         if new:
-            print(f"left out: {row.source} ({row.key}): {error}", flush=True)
+            say(f"left out: {row.source} ({row.key}): {error}")
 
     def _add(self, reject: Reject) -> bool:
         """Add the row to the file; return False if the file has it already."""

@@ -26,6 +26,7 @@ from pipelines.data.parquet_cells import forget_columns
 from pipelines.data.records import Record, read_records
 from pipelines.data.rows import BadRow, ImageSource, Reject, TrainingRow
 from pipelines.data.storage import absolute
+from pipelines.shared.console import say
 from skipvision.errors import DataError
 
 CheckImages = Literal["decode", "exists", "none"]
@@ -87,7 +88,7 @@ def read_training_rows(
                     data.rows.append(row)
             if time.monotonic() - shown > _PROGRESS_SECONDS:
                 shown = time.monotonic()
-                print(f"{source}: {len(data.rows)} rows read, {len(data.rejects)} rejected", flush=True)
+                say(f"{source}: {len(data.rows)} rows read, {len(data.rejects)} rejected")
     return data
 
 

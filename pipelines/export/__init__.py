@@ -1,1 +1,4 @@
-"""The export job: base model and adapter become one folder, which MLflow and the hub can take."""
+"""The export job: base model and adapter become one folder, which MLflow and the hub can take.
+
+Reading order: `config`, `job`, `folder`, `numbers` (results for the model card), `hub`.
+"""

@@ -20,8 +20,6 @@ from pipelines.tracking.tracked import finished_result, tracked_run
 from skipvision.errors import Problems
 from skipvision.exporting.write import ExportPlan, plan_export, write_export
 
-__all__ = ["ExportConfig", "run_export"]
-
 
 def run_export(config: ExportConfig) -> dict[str, Any]:
     """Export a model, record, register and push it; or report that the job is finished.

@@ -1,1 +1,5 @@
-"""The fine-tuning job on Ray Train."""
+"""The fine-tuning job on Ray Train.
+
+Reading order: `config`, `job`, `checks` (before the start), `data` and `batches` (rows, assigned to steps),
+`learner` (training without Ray), `worker` (one process of Ray Train), `folder` (resume), `progress`.
+"""

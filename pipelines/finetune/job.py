@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from pipelines.finetune.worker import Assignment
 
-__all__ = ["FinetuneConfig", "run_finetune"]
-
 
 def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Train, resume or report the run ``config.name`` and return its result.
@@ -104,7 +102,7 @@ def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, 
     """Check model, workers and data. This joins a Ray that exists but starts none."""
     absolute = config.resolved()
     check_ray_address()
-    say(f"run {config.name!r}: checking the model and the data …")
+    say(f"job {config.name!r}: checking the model and the data …")
     model = check_model(absolute)
     if ray_is_running():
         ray.enter_context(ray_session())
@@ -147,7 +145,7 @@ def _train(plan: _Plan, folder: FinetuneFolder, run: Tracker, ray: ExitStack) ->
             run.store(folder.rejects)
     if changes := folder.state["changes"]:
         run.tag("resumed_with_changes", "; ".join(changes))
-    say(f"run {folder.name!r}: {len(data.rows)} rows, {plan.steps} steps, MLflow at {run.uri}")
+    say(f"job {folder.name!r}: {len(data.rows)} rows, {plan.steps} steps, MLflow at {run.uri}")
     with _rejects_recorded(folder, run, plan.steps):
         ray.enter_context(ray_session())
         trained = _fit(plan, folder, run)

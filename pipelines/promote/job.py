@@ -25,13 +25,12 @@ from pipelines.promote.items import (
     items_file,
     items_of,
 )
+from pipelines.shared.console import say
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.registry import AliasMovedError, ModelVersion, Registry
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import ended
 from skipvision.errors import ConfigError, SkipVisionError
-
-__all__ = ["PromoteConfig", "run_promote"]
 
 
 class RefusedError(SkipVisionError):
@@ -114,7 +113,7 @@ def run_promote(config: PromoteConfig) -> dict[str, Any]:
             decision.outcome, decision.reason, refusal = "refused", str(error), error
         finally:
             if decision.reason:  # otherwise the job was stopped before it decided anything
-                print(decision.markdown(), flush=True)
+                say(decision.markdown())
                 _record(decision, registry, tracker)
     if refusal is not None:
         raise refusal

@@ -31,14 +31,13 @@ from pipelines.score.folder import ScoreFolder
 from pipelines.score.points import Prediction, Scored, mean_score, score_answers
 from pipelines.score.report import Comparisons, Systems, compare, figure, markdown, metrics
 from pipelines.score.rules.judge import Judge
+from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import is_registered
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_runs
 from skipvision.errors import ConfigError
-
-__all__ = ["ScoreConfig", "run_score"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _begin(job: _Job) -> _Job:
     judge = None if config.judge is None else Judge(config.judge, folder.judge)
     for dataset in job.datasets:
         for line in dataset.facts():
-            print(line, flush=True)
+            say(line)
         limit = ErrorLimit(config.max_error_fraction, len(dataset.questions))
         problems = [f"{one.problem} (row {one.index})" for one in dataset.unusable]
         limit.check(Counter(problem.partition(":")[0] for problem in problems), *problems[:1])
@@ -199,7 +198,7 @@ def _answer_missing(job: _Job, ray: ExitStack) -> None:
     if missing:
         ray.enter_context(ray_session())
     for number, (label, dataset) in enumerate(missing, start=1):
-        print(f"{number}/{len(missing)} {label} answers {dataset.name}", flush=True)
+        say(f"{number}/{len(missing)} {label} answers {dataset.name}")
         run_caption(_captioning(job, label, dataset))
         done.append([label, dataset.name])
         job.folder.remember(answered=done)
@@ -279,7 +278,7 @@ def _record(job: _Job, scored: Systems, comparisons: Comparisons, runs: Mapping[
     left_out = {dataset.name: dict(dataset.left_out) for dataset in job.datasets}
     write_text(folder.table, markdown(config, scored, comparisons, left_out))
     figure(config, scored, comparisons, folder.figure)
-    print(f"\n{folder.table.read_text(encoding='utf-8')}", flush=True)
+    say(f"\n{folder.table.read_text(encoding='utf-8')}")
     for label, run in runs.items():
         run.advice = (
             f"The items are complete in {folder.items(config.reference).parents[1]}. Run the same job again "

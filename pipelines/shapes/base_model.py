@@ -25,6 +25,7 @@ from pipelines.shapes.base_config import BaseModelConfig
 from pipelines.shapes.base_examples import PATCH_LABELS
 from pipelines.shapes.base_parts import build_model, build_processor, build_tokenizer
 from pipelines.shapes.base_training import train_language, train_vision
+from pipelines.shared.console import say
 from pipelines.shared.paths import output_path
 
 
@@ -41,7 +42,7 @@ def train_base_model(config: BaseModelConfig) -> dict[str, object]:
     model = build_model(tokenizer)
     vision: Any = model.config.vision_config
     head = nn.Linear(vision.hidden_size, sum(PATCH_LABELS.values()))
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
+    say(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     train_vision(config, model, head, processor)
     train_language(config, model, head, processor)
     model.eval().save_pretrained(output)

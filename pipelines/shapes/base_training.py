@@ -20,6 +20,7 @@ from pipelines.shapes.base_config import BaseModelConfig
 from pipelines.shapes.base_examples import PATCH_LABELS, PackedBatch, Row, SceneRows, collate_packed
 from pipelines.shapes.base_parts import PATCHES_PER_SIDE
 from pipelines.shapes.scenes import TASKS, Split
+from pipelines.shared.console import say
 from pipelines.shared.files import atomic
 
 
@@ -61,7 +62,7 @@ class Stage:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.seconds = state["step"], state["seconds"]
-        print(f"{self.name}: resumed at step {self.step}/{self.steps}", flush=True)
+        say(f"{self.name}: resumed at step {self.step}/{self.steps}")
 
     def save(self) -> None:
         state = {
@@ -95,7 +96,7 @@ class Stage:
             with self.log_path.open("a") as log:
                 log.write(json.dumps(entry) + "\n")
             left = self.seconds / self.step * (self.steps - self.step)
-            print(f"{self.name} {self.step}/{self.steps} {entry} {left / 60:.0f} min left", flush=True)
+            say(f"{self.name} {self.step}/{self.steps} {entry} {left / 60:.0f} min left")
         if now - self._saved > self.config.checkpoint_minutes * 60 or self.step == self.steps:
             self.save()
             self._saved = now

@@ -36,6 +36,7 @@ from pipelines.shapes.scenes import (
     sample_scene,
 )
 from pipelines.shapes.table import write_table
+from pipelines.shared.console import say
 from pipelines.shared.paths import output_path
 from skipvision.errors import ConfigError
 
@@ -102,7 +103,7 @@ def _write_split(config: ShapesConfig, output: Path, split: Split, count: int) -
             rows.append({"id": name, "image": image, "task": task, "conversations": _turns(questions)})
         if time.monotonic() - shown > _PROGRESS_SECONDS or index + 1 == count:
             shown = time.monotonic()
-            print(f"shapes: {split} {index + 1}/{count} images, {drawn} newly drawn", flush=True)
+            say(f"shapes: {split} {index + 1}/{count} images, {drawn} newly drawn")
     path = output / f"{split}.json"
     lines = ",\n".join(json.dumps(row) for row in rows)
     _write_text(path, f"[\n{lines}\n]\n")

@@ -80,7 +80,7 @@ class JobFolder:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise ConfigError(
-                        f"run {self.name!r} in {self.storage} is in use by another process; wait for it, or "
+                        f"job {self.name!r} in {self.storage} is in use by another process; wait for it, or "
                         "choose another name"
                     ) from None
                 # The previous owner may have removed the file after we opened and before we locked it.
@@ -132,7 +132,7 @@ class JobFolder:
         if self.has_work:
             resume = ", resume with these by --resume_with_changes true" if changeable else ""
             raise ConfigError(
-                f"run {self.name!r} exists in {self.storage} with other settings:\n"
+                f"job {self.name!r} exists in {self.storage} with other settings:\n"
                 + "\n".join(differences.values())
                 + f"\nRestore them to resume{resume}, choose another name, or delete its folder"
                 + self.hint

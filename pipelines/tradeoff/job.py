@@ -21,6 +21,7 @@ from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
 from pipelines.evaluation.fingerprints import of_folder, of_model, of_rows
 from pipelines.evaluation.items import OVERALL, read_items, write_items
+from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 from pipelines.shared.folder import JobFolder
 from pipelines.shared.paths import copy_into
@@ -96,13 +97,13 @@ def _score_missing(
 
     # Two points of the same SkipConfig share a file and are scored once.
     missing = {file: seeded for seeded, file in files.items() if not file.exists()}
-    print(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …", flush=True)
+    say(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …")
     shared_rows = ray.put(rows)  # sent once instead of with each task
     tasks = [(score, (*seeded, config, shared_rows)) for seeded in missing.values()]
     for number, items in in_parallel(tasks, config.cpus_per_task):
         file, (point, seed) = list(missing.items())[number]
         write_items(file, items)
-        print(f"{_label(point, seed)}: exact match {share(items):.3f}", flush=True)
+        say(f"{_label(point, seed)}: exact match {share(items):.3f}")
 
 
 def _time_points(
@@ -118,7 +119,7 @@ def _time_points(
         named = [config.latency_rounds, config.cpus_per_task, [files[point, 0].stem for point in own]]
         file = folder / f"{sha256(json.dumps(named).encode()).hexdigest()[:16]}.json"
         if not file.exists():
-            print(f"{label}: timing {len(own)} points …", flush=True)
+            say(f"{label}: timing {len(own)} points …")
             [(_, measured)] = in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
             folder.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(measured) + "\n")

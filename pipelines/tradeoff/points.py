@@ -15,6 +15,7 @@ from pipelines.data.chat import ChatFormat
 from pipelines.data.rows import TrainingRow
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import load_config, load_processor
+from pipelines.shared.console import say
 from pipelines.tradeoff.config import AdapterSection, TradeoffConfig
 from skipvision.baselines import BASELINES, at_cost
 from skipvision.errors import ConfigError
@@ -89,7 +90,7 @@ def _methods(
             try:
                 skip = at_cost(model, shapes[method], fraction, text_tokens=text_tokens)
             except ConfigError as error:
-                print(f"{label}, {method}: {error}", flush=True)
+                say(f"{label}, {method}: {error}")
                 continue
             yield method, skip, fraction
     for retained in config.grid.retained:

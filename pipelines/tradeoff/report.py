@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.evaluation.figures import SKIP_COLOUR, hide_box, save, subplots
 from pipelines.evaluation.items import OVERALL
+from pipelines.shared.console import say
 from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION
 from pipelines.tradeoff.published import PUBLISHED, llava_with
 from pipelines.tradeoff.results import PointResult
@@ -47,7 +48,7 @@ def write_report(
     )
     save(curves(results), paths["picture"], dpi=110)
     _published(paths["published"])
-    print(f"\n{paths['table'].read_text()}", flush=True)
+    say(f"\n{paths['table'].read_text()}")
     return {name: str(path) for name, path in paths.items()}
 
 

@@ -1,1 +1,4 @@
-"""Metrics and traces of the endpoint."""
+"""Metrics and traces of the endpoint.
+
+Reading order: `journeys` (the stages of a request), `tracing` (spans), `metrics_page` (``GET /metrics``).
+"""

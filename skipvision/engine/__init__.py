@@ -9,9 +9,10 @@
                      └ DecodeStage     one token per step for all rows, each with its own settings
                         └ Finisher        frees the row; chunks of text, and a completion at the end
 
-Read in this order: `requests`, `prompts`, `intake`, `prefill`, `prefixes`, `slots`, `sequences`, `scheduler`,
-`running`, `prefilling`, `decoding`, `finishing`, `engine`. Torch only: threads, asyncio, Ray and HTTP stay
-outside.
+Read in this order: `requests`, `prompts`, `intake`, `prefiller`, `prefixes`, `slots`, `states` (of recurrent
+layers), `sequences`, `scheduler`, `running`, `prefill_stage`, `decoding`, `sampling`, `streams` (text from
+tokens), `finishing`, `statistics`, `engine`. `model` has the facts about the model; `adapters` and
+`adapter_kinds` handle PEFT. Torch only: threads, asyncio, Ray and HTTP stay outside.
 """
 
 from skipvision.engine.adapters import BASE

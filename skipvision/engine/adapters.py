@@ -16,7 +16,7 @@ from skipvision.adapters.save_load import load_adapter, unload_adapters
 from skipvision.anatomy.families import dissect, lm_head
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
-from skipvision.engine.kinds import by_row, can_share, reason_to_refuse
+from skipvision.engine.adapter_kinds import by_row, can_share, reason_to_refuse
 from skipvision.errors import AdapterError, ConfigError, UnsupportedModelError
 
 BASE = "__base__"

@@ -22,8 +22,8 @@ from skipvision.engine.decoding import DecodeStage
 from skipvision.engine.finishing import Finisher
 from skipvision.engine.intake import Intake
 from skipvision.engine.model import ModelFacts
-from skipvision.engine.prefill import Prefiller
-from skipvision.engine.prefilling import PrefillStage
+from skipvision.engine.prefill_stage import PrefillStage
+from skipvision.engine.prefiller import Prefiller
 from skipvision.engine.prefixes import PrefixCache
 from skipvision.engine.requests import Chunk, Completion, Request, Timing, Usage
 from skipvision.engine.running import Running

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from skipvision.engine.prefill import Prefix
+from skipvision.engine.prefiller import Prefix
 
 
 class PrefixCache:

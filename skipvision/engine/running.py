@@ -10,7 +10,7 @@ import torch
 from skipvision._compat import recompile_limit
 from skipvision.engine.adapters import Adapters
 from skipvision.engine.model import ModelFacts
-from skipvision.engine.prefill import Prefilled
+from skipvision.engine.prefiller import Prefilled
 from skipvision.engine.scheduler import Scheduler
 from skipvision.engine.sequences import Sequence
 from skipvision.engine.slots import Slots

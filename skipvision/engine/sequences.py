@@ -8,7 +8,7 @@ from collections import abc
 import torch
 
 from skipvision.config import SkipConfig
-from skipvision.engine.prefill import Visual
+from skipvision.engine.prefiller import Visual
 from skipvision.engine.prompts import Prompt
 from skipvision.engine.requests import (
     Choice,

@@ -68,10 +68,6 @@ class Statistics:
     def decode_tokens_per_second(self) -> float:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
-    @property
-    def prefix_hit_rate(self) -> float:
-        return self.prefix_hits / max(self.prefix_hits + self.prefix_misses, 1)
-
 
 def _recent() -> deque[float]:
     return deque(maxlen=1000)

@@ -20,7 +20,7 @@ from skipvision.adapters.files import peft_config
 from skipvision.adapters.fitting import load_without_weights
 from skipvision.adapters.save_load import load_adapter
 from skipvision.attach import attachment_of
-from skipvision.engine.kinds import reason_to_refuse
+from skipvision.engine.adapter_kinds import reason_to_refuse
 from skipvision.errors import AdapterError
 from skipvision.loading import build_model
 from skipvision.summaries import AdapterSummaries

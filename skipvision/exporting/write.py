@@ -1,7 +1,7 @@
 """Write an exported model: the base model with its adapter merged, and what Skip-Vision needs.
 
-The folder appears complete or not at all: it is written next to its place under ``.NAME.partial`` and then
-renamed. The next export to the same place replaces what a killed one left.
+The folder appears complete or not at all: it is written under ``.NAME.partial`` next to its final path,
+and then renamed. The next export to the same folder replaces what a killed one left.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from skipvision.anatomy.families import dissect
 from skipvision.attach import attach
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, Problems
+from skipvision.exporting.atomic_folder import check_destination, new_folder
 from skipvision.exporting.card import model_card
 from skipvision.exporting.merging import check_mergeable, merged
 from skipvision.exporting.names import rename_weights
-from skipvision.exporting.place import check_place, new_folder
 from skipvision.exporting.read import EXPORTED, Exported
 from skipvision.loading import build_model, check_weights, load_config, load_model, load_processor
 from skipvision.summary import SummaryLayer
@@ -109,7 +109,7 @@ def plan_export(
     problems = Problems("this export")
     collect = problems.collect
     collect(lambda: _check_dtype(dtype))
-    collect(lambda: check_place(folder, overwrite=overwrite))
+    collect(lambda: check_destination(folder, overwrite=overwrite))
     model = collect(lambda: _checked_base(base))
     saved = None if adapter is None else collect(lambda: read_adapter(adapter))
     skip = config or (saved or {}).get("skip")

@@ -101,7 +101,8 @@ def fine_tune(model: Path, data: Path, storage: Path) -> None:
 
 
 def caption(model: Path, data: Path, storage: Path) -> None:
-    from pipelines.caption.job import CaptionConfig, run_caption
+    from pipelines.caption.config import CaptionConfig
+    from pipelines.caption.job import run_caption
 
     images = sorted((data / "images").rglob("*.png"))
     rows = [{"id": str(number), "image": str(path)} for number, path in enumerate([*images, "/none.png"])]

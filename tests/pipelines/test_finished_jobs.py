@@ -14,11 +14,13 @@ from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
 from pipelines.calibrate import job as calibrate
-from pipelines.calibrate.job import CalibrateConfig, run_calibrate
+from pipelines.calibrate.config import CalibrateConfig
+from pipelines.calibrate.job import run_calibrate
 from pipelines.score import job as score
+from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import read_dataset
 from pipelines.score.fingerprints import of_files
-from pipelines.score.job import ScoreConfig, run_score
+from pipelines.score.job import run_score
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.registry import Registry
 from pipelines.tracking.run import Tracker

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy.engine import make_url
 
-from pipelines.caption.job import CaptionConfig, run_caption
-from pipelines.finetune.job import FinetuneConfig, run_finetune
+from pipelines.caption.config import CaptionConfig
+from pipelines.caption.job import run_caption
+from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.job import run_finetune
 from pipelines.tracking.client import sqlite_file
 from pipelines.tracking.config import TrackingConfig
 from tests.pipelines.odd_folders import CLOUD_DRIVE, HOSTILE

@@ -26,8 +26,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import skipvision as sv
+from pipelines.caption.config import CaptionConfig
 from pipelines.caption.folder import CaptionFolder
-from pipelines.caption.job import CaptionConfig, run_caption
+from pipelines.caption.job import run_caption
 from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.run import Tracker
 from skipvision.engine import Engine, Request, Sampling
@@ -339,7 +340,9 @@ def test_a_killed_job_is_resumed_and_keeps_its_captions(straight, settings, loca
     config = changed(settings, name="job-killed")
     address = ray.get_runtime_context().gcs_address
     code = (
-        "import sys, ray; from pipelines.caption.job import *\n"
+        "import sys, ray\n"
+        "from pipelines.caption.config import CaptionConfig\n"
+        "from pipelines.caption.job import run_caption\n"
         "ray.init(address=sys.argv[1], runtime_env={'env_vars': {'PYTHONPATH': sys.argv[2]}})\n"
         "run_caption(CaptionConfig.model_validate_json(sys.argv[3]))"
     )
@@ -370,7 +373,8 @@ import os, sys, threading, time
 import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
-from pipelines.caption.job import CaptionConfig, run_caption
+from pipelines.caption.config import CaptionConfig
+from pipelines.caption.job import run_caption
 
 config = CaptionConfig.model_validate_json(sys.argv[1])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

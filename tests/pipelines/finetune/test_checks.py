@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipelines.finetune import job as finetune
-from pipelines.finetune.job import FinetuneConfig, run_finetune
+from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.job import run_finetune
 from pipelines.tracking.client import TrackingError
 from skipvision.errors import ConfigError, DataError, ResourceError
 

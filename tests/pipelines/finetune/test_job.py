@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
+from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.folder import FinetuneFolder
-from pipelines.finetune.job import FinetuneConfig, run_finetune
+from pipelines.finetune.job import run_finetune
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
 from skipvision.errors import ConfigError, DataError, ResourceError, SkipVisionError
@@ -291,7 +292,9 @@ def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):
     config = changed(settings, name="job-killed")
     address = ray.get_runtime_context().gcs_address
     code = (
-        "import sys, ray, json; from pipelines.finetune.job import *\n"
+        "import sys, ray\n"
+        "from pipelines.finetune.config import FinetuneConfig\n"
+        "from pipelines.finetune.job import run_finetune\n"
         "ray.init(address=sys.argv[1], runtime_env={'env_vars': {'PYTHONPATH': sys.argv[2]}})\n"
         "run_finetune(FinetuneConfig.model_validate_json(sys.argv[3]))"
     )

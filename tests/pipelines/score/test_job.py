@@ -12,9 +12,10 @@ import skipvision as sv
 from pipelines.evaluation.items import Item, read_items, read_systems
 from pipelines.promote.items import check_comparable
 from pipelines.score import job as score
+from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import read_dataset
 from pipelines.score.in_process import score_dataset
-from pipelines.score.job import ScoreConfig, run_score
+from pipelines.score.job import run_score
 from pipelines.score.points import Scored
 from pipelines.score.report import compare, markdown, metrics
 from pipelines.tracking.client import TrackingError

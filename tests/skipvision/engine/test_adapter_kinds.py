@@ -25,7 +25,7 @@ from skipvision import (
     save_adapter,
 )
 from skipvision.engine import BASE
-from skipvision.engine.kinds import reason_to_refuse
+from skipvision.engine.adapter_kinds import reason_to_refuse
 from tests.skipvision.cases import train_summary
 from tests.skipvision.engine.requests_for_tests import ids_of, inputs_of, request
 from tests.skipvision.engine.test_adapters import SKIPS, base_model

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.score import job as score
+from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import read_dataset
-from pipelines.score.job import ScoreConfig, run_score
+from pipelines.score.job import run_score
 from pipelines.score.points import Prediction, score_answers
 from pipelines.score.rules import judge_endpoint
 from pipelines.score.rules.judge import Judge, UnreadableReply

@@ -12,7 +12,7 @@ from skipvision.engine.adapters import Adapters
 from skipvision.engine.decoding import DecodeStage
 from skipvision.engine.finishing import Finisher
 from skipvision.engine.model import ModelFacts
-from skipvision.engine.prefill import Prefilled, Prefiller
+from skipvision.engine.prefiller import Prefilled, Prefiller
 from skipvision.engine.prefixes import PrefixCache
 from skipvision.engine.requests import Chunk
 from skipvision.engine.running import Running

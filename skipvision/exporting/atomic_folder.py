@@ -14,7 +14,7 @@ from skipvision.errors import AdapterError, ConfigError
 from skipvision.exporting.read import settings_of
 
 
-def check_place(folder: Path, *, overwrite: bool) -> None:
+def check_destination(folder: Path, *, overwrite: bool) -> None:
     """Raise `ConfigError` if a model cannot be exported to a folder.
 
     Args:
@@ -43,13 +43,13 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes ``folder`` when the block ends, and vanishes if it fails.
 
     Raises:
-        ConfigError: another process writes to the same place, or something has appeared there meanwhile.
+        ConfigError: another process writes to the same folder, or something has appeared there meanwhile.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{folder.name}.partial")) as partial:
         try:
             yield partial
-            check_place(folder, overwrite=overwrite)
+            check_destination(folder, overwrite=overwrite)
             _replace(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Take the screenshot of the page in the docs, from a running endpoint:
 
-python -m tests.serve.page_picture --image data/shapes/images/test/000000.png -o docs/images/page.png
+python -m tests.serve.page_screenshot --image data/shapes/images/test/000000.png -o docs/images/page.png
 """
 
 from __future__ import annotations
