@@ -117,7 +117,7 @@ def blocks(count: int) -> dict[str, float]:
         scaling = ScalingSection(workers=1, readers=1)
         shards, resources = range(-(-count // 40)), {"CPU": 1, "GPU": 0}
         stream = streamed(shards, _forty_blocks, (Same, None), scaling, resources, 12)
-        warm = count // 2  # what every stream takes is allocated by then
+        warm = count // 2  # the memory of every stream is allocated by then
         for _ in itertools.islice(stream, warm):
             pass
         begin, memory = time.process_time(), resident()

@@ -82,7 +82,7 @@ def visual_token_counter(
 ) -> Callable[[Sequence[tuple[int, int]]], list[int]] | None:
     """Return a function from image sizes (height, width) to numbers of visual tokens (transformers 5.23).
 
-    None if the processor has none: then only encoding the image tells.
+    None if the processor has none: then the image must be encoded to count them.
     """
     count: Any = getattr(processor, "_get_num_multimodal_tokens", None)
     if count is None:

@@ -27,7 +27,7 @@ ARRIVAL = "skip_vision_arrival"
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """What the outer hook passes to the decoder's hook.
+    """The values that the outer hook passes to the decoder's hook.
 
     Attributes:
         mask: the caller's mask (B, C + T) over the cache and this call; None if there is none.

@@ -23,6 +23,8 @@ from pathlib import Path
 PACKAGES = ("skipvision", "pipelines", "serve")
 FOLDERS = (*PACKAGES, "jobs", "benchmarks", "tests")
 
+SUFFIXES = (".sh", ".html", ".js", ".css", ".yaml", ".toml")
+
 Graph = Mapping[str, set[str]]
 
 WORDS = {
@@ -40,13 +42,25 @@ WORDS = {
     "there is one": r"\b(?:there is|is there) one\b|\bif there is one\b",
     "as far as": r"\bas far as\b",
     "stands for": r"\bstands? for\b",
-    "comes of": r"\bcomes? of\b",
+    "comes of": r"\b(?:comes?|came|coming) of\b",
     "goes on": r"\bgoes on\b|\bgo on\b|\bgoing on\b",
     "lies in": r"\blies in\b|\blie in\b",
     "as it is": r"(?<!soon )\bas it is\b|\bas they are\b",
     "asks": r"(?<!question )\basks\b|\b(?:engine|job|replica|ingress|proxy|server|client|page) ask\b",
     "picture": r"(?<!anatomy/)\bpictures?\b(?!\.(?:py|png)|\"\]|\?|\": )",
     "what is wrong": r"\bwhat is wrong\b",
+    "What": r"\A(?:\"\"\"|# ?)What\b(?!.*\?)",
+    "who reaches": r"(?<!anyone )(?<!everyone )\bwho (?:reaches|reads|has)\b",
+    "wants": r"\bwants? (?:an?|the|no)\b",
+    "leads nowhere": r"\bleads? nowhere\b",
+    "is away": r"\b(?:is|are|was|were) away\b(?! from)",
+    "as a rule": r"\bas a rule\b",
+    "for want of": r"\bfor want of\b",
+    "holds anything": r"\b(?:holds?|held) anything\b",
+    "says nothing": r"\bsays? nothing\b(?! about)",
+    "by us": r"\bby us\b",
+    "as it has it": r"\bas \w+ (?:has|have) it\b",
+    "to no other": r"\band to no other\b|\band no further\b",
 }
 """Words that make readers stumble, with the pattern that finds each."""
 
@@ -184,7 +198,7 @@ class House:
         ]
 
     def words(self) -> list[str]:
-        """Uses of `WORDS` in sources and pages, as ``path:line: word: text``."""
+        """Uses of `WORDS` in sources, pages and `others`, as ``path:line: word: text``."""
         found = []
         for folder in FOLDERS:
             for file in self.files[folder]:
@@ -192,6 +206,10 @@ class House:
                 found += [line for number, text in prose for line in _uses(file.path, number, text)]
         for path in pages(self.root):
             lines = enumerate(markdown_prose(path.read_text()).splitlines(), start=1)
+            name = str(path.relative_to(self.root))
+            found += [line for number, text in lines for line in _uses(name, number, text)]
+        for path in others(self.root):
+            lines = enumerate(path.read_text().splitlines(), start=1)
             name = str(path.relative_to(self.root))
             found += [line for number, text in lines for line in _uses(name, number, text)]
         return [use for use in found if not use.startswith("tests/house.py")]
@@ -223,6 +241,21 @@ def _uses(path: str, line: int, text: str) -> Iterator[str]:
 def pages(root: Path) -> list[Path]:
     return sorted(
         path for pattern in ("*.md", "docs/**/*.md", "models/**/*.md") for path in root.glob(pattern)
+    )
+
+
+def others(root: Path) -> list[Path]:
+    """The files that are neither Python nor pages: scripts, web pages, manifests and settings."""
+    patterns = [
+        f"{folder}/**/*{suffix}"
+        for folder in ("apps", "docs", "infra", "jobs", "serve")
+        for suffix in SUFFIXES
+    ]
+    return sorted(
+        path
+        for pattern in ("Makefile", "*.toml", ".ci/*", "infra/**/Dockerfile", *patterns)
+        for path in root.glob(pattern)
+        if path.is_file()
     )
 
 

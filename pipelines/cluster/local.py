@@ -44,7 +44,7 @@ _AGENT_PORTS = (
 )
 _ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _UNREACHABLE = (OSError, RuntimeError)
-"""What Ray's client raises while there is no dashboard, no agent or no such job."""
+"""Errors that Ray's client raises while there is no dashboard, no agent or no such job."""
 _CHATTER = re.compile(
     r"(INFO|SUCC|WARNING) \w+\.py:\d+ -- |^Running entrypoint|core_worker\.cc:\d+: Actor with class name"
 )
@@ -116,7 +116,7 @@ class LocalRay:
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Log errors of Ray's client alone: it logs twenty lines for each upload."""
+    """Log only errors of Ray's client: it logs twenty lines for each upload."""
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -30,7 +30,7 @@ _LOGGING = {
     "RAY_FLUSH_DRIVER_LOGS": "1",  # and appear at once, also in a pipe
     "RAY_DEDUP_LOGS_SKIP_REGEX": "PreemptionWatcher|PlacementGroupCleaner",  # Ray Train's internal actors
 }
-"""What Ray logs. Ray reads these variables when it is imported."""
+"""Settings of Ray's logs. Ray reads these variables when it is imported."""
 
 
 @contextmanager

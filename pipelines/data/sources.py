@@ -28,7 +28,7 @@ _HEAD = 2**20
 
 
 class Wanted(NamedTuple):
-    """What to read of each row: columns, possible names of the image column, and max pixels of an image."""
+    """The columns to read of each row, possible names of the image column, and max pixels of an image."""
 
     columns: frozenset[str]
     images: Sequence[str]

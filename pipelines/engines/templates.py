@@ -22,7 +22,7 @@ from typing import Any
 from skipvision.errors import InputError
 
 TEMPLATE_SECONDS = 5.0
-"""Default limit on rendering one prompt, which takes less than a millisecond as a rule (s)."""
+"""Default limit on rendering one prompt, which usually takes less than a millisecond (s)."""
 
 _PROGRAM = Path(__file__).with_name("template_child.py")
 

@@ -29,7 +29,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine offers.
+    """The adapters and SkipConfigs that an engine offers.
 
     Attributes:
         adapters: source of each adapter by its name, with the version of those from a registry.

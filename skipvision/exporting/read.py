@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Exported:
-    """What the config of an exported model says about Skip-Vision.
+    """The settings of Skip-Vision in the config of an exported model.
 
     Attributes:
         skip: the SkipConfig that the model was tuned with; None = full tokens.

@@ -84,7 +84,7 @@ def test_copied_files_exist_and_are_not_ignored():
     for source in sources:
         assert (ROOT / source).exists()
         assert source == "." or source in shown
-    # What pip installs, what jobs run, and what the installs read.
+    # The packages that pip installs, the jobs, and the files that the installation reads.
     needed = {"skipvision", "pipelines", "serve", "jobs", "apps/pyproject.toml", "constraints.txt"}
     assert needed <= set(shown)
 

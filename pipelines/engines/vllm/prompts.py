@@ -134,7 +134,7 @@ class Prompts:
         return found
 
     def _known_totals(self, inputs: dict[str, Any], kept: Sequence[int]) -> list[int | None]:
-        """Return the tokens of each image without pruning; None where only processing it again tells."""
+        """Return the tokens of each image without pruning; None where it must be processed again."""
         totals: list[int | None] = []
         items, hashes = inputs["mm_kwargs"][_IMAGE], inputs["mm_hashes"][_IMAGE]
         for item, key, stays in zip(items, hashes, kept, strict=True):

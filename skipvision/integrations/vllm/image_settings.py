@@ -19,7 +19,7 @@ _STEP = 256
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the worker must know about an image.
+    """An image's settings for the worker.
 
     Attributes:
         tokens: N, visual tokens that the model's encoder returns.

@@ -25,7 +25,7 @@ family with one axis, or vLLM's count of tokens, which knows only positions="con
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server applies to requests, resolved once at start-up.
+    """The server's settings for requests, resolved once at start-up.
 
     Attributes:
         default: SkipConfig of requests that name none.
