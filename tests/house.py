@@ -186,6 +186,24 @@ class House:
         found = [(lines, place) for file in self.packaged() for place, lines in file.definitions(kinds)]
         return sorted(found, reverse=True)
 
+    def unnamed_modules(self) -> dict[str, list[str]]:
+        """The modules and folders of each room that the docstring of its ``__init__`` does not name."""
+        unnamed = {}
+        for file in self.packaged():
+            room = (self.root / file.path).parent
+            if file.path.endswith("/__init__.py") and room.parent != self.root:
+                parts = [
+                    path.stem
+                    for path in sorted(room.iterdir())
+                    if (path.suffix == ".py" and path != self.root / file.path)
+                    or (path / "__init__.py").exists()
+                ]
+                text = ast.get_docstring(file.tree) or ""
+                unnamed[str(room.relative_to(self.root))] = [
+                    part for part in parts if not re.search(rf"`{part}[`.]", text)
+                ]
+        return {room: names for room, names in unnamed.items() if names}
+
     def short_docstrings(self, words: int = 4) -> list[str]:
         """Docstrings of few words outside of tests, as ``path::name: text``."""
         return [

@@ -19,6 +19,8 @@ MAY_RE_EXPORT = {
     "skipvision/engine/__init__.py",
     "skipvision/analysis/__init__.py",
 }
+ONE_OF_A_KIND = {"skipvision/integrations/vllm/families"}
+"""Rooms of modules of one kind, in which any module may be read first."""
 SHORT_DOCSTRINGS: dict[str, str] = {}
 """Docstrings of four words or fewer that say enough: ``path::name`` and why."""
 WORDS_THAT_FIT: dict[str, str] = {
@@ -70,6 +72,10 @@ def test_the_init_of_a_room_is_a_docstring_only():
                 body = [node for node in file.tree.body if not isinstance(node, ast.Expr)]
                 found += [file.path] if body or not ast.get_docstring(file.tree) else []
     assert found == []
+
+
+def test_the_init_of_a_room_names_all_its_modules():
+    assert {room: parts for room, parts in HOUSE.unnamed_modules().items() if room not in ONE_OF_A_KIND} == {}
 
 
 # --------------------------------------------------------------------------------------------- language
@@ -154,6 +160,13 @@ def test_users_of_shared_files_are_counted_by_room(tmp_path):
         "pipelines.shared.paths": users,
         "pipelines.shared.files": users | {"serve"},
     }
+
+
+def test_modules_that_the_init_does_not_name_are_found(tmp_path):
+    measured = house(tmp_path, serve__a__one="", serve__a__two="")
+    for path, text in (("serve/__init__.py", ""), ("serve/a/__init__.py", '"""Read `one`."""\n')):
+        (tmp_path / path).write_text(text)
+    assert measured.unnamed_modules() == {"serve/a": ["two"]}
 
 
 def test_short_docstrings_and_words_are_found(tmp_path):

@@ -3,6 +3,11 @@
     file ── records, sources ──► Record ── conversations ──► TrainingRow ── chat, collate ──► Batch
                                     └────── prompts ────────► messages to answer
 
-Reading order: `rows`, `images`, `conversations`, `training_rows`, `chat`, `collate`; then `sources` and
-`prompts`, which captioning and scoring use, and the readers of single formats.
+Reading order: `rows`, `images`, `conversations` with `message_parts`, `training_rows` with `rejects`, `chat`
+with `special_tokens`, `collate`. Then `sources` and `prompts`, which captioning and scoring use, with
+`literals` and `instructions`.
+
+Files: `folders` finds them, `formats` knows their suffixes, `storage` opens them. `records` reads JSON (with
+`json_items`) and tables (`columnar`, with `arrow_files`, `parquet_cells` and `presence`), `tar_records`
+WebDataset tars, and `tsv_records` VLMEvalKit's tables. `encoded` decodes base64.
 """

@@ -1,5 +1,5 @@
 """Scored items, paired statistics, the promotion gate, and tables and figures of results.
 
 Reading order: `items`, `paired` (differences and intervals), `gate`, `answering` and `exact_match` (items
-from an engine), `tables`, `figures`.
+from an engine), `fingerprints` (of their inputs), `tables`, `figures`.
 """

@@ -2,5 +2,5 @@
 
 `scenes` draws scenes and their questions; `files` and `table` write them to disk. `base_model` trains the
 model: `base_parts` builds it, `base_examples` makes training examples, `base_training` runs the two stages,
-and `base_card` evaluates the result.
+`base_config` has the settings, and `base_card` evaluates the result.
 """

@@ -5,7 +5,8 @@
     tracked ──> run, config, registry ──> client
 
 `tracked` starts, resumes and ends the MLflow runs of a job, `run` records values in one of them, `registry`
-finds and moves model versions, `client` connects. When MLflow does not answer,
+finds and moves model versions, `client` connects. `config` is the section of the settings, and `names` checks
+names before any work. When MLflow does not answer,
 
 - a job that starts fails at once, before any work is done;
 - a job that runs keeps its metrics in memory and prints a warning;

@@ -1,1 +1,8 @@
-"""The engine replica: one engine in a thread, its adapters, grammars and load."""
+"""The engine replica: one engine, its adapters, grammars and load.
+
+Reading order: `replica` (the deployment), `messages` (from and to ingresses), `engine` (the interface),
+`native` (the library's engine in a thread) with `stream`, `adapters` (versions from the registry), `grammar`
+(JSON schemas), `autoscaling`, `liveness`.
+
+For vLLM: `vllm_settings` (its arguments), `vllm_engine` (in the replica's event loop), `vllm_adapters`.
+"""

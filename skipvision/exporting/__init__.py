@@ -4,6 +4,7 @@
 
     write ──> merging, names, card ──> read <── load
 
-`read` describes the folder. `write` creates it from a base model and an adapter, `load` loads it with
-Skip-Vision attached.
+`read` describes the folder. `write` creates it from a base model and an adapter: `merging` merges LoRA,
+`names` renames weights for vLLM, `card` writes the model card, and `atomic_folder` makes the folder appear
+complete or not at all. `load` loads it with Skip-Vision attached.
 """

@@ -1,1 +1,4 @@
-"""Plug-ins for other projects' tools. Those tools find them by entry point; nothing here imports them."""
+"""Plug-ins for other projects' tools: `lmms_eval` evaluates, `vllm` serves.
+
+Those tools find them by entry point; nothing here imports them.
+"""
