@@ -9,5 +9,6 @@ with `special_tokens`, `collate`. Then `sources` and `prompts`, which captioning
 
 Files: `folders` finds them, `formats` knows their suffixes, `storage` opens them. `records` reads JSON (with
 `json_items`) and tables (`columnar`, with `arrow_files`, `parquet_cells` and `presence`), `tar_records`
-WebDataset tars, and `tsv_records` VLMEvalKit's tables. `encoded` decodes base64.
+WebDataset tars, and `tsv_records` VLMEvalKit's tables. `encoded` decodes base64. `error_limit` limits
+the share of error rows.
 """

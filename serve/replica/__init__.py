@@ -2,7 +2,5 @@
 
 Reading order: `replica` (the deployment), `messages` (from and to ingresses), `engine` (the interface),
 `native` (the library's engine in a thread) with `stream`, `adapters` (versions from the registry), `grammar`
-(JSON schemas), `autoscaling`, `liveness`.
-
-For vLLM: `vllm_settings` (its arguments), `vllm_engine` (in the replica's event loop), `vllm_adapters`.
+(JSON schemas), `autoscaling`, `liveness`. `vllm` has the same interface on vLLM.
 """
