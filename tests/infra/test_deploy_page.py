@@ -161,7 +161,7 @@ def test_serve_deploy_starts_the_endpoint_on_a_cluster(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     (key,) = re.findall(r"sk-skip-\S+", done.stdout)
     config, port = adapted(tmp_path)
-    # What the page demands of every node.
+    # The requirements of the page for every node.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.front:middlewares")
     with local_ray() as ray:
