@@ -28,7 +28,7 @@ WORDS_THAT_FIT: dict[str, str] = {
     "What is in the picture?": "a question of the data set",
     "form that the question asks for": "people ask questions",
     "s3://pictures": "a name of a user's folder",
-    "masks | pictures |": "a module of anatomy",
+    "| pictures |": "a module of anatomy",
     '… "picture" …': "a key of result files",
     "which asks the engine a number": "a label in generated tables",
     "behind: Skip-Vision minus this point": "a key of the trade-off's result file",
