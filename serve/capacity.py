@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from ray import serve as ray_serve
 
+from pipelines.shared.console import say
 from serve.config import ServeConfig
 from skipvision.errors import ResourceError
 
@@ -75,7 +76,7 @@ def report_waiting(name: str) -> Iterator[None]:
             for deployment, status in deployments.items():
                 if deployment not in reported and _WAITS_FOR_RESOURCES in status.message:
                     reported.add(deployment)
-                    print(f"waiting for resources: {status.message}", flush=True)
+                    say(f"waiting for resources: {status.message}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -44,7 +44,7 @@ def check_regular(path: str | Path, *, or_descriptor: bool = False) -> None:
 
 
 def check_entries(folder: str | Path) -> None:
-    """Check that a folder holds only regular files and folders. Links that lead nowhere are ignored.
+    """Check that a folder holds only regular files and folders. Broken links are ignored.
 
     Raises:
         NotAFileError: one of its entries is a named pipe, a socket or a device.

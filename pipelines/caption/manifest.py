@@ -43,7 +43,7 @@ _FIRST_ROWS = 256
 """Every column in the settings must occur in some of this many first rows."""
 _REPORT_EVERY = 100_000
 _UNDECODED = re.compile("[\udc80-\udcff]")
-"""What Python puts in place of the bytes of a file name that is not UTF-8."""
+"""Characters that Python puts in place of the bytes of a file name that is not UTF-8."""
 _PART_SHARDS = 100
 """Shards in a file. Reading one shard also reads the metadata of all shards in its file, 2 KB each."""
 

@@ -103,7 +103,7 @@ def _group_rows(
 
 
 def _marked(rows: Iterator[dict[str, Any]], group: Group, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows with `UNREAD` in those of these columns that hold anything, None in the others."""
+    """Yield the rows with `UNREAD` in those of these columns that are not empty, None in the others."""
     marks = [group.present(column) for column in columns]
     for row in rows:
         found = (next(mark) for mark in marks)
