@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.data.encoded import is_data_url, is_image_base64
 from pipelines.data.images import FileImage, ImageError, InlineImage, ParquetImage, TarImage, TsvImage
-from pipelines.data.media import check_media, check_placeholders_of_media
+from pipelines.data.media import check_media, check_other_images, check_placeholders_of_media
 from pipelines.data.message_parts import (
     Slot,
     fill_slots,
@@ -69,6 +69,8 @@ def parse_row(value: object, *, key: str, image_root: str, max_pixels: int, sour
         for number, image in enumerate(fill_slots(slots, _listed(value)), start=1)
     )
     _check_speakers(messages)
+    if not images:
+        check_other_images(value)
     check_placeholders(messages, len(images))
     if messages[-1].role == "user":
         images = images[: len(images) - messages[-1].text.count(IMAGE_PLACEHOLDER)]

@@ -32,6 +32,9 @@ MEDIA_FIELDS = _ALWAYS | _IF_FILES
 _IMAGES_TOO = _endings("clip", "frame", "video_frame", "depth", "depth_map")
 """Fields whose files may have the suffix of an image."""
 
+OTHER_IMAGE_FIELDS = _endings("image", "img", "picture", "photo", "pixel_value") - {"image", "images"}
+"""Fields, in lower case, that other projects have images in."""
+
 MEDIA_PARTS = frozenset(
     name
     for medium in (
@@ -74,6 +77,17 @@ def check_media(fields: Mapping[str, Any], name: str) -> None:
             raise BadRow("other media", f"{name} has `{field}`, {REMEDY}")
 
 
+def check_other_images(row: Mapping[str, Any]) -> None:
+    """Raise `BadRow` if a row without images has one in a field that is not read."""
+    for field, value in row.items():
+        known = str(field).lower() in OTHER_IMAGE_FIELDS
+        if known and not is_empty(value) and not isinstance(value, bool | int | float):
+            raise BadRow(
+                "missing image",
+                f"the row has no `image` or `images`, but `{field}`, which is not read: rename the field",
+            )
+
+
 def check_placeholders_of_media(text: str, name: str) -> None:
     """Raise `BadRow` if a text has a placeholder of a medium, as data sets write it.
 
@@ -86,14 +100,15 @@ def check_placeholders_of_media(text: str, name: str) -> None:
 
 
 def needs_no_content(field: str, *, is_number: bool, has_bytes: bool) -> bool:
-    """Return whether it is known without the content of a column's cells that they are media.
+    """Return whether it is known without the content of a column's cells that they are media or images.
 
     Args:
         field: name of the column.
         is_number: the column has numbers or booleans.
         has_bytes: the column has bytes, also inside of lists and structs.
     """
-    return field.lower() in (MEDIA_FIELDS if has_bytes else _ALWAYS) and not is_number
+    name = field.lower()
+    return not is_number and name in OTHER_IMAGE_FIELDS | (MEDIA_FIELDS if has_bytes else _ALWAYS)
 
 
 def is_empty(value: object) -> bool:

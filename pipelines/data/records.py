@@ -16,7 +16,7 @@ from pipelines.data.columnar import table_rows
 from pipelines.data.folders import matching
 from pipelines.data.formats import Format, check_format, name_of_rows, rows_of, unsupported
 from pipelines.data.json_items import json_items
-from pipelines.data.media import MEDIA_FIELDS, needs_no_content
+from pipelines.data.media import MEDIA_FIELDS, OTHER_IMAGE_FIELDS, needs_no_content
 from pipelines.data.storage import absolute, failure_of, is_local, locate
 from pipelines.data.turns import CONVERSATION_COLUMNS, NO_CONVERSATION, has_conversation
 from skipvision.errors import DataError
@@ -127,8 +127,11 @@ def _training_table(file: str, kind: str, max_pixels: int) -> Iterator[Record]:
     def wanted(names: Sequence[str]) -> Collection[str]:
         if not has_conversation(names):
             raise DataError(f"{file} has {NO_CONVERSATION}; its columns are {', '.join(names)}")
-        # Rows with other media are refused.
-        return [*TRAINING_COLUMNS, *(name for name in names if name.lower() in MEDIA_FIELDS)]
+        # Rows with other media, or with images in other columns, are refused.
+        return [
+            *TRAINING_COLUMNS,
+            *(name for name in names if name.lower() in MEDIA_FIELDS | OTHER_IMAGE_FIELDS),
+        ]
 
     rows = table_rows(file, kind, wanted, _IMAGE_COLUMNS, max_pixels, unread=needs_no_content)
     for number, value in enumerate(rows, start=1):

@@ -440,6 +440,23 @@ def test_a_file_of_videos_is_not_trained_as_text(tmp_path, suffix):
     assert ([reject.kind for reject in read.rejects], len(read.rows)) == (["other media"], 1)
 
 
+@pytest.mark.parametrize("field", ["image_path", "img", "image_url", "Image_Paths", "pixel_values", "photo"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_images_in_fields_that_are_not_read_are_reported(tmp_path, field, suffix):
+    rows = [{**LLAVA, field: "a.png"}, {**LLAVA, field: None}]
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    read = read_training_rows(str(file))
+    (reject,) = read.rejects
+    assert (reject.kind, len(read.rows)) == ("missing image", 1)
+    assert f"but `{field}`, which is not read: rename the field" in reject.reason
+    both = {**asked("<image>\nWhat?"), "image": "a.png", field: "a.png"}
+    assert len(parse(both).images) == 1
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_columns_with_the_names_of_media_may_hold_texts_and_numbers(tmp_path, suffix):
     table = pa.table(

@@ -184,7 +184,7 @@ def test_rows_are_numbered_across_batches_of_a_row_group(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.csv", b"", r"suffix '\.csv'.*\.json, \.jsonl, \.parquet"),
+        ("data.csv", b"", r"suffix '\.csv'.*\.json, \.jsonl, \.ndjson, \.parquet"),
         ("data.json", b'[{"id": 1},', r"data\.json is not valid JSON.*line 1"),
         ("data.parquet", b"PAR1 no", r"data\.parquet is not a readable parquet file"),
         ("folder", None, r"folder is a folder; give a file in it, or a pattern such as .*/folder/\*\.jsonl"),
