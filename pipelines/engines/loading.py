@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, ProcessorMixin
 
 from pipelines.engines.config import BaseModelSection
 from skipvision import loading
-from skipvision.anatomy.families import takes_images, text_only
+from skipvision.anatomy.families import takes_images
 from skipvision.errors import ConfigError
 
 _HUB_SECONDS = 10
@@ -130,7 +130,10 @@ def empty_model(config: PretrainedConfig) -> nn.Module:
         ConfigError: the model takes no images, or cannot be built.
     """
     if not takes_images(config):
-        raise ConfigError(f"model.path = {config.name_or_path}: {text_only(type(config).__name__)}")
+        raise ConfigError(
+            f"model.path = {config.name_or_path}: {type(config).__name__} takes no images: choose a "
+            "vision-language model"
+        )
     try:
         with torch.device("meta"), _of_setting("model.path"):
             return loading.build_model(config)
