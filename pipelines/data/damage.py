@@ -28,6 +28,7 @@ _PALETTE, _GREY, _RGB = 3, 0, 2
 
 _SEGMENTS = range(0xC0, 0xFF)
 _START_OF_SCAN = 0xDA
+_END_OF_IMAGE = b"\xff\xd9"
 _APPLICATION = range(0xE0, 0xF0)
 _COMMENT = 0xFE
 
@@ -59,7 +60,9 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def damage_of(data: bytes) -> str | None:
-    """Return what is damaged in a PNG, such as "is a PNG whose IDAT chunk is damaged"; None if nothing is."""
+    """Return what is damaged in a PNG or JPEG, as "is a PNG whose IDAT chunk is damaged"; None if unknown."""
+    if data.startswith(_JPEG) and _END_OF_IMAGE not in data:
+        return "is a JPEG that is cut off"
     if not data.startswith(_PNG):
         return None
     chunk = None

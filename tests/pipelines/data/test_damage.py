@@ -140,8 +140,11 @@ DAMAGED = {
         "is a PNG whose IDAT chunk is damaged",
     ),
     "zeros after the header": (PNG[:33] + bytes(40), "has no chunk where one must begin"),
-    "a JPEG's signature": (b"\xff\xd8\xff\xe0" + bytes(40), "is a JPEG whose header is damaged"),
-    "half a JPEG": (plain("JPEG")[:-60], "cannot be decoded"),
+    "a JPEG's signature": (
+        b"\xff\xd8\xff\xe0" + bytes(40) + b"\xff\xd9",
+        "is a JPEG whose header is damaged",
+    ),
+    "half a JPEG": (plain("JPEG")[:-60], "cannot be decoded: it is a JPEG that is cut off"),
     "a GIF's signature": (b"GIF89a", "is a GIF whose header is damaged"),
     "text": (b"<html>", "has no known format"),
     "nothing": (b"", "is empty"),

@@ -105,7 +105,7 @@ def flipped(data):
             "unreadable image",
             "has no known format",
         ),
-        ("cut.jpg", noise("JPEG")[:-2000], "unreadable image", "truncated"),
+        ("cut.jpg", noise("JPEG")[:-2000], "unreadable image", "is a JPEG that is cut off"),
         ("cut.png", noise("PNG")[:-2000], "unreadable image", "is a PNG that is cut off in its IDAT chunk"),
         ("cut.webp", noise("WEBP")[:-1000], "unreadable image", "cannot be decoded"),
         ("flipped.png", flipped(noise("PNG")), "unreadable image", "cannot be decoded"),
