@@ -273,8 +273,12 @@ def _read_image(
     """
     try:
         return _opened(file, name, max_pixels, formats, read)
-    except (OversizedImageError, MemoryError):
+    except OversizedImageError:
         raise
+    except MemoryError as error:
+        raise ImageError(
+            f"image {name} cannot be decoded: there is not enough memory for its pixels"
+        ) from error
     except Exception as error:  # decoders raise errors of many types on corrupt bytes
         file.seek(0)
         data = file.read()

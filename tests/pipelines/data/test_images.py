@@ -161,3 +161,13 @@ def _png(image):
     image.save(buffer, "PNG")
     buffer.seek(0)
     return buffer
+
+
+def test_an_image_that_does_not_fit_into_memory_is_an_error_of_its_row(monkeypatch, tmp_path):
+    def fail(image):
+        raise MemoryError
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr("pipelines.data.images._pixels", fail)
+    with pytest.raises(ImageError, match=r"a.png cannot be decoded: there is not enough memory"):
+        FileImage(str(tmp_path / "a.png")).open()
