@@ -97,6 +97,8 @@ def announce(
         if state is None:
             check_mask(call.get("attention_mask"), visual.shape, call.get("past_key_values"))
         refuse_packed(call)
+        if anatomy.family.one_a_row and sum(sizes) == int(visual.sum()):
+            sizes = [size for size in visual.sum(dim=1).tolist() if size]
         images = Images.locate(visual, sizes, anatomy.family.tiles)
         if config.criterion.needs_patches or config.merging.needs_patches:
             check_patches(anatomy, sizes)

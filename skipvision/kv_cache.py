@@ -24,8 +24,10 @@ from transformers.cache_utils import (
 from skipvision._compat import LayerWithoutCache
 from skipvision.anatomy.attention import block_indexer
 from skipvision.anatomy.cache_layers import (
+    cached_values,
     entries_of,
     holds_entries,
+    keeps_first_call,
     kind_of,
     set_entries,
     without_padding,
@@ -132,12 +134,14 @@ class Entries(NamedTuple):
         mask: (B, C + T) real entries of the cache before, then real tokens of the caller.
         token_index: (B, C + T) their indices among the tokens that their row was fed.
         shift, next_position: as in `CacheState`.
+        first: as in `CacheState`; None if this call is the first.
     """
 
     mask: torch.Tensor
     token_index: torch.Tensor
     shift: torch.Tensor
     next_position: torch.Tensor
+    first: torch.Tensor | None = None
 
     @staticmethod
     def of(cache: Cache) -> Entries:
@@ -163,6 +167,8 @@ class CacheState:
         next_position: (A, B) position id, shifted, of the next token after those.
         token_index: (B, C) index of each entry among the tokens that its row was fed.
         fed: (B,) tokens that each row had been fed.
+        first: (B,) tokens that each row was fed in the cache's first call, which some layers never forget;
+            None if all of its entries so far are of that call.
     """
 
     mask: torch.Tensor
@@ -171,6 +177,7 @@ class CacheState:
     next_position: torch.Tensor
     token_index: torch.Tensor
     fed: torch.Tensor
+    first: torch.Tensor | None = None
 
     @staticmethod
     def of(cache: Cache | None) -> CacheState | None:
@@ -212,6 +219,7 @@ class CacheState:
             self.next_position - lost,
             self.token_index[:, :-lost],
             self.fed - lost,
+            self.first,
         )
 
     def _of_rows(self, origin: torch.Tensor) -> CacheState:
@@ -223,6 +231,7 @@ class CacheState:
             self.next_position[:, at],
             self.token_index[at],
             self.fed[at],
+            None if self.first is None else self.first[at],
         )
 
     def extended_mask(self, cached: int, new: int, caller_mask: torch.Tensor | None) -> torch.Tensor:
@@ -263,17 +272,18 @@ def keep_everything(cache: Cache) -> None:
         UnsupportedModelError: a layer has lost entries already.
     """
     for number, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicSlidingWindowLayer:
+        if type(layer) is not DynamicSlidingWindowLayer and not keeps_first_call(layer):
             continue
-        if layer.get_seq_length() >= layer.sliding_window:
+        held = entries_of(layer)
+        if layer.cumulative_length >= layer.sliding_window:
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} keeps a window of {layer.sliding_window} tokens and has lost "
                 f"some of the {layer.get_seq_length()} it was fed: pass images in the first call, or pass "
                 "past_key_values=DynamicCache()"
             )
         whole = DynamicLayer()
-        if layer.keys is not None and layer.values is not None:
-            whole.update(layer.keys, layer.values)
+        for keys, values in zip(list(held.values())[::2], list(held.values())[1::2], strict=True):
+            whole.update(keys, values)
         cache.layers[number] = whole
 
 
@@ -364,5 +374,5 @@ def _count_entries(indexer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 def cache_bytes(cache: Cache) -> int:
     """Count the bytes of a cache's entries, without the fixed states of linear attention."""
-    tensors = [states for layer in prunable_layers(cache) for states in entries_of(layer).values()]
+    tensors = [states for layer in prunable_layers(cache) for states in cached_values(layer).values()]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

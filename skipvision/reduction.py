@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from skipvision._compat import hand_over_encoded
 from skipvision.anatomy import masks, positions
+from skipvision.anatomy.cache_layers import first_call_of
 from skipvision.anatomy.checks import (
     DECODED_KEYWORD,
     check_mask,
@@ -32,6 +33,7 @@ from skipvision.anatomy.checks import (
     warn_of_learnt_placeholders,
     warn_of_plain_training,
 )
+from skipvision.anatomy.deepstack import DeepStack, with_first_features
 from skipvision.anatomy.encoding import encode
 from skipvision.anatomy.families import Anatomy
 from skipvision.anatomy.images import Images
@@ -131,7 +133,7 @@ class Reduction:
             # Later drafts are checked on the pruned cache, so these must not see skipped tokens either.
             decoded = torch.zeros_like(fed.mask)
             decoded[:, -drafts:] = True
-        call = _DecoderCall(decoder, kwargs, fed, decoded, bool(drafts))
+        call = _DecoderCall(decoder, with_first_features(decoder, kwargs), fed, decoded, bool(drafts))
         if arrival.images is None:
             return args, call.on_pruned_cache()
         refuse_decoded_images(decoded, arrival.images.everywhere(len(call.fed.mask)))
@@ -199,11 +201,13 @@ class Fed:
         mask: (B, T) real tokens of this call.
         earlier: (B, C) real entries of the cache.
         token_index: (B, C + T) index of each among all tokens that its row was ever fed.
+        first: (B,) tokens of the cache's first call; None if this call is the first.
     """
 
     mask: torch.Tensor
     earlier: torch.Tensor
     token_index: torch.Tensor
+    first: torch.Tensor | None = None
 
     @classmethod
     def of(cls, kwargs: dict[str, Any], callers_mask: torch.Tensor | None) -> Fed:
@@ -215,9 +219,11 @@ class Fed:
             callers_mask = torch.ones(shape, dtype=torch.bool, device=embeds.device)
         mask, earlier = callers_mask[:, cached:].bool(), callers_mask[:, :cached].bool()
         state, whole = CacheState.of(cache), torch.cat([earlier, mask], dim=1)
-        return cls(
-            mask, earlier, masks.token_indices(whole) if state is None else state.extended_index(whole)
-        )
+        if state is not None:
+            return cls(mask, earlier, state.extended_index(whole), state.first)
+        held = first_call_of(cache) if cached else None
+        first = None if held is None else earlier[:, :held].sum(dim=1)
+        return cls(mask, earlier, masks.token_indices(whole), first)
 
     @property
     def cached(self) -> int:
@@ -263,7 +269,9 @@ class _DecoderCall:
         """Keyword arguments of a call without images on a pruned cache: only the mask changes."""
         given, embeds = self.kwargs.get("attention_mask"), self.kwargs["inputs_embeds"]
         sight, fed = masks.Sight.of(self.decoder), self.fed
-        mask = masks.decode_mask(sight, given, fed.whole, fed.token_index, embeds.shape[1], embeds.dtype)
+        mask = masks.decode_mask(
+            sight, given, fed.whole, fed.token_index, embeds.shape[1], embeds.dtype, fed.first
+        )
         return {**self.kwargs, "attention_mask": mask}
 
     def reduced(self, plan: TokenPlan, config: SkipConfig, cache: Any) -> dict[str, Any]:
@@ -295,7 +303,7 @@ class _DecoderCall:
             shift = positions.ends(callers, fed.mask) - positions.ends(reduced, plan.attention_mask)
             shift = torch.zeros_like(shift) if original else shift
             following = positions.ends(callers, torch.ones_like(fed.mask)) - shift
-            Entries(fed.whole, fed.token_index, shift, following).remember(cache)
+            Entries(fed.whole, fed.token_index, shift, following, fed.first).remember(cache)
         return reduced
 
     def _mask(self, plan: TokenPlan, dtype: torch.dtype, config: SkipConfig) -> masks.Given:
@@ -309,6 +317,7 @@ class _DecoderCall:
             fed.token_index[:, : fed.cached],
             dtype,
             self.decoded if config.skip_kv else None,
+            fed.first,
         )
 
     def _per_token(self, plan: TokenPlan) -> dict[str, Any]:
@@ -324,21 +333,21 @@ class _DecoderCall:
 
 
 def _deep_features(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:
-    """DeepStack: merge the visual features that early layers add, as the visual tokens were merged."""
-    visual, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
-    if visual is None or features is None:
+    """DeepStack: merge the visual features that layers add, as the visual tokens were merged."""
+    deep = DeepStack.of(kwargs)
+    if deep is None:
         return {}
-    stays = (plan.source >= 0) & torch.take_along_dim(visual, plan.source.clamp(min=0), dim=1)
+    stays = (plan.source >= 0) & torch.take_along_dim(deep.visual, plan.source.clamp(min=0), dim=1)
     merged = []
-    for layer in features:
-        whole = layer.new_zeros(*visual.shape, layer.shape[-1]).index_put((visual,), layer)
+    for layer in deep.features:
+        whole = layer.new_zeros(*deep.visual.shape, layer.shape[-1]).index_put((deep.visual,), layer)
         merged.append(merge_tokens(whole, plan)[stays])
-    return {"visual_pos_masks": stays, "deepstack_visual_embeds": merged}
+    return DeepStack(stays, deep.layers, merged).arguments()
 
 
 def _prune(cache: Any, plan: TokenPlan) -> None:
     """Compact the cache after prefill and leave a `CacheState` on it for later calls."""
-    mask, token_index, shift, following = Entries.of(cache)
+    mask, token_index, shift, following, first = Entries.of(cache)
     state = CacheState.of(cache)
     length = plan.merged_into.shape[1]
     before = mask.shape[1] - length
@@ -352,4 +361,5 @@ def _prune(cache: Any, plan: TokenPlan) -> None:
     kept, index = compact(cache, keep)
     entries = torch.cat([token_index[:, :before], reduced_index], dim=1)
     kept_index = torch.take_along_dim(entries, index, dim=1)
-    CacheState(kept, caller + length, shift, following, kept_index, fed).remember(cache)
+    first = fed if first is None else first
+    CacheState(kept, caller + length, shift, following, kept_index, fed, first).remember(cache)

@@ -30,20 +30,29 @@ def _same(states: torch.Tensor) -> torch.Tensor:
 _FORMS = {
     "keys": _Form(_same, _same),
     "values": _Form(_same, _same),
+    "prefill_keys": _Form(_same, _same),
+    "prefill_values": _Form(_same, _same),
     # (B, 1, C, dim)
     "idx_keys": _Form(_same, _same),
     # (B, C, dim)
     "indexer_keys": _Form(lambda keys: keys[:, None], lambda keys: keys[:, 0]),
+    # (A, B, C): positions on A axes
+    "indexer_position_ids": _Form(
+        lambda ids: ids.transpose(0, 1)[..., None], lambda rows: rows[..., 0].transpose(0, 1)
+    ),
 }
 _KEYS_AND_VALUES = ("keys", "values")
 _KINDS = {
     "DynamicLayer": _KEYS_AND_VALUES,
-    "DynamicIndexedLayer": (*_KEYS_AND_VALUES, "indexer_keys"),
+    "DynamicIndexedLayer": (*_KEYS_AND_VALUES, "indexer_keys", "indexer_position_ids"),
     "MiniMaxM3VLSparseCacheLayer": (*_KEYS_AND_VALUES, "idx_keys"),
 }
 """Fields with one entry per token, by the name of the layer's class: older transformers lack some classes.
 
 Layers of these classes keep all entries."""
+_REFERENCE = "UnlimitedOcrDynamicReferenceSlidingWindowLayer"
+_OTHERS = {_REFERENCE: ("prefill_keys", "prefill_values", *_KEYS_AND_VALUES)}
+"""The same, of layers that drop some entries: a window after the first call, which they keep."""
 
 
 def kind_of(layer: Any) -> type[DynamicLayer]:
@@ -56,9 +65,20 @@ def holds_entries(layer: Any) -> bool:
     return isinstance(layer, DynamicLayer) and kind_of(layer).__name__ in _KINDS
 
 
+def keeps_first_call(layer: Any) -> bool:
+    """Return whether a layer keeps all entries of its first call, and of later ones a window."""
+    return type(layer).__name__ == _REFERENCE
+
+
+def first_call_of(cache: Any) -> int | None:
+    """Return how many entries of its first call such a layer of a cache holds; None without such a layer."""
+    layers = () if cache is None else cache.layers
+    return next((layer.prefill_length for layer in layers if keeps_first_call(layer)), None)
+
+
 def entries_of(layer: Any) -> dict[str, torch.Tensor]:
     """Return the entries of a layer by field, (B, heads, C, dim) each; nothing of a layer without any."""
-    names = _KINDS.get(kind_of(layer).__name__, _KEYS_AND_VALUES)
+    names = {**_KINDS, **_OTHERS}.get(kind_of(layer).__name__, _KEYS_AND_VALUES)
     fields = {name: getattr(layer, name, None) for name in names}
     # An initialised layer that was never updated has tensors without dimensions.
     return {
@@ -66,6 +86,11 @@ def entries_of(layer: Any) -> dict[str, torch.Tensor]:
         for name, states in fields.items()
         if states is not None and states.ndim > 1
     }
+
+
+def cached_values(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the entries of a layer that count as KV cache: all but position ids."""
+    return {name: states for name, states in entries_of(layer).items() if states.is_floating_point()}
 
 
 def set_entries(layer: Any, entries: Mapping[str, torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ from transformers.cache_utils import (
 )
 
 from skipvision._compat import LayerWithoutCache, decoder_cache_layers
-from skipvision.anatomy.cache_layers import holds_entries
+from skipvision.anatomy.cache_layers import holds_entries, keeps_first_call
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 
 DECODED_KEYWORD = "skip_vision_decoded"
@@ -36,6 +36,8 @@ def check_cache_layers(text_config: Any) -> None:
     kinds = dict(enumerate(getattr(text_config, "layer_types", None) or ()))
     for number, layer in enumerate(decoder_cache_layers(text_config)):
         if holds_entries(layer) or type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
+            continue
+        if keeps_first_call(layer):
             continue
         if isinstance(layer, LayerWithoutCache) and kinds.get(number) in FEED_FORWARD_KINDS:
             continue

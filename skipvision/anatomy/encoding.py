@@ -84,7 +84,7 @@ def _encoded(outer: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_slices(outer: nn.Module, encoded: Any) -> None:
     """Reject images that ``generate(prefill_chunk_size=…)`` has cut into parts."""
-    if isinstance(encoded, Mapping) and encoded.keys() <= _SLICED:
+    if isinstance(encoded, Mapping) and "pooler_output" in encoded and encoded.keys() <= _SLICED:
         raise InputError(
             f"encoded images hold {', '.join(encoded)} alone, as generate(prefill_chunk_size=…) cuts them: "
             "where an image begins and ends cannot be known. Leave out prefill_chunk_size, "
@@ -127,12 +127,18 @@ def _entries(outer: nn.Module, encoded: Any) -> Iterable[torch.Tensor]:
     features = model_output(encoded, "pooler_output")
     if features is None:
         features = model_output(encoded, "last_hidden_state")
+    deep = model_output(encoded, "deepstack_features")
+    if features is None and deep is not None:
+        features = deep[0][1]  # of the first layer that adds some
     if features is None:
         raise UnsupportedModelError(
             f"{type(outer).__name__} encodes images to {', '.join(encoded)}, not to visual tokens of each "
             "image (pooler_output): what to select from cannot be known",
             "images are not encoded to one feature for each visual token",
         )
+    model: Any = outer
+    if isinstance(features, torch.Tensor) and features.ndim == 2 and family_of(model.config).one_a_row:
+        return [features]
     if isinstance(features, torch.Tensor) and features.ndim == 2:
         raise UnsupportedModelError(
             f"{type(outer).__name__} encodes images to features of shape {tuple(features.shape)}: where one "

@@ -30,6 +30,7 @@ class Family:
     Attributes:
         tiles: adjacent encoded entries (an image cut into tiles, and a thumbnail) are one image.
         rows: an encoded entry holds all images of a row, each of ``image_seq_len`` visual tokens.
+        one_a_row: all visual tokens of a row are one image: the encoder does not say where one ends.
         base_view: the view of the whole image comes before ("first") or after ("last") the high-resolution
             crops among an image's visual tokens (select="views"); None = one view only.
         whole_prompt: text around images depends on them, so a prompt cannot be prefilled in two parts. In
@@ -44,6 +45,7 @@ class Family:
 
     tiles: bool = False
     rows: bool = False
+    one_a_row: bool = False
     base_view: Literal["first", "last"] | None = None
     whole_prompt: bool = False
     patches: bool = False
@@ -53,6 +55,10 @@ class Family:
 
 
 Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
+
+_PAST_PLACEHOLDERS = "generate calls the text decoder with embeddings alone, so placeholders are not known"
+_ONE_MODULE = "one module embeds images and runs the layers, so there is no call to reduce between them"
+_COUNTED_DISTANCES = "attention counts distances between entries of the cache, which pruning changes"
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(patches=True, geometry="square"),
@@ -75,8 +81,12 @@ FAMILIES: dict[str, Family] = {
     "molmo2": Family(one_by_one=True),
     "ernie4_5_vl_moe": Family(whole_prompt=True),
     "granite_docling": Family(rows=True),
-    "granite4_vision": Family(refused="images are not encoded to one feature for each visual token"),
-    "fuyu": Family(refused="encoded images are not separated"),
+    "fuyu": Family(one_a_row=True),
+    "blip-2": Family(refused=_PAST_PLACEHOLDERS),
+    "instructblip": Family(refused=_PAST_PLACEHOLDERS),
+    "chameleon": Family(refused=_ONE_MODULE),
+    "inkling2": Family(refused=_COUNTED_DISTANCES),
+    "inkling_mm_model": Family(refused=_COUNTED_DISTANCES),
 }
 """Families that depart from the common shape, by the ``model_type`` of their config."""
 

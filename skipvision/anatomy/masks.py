@@ -22,6 +22,8 @@ from skipvision.plan import TokenPlan
 FULL = "full_attention"
 _SLIDING = "sliding_attention"
 _CHUNKED = "chunked_attention"
+_REFERENCE = "reference_sliding_attention"
+"""Every token sees all of the first call, and a window of later tokens."""
 _INDEXED = ("indexed_attention", "minimax_m3_sparse")
 """Kinds of layers that choose what to attend to among all earlier tokens."""
 _RECURRENT = ("linear_attention", "conv")
@@ -57,7 +59,9 @@ class Sight:
         window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
         types = [t for t in getattr(config, "layer_types", None) or () if t not in FEED_FORWARD_KINDS]
         kinds = sorted(set(types)) if types else [_SLIDING if window else FULL]
-        reach = {kind: size for kind, size in ((_SLIDING, window), (_CHUNKED, chunk)) if size}
+        reach = {
+            kind: size for kind, size in ((_SLIDING, window), (_REFERENCE, window), (_CHUNKED, chunk)) if size
+        }
         return cls(
             tuple(kind if kind in reach else FULL for kind in kinds) if not types else tuple(kinds),
             bool(types),
@@ -111,11 +115,18 @@ class Sight:
             return seen
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
-    def within_reach(self, kind: str, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(B, Q, K) keys that a kind of layer can see, by (B, Q) and (B, K) indices in the caller's rows."""
-        if kind not in self.reach:
+    def within_reach(
+        self, kind: str, queries: torch.Tensor, keys: torch.Tensor, first: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, Q, K) keys that a kind of layer can see, by (B, Q) and (B, K) indices in the caller's rows.
+
+        ``first`` (B,) are the tokens that each row was fed in the first call; None = all.
+        """
+        if kind not in self.reach or (kind == _REFERENCE and first is None):
             return torch.ones(1, 1, 1, dtype=torch.bool, device=keys.device)
         reach, queries, keys = self.reach[kind], queries[:, :, None], keys[:, None, :]
+        if kind == _REFERENCE and first is not None:
+            return (queries - keys < reach) | (keys < first[:, None, None])
         return queries - keys < reach if kind == _SLIDING else queries // reach == keys // reach
 
 
@@ -141,6 +152,7 @@ def prefill_mask(
     earlier_index: torch.Tensor,
     dtype: torch.dtype,
     decoded: torch.Tensor | None = None,
+    first: torch.Tensor | None = None,
 ) -> Given:
     """Return the decoder's mask for the reduced sequence.
 
@@ -154,6 +166,7 @@ def prefill_mask(
         earlier_index: (B, C) their indices among all tokens that their row was fed.
         dtype: of the hidden states.
         decoded: (B, T) generated tokens, which do not see tokens that leave the cache.
+        first: (B,) tokens of the cache's first call, as in `Sight.within_reach`.
 
     Raises:
         ConfigError: the attention implementation takes no mask per query, but one is needed.
@@ -177,15 +190,15 @@ def prefill_mask(
     seen = {}
     for kind in sight.attending if sight.by_kind or isinstance(given, dict) else sight.attending[:1]:
         mask = given.get(kind) if isinstance(given, dict) else given
-        if mask is not None and mask.ndim == 4:
+        if mask is not None and mask.ndim == 4 and kind != _REFERENCE:
             own = _reduced(mask[..., -caller_index.shape[1] :], source, before)
         else:
-            own = before & sight.within_reach(kind, token_index, token_index)
+            own = before & sight.within_reach(kind, token_index, token_index, first)
         own = own & plan.attention_mask[:, None, :]
         if decoded is not None:
             generated = torch.take_along_dim(decoded, plan.source.clamp(min=0), dim=1) & (plan.source >= 0)
             own = own & ~(generated[:, :, None] & ~plan.cache_mask[:, None, :])
-        old = sight.within_reach(kind, token_index, earlier_index) & earlier[:, None, :]
+        old = sight.within_reach(kind, token_index, earlier_index, first) & earlier[:, None, :]
         seen[kind] = torch.cat([old.expand(-1, own.shape[1], -1), own], dim=2)
     return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, plan.attention_mask)
 
@@ -212,6 +225,7 @@ def decode_mask(
     token_index: torch.Tensor,
     new: int,
     dtype: torch.dtype,
+    first: torch.Tensor | None = None,
 ) -> Given:
     """Return the decoder's mask for ``new`` tokens after a pruned cache.
 
@@ -222,6 +236,7 @@ def decode_mask(
         token_index: (B, C + new) their indices in the caller's rows.
         new: tokens of this call.
         dtype: of the hidden states.
+        first: (B,) tokens of the cache's first call, as in `Sight.within_reach`.
     """
     if not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
         return mask
@@ -231,7 +246,7 @@ def decode_mask(
     seen = {
         kind: before
         & mask[:, None, :]
-        & sight.within_reach(kind, token_index[:, entries - new :], token_index)
+        & sight.within_reach(kind, token_index[:, entries - new :], token_index, first)
         for kind in (sight.attending if sight.by_kind or isinstance(given, dict) else sight.attending[:1])
     }
     real = mask[:, entries - new :] if new > 1 else None

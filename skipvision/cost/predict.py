@@ -108,7 +108,9 @@ def predict_cost(
     encoding, sizes = unit_costs.images(design, images, visual_tokens)
     if visual_tokens is not None and images:
         encoding = encoding * images * visual_tokens // sum(sizes)
-        sizes = images * _resized(sizes[: len(sizes) // images], visual_tokens)
+        each = sizes[: max(len(sizes) // images, 1)]
+        joined = len(sizes) == 1  # In some families all images of a row are one.
+        sizes = (images * visual_tokens,) if joined else images * _resized(each, visual_tokens)
     row = _Row(sizes, text_tokens, new_tokens, encoding)
     saved_in = model_config.dtype
     element = dtype or (saved_in if isinstance(saved_in, torch.dtype) else torch.float32)

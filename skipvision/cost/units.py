@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from skipvision.anatomy.cache_layers import entries_of
+from skipvision.anatomy.cache_layers import cached_values
 from skipvision.anatomy.encoding import encoded_sizes
 from skipvision.anatomy.families import Anatomy, dissect, lm_head, takes_images, text_only
 from skipvision.anatomy.pictures import Request, collate, recipe_of
@@ -243,10 +243,10 @@ def cache(design: Design) -> tuple[CacheLayer, ...]:
     return tuple(
         CacheLayer(
             sum(states.numel() for states in entries.values()) // _SHORT,
-            layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else math.inf,
+            layer.sliding_window - 1 if type(layer) is DynamicSlidingWindowLayer else math.inf,
         )
         for layer in kept.layers
-        if (entries := entries_of(layer))
+        if (entries := cached_values(layer))
     )
 
 
@@ -338,7 +338,8 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
                 stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
         stack.callback(end.register_forward_hook(stop).remove)
         try:
-            model.whole(**_text(model.whole, tokens), use_cache=use_cache)
+            kept = {"past_key_values": DynamicCache(config=model.anatomy.text_config)} if use_cache else {}
+            model.whole(**_text(model.whole, tokens), use_cache=use_cache, **kept)
         except _Stop:
             return outputs[0] if outputs else None
     raise UnsupportedModelError(f"{type(model.whole).__name__} does not call its {type(end).__name__}")

@@ -65,6 +65,7 @@ class Running:
         fed, positions = filled.fed.tolist(), filled.next_position.T.tolist()
         for sequence, row in zip(sequences, source, strict=True):
             sequence.length, sequence.fed, sequence.position = lengths[row], fed[row], positions[row]
+            sequence.first = fed[row]
         self.slots.allocate(filled.layers, filled.states)
         self._make_room([*self.sequences, *sequences])
         rows = torch.tensor(source, device=index.device)
@@ -123,7 +124,7 @@ class Running:
         self.slots.begin_step(at, ordinals, min(span, self.slots.length), rows)
         inputs = {
             "input_ids": tensor([[sequence.ids[-1]] for sequence in sequences], [0]),
-            "attention_mask": self._mask(at, ordinals),
+            "attention_mask": self._mask(at, ordinals, tensor([sequence.first for sequence in sequences])),
             "position_ids": positions if axes > 1 else positions[0],
             "past_key_values": self.slots,
             "use_cache": True,
@@ -151,7 +152,7 @@ class Running:
         with recompile_limit(_MAX_COMPILED_SHAPES):
             return self._compiled(**inputs)
 
-    def _mask(self, lengths: torch.Tensor, ordinals: torch.Tensor) -> Any:
+    def _mask(self, lengths: torch.Tensor, ordinals: torch.Tensor, first: torch.Tensor) -> Any:
         """Let each row's new token see the row's own entries, within the window of each layer."""
         keys = self.slots.ordinals()
         visible = torch.arange(keys.shape[1], device=keys.device) <= lengths[:, None]
@@ -159,7 +160,8 @@ class Running:
             return visible.long()
         kinds = self._sight.attending if self._sight.by_kind else self._sight.attending[:1]
         masks = {
-            kind: visible[:, None] & self._sight.within_reach(kind, ordinals[:, None], keys) for kind in kinds
+            kind: visible[:, None] & self._sight.within_reach(kind, ordinals[:, None], keys, first)
+            for kind in kinds
         }
         return self._sight.write(masks, self._sight.by_kind, self._model.dtype)
 

@@ -122,6 +122,7 @@ class Sequence:
         adjust: function that changes the logits of its next token, or None.
         length: entries in its row of the KV cache.
         fed: tokens of prompt and answer that the model has read, as the caller counts them.
+        first: tokens of the prompt.
         position: (A,) position of the newest token, on each of the model's position axes.
     """
 
@@ -133,7 +134,7 @@ class Sequence:
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
-        self.length = self.fed = 0
+        self.length = self.fed = self.first = 0
         self.position: list[int] = []
         self._stream = TextStream(decode, self.sampling.stop)
         self.adjust = None if group.request.adjust is None else group.request.adjust()

@@ -227,6 +227,17 @@ class _Layer(CacheLayerMixin):
         used = torch.arange(self.slots.span, device=read.device) <= self.slots.at[:, None]
         return read.masked_fill(~used[..., None], 0)
 
+    @property
+    def indexer_position_ids(self) -> torch.Tensor | None:
+        """(A, R, span − 1) positions of the entries before this step, as some indexers read them."""
+        if "indexer_position_ids" not in self.blocks:
+            return None
+        return self._read("indexer_position_ids")[:, :, :-1, 0].transpose(0, 1)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, ids: torch.Tensor) -> None:
+        self._write("indexer_position_ids", ids[..., -1:].transpose(0, 1)[..., None])
+
     def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
         """Do the same as `update_indexer` for MiniMax M3, whose keys are (R, 1, 1, dim)."""
         return self._write("idx_keys", idx_k)
@@ -235,9 +246,13 @@ class _Layer(CacheLayerMixin):
         slots = self.slots
         own = slots.step_rows
         rows = torch.arange(len(states), device=states.device) if own is None else own
-        view = self.blocks[name].view(slots.length)
-        view[rows, :, slots.at] = states[:, :, 0]
-        return view[slice(len(states)) if own is None else own, :, : slots.span]
+        self.blocks[name].view(slots.length)[rows, :, slots.at] = states[:, :, 0]
+        return self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
+        slots = self.slots
+        rows = slice(len(slots.at)) if slots.step_rows is None else slots.step_rows
+        return self.blocks[name].view(slots.length)[rows, :, : slots.span]
 
     def get_seq_length(self) -> int:
         """Number of entries, with that of this step: attention reads it after its update."""

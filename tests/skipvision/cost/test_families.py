@@ -12,9 +12,10 @@ from peft.tuners import lora
 from torch import nn
 
 from skipvision import SkipConfig, attach, measure_flops, predict_cost
-from skipvision.anatomy.cache_layers import entries_of
+from skipvision.anatomy.cache_layers import cached_values
 from skipvision.anatomy.families import dissect, lm_head
 from skipvision.testing.families import tiny_batch, tiny_model
+from tests.skipvision.families.running import new_cache
 from tests.skipvision.family_table import SUPPORTED
 
 SAMPLE = {"aria", "gemma3", "idefics3", "kimi_k25", "llama4", "qwen2_vl", "qwen3_vl_moe"}
@@ -55,7 +56,7 @@ def last(model, positions):
 
 
 def kept_bytes(cache):
-    states = [tensor for layer in cache.layers for tensor in entries_of(layer).values()]
+    states = [tensor for layer in cache.layers for tensor in cached_values(layer).values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in states)
 
 
@@ -65,8 +66,9 @@ def test_prefill_and_cache(family, name):
     model, config = model_of(family), CONFIGS[name]
     inputs, seen = tiny_batch(model, [["image", WORDS]]), []
     cost = predicted(model, config, inputs)
+    given = {**inputs, **last(model, 1), "use_cache": True, "past_key_values": new_cache(model)}
     with torch.no_grad(), attach(model, config) as skip:
-        flops = measure_flops(lambda: seen.append(model(**inputs, **last(model, 1), use_cache=True)))
+        flops = measure_flops(lambda: seen.append(model(**given)))
     assert cost.prefill_flops == pytest.approx(flops, rel=0.03)
     assert cost.kv_bytes == kept_bytes(seen[0].past_key_values)
     assert cost.sequence == skip.plan.roles.shape[1]

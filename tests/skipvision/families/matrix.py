@@ -45,6 +45,7 @@ FLOAT32_INSIDE = {
     "minicpmv4_7",
     "qwen3_5",
     "qwen3_5_moe",
+    "qwen4_exp",
 }
 """Families whose linear attention or indexer computes in float32, whatever the dtype of the model."""
 ONLY_EAGER = {"got_ocr2", "pp_chart2table"}
@@ -87,7 +88,7 @@ MIXED_UP = Limit(
     else [[3, "image", 24], [5], [2, "large image", 3]],
 )
 NOT_REPEATED = Limit(
-    _UNREPEATED if BEFORE_5_18 else ("llama4",),
+    _UNREPEATED if BEFORE_5_18 else ("fuyu", "llama4"),
     "beam search repeats the prompts, but not the encoded images, and raises an error",
     [],
 )

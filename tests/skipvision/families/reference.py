@@ -20,6 +20,7 @@ from torch import nn
 
 from skipvision import SkipConfig, TokenPlan, TokenRole
 from skipvision.anatomy.attention import block_indexer, reads_padding_alone
+from skipvision.anatomy.deepstack import DeepStack, with_first_features
 from skipvision.anatomy.families import dissect
 from skipvision.anatomy.masks import is_per_query
 
@@ -91,6 +92,7 @@ class Fate:
 def watch(model: nn.Module, run: Run) -> Seen:
     """Record the inputs of an untouched model's decoder."""
     anatomy = dissect(model)
+    kinds = getattr(anatomy.text_config, "layer_types", None) or ()
     calls: list[Call] = []
 
     def begin(decoder: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
@@ -99,7 +101,7 @@ def watch(model: nn.Module, run: Run) -> Seen:
             given = next(iter(given.values()))
         padded = isinstance(given, torch.Tensor) and given.ndim == 2
         real = given[:, -shape[1] :].bool() if padded else torch.ones(shape, dtype=torch.bool)
-        calls.append(Call(dict(keywords), [], real))
+        calls.append(Call(with_first_features(decoder, dict(keywords)), [], real))
 
     def note(attention: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
         past = sum(call.keywords["inputs_embeds"].shape[1] for call in calls[:-1])
@@ -108,7 +110,8 @@ def watch(model: nn.Module, run: Run) -> Seen:
         if given is not None and given.ndim == 2:  # attention adds causality itself
             real = torch.cat([call.real for call in calls], dim=1)
             given = (_seen(None, *shape, past) & real[:, None])[:, None]
-        calls[-1].seen.append(_seen(given, *shape, past))
+        kept = calls[0].keywords["inputs_embeds"].shape[1] if REFERENCE in kinds else 0
+        calls[-1].seen.append(_seen(given, *shape, past, kept))
 
     handles = [anatomy.decoder.register_forward_pre_hook(begin, with_kwargs=True)]
     attending = [layer.attention for layer in anatomy.layers if layer.attends]
@@ -121,15 +124,22 @@ def watch(model: nn.Module, run: Run) -> Seen:
     return _joined(calls)
 
 
-def _seen(mask: torch.Tensor | None, rows: int, new: int, past: int) -> torch.Tensor:
-    """(B, new, past + new) booleans of an attention mask; a mask over fewer keys covers the last ones."""
+REFERENCE = "reference_sliding_attention"
+"""Kind of layers that keep the keys of the first call, and a window of later ones."""
+
+
+def _seen(mask: torch.Tensor | None, rows: int, new: int, past: int, kept: int = 0) -> torch.Tensor:
+    """(B, new, past + new) booleans of an attention mask.
+
+    A mask over fewer keys covers those that are kept from the first call, and the last ones.
+    """
     if mask is None:  # SDPA then attends to all earlier tokens.
         return torch.ones(rows, new, past + new, dtype=torch.bool).tril(past)
     seen = mask if mask.dtype == torch.bool else mask == 0
     assert seen.shape[1] == 1, "one mask for all heads"
     seen = seen[:, 0].expand(rows, -1, -1)
     unseen = seen.new_zeros(rows, new, past + new - seen.shape[2])
-    return torch.cat([unseen, seen], dim=2)
+    return torch.cat([seen[:, :, :kept], unseen, seen[:, :, kept:]], dim=2)
 
 
 def _joined(calls: list[Call]) -> Seen:
@@ -149,7 +159,7 @@ def _joined(calls: list[Call]) -> Seen:
             layer[:, begin:end, :end] = seen
         visual.append(torch.zeros(part.shape[:2], dtype=torch.bool))
         for whole, features in zip(deep, _deep(call.keywords), strict=False):
-            visual[-1] = call.keywords["visual_pos_masks"]
+            visual[-1] = DeepStack.of(call.keywords).visual
             whole[:, begin:end][visual[-1]] = features
         begin = end
     return Seen(
@@ -172,11 +182,12 @@ def _alike(positions: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _deep(keywords: dict[str, Any]) -> list[torch.Tensor]:
-    return keywords.get("deepstack_visual_embeds") or []
+    deep = DeepStack.of(keywords)
+    return [] if deep is None else deep.features
 
 
 def _others(calls: list[Call], embeds: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    named = {"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks"}
+    named = {"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "vision_mask"}
     others: dict[str, torch.Tensor] = {}
     for name, value in calls[0].keywords.items():
         if isinstance(value, torch.Tensor) and value.shape[:2] == embeds[0].shape[:2] and name not in named:
@@ -270,7 +281,7 @@ def hidden_states(
     }
     if seen.deep:
         merged = [extended(_merged(features, fate.host))[visual] for features in seen.deep]
-        keywords |= {"visual_pos_masks": visual, "deepstack_visual_embeds": merged}
+        keywords |= DeepStack(visual, DeepStack.of(seen.keywords).layers, merged).arguments()
     masks = [_mask(layer, seen.call, fate, columns, config) for layer in seen.layers]
     orders = _orders(seen.real, fate, columns)
     output = _run(model, keywords, masks, orders, takes_ffn)[:, :total]

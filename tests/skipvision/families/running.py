@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from skipvision.anatomy.families import dissect
 from skipvision.testing.families import tiny_batch
@@ -43,6 +44,11 @@ def say(model: Any, batch: Batch, words: torch.Tensor | int, **options: Any) -> 
         return_dict_in_generate=True,
     )
     return out.sequences[:, begin:], out
+
+
+def new_cache(model: nn.Module) -> DynamicCache:
+    """Return an empty cache: with ``use_cache=True`` alone, granite4_vision does not create one."""
+    return DynamicCache(config=dissect(model).text_config)
 
 
 def states_in_batch_and_alone(

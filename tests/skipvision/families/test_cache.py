@@ -6,12 +6,13 @@ from skipvision import attach
 from skipvision.anatomy.cache_layers import entries_of
 from skipvision.testing.families import tiny_batch
 from tests.skipvision.families.matrix import DROPPING, MERGING, ROWS, combinations, model_of
+from tests.skipvision.families.running import new_cache
 
 
 @torch.no_grad()
 def layers_of(model, batch):
     """Return the entries that a prefill caches, by layer and field."""
-    cache = model(**batch, use_cache=True).past_key_values
+    cache = model(**batch, use_cache=True, past_key_values=new_cache(model)).past_key_values
     return [states for layer in cache.layers for states in entries_of(layer).values()]
 
 

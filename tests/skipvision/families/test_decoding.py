@@ -19,7 +19,7 @@ from tests.skipvision.families.matrix import (
     combinations,
     model_of,
 )
-from tests.skipvision.families.running import close, say, states_of
+from tests.skipvision.families.running import close, new_cache, say, states_of
 from tests.skipvision.family_table import VERSION
 
 
@@ -85,7 +85,7 @@ def another_image(model, config, first_image, second_image, words=25):
     plans = []
 
     def run():
-        cache = model(**first, use_cache=True).past_key_values
+        cache = model(**first, use_cache=True, past_key_values=new_cache(model)).past_key_values
         plans.append(skip.plan)
         return model(**second, position_ids=positions[..., begin:], past_key_values=cache, use_cache=True)
 

@@ -94,14 +94,15 @@ def test_caches_of_fixed_size_are_named(family, cache):
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("granite4_vision", "images are not encoded to one feature for each visual token"),
-        ("fuyu", "encoded images are not separated"),
+        ("blip-2", "generate calls the text decoder with embeddings alone"),
+        ("chameleon", "one module embeds images and runs the layers"),
+        ("inkling_mm_model", "attention counts distances between entries of the cache"),
     ],
 )
-def test_families_whose_images_cannot_be_cut_are_refused_by_attach(family, reason):
+def test_families_that_are_known_not_to_work_are_refused_by_attach(family, reason):
     with pytest.raises(UnsupportedModelError, match=f"is not supported: {reason}") as caught:
         attach(tiny_model(family), CONFIG)
-    assert caught.value.reason == reason
+    assert caught.value.reason.startswith(reason)
 
 
 # ---------------------------------------------------------------------------------- mixtures of experts

@@ -52,8 +52,8 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_
 
 STEP = 1e-5
 """Size of a change of weights that is too small to change a plan."""
-SMALL_STEPS = {"dots3_note"}
-"""Families in which it moves a token to another expert, but a tenth of it does not."""
+SMALL_STEPS = {"dots3_note", "granite4_vision"}
+"""Families in which it moves a token to another expert or into another token, but a tenth of it does not."""
 
 
 def exact_loss(model, batch):
