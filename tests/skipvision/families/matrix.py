@@ -80,7 +80,7 @@ _UNREPEATED = ("exaone4_5", "kimi_k25", "muse_glimmer")
 MIXED_UP = Limit(
     tuple(name for name in FAMILIES if not name.startswith(_GRIDS + _BATCHED + _UNREPEATED))
     if BEFORE_5_18
-    else ("glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga"),
+    else ("glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "granite4_vision"),
     "beam search mixes up the images of a row that has several",
     # Before 5.18 also the tiles of an image.
     [[3, "small image", 24], [5], [2, "small image", 3]]
