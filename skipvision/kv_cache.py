@@ -271,10 +271,10 @@ def keep_everything(cache: Cache) -> None:
     Raises:
         UnsupportedModelError: a layer has lost entries already.
     """
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicSlidingWindowLayer and not keeps_first_call(layer):
+    for number, each in enumerate(cache.layers):
+        if type(each) is not DynamicSlidingWindowLayer and not keeps_first_call(each):
             continue
-        held = entries_of(layer)
+        layer = cast(DynamicSlidingWindowLayer, each)
         if layer.cumulative_length >= layer.sliding_window:
             raise UnsupportedModelError(
                 f"the KV cache's layer {number} keeps a window of {layer.sliding_window} tokens and has lost "
@@ -282,7 +282,8 @@ def keep_everything(cache: Cache) -> None:
                 "past_key_values=DynamicCache()"
             )
         whole = DynamicLayer()
-        for keys, values in zip(list(held.values())[::2], list(held.values())[1::2], strict=True):
+        held = list(entries_of(layer).values())
+        for keys, values in zip(held[::2], held[1::2], strict=True):
             whole.update(keys, values)
         cache.layers[number] = whole
 
