@@ -242,13 +242,13 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
 
 
 def _check_probe(probe: Probe, anatomy: Anatomy, number: int) -> None:
-    """Raise an error if a layer cannot be read; name those that can."""
+    """Raise an error if a layer cannot be read; if it lacks what is read, name the layers that have it."""
     layer = anatomy.layers[number]
     try:
         probe.check(layer)
     except UnsupportedModelError as error:
         others = [str(each) for each, one in enumerate(anatomy.layers) if _can_be_read(probe, one)]
-        if not others:
+        if not others or (layer.attends and layer.mlp is not None):
             raise
         name = type(layer.attention or layer.mlp).__name__
         raise ConfigError(
