@@ -43,6 +43,7 @@ FLOAT32_INSIDE = {
     "minicpm_ocr",
     "minicpmv4_6",
     "minicpmv4_7",
+    "nemotron_h_omni",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen4_exp",
