@@ -2,6 +2,6 @@
 
 Reading order: `families` (the parts that are hooked), `images` (images among a batch's tokens), `positions`
 and `masks` (of a reduced sequence), `cache_layers` (what is pruned), `encoding` (images encoded ahead),
-`attention`, `probe` and `tower` (what criteria read), `checks` (models and calls that are not supported),
-`pictures` (synthetic images to measure a family).
+`deepstack` (features that layers add), `attention`, `probe` and `tower` (what criteria read), `checks`
+(models and calls that are not supported), `pictures` (synthetic images to measure a family).
 """
