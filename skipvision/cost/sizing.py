@@ -48,13 +48,13 @@ factor of two or more."""
 
 GPUS = {
     "l4": Gpu(
-        *(24e9, 300e9, 121e12, 0.8048),
-        "L4 data sheet (242 TFLOPS with sparsity, half without); g6.xlarge, price lists in public "
+        *(24e9, 300e9, 121e12, 0.9776),
+        "L4 data sheet (242 TFLOPS with sparsity, half without); g6.2xlarge, price lists in public "
         "repositories, read 2026-11-29",
     ),
     "l40s": Gpu(
-        *(48e9, 864e9, 362e12, 1.861),
-        "L40S data sheet (362 TFLOPS, 733 with sparsity); g6e.xlarge, price lists in public repositories, "
+        *(48e9, 864e9, 362e12, 2.24208),
+        "L40S data sheet (362 TFLOPS, 733 with sparsity); g6e.2xlarge, price lists in public repositories, "
         "read 2026-11-29",
     ),
     "a100": Gpu(

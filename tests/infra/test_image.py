@@ -89,6 +89,17 @@ def test_copied_files_exist_and_are_not_ignored():
     assert needed <= set(shown)
 
 
+def test_nodes_have_what_rays_launcher_and_kuberays_probes_call():
+    (installed,) = re.findall(r"apt-get install (.*?) &&", STAGES["skipvision"])
+    assert {"openssh-client", "rsync", "wget", "g++"} <= set(installed.split())
+
+
+def test_the_image_for_a_cloud_has_the_client_of_rays_autoscaler():
+    clients = dict(re.findall(r"\b(aws|gcp)\) cloud=\"?([\w-]+)", STAGES["packages"]))
+    assert clients == {"aws": "boto3", "gcp": "google-api-python-client"}
+    assert "boto3" in CONSTRAINTS
+
+
 def test_nodes_have_the_variables_of_the_endpoint():
     from serve.deploy import _ALWAYS
 

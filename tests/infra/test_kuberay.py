@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from serve.config import serve_config
+from skipvision.cost.sizing import GPUS
 from tests.infra.manifests import (
     KUBERAY,
     OVERLAYS,
@@ -200,7 +201,10 @@ def pod_labels(manifests: list[Manifest]) -> Iterator[dict[str, str]]:
         own = template.get("metadata", {}).get("labels", {})
         first = template["spec"]["containers"][0]["name"]
         node = {"ray-head": "head", "ray-worker": "worker"}.get(first)
-        yield {**own, **({"ray.io/is-ray-node": "yes", "ray.io/node-type": node} if node else {})}
+        groups = {"head": ["headgroup"], "worker": ["cpu", "gpu"]}.get(node or "", [])
+        yield own
+        for group in groups:
+            yield {**own, "ray.io/is-ray-node": "yes", "ray.io/node-type": node, "ray.io/group": group}
 
 
 @overlays
@@ -253,6 +257,76 @@ def test_gpu_workers_are_on_spot_nodes_and_heads_are_not():
 
 def affinity(template: Manifest) -> dict:
     return template["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+
+
+@overlays
+def test_no_service_sets_variables_that_programs_read_as_their_own(overlay):
+    manifests = built(overlay)
+    for name, template in all_templates(manifests):
+        assert template["spec"]["enableServiceLinks"] is False, name
+    # Kubernetes makes VLLM_PORT of a Service `vllm`, and vLLM refuses to start.
+    assert {one["metadata"]["name"] for one in of_kind(manifests, "Service")} <= {"mlflow", "vllm-server"}
+
+
+@overlays
+def test_ray_reaches_pods_and_names_but_not_the_metadata_server(overlay):
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind(built(overlay), "NetworkPolicy")}
+    egress = policies["ray"]["egress"]
+    # Cilium does not match pods by addresses.
+    assert {"to": [{"namespaceSelector": {}}]} in egress
+    metadata = "169.254.169.254/32"
+    for rule in egress:
+        blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
+        for block in blocks:
+            if block["cidr"] == metadata:
+                assert {port["port"] for port in rule["ports"]} == {53}
+            elif block["cidr"] == "0.0.0.0/0":
+                assert block["except"] == [metadata]
+    if "vllm" in policies:
+        assert policies["vllm"]["policyTypes"] == ["Ingress", "Egress"]
+        assert policies["vllm"]["egress"] == []
+
+
+@overlays
+def test_a_budget_of_one_replica_lets_its_node_be_drained(overlay):
+    budgets = {one["metadata"]["name"]: one["spec"] for one in of_kind(built(overlay), "PodDisruptionBudget")}
+    # KubeRay replaces no head without a new cluster, so its drain waits for an upgrade.
+    blocking = [name for name, spec in budgets.items() if "minAvailable" in spec]
+    assert blocking == ["endpoint-head", "endpoint-workers"]
+    group = budgets["endpoint-workers"]["selector"]["matchLabels"]["ray.io/group"]
+    (service,) = of_kind(built(overlay), "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
+    scaling = [model["scaling"] for model in config["models"]]
+    assert group == ("gpu" if any(one.get("gpus_per_engine") for one in scaling) else "cpu")
+    assert group == "cpu" or all(one["min_engines"] >= 2 for one in scaling)
+
+
+@overlays
+def test_gpu_pods_fit_the_machine_that_is_priced(overlay):
+    # g6e.2xlarge has 8 CPUs and 64 GiB; a node keeps some for the kubelet and DaemonSets.
+    assert "g6e.2xlarge" in GPUS["l40s"].source
+    for name, template in all_templates(built(overlay)):
+        requests = template["spec"]["containers"][0]["resources"]["requests"]
+        if "nvidia.com/gpu" in requests:
+            assert float(requests["cpu"]) <= 7.5, name
+            assert int(requests["memory"].removesuffix("Gi")) <= 56, name
+
+
+@overlays
+def test_the_volume_of_the_logs_is_the_one_that_the_autoscaler_gets(overlay):
+    for name, template in all_templates(of_kind(built(overlay), *RAY_KINDS)):
+        (container,) = template["spec"]["containers"]
+        logs = [one["name"] for one in container.get("volumeMounts", []) if one["mountPath"] == "/tmp/ray"]
+        assert logs in ([], ["ray-logs"]), name
+
+
+@overlays
+def test_no_secret_is_in_the_arguments_of_a_process(overlay):
+    for name, template in all_templates(built(overlay)):
+        for container in template["spec"]["containers"]:
+            secret = {one["name"] for one in container.get("env", []) if "valueFrom" in one}
+            words = " ".join([*container.get("command", []), *container.get("args", [])])
+            assert not any(f"$({variable})" in words for variable in secret), name
 
 
 # ------------------------------------------------------------------------------------- without kubectl

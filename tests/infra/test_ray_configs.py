@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_nodes_demand_a_token_and_export_their_metrics(path):
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
         assert "--metrics-export-port=8080" in commands[-1]
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_workers_see_their_gpus_and_machines_have_an_image(path):
+    cluster = yaml.safe_load(path.read_text())
+    assert cluster["docker"]["worker_run_options"] == ["--gpus all"]
+    for one in cluster["available_node_types"].values():
+        assert re.search(r"ImageId|sourceImage", json.dumps(one["node_config"]))  # Ray's own is too old
 
 
 @pytest.mark.parametrize("path", SERVE, ids=lambda path: path.parents[1].name)
