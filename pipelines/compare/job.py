@@ -185,7 +185,7 @@ def _answers(
 def _finished(storage: Path, name: str) -> dict[str, Any]:
     file = storage / name / "run.json"
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    if "result" not in state:
+    if not state.get("result"):  # a run that has begun has null
         raise ConfigError(f"{storage / name} holds no finished fine-tuning run: run jobs/finetune.py first")
     return state
 

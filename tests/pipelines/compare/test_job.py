@@ -134,6 +134,13 @@ def test_unusable_runs_or_rows_are_rejected(storage, shapes_data, changes, messa
         compare(storage, changes.pop("test", shapes_data / "test.json"), **changes)
 
 
+def test_a_run_that_has_only_begun_is_rejected(storage, shapes_data):
+    file = storage / "skip" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "result": None}))
+    with pytest.raises(ConfigError, match="skip holds no finished"):
+        compare(storage, shapes_data / "test.json")
+
+
 def test_runs_with_other_training_settings_are_rejected(storage, shapes_data):
     file = storage / "full" / "run.json"
     state = json.loads(file.read_text())
