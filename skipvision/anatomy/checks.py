@@ -20,6 +20,7 @@ from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 DECODED_KEYWORD = "skip_vision_decoded"
 """Keyword of a training call: a (B, T) mask, True from each row's first generated token on (see `attach`)."""
 
+_CUTS_INPUTS = "_maybe_slice_kv_shared_inputs"
 FEED_FORWARD_KINDS = ("mlp", "moe")
 """Kinds of layers, by the decoder's ``layer_types``, that are a feed-forward network without attention."""
 
@@ -27,19 +28,22 @@ _IGNORED = -100
 """Label of tokens outside the loss, as in PyTorch and transformers."""
 
 
-def check_cache_layers(text_config: Any) -> None:
+def check_cache_layers(decoder: nn.Module) -> None:
     """Raise `UnsupportedModelError` if the decoder's cache has layers that a plan does not fit.
 
     Layers of linear attention and short convolutions keep a state of fixed size. Tokens that leave the cache
     of the attention layers stay in that state, which costs nothing.
     """
+    text_config: Any = decoder.config
     kinds = dict(enumerate(getattr(text_config, "layer_types", None) or ()))
+    # Some decoders feed the layers that read other layers' entries the last token alone.
+    shares = getattr(text_config, "kv_sharing_modes", None) and not hasattr(decoder, _CUTS_INPUTS)
     for number, layer in enumerate(decoder_cache_layers(text_config)):
         if holds_entries(layer) or type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
             continue
         if keeps_first_call(layer):
             continue
-        if isinstance(layer, LayerWithoutCache) and kinds.get(number) in FEED_FORWARD_KINDS:
+        if isinstance(layer, LayerWithoutCache) and (shares or kinds.get(number) in FEED_FORWARD_KINDS):
             continue
         kind = type(layer).__name__
         if isinstance(layer, LinearAttentionCacheLayerMixin):

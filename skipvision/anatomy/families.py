@@ -76,6 +76,7 @@ FAMILIES: dict[str, Family] = {
     "idefics2": Family(rows=True),
     "idefics3": Family(rows=True, geometry="tiles"),
     "smolvlm": Family(rows=True, geometry="tiles"),
+    "perception_lm": Family(tiles=True),
     "paligemma": Family(whole_prompt=True, patches=True),
     "ovis2": Family(whole_prompt=True),
     "molmo2": Family(one_by_one=True),
@@ -161,7 +162,7 @@ def dissect(model: nn.Module) -> Anatomy:
     _refuse_family(base)
     outer, decoder, layers = _find_decoder(base)
     text_config: Any = decoder.config
-    check_cache_layers(text_config)
+    check_cache_layers(decoder)
     halves = tuple(_halves(layer, number) for number, layer in enumerate(layers))
     if not hasattr(outer, "get_image_features"):
         raise UnsupportedModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,18 @@ Recipe = Callable[[Request], SyntheticImage]
 def one_size(request: Request) -> SyntheticImage:
     """Resize every image to the tower's size."""
     return SyntheticImage({"pixel_values": request.pixels(1)})
+
+
+def one_size_of_64_pixels(request: Request) -> SyntheticImage:
+    """Resize every image to a square whose tokens have 64 pixels on each side."""
+    side = 64 * math.isqrt(request.config.image_seq_length)
+    return SyntheticImage({"pixel_values": request.pixels(1, side, side)})
+
+
+def tiles_by_image(request: Request) -> SyntheticImage:
+    """Two tiles of each image, and a view of the whole image; batches are (image, tile, …)."""
+    side = request.vision.model_args["img_size"][0]
+    return SyntheticImage({"pixel_values": request.pixels(3, side, side)[None]})
 
 
 def tiles(request: Request) -> SyntheticImage:
@@ -289,6 +302,7 @@ RECIPES: dict[str, Recipe] = {
     "cohere2_vision": tiles,
     "deepseek_vl_hybrid": two_resolutions,
     "emu3": native_size,
+    "fast_vlm": one_size_of_64_pixels,
     "fuyu": patches_in_rows,
     "gemma4": positioned_patches,
     "gemma4_unified": positioned_tokens,
@@ -316,6 +330,7 @@ RECIPES: dict[str, Recipe] = {
     "nemotron_h_omni": patches_with_height_and_width,
     "ovis2": tiles,
     "paddleocr_vl": square_patches,
+    "perception_lm": tiles_by_image,
     "qianfan_ocr": tiles,
     "smolvlm": tiles_by_row,
     "video_llama_3": patches_and_merge,

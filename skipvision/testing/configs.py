@@ -211,7 +211,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vq.num_attention_heads": 1,
     },
     "ernie4_5_vl_moe": _MROPE,
+    "fast_vlm": {
+        "image_seq_length": 16,
+        "vision.model_args": {
+            "inference_mode": True,
+            "layers": [1, 1, 1, 1, 1],
+            "embed_dims": [16, 16, 32, 32, 32],
+        },
+    },
     "gemma3": _FOUR_PATCHES_A_TOKEN,
+    # As in its checkpoints, its last layers read another layer's keys and values.
+    "gemma3n": {"text.num_kv_shared_layers": 1},
     "gemma4": {"text.global_head_dim": 32},
     "gemma4_unified": {"text.global_head_dim": 32},
     "glm46v": _MROPE,
@@ -249,7 +259,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "text.index_topk_blocks": 256,
     },
     "mistral3": _LARGE_IMAGES,
-    "mistral_large4": _ALL_HEADS_CACHED | {"text.kv_source_layers": [0, 1, 2]},
+    # Its second layer reads the keys and values of the first.
+    "mistral_large4": _ALL_HEADS_CACHED
+    | {"text.kv_source_layers": [0, 0, 2], "text.no_rope_layers": [1, 1, 0]},
     "molmo2": {"adapter.vision_feature_layer": [2, 1], "vision.num_position_embeddings": 16},
     "nemotron_h_omni": {"text.layer_types": ["linear_attention", "moe", "full_attention", "mlp"]},
     "muse_glimmer": {"out_hidden_size": 256},
@@ -260,6 +272,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "audio.depths": [1] * 4,
     },
     "paddleocr_vl": _MROPE,
+    "perception_lm": {
+        "vision.architecture": "vit_pe_lang_large_patch14_448",
+        "vision.model_args": {
+            "embed_dim": 64,
+            "depth": LAYERS,
+            "num_heads": 4,
+            "patch_size": 8,
+            "img_size": [SIDE, SIDE],
+            "ref_feat_shape": [SIDE // 8, SIDE // 8],
+            "global_pool": "",
+        },
+    },
     "pp_chart2table": _WINDOWED,
     "qianfan_ocr": _FOUR_PATCHES_A_TOKEN,
     "qwen2_5_omni_thinker": _MROPE | _VISION_ENDS,

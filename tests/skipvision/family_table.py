@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,11 @@ LEFT_OUT = [name for name, first in NEWER.items() if Version(first) > VERSION]
 """Those of them that the installed transformers is too old for."""
 OLDEST = re.search(r"\((\d+\.\d+\.\d+): (\d+ of \d+)\)", PAGE)
 """The oldest version of transformers that is tested, and how many families it supports."""
-SUPPORTED = [name for name in ALL_SUPPORTED if name not in LEFT_OUT]
-OTHERS = [name for name in ALL_OTHERS if name not in LEFT_OUT]
+HAS_TIMM = find_spec("timm") is not None
+"""Whether timm is installed, which has the towers of some families; the tables are made without it."""
+WITH_TIMM = re.search(r"^With timm, ([a-z0-9_, ]+) and ([a-z0-9_]+) are supported", PAGE, re.MULTILINE)
+SUPPORTED = [name for name in ALL_SUPPORTED if name not in LEFT_OUT] + [*WITH_TIMM.groups()] * HAS_TIMM
+OTHERS = [name for name in ALL_OTHERS if name not in {*LEFT_OUT, *SUPPORTED}]
 
 BEFORE_5_18 = Version("5.18") > VERSION
 """Whether models take pixels alone. This has limits of its own, which docs/families.md lists."""

@@ -23,12 +23,18 @@ def gradients_of(model, batch):
     return gradients
 
 
+SHARED_KEYS = {"mistral_large4"}
+"""Families in which layers read another one's keys, which get no gradients from reentrant checkpoints."""
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @combinations(turn=3)
 def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_reentrant):
     model = tiny_model(family, attention=attention, dtype=getattr(torch, dtype)).train()
     decoder = dissect(model).decoder
+    if use_reentrant and family in SHARED_KEYS:
+        pytest.skip("the untouched model loses the same gradients")
     if use_reentrant:  # It gives no gradients to a tower, because pixels take none.
         model.requires_grad_(False)
         decoder.requires_grad_(True)
@@ -52,7 +58,7 @@ def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_
 
 STEP = 1e-5
 """Size of a change of weights that is too small to change a plan."""
-SMALL_STEPS = {"dots3_note", "granite4_vision"}
+SMALL_STEPS = {"dots3_note", "granite4_vision", "perception_lm"}
 """Families in which it moves a token to another expert or into another token, but a tenth of it does not."""
 
 
@@ -65,8 +71,9 @@ def exact_loss(model, batch):
 DIFFERENTIATED = {"gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl_moe", "smolvlm"}
 
 
-JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark", "qwen3_5_moe"}
-"""Mixtures of experts whose loss jumps: a small change may move a token to another expert."""
+JUMPING = {"aria", "ernie4_5_vl_moe", "glm4v_moe", "muse_spark", "qwen3_5_moe", "fast_vlm"}
+"""Mixtures of experts whose loss jumps: a small change may move a token to another expert; and a family whose
+tiny tower makes tokens so alike that it may merge others."""
 
 
 @pytest.mark.parametrize(
