@@ -170,6 +170,7 @@ def _caption_missing(
     resources = engine_resources(node_resources(), work.config.scaling)
     each = f"{resources['CPU']:g} CPU, {resources['GPU']:g} GPU"
     say(f"starting {work.config.scaling.workers} engine(s) with {each} each")
+    progress.start()
     unfinished: dict[int, dict[int, Caption]] = {}
     for block in _alive(captions(work, missing, resources)):
         rows = unfinished.setdefault(block.shard, {})

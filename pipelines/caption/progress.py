@@ -51,6 +51,10 @@ class CaptionProgress:
         self._gauges = JobGauges(name, _GAUGES)
         self._errors = JobGauges(name, _GAUGES, "kind")
 
+    def start(self) -> None:
+        """Export the numbers of rows before the first block: a job that gets none is stuck."""
+        self._export()
+
     @property
     def seconds(self) -> float:
         """Seconds of captioning up to the newest row, over all starts of the job."""

@@ -119,6 +119,8 @@ class Worker:
         steps = self.work.steps
         self._say(f"resuming after step {done} of {steps}" if done else f"training begins: {steps} steps")
         self.progress.start(done)
+        if self.rank == 0:  # before the first step: a run that never gets there is seen as stuck
+            self._gauges.set(self._steps(done))
         for batches in self._batches(done):
             stats = self.learner.step(batches, done, self.work.steps)
             done += 1
@@ -128,6 +130,8 @@ class Worker:
             if every and done % every == 0 and done < self.work.steps:
                 self._evaluate(done)
             self.progress.start(done)
+        if self.rank == 0:  # before the first step: a run that never gets there is seen as stuck
+            self._gauges.set(self._steps(done))
         if self.rank == 0:
             # Before the validation, which may fail: it opens images that may have become unreadable.
             with storage_errors(self.work.adapter):
@@ -170,14 +174,19 @@ class Worker:
     def _export(self, done: int, stats: StepStats, seconds: float) -> None:
         """Set the gauges that Ray exports to Prometheus."""
         values = {
-            "skipvision_training_steps": float(self.work.steps),
-            "skipvision_training_steps_done": float(done),
+            **self._steps(done),
             "skipvision_training_step_seconds": seconds,
             "skipvision_training_images_per_second": stats.images / seconds,
         }
         if stats.learnt_tokens:
             values["skipvision_training_loss"] = stats.loss
         self._gauges.set(values)
+
+    def _steps(self, done: int) -> dict[str, float]:
+        return {
+            "skipvision_training_steps": float(self.work.steps),
+            "skipvision_training_steps_done": float(done),
+        }
 
     def _check_not_empty(self, done: int, stats: StepStats) -> None:
         """Raise `DataError` after several steps without a usable row: the storage of images is gone."""

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     skip = SkipConfig(retained=options.retained, skipped=options.skipped)
     gpus = {name: GPUS[name] for name in options.gpu or GPUS}
     if options.price is not None:
-        if options.price <= 0:
+        if not 0 < options.price < math.inf:
             raise ConfigError(f"--price {options.price}: give dollars per GPU-hour, more than 0")
         gpus = {name: replace(gpu, price=options.price) for name, gpu in gpus.items()}
     model = load_config(options.model)
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     print(
         json.dumps(_as_json(needed, gpus, sizes, work, own_price))
         if options.json
-        else "\n".join(_lines(needed, sizes, work, own_price))
+        else "\n".join(_lines(needed, sizes, work, skip, own_price))
     )
 
 
@@ -117,7 +117,11 @@ def _as_json(
 
 
 def _lines(
-    needed: dict[str, Demand], sizes: dict[str, dict[str, Size | None]], work: Workload, own_price: bool
+    needed: dict[str, Demand],
+    sizes: dict[str, dict[str, Size | None]],
+    work: Workload,
+    skip: SkipConfig,
+    own_price: bool,
 ) -> list[str]:
     full, skipped = needed["full"], needed["skipped"]
     prefill, cache = (
@@ -126,7 +130,8 @@ def _lines(
     )
     titles = "GPU   tokens    at once  images/s  GPUs  GPU-h/day      $/day  $/million"
     lines = [
-        f"weights: {_gib(full.cost.weight_bytes)}",
+        f"weights: {_gib(full.cost.weight_bytes)}; a worker pod needs that and 1 GiB for each reader",
+        f"skipped: {_amount(skip.retained)} retained, {_amount(skip.skipped)} skipped",
         f"images: {work.images_per_day / 86_400:,.1f} per second",
         f"captions: {_gib(storage_per_day(work))} a day",
         f"prefill of an image: {prefill[0]:,.2f} TFLOPs, skipped {prefill[1]:,.2f}",
@@ -145,7 +150,8 @@ def _lines(
             )
     assumed = (
         f"Assumed: {work.compute_share:.0%} of the peak FLOPs, {work.bandwidth_share:.0%} of the memory "
-        f"bandwidth, busiest hour {work.peak:g} × the mean."
+        f"bandwidth, busiest hour {work.peak:g} × the mean. "
+        "Dollars count busy GPU-hours: --peak changes GPUs, not dollars."
     )
     return [
         *lines,
@@ -153,6 +159,10 @@ def _lines(
         assumed,
         "Prices: --price." if own_price else f"Prices: {PRICES}; give your own with --price.",
     ]
+
+
+def _amount(amount: int | float) -> str:
+    return f"{amount} tokens" if isinstance(amount, int) else f"{amount:.0%} of the tokens"
 
 
 def _gib(count: float) -> str:

@@ -109,7 +109,7 @@ class Workload:
         for name in ("compute_share", "bandwidth_share", "memory_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a number above 0 and at most 1")
-        if self.peak < 1:
+        if not 1 <= self.peak < math.inf:
             raise ConfigError(f"peak={self.peak}: the busiest hour has at least the mean load, so 1 or more")
 
 

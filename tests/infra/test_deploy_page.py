@@ -45,7 +45,7 @@ needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kube
 def test_kubectl_would_create_the_namespace_and_the_secrets(tmp_path):
     (tmp_path / "keys.yaml").write_text("keys: []\n")
     created = [
-        *starting_with("kubectl", "create"),
+        *starting_with("kubectl", "create", "namespace"),
         *starting_with("kubectl", "--namespace", "skipvision", "create"),
     ]
     objects = []
@@ -79,6 +79,26 @@ def test_the_kustomization_of_the_page_replaces_every_image(overlay, tmp_path):
 
 
 @needs_kubectl
+def test_own_settings_reach_every_cluster(tmp_path):
+    built("gpu")
+    for name, text in re.findall(r"```yaml\n# (\S*kustomization\.yaml), [^\n]*\n(.*?)```", PAGE, re.DOTALL):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    shutil.copytree(INFRA, tmp_path / "infra")
+    shutil.copy(INFRA / "kuberay/components/gpu/configs/serve.yaml", tmp_path / "own/serve.yaml")
+    done = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    manifests = list(yaml.safe_load_all(done.stdout))
+    (home,) = [
+        one for one in of_kind(manifests, "PersistentVolumeClaim") if one["metadata"]["name"] == "home"
+    ]
+    assert home["spec"]["storageClassName"] == "efs"
+    (service,) = of_kind(manifests, "RayService")
+    assert service["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]["maxReplicas"] == 2
+    assert {"PodMonitor", "PrometheusRule"} <= {one["kind"] for one in manifests}
+
+
+@needs_kubectl
 def test_the_patch_of_the_page_starts_a_suspended_job(tmp_path):
     (command,) = starting_with("kubectl", "--namespace", "skipvision", "patch", "rayjob")
     kind, name, *options = command[4:]
@@ -96,9 +116,10 @@ def test_the_page_names_objects_that_exist():
     objects = {(one["kind"].lower(), one["metadata"]["name"]) for one in built("gpu")}
     named = {tuple(command[4:6]) for command in starting_with("kubectl", "--namespace", "skipvision", "get")}
     named -= {("pod", "-l")}  # in a command inside another
+    named -= {("secret", "cluster")}  # KubeRay creates it
     assert named == {("rayservice", "endpoint"), ("rayjob", "finetune")}
     assert named <= objects
-    (cluster,) = re.findall(r"ray\.io/cluster=(\w+)", PAGE)
+    (cluster,) = set(re.findall(r"ray\.io/cluster=(\w+)", PAGE))
     assert ("raycluster", cluster) in objects
 
 

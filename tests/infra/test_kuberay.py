@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from tests.jobs.test_job_files import load
 HOME = "/opt/skipvision/"
 """The checkout in the image."""
 CONFIGS = "/etc/skipvision/configs/"
+PAGE = (ROOT / "docs/deploy.md").read_text()
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
@@ -98,6 +100,18 @@ def fits(scaling: dict, manifests: list[Manifest]) -> bool:
         if scaling["cpus_per_worker"] <= cpus and scaling.get("gpus_per_worker", 0) <= gpus:
             return True
     return False
+
+
+@overlays
+def test_only_what_starts_on_request_has_the_label_that_keeps_it_out_of_apply(overlay):
+    started = {
+        one["metadata"]["labels"]["skipvision.io/start"]: one["kind"]
+        for one in built(overlay)
+        if "skipvision.io/start" in one["metadata"].get("labels", {})
+    }
+    jobs = dict.fromkeys(["finetune", "caption", "score"], "RayJob")
+    assert started == {"cluster": "RayCluster", "endpoint": "RayService", **jobs}
+    assert set(re.findall(r"skipvision\.io/start=(\w+)", PAGE)) <= set(started)
 
 
 @overlays
@@ -193,6 +207,10 @@ def test_selectors_match_the_pods_that_they_are_for(overlay):
     assert selectors
     for wanted in selectors:
         assert any(wanted.items() <= pod.items() for pod in labels), wanted
+    for policy in of_kind(manifests, "NetworkPolicy"):  # labels that the operator of the cluster sets
+        for peer in (peer for rule in policy["spec"].get("ingress", []) for peer in rule["from"]):
+            for name, value in peer.get("namespaceSelector", {}).get("matchLabels", {}).items():
+                assert f"{name}={value}" in PAGE
 
 
 def pod_labels(manifests: list[Manifest]) -> Iterator[dict[str, str]]:

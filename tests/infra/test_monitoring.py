@@ -42,7 +42,7 @@ def test_a_dashboard_names_only_metrics_that_are_exported(name):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_an_alert_names_only_metrics_that_are_exported(rule):
     assert named(rule["expr"]) <= declared()
-    assert named(rule["expr"]) or rule["expr"].startswith("up{")
+    assert named(rule["expr"]) or "up{job=" in rule["expr"]
     assert selected_labels(rule["expr"]) <= LABELS
 
 
@@ -92,6 +92,25 @@ def test_every_alert_has_a_unit_test_in_which_it_fires():
     cases = [case for test in tests for case in test["alert_rule_test"]]
     fires = {case["alertname"] for case in cases if case["exp_alerts"]}
     assert fires == {rule["alert"] for rule in RULES}
+
+
+def test_the_prometheus_operator_gets_the_same_rules_and_the_name_of_the_job():
+    folder = INFRA / "kuberay/components/monitoring"
+    rules = yaml.safe_load((folder / "rules.yaml").read_text())
+    assert rules["kind"] == "PrometheusRule"
+    assert rules["spec"]["groups"] == yaml.safe_load((INFRA / "prometheus/rules.yaml").read_text())["groups"]
+    (endpoint,) = yaml.safe_load((folder / "podmonitor.yaml").read_text())["spec"]["podMetricsEndpoints"]
+    assert {"targetLabel": "job", "replacement": "ray"} in endpoint["relabelings"]
+    cluster = yaml.safe_load((INFRA / "kuberay/base/raycluster.yaml").read_text())
+    (ray,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert endpoint["port"] in {port["name"] for port in ray["ports"]}
+
+
+def test_a_young_job_is_not_yet_stuck():
+    for rule in RULES:
+        if rule["alert"].endswith("Stuck"):
+            (window,) = re.findall(r"changes\(.*\[(\w+)\]\)", rule["expr"])
+            assert f"offset {window}" in rule["expr"]
 
 
 def test_promtool_accepts_the_rules_and_their_unit_tests():

@@ -396,6 +396,13 @@ def test_progress_has_rate_and_remaining_time(monkeypatch, capsys):
     assert progress.tracker.values["engine/running"] == 3
 
 
+def test_progress_exports_the_rows_before_the_first_block(monkeypatch):
+    exported = []
+    monkeypatch.setattr("pipelines.cluster.metrics.JobGauges.set", lambda _, values: exported.append(values))
+    CaptionProgress("job", 1000, Tally(rows=100), Silent(), 0.0).start()
+    assert exported == [{"skipvision_batch_rows": 1000.0, "skipvision_batch_rows_done": 100.0}]
+
+
 def _statistics():
     fields = {f.name: 3 for f in dataclasses.fields(sv.engine.Statistics)}
     return sv.engine.Statistics(**fields)

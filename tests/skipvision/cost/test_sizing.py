@@ -75,6 +75,8 @@ def test_storage_grows_with_images_and_tokens():
         ({"compute_share": 1.5}, "compute_share=1.5: expected a number above 0"),
         ({"memory_share": 0.0}, "memory_share=0.0"),
         ({"peak": 0.5}, "peak=0.5: the busiest hour"),
+        ({"peak": float("nan")}, "peak=nan"),
+        ({"peak": float("inf")}, "peak=inf"),
     ],
 )
 def test_impossible_workloads_are_refused(changed, message):
@@ -118,6 +120,7 @@ def test_the_command_compares_full_and_skipped(tiny_model, capsys):
         ["l4", "skipped"],
     ]
     assert lines[-1] == "Prices: --price."
+    assert "skipped: 4 tokens retained, 25% of the tokens skipped" in lines  # 4 is a count, 0.25 a share
 
 
 @pytest.mark.slow
@@ -144,6 +147,8 @@ def test_the_table_of_the_docs_is_what_the_command_prints(tmp_path, capsys):
         (["--images-per-day", "many"], "'many' is not a whole number"),
         (["--images-per-day", "9", "--retained", "x"], "'x' is neither a count"),
         (["--images-per-day", "9", "--price", "0"], "--price 0.0: give dollars"),
+        (["--images-per-day", "9", "--price", "nan"], "--price nan: give dollars"),
+        (["--images-per-day", "9", "--peak", "nan"], "peak=nan"),
         (["--images-per-day", "0"], "images_per_day=0"),
         (["--images-per-day", "9", "--model", "/nothing"], "/nothing"),
     ],
