@@ -176,7 +176,7 @@ def prefill_mask(
     if sight.own_masks:
         raise ConfigError(
             "the decoder's attention makes its masks itself, from padding alone, so generated tokens cannot "
-            "be kept from seeing skipped ones: train without skip_vision_decoded, and generate without drafts"
+            "be kept from seeing skipped ones: train without skip_vision_decoded, and with skip_kv=False"
         )
     if not sight.takes_masks:
         raise ConfigError(

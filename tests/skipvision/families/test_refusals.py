@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from skipvision import InputError, SkipConfig, UnsupportedModelError, attach
+from skipvision import ConfigError, InputError, SkipConfig, UnsupportedModelError, attach
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.families.matrix import model_of
 from tests.skipvision.families.running import labels_of
@@ -103,6 +103,20 @@ def test_families_that_are_known_not_to_work_are_refused_by_attach(family, reaso
     with pytest.raises(UnsupportedModelError, match=f"is not supported: {reason}") as caught:
         attach(tiny_model(family), CONFIG)
     assert caught.value.reason.startswith(reason)
+
+
+@pytest.mark.skipif("glm5_next" in LEFT_OUT, reason="the family does not exist")
+def test_answers_cannot_be_hidden_from_attention_that_makes_its_masks_itself():
+    model = model_of("glm5_next")
+    batch = tiny_batch(model, ROW)
+    decoded = torch.zeros_like(batch["input_ids"])
+    decoded[:, -4:] = 1
+    message = r"makes its masks itself.*and with skip_kv=False"
+    with attach(model, CONFIG), pytest.raises(ConfigError, match=message):
+        model(**batch, use_cache=False, skip_vision_decoded=decoded)
+    with attach(model, CONFIG.model_copy(update={"skip_kv": False})) as skip:
+        model(**batch, use_cache=False, skip_vision_decoded=decoded)
+        assert not skip.plan.is_identity
 
 
 # ---------------------------------------------------------------------------------- mixtures of experts
