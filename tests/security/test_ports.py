@@ -58,6 +58,7 @@ def _is_loopback(ip: str) -> bool:
     return (mapped or address).is_loopback
 
 
+@pytest.mark.slow
 def test_the_ray_of_the_demo_wants_a_token():
     with local_ray() as ray:
         own = [p for p in psutil.process_iter(["cmdline"]) if ray.dashboard.rpartition(":")[2] in str(p.info)]

@@ -147,6 +147,7 @@ def test_a_config_without_sufficient_evidence_is_not_chosen(settings):
         run_calibrate(config)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "in_process")
 def test_configs_that_are_too_slow_are_recorded_with_their_latency(settings):
     config = changed(settings, name="slow", space={"retained": [4]}, budget={"latency": 1e-6})

@@ -31,6 +31,7 @@ def write_rows(folder, names):
     return InputSection(source=str(folder / "rows.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_memory_of_listing_does_not_depend_on_the_number_of_rows(small_pieces, tmp_path):
     def peak(rows):
         settings = write_rows(tmp_path, (f"row {number}" for number in range(rows)))

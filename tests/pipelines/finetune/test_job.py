@@ -246,6 +246,7 @@ def test_the_same_name_with_other_settings_is_refused(straight, settings):
 # ------------------------------------------------------------------------------------ crashes and stops
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_an_absent_registry_change_nothing(straight, settings, monkeypatch):
     """SIGKILL during the run and no MLflow at the end: the run resumes, and only registers again."""
     config = changed(settings, name="worker-killed")
@@ -286,7 +287,7 @@ def test_a_killed_worker_and_an_absent_registry_change_nothing(straight, setting
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"adapter", "config.yaml"}
 
 
-@pytest.mark.slow  # the test above resumes from a checkpoint, too
+@pytest.mark.slow
 def test_a_killed_job_is_resumed_by_the_next(straight, settings, local_ray):
     """The job's process is killed; the same job, here on two workers, continues run and MLflow record."""
     config = changed(settings, name="job-killed")
