@@ -7,6 +7,7 @@ same way, and nothing in it is decompressed here.
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,8 +24,9 @@ _MAGIC = {
     "WEBP": (8, (b"WEBP",)),
     "AVIF": (4, (b"ftypavif", b"ftypavis")),
 }
-_PALETTE, _GREY, _RGB = 3, 0, 2
-"""Colour types of PNG that a tRNS chunk may go with."""
+_GREY, _RGB, _PALETTE = 0, 2, 3
+_TRANSPARENCY_BYTES = {_PALETTE: 1, _GREY: 2, _RGB: 6}
+"""The least bytes of a tRNS chunk, by the PNG's colour type."""
 
 _SEGMENTS = range(0xC0, 0xFF)
 _START_OF_SCAN = 0xDA
@@ -95,17 +97,13 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
 
 def _needed(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
     """Yield all critical chunks, and of the others the orientation and transparency that can be used."""
-    colour = None
+    least: float = math.inf
     for chunk in chunks:
         if chunk.name == b"IHDR" and len(chunk.data) > 9:
-            colour = chunk.data[9]
-        shortest = {_PALETTE: 1, _GREY: 2, _RGB: 6}.get(colour or 0, 1) if colour is not None else None
-        transparency = chunk.name == b"tRNS" and chunk.is_sound and shortest is not None
-        if (
-            chunk.name[:1].isupper()
-            or (chunk.name == b"eXIf" and chunk.is_whole)
-            or (transparency and shortest is not None and len(chunk.data) >= shortest)
-        ):
+            least = _TRANSPARENCY_BYTES.get(chunk.data[9], 1)
+        orientation = chunk.name == b"eXIf" and chunk.is_whole
+        transparency = chunk.name == b"tRNS" and chunk.is_sound and len(chunk.data) >= least
+        if chunk.name[:1].isupper() or orientation or transparency:
             yield chunk
 
 

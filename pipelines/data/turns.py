@@ -13,7 +13,7 @@ The last three may have a text ``system``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pipelines.data.rows import BadRow
@@ -39,9 +39,9 @@ class Turns(NamedTuple):
     text: str = "content"
 
 
-def has_conversation(columns: object) -> bool:
+def has_conversation(columns: Iterable[str]) -> bool:
     """Return whether a table with these columns may have conversations."""
-    names = set(columns)  # type: ignore[call-overload]
+    names = set(columns)
     return bool(names & {"conversations", "messages"}) or any(set(pair) <= names for pair in _PAIRS)
 
 

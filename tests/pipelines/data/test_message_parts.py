@@ -428,15 +428,19 @@ def test_rows_that_only_mention_other_media_are_trained(row):
     assert isinstance(parse(row), TrainingRow)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_file_of_videos_is_not_trained_as_text(tmp_path, suffix):
-    rows = [{**LLAVA, "video": "a.mp4"}, {**LLAVA, "video": None}]
-    file = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
+def written(file, rows):
+    """Write rows as JSON lines or parquet, by the file's suffix; return its path."""
+    if file.suffix == ".jsonl":
         file.write_text("\n".join(map(json.dumps, rows)))
     else:
         pq.write_table(pa.Table.from_pylist(rows), file)
-    read = read_training_rows(str(file))
+    return str(file)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_file_of_videos_is_not_trained_as_text(tmp_path, suffix):
+    rows = [{**LLAVA, "video": "a.mp4"}, {**LLAVA, "video": None}]
+    read = read_training_rows(written(tmp_path / f"rows.{suffix}", rows))
     assert ([reject.kind for reject in read.rejects], len(read.rows)) == (["other media"], 1)
 
 
@@ -444,12 +448,7 @@ def test_a_file_of_videos_is_not_trained_as_text(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_images_in_fields_that_are_not_read_are_reported(tmp_path, field, suffix):
     rows = [{**LLAVA, field: "a.png"}, {**LLAVA, field: None}]
-    file = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        file.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    read = read_training_rows(str(file))
+    read = read_training_rows(written(tmp_path / f"rows.{suffix}", rows))
     (reject,) = read.rejects
     assert (reject.kind, len(read.rows)) == ("missing image", 1)
     assert f"but `{field}`, which is not read: rename the field" in reject.reason
