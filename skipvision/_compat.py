@@ -1,6 +1,6 @@
 """Every private name of another library that the package uses, with the version it was last seen in.
 
-Start here when a new version of that library breaks something.
+Start here when a new version of that library breaks something. `_compat_generation` has those of `generate`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ __all__ = [
     "flop_counter",
     "forget_encoded",
     "fused_cpu_attention",
-    "generation_position_ids",
     "hand_over_encoded",
     "looks_up_attention",
     "model_output",
@@ -60,25 +59,6 @@ __all__ = [
     "tree_map_only",
     "with_attention_implementation",
 ]
-
-
-def generation_position_ids(
-    model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]
-) -> torch.Tensor:
-    """Return the position ids with which `generate` prefills a prompt.
-
-    Args:
-        model: that generates.
-        input_ids: (B, T).
-        model_kwargs: the model's other inputs, with ``past_key_values``.
-
-    Returns:
-        (B, T), or (A, B, T) for a model with A position axes.
-
-    Seen in: transformers 5.23.
-    """
-    generating: Any = model
-    return generating._prepare_position_ids_for_generation(input_ids, dict(model_kwargs))
 
 
 class _LayerWithoutCache:

@@ -196,9 +196,9 @@ def sampling(body: ChatRequest, max_new_tokens: int, room: int) -> Sampling:
     return Sampling(
         max_new_tokens=wanted if wanted is not None else min(max_new_tokens, room),
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k or 0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        repetition_penalty=body.repetition_penalty,
         seed=None if body.seed is None else body.seed % 2**63,
         stop=() if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

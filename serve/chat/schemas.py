@@ -199,7 +199,9 @@ class ChatRequest(_Strict):
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="max tokens of an answer (older name)")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="max tokens of an answer")
     temperature: float | None = Field(None, ge=0, le=2, description="default 1")
-    top_p: float | None = Field(None, ge=0, le=1, description="default 1")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="default: that of the model's generation_config, else 1"
+    )
     n: int | None = Field(None, ge=1, le=128, description="number of answers; default 1")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | None = None
@@ -236,6 +238,15 @@ class ChatRequest(_Strict):
         description="SkipConfig of this request instead of the deployment's; 'full' skips nothing",
     )
     repetition_penalty: float | None = Field(
-        None, ge=0.1, le=10, description="not in OpenAI's API; divides logits of earlier tokens; default 1"
+        None,
+        ge=0.1,
+        le=10,
+        description="not in OpenAI's API; divides logits of earlier tokens; default: that of the model's "
+        "generation_config, else 1",
     )
-    top_k: int | None = Field(None, ge=0, lt=2**31, description="not in OpenAI's API; default 0 = all tokens")
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        lt=2**31,
+        description="not in OpenAI's API; default: that of the model's generation_config, else 0 = all",
+    )

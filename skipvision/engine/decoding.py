@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from typing import Any, cast
 
 import torch
 
@@ -43,7 +44,7 @@ class DecodeStage:
 
     def __init__(self, running: Running, finisher: Finisher, counters: Counters, facts: ModelFacts) -> None:
         self._running, self._finisher, self._counters = running, finisher, counters
-        self._eos, self._suppressed = facts.eos_token_ids, facts.suppressed_token_ids
+        self._generation = facts.generation
 
     def step(self) -> list[Chunk]:
         """Decode one token for every running sequence."""
@@ -71,7 +72,10 @@ class DecodeStage:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         adjusted, errors = self._adjust(sequences, logits)
         draws = torch.tensor([sequence.draw() for sequence in sequences])
-        tokens = _choose_tokens([sequence.sampling for sequence in sequences], logits, adjusted, draws)
+        if self._generation.allows_invalid_logits:
+            logits = logits.nan_to_num()
+        settings = [_drawing(sequence) for sequence in sequences]
+        tokens = _choose_tokens(settings, logits, adjusted, draws)
         chunks, now = [], time.monotonic()
         for row, sequence in enumerate(sequences):
             group = sequence.group
@@ -83,7 +87,7 @@ class DecodeStage:
                 continue
             group.first_token = group.first_token or now
             try:
-                chunk = sequence.append(*token, self._eos)
+                chunk = sequence.append(*token, self._generation.eos_token_ids)
             except Exception as error:
                 chunks += self._finisher.fail(group, error)
                 continue
@@ -95,23 +99,17 @@ class DecodeStage:
     def _adjust(
         self, sequences: abc.Sequence[Sequence], logits: torch.Tensor
     ) -> tuple[torch.Tensor, dict[int, Exception]]:
-        """Apply each sequence's penalty and constraint to its (R, V) logits; returns errors by row, too."""
-        errors: dict[int, Exception] = {
-            row: GenerationError(_NO_NUMBERS) for row in _true_rows(_has_nan_or_inf(logits))
-        }
+        """Apply the settings of model and request to (R, V) logits; returns errors by row, too."""
+        invalid = [] if self._generation.allows_invalid_logits else _true_rows(_has_nan_or_inf(logits))
+        errors: dict[int, Exception] = {row: GenerationError(_NO_NUMBERS) for row in invalid}
         adjusted = logits.clone()
-        if self._suppressed:
-            adjusted[:, self._suppressed] = -torch.inf
+        if self._generation.suppressed_token_ids:
+            adjusted[:, self._generation.suppressed_token_ids] = -torch.inf
         for row, sequence in enumerate(sequences):
             if row in errors:
                 continue
             try:
-                penalty = sequence.sampling.repetition_penalty
-                if penalty != 1:
-                    seen = sorted({*sequence.group.prompt.ids, *sequence.ids})
-                    adjusted[row] = penalise(adjusted[row], torch.tensor(seen, device=logits.device), penalty)
-                if sequence.adjust is not None:
-                    adjusted[row] = sequence.adjust(sequence.ids, adjusted[row])
+                self._adjust_row(sequence, logits[row], adjusted[row])
             except torch.AcceleratorError:
                 raise
             except Exception as error:
@@ -120,6 +118,31 @@ class DecodeStage:
             errors.setdefault(row, GenerationError(_NO_CANDIDATE))
             adjusted[row] = 0
         return adjusted, errors
+
+    def _adjust_row(self, sequence: Sequence, logits: torch.Tensor, adjusted: torch.Tensor) -> None:
+        """Change the (V,) adjusted logits, without suppressed tokens so far, in place."""
+        prompt, sampling = sequence.group.prompt.ids, sequence.sampling
+        if not sequence.ids:
+            sequence.processors = self._generation.processors(
+                sampling, prompt, sequence.adjust, logits.device
+            )
+        if sequence.processors is not None:
+            ids: Any = torch.tensor([[*prompt, *sequence.ids]], device=logits.device)
+            adjusted.copy_(sequence.processors(ids, cast(Any, logits[None]))[0])
+            return
+        penalty = sampling.repetition_penalty
+        if penalty not in (None, 1):
+            seen = torch.tensor(sorted({*prompt, *sequence.ids}), device=logits.device)
+            adjusted.copy_(penalise(adjusted, seen, penalty))
+        if sequence.adjust is not None:
+            adjusted.copy_(sequence.adjust(sequence.ids, adjusted))
+
+
+def _drawing(sequence: Sequence) -> Sampling:
+    """Return how a token is chosen from adjusted logits. Processors have done all but drawing."""
+    if sequence.processors is None or sequence.sampling.temperature == 0:
+        return sequence.sampling
+    return sequence.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0})
 
 
 def _has_nan_or_inf(logits: torch.Tensor) -> torch.Tensor:

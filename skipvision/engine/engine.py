@@ -53,7 +53,8 @@ class Engine:
             lengths are then rounded to few sizes, so that few graphs are compiled.
 
     Raises:
-        ConfigError: an argument is out of range, or the model cannot run under the config.
+        ConfigError: an argument is out of range, the model cannot run under the config, or its
+            ``generation_config`` has a setting that the engine cannot apply.
         UnsupportedModelError: as `attach`.
     """
 
@@ -81,10 +82,15 @@ class Engine:
         self._attachment = attached or attach(model, config or SkipConfig())
         self._detach_on_close = attached is None
         config = config or self._attachment.config
-        self._attachment.check(config)
         trained = SkipConfig.full() if attached is None else attached.config
-        self._adapters = Adapters(model, self._attachment, config, trained)
-        self._intake = Intake(processor, facts, self._attachment, self._adapters, config)
+        try:
+            self._attachment.check(config)
+            self._adapters = Adapters(model, self._attachment, config, trained)
+            self._intake = Intake(processor, facts, self._attachment, self._adapters, config)
+        except BaseException:
+            if self._detach_on_close:
+                self._attachment.detach()
+            raise
 
         row_multiple, length_multiple = (8, 64) if compile_decoding else (1, 8)
         capacity = kv_budget_bytes // facts.entry_bytes
@@ -244,7 +250,7 @@ class Engine:
     @property
     def ending(self) -> frozenset[int]:
         """Tokens that end any answer."""
-        return self._facts.eos_token_ids
+        return self._facts.generation.eos_token_ids
 
     @property
     def vocabulary(self) -> int:

@@ -13,7 +13,7 @@ from skipvision.engine.model import ModelFacts
 from skipvision.engine.prompts import Prompt, prepare
 from skipvision.engine.requests import Request
 from skipvision.engine.sequences import SequenceGroup
-from skipvision.errors import InputError
+from skipvision.errors import ConfigError, InputError
 
 
 class Intake:
@@ -38,6 +38,12 @@ class Intake:
         self._processor, self._facts = processor, facts
         self._attachment, self._adapters, self._config = attachment, adapters, config
         self._numbers = count()
+        self._stop_token_ids = facts.generation.stop_token_ids(processor)
+        if processor is None and facts.generation.stop:
+            raise ConfigError(
+                f"stop_strings={list(facts.generation.stop)} of this model's generation_config are found in "
+                "texts, which an engine without a processor does not have: pass the processor"
+            )
 
     def prepare(self, request: Request) -> Request:
         """Return the request with ``inputs``; raises `InputError`."""
@@ -67,8 +73,9 @@ class Intake:
                 f"input_ids hold {unknown[0]}, but this model's vocabulary has {self._facts.vocabulary} "
                 "tokens: prepare the request with this model's own processor"
             )
-        group = SequenceGroup(next(self._numbers), request, prompt, config, adapter, self._decode)
-        new, limit = request.sampling.max_new_tokens, self._facts.max_positions
+        sampling = self._facts.generation.complete(request.sampling, self._stop_token_ids)
+        group = SequenceGroup(next(self._numbers), request, prompt, config, adapter, sampling, self._decode)
+        new, limit = sampling.max_new_tokens, self._facts.max_positions
         if limit is not None and len(prompt) + new > limit:
             raise InputError(
                 f"{len(prompt)} tokens of prompt and {new} of answer exceed the {limit} positions of this "

@@ -12,6 +12,7 @@ from skipvision.anatomy.attention import block_indexer
 from skipvision.anatomy.families import Family, dissect
 from skipvision.anatomy.masks import Sight
 from skipvision.cost import units
+from skipvision.engine.generation import GenerationSettings
 from skipvision.errors import UnsupportedModelError
 
 
@@ -28,8 +29,7 @@ class ModelFacts:
         max_positions: longest sequence that the model can read, or None without a limit.
         entry_bytes: bytes of one entry of the KV cache, over all layers.
         text_config: the decoder's config.
-        eos_token_ids: tokens that end any answer.
-        suppressed_token_ids: tokens that are never generated.
+        generation: settings that come with the model.
     """
 
     base: PreTrainedModel
@@ -40,14 +40,14 @@ class ModelFacts:
     max_positions: int | None
     entry_bytes: int
     text_config: Any
-    eos_token_ids: frozenset[int]
-    suppressed_token_ids: list[int]
+    generation: GenerationSettings
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """Read the facts from a model, with or without PEFT.
 
         Raises:
+            ConfigError: a setting of its ``generation_config`` that the engine cannot apply.
             UnsupportedModelError: the model cannot generate, or its family is not supported.
         """
         base = _generating_model(model)
@@ -59,8 +59,6 @@ class ModelFacts:
             family = replace(family, whole_prompt=True)
         if any(block_indexer(layer.attention) for layer in anatomy.layers):
             family = replace(family, one_by_one=True)
-        generation: Any = base.generation_config
-        eos = generation.eos_token_id
         return cls(
             base=base,
             family=family,
@@ -73,8 +71,7 @@ class ModelFacts:
             max_positions=getattr(anatomy.text_config, "max_position_embeddings", None),
             entry_bytes=values * next(anatomy.decoder.parameters()).element_size(),
             text_config=anatomy.text_config,
-            eos_token_ids=frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos),
-            suppressed_token_ids=list(generation.suppress_tokens or []),
+            generation=GenerationSettings(base),
         )
 
 

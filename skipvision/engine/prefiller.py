@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from skipvision._compat import generation_position_ids
+from skipvision._compat_generation import generation_position_ids
 from skipvision.anatomy.cache_layers import Entries, entries_of, set_entries
 from skipvision.anatomy.masks import token_indices
 from skipvision.anatomy.positions import ends

@@ -21,24 +21,35 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class Sampling(BaseModel):
-    """Settings of a request's decoding. Frozen; one `ConfigError` names all invalid values."""
+    """Settings of a request's decoding. Frozen; one `ConfigError` names all invalid values.
+
+    They have priority over the model's ``generation_config``, as arguments of `generate` have.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_new_tokens: int = Field(64, ge=1, lt=2**31, description="max tokens of an answer")
     temperature: float = Field(0.0, ge=0, le=1e6, description="0 always chooses the likeliest token")
-    top_p: float = Field(
-        1.0,
+    top_p: float | None = Field(
+        None,
         ge=0,
         le=1,
-        description="draw from the likeliest tokens with this total probability, at least one",
+        description="draw from the likeliest tokens with this total probability, at least one; null = as the "
+        "model's generation_config says, else 1",
     )
-    top_k: int = Field(0, ge=0, lt=2**31, description="draw from this many of the likeliest tokens; 0 = all")
-    repetition_penalty: float = Field(
-        1.0,
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        lt=2**31,
+        description="draw from this many of the likeliest tokens; 0 = all; null = as the model's "
+        "generation_config says, else 0",
+    )
+    repetition_penalty: float | None = Field(
+        None,
         gt=0,
         le=1e6,
-        description="divides the logits of tokens in the prompt and answer so far; 1 = no penalty",
+        description="divides the logits of tokens in the prompt and answer so far; 1 = no penalty; null = as "
+        "the model's generation_config says, else 1",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="the same seed draws the same tokens, whatever else is running"

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from skipvision.engine.generation import MIN_TEMPERATURE
 from skipvision.engine.requests import Sampling, TokenLogprob
-
-_MIN_TEMPERATURE = 1e-6
-"""Smaller temperatures choose the likeliest token anyway, and would overflow."""
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -44,7 +42,7 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
 
-    temperature = column([max(settings[row].temperature, _MIN_TEMPERATURE) for row in drawn])
+    temperature = column([max(settings[row].temperature, MIN_TEMPERATURE) for row in drawn])
     chosen = logits[at]
     # Relative to the maximum, so that dividing by a small temperature cannot overflow.
     relative = chosen - chosen.amax(dim=1, keepdim=True)
@@ -53,7 +51,7 @@ def choose(logits: torch.Tensor, settings: Sequence[Sampling], draws: torch.Tens
     top_k = column([min(settings[row].top_k or len(rank), len(rank)) for row in drawn])
     probabilities = ordered.masked_fill(rank >= top_k, -torch.inf).softmax(dim=1)
     before = probabilities.cumsum(dim=1) - probabilities
-    top_p = column([settings[row].top_p for row in drawn])
+    top_p = column([1.0 if (p := settings[row].top_p) is None else p for row in drawn])
     probabilities = probabilities.masked_fill(before >= top_p, 0)
     # The likeliest token stays possible, however top_p and rounding fall.
     probabilities[:, 0] = probabilities[:, 0].clamp(min=torch.finfo(probabilities.dtype).tiny)

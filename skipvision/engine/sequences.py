@@ -6,6 +6,7 @@ import time
 from collections import abc
 
 import torch
+from transformers import LogitsProcessorList
 
 from skipvision.config import SkipConfig
 from skipvision.engine.prefiller import Visual
@@ -16,6 +17,7 @@ from skipvision.engine.requests import (
     Completion,
     FinishReason,
     Request,
+    Sampling,
     Timing,
     TokenLogprob,
     Usage,
@@ -35,6 +37,7 @@ class SequenceGroup:
         prompt: the prepared prompt.
         config: SkipConfig that the request runs under.
         adapter: adapter that the request runs under.
+        sampling: settings of its decoding, complete with those of the model.
         decode: token ids to text.
 
     Attributes:
@@ -54,12 +57,13 @@ class SequenceGroup:
         prompt: Prompt,
         config: SkipConfig,
         adapter: str,
+        sampling: Sampling,
         decode: abc.Callable[[abc.Sequence[int]], str],
     ) -> None:
         self.number, self.request, self.prompt = number, request, prompt
-        self.config, self.adapter = config, adapter
+        self.config, self.adapter, self.sampling = config, adapter, sampling
         self.entries = prompt.planned_entries(config)
-        self.sequences = [Sequence(self, index, decode) for index in range(request.sampling.n)]
+        self.sequences = [Sequence(self, index, decode) for index in range(sampling.n)]
         self.visual, self.prefix_hit = Visual(), False
         self.error: Exception | None = None
         self.submitted = time.monotonic()
@@ -70,7 +74,7 @@ class SequenceGroup:
     def reserved(self) -> int:
         """KV cache entries that each sequence may need."""
         # The last token is never fed to the model.
-        return self.entries + self.request.sampling.max_new_tokens - 1
+        return self.entries + self.sampling.max_new_tokens - 1
 
     @property
     def expired(self) -> bool:
@@ -115,7 +119,9 @@ class Sequence:
     Attributes:
         group: the request that it belongs to.
         index: its number among the request's answers.
-        sampling: the request's settings.
+        sampling: the request's settings, complete with those of the model.
+        processors: what the model's settings do to its logits, created with its first token; None = nothing
+            that ``sampling`` does not have.
         ids: generated tokens.
         logprobs: log probabilities of the tokens, if requested.
         finish_reason: None until it has finished.
@@ -130,7 +136,8 @@ class Sequence:
         self, group: SequenceGroup, index: int, decode: abc.Callable[[abc.Sequence[int]], str]
     ) -> None:
         self.group, self.index = group, index
-        self.sampling = group.request.sampling
+        self.sampling = group.sampling
+        self.processors: LogitsProcessorList | None = None
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None

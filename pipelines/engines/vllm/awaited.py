@@ -309,9 +309,10 @@ def sampling_parameters(sampling: Sampling, schema: str | None = None, *, whole:
         n=sampling.n,
         max_tokens=sampling.max_new_tokens,
         temperature=1.0 if several else sampling.temperature,
-        top_p=max(sampling.top_p, 1e-9),  # vLLM wants more than 0, which also leaves one token
-        top_k=1 if several else sampling.top_k,
-        repetition_penalty=sampling.repetition_penalty,
+        # vLLM wants more than 0, which also leaves one token.
+        top_p=1.0 if sampling.top_p is None else max(sampling.top_p, 1e-9),
+        top_k=1 if several else sampling.top_k or 0,
+        repetition_penalty=1.0 if sampling.repetition_penalty is None else sampling.repetition_penalty,
         seed=sampling.seed,
         stop=list(sampling.stop),
         stop_token_ids=list(sampling.stop_token_ids),

@@ -21,6 +21,7 @@ from skipvision import (
     Sampling,
     UnsupportedModelError,
     attach,
+    attachment_of,
     load_adapter,
     save_adapter,
 )
@@ -156,3 +157,4 @@ def test_a_model_that_brings_such_an_adapter_is_refused():
     model = get_peft_model(base_model(), lora(alora_invocation_tokens=[7], task_type="CAUSAL_LM"))
     with pytest.raises(UnsupportedModelError, match="cannot run adapter 'default': activated LoRA"):
         Engine(model, config=SKIP)
+    assert attachment_of(model) is None

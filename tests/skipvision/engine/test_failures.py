@@ -83,7 +83,7 @@ def test_unusable_logits_fail_alone(engine, options, error, temperature):
 
 BAD = Sampling(max_new_tokens=8, repetition_penalty=3.0, logprobs=7)
 FAILING = {
-    "choose": lambda logits, settings, draws: BAD in settings,
+    "choose": lambda logits, settings, draws: BAD.logprobs in [each.logprobs for each in settings],
     "report": lambda logits, tokens, counts: BAD.logprobs in counts,
     "penalise": lambda logits, seen, penalty: penalty == BAD.repetition_penalty,
 }

@@ -1,0 +1,164 @@
+"""The generation settings that come with a model: applied to each answer as `generate` does, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any, cast
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from skipvision._compat_generation import logits_processors
+from skipvision.anatomy.families import lm_head
+from skipvision.engine.requests import Adjust, Sampling
+from skipvision.errors import ConfigError
+
+MIN_TEMPERATURE = 1e-6
+"""Smaller temperatures choose the likeliest token anyway, and would overflow."""
+
+_BEAMS = "the engine follows one beam", 1
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "num_beams": (lambda beams: beams > 1, *_BEAMS),
+    "num_beam_groups": (lambda groups: groups > 1, *_BEAMS),
+    "constraints": (lambda _: True, "constrained search needs beams", None),
+    "force_words_ids": (lambda _: True, "constrained search needs beams", None),
+    "penalty_alpha": (lambda alpha: alpha > 0, "contrastive search tries several tokens at each step", None),
+    "dola_layers": (lambda _: True, "DoLa reads the logits of several layers", None),
+    "guidance_scale": (lambda scale: scale != 1, "guidance runs the model on a second prompt", None),
+    "token_healing": (bool, "token healing changes the prompt", False),
+    "max_time": (lambda _: True, "requests have a deadline of their own, Request(deadline=…)", None),
+}
+"""Settings that the engine refuses: for which values, why, and the value to set instead."""
+
+_NEUTRAL = {"repetition_penalty": None, "top_k": None, "top_p": None, "temperature": None}
+
+
+class GenerationSettings:
+    """The ``generation_config`` of a model, applied to answers.
+
+    A request's `Sampling` has priority, as arguments of `generate` have. ``temperature=0`` is
+    ``do_sample=False``, any other one ``do_sample=True``.
+
+    Args:
+        model: whose ``generation_config`` is read once; later changes have no effect.
+
+    Attributes:
+        eos_token_ids: tokens that end any answer.
+        suppressed_token_ids: tokens that are never generated.
+        stop: strings that end any answer.
+        allows_invalid_logits: whether NaN and infinite logits are replaced (``remove_invalid_values``).
+
+    Raises:
+        ConfigError: a setting that the engine cannot apply, or an invalid one.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._config = model, copy(model.generation_config)
+        config: Any = self._config
+        eos, stop = config.eos_token_id, config.stop_strings
+        self.eos_token_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        self.suppressed_token_ids: list[int] = list(config.suppress_tokens or [])
+        self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        self.allows_invalid_logits = config.remove_invalid_values is True
+        _refuse(config)
+        self._processed = {drawn: self._has_more(drawn) for drawn in (False, True)}
+
+    def complete(self, sampling: Sampling, stop_token_ids: tuple[int, ...] = ()) -> Sampling:
+        """Return a request's settings with the model's values where the request has none.
+
+        Args:
+            sampling: of the request.
+            stop_token_ids: as `stop_token_ids` returns them.
+        """
+        config: Any = self._config
+        own = {
+            "repetition_penalty": 1.0 if config.repetition_penalty is None else config.repetition_penalty,
+            "top_p": 1.0 if config.top_p is None else config.top_p,
+            "top_k": config.top_k or 0,
+        }
+        missing = {name: value for name, value in own.items() if getattr(sampling, name) is None}
+        if self.stop:
+            missing["stop"] = (*sampling.stop, *self.stop)
+            missing["stop_token_ids"] = (*sampling.stop_token_ids, *stop_token_ids)
+        return sampling.model_copy(update=missing)
+
+    def stop_token_ids(self, processor: Any) -> tuple[int, ...]:
+        """Return the stop strings that are tokens of their own, which texts of answers leave out."""
+        tokenizer = getattr(processor, "tokenizer", processor)
+        added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+        return tuple(added[text] for text in self.stop if text in added)
+
+    def processors(
+        self, sampling: Sampling, prompt: Sequence[int], adjust: Adjust | None, device: torch.device
+    ) -> LogitsProcessorList | None:
+        """Return what `generate` would apply to the logits of an answer.
+
+        Args:
+            sampling: of the request, complete.
+            prompt: ids of its prompt.
+            adjust: the request's own change of the logits.
+            device: of the logits.
+
+        Returns:
+            None if the model's settings add nothing to those that `Sampling` has.
+        """
+        if not self._processed[sampling.temperature > 0]:
+            return None
+        config = copy(self._config)
+        # `update` would validate, and warn of sampling settings in each greedy answer.
+        vars(config).update(
+            do_sample=sampling.temperature > 0,
+            temperature=max(sampling.temperature, MIN_TEMPERATURE),
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            max_length=len(prompt) + sampling.max_new_tokens,
+        )
+        further = [] if adjust is None else [_Adjusted(adjust, len(prompt))]
+        return logits_processors(self._model, config, torch.tensor([list(prompt)], device=device), further)
+
+    def _has_more(self, drawn: bool) -> bool:
+        """Return whether the model's settings change logits in ways that `Sampling` does not have."""
+        config, prompt = copy(self._config), torch.zeros(1, 1, dtype=torch.long)
+        vars(config).update(do_sample=drawn, temperature=None, max_length=2)
+        vocabulary = cast(Any, lm_head(self._model)).weight.shape[0]
+        try:
+            logits = cast(Any, torch.zeros(1, vocabulary))
+            logits_processors(self._model, config, prompt)(cast(Any, prompt), logits)
+        except Exception as error:
+            raise ConfigError(f"generation_config of this model is invalid: {error}") from error
+        vars(config).update(**_NEUTRAL, suppress_tokens=None)
+        return len(logits_processors(self._model, config, prompt)) > 0
+
+
+class _Adjusted(LogitsProcessor):
+    """Applies a request's ``adjust`` where `generate` applies processors that it is passed.
+
+    Args:
+        adjust: takes the generated ids and the (V,) logits of the next token.
+        prompt: tokens of the prompt.
+    """
+
+    def __init__(self, adjust: Adjust, prompt: int) -> None:
+        self._adjust, self._prompt = adjust, prompt
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return the (1, V) logits after (1, T) ids of prompt and answer."""
+        ids: list[int] = input_ids[0, self._prompt :].tolist()
+        adjusted: Any = self._adjust(ids, scores[0])[None]
+        return adjusted
+
+
+def _refuse(config: Any) -> None:
+    """Raise one `ConfigError` that names all settings that the engine cannot apply."""
+    problems = [
+        f"{name}={value!r}: {reason}; set it to {neutral}"
+        for name, (refused, reason, neutral) in _REFUSED.items()
+        if (value := getattr(config, name, None)) is not None and refused(value)
+    ]
+    if problems:
+        raise ConfigError(
+            "the engine cannot apply this model's generation_config: " + "; ".join(problems) + " (in its "
+            "generation_config.json or in model.generation_config), or call model.generate"
+        )
