@@ -59,10 +59,11 @@ test-all: install ## run the slow tests and test-oldest, too (GPU tests: make te
 test-oldest: install-oldest ## run the library's tests with the oldest versions
 	$(OLDEST_BIN)/python -m pytest $(IN_TWO) tests/skipvision $(ARGS)
 
+# Prometheus and kubectl are not on PyPI: the summary names the tests that skip without them, and how to install them.
 # With IMAGE_BASE=IMAGE the images are built on it, by buildah; IMAGE_BUILD_ARGS are further options of its build.
 test-infra: install ## run all tests of infra/ with the checkers that pip has
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[infra]"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" tests/infra $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" -rs tests/infra $(ARGS)
 
 # vLLM warns a lot. Its build for CPUs can come with a torchvision for CUDA: sitecustomize.py lets that be imported.
 test-vllm: install-vllm ## run the tests of vLLM (plug-in, jobs, endpoint) in .venv-vllm/

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from functools import cache
 
-import pytest
 import yaml
 
 from tests.infra.manifests import INFRA
@@ -14,25 +13,6 @@ FOLDER = INFRA / "compose"
 TEXTS = {name: (FOLDER / name).read_text() for name in ("compose.yaml", "compose.cuda.yaml")}
 FILES = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
 SERVICES = FILES["compose.yaml"]["services"]
-
-
-def keys(tree: object, path: str = "") -> set[str]:
-    """The paths of all keys of nested mappings, also in lists."""
-    if isinstance(tree, dict):
-        return {f"{path}.{key}" for key in tree} | {
-            found for key, value in tree.items() for found in keys(value, f"{path}.{key}")
-        }
-    if isinstance(tree, list):
-        return {found for value in tree for found in keys(value, f"{path}[]")}
-    return set()
-
-
-@pytest.mark.parametrize("name", list(FILES))
-def test_the_schema_accepts_the_file_and_knows_every_field(name):
-    compose = pytest.importorskip("compose_spec", reason="pip install compose-spec")
-    tree = {key: value for key, value in FILES[name].items() if not key.startswith("x-")}
-    model = compose.ComposeSpecification.model_validate(tree)
-    assert keys(tree) - keys(model.model_dump(by_alias=True, exclude_unset=True, mode="json")) == set()
 
 
 def test_ports_are_published_on_loopback_only():

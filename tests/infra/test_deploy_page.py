@@ -60,6 +60,7 @@ def test_kubectl_would_create_the_namespace_and_the_secrets(tmp_path):
         "skipvision-keys": ["keys.yaml"],
         "mlflow": ["artifacts-destination", "backend-store-uri"],
         "vllm": ["api-key"],
+        "redis": ["password"],
     }
 
 
@@ -95,7 +96,8 @@ def test_own_settings_reach_every_cluster(tmp_path):
     assert home["spec"]["storageClassName"] == "efs"
     (service,) = of_kind(manifests, "RayService")
     assert service["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]["maxReplicas"] == 2
-    assert {"PodMonitor", "PrometheusRule"} <= {one["kind"] for one in manifests}
+    assert service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
+    assert {"PodMonitor", "PrometheusRule", "StatefulSet"} <= {one["kind"] for one in manifests}
 
 
 @needs_kubectl
