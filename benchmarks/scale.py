@@ -3,8 +3,8 @@
     python -m benchmarks.scale --out docs/benchmarks/scale.md
 
 Each cost is measured on this machine in CPU seconds, with tiny payloads where only their number matters. GPUs
-are sized by `skipvision.cost` from data sheets. Then arithmetic: how much of each limit a job of 10³ to 10⁹
-images and an endpoint of 1 to 10⁵ requests a second take.
+are sized by `skipvision.cost` from data sheets, and the wait for a file of the shared folder is assumed. Then
+arithmetic: how much of each limit a job of 10³ to 10⁹ images takes, and an endpoint of 1 to 10⁵ requests/s.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ import torch
 import skipvision as sv
 from benchmarks import _measure, _scale
 from benchmarks.gpu import GEOMETRIES
+from pipelines.caption.config import ScalingSection
+from pipelines.caption.folder import FILES_AT_ONCE
 from skipvision.cost.sizing import GPUS, Workload, demand, size
 
 DAY = 86_400
 BLOCK_ROWS = 16
 """Rows of a block with 64 sequences at once: see `pipelines.caption.stages`."""
+READERS, THREADS = 4, ScalingSection.model_fields["threads_per_reader"].default
+"""Readers for each GPU, as in the overlay `gpu` of infra/kuberay, and the files that each opens at once."""
+BLOCKS_HELD = 14 + 2 * READERS
+"""Blocks in the object store for each engine: those it has been given, and two that each reader has ready."""
+OBJECT_STORE = 0.5 * 0.3 * 48 * 2**30
+"""Bytes that Ray Data may use of a GPU pod's object store: half of it, which is 30 % of the pod's memory."""
 EARLIER = {"block_bytes": 4_100.0, "row_bytes": 44.0, "footer_bytes": 1_750.0, "tally": 2.0}
-"""Costs of the version before, measured in the same way.
+"""Costs of the version before, as they were measured in the same way then. They are not measured again.
 
 Bytes of the driver for each block (Ray Data's statistics) and row (hashes of keys, and their sorted copy);
 bytes of metadata for each shard of the manifest, which every reader parses for every shard; seconds of
@@ -50,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = [f"### A job's driver, tiny payloads, {_scale.SHARD:,} rows a shard\n\n{_driver(jobs)}"]
     if "arithmetic" in options.parts:
         block, request = _apart("blocks", options.blocks), _apart("endpoint", options.requests)
-        costs = Costs(jobs[-1], block, _scale.image(), request, _scale.attempts(), options.gpu)
+        wait = options.file_wait_ms / 1e3
+        costs = Costs(jobs[-1], block, _scale.image(), request, _scale.attempts(), options.gpu, wait)
         parts += [
             f"### Costs of one\n\n{costs.table()}",
             f"### A captioning job in a day\n\n{_captioning(costs)}",
@@ -81,7 +90,10 @@ def _apart(what: str, count: int) -> Any:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured costs: of a job without Ray, a block, an image, a request, and a block's files (s, bytes)."""
+    """Measured costs: of a job without Ray, a block, an image, a request, and a block's files (s, bytes).
+
+    ``wait`` is the time until a file of the shared folder is open or written (s), an assumption.
+    """
 
     job: dict[str, float]
     block: dict[str, float]
@@ -89,11 +101,17 @@ class Costs:
     request: dict[str, float]
     attempts: float
     gpu: str
+    wait: float
 
     @property
     def reading(self) -> float:
         """CPU seconds of a reader for an image."""
         return self.image["open"] + self.image["prepare"] + self.image["pack"]
+
+    @property
+    def held(self) -> float:
+        """Bytes of the object store for each engine."""
+        return BLOCKS_HELD * BLOCK_ROWS * self.image["bytes"]
 
     @property
     def engine(self) -> float:
@@ -113,6 +131,8 @@ class Costs:
             ("image: to the model's pixels (336 × 336)", _ms(self.image["prepare"])),
             ("image: into a block", _ms(self.image["pack"])),
             ("image: bytes in the object store", f"{self.image['bytes'] / 1e6:.2f} MB"),
+            ("engine: bytes of its blocks in the object store", f"{self.held / 1e6:,.0f} MB"),
+            ("file: wait of the shared folder (assumed)", _ms(self.wait)),
             (f"image: prefill and decode on one {self.gpu} (predicted)", _ms(self.engine)),
             ("row: listing", _us(self.job["listing"])),
             ("row: writing its caption", _us(self.job["writing"])),
@@ -183,6 +203,9 @@ LIFTED = {
     "restart": "larger `output.shard_rows`",
     "files in a folder": "larger `output.shard_rows`",
     "readers' CPUs": "`scaling.readers`, on nodes with more CPUs",
+    "readers' waits": "`scaling.threads_per_reader`",
+    "object store": "pods with more memory, fewer `scaling.readers`",
+    "network between nodes": "readers on the engines' nodes",
     "shared folder": "inputs in an object store",
     "ingress' CPU": "`ingresses`",
     "proxies' CPU": "a proxy on every node and a load balancer; HAProxy",
@@ -198,18 +221,22 @@ def _limits(costs: Costs, images: int, gpus: int, time: float, *, earlier: bool)
     block_bytes = EARLIER["block_bytes"] if earlier else costs.block["bytes"]
     memory = block_bytes * blocks + (EARLIER["row_bytes"] * images if earlier else costs.job["memory"])
     parsed = EARLIER["footer_bytes"] * (shards if earlier else min(shards, 100))
-    tally = costs.job["tally"] * (2 * EARLIER["tally"] if earlier else 1)
-    driver = costs.block["seconds"] * blocks + costs.job["writing"] * images
+    tally = costs.job["tally"] * images * (2 * EARLIER["tally"] if earlier else 1)
+    tally += costs.wait * shards * (2 if earlier else 1 / FILES_AT_ONCE)
+    driver = costs.block["seconds"] * blocks + costs.job["writing"] * images + 2 * costs.wait * shards
+    reading = (costs.reading + costs.wait) / (READERS * THREADS)
     return {
         "listing": costs.job["listing"] * images / (0.2 * DAY),  # a fifth of a day
         "driver's time": driver / time,
         "driver's memory": memory / 6e9,  # of a head with 8 GiB
-        "manifest's metadata": parsed
-        / 100e6
-        / (0.05 * _scale.SHARD * costs.engine),  # 100 MB/s, 5 % of a shard
-        "restart": tally * images / 600,  # ten minutes
+        # 100 MB/s, 5 % of a shard's time
+        "manifest's metadata": (parsed / 100e6 + costs.wait) / (0.05 * _scale.SHARD * costs.engine),
+        "restart": tally / 600,  # ten minutes
         "files in a folder": shards / 1e6,
         "readers' CPUs": costs.reading / costs.engine / 7,  # of a worker with 8, for each GPU
+        "readers' waits": reading / costs.engine,
+        "object store": costs.held / OBJECT_STORE,
+        "network between nodes": costs.image["bytes"] / costs.engine / 1.25e9,  # 10 Gbit/s for each GPU
         "shared folder": costs.image["file"] * images / time / 5e9,  # 5 GB/s
     }
 
@@ -271,6 +298,12 @@ def _options() -> argparse.ArgumentParser:
     add("--blocks", type=int, default=6000, help="blocks through Ray Data (default: %(default)s)")
     add("--requests", type=int, default=160, help="requests to the endpoint (default: %(default)s)")
     add("--gpu", choices=list(GPUS), default="l40s", help="GPU of the arithmetic (default: %(default)s)")
+    add(
+        "--file-wait-ms",
+        type=float,
+        default=5.0,
+        help="assumed wait for a file of the shared folder (default: %(default)s)",
+    )
     add("--measure", choices=["job", "blocks", "endpoint"], help="measure only this, in this process")
     add("--count", type=int, default=1000, help="rows, blocks or requests of --measure")
     add("--out", type=Path, help="Markdown page to update")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import threading
 import tracemalloc
 
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import pytest
 
 from pipelines.caption import keys, manifest
 from pipelines.caption.config import InputSection, ScalingSection
-from pipelines.caption.folder import CaptionShards
+from pipelines.caption.folder import FILES_AT_ONCE, CaptionShards
 from pipelines.caption.manifest import Manifest, write_manifest
 from pipelines.caption.rows import MANIFEST_SCHEMA, Caption
 from pipelines.caption.stream import packed, streamed
@@ -84,6 +85,20 @@ def test_a_start_reads_no_texts_of_finished_captions(tmp_path):
     shutil.copy(shards.path(0), shards.path(2))
     assert shards.missing(4) == [1, 3]
     assert (shards.tally(4).rows, shards.tally(4).tokens["output_tokens"]) == (18, 36)
+
+
+def test_a_start_waits_for_several_files_at_once(tmp_path):
+    together = threading.Barrier(FILES_AT_ONCE)
+
+    class OnSlowStorage(CaptionShards):
+        def read(self, shard, columns=None):
+            together.wait(20)  # breaks if the files are read one after the other
+            return super().read(shard, columns)
+
+    shards = OnSlowStorage(tmp_path, "parquet")
+    for shard in range(2 * FILES_AT_ONCE):
+        shards.write(shard, [Caption(f"row {shard}", "a text", output_tokens=2)])
+    assert shards.tally(2 * FILES_AT_ONCE).rows == 2 * FILES_AT_ONCE
 
 
 class Same:
