@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 
 from tests.infra.exported import ON_INCIDENTS, declared, named
 from tests.infra.manifests import INFRA
+from tests.infra.sample_metrics import samples
 
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # by default Ray exports every few seconds
 
@@ -40,10 +42,14 @@ def wanted() -> set[str]:
 
 
 class Scraped:
-    """The names of all metrics that the nodes of the local Ray have exported so far."""
+    """The names and labels of all metrics that the nodes of the local Ray have exported so far."""
 
     def __init__(self) -> None:
-        self.names: set[str] = set()
+        self.labels: dict[str, set[str]] = defaultdict(set)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.labels)
 
     def scrape(self) -> None:
         import ray
@@ -52,7 +58,9 @@ class Scraped:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             with suppress(OSError), urllib.request.urlopen(url, timeout=10) as response:
                 lines = response.read().decode().splitlines()
-                self.names |= {re.split(r"[{ ]", line)[0] for line in lines if line.startswith("ray_skip")}
+                for line in lines:
+                    if line.startswith("ray_skip"):
+                        self.labels[re.split(r"[{ ]", line)[0]].update(re.findall(r'(\w+)="', line))
 
     @contextmanager
     def meanwhile(self) -> Iterator[None]:
@@ -82,6 +90,10 @@ def test_endpoint_and_jobs_export_what_dashboards_and_alerts_name(
         serve(tiny_model, scraped)
     assert wanted() - ON_INCIDENTS - scraped.names == set()
     assert scraped.names <= declared()
+    # The dashboards are drawn with samples: these have no label that is not exported.
+    for name, labels in samples().values:
+        if name not in ON_INCIDENTS:
+            assert {label for label, _ in labels} <= scraped.labels[name], name
 
 
 def fine_tune(model: Path, data: Path, storage: Path) -> None:
