@@ -39,7 +39,7 @@ MISSING = "prometheus is not installed, so no panel is evaluated (on Debian: apt
 BACKGROUND, PANEL, TEXT, FAINT, GRID = "#111217", "#181b1f", "#ccccdc", "#8e8e9a", "#2c3235"
 COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#37872d")
 WIDTH, ROW = 15.0, 0.42
-"""Inches of the picture, and of a row of Grafana's grid."""
+"""Inches of the image, and of a row of Grafana's grid."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the images")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     with prometheus() as source:
