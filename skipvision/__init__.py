@@ -11,9 +11,10 @@
 
 Read the mechanisms first: `tokens`, `plan`, `select`, `merge`, `summary`, `skip_ffn`, `kv_cache`. `planning`
 and `layout` make a plan; `arrival`, `reduction` and `attach` run a model with it; `cost` predicts FLOPs and
-bytes; `baselines` are simpler methods of equal cost. `adapters` saves and loads adapters, `engine` answers
-many requests at once, and `exporting` makes one folder for other programs. `registry` explains how another
-package adds a criterion or a merge.
+bytes; `baselines` are simpler methods of equal cost. `distillation` lets
+the full-token model teach, `adapters` saves and loads adapters, `engine` answers many requests at once, and
+`exporting` makes one folder for other programs. `registry` explains how another package adds a criterion or a
+merge.
 
 Method: "Skip-Vision: Efficient and Scalable Acceleration of Vision-Language Models via Adaptive
 Token Skipping", ICCV 2025, https://arxiv.org/abs/2503.21817.
@@ -26,6 +27,7 @@ from skipvision.attach import Attachment, attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.cost.flops import measure_flops
 from skipvision.cost.predict import Cost, predict_cost
+from skipvision.distillation import SoftTargets, as_teacher
 from skipvision.engine import Completion, Engine, Request, Sampling
 from skipvision.errors import (
     AdapterError,
@@ -59,9 +61,11 @@ __all__ = [
     "Sampling",
     "SkipConfig",
     "SkipVisionError",
+    "SoftTargets",
     "TokenPlan",
     "TokenRole",
     "UnsupportedModelError",
+    "as_teacher",
     "attach",
     "attachment_of",
     "export",

@@ -84,6 +84,7 @@ def test_every_command_is_known_here():
         ("make_shapes.py",),
         ("--name mine",),
         ("--name mine", "--resume_with_changes"),
+        ("--name distilled",),
         ("finetune.py --help",),
         ("ray job submit", "--name slower"),
         ("ray job submit", "SKIPVISION_METHODS"),

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import skipvision as sv
-from pipelines.data.collate import IGNORED, Batch, Collator
+from pipelines.data.collate import Batch, Collator
 from pipelines.data.rows import TrainingRow
 from pipelines.engines.config import BaseModelSection
 from pipelines.engines.loading import arithmetic, load_frozen, load_processor
-from pipelines.finetune.learner import summed_loss
+from pipelines.finetune.flops import RowTokens, predicted_cost
+from pipelines.finetune.objective import summed_loss
 from skipvision.kv_cache import cache_bytes
 
 
@@ -44,19 +45,9 @@ def measure_costs(
 def _costs_of_row(model: Any, skip: sv.SkipConfig | None, batch: Batch) -> dict[str, float]:
     inputs, images = batch.inputs, batch.images
     length = inputs["input_ids"].shape[1]
-    answer = int((batch.labels != IGNORED).sum())
-    visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    text = length - visual - answer
+    visual, _, text = RowTokens.of(model, batch)
     prompt = {k: v[:, : visual + text] if v.shape == (1, length) else v for k, v in inputs.items()}
-    predicted = sv.predict_cost(
-        model.config,
-        skip,
-        images=images,
-        text_tokens=text,
-        new_tokens=answer,
-        lora_rank=next(iter(model.peft_config.values())).r,
-        dtype=next(model.parameters()).dtype,
-    )
+    predicted = predicted_cost(model, skip, batch)
     prefill = partial(model, **prompt, use_cache=True, logits_to_keep=1)
     with model.disable_adapter(), torch.no_grad():  # a merged adapter adds no FLOPs
         prefill_flops = sv.measure_flops(prefill)

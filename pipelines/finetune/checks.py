@@ -15,6 +15,7 @@ from pipelines.cluster.resources import node_resources, worker_resources
 from pipelines.engines.loading import check_known, empty_model, load_config, load_processor
 from pipelines.finetune.config import FinetuneConfig, ScalingSection
 from pipelines.finetune.learner import prepare
+from skipvision.errors import ConfigError
 
 
 class CheckedModel(NamedTuple):
@@ -40,6 +41,12 @@ def check_model(config: FinetuneConfig) -> CheckedModel:
     check_known(config.model.path, "model.path")
     processor = load_processor(config.model.path)
     model_config = load_config(config.model.path)
+    vocabulary = model_config.get_text_config().vocab_size
+    if config.training.objective != "answers" and (config.distillation.top_k or 0) > vocabulary:
+        raise ConfigError(
+            f"distillation.top_k = {config.distillation.top_k}: the model has {vocabulary} tokens; set "
+            "fewer, or null for all"
+        )
     model = prepare(empty_model(model_config), config)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.data.training_rows import CheckImages, OnBadRow
 from pipelines.engines.config import BaseModelSection
@@ -60,8 +60,14 @@ class LoraSection(Section):
 
 
 class TrainingSection(Section):
-    """The optimiser, precision, memory and checkpoints."""
+    """The objective, the optimiser, precision, memory and checkpoints."""
 
+    objective: Literal["answers", "distill", "both"] = Field(
+        "answers",
+        description="the targets of an answer's tokens: answers = the words of the row (cross-entropy); "
+        "distill = the predictions of the same model without adapter and with all visual tokens (KL "
+        "divergence); both = a weighted sum",
+    )
     epochs: float = Field(1.0, gt=0, description="passes over all rows; ignored if max_steps is set")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; null = from epochs")
     batch_size: int = Field(16, ge=1, description="rows per optimiser step, over all workers together")
@@ -89,6 +95,29 @@ class TrainingSection(Section):
     log_every: int = Field(10, ge=1, description="steps between progress lines")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+
+
+class DistillationSection(Section):
+    """How the full-token model teaches; read if training.objective is distill or both."""
+
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="divides the logits of teacher and student; above 1, unlikely tokens weigh more. The "
+        "divergence is multiplied by its square",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that are compared one by one at each position, the teacher's most likely ones; "
+        "all others are compared as one; null = the whole vocabulary",
+    )
+    answers_weight: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of the cross-entropy in the loss of objective both; the divergence has the rest",
+    )
 
 
 class EvaluationSection(Section):
@@ -142,6 +171,17 @@ class FinetuneConfig(TrackedConfig):
         description="how visual tokens are skipped, in training and later in use; null = no skipping",
     )
     training: TrainingSection = TrainingSection()
+    distillation: DistillationSection = DistillationSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrainingTrackingConfig = TrainingTrackingConfig()
     scaling: ScalingSection = ScalingSection()
+
+    @model_validator(mode="after")
+    def _teacher_differs(self) -> Self:
+        if self.training.objective == "distill" and (self.skip is None or self.skip.is_full):
+            given = "null" if self.skip is None else "every visual token retained"
+            raise ValueError(
+                f"training.objective = distill with skip = {given}: the student would be its own teacher "
+                "from the first step on, and nothing would be learnt; set skip, or objective answers or both"
+            )
+        return self

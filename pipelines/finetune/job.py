@@ -39,7 +39,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     The result holds ``adapter`` (folder), ``steps``, ``loss``, ``validation_loss``, ``exact_match`` per
     task, ``training_seconds``, ``seconds_per_step`` (median), ``rejected_rows``, ``unrecorded_values``
     (metrics that MLflow did not take), ``mlflow_uri``, ``mlflow_run_id``, ``model_version`` and
-    ``already_finished``.
+    ``already_finished``. With a teacher it also holds ``answers_loss``, ``distill_loss``,
+    ``validation_distill_loss`` and ``flops_per_row`` (`pipelines.finetune.flops`).
 
     Raises:
         ConfigError: settings that contradict each other, a path that does not exist, or an earlier start with
@@ -189,8 +190,11 @@ def _upload(
 def _results(trained: Mapping[str, Any]) -> dict[str, float]:
     """Return the last values of the metrics that the workers recorded in the run of the training."""
     values = {f"validation/exact_match/{task}": v for task, v in trained.get("exact_match", {}).items()}
-    named = {"loss": trained.get("loss"), "validation/loss": trained.get("validation_loss")}
-    return {**values, **{name: value for name, value in named.items() if value is not None}}
+    values |= {f"flops_per_row/{name}": float(v) for name, v in trained.get("flops_per_row", {}).items()}
+    for name in ("loss", "answers_loss", "distill_loss"):
+        named = {name: trained.get(name), f"validation/{name}": trained.get(f"validation_{name}")}
+        values |= {name: value for name, value in named.items() if value is not None}
+    return values
 
 
 def _fit(plan: _Plan, folder: FinetuneFolder, run: Tracker) -> dict[str, Any]:

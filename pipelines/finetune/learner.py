@@ -8,22 +8,22 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import peft
 import torch
 from torch import distributed, nn
-from torch.nn import functional as F
 
 import skipvision as sv
 from pipelines._compat import enable_checkpointing
-from pipelines.data.collate import IGNORED, Batch
+from pipelines.data.collate import Batch
 from pipelines.engines.loading import arithmetic
 from pipelines.finetune.config import FinetuneConfig, TrainingSection
+from pipelines.finetune.objective import Loss, Objective
 from skipvision.errors import ConfigError
 
 
@@ -68,7 +68,10 @@ def learning_rate(training: TrainingSection, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimiser step of all workers: mean loss per learnt token, norm before clipping, inputs."""
+    """One optimiser step of all workers: mean losses per learnt token, norm before clipping, inputs.
+
+    ``parts`` are ``answers_loss`` and ``distill_loss`` if a teacher takes part.
+    """
 
     loss: float
     grad_norm: float
@@ -76,29 +79,7 @@ class StepStats:
     learnt_tokens: int
     tokens: int
     images: int
-
-
-def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Return the summed loss of a batch's learnt tokens, and their number.
-
-    With Skip-Vision attached, answers attend only to tokens that are in the KV cache during decoding.
-    Otherwise they would learn to attend to skipped tokens, which decoding does not have.
-    """
-    # Position t predicts token t + 1. The LM head runs only at positions with a target.
-    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-    learnt = targets != IGNORED
-    given: dict[str, Any] = {}
-    if sv.attachment_of(model) is not None:
-        given[sv.DECODED_KEYWORD] = _decoded(batch, cast(Any, model).config.image_token_id)
-    logits = model(**batch.inputs, **given, logits_to_keep=learnt, use_cache=False).logits
-    return F.cross_entropy(logits.float(), targets[learnt], reduction="sum"), int(learnt.sum())
-
-
-def _decoded(batch: Batch, image_token_id: int) -> torch.Tensor:
-    """(B, T) True from each row's first learnt token on, but not before the end of its last image."""
-    visual = batch.inputs["input_ids"] == image_token_id
-    follows_images = visual.flip(1).cumsum(dim=1).flip(1) == 0
-    return ((batch.labels != IGNORED).cumsum(dim=1) > 0) & follows_images
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Learner:
@@ -107,6 +88,7 @@ class Learner:
     def __init__(self, model: nn.Module, config: FinetuneConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
         self.compute = arithmetic(config.training.precision, device)
+        self.objective = Objective(config.training.objective, config.distillation)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if _workers() > 1:
             for parameter in self.trainable.values():
@@ -122,12 +104,12 @@ class Learner:
         """
         seed = np.random.SeedSequence([self.config.seed, step, _rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
-        totals = torch.zeros(4, dtype=torch.float64)
+        totals = torch.zeros(6, dtype=torch.float64)
         for batch in micro_batches:
-            loss, learnt = self.loss(batch)
-            loss.backward()
-            totals += torch.tensor([loss.item(), learnt, batch.tokens, batch.images], dtype=torch.float64)
-        loss_sum, answer_tokens, tokens, images = self._share(totals)
+            loss = self.loss(batch)
+            loss.total.backward()
+            totals += torch.tensor([*loss.values(), batch.tokens, batch.images], dtype=torch.float64)
+        loss_sum, answer_tokens, answers, distill, tokens, images = self._share(totals)
         training = self.config.training
         parameters = list(self.trainable.values())
         norm = float(nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
@@ -143,25 +125,35 @@ class Learner:
         if answer_tokens:  # without any, momentum and weight decay would still move the weights
             self.optimizer.step()
         self.optimizer.zero_grad()
+        parts = {"answers_loss": answers, "distill_loss": distill} if self.objective.teaches else {}
+        means = {name: total / max(answer_tokens, 1) for name, total in parts.items()}
         mean = loss_sum / max(answer_tokens, 1)
-        return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images))
+        return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images), means)
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Return the summed loss of a batch's learnt tokens, and their number."""
+    def loss(self, batch: Batch) -> Loss:
+        """Return the summed loss of a batch's learnt tokens."""
         with self.autocast():
-            return summed_loss(self.model, batch.to(self.device))
+            return self.objective.loss(self.model, batch.to(self.device))
 
     @torch.no_grad()
-    def validation_loss(self, batches: Iterable[Batch]) -> float:
-        """Return the mean loss per token over all workers' batches; NaN if there are none."""
+    def validation_losses(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return mean losses per token over all workers' batches; NaN if there are none.
+
+        ``validation_loss`` is the cross-entropy whatever the objective is, so that runs can be compared.
+        ``validation_distill_loss`` is the divergence from the teacher, if one takes part.
+        """
         self.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            loss, learnt = self.loss(batch)
-            totals += torch.tensor([loss.item(), learnt], dtype=torch.float64)
+            totals += torch.tensor(self.loss(batch).values(), dtype=torch.float64)
         self.model.train()
-        totals = self._summed(totals)
-        return float(totals[0] / totals[1])
+        _, learnt, answers, distill = self._summed(totals)
+        losses = {"validation_loss": float(answers / learnt)}
+        return (
+            {**losses, "validation_distill_loss": float(distill / learnt)}
+            if self.objective.teaches
+            else losses
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context of mixed precision, if the training uses it."""

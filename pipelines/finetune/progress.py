@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ class Progress:
     steps: int
     step_seconds: list[float] = field(default_factory=list)
     last_loss: float = float("nan")
+    last_parts: Mapping[str, float] = field(default_factory=dict)
     _mark: float = 0.0
     _session: float = 0.0
     _first: int = -1
@@ -33,13 +35,17 @@ class Progress:
         seconds = time.monotonic() - self._mark
         self.step_seconds.append(round(seconds, 4))
         if stats.learnt_tokens:
-            self.last_loss = stats.loss
+            self.last_loss, self.last_parts = stats.loss, stats.parts
         return seconds
 
     def line(self, done: int, stats: StepStats) -> str:
         """Return a line of progress. The line of the last step has no remaining time."""
         rate = stats.images / max(self.step_seconds[-1], 1e-4)
-        line = f"step {done}/{self.steps}  loss {self.last_loss:.4f}  {rate:.1f} images/s"
+        parts = ", ".join(
+            f"{name.removesuffix('_loss')} {part:.4f}" for name, part in self.last_parts.items()
+        )
+        loss = f"loss {self.last_loss:.4f}" + (f" ({parts})" if parts else "")
+        line = f"step {done}/{self.steps}  {loss}  {rate:.1f} images/s"
         if done == self.steps:
             return line
         left = (time.monotonic() - self._session) / (done - self._first) * (self.steps - done)
@@ -50,6 +56,7 @@ class Progress:
         return {
             "steps": self.steps,
             "loss": self.last_loss,
+            **self.last_parts,
             "training_seconds": round(sum(self.step_seconds), 2),
             "seconds_per_step": round(statistics.median(self.step_seconds), 4) if self.step_seconds else None,
         }

@@ -30,6 +30,7 @@ from pipelines.evaluation.exact_match import accuracy_by_task, evaluate_exact_ma
 from pipelines.evaluation.items import OVERALL
 from pipelines.finetune.batches import LengthGroupedBatches, prefetched
 from pipelines.finetune.config import FinetuneConfig
+from pipelines.finetune.flops import row_flops
 from pipelines.finetune.folder import STATE
 from pipelines.finetune.learner import Learner, StepStats, prepare
 from pipelines.finetune.progress import Progress
@@ -136,7 +137,7 @@ class Worker:
             # Before the validation, which may fail: it opens images that may have become unreadable.
             with storage_errors(self.work.adapter):
                 sv.save_adapter(self.learner.model, self.work.adapter)
-        return {**self.progress.summary(), **self._evaluate(done)}
+        return {**self.progress.summary(), **self._flops(done), **self._evaluate(done)}
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -160,6 +161,7 @@ class Worker:
         if self.tracker is not None and stats.learnt_tokens:
             values = {
                 "loss": stats.loss,
+                **stats.parts,
                 "learning_rate": stats.learning_rate,
                 "grad_norm": stats.grad_norm,
                 "step_seconds": seconds,
@@ -211,7 +213,7 @@ class Worker:
             state = torch.load(Path(folder) / STATE, weights_only=True, map_location=self.learner.device)
         self.learner.load_state(state)
         self.progress.step_seconds = state["step_seconds"]
-        self.progress.last_loss = state["loss"]
+        self.progress.last_loss, self.progress.last_parts = state["loss"], state.get("parts", {})
         return int(state["step"])
 
     def _checkpoint(self, done: int) -> None:
@@ -222,7 +224,13 @@ class Worker:
         if self.tracker is not None:
             self.tracker.metrics(rejected_rows(count_rejects(self.work.rejects)), done)
             self.tracker.flush()  # a run that resumes from here will not repeat these steps
-        extra = {"step": done, "step_seconds": self.progress.step_seconds, "loss": self.progress.last_loss}
+        progress = self.progress
+        extra = {
+            "step": done,
+            "step_seconds": progress.step_seconds,
+            "loss": progress.last_loss,
+            "parts": dict(progress.last_parts),
+        }
         name = f"checkpoint_{done:08d}"
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, STATE)
@@ -236,7 +244,25 @@ class Worker:
                     checkpoint_dir_name=name,
                 )
 
-    # -------------------------------------------------------------------------------- evaluation
+    # ------------------------------------------------------------------------ flops and evaluation
+
+    def _flops(self, done: int) -> dict[str, Any]:
+        """Return the FLOPs of the first readable row with a teacher, measured and predicted."""
+        if self.rank or not self.learner.objective.teaches:
+            return {}
+        single = ([row] for row in self.work.rows)
+        batch = next(_batches_of(Collator(self.processor), single, self.leave_out), None)
+        if batch is None:
+            return {}
+        flops = row_flops(self.learner, batch)
+        if self.tracker is not None:
+            self.tracker.metrics({f"flops_per_row/{name}": float(v) for name, v in flops.items()}, done)
+        giga = {name: f"{value / 1e9:.3g}" for name, value in flops.items()}
+        self._say(
+            f"a row of {batch.tokens} tokens costs {giga['student']} GFLOPs (predicted: "
+            f"{giga['student_predicted']}), its teacher {giga['teacher']} more ({giga['teacher_predicted']})"
+        )
+        return {"flops_per_row": flops}
 
     def _evaluate(self, done: int) -> dict[str, Any]:
         """Return validation loss and exact match after ``done`` steps. Workers share the rows."""
@@ -252,7 +278,7 @@ class Worker:
         results: dict[str, Any] = {}
         if settings.loss_rows:
             batches = _batches_of(collate, groups, self.leave_out_of_validation)
-            results["validation_loss"] = self.learner.validation_loss(batches)
+            results |= self.learner.validation_losses(batches)
         with self.learner.autocast():
             answers = evaluate_exact_match(
                 self.learner.model,
@@ -272,8 +298,9 @@ class Worker:
 
     def _report_evaluation(self, done: int, results: dict[str, Any], seconds: float) -> None:
         values = {f"validation/exact_match/{task}": share for task, share in results["exact_match"].items()}
-        if "validation_loss" in results:
-            values["validation/loss"] = results["validation_loss"]
+        for name in ("loss", "distill_loss"):
+            if f"validation_{name}" in results:
+                values[f"validation/{name}"] = results[f"validation_{name}"]
         if self.tracker is not None:
             self.tracker.metrics(values, done)
         self._say(f"validation after step {done}: {_shown(results)}, {seconds:.0f} s")
@@ -302,7 +329,8 @@ class Failures(ray.train.UserCallback):
 
 def _shown(results: Mapping[str, Any]) -> str:
     """Return the results of a validation as text."""
-    parts = [f"loss {results['validation_loss']:.4f}"] if "validation_loss" in results else []
+    losses = {"validation_loss": "loss", "validation_distill_loss": "divergence from the teacher"}
+    parts = [f"{text} {results[name]:.4f}" for name, text in losses.items() if name in results]
     if shares := results["exact_match"]:
         tasks = [f"{task} {share:.3f}" for task, share in shares.items() if task != OVERALL]
         parts.append(f"exact match {shares[OVERALL]:.3f}" + (f" ({', '.join(tasks)})" if tasks else ""))

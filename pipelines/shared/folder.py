@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from pipelines.shared.fields import section_defaults
 from pipelines.shared.files import StorageError, is_storage_error, storage_error, write_text
 from pipelines.shared.paths import real_paths
 from pipelines.shared.sections import flatten
@@ -142,9 +143,14 @@ class JobFolder:
         return False
 
     def _differences(self, config: BaseModel) -> dict[str, str]:
-        """Return a line for each setting that differs; paths to the same file are equal."""
+        """Return a line for each setting that differs; paths to the same file are equal.
+
+        A field that did not exist at the first start had its default.
+        """
         settings = config.model_dump(mode="json")
         old, new = (comparable(one, self.may_differ) for one in (self.state["config"], settings))
+        defaults = flatten(section_defaults(type(config)))
+        old |= {name: defaults[name] for name in new.keys() & defaults.keys() if not _is_set(old, name)}
         old_paths, new_paths = self.state.get("paths", {}), real_paths(config)
         return {
             name: f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}"
@@ -211,6 +217,12 @@ def comparable(settings: Mapping[str, Any], may_differ: Collection[str]) -> dict
         for name, value in flatten(settings).items()
         if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
     }
+
+
+def _is_set(values: Mapping[str, object], name: str) -> bool:
+    """Return whether a dotted name, or a section that contains it, has a value."""
+    parts = name.split(".")
+    return any(".".join(parts[: depth + 1]) in values for depth in range(len(parts)))
 
 
 def _shown(values: Mapping[str, object], name: str) -> str:

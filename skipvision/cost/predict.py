@@ -44,6 +44,8 @@ class Cost:
         weight_bytes: bytes of the whole model.
         sequence: length of the reduced prompt.
         full: the cost without Skip-Vision; None on the full cost itself.
+        teacher_flops: one forward of the base model with all visual tokens over prompt and answer, with the
+            LM head at the answer's positions. Self-distillation adds it to ``train_flops``.
     """
 
     prefill_flops: int
@@ -55,6 +57,7 @@ class Cost:
     weight_bytes: int
     sequence: int
     full: Cost | None = None
+    teacher_flops: int = 0
 
     @property
     def ratio_to_full(self) -> Ratio:
@@ -175,10 +178,14 @@ def _cost(
     train = row.vision_flops + _planning(design, config, row, row.new, rank)
     train += unit_costs.training(design, rank, config.summary_tokens > 0)(whole, whole, whole - short)
     train += (2 if rank else 3) * (row.prompt + row.new if everywhere else row.new) * head
+    unreduced = row.prompt + row.new
+    teacher = row.vision_flops + decoder(unreduced, unreduced, unreduced)
+    teacher += (unreduced if everywhere else row.new) * head
     return Cost(
         prefill_flops=prefill,
         decode_flops=decode,
         train_flops=train,
+        teacher_flops=teacher,
         kv_bytes=element_bytes * sum(layer.values * kept(cached, layer.window) for layer in layers),
         planning_flops=planning,
         vision_flops=row.vision_flops,

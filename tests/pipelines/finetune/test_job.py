@@ -352,6 +352,40 @@ def test_two_workers_train_the_same_adapter_as_one(straight, settings):
     assert result["exact_match"] == straight["exact_match"]
 
 
+@pytest.mark.slow
+def test_a_distilled_run_survives_a_crash_and_does_not_depend_on_its_workers(settings, local_ray):
+    """Its metrics and its result have both losses, and the FLOPs that the teacher adds."""
+    settings = {**settings, "distillation": {"top_k": 8, "temperature": 2.0}}
+    one = changed(settings, name="distilled", training={"objective": "both"})
+    result = run_finetune(one)
+    other = changed(settings, name="distilled-2", training={"objective": "both"}, scaling={"workers": 2})
+    killed: list[int] = []
+
+    def kill() -> None:
+        worker = train_workers()[0]
+        killed.append(worker.pid)
+        worker.send_signal(signal.SIGKILL)
+
+    watcher = kill_after_first_checkpoint(folder_of(other), kill)
+    crashed = run_finetune(other)
+    watcher.join()
+    assert killed
+    assert_resumed(crashed)
+    assert_same_weights(result["adapter"], crashed["adapter"], rtol=1e-3, atol=1e-4)
+    for name in ("loss", "answers_loss", "distill_loss", "validation_loss", "validation_distill_loss"):
+        assert crashed[name] == pytest.approx(result[name], rel=1e-3), name
+    assert result["loss"] == pytest.approx((result["answers_loss"] + result["distill_loss"]) / 2)
+    flops = result["flops_per_row"]
+    assert flops["teacher"] == pytest.approx(flops["teacher_predicted"], rel=0.02)
+    assert flops["student"] == pytest.approx(flops["student_predicted"], rel=0.02)
+    metrics = mlflow_client(result).get_run(result["mlflow_run_id"]).data.metrics
+    assert metrics["flops_per_row/teacher"] == flops["teacher"]
+    for name in ("answers_loss", "distill_loss"):
+        assert steps_of(result, name) == set(range(1, STEPS + 1))
+        assert metrics[name] == pytest.approx(result[name])
+    assert metrics["validation/distill_loss"] == pytest.approx(result["validation_distill_loss"])
+
+
 # ------------------------------------------------------------------------- rows that become unusable
 
 

@@ -9,58 +9,13 @@ import torch
 from torch.nn import functional as F
 
 import skipvision as sv
-from pipelines.data.collate import IGNORED, Collator
-from pipelines.data.training_rows import read_training_rows
-from pipelines.engines.loading import arithmetic, load_frozen, load_processor
+from pipelines.data.collate import IGNORED
+from pipelines.engines.loading import arithmetic
 from pipelines.finetune.batches import LengthGroupedBatches
-from pipelines.finetune.config import FinetuneConfig, TrainingSection
-from pipelines.finetune.learner import Learner, learning_rate, prepare
+from pipelines.finetune.config import TrainingSection
+from pipelines.finetune.learner import learning_rate
 from skipvision.errors import ConfigError
-
-CPU = torch.device("cpu")
-SKIPPING = sv.SkipConfig(retained=0.25, skipped=0.25)
-
-
-@pytest.fixture
-def config(tiny_model: Path, shapes_data: Path) -> FinetuneConfig:
-    return FinetuneConfig.model_validate(
-        {
-            "name": "test",
-            "model": {"path": str(tiny_model)},
-            "data": {"train": str(shapes_data / "train.json")},
-            "lora": {"dropout": 0.2},
-            "skip": SKIPPING.model_dump(),
-            "training": {"learning_rate": 0.01, "precision": "float32"},
-        }
-    )
-
-
-@pytest.fixture
-def rows(shapes_data: Path):
-    return read_training_rows(str(shapes_data / "train.json")).rows
-
-
-def changed(config: FinetuneConfig, **sections) -> FinetuneConfig:
-    return FinetuneConfig.model_validate({**config.model_dump(), **sections})
-
-
-def learner_of(config: FinetuneConfig) -> Learner:
-    learner = Learner(prepare(load_frozen(config.model, torch.float32, CPU), config), config, CPU)
-    with torch.no_grad():  # LoRA starts as nothing at all, and would have no gradient in its first half
-        for name, parameter in learner.trainable.items():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    return learner
-
-
-def collator_of(config: FinetuneConfig) -> Collator:
-    return Collator(load_processor(config.model.path))
-
-
-def gradients(learner: Learner, batches) -> torch.Tensor:
-    for batch in batches:
-        learner.loss(batch)[0].backward()
-    return torch.cat([p.grad.flatten() for p in learner.trainable.values()])
+from tests.pipelines.finetune.learners import CPU, SKIPPING, changed, collator_of, gradients, learner_of
 
 
 def test_only_lora_in_the_decoder_and_the_summary_are_trained(config):
@@ -90,7 +45,7 @@ def test_a_run_depends_on_its_seed_only(config):
 def test_the_loss_is_that_of_all_logits(config, rows, skip):
     learner = learner_of(changed(config, skip=skip, lora={"dropout": 0.0}))
     batch = collator_of(config)(rows[:4])
-    loss, learnt = learner.loss(batch)
+    loss, learnt, *_ = learner.loss(batch)
     # With skipping, answers must not be learnt from tokens that leave the cache before decoding.
     answers = {sv.DECODED_KEYWORD: (batch.labels != IGNORED).cumsum(dim=1) > 0} if skip else {}
     logits = learner.model(**batch.inputs, **answers, use_cache=False).logits
@@ -131,7 +86,7 @@ def test_training_learns(config, rows):
     losses = [learner.step([batch], step, 40).loss for step in range(40)]
     # LoRA on random frozen weights cannot learn much, but a little.
     assert losses[-1] < losses[0] - 0.1
-    assert learner.validation_loss([batch]) < losses[0] - 0.1
+    assert learner.validation_losses([batch])["validation_loss"] < losses[0] - 0.1
     assert learner.model.training
 
 

@@ -145,3 +145,16 @@ def test_a_run_of_an_earlier_version_keeps_its_mlflow_run(run):
     with run.claimed():
         assert "tracked_in" in run.state
         assert run.state["tracked_in"] == run.state["config"]["tracking"]
+
+
+def test_fields_that_an_earlier_version_did_not_have_had_their_defaults(given, run):
+    with run.claimed():
+        earlier = {name: value for name, value in run.state["config"].items() if name != "distillation"}
+        earlier["training"] = {k: v for k, v in earlier["training"].items() if k != "objective"}
+        run.remember(config=earlier)
+        assert run.resume(changed(given))
+        with pytest.raises(ConfigError, match=r"\n  training.objective: was \"answers\", now \"both\""):
+            run.resume(changed(given, training={"objective": "both"}))
+        run.remember(config={**earlier, "skip": None})
+        with pytest.raises(ConfigError, match=r"\n  skip: was null, now \(not set\)"):
+            run.resume(changed(given))

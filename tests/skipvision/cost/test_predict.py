@@ -15,7 +15,7 @@ from transformers import (
     T5Config,
 )
 
-from skipvision import SkipConfig, UnsupportedModelError, attach, measure_flops, predict_cost
+from skipvision import SkipConfig, UnsupportedModelError, as_teacher, attach, measure_flops, predict_cost
 from skipvision.kv_cache import cache_bytes
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 
@@ -93,6 +93,19 @@ def test_training_step(name, shape, rank):
     with attach(model, config):
         flops = measure_flops(step)
     assert predicted.train_flops == pytest.approx(flops, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_teacher(shape):
+    model = build(**SHAPES[shape])
+    predicted = predict_cost(model.config, CONFIGS["default-shaped"], text_tokens=PROMPT, new_tokens=ANSWER)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*_proj")).train()
+    learnt = torch.zeros(1, SIDE**2 + PROMPT + ANSWER, dtype=torch.bool)
+    learnt[:, -ANSWER:] = True
+    with attach(model, CONFIGS["default-shaped"]), as_teacher(model):
+        inputs = one_row(1, PROMPT + ANSWER)
+        flops = measure_flops(lambda: model(**inputs, use_cache=False, logits_to_keep=learnt))
+    assert predicted.teacher_flops == predicted.full.teacher_flops == pytest.approx(flops, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["full", "default-shaped", "cache-for-all"])
