@@ -42,8 +42,6 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.callback(_restore, training, trains)
-        # Autocast would give the student the copies of weights that it made here, without their gradients.
-        stack.callback(torch.clear_autocast_cache)
         stack.enter_context(torch.no_grad())
         tuned = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
         if tuned is not None:

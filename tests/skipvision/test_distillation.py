@@ -165,8 +165,8 @@ def test_checkpointing_changes_no_gradient(inputs):
         close(found[1][name], gradient)
 
 
-def test_the_teacher_leaves_no_weights_in_the_cache_of_autocast():
-    """Its copies of weights have no gradients, and the student would be given them."""
+def test_autocast_gives_the_student_no_weights_of_the_teacher():
+    """It caches its copies of weights that train; a copy without gradients would cut the student's off."""
     inputs = tiny_inputs(ROWS, padding="right")
     found = []
     for teach in (False, True):
