@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from skipvision._compat import EncoderOverride, forget_encoded, override_encoders, takes_encoded
 from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
 from skipvision.anatomy.families import Anatomy, Layer, dissect
+from skipvision.anatomy.masks import Sight
 from skipvision.anatomy.probe import Probe
 from skipvision.anatomy.tower import hook_tower
 from skipvision.config import SkipConfig
@@ -139,6 +140,11 @@ class Attachment:
                 f"summary_tokens={config.summary_tokens}, but this model is attached with {attached}: use "
                 "that number or 0"
             )
+
+    def check_training(self) -> None:
+        """Raise the `ConfigError` that a call with ``skip_vision_decoded`` would raise for this model."""
+        if self.config.skip_kv and self.config.skipped:
+            Sight.of(self._anatomy.decoder).check_masks()
 
     def __enter__(self) -> Self:
         return self

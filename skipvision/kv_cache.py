@@ -302,10 +302,12 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
         if type(layer) in _WITHOUT_ENTRIES:
             continue
         if not holds_entries(layer):
+            dynamic = isinstance(layer, DynamicLayer)
+            reason = "its entries have another form" if dynamic else "a static cache keeps its size"
             raise UnsupportedModelError(
-                f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned (a "
-                "static cache keeps its size): call generate without cache_implementation, so that it "
-                "creates a DynamicCache, or pass past_key_values=DynamicCache(config=...)"
+                f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned "
+                f"({reason}): call generate without cache_implementation, so that it creates a DynamicCache, "
+                "or pass past_key_values=DynamicCache(config=...)"
             )
         layers.append(cast(DynamicLayer, layer))
     return layers

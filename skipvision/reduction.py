@@ -316,7 +316,7 @@ class _DecoderCall:
             fed.earlier,
             fed.token_index[:, : fed.cached],
             dtype,
-            self.decoded if config.skip_kv else None,
+            self.decoded if config.skip_kv and config.skipped else None,
             fed.first,
         )
 

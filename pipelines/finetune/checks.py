@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from transformers import ProcessorMixin
 
+import skipvision as sv
 from pipelines.cluster.resources import node_resources, worker_resources
 from pipelines.engines.loading import check_known, empty_model, load_config, load_processor
 from pipelines.finetune.config import FinetuneConfig, ScalingSection
@@ -36,7 +37,7 @@ def check_model(config: FinetuneConfig) -> CheckedModel:
     """Apply LoRA and Skip-Vision to the model without its weights.
 
     Raises:
-        ConfigError: no such model, or settings that do not fit it.
+        ConfigError: no such model, or settings that do not fit it, or under which it cannot be trained.
     """
     check_known(config.model.path, "model.path")
     processor = load_processor(config.model.path)
@@ -48,6 +49,9 @@ def check_model(config: FinetuneConfig) -> CheckedModel:
             "fewer, or null for all"
         )
     model = prepare(empty_model(model_config), config)
+    attachment = sv.attachment_of(model)
+    if attachment is not None:
+        attachment.check_training()
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters = {
         "parameters": sum(size for size, _ in sizes),

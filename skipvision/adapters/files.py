@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from skipvision.config import SkipConfig
@@ -133,6 +133,15 @@ def peft_config(folder: Path) -> PeftConfig | None:
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder holds what PEFT or a trainer saved, without the files of Skip-Vision."""
     return (folder / PEFT_FILES[0]).exists() and not (folder / SKIP_CONFIG).exists()
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Return the names of PEFT's weights in an adapter; none if the file cannot be read."""
+    try:
+        with safe_open(folder / PEFT_FILES[1], "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return []  # `load_adapter` explains what is damaged.
 
 
 def summary_weights(folder: Path, hidden_size: int, summary_tokens: int) -> dict[str, torch.Tensor]:

@@ -80,6 +80,19 @@ class Sight:
         """Whether attention takes a mask per query."""
         return self.implementation in ("sdpa", "eager") and not self.own_masks
 
+    def check_masks(self) -> None:
+        """Raise `ConfigError` if attention takes no mask per query."""
+        if self.own_masks:
+            raise ConfigError(
+                "the decoder's attention makes its masks itself, from padding alone, so generated tokens "
+                "cannot be kept from seeing skipped ones: train with skip_kv=False, or with skipped=0"
+            )
+        if not self.takes_masks:
+            raise ConfigError(
+                f"attn_implementation {self.implementation!r} takes no mask per query, which this call "
+                "needs: load the model with attn_implementation='sdpa' or 'eager'"
+            )
+
     @property
     def attending(self) -> tuple[str, ...]:
         """The kinds of layers that take a mask per query."""
@@ -173,16 +186,7 @@ def prefill_mask(
     """
     if decoded is None and not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
         return torch.cat([earlier, plan.attention_mask], dim=1)
-    if sight.own_masks:
-        raise ConfigError(
-            "the decoder's attention makes its masks itself, from padding alone, so generated tokens cannot "
-            "be kept from seeing skipped ones: train without skip_vision_decoded, and with skip_kv=False"
-        )
-    if not sight.takes_masks:
-        raise ConfigError(
-            f"attn_implementation {sight.implementation!r} takes no mask per query, which this call needs: "
-            "load the model with attn_implementation='sdpa' or 'eager'"
-        )
+    sight.check_masks()
     source = plan.position_source.clamp(min=0)
     token_index = torch.take_along_dim(caller_index, source, dim=1)
     order = torch.arange(source.shape[1], device=source.device)

@@ -6,7 +6,7 @@ the call. It refuses some other kinds there, and ignores the rows' names for the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,54 @@ def reason_to_refuse(config: PeftConfig) -> str | None:
     if getattr(settings, "layer_replication", None):
         return "layer_replication adds decoder layers, for requests without the adapter too"
     return None
+
+
+def reason_not_to_add(
+    new: PeftConfig, loaded: Mapping[str, PeftConfig], model: nn.Module, weights: Iterable[str]
+) -> str | None:
+    """Return why PEFT cannot add an adapter to those that a model has, or None if it can.
+
+    Args:
+        new: config of the adapter.
+        loaded: those of the model's adapters by name.
+        model: the PEFT model.
+        weights: names of the adapter's weights, as saved.
+    """
+    settings: Any = new
+    earlier: list[Any] = list(loaded.values())
+    kinds = {each.peft_type.value for each in earlier}
+    if kinds - {settings.peft_type.value}:
+        return (
+            f"it is of the kind {settings.peft_type.value}, and PEFT loads no other kind next to the "
+            f"{' and '.join(sorted(kinds))} of this model"
+        )
+    for name, config in loaded.items():
+        if _trains_tokens(config) and not _trains_tokens(new):
+            return (
+                f"adapter {name!r} has trainable_token_indices, and PEFT adds none without them after it: "
+                "add that one last"
+            )
+    whole = {*(getattr(settings, "modules_to_save", None) or ())}
+    tuned = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    shared = whole & {part for name in tuned for part in name.split(".")}
+    if shared:
+        named = ", ".join(sorted(shared))
+        return f"it replaces {named} (modules_to_save), where another adapter has changed layers"
+    replaced = [name for name, module in model.named_modules() if _replaces(module)]
+    for name in replaced:
+        last = name.rpartition(".")[2]
+        # PEFT would leave these weights out without a word.
+        if last not in whole and any(weight.startswith(f"{name}.") for weight in weights):
+            return f"it changes layers of {last}, which another adapter replaces (modules_to_save)"
+    return None
+
+
+def _trains_tokens(config: PeftConfig) -> bool:
+    return bool(getattr(config, "trainable_token_indices", None))
+
+
+def _replaces(module: nn.Module) -> bool:
+    return isinstance(module, ModulesToSaveWrapper) and not isinstance(module, AdapterSummaries)
 
 
 def can_share(modules: Iterable[nn.Module], name: str) -> bool:

@@ -11,12 +11,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from skipvision.adapters.files import peft_config, read_adapter
+from skipvision.adapters.files import peft_config, read_adapter, weight_names
 from skipvision.adapters.save_load import load_adapter, unload_adapters
 from skipvision.anatomy.families import dissect, lm_head
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
-from skipvision.engine.adapter_kinds import by_row, can_share, reason_to_refuse
+from skipvision.engine.adapter_kinds import by_row, can_share, reason_not_to_add, reason_to_refuse
 from skipvision.errors import AdapterError, ConfigError, UnsupportedModelError
 
 BASE = "__base__"
@@ -172,13 +172,8 @@ class Adapters:
         if new is None:
             return  # `load_adapter` explains what is damaged.
         reason = reason_to_refuse(new)
-        kinds: list[Any] = list(self._peft.peft_config.values()) if self._peft else []
-        others = {kind.peft_type.value for kind in kinds}
-        if reason is None and others - {new.peft_type.value}:
-            reason = (
-                f"it is of the kind {new.peft_type.value}, and PEFT loads no other kind next to the "
-                f"{' and '.join(sorted(others))} of this model"
-            )
+        if reason is None and self._peft is not None:
+            reason = reason_not_to_add(new, self._peft.peft_config, self._peft, weight_names(folder))
         if reason is not None:
             raise AdapterError(
                 f"the engine cannot run {folder}: {reason}. Run it in an engine of its own, or merge it into "

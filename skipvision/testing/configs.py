@@ -221,7 +221,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "gemma3": _FOUR_PATCHES_A_TOKEN,
     # As in its checkpoints, its last layers read another layer's keys and values.
-    "gemma3n": {"text.num_kv_shared_layers": 1},
+    "gemma3n": {"text.num_kv_shared_layers": 1, "vision.hidden_size": 2048},  # as of timm's tower
     "gemma4": {"text.global_head_dim": 32},
     "gemma4_unified": {"text.global_head_dim": 32},
     "glm46v": _MROPE,

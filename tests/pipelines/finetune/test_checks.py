@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from pipelines.finetune import job as finetune
+from pipelines.finetune.checks import check_model
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.job import run_finetune
 from pipelines.tracking.client import TrackingError
 from skipvision.errors import ConfigError, DataError, ResourceError
+from skipvision.testing.configs import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -76,6 +80,20 @@ def test_a_wrong_setting_is_refused_without_ray(
         run_finetune(FinetuneConfig.model_validate(given))
     left = {path.name for path in Path(settings["storage"]).rglob("*")}
     assert left <= {"run", "rejects.jsonl"} if error is DataError else not left
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Glm5NextConfig"), reason="the family does not exist")
+def test_a_decoder_that_cannot_hide_skipped_tokens_is_refused_without_ray(settings, tiny_model, tmp_path):
+    """Its attention makes its masks itself, which its config does not say but its layers do."""
+    folder = shutil.copytree(tiny_model, tmp_path / "glm")
+    tiny_config("glm5_next").save_pretrained(folder)
+    lora = {"target_modules": r".*self_attn\.o_proj"}
+    skip = {"retained": 0.3, "skipped": 0.3}
+    given = {**settings, "model": {"path": str(folder)}, "lora": lora, "skip": skip}
+    with pytest.raises(ConfigError, match="train with skip_kv=False, or with skipped=0"):
+        run_finetune(FinetuneConfig.model_validate(given))
+    given["skip"] = {**skip, "skip_kv": False}
+    assert check_model(FinetuneConfig.model_validate(given)).parameters["trainable_parameters"] > 0
 
 
 def test_bad_rows_stop_a_run_without_ray(settings, tmp_path):

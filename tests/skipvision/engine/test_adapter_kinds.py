@@ -42,6 +42,9 @@ def lora(targets=WORDS, **options):
 SHARED = {
     "LoRA": lora(),
     "rsLoRA": lora(use_rslora=True),
+    "LoRA with a rank and an alpha for each module": lora(
+        rank_pattern={r"layers\.1\..*q_proj": 7, "down_proj": 2}, alpha_pattern={"v_proj": 32}
+    ),
     "LoRA with biases": lora(lora_bias=True),
     "LoRA on embeddings": lora(r".*(embed_tokens|q_proj)"),
     "LoRA on the projector": lora(r".*(multi_modal_projector.linear_\d|language_model.*q_proj)"),
@@ -137,6 +140,56 @@ def test_rows_under_one_kind_leave_the_others_as_they_are(name, plain, tmp_path)
             with pytest.raises(AdapterError, match=r"it is of the kind LORA, and PEFT loads no other kind"):
                 engine.add_adapter("plain", plain)
         assert len(list(engine.run(requests_of([BASE])))) == 2
+
+
+KINDS = {**SHARED, **ALONE}
+TOGETHER = [name for name in KINDS if name not in ("whole projector", "trained tokens", "LoRA on embeddings")]
+ORDERS = {
+    "forwards": (
+        [*TOGETHER, "LoRA on embeddings", "whole projector", "trained tokens"],
+        {
+            "whole projector": r"replaces multi_modal_projector \(modules_to_save\), where another adapter",
+            "trained tokens": "trainable_token_indices cannot be applied to modules of type",
+        },
+    ),
+    "backwards": (
+        ["whole projector", *reversed(TOGETHER), "trained tokens"],
+        {"LoRA on the projector": "changes layers of multi_modal_projector, which another adapter replaces"},
+    ),
+    "tokens first": (
+        ["trained tokens", "LoRA"],
+        {"LoRA": "'trained tokens' has trainable_token_indices, and PEFT adds none without them after it"},
+    ),
+}
+"""Orders in which adapters are added, and those that are refused then."""
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """The folder of an adapter of each kind, and what `generate` answers under each alone."""
+    where = tmp_path_factory.mktemp("kinds")
+    folders = {name: saved(kind, where / str(number)) for number, (name, kind) in enumerate(KINDS.items())}
+    alone = {BASE: base_model(), **{name: load_adapter(base_model(), at) for name, at in folders.items()}}
+    attach(alone[BASE], SKIP)
+    return folders, {(name, row): generated(model, row) for name, model in alone.items() for row in (0, 2)}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, about these kinds
+@pytest.mark.parametrize("order", ORDERS)
+def test_all_kinds_of_lora_answer_in_one_engine(order, kinds):
+    """Each request gets the tokens of its own model; a kind that PEFT cannot add harms no other."""
+    (folders, expected), (names, refused) = kinds, ORDERS[order]
+    with Engine(base_model(), config=SKIP, max_sequences=8) as engine:
+        for name in names:
+            if name in refused:
+                with pytest.raises(AdapterError, match=refused[name]):
+                    engine.add_adapter(name, folders[name])
+            else:
+                engine.add_adapter(name, folders[name])
+        assert engine.adapters == [BASE, *(name for name in names if name not in refused)]
+        for completion in engine.run(requests_of(engine.adapters)):
+            ids = ids_of(completion)
+            assert ids == expected[completion.key][: len(ids)], completion.key
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -111,12 +111,17 @@ def test_answers_cannot_be_hidden_from_attention_that_makes_its_masks_itself():
     batch = tiny_batch(model, ROW)
     decoded = torch.zeros_like(batch["input_ids"])
     decoded[:, -4:] = 1
-    message = r"makes its masks itself.*and with skip_kv=False"
-    with attach(model, CONFIG), pytest.raises(ConfigError, match=message):
-        model(**batch, use_cache=False, skip_vision_decoded=decoded)
-    with attach(model, CONFIG.model_copy(update={"skip_kv": False})) as skip:
-        model(**batch, use_cache=False, skip_vision_decoded=decoded)
-        assert not skip.plan.is_identity
+    message = r"makes its masks itself.*train with skip_kv=False, or with skipped=0"
+    with attach(model, CONFIG) as skip:
+        with pytest.raises(ConfigError, match=message):
+            skip.check_training()
+        with pytest.raises(ConfigError, match=message):
+            model(**batch, use_cache=False, skip_vision_decoded=decoded)
+    for change in ({"skip_kv": False}, {"skipped": 0, "merge": "drop"}):
+        with attach(model, CONFIG.model_copy(update=change)) as skip:
+            skip.check_training()
+            model(**batch, use_cache=False, skip_vision_decoded=decoded)
+            assert not skip.plan.is_identity
 
 
 # ---------------------------------------------------------------------------------- mixtures of experts
