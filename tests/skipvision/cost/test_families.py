@@ -19,7 +19,7 @@ from tests.skipvision.families.running import new_cache
 from tests.skipvision.family_table import SUPPORTED
 
 SAMPLE = {"aria", "gemma3", "idefics3", "kimi_k25", "llama4", "qwen2_vl", "qwen3_vl_moe"}
-PAIRED = {"hunyuan_vl", "idefics2", "internvl", "lighton_ocr", "llava_onevision", "mistral3", "step3p7"}
+PAIRED = {"hunyuan_vl", "internvl", "llava_onevision", "mistral3"}
 """Families that are sampled with two images."""
 CONFIGS = {
     "full": SkipConfig.full(),
@@ -90,8 +90,17 @@ def test_two_images(family):
 
 
 @families
-@configs
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("full", 4),
+        ("reduced", 4),
+        ("reduced", 0),
+        ("probed", 4),
+        pytest.param("full", 0, marks=pytest.mark.slow),
+        pytest.param("probed", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_training_step(family, name, rank):
     model, config = tiny_model(family), CONFIGS[name]
     inputs = tiny_batch(model, [["image", WORDS + ANSWER]])

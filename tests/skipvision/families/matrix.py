@@ -2,8 +2,9 @@
 
 Every test of the matrix takes one combination. `make test` samples the matrix: each test runs for each family
 in one combination. The combination rotates from family to family and, by ``turn``, from test to test, so that
-each family meets all of them. The most used families also run in the opposite combination. `make test-all`
-runs the whole matrix.
+each family meets all of them. The most used families also run in the opposite combination. Tests that extend
+another test of the matrix run for half of the other families (``halved``). `make test-all` runs the whole
+matrix.
 """
 
 from __future__ import annotations
@@ -134,12 +135,16 @@ def combinations(
     turn: int = 0,
     dtypes: Sequence[str] = BOTH,
     families: Sequence[str] = FAMILIES,
+    halved: bool = False,
 ) -> Any:
     """Parametrise a test by family, attention and dtype; ``turn`` rotates the sampled combinations."""
-    return pytest.mark.parametrize(("family", "attention", "dtype"), list(cases(turn, dtypes, families)))
+    chosen = list(cases(turn, dtypes, families, halved=halved))
+    return pytest.mark.parametrize(("family", "attention", "dtype"), chosen)
 
 
-def cases(turn: int, dtypes: Sequence[str], families: Sequence[str]) -> Iterator[Any]:
+def cases(
+    turn: int, dtypes: Sequence[str], families: Sequence[str], *, halved: bool = False
+) -> Iterator[Any]:
     """Yield all combinations that each family supports; those beyond the sample are marked slow."""
     for number, family in enumerate(families):
         offered = [
@@ -149,6 +154,9 @@ def cases(turn: int, dtypes: Sequence[str], families: Sequence[str]) -> Iterator
         ]
         own = (number + turn) % len(offered)
         sampled = {own, len(offered) - 1 - own} if family in PRIORITY else {own}
+        # Alternate by whole rounds of combinations, so that the half still has every combination.
+        if halved and family not in PRIORITY and (number + turn) // len(COMBINATIONS) % 2:
+            sampled = set()
         for place, (attention, dtype) in enumerate(offered):
             marks = [] if place in sampled else [pytest.mark.slow]
             yield pytest.param(family, attention, dtype, marks=marks, id=f"{family}-{attention}-{dtype}")

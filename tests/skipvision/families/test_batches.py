@@ -19,7 +19,7 @@ from tests.skipvision.families.matrix import (
 from tests.skipvision.families.running import close, say, states_in_batch_and_alone
 
 
-@combinations()
+@combinations(halved=True)
 def test_a_row_is_as_alone(family, attention, dtype):
     model, limits = model_of(family, attention, dtype), [PADDED, NUMBERED]
     rows = rows_within(family, *limits, *([ROUNDED] if dtype == "bfloat16" else []))
@@ -36,7 +36,7 @@ def test_a_row_is_as_alone(family, attention, dtype):
             assert torch.equal(say(model, alone, 3, do_sample=False)[0][0], said[number])
 
 
-@combinations(turn=1)
+@combinations(turn=1, halved=True)
 def test_images_smaller_than_the_counts_keep_all_tokens(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)

@@ -52,7 +52,7 @@ def test_pruned_decoding_is_masked_decoding(family, attention, dtype):
     assert not torch.equal(forgetful, complete)
 
 
-@combinations(turn=2)
+@combinations(turn=2, halved=True)
 def test_a_second_turn_after_a_pruned_cache(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
@@ -103,7 +103,7 @@ BIDIRECTIONAL = {"gemma3", "shieldgemma2"} if Version("5.17") > VERSION else set
 """Families that cannot read a second image after a cache in transformers 5.16: their masks do not fit."""
 
 
-@combinations(turn=3, families=[name for name in FAMILIES if name not in BIDIRECTIONAL])
+@combinations(turn=3, halved=True, families=[name for name in FAMILIES if name not in BIDIRECTIONAL])
 def test_a_second_turn_with_another_image(family, attention, dtype):
     another_image(model_of(family, attention, dtype), MERGING, "image", "image")
 

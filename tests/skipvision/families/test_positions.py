@@ -42,7 +42,7 @@ def test_survivors_keep_their_positions(family, attention, dtype):
         assert torch.equal(prefill[..., row, there], seen.positions[..., row, source[there]])
 
 
-@combinations()
+@combinations(halved=True)
 def test_contiguous_positions_have_no_gaps_on_any_axis(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)
@@ -55,7 +55,7 @@ def test_contiguous_positions_have_no_gaps_on_any_axis(family, attention, dtype)
         assert (own == first + torch.arange(own.shape[-1])).all()
 
 
-@combinations(turn=1)
+@combinations(turn=1, halved=True)
 @torch.no_grad()
 def test_a_custom_step_continues_after_the_prompt(family, attention, dtype):
     """Without position_ids, after left padding; three axes continue from the longest."""

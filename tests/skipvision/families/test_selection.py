@@ -81,7 +81,7 @@ def ffn_ratios(model, batch):
 
 
 @pytest.mark.parametrize(("select", "scores"), [("norm", norms), ("ffn_ratio", ffn_ratios)])
-@combinations()
+@combinations(halved=True)
 def test_each_image_retains_its_own_highest(family, attention, dtype, select, scores):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)

@@ -29,7 +29,7 @@ SHARED_KEYS = {"mistral_large4"}
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@combinations(turn=3)
+@combinations(turn=3, halved=True)
 def test_gradients_with_and_without_checkpointing(family, attention, dtype, use_reentrant):
     model = tiny_model(family, attention=attention, dtype=getattr(torch, dtype)).train()
     decoder = dissect(model).decoder
