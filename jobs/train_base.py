@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository root, wherever we are started
 
-from pipelines.shapes.base_config import BaseModelConfig
-from pipelines.shapes.base_model import train_base_model
+from pipelines.shapes.base.config import BaseModelConfig
+from pipelines.shapes.base.model import train_base_model
 from pipelines.shared.config import load_config, run_job
 
 

@@ -73,7 +73,7 @@ def save_tiny_llava(folder: Path, **text_fields: int) -> Path:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from pipelines.shapes.base_model import build_processor, build_tokenizer
+    from pipelines.shapes.base.model import build_processor, build_tokenizer
 
     tokenizer = build_tokenizer(0, vocabulary=320)
     processor = build_processor(tokenizer)

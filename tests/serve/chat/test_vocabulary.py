@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipelines.shapes.base_parts import build_processor, build_tokenizer
+from pipelines.shapes.base.parts import build_processor, build_tokenizer
 from serve.chat.request import conversation
 from serve.chat.schemas import ChatRequest
 from serve.chat.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from pipelines.shapes.base_parts import build_tokenizer
+from pipelines.shapes.base.parts import build_tokenizer
 
 TEXT: dict[str, Any] = {
     "hidden_size": 64,

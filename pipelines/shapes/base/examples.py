@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from pipelines.data.collate import IGNORED
-from pipelines.shapes.base_config import BaseModelConfig
-from pipelines.shapes.base_parts import PATCH_SIZE, PATCHES_PER_SIDE
+from pipelines.shapes.base.config import BaseModelConfig
+from pipelines.shapes.base.parts import PATCH_SIZE, PATCHES_PER_SIDE
 from pipelines.shapes.scenes import (
     COLOURS,
     SHAPES,

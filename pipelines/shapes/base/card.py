@@ -16,7 +16,7 @@ from pipelines.evaluation.answering import answer_rows
 from pipelines.evaluation.exact_match import accuracy_by_task
 from pipelines.evaluation.figures import save, subplots
 from pipelines.evaluation.items import OVERALL
-from pipelines.shapes.base_config import BaseModelConfig
+from pipelines.shapes.base.config import BaseModelConfig
 from pipelines.shapes.files import ShapesConfig, write_shapes
 from skipvision.config import SkipConfig
 from skipvision.engine import Engine

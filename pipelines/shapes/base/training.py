@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pipelines.data.collate import IGNORED
-from pipelines.shapes.base_config import BaseModelConfig
-from pipelines.shapes.base_examples import PATCH_LABELS, PackedBatch, Row, SceneRows, collate_packed
-from pipelines.shapes.base_parts import PATCHES_PER_SIDE
+from pipelines.shapes.base.config import BaseModelConfig
+from pipelines.shapes.base.examples import PATCH_LABELS, PackedBatch, Row, SceneRows, collate_packed
+from pipelines.shapes.base.parts import PATCHES_PER_SIDE
 from pipelines.shapes.scenes import TASKS, Split
 from pipelines.shared.console import say
 from pipelines.shared.files import atomic

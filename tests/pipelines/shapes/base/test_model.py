@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from pipelines.data.collate import IGNORED
-from pipelines.shapes.base_card import judged
-from pipelines.shapes.base_config import BaseModelConfig
-from pipelines.shapes.base_examples import SceneRows, collate_packed, encode_branch, patch_labels
-from pipelines.shapes.base_model import train_base_model
-from pipelines.shapes.base_parts import build_model, build_processor, build_tokenizer
-from pipelines.shapes.base_training import packed_logits, visual_features
+from pipelines.shapes.base.card import judged
+from pipelines.shapes.base.config import BaseModelConfig
+from pipelines.shapes.base.examples import SceneRows, collate_packed, encode_branch, patch_labels
+from pipelines.shapes.base.model import train_base_model
+from pipelines.shapes.base.parts import build_model, build_processor, build_tokenizer
+from pipelines.shapes.base.training import packed_logits, visual_features
 from pipelines.shapes.scenes import TASKS, digit_centres, question_for, render, sample_scene
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.shapes.base_card import write_card
-from pipelines.shapes.base_config import BaseModelConfig
-from pipelines.shapes.base_examples import PATCH_LABELS
-from pipelines.shapes.base_parts import build_model, build_processor, build_tokenizer
-from pipelines.shapes.base_training import train_language, train_vision
+from pipelines.shapes.base.card import write_card
+from pipelines.shapes.base.config import BaseModelConfig
+from pipelines.shapes.base.examples import PATCH_LABELS
+from pipelines.shapes.base.parts import build_model, build_processor, build_tokenizer
+from pipelines.shapes.base.training import train_language, train_vision
 from pipelines.shared.console import say
 from pipelines.shared.paths import output_path
 
