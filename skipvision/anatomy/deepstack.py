@@ -15,6 +15,8 @@ import torch
 
 _OF_FIRST_LAYERS = ("visual_pos_masks", "deepstack_visual_embeds")
 _BY_LAYER = ("vision_mask", "deepstack_features")
+KEYWORDS = (_OF_FIRST_LAYERS[1], _BY_LAYER[1])
+"""The decoder's keywords for the features."""
 
 
 @dataclass(frozen=True, eq=False)

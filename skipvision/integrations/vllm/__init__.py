@@ -6,7 +6,8 @@ vLLM finds `plugin.register` by the entry point ``vllm.general_plugins`` and run
     worker  ─ `model`        encode, reduce (`reduction`), and set position ids (`positions`)
 
 `settings` resolves SkipConfigs and refuses those that vLLM cannot run; `equal_cost` replaces skipped tokens
-by retained ones. `image_settings` takes an image's settings from one process to the other. `startup` applies
-the server's settings before vLLM builds anything. `families` has the model classes. Only `plugin`, `startup`,
+by retained ones. `structure` decides which models of vLLM's Transformers backend can
+be pruned. `image_settings` takes an image's settings from one process to the other. `startup` applies the
+server's settings before vLLM builds anything. `families` has the model classes. Only `plugin`, `startup`,
 `processing`, `model`, `_compat` and the modules of `families` import vLLM.
 """

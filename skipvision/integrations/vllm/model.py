@@ -88,7 +88,7 @@ class SkipModel:
             return [image.embeds for image in reduced]
         relative = self._relative_positions(images, kwargs)
         return [
-            positions.with_offsets(one.embeds, _offsets(own.to(one.source.device), one.source, image))
+            positions.with_offsets(one.embeds, self._offsets(own.to(one.source.device), one.source, image))
             for one, own, image in zip(reduced, relative, images, strict=True)
         ]
 
@@ -112,7 +112,9 @@ class SkipModel:
         self, input_tokens: list[int], mm_features: Sequence[Any]
     ) -> tuple[torch.Tensor, int]:
         """Number a prompt before its images are encoded: text has its final positions, images their start."""
-        return positions.number_prompt(len(input_tokens), [span for _, _, span in _spans(mm_features)])
+        # A full image needs no span: its tokens are numbered like text, with any tokens between them.
+        spans = [span for _, image, span in _spans(mm_features) if not image.is_full]
+        return positions.number_prompt(len(input_tokens), spans)
 
     def forward(
         self,
@@ -135,6 +137,13 @@ class SkipModel:
             positions.with_offsets(one, torch.zeros(1, len(one), dtype=torch.long, device=one.device))
             for one in encoded
         ]
+
+    def _offsets(self, relative: torch.Tensor, source: torch.Tensor, image: ImageSettings) -> torch.Tensor:
+        if self.one_axis and image.is_full:
+            return torch.zeros(1, len(source), dtype=torch.long, device=source.device)
+        if image.config.positions == "contiguous":
+            return torch.arange(len(source), device=source.device)[None]
+        return relative[:, source]
 
     def _width(self, embeds: torch.Tensor) -> int:
         """Columns of an embedding without its positions."""
@@ -227,12 +236,6 @@ def _moved(feature: Any, shift: int, longer: int) -> Any:
     placed = feature.mm_position
     moved = replace(placed, offset=placed.offset + shift, length=placed.length + longer, is_embed=None)
     return replace(feature, mm_position=moved)
-
-
-def _offsets(relative: torch.Tensor, source: torch.Tensor, image: ImageSettings) -> torch.Tensor:
-    if image.config.positions == "contiguous":
-        return torch.arange(len(source), device=source.device)[None]
-    return relative[:, source]
 
 
 def _check_sizes(features: list[torch.Tensor], images: list[ImageSettings]) -> None:

@@ -42,6 +42,14 @@ def register() -> None:
         "InternVLForConditionalGeneration": ("internvl:SkipInternVL", VllmFamily(views=True)),
         "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl:SkipQwen25VL", VllmFamily(mrope=True)),
         "Qwen3VLForConditionalGeneration": ("qwen3_vl:SkipQwen3VL", VllmFamily(mrope=True)),
+        "TransformersMultiModalForCausalLM": (
+            "transformers_backend:SkipTransformers",
+            VllmFamily(any_model=True),
+        ),
+        "TransformersMultiModalMoEForCausalLM": (
+            "transformers_backend:SkipTransformersMoE",
+            VllmFamily(any_model=True),
+        ),
     }
     for architecture, (name, family) in classes.items():
         ModelRegistry.register_model(architecture, f"{_FAMILIES}.{name}")

@@ -108,6 +108,8 @@ def _shortened(content: Any, config: SkipConfig) -> tuple[Any, int]:
     """Return the tokens of a pruned image in the prompt, and the number of its visual tokens unpruned."""
     mask = content.is_embed(content.full).tolist() if content.is_embed else [True] * len(content.full)
     tokens = sum(mask)
+    if config.counts(tokens) == (tokens, 0, 0):
+        return content, tokens
     begin = mask.index(True) if tokens else 0
     if not all(mask[begin : begin + tokens]):
         raise ConfigError("images with tokens between their visual tokens cannot be pruned in vLLM")

@@ -12,6 +12,7 @@ from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, UnsupportedModelError
 from skipvision.exporting.read import exported_settings
 from skipvision.integrations.vllm.settings import KEYWORD, Positions, Settings, merged
+from skipvision.integrations.vllm.structure import why_not_pruned
 
 RESOLVED = "skip_vision_settings"
 """Attribute of the model's config that holds `Settings.as_json` in all processes of vLLM."""
@@ -31,11 +32,13 @@ class VllmFamily:
         mrope: its decoder has M-RoPE.
         views: its visual tokens are ordered by view.
         towers: the only values of ``vision_config.model_type`` that are tested; empty = all.
+        any_model: it runs any model of transformers, so what it can prune depends on the model.
     """
 
     mrope: bool = False
     views: bool = False
     towers: tuple[str, ...] = ()
+    any_model: bool = False
 
 
 def settings_of(hf_config: Any) -> Settings:
@@ -76,7 +79,8 @@ def refusal(
             if configured or _server_value(model_config) is not None:
                 raise UnsupportedModelError(
                     f"the vLLM plug-in of Skip-Vision does not support {architecture}; it supports "
-                    f"{', '.join(supported)}. Use skipvision.Engine, or start vLLM with VLLM_PLUGINS='' to "
+                    f"{', '.join(supported)}. Start vLLM with --model-impl transformers, which can prune "
+                    "images of further models, use skipvision.Engine, or start vLLM with VLLM_PLUGINS='' to "
                     "run the model with full tokens",
                     "not supported by the vLLM plug-in",
                 )
@@ -105,10 +109,12 @@ def resolve(model_config: Any, family: VllmFamily) -> None:
             key: other for key, other in mm_config.mm_processor_kwargs.items() if key != KEYWORD
         }
     layer = tuned.summary_tokens or default.summary_tokens
+    reason = _unsupported(model_config, family)
     positions: Positions = "own" if family.mrope else "shared" if _shares(model_config, default) else "none"
+    if family.any_model and reason:
+        positions = "none"
     settings = Settings(SkipConfig.full(), map_skipped, layer, positions, family.views)
     default = settings.checked(default, hf_config, map_skipped)
-    reason = _unsupported_tower(hf_config, family)
     if reason and not default.is_full:
         raise ConfigError(reason)
     settings = replace(settings, default=default, refused=reason)
@@ -150,8 +156,10 @@ def _server_value(model_config: Any) -> object:
     return ((mm_config and mm_config.mm_processor_kwargs) or {}).get(KEYWORD)
 
 
-def _unsupported_tower(hf_config: Any, family: VllmFamily) -> str | None:
-    tower = getattr(getattr(hf_config, "vision_config", None), "model_type", None)
+def _unsupported(model_config: Any, family: VllmFamily) -> str | None:
+    if family.any_model:
+        return why_not_pruned(model_config, mrope=model_config.uses_mrope)
+    tower = getattr(getattr(model_config.hf_config, "vision_config", None), "model_type", None)
     if not family.towers or tower in family.towers:
         return None
     return (

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 import skipvision as sv
-from skipvision.loading import load_processor
-from tests.skipvision.integrations.vllm.running.tiny import FAMILIES, save
+from skipvision.loading import load_model, load_processor
+from tests.skipvision.integrations.vllm.running.tiny import FAMILIES, UNPRUNED, save
 
 # Tokens are equal at the ends of rows in LLaVA-NeXT: "similarity" would leave ties among them to rounding.
 TUNED = sv.SkipConfig(retained=6, skipped=0, summary_tokens=1, select="diversity")
@@ -28,16 +28,21 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def folder(family, tmp_path_factory):
-    base = save(family, tmp_path_factory.mktemp(family) / "base")
+    base = save(FAMILIES[family], tmp_path_factory.mktemp("family") / "base")
     return sv.export(base, None, base.parent / "exported", config=TUNED)
 
 
 @pytest.fixture(scope="module")
-def llm(folder):
+def llm(family, folder):
+    return start(folder, FAMILIES[family])
+
+
+def start(folder, tiny):
     from vllm import LLM
 
     return LLM(
         str(folder),
+        model_impl=tiny.implementation,
         dtype="float32",
         enforce_eager=True,
         max_model_len=1024,
@@ -122,3 +127,30 @@ def test_positions_of_mrope_cannot_be_contiguous(family, llm, prompts):
             },
             use_tqdm=False,
         )
+
+
+@pytest.mark.parametrize(
+    ("family", "skip", "message"),
+    [
+        ("aya_vision", {"retained": 4}, "tokens between their visual tokens cannot be pruned in vLLM"),
+        ("qwen2_5_vl", {"retained": 4}, r"cannot prune .* positions have several axes \(M-RoPE\)"),
+    ],
+)
+def test_other_models_of_transformers_run_with_full_tokens(family, skip, message, tmp_path, images):
+    from vllm import SamplingParams
+
+    tiny, greedy = UNPRUNED[family], SamplingParams(temperature=0, max_tokens=TOKENS)
+    folder = save(tiny, tmp_path / "model")
+    text = f"USER: {tiny.image}\nblue? ASSISTANT:"
+    full, sampling = sv.SkipConfig.full(), sv.Sampling(max_new_tokens=TOKENS)
+    requests = [
+        sv.Request(text, [image], skip=full, sampling=sampling, key=key) for key, image in enumerate(images)
+    ]
+    with sv.Engine(load_model(folder), load_processor(folder), kv_budget_bytes=2**27) as engine:
+        done = {completion.key: list(completion.choices[0].token_ids) for completion in engine.run(requests)}
+    llm = start(folder, tiny)
+    inputs = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
+    outputs = llm.generate(inputs, greedy, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [done[key] for key in sorted(done)]
+    with pytest.raises(ValueError, match=message):
+        llm.generate({**inputs[0], "mm_processor_kwargs": {"skip": skip}}, use_tqdm=False)

@@ -34,10 +34,11 @@ VISION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family: how it is built, and the text that stands where an image is."""
+    """A family: how it is built, the text that stands where an image is, and how vLLM runs it."""
 
     build: Any
     image: str
+    implementation: str = "auto"
 
 
 def tokenizer(*tokens: str, **named: str) -> Any:
@@ -53,9 +54,9 @@ def tokenizer(*tokens: str, **named: str) -> Any:
     )
 
 
-def save(model_type: str, folder: Path) -> Path:
+def save(tiny: Tiny, folder: Path) -> Path:
     """Write a model with random weights that matter, and its processor."""
-    model, processor = FAMILIES[model_type].build()
+    model, processor = tiny.build()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -98,6 +99,86 @@ def llava_next() -> tuple[Any, Any]:
         images, words, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
     return model_of(config), processor
+
+
+def vipllava() -> tuple[Any, Any]:
+    words = tokenizer()
+    vision = transformers.CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=64)
+    text = transformers.LlamaConfig(**TEXT, vocab_size=len(words), **ends(words))
+    config = transformers.VipLlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layers=[-2, -1],
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    images = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    processor = transformers.LlavaProcessor(
+        images, words, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    return model_of(config), processor
+
+
+def video_llama_3() -> tuple[Any, Any]:
+    words = tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>")
+    image, video = words.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    vision = transformers.VideoLlama3VisionConfig(**VISION, patch_size=14)
+    text = transformers.Qwen2Config(**TEXT, vocab_size=len(words), **ends(words))
+    config = transformers.VideoLlama3Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image,
+        video_token_id=video,
+        tie_word_embeddings=False,
+    )
+    from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import (
+        VideoLlama3ImageProcessorPil,
+    )
+    from transformers.models.video_llama_3.video_processing_video_llama_3 import VideoLlama3VideoProcessor
+
+    size = {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}
+    images = VideoLlama3ImageProcessorPil(size=size)
+    return model_of(config), transformers.VideoLlama3Processor(
+        images, words, VideoLlama3VideoProcessor(size=size)
+    )
+
+
+def aya_vision() -> tuple[Any, Any]:
+    marks = {
+        "start_image_token": "<|START_OF_IMG|>",
+        "end_image_token": "<|END_OF_IMG|>",
+        "patch_token": "<|IMG_PATCH|>",
+    }
+    words = tokenizer("<image>", **marks)
+    vision = transformers.SiglipVisionConfig(
+        **VISION,
+        image_size=32,
+        patch_size=4,
+        vision_use_head=False,  # not for vLLM on CPUs
+    )
+    text = transformers.Cohere2Config(
+        **TEXT,
+        vocab_size=len(words),
+        layer_types=["full_attention"] * 3,
+        logit_scale=1.0,
+        **ends(words),
+    )
+    config = transformers.AyaVisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=words.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        tie_word_embeddings=False,
+    )
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    size = {"height": 32, "width": 32}
+    images = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    return model_of(config), transformers.AyaVisionProcessor(
+        images, words, patch_size=4, img_size=32, downsample_factor=2
+    )
 
 
 def internvl() -> tuple[Any, Any]:
@@ -185,4 +266,13 @@ FAMILIES = {
     "internvl": Tiny(internvl, "<IMG_CONTEXT>"),
     "qwen2_5_vl": Tiny(lambda: qwen("qwen2_5_vl"), _QWEN),
     "qwen3_vl": Tiny(lambda: qwen("qwen3_vl"), _QWEN),
+    "vipllava": Tiny(vipllava, "<image>"),
+    "video_llama_3": Tiny(video_llama_3, "<|image_pad|>"),
+    "llava_next of transformers": Tiny(llava_next, "<image>", "transformers"),
+    "internvl of transformers": Tiny(internvl, "<IMG_CONTEXT>", "transformers"),
 }
+UNPRUNED = {
+    "aya_vision": Tiny(aya_vision, "<image>", "transformers"),
+    "qwen2_5_vl": Tiny(lambda: qwen("qwen2_5_vl"), _QWEN, "transformers"),
+}
+"""Families that vLLM's Transformers backend runs with full tokens only."""
