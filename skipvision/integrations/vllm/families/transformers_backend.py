@@ -56,9 +56,7 @@ class _OneAxis(SkipModel):
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
             )
         own = positions[0] if positions.ndim == 2 else positions
-        return super(MultiModalMixin, self).forward(  # type: ignore[misc]
-            input_ids, own, intermediate_tensors, inputs_embeds
-        )
+        return super(MultiModalMixin, self).forward(input_ids, own, intermediate_tensors, inputs_embeds)
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=MultiModalDummyInputsBuilder)
