@@ -85,6 +85,7 @@ def test_every_command_is_known_here():
         ("--name mine",),
         ("--name mine", "--resume_with_changes"),
         ("--name distilled",),
+        ("--name unlabelled",),
         ("finetune.py --help",),
         ("ray job submit", "--name slower"),
         ("ray job submit", "SKIPVISION_METHODS"),

@@ -172,7 +172,7 @@ def _caption_missing(
     say(f"starting {work.config.scaling.workers} engine(s) with {each} each")
     progress.start()
     unfinished: dict[int, dict[int, Caption]] = {}
-    for block in _alive(captions(work, missing, resources)):
+    for block in alive(captions(work, missing, resources)):
         rows = unfinished.setdefault(block.shard, {})
         rows.update(block.captions)
         progress.add(block)
@@ -191,7 +191,7 @@ def _caption_missing(
     return progress
 
 
-def _alive(stream: Iterator[CaptionedBlock]) -> Iterator[CaptionedBlock]:
+def alive(stream: Iterator[CaptionedBlock]) -> Iterator[CaptionedBlock]:
     """Yield from ``stream``; raise `EngineDiedError` if an engine cannot be started."""
     from ray.exceptions import ActorDiedError
 

@@ -133,6 +133,16 @@ def write_manifest(
     return ManifestFacts(len(hashes), dict(problems.most_common()), dict(listing.passed_over))
 
 
+def write_rows(path: Path, rows: Iterable[CaptionRow], shard_rows: int) -> None:
+    """Write a manifest of rows whose keys are unique. The folder ``path`` appears when it is complete.
+
+    Raises:
+        StorageError: the manifest cannot be written.
+    """
+    with atomic_folder(path) as partial:
+        _write(partial, rows, shard_rows)
+
+
 def _errors_of_inputs(rows: Iterator[CaptionRow], source: str) -> Iterator[CaptionRow]:
     """Yield the rows; an `OSError` while they are read is about the inputs, and not about the manifest."""
     try:

@@ -52,11 +52,19 @@ _LONGEST_NAME = 255
 """Bytes of the name of a file or folder."""
 
 
-def parse_row(value: object, *, key: str, image_root: str, max_pixels: int, source: str = "") -> TrainingRow:
+def parse_row(
+    value: object,
+    *,
+    key: str,
+    image_root: str,
+    max_pixels: int,
+    source: str = "",
+    without_answer: bool = False,
+) -> TrainingRow:
     """Return the row of a record. Images are referred to, not opened.
 
     A question at the end of the conversation is left out with its images: no answer to it could be learnt or
-    compared.
+    compared. If it is the only question, the row is refused, unless ``without_answer`` is true.
 
     Raises:
         BadRow: the record has a wrong type, conversation or number of images, or other media than images.
@@ -68,11 +76,17 @@ def parse_row(value: object, *, key: str, image_root: str, max_pixels: int, sour
         parse_image(image, f"#{number} of row {key}", image_root, max_pixels)
         for number, image in enumerate(fill_slots(slots, _listed(value)), start=1)
     )
-    _check_speakers(messages)
+    turns = _check_speakers(messages)
+    if turns == 1 and not without_answer:
+        raise BadRow(
+            "conversation",
+            "the conversation has no assistant answer to train on; in data.train, the full-token model can "
+            "answer it: set training.objective to distill or both",
+        )
     if not images:
         check_other_images(value)
     check_placeholders(messages, len(images))
-    if messages[-1].role == "user":
+    if messages[-1].role == "user" and turns > 1:
         images = images[: len(images) - messages[-1].text.count(IMAGE_PLACEHOLDER)]
         messages = messages[:-1]
     task = value.get("task") or ""
@@ -135,7 +149,8 @@ def _role(turn: Mapping[str, Any], field: str, number: int) -> Role:
     return _ROLES[name]
 
 
-def _check_speakers(messages: tuple[Message, ...]) -> None:
+def _check_speakers(messages: tuple[Message, ...]) -> int:
+    """Return the number of turns. Raise `BadRow` if one is empty, or if they are missing or out of order."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
         raise BadRow("conversation", "the conversation is empty")
@@ -151,8 +166,7 @@ def _check_speakers(messages: tuple[Message, ...]) -> None:
                 f"message {position + offset} is by {message.role}, expected {expected}: "
                 "user and assistant alternate, starting with the user",
             )
-    if len(turns) == 1:
-        raise BadRow("conversation", "the conversation has no assistant answer to train on")
+    return len(turns)
 
 
 # ------------------------------------------------------------------------------------------- images

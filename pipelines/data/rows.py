@@ -75,7 +75,7 @@ class TrainingRow:
         key: unique within the data set.
         images: in the order of their placeholders.
         messages: an optional system message, then user and assistant in turns, the user first and an
-            assistant last.
+            assistant last. The only turn of a row without answer is the user's.
         task: the slice that the row is evaluated under; "" if the data set has no such column.
         source: file and position, ``"train.json: row 17"``; "" if the row is not from a file.
     """
@@ -85,6 +85,11 @@ class TrainingRow:
     messages: tuple[Message, ...]
     task: str = ""
     source: str = field(default="", compare=False)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the row has an answer to learn."""
+        return self.messages[-1].role == "assistant"
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ def read_training_rows(
     check_images: CheckImages = "decode",
     max_pixels: int = MAX_PIXELS,
     threads: int = 8,
+    without_answer: bool = False,
 ) -> TrainingData:
     """Read a file, or all files that match a pattern with ``*``, and check every row.
 
@@ -65,6 +66,7 @@ def read_training_rows(
         check_images: how images are checked.
         max_pixels: images with more pixels are rejected.
         threads: images checked in parallel.
+        without_answer: also return rows without an answer (see `TrainingRow.answered`).
 
     Raises:
         DataError: a file cannot be read.
@@ -77,7 +79,7 @@ def read_training_rows(
     with ThreadPoolExecutor(threads) as pool:
         images = _ImageCheck(check_images, pool)
         while batch := list(islice(records, _BATCH_ROWS)):
-            outcomes = [_parse(record, image_root, max_pixels, ids) for record in batch]
+            outcomes = [_parse(record, image_root, max_pixels, ids, without_answer) for record in batch]
             images.check(row.images for row in outcomes if isinstance(row, TrainingRow))
             for record, row in zip(batch, outcomes, strict=True):
                 if isinstance(row, Reject):
@@ -131,7 +133,7 @@ def read_rows(source: str) -> list[TrainingRow]:
 
 
 def _parse(
-    record: Record, image_root: str | None, max_pixels: int, ids: dict[str, int]
+    record: Record, image_root: str | None, max_pixels: int, ids: dict[str, int], without_answer: bool
 ) -> TrainingRow | Reject:
     key = _unique(_id_of(record), ids)
     root = posixpath.dirname(record.file) if image_root is None else absolute(image_root)
@@ -139,7 +141,12 @@ def _parse(
         if record.problem:
             raise BadRow("broken record", record.problem)
         return parse_row(
-            record.value, key=key, image_root=root, max_pixels=max_pixels, source=_source(record)
+            record.value,
+            key=key,
+            image_root=root,
+            max_pixels=max_pixels,
+            source=_source(record),
+            without_answer=without_answer,
         )
     except BadRow as problem:
         return _reject(record, key, problem)

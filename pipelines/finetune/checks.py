@@ -43,7 +43,7 @@ def check_model(config: FinetuneConfig) -> CheckedModel:
     processor = load_processor(config.model.path)
     model_config = load_config(config.model.path)
     vocabulary = model_config.get_text_config().vocab_size
-    if config.training.objective != "answers" and (config.distillation.top_k or 0) > vocabulary:
+    if config.training.teaches and (config.distillation.top_k or 0) > vocabulary:
         raise ConfigError(
             f"distillation.top_k = {config.distillation.top_k}: the model has {vocabulary} tokens; set "
             "fewer, or null for all"

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pipelines.data.training_rows import CheckImages, OnBadRow
 from pipelines.engines.config import BaseModelSection
 from pipelines.shared.paths import InputPath
-from pipelines.shared.sections import Section
+from pipelines.shared.sections import EngineSection, Section
 from pipelines.tracking.config import TrackedConfig, TrainingTrackingConfig
 from skipvision.config import SkipConfig
 
@@ -96,9 +96,14 @@ class TrainingSection(Section):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the full-token model takes part as a teacher."""
+        return self.objective != "answers"
+
 
 class DistillationSection(Section):
-    """How the full-token model teaches; read if training.objective is distill or both."""
+    """How the full-token model teaches, with training.objective distill or both."""
 
     temperature: float = Field(
         1.0,
@@ -118,6 +123,21 @@ class DistillationSection(Section):
         lt=1,
         description="share of the cross-entropy in the loss of objective both; the divergence has the rest",
     )
+
+
+class AnsweringSection(Section):
+    """How the full-token model answers rows without an answer, before a training with a teacher."""
+
+    max_new_tokens: int = Field(
+        128, ge=1, description="max tokens of an answer; a row whose answer is longer is rejected"
+    )
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="0 always chooses the likeliest token; above 0, tokens are drawn by seed",
+    )
+    engine: EngineSection = EngineSection()
 
 
 class EvaluationSection(Section):
@@ -172,6 +192,7 @@ class FinetuneConfig(TrackedConfig):
     )
     training: TrainingSection = TrainingSection()
     distillation: DistillationSection = DistillationSection()
+    answering: AnsweringSection = AnsweringSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrainingTrackingConfig = TrainingTrackingConfig()
     scaling: ScalingSection = ScalingSection()

@@ -5,6 +5,7 @@
     <storage>/<name>/run.json       settings, fingerprint of the data, MLflow run, and finally the result
                      lock           held by the process that works on the run
                      rows.json      keys of the training and validation rows
+                     answers/       the full-token model's answers to rows that have none
                      rejects.jsonl  rows that could not be used
                      checkpoints/   Ray Train's checkpoints
                      adapter/       the trained adapter
@@ -31,7 +32,7 @@ MAY_DIFFER = frozenset(
         *("data.check_images", "data.on_bad_row"),  # the rows are chosen when the run begins
         *("training.micro_batch_size", "training.gradient_checkpointing", "training.prefetch"),
         *("training.log_every", "training.checkpoint_every", "training.keep_checkpoints"),
-        *("evaluation.every", "evaluation.batch_size"),
+        *("evaluation.every", "evaluation.batch_size", "answering.engine"),
     }
 )
 """Settings that do not change the trained weights."""
@@ -53,6 +54,7 @@ class FinetuneFolder(JobFolder):
     def __init__(self, storage: Path, name: str) -> None:
         super().__init__(storage, name)
         self.rows = self.path / "rows.json"
+        self.answers = self.path / "answers"
         self.rejects = self.path / "rejects.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"

@@ -7,7 +7,7 @@ configuration again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines._compat import configure_ray_train
 from pipelines.cluster.session import check_ray_address, ray_is_running, ray_session
 from pipelines.data.rejects import count_rejects, rejected_rows
+from pipelines.data.rows import TrainingRow
+from pipelines.finetune.answers import Answered, answer_rows
 from pipelines.finetune.checks import check_model, check_workers
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.data import FinetuneData, keep_choice, read_data
@@ -40,7 +42,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     task, ``training_seconds``, ``seconds_per_step`` (median), ``rejected_rows``, ``unrecorded_values``
     (metrics that MLflow did not take), ``mlflow_uri``, ``mlflow_run_id``, ``model_version`` and
     ``already_finished``. With a teacher it also holds ``answers_loss``, ``distill_loss``,
-    ``validation_distill_loss`` and ``flops_per_row`` (`pipelines.finetune.flops`).
+    ``validation_distill_loss`` and ``flops_per_row`` (`pipelines.finetune.flops`), and ``answered_rows`` if
+    the full-token model answered any.
 
     Raises:
         ConfigError: settings that contradict each other, a path that does not exist, or an earlier start with
@@ -100,7 +103,7 @@ class _Plan:
 
 
 def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, resumed: bool) -> _Plan:
-    """Check model, workers and data. This joins a Ray that exists but starts none."""
+    """Check model, workers and data. This joins a Ray that exists, and starts one only to answer rows."""
     absolute = config.resolved()
     check_ray_address()
     say(f"job {config.name!r}: checking the model and the data …")
@@ -108,7 +111,12 @@ def _prepare(config: FinetuneConfig, folder: FinetuneFolder, ray: ExitStack, *, 
     if ray_is_running():
         ray.enter_context(ray_session())
     check_workers(absolute.scaling)
-    data = read_data(absolute, folder, model.processor, model.positions)
+
+    def answer(rows: Sequence[TrainingRow]) -> Answered:
+        ray.enter_context(ray_session())
+        return answer_rows(absolute, folder.answers, rows)
+
+    data = read_data(absolute, folder, model.processor, model.positions, answer)
     if resumed and folder.state["data"] != data.fingerprint:
         if folder.has_work:
             raise DataError(
@@ -130,6 +138,7 @@ def _description(config: FinetuneConfig, plan: _Plan | None) -> tuple[dict[str, 
         return settings, settings
     settings, data = plan.config.model_dump(mode="json"), plan.data
     facts = {"rows": len(data.rows), "fingerprint": data.fingerprint, "steps": plan.steps}
+    facts |= {"answered_rows": data.answered} if data.answered else {}
     return settings, {**settings, "data_set": facts, **plan.parameters}
 
 
@@ -150,6 +159,7 @@ def _train(plan: _Plan, folder: FinetuneFolder, run: Tracker, ray: ExitStack) ->
     with _rejects_recorded(folder, run, plan.steps):
         ray.enter_context(ray_session())
         trained = _fit(plan, folder, run)
+    trained |= {"answered_rows": data.answered} if data.answered else {}
     folder.remember(trained={**trained, "rejected_rows": sum(count_rejects(folder.rejects).values())})
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pipelines.caption.folder import CaptionShards
+from pipelines.caption.rows import Caption
 from pipelines.data.images import MissingImageError
 from pipelines.data.rejects import LateRejects
-from pipelines.data.rows import DATA_SETS, Reject
+from pipelines.data.rows import DATA_SETS, Reject, TrainingRow
 from pipelines.evaluation.exact_match import evaluate_exact_match
+from pipelines.finetune.answers import Answered, read_answers
 from pipelines.finetune.batches import row_lengths
 from pipelines.finetune.checks import check_model
 from pipelines.finetune.config import FinetuneConfig
-from pipelines.finetune.data import FinetuneData, read_data
+from pipelines.finetune.data import FinetuneData, keep_choice, read_data
 from pipelines.finetune.folder import FinetuneFolder
+from skipvision.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +54,30 @@ class Run:
         path.write_text(json.dumps(rows))
         return str(path)
 
-    def config(self, train: str, validation: str | None = None, **data: object) -> FinetuneConfig:
+    def config(
+        self, train: str, validation: str | None = None, objective: str = "answers", **data: object
+    ) -> FinetuneConfig:
         section = {"train": train, "validation": validation, **data}
+        training = {"objective": objective}
         return FinetuneConfig.model_validate(
-            {"name": "run", "model": {"path": str(self.model)}, "data": section}
+            {"name": "run", "model": {"path": str(self.model)}, "data": section, "training": training}
         )
 
     def read(self, config: FinetuneConfig, positions: int | None = None) -> FinetuneData:
-        return read_data(config, self.folder, self.processor, positions)
+        return read_data(config, self.folder, self.processor, positions, self.answer)
+
+    def answer(self, rows: Sequence[TrainingRow]) -> Answered:
+        """Keep answers where the engines keep theirs; the row's key says which."""
+        answers = {
+            "long": Caption("long", "red and", "length"),
+            "empty": Caption("empty", "", "stop"),
+            "placeholder": Caption("placeholder", "<image>", "stop"),
+            "gone": Caption("gone", error_kind="missing image", error="no such file"),
+            "failed": Caption("failed", error_kind="generation", error="out of memory"),
+        }
+        captions = [answers.get(one.key, Caption(one.key, "red", "stop")) for one in rows]
+        CaptionShards(self.folder.answers / "texts", "parquet").write(0, captions)
+        return read_answers(self.config("unused"), self.folder.answers, rows)
 
     @property
     def rejects(self) -> list[dict[str, Any]]:
@@ -109,6 +131,62 @@ def test_skipping_tokens_does_not_make_room(run, tiny_model):
     assert config.skip is not None
     full = config.model_copy(update={"skip": None})
     assert check_model(config).positions == check_model(full).positions == 512
+
+
+# ------------------------------------------------------------------------------- rows without an answer
+
+
+def test_rows_without_an_answer_need_a_teacher(run):
+    assert [one.key for one in run.read(run.config(run.file("t.json", GOOD, BROKEN))).rows] == ["good"]
+    (reject,) = run.rejects
+    assert reject["kind"] == "conversation"
+    assert "set training.objective to distill or both" in reject["reason"]
+
+
+@pytest.mark.parametrize("objective", ["distill", "both"])
+def test_rows_without_an_answer_are_answered_and_then_are_training_rows(run, objective):
+    """Follow-up questions without an answer are still left out, and no validation row gets an answer."""
+    half = row("half", "What?", "blue", "And now?")
+    train = run.file("t.json", GOOD, BROKEN, half)
+    data = run.read(run.config(train, run.file("v.json", GOOD, BROKEN), objective))
+    answers = {one.key: one.messages[-1].text for one in data.rows}
+    assert answers == {"good": "red", "half": "blue", "broken": "red"}
+    assert (data.answered, len(data.lengths)) == (1, 3)
+    assert [one.key for one in data.validation] == ["good"]
+    assert [reject["data_sets"] for reject in run.rejects] == [["validation"]]
+    same = run.read(run.config(train, train, objective))
+    assert [one.key for one in same.validation] == ["good", "half"]
+    unlabelled = run.file("u.json", BROKEN)
+    with pytest.raises(DataError, match=r"data\.validation = .*: it has no usable row"):
+        run.read(run.config(unlabelled, unlabelled, objective))
+
+
+def test_questions_that_cannot_be_answered_are_rejected(run):
+    keys = ("long", "empty", "placeholder", "gone", "failed")
+    rows = run.read(
+        run.config(run.file("t.json", *(row(key, "What?") for key in keys), BROKEN), None, "both")
+    )
+    assert [one.key for one in rows.rows] == ["broken"]
+    assert {reject["key"]: (reject["kind"], reject["reason"]) for reject in run.rejects} == {
+        "long": ("too long", "the full-token model's answer is longer than answering.max_new_tokens = 128"),
+        "empty": ("conversation", "the full-token model's answer is empty"),
+        "placeholder": ("placeholders", "the full-token model's answer contains <image>"),
+        "gone": ("missing image", "no such file"),
+        "failed": ("conversation", "the full-token model could not answer: out of memory"),
+    }
+
+
+def test_a_resumed_run_reads_its_answers_again(run):
+    train = run.file("t.json", GOOD, BROKEN, row("long", "What?"))
+    config = run.config(train, train, "distill")
+    first = run.read(config)
+    keep_choice(first, run.folder)
+    (run.folder.checkpoints / "checkpoint_00000001").mkdir(parents=True)
+    again = read_data(config, run.folder, run.processor, None)
+    assert again == first
+    shutil.rmtree(run.folder.answers)
+    with pytest.raises(DataError, match=r"answers has no answer to row broken: restore the folder"):
+        read_data(config, run.folder, run.processor, None)
 
 
 # ------------------------------------------------------------------------------------- rejects.jsonl
