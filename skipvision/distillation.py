@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -91,6 +91,11 @@ class SoftTargets:
             return cls(scaled.log_softmax(dim=-1), None, temperature)
         tokens = scaled.topk(top_k, dim=-1).indices
         return cls(_log_probs(scaled, tokens), tokens, temperature)
+
+    def to(self, device: torch.device) -> Self:
+        """Return the targets on a device."""
+        tokens = None if self.tokens is None else self.tokens.to(device)
+        return replace(self, log_probs=self.log_probs.to(device), tokens=tokens)
 
     def divergence(self, logits: torch.Tensor) -> torch.Tensor:
         """(n,) KL(teacher ‖ student) in nats, times temperature², for the student's logits (n, V).

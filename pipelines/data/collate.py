@@ -34,11 +34,13 @@ class Batch:
         inputs: keyword arguments of the model.
         labels: (B, T) token ids; `IGNORED` at positions without a loss.
         images: number of images in all rows.
+        keys: the rows' keys.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     images: int
+    keys: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -111,7 +113,7 @@ class Collator:
                 # Padding and added special tokens have width zero and overlap nothing.
                 in_answer[row] |= (offsets[row, :, 0] < end + gained) & (offsets[row, :, 1] > start + gained)
         labels = inputs["input_ids"].masked_fill(~in_answer, IGNORED)
-        return Batch(inputs, labels, images=sum(map(len, images)))
+        return Batch(inputs, labels, images=sum(map(len, images)), keys=tuple(row.key for row in rows))
 
 
 def _gain(replacement: Mapping[str, tuple[int, int]]) -> int:

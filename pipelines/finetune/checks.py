@@ -43,11 +43,10 @@ def check_model(config: FinetuneConfig) -> CheckedModel:
     processor = load_processor(config.model.path)
     model_config = load_config(config.model.path)
     vocabulary = model_config.get_text_config().vocab_size
-    if config.training.teaches and (config.distillation.top_k or 0) > vocabulary:
-        raise ConfigError(
-            f"distillation.top_k = {config.distillation.top_k}: the model has {vocabulary} tokens; set "
-            "fewer, or null for all"
-        )
+    top_k = config.distillation.top_k or 0
+    if config.training.teaches and top_k > vocabulary - config.distillation.cache:
+        remedy = "fewer" if config.distillation.cache else "fewer, or null for all"
+        raise ConfigError(f"distillation.top_k = {top_k}: the model has {vocabulary} tokens; set {remedy}")
     model = prepare(empty_model(model_config), config)
     attachment = sv.attachment_of(model)
     if attachment is not None:

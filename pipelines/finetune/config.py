@@ -117,12 +117,26 @@ class DistillationSection(Section):
         description="tokens that are compared one by one at each position, the teacher's most likely ones; "
         "all others are compared as one; null = the whole vocabulary",
     )
+    cache: bool = Field(
+        False,
+        description="keep the teacher's top_k predictions of each row on disk, so that epochs after the "
+        "first need no forward of the teacher; the job states their bytes before it trains",
+    )
     answers_weight: float = Field(
         0.5,
         gt=0,
         lt=1,
         description="share of the cross-entropy in the loss of objective both; the divergence has the rest",
     )
+
+    @model_validator(mode="after")
+    def _cache_is_small(self) -> Self:
+        if self.cache and self.top_k is None:
+            raise ValueError(
+                "distillation.cache needs distillation.top_k: all predictions of a vocabulary would take "
+                "megabytes per row; set top_k, for example to 32"
+            )
+        return self
 
 
 class AnsweringSection(Section):
@@ -196,6 +210,11 @@ class FinetuneConfig(TrackedConfig):
     evaluation: EvaluationSection = EvaluationSection()
     tracking: TrainingTrackingConfig = TrainingTrackingConfig()
     scaling: ScalingSection = ScalingSection()
+
+    @property
+    def distillation_cached(self) -> bool:
+        """Whether the teacher's predictions are kept on disk."""
+        return self.training.teaches and self.distillation.cache
 
     @model_validator(mode="after")
     def _teacher_differs(self) -> Self:

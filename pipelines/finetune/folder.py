@@ -6,6 +6,7 @@
                      lock           held by the process that works on the run
                      rows.json      keys of the training and validation rows
                      answers/       the full-token model's answers to rows that have none
+                     teacher/       the teacher's predictions, with distillation.cache
                      rejects.jsonl  rows that could not be used
                      checkpoints/   Ray Train's checkpoints
                      adapter/       the trained adapter
@@ -33,6 +34,7 @@ MAY_DIFFER = frozenset(
         *("training.micro_batch_size", "training.gradient_checkpointing", "training.prefetch"),
         *("training.log_every", "training.checkpoint_every", "training.keep_checkpoints"),
         *("evaluation.every", "evaluation.batch_size", "answering.engine"),
+        "distillation.cache",
     }
 )
 """Settings that do not change the trained weights."""
@@ -55,6 +57,7 @@ class FinetuneFolder(JobFolder):
         super().__init__(storage, name)
         self.rows = self.path / "rows.json"
         self.answers = self.path / "answers"
+        self.teacher = self.path / "teacher"
         self.rejects = self.path / "rejects.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"

@@ -22,6 +22,7 @@ from pipelines.finetune.checks import check_model, check_workers
 from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.data import FinetuneData, keep_choice, read_data
 from pipelines.finetune.folder import FinetuneFolder
+from pipelines.finetune.teacher_cache import claim_cache
 from pipelines.shared.console import say
 from pipelines.shared.files import is_storage_error, storage_error
 from pipelines.tracking.client import TrackingError
@@ -43,7 +44,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     (metrics that MLflow did not take), ``mlflow_uri``, ``mlflow_run_id``, ``model_version`` and
     ``already_finished``. With a teacher it also holds ``answers_loss``, ``distill_loss``,
     ``validation_distill_loss`` and ``flops_per_row`` (`pipelines.finetune.flops`), and ``answered_rows`` if
-    the full-token model answered any.
+    the full-token model answered any, and ``teacher_cache`` (bytes and rows) with ``distillation.cache``.
 
     Raises:
         ConfigError: settings that contradict each other, a path that does not exist, or an earlier start with
@@ -156,6 +157,8 @@ def _train(plan: _Plan, folder: FinetuneFolder, run: Tracker, ray: ExitStack) ->
     if changes := folder.state["changes"]:
         run.tag("resumed_with_changes", "; ".join(changes))
     say(f"job {folder.name!r}: {len(data.rows)} rows, {plan.steps} steps, MLflow at {run.uri}")
+    if plan.config.distillation_cached:
+        say(claim_cache(plan.config, folder.teacher, data.rows))
     with _rejects_recorded(folder, run, plan.steps):
         ray.enter_context(ray_session())
         trained = _fit(plan, folder, run)
@@ -229,6 +232,7 @@ def _fit(plan: _Plan, folder: FinetuneFolder, run: Tracker) -> dict[str, Any]:
         checkpoints=folder.checkpoints,
         start_from=folder.repair_checkpoints(),
         rejects=folder.rejects,
+        teacher=folder.teacher,
         tracking_uri=run.uri,
         run_id=run.run_id,
     )

@@ -24,6 +24,7 @@ from pipelines.data.collate import Batch
 from pipelines.engines.loading import arithmetic
 from pipelines.finetune.config import FinetuneConfig, TrainingSection
 from pipelines.finetune.objective import Loss, Objective
+from pipelines.finetune.teacher_cache import TeacherCache
 from skipvision.errors import ConfigError
 
 
@@ -85,8 +86,14 @@ class StepStats:
 class Learner:
     """The trainable parameters of a model and their optimiser."""
 
-    def __init__(self, model: nn.Module, config: FinetuneConfig, device: torch.device) -> None:
-        self.model, self.config, self.device = model, config, device
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FinetuneConfig,
+        device: torch.device,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self.model, self.config, self.device, self.cache = model, config, device, cache
         self.compute = arithmetic(config.training.precision, device)
         self.objective = Objective(config.training.objective, config.distillation)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -106,7 +113,7 @@ class Learner:
         torch.manual_seed(int(seed[0]))
         totals = torch.zeros(6, dtype=torch.float64)
         for batch in micro_batches:
-            loss = self.loss(batch)
+            loss = self.loss(batch, self.cache)
             loss.total.backward()
             totals += torch.tensor([*loss.values(), batch.tokens, batch.images], dtype=torch.float64)
         loss_sum, answer_tokens, answers, distill, tokens, images = self._share(totals)
@@ -130,10 +137,10 @@ class Learner:
         mean = loss_sum / max(answer_tokens, 1)
         return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images), means)
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss(self, batch: Batch, cache: TeacherCache | None = None) -> Loss:
         """Return the summed loss of a batch's learnt tokens."""
         with self.autocast():
-            return self.objective.loss(self.model, batch.to(self.device))
+            return self.objective.loss(self.model, batch.to(self.device), cache)
 
     @torch.no_grad()
     def validation_losses(self, batches: Iterable[Batch]) -> dict[str, float]:

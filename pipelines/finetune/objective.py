@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import skipvision as sv
 from pipelines.data.collate import IGNORED, Batch
 from pipelines.finetune.config import DistillationSection
+from pipelines.finetune.teacher_cache import TeacherCache
 
 
 class Loss(NamedTuple):
@@ -52,15 +53,22 @@ class Objective:
         """Whether the teacher takes part."""
         return self.kind != "answers"
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the loss of the learnt tokens of a batch, which is on the model's device."""
+    def loss(self, model: nn.Module, batch: Batch, cache: TeacherCache | None = None) -> Loss:
+        """Return the loss of the learnt tokens of a batch, which is on the model's device.
+
+        The teacher runs only if a row of the batch is not in ``cache``.
+        """
         if not self.teaches:
             total, learnt = summed_loss(model, batch)
             return Loss(total, learnt, total.detach())
         words, learnt_at = _targets(batch)
-        teacher = self.teacher_targets(model, batch)  # before the student: see `as_teacher`
+        teacher = None if cache is None else cache.get(batch.keys, self.distillation.temperature)
+        if teacher is None:
+            teacher = self.teacher_targets(model, batch)  # before the student: see `as_teacher`
+            if cache is not None:
+                cache.add(batch.keys, learnt_at.sum(dim=1).tolist(), teacher)
         logits = _student_logits(model, batch, learnt_at)
-        distill = teacher.divergence(logits).sum()
+        distill = teacher.to(logits.device).divergence(logits).sum()
         own = logits if self.kind == "both" else logits.detach()
         answers = F.cross_entropy(own.float(), words[learnt_at], reduction="sum")
         weight = self.distillation.answers_weight if self.kind == "both" else 0.0

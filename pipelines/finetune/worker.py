@@ -34,6 +34,7 @@ from pipelines.finetune.flops import row_flops
 from pipelines.finetune.folder import STATE
 from pipelines.finetune.learner import Learner, StepStats, prepare
 from pipelines.finetune.progress import Progress
+from pipelines.finetune.teacher_cache import TeacherCache
 from pipelines.shared.console import say
 from pipelines.shared.files import storage_errors
 from pipelines.tracking.run import Tracker
@@ -67,6 +68,7 @@ class Assignment:
     checkpoints: Path
     start_from: Path | None
     rejects: Path
+    teacher: Path
     tracking_uri: str
     run_id: str
 
@@ -101,7 +103,8 @@ class Worker:
         compute = arithmetic(self.config.training.precision, device)
         self.processor = load_processor(self.config.model.path)
         model = prepare(load_frozen(self.config.model, compute, device), self.config)
-        self.learner = Learner(model, self.config, device)
+        self.cache = TeacherCache(work.teacher, rank) if self.config.distillation_cached else None
+        self.learner = Learner(model, self.config, device, self.cache)
         # The prefetching thread's own tokenizer: fast tokenizers must not be shared between threads.
         self.collator = Collator(load_processor(self.config.model.path))
         self.progress = Progress(work.steps)
@@ -262,7 +265,17 @@ class Worker:
             f"a row of {batch.tokens} tokens costs {giga['student']} GFLOPs (predicted: "
             f"{giga['student_predicted']}), its teacher {giga['teacher']} more ({giga['teacher_predicted']})"
         )
-        return {"flops_per_row": flops}
+        return {"flops_per_row": flops, **self._cache_size(done)}
+
+    def _cache_size(self, done: int) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        size, rows = self.cache.size()
+        if self.tracker is not None:
+            self.tracker.metrics(
+                {"teacher_cache_bytes": float(size), "teacher_cache_rows": float(rows)}, done
+            )
+        return {"teacher_cache": {"bytes": size, "rows": rows, "bytes_per_row": round(size / max(rows, 1))}}
 
     def _evaluate(self, done: int) -> dict[str, Any]:
         """Return validation loss and exact match after ``done`` steps. Workers share the rows."""
