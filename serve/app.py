@@ -15,6 +15,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureC
 from ray.serve.schema import LoggingConfig
 
 from pipelines.engines.loading import check_known
+from pipelines.engines.model import check_generation
 from pipelines.shared.paths import input_path, model_path, output_path
 from pipelines.tracking.client import TrackingError, sqlite_file, sqlite_uri
 from pipelines.tracking.registry import exact_model, is_registered
@@ -139,6 +140,8 @@ def _resolved(config: ServeConfig) -> ServeConfig:
     for index, model in enumerate(models):
         if model.engine.backend == "vllm":
             vllm_settings.check_model(model, index)
+        else:
+            check_generation(model.path)
     sources = {source for model in models for source in model.adapters.values() if is_registered(source)}
     registry = config.tracking_uri
     if registry is not None:

@@ -22,7 +22,13 @@ from pipelines.calibrate.space import candidates, parts
 from pipelines.calibrate.workers import scorers
 from pipelines.cluster.resources import node_resources, worker_resources
 from pipelines.cluster.session import check_ray_address, ray_session
-from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
+from pipelines.engines.model import (
+    EngineModel,
+    check_generation,
+    check_model,
+    find_model,
+    insist_on_same_adapter,
+)
 from pipelines.score.dataset import Dataset
 from pipelines.score.fingerprints import of_files
 from pipelines.shared.console import say
@@ -127,6 +133,7 @@ def _space(config: CalibrateConfig, inputs: _Inputs) -> list[Candidate]:
     """Report the dataset and return the search space. Mistakes are reported before an MLflow run starts."""
     for line in inputs.whole.facts():
         say(line)
+    check_generation(inputs.model.base)
     return candidates(config, inputs.model, check_model(inputs.model), inputs.search)
 
 

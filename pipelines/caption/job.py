@@ -25,7 +25,7 @@ from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.data.error_limit import ErrorLimit, listed
-from pipelines.engines.model import EngineModel, check_model, find_model
+from pipelines.engines.model import EngineModel, check_generation, check_model, find_model
 from pipelines.engines.vllm.settings import (
     check_arguments,
     check_settings,
@@ -101,6 +101,7 @@ def _engine_model(
     """Check that the engine of the settings can do the job, and return the model that it loads."""
     settings = config.engine
     if settings.backend == "native":
+        check_generation(model.base)
         return model
     check_settings(model, settings)
     if not resumed:

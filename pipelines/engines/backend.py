@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from pipelines.engines.config import BackendSection
-from pipelines.engines.model import EngineModel, load_engine
+from pipelines.engines.model import EngineModel, check_generation, load_engine
 from pipelines.engines.thread import EngineThread, Outcome
 from pipelines.engines.vllm.settings import check_arguments, check_settings, needs_export
 from pipelines.engines.vllm.threaded import VllmEngine
@@ -28,6 +28,8 @@ def check_backend(model: EngineModel, settings: BackendSection) -> None:
         check_settings(model, settings)
         if not needs_export(model):
             check_arguments(model, settings)
+    else:
+        check_generation(model.base)
 
 
 class SharedEngine(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import transformers
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 import skipvision as sv
 from pipelines.engines.config import BaseModelSection, ModelSection
@@ -27,6 +27,7 @@ from pipelines.shared.sections import EngineSection
 from pipelines.tracking.registry import exact_model, fetch_model, is_registered
 from skipvision.adapters.fitting import load_without_weights
 from skipvision.engine import Engine
+from skipvision.engine.generation import check_generation_config
 from skipvision.errors import ConfigError
 from skipvision.exporting.load import attach_as_exported
 from skipvision.exporting.read import exported_settings, settings_of
@@ -169,6 +170,12 @@ def check_model(model: EngineModel) -> PretrainedConfig:
             "choose a model with one"
         )
     return config
+
+
+def check_generation(base: str) -> None:
+    """Raise `ConfigError` if a model's generation_config has settings that the library's engine refuses."""
+    with suppress(OSError):  # it has none
+        check_generation_config(GenerationConfig.from_pretrained(base))
 
 
 def load_engine(model: EngineModel, settings: EngineSection, device: torch.device) -> Engine:

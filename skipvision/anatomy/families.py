@@ -58,6 +58,7 @@ Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
 
 _PAST_PLACEHOLDERS = "generate calls the text decoder with embeddings alone, so placeholders are not known"
 _ONE_MODULE = "one module embeds images and runs the layers, so there is no call to reduce between them"
+_FOUR_STREAMS = "its layers predict and correct four streams of hidden states, not one that an FFN adds to"
 _COUNTED_DISTANCES = "attention counts distances between entries of the cache, which pruning changes"
 
 FAMILIES: dict[str, Family] = {
@@ -86,6 +87,7 @@ FAMILIES: dict[str, Family] = {
     "blip-2": Family(refused=_PAST_PLACEHOLDERS),
     "instructblip": Family(refused=_PAST_PLACEHOLDERS),
     "chameleon": Family(refused=_ONE_MODULE),
+    "gemma3n": Family(refused=_FOUR_STREAMS),
     "inkling2": Family(refused=_COUNTED_DISTANCES),
     "inkling_mm_model": Family(refused=_COUNTED_DISTANCES),
 }

@@ -7,7 +7,7 @@ from copy import copy
 from typing import Any, cast
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from skipvision._compat_generation import logits_processors
 from skipvision.anatomy.families import lm_head
@@ -61,7 +61,7 @@ class GenerationSettings:
         self.suppressed_token_ids: list[int] = list(config.suppress_tokens or [])
         self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.allows_invalid_logits = config.remove_invalid_values is True
-        _refuse(config)
+        check_generation_config(config)
         self._processed = {drawn: self._has_more(drawn) for drawn in (False, True)}
 
     def complete(self, sampling: Sampling, stop_token_ids: tuple[int, ...] = ()) -> Sampling:
@@ -150,7 +150,7 @@ class _Adjusted(LogitsProcessor):
         return adjusted
 
 
-def _refuse(config: Any) -> None:
+def check_generation_config(config: GenerationConfig) -> None:
     """Raise one `ConfigError` that names all settings that the engine cannot apply."""
     problems = [
         f"{name}={value!r}: {reason}; set it to {neutral}"

@@ -9,6 +9,8 @@ import pytest
 from transformers import LlamaConfig
 
 import skipvision as sv
+from pipelines.engines.backend import check_backend
+from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import check_known, empty_model, load_config
 from pipelines.engines.model import EngineModel, check_model
 from skipvision.errors import ConfigError
@@ -103,3 +105,14 @@ def test_a_text_only_model_takes_no_images(tiny_model, tmp_path):
         check_model(model)
     with pytest.raises(ConfigError, match="LlamaConfig is not the config of an image-text-to-text"):
         build_model(LlamaConfig())
+
+
+def test_settings_of_generation_that_the_engine_refuses(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    model = EngineModel(str(folder), "x", None, None, sv.SkipConfig.full(), "float32", "sdpa")
+    check_backend(model, BackendSection())
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 4, "max_time": 2.0}))
+    with pytest.raises(ConfigError, match=r"generation_config: num_beams=4: .*; max_time=2\.0: "):
+        check_backend(model, BackendSection())
+    (folder / "generation_config.json").unlink()
+    check_backend(model, BackendSection())
