@@ -124,7 +124,7 @@ def _sampling(generation: Mapping[str, Any]) -> sv.Sampling:
     until = given.get("until", ())
     values = {name: given[name] for name in _SAMPLING if name in given}
     if not values.get("top_p", 1):  # tasks use 0 to disable it
-        del values["top_p"]
+        values["top_p"] = 1
     return sv.Sampling(
         **{"max_new_tokens": _MAX_NEW_TOKENS, **values},
         stop=(until,) if isinstance(until, str) else tuple(text for text in until if text),
