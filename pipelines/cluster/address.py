@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from skipvision.errors import ConfigError
@@ -14,6 +16,8 @@ _LONGEST_SOCKET = 107
 _SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """Ray's longest socket, below its folder."""
 _SHORT_FOLDER = Path("/tmp/ray")  # noqa: S108 — Ray's own default
+_DASHBOARD_SOCKET = "/pymp-00000000/listener-00000000"
+"""The socket of a process that Ray's dashboard starts, below ``$TMPDIR``."""
 
 
 def ray_address() -> str | None:
@@ -59,3 +63,17 @@ def short_folder() -> str | None:
     """Return a folder for Ray if the paths of sockets in `default_folder` are too long; otherwise None."""
     longest = f"{default_folder().absolute()}{_SOCKET}"
     return str(_SHORT_FOLDER) if len(longest.encode()) > _LONGEST_SOCKET else None
+
+
+@contextmanager
+def short_tmpdir() -> Iterator[None]:
+    """Replace ``$TMPDIR`` for the block if it is too long for the sockets of processes that start there."""
+    given = os.environ.get("TMPDIR", "")
+    if len(f"{Path(given).absolute()}{_DASHBOARD_SOCKET}".encode()) <= _LONGEST_SOCKET:
+        yield
+        return
+    os.environ["TMPDIR"] = str(_SHORT_FOLDER.parent)
+    try:
+        yield
+    finally:
+        os.environ["TMPDIR"] = given

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.cluster.address import short_tmpdir
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.cluster.session import ROOT
 from pipelines.shared.console import say
@@ -42,6 +43,7 @@ _AGENT_PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 _UNREACHABLE = (OSError, RuntimeError)
 """Errors that Ray's client raises while there is no dashboard, no agent or no such job."""
@@ -140,8 +142,10 @@ def local_ray() -> Iterator[LocalRay]:
     files = Path(tempfile.mkdtemp(prefix="skipvision-ray-", dir="/tmp"))
     token = secrets.token_hex(32)
     binaries = str(Path(sys.executable).parent)
+    with short_tmpdir():
+        inherited = {name: value for name, value in os.environ.items() if name not in _ADDRESSES}
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in _ADDRESSES},
+        **inherited,
         "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")]),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Some of the node's ports listen on every interface: no call without the token does anything.
@@ -190,8 +194,13 @@ def _wait_for(dashboard: str, token: str, head: subprocess.Popen[bytes], log: Pa
         else:
             return client
     raise ResourceError(
-        f"a local Ray could not be started within {_START_SECONDS} s:\n{log.read_text()[-2000:]}"
+        f"a local Ray could not be started within {_START_SECONDS} s; the machine may be overloaded: try "
+        f"again when it has less to do. The end of Ray's log:\n{_last_lines(log.read_text())}"
     )
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(_COLOUR.sub("", text).splitlines()[-15:])
 
 
 def _client(dashboard: str, token: str) -> JobSubmissionClient:

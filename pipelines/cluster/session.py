@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pipelines._compat import LOOPBACK, ray_on_loopback
-from pipelines.cluster.address import default_folder, host_and_port, ray_address, short_folder
+from pipelines.cluster.address import default_folder, host_and_port, ray_address, short_folder, short_tmpdir
 from pipelines.cluster.cpus import usable_cpus
 from pipelines.shared.console import say
 from pipelines.shared.paths import in_ray_job
@@ -84,14 +84,31 @@ def _connect() -> None:
 def _join(address: str) -> None:
     try:
         if address != "auto":  # Ray tries for minutes
-            with socket.create_connection(host_and_port(address), timeout=_CONNECT_SECONDS):
-                pass
+            _check_answers(*host_and_port(address))
         _ray().init(address=address, logging_level="WARNING", runtime_env={"working_dir": str(ROOT)})
     except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"RAY_ADDRESS = {address}: no Ray can be joined there: {_first_line(error)}. Start one there "
             "with `ray start --head`, correct the address, or unset RAY_ADDRESS to start a Ray for this job"
         ) from error
+
+
+def _check_answers(host: str, port: int) -> None:
+    """Raise `OSError` if nothing listens at an address, or something that is no gRPC server."""
+    with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
+        pass
+    if os.environ.get("RAY_USE_TLS", "0") == "1":  # this would need the certificates
+        return
+    import grpc
+
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    channel = grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)])
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_CONNECT_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise OSError("something listens there, but it does not answer as a Ray does") from None
+    finally:
+        channel.close()
 
 
 def _start_local() -> None:
@@ -133,7 +150,7 @@ def _start_once() -> None:
         "RAY_ADDRESS": f"{LOOPBACK}:{port}",
     }
     try:
-        with ray_on_loopback():
+        with ray_on_loopback(), short_tmpdir():
             ray.init(
                 address="local",
                 _node_ip_address=LOOPBACK,

@@ -53,15 +53,8 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SKIP_CONFIG
     _check_entries(Path(folder))
     if not path.exists():
-        how = (
-            "it is a PEFT checkpoint. Call load_adapter(..., config=) with the SkipConfig of the "
-            "training, or train with skipvision.adapters.checkpoints.SkipVisionCallback, which "
-            "writes the file"
-        )
-        other = "save adapters with save_adapter"
         raise AdapterError(
-            f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}; "
-            + (how if (Path(folder) / PEFT_FILES[0]).exists() else other)
+            f"{folder} is not a Skip-Vision adapter: it has no {SKIP_CONFIG}; {_remedy(Path(folder))}"
         )
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
@@ -79,6 +72,19 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     if saved["lora"]:
         check_safe(Path(folder))
     return saved
+
+
+def _remedy(folder: Path) -> str:
+    """Return what to do about a folder without ``skip_config.json``."""
+    if (folder / PEFT_FILES[0]).exists():
+        return (
+            "it is a PEFT checkpoint. Call load_adapter(..., config=) with the SkipConfig of the training, or "
+            "train with skipvision.adapters.checkpoints.SkipVisionCallback, which writes the file"
+        )
+    if not folder.is_dir():
+        return "there is no such folder"
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{PEFT_FILES[0]}"))
+    return f"choose a folder in it: {', '.join(inside)}" if inside else "save adapters with save_adapter"
 
 
 def _check_entries(folder: Path) -> None:

@@ -31,6 +31,7 @@ from skipvision.adapters.files import (
     read_adapter,
     replace,
     summary_weights,
+    weight_names,
 )
 from skipvision.adapters.patterns import check_patterns
 from skipvision.anatomy.families import dissect
@@ -142,6 +143,8 @@ def load_adapter(
     skip = saved["skip"]
     _check_config(folder, skip, config)
     _check_shape(model, folder, saved)
+    if not saved["lora"]:
+        _check_trained_whole(model, folder)
     # Check everything before changing the model.
     if saved["lora"]:
         check_patterns(folder / PEFT_FILES[0], (module for module, _ in model.named_modules()))
@@ -180,6 +183,11 @@ def _checkpoint(model: nn.Module, folder: Path, config: SkipConfig | None) -> di
     """Describe a checkpoint of PEFT as `read_adapter` does; PEFT checks the shapes itself."""
     check_safe(folder)
     anatomy = dissect(model)
+    if config is not None and not config.summary_tokens and any(SUMMARY in n for n in weight_names(folder)):
+        raise AdapterError(
+            f"{folder} has a trained summary layer, but config has summary_tokens=0: pass the SkipConfig "
+            "that was attached in training"
+        )
     try:
         base = json.loads((folder / PEFT_FILES[0]).read_text()).get("base_model_name_or_path")
     except (ValueError, AttributeError, OSError) as error:
@@ -191,6 +199,18 @@ def _checkpoint(model: nn.Module, folder: Path, config: SkipConfig | None) -> di
         "hidden_size": anatomy.hidden_size,
         "layers": len(anatomy.layers),
     }
+
+
+def _check_trained_whole(model: nn.Module, folder: Path) -> None:
+    """Raise `AdapterError` if a folder has a whole model's weights, and ``model`` was loaded from another."""
+    weights = (folder / "model.safetensors", folder / "model.safetensors.index.json")
+    base = _base_name(model)
+    if base and any(file.exists() for file in weights) and Path(base).resolve() != folder.resolve():
+        raise AdapterError(
+            f"{folder} is a checkpoint of a whole model, and load_adapter reads only its summary layer: "
+            f"load the model from it first, AutoModelForImageTextToText.from_pretrained({str(folder)!r}), "
+            "then call load_adapter with the same folder"
+        )
 
 
 def _describe(model: nn.Module, attachment: Attachment | None) -> dict[str, Any]:

@@ -89,10 +89,12 @@ class Adapters:
 
         Raises:
             AdapterError: as `load_adapter`; also if the engine cannot run this kind of adapter.
-            ConfigError: the name is in use, or the SkipConfig does not fit this model.
+            ConfigError: the name is in use or invalid, or the SkipConfig does not fit this model.
         """
         if name in self.names:
             raise ConfigError(f"adapter {name!r} is already loaded: call remove_adapter() first")
+        if not name or "." in name:
+            raise ConfigError(f"name = {name!r}: PEFT takes no empty name of an adapter, and none with a '.'")
         saved = read_adapter(folder)
         config = saved["skip"] or SkipConfig.full()
         if saved["lora"]:

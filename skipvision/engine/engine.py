@@ -224,7 +224,7 @@ class Engine:
 
         Raises:
             AdapterError: as `load_adapter`; also if the folder has no LoRA.
-            ConfigError: the name is in use, or the SkipConfig does not fit this model.
+            ConfigError: the name is in use or invalid, or the SkipConfig does not fit this model.
         """
         self._adapters.add(name, Path(folder))
 

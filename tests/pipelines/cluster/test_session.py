@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cluster import session
-from pipelines.cluster.address import host_and_port, ray_address, short_folder
+from pipelines.cluster.address import host_and_port, ray_address, short_folder, short_tmpdir
 from skipvision.errors import ConfigError, ResourceError
 
 ROOT = Path(__file__).parents[3]
@@ -83,6 +83,28 @@ def test_an_address_at_which_nobody_listens_is_named_at_once(monkeypatch, form):
     monkeypatch.setattr(session, "in_ray_job", lambda: False)
     with pytest.raises(ResourceError, match=r"RAY_ADDRESS = .*no Ray can be joined there: .*refused"):
         session._connect()
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_a_server_that_is_no_ray_is_named_within_seconds(monkeypatch, form):
+    monkeypatch.setattr(session, "_CONNECT_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = form.format(silent.getsockname()[1])
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(session, "in_ray_job", lambda: False)
+        with pytest.raises(ResourceError, match=rf"RAY_ADDRESS = {address}: .*does not answer as a Ray does"):
+            session._connect()
+
+
+@pytest.mark.parametrize("length", [0, 60, 80, 200])
+def test_processes_of_ray_get_a_temporary_folder_that_sockets_fit_into(monkeypatch, length):
+    given = "/tmp/" + "x" * length
+    monkeypatch.setenv("TMPDIR", given)
+    with short_tmpdir():
+        longest = os.environ["TMPDIR"] + "/pymp-00000000/listener-00000000"
+        assert len(longest) <= 107
+        assert (os.environ["TMPDIR"] == given) == (length <= 69)
+    assert os.environ["TMPDIR"] == given
 
 
 @pytest.mark.parametrize("length", [0, 40, 60, 90, 200])

@@ -57,6 +57,8 @@ def test_a_checkpoint_is_loaded_as_it_was_trained(tmp_path, written):
     check(load_adapter(tiny_llava(), folder, config=CONFIG), model)
     with pytest.raises(AdapterError):
         load_adapter(tiny_llava(), folder, config=CONFIG.model_copy(update={"summary_tokens": 2}))
+    with pytest.raises(AdapterError):
+        load_adapter(tiny_llava(), folder, config=CONFIG.model_copy(update={"summary_tokens": 0}))
 
 
 def test_peft_alone_loses_the_summary_layer_and_attach_says_what_to_do(tmp_path):
@@ -74,6 +76,12 @@ def test_a_checkpoint_of_a_bare_model(tmp_path):
         {name: weight for name, weight in model.state_dict().items() if "skip_summary" not in name}
     )
     check(load_adapter(base, folder), model)
+    check(load_adapter(type(base).from_pretrained(folder), folder), model)
+    untrained = tiny_llava()
+    untrained.config.name_or_path = str(tmp_path / "base")
+    with pytest.raises(AdapterError, match=r"is a checkpoint of a whole model.*from_pretrained\("):
+        load_adapter(untrained, folder)
+    assert attachment_of(untrained) is None
 
 
 def test_a_checkpoint_trained_without_a_summary_layer(tmp_path):

@@ -135,11 +135,22 @@ def test_is_trainable_decides_which_weights_require_gradients(saved, is_trainabl
 # ---------------------------------------------------------------------------------- rejections
 
 
-def test_a_missing_folder(tmp_path):
-    with pytest.raises(
-        AdapterError, match=r"nowhere is not a Skip-Vision adapter: it has no skip_config\.json"
-    ):
-        load_adapter(tiny_llava(), tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("inside", "remedy"),
+    [
+        (None, "there is no such folder"),
+        ("notes.txt", "save adapters with save_adapter"),
+        ("checkpoint-2/adapter_config.json", "choose a folder in it: checkpoint-2"),
+    ],
+)
+def test_a_folder_without_an_adapter(tmp_path, inside, remedy):
+    folder = tmp_path / "nowhere"
+    if inside is not None:
+        (folder / inside).parent.mkdir(parents=True)
+        (folder / inside).touch()
+    message = rf"nowhere is not a Skip-Vision adapter: it has no skip_config\.json; {remedy}"
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tiny_llava(), folder)
 
 
 def test_another_skip_config_than_expected(saved):

@@ -17,6 +17,7 @@ from peft.tuners.lora import ArrowConfig
 
 from skipvision import (
     AdapterError,
+    ConfigError,
     Engine,
     Sampling,
     UnsupportedModelError,
@@ -204,6 +205,14 @@ def test_kinds_that_the_engine_cannot_run(name, plain, tmp_path, monkeypatch):
             engine.add_adapter("new", tmp_path)
         assert engine.adapters == [BASE]
         assert len(list(engine.run(requests_of([BASE])))) == 2
+
+
+@pytest.mark.parametrize("name", ["", "../x", "v1.2"])
+def test_names_that_peft_cannot_take_are_named(name, plain):
+    with Engine(base_model(), config=SKIP) as engine:
+        with pytest.raises(ConfigError, match="no empty name of an adapter, and none with a"):
+            engine.add_adapter(name, plain)
+        assert engine.adapters == [BASE]
 
 
 def test_a_model_that_brings_such_an_adapter_is_refused():
