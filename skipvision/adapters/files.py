@@ -78,8 +78,8 @@ def _remedy(folder: Path) -> str:
     """Return what to do about a folder without ``skip_config.json``."""
     if (folder / PEFT_FILES[0]).exists():
         return (
-            "it is a PEFT checkpoint. Call load_adapter(..., config=) with the SkipConfig of the training, or "
-            "train with skipvision.adapters.checkpoints.SkipVisionCallback, which writes the file"
+            "it is a PEFT checkpoint. Call load_adapter(..., config=) with the SkipConfig of the training, "
+            "or train with skipvision.adapters.checkpoints.SkipVisionCallback, which writes the file"
         )
     if not folder.is_dir():
         return "there is no such folder"
