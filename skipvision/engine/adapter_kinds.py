@@ -35,6 +35,8 @@ def reason_to_refuse(config: PeftConfig) -> str | None:
         return "activated LoRA (alora_invocation_tokens) begins in the middle of a prompt"
     if getattr(settings, "arrow_config", None):
         return "arrow routing (arrow_config) mixes all loaded adapters"
+    if getattr(settings, "target_parameters", None):
+        return "LoRA on parameters (target_parameters) cannot run in a batch with other adapters"
     if getattr(settings, "layer_replication", None):
         return "layer_replication adds decoder layers, for requests without the adapter too"
     return None

@@ -18,7 +18,7 @@ from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.families.running import new_cache
 from tests.skipvision.family_table import SUPPORTED
 
-SAMPLE = {"aria", "gemma3", "idefics3", "kimi_k25", "llama4", "qwen2_vl", "qwen3_vl_moe"}
+SAMPLE = {"gemma3", "idefics3", "kimi_k25", "lfm2_vl", "llama4", "qwen2_vl", "qwen3_5", "qwen3_vl_moe"}
 PAIRED = {"hunyuan_vl", "internvl", "llava_onevision", "mistral3"}
 """Families that are sampled with two images."""
 CONFIGS = {

@@ -84,6 +84,7 @@ REFUSED = {
         "begins in the middle of a prompt",
     ),
     "arrow": (lora(arrow_config=ArrowConfig()), "mixes all loaded adapters"),
+    "parameters": (lora(target_parameters=["mlp.experts.down_proj"]), "cannot run in a batch with other"),
     "repeated layers": (lora(layer_replication=[(0, 2), (1, 3)]), "adds decoder layers"),
 }
 
