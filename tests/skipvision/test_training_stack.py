@@ -534,6 +534,7 @@ def test_the_trainer_resumes_from_a_checkpoint_with_the_summary(tmp_path):
     same(learnt(resumed), learnt(whole), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_trainers_checkpoint_with_several_adapters_is_resumed(tmp_path):
     def two():
         model = tuned(seed=5)

@@ -424,6 +424,7 @@ def test_a_node_that_dies_costs_no_caption(straight, settings):
 # --------------------------------------------------------------------------------------- too many errors
 
 
+@pytest.mark.slow
 def test_too_many_error_rows_stop_the_job_early(settings, local_ray, inputs, tmp_path):
     rows = [{"id": number, "image": str(inputs.parent / "text.png")} for number in range(200)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -202,6 +202,7 @@ def llava_with_llama_3_8b():
     return LlavaConfig(vision_config=vision, text_config=text, image_seq_length=576)
 
 
+@pytest.mark.slow  # measures a decoder of 32 layers
 @pytest.mark.parametrize(
     ("retained", "skipped", "tokens", "published"),
     [(100, 156, 576, 25), (256, 320, 576, 60), (272, 256, 1296, 25)],
