@@ -143,11 +143,11 @@ def load_adapter(
     skip = saved["skip"]
     _check_config(folder, skip, config)
     _check_shape(model, folder, saved)
-    if not saved["lora"]:
-        _check_trained_whole(model, folder)
     # Check everything before changing the model.
     if saved["lora"]:
         check_patterns(folder / PEFT_FILES[0], (module for module, _ in model.named_modules()))
+    else:
+        _check_trained_whole(model, folder)
     weights = None
     if skip is not None and skip.summary_tokens:
         weights = summary_weights(folder, saved["hidden_size"], skip.summary_tokens)

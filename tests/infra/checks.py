@@ -140,7 +140,7 @@ def _parses(*expressions: str) -> None:
 
 
 def launcher(path: Path) -> None:
-    """Settings of `ray up`."""
+    """Check the settings of a cluster that `ray up` starts."""
     import ray
 
     cluster = tree(path)
@@ -186,7 +186,7 @@ def job_config(path: Path) -> None:
 
 
 def serve_config(path: Path) -> None:
-    """Settings of `serve deploy`."""
+    """Check the settings of an endpoint that `serve deploy` starts."""
     from ray.serve.schema import ServeDeploySchema
 
     from serve.config import serve_config

@@ -133,7 +133,7 @@ def prometheus() -> Iterator[Prometheus]:
 
 
 def draw(name: str, source: Prometheus) -> Figure:
-    """Draw a dashboard."""
+    """Draw the panels of one dashboard into a figure."""
     dashboard = DASHBOARDS[name]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"]) + 1.5
     height = rows * ROW
@@ -280,7 +280,7 @@ def _number(value: float, decimals: int | None) -> str:
 
 
 def main() -> None:
-    """Draw every dashboard."""
+    """Draw all dashboards of infra/grafana into image files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
