@@ -122,8 +122,9 @@ class CaptionConfig(TrackedConfig):
 
     @model_validator(mode="after")
     def _one_text_a_row(self) -> Self:
-        if self.sampling.n != 1 or self.sampling.logprobs is not None:
+        if self.sampling.n != 1 or self.sampling.logprobs not in (None, 0):
             raise ValueError(
-                "sampling.n must be 1 and sampling.logprobs null: the result has one text per row"
+                "sampling.n must be 1 and sampling.logprobs null or 0: the result has one text per row, and "
+                "with 0 its log_probability"
             )
         return self

@@ -48,7 +48,10 @@ class CaptionFolder(JobFolder):
     """Job ``name`` under ``storage``, new or resumed."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
-        {"scaling", "storage", "max_error_fraction", "samples", "tracking", *NATIVE_ENGINE}
+        {
+            *("scaling", "storage", "max_error_fraction", "samples", "tracking", "sampling.logprobs"),
+            *NATIVE_ENGINE,
+        }
     )
 
     def __init__(self, storage: Path, name: str) -> None:

@@ -49,7 +49,8 @@ class Caption:
 
     ``prompt_tokens`` counts every visual token, as without Skip-Vision. ``visual_tokens_cached`` is the
     number of visual tokens and summaries in the KV cache. ``seconds`` is the time from the row's prefill to
-    its last token.
+    its last token. ``log_probability`` is the natural logarithm of the probability of the text, the end
+    included; null unless ``sampling.logprobs`` is 0.
     """
 
     key: str
@@ -62,6 +63,7 @@ class Caption:
     visual_tokens_skipped: int | None = None
     visual_tokens_cached: int | None = None
     seconds: float | None = None
+    log_probability: float | None = None
     model: str | None = None
     adapter: str | None = None
     error_kind: str | None = None

@@ -39,6 +39,7 @@ from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel
 from pipelines.engines.templates import TemplateProcess
 from pipelines.engines.thread import Outcome
+from pipelines.evaluation.answering import log_probability
 from pipelines.shared.console import say
 from pipelines.shared.files import StorageError, storage_errors
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
@@ -288,6 +289,7 @@ class CaptionActor:
             visual_tokens_skipped=usage.visual_skipped,
             visual_tokens_cached=usage.visual_cached,
             seconds=round(timing.total - timing.queued, 4),
+            log_probability=log_probability(outcome),
             model=model,
             adapter=adapter,
         )

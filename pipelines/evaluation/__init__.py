@@ -1,5 +1,6 @@
 """Scored items, paired statistics, the promotion gate, and tables and figures of results.
 
 Reading order: `items`, `paired` (differences and intervals), `gate`, `answering` and `exact_match` (items
-from an engine), `fingerprints` (of their inputs), `tables`, `figures`.
+from an engine), `calibration`, `measures` (others besides the score) with `objects` and `places`,
+`fingerprints` (of their inputs), `tables`, `figures`.
 """

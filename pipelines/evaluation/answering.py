@@ -13,7 +13,7 @@ from pipelines.data.rows import ImageSource, Message, TrainingRow
 from pipelines.data.special_tokens import special_tokens_of
 from pipelines.evaluation.exact_match import Answer
 from skipvision.config import SkipConfig
-from skipvision.engine import Engine, Request, Sampling
+from skipvision.engine import Completion, Engine, Request, Sampling, prepare
 
 
 def answer_rows(
@@ -22,23 +22,27 @@ def answer_rows(
     *,
     skip: SkipConfig | Literal["full"] | None = None,
     max_new_tokens: int = 128,
+    processor: Any = None,
 ) -> list[Answer]:
     """Answer each row's last question greedily, with its earlier turns as context, in the order of rows.
+
+    The answers have their log probabilities.
 
     Args:
         engine: runs the requests under its default adapter.
         rows: each ends in the expected answer.
         skip: SkipConfig of all requests; "full" skips nothing, None uses the adapter's or the engine's own.
         max_new_tokens: max length of an answer.
+        processor: prepares the requests; None = the engine's own.
 
     Raises:
         ImageError: an image cannot be opened.
         SkipVisionError: the engine refuses a request, or cannot complete it.
     """
-    texts: dict[int, str] = {}
+    found: dict[int, tuple[str, float | None]] = {}
     failures: list[Exception] = []
     special = special_tokens_of(engine.processor)
-    sampling = Sampling(max_new_tokens=max_new_tokens)
+    sampling = Sampling(max_new_tokens=max_new_tokens, logprobs=0)
 
     def requests() -> Iterator[Request]:
         for index, row in enumerate(rows):
@@ -49,16 +53,27 @@ def answer_rows(
             except ImageError as error:
                 failures.append(error)
                 return
-            yield replace(request, skip=skip, key=index)
+            prepared = request if processor is None else prepare(processor, request)
+            yield replace(prepared, skip=skip, key=index)
 
     for completion in engine.run(requests()):
         if completion.error is not None:
             failures.append(completion.error)
         else:
-            texts[completion.key] = special.unescape(completion.text).strip()
+            text = special.unescape(completion.text).strip()
+            found[completion.key] = text, log_probability(completion)
     if failures:
         raise failures[0]
-    return [Answer(row.key, row.task, row.messages[-1].text, texts[index]) for index, row in enumerate(rows)]
+    return [Answer(row.key, row.task, row.messages[-1].text, *found[index]) for index, row in enumerate(rows)]
+
+
+def log_probability(completion: Completion) -> float | None:
+    """Return the sum of the log probabilities of the first answer's tokens; None if they were not requested.
+
+    The token that ends the answer counts, so the sum is that of this answer and no longer one.
+    """
+    tokens = completion.choices[0].logprobs if completion.choices else None
+    return None if tokens is None else sum(token.logprob for token in tokens)
 
 
 def request_for(

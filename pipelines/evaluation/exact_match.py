@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,18 +17,22 @@ from pipelines.data.special_tokens import without_joiners
 from pipelines.evaluation.fingerprints import of_one
 from pipelines.evaluation.items import OVERALL, Item
 
+TEST = "test"
+"""The dataset of the items of training rows."""
+
 _SPARE_TOKENS = 8
 """An answer that is this much longer than the longest expected one of its batch is cut off: it is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's answer to one row."""
+    """A model's answer to one row, and the logarithm of its probability as in `Item`."""
 
     key: str
     task: str
     expected: str
     answer: str
+    log_probability: float | None = field(default=None, compare=False)
 
     @property
     def correct(self) -> bool:
@@ -61,7 +65,10 @@ def accuracy_by_task(answers: Iterable[Answer]) -> dict[str, float]:
 def exact_items(rows: Sequence[TrainingRow], answers: Sequence[Answer], system: str) -> list[Item]:
     """Return an item for each row with its answer. Rows with the same first image form a group."""
     return [
-        Item("test", row.key, system, row.task, group_of(row), answer.answer, float(answer.correct))
+        Item(
+            *(TEST, row.key, system, row.task, group_of(row), answer.answer, float(answer.correct)),
+            log_probability=answer.log_probability,
+        )
         for row, answer in zip(rows, answers, strict=True)
     ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +32,9 @@ class Item:
         prediction: the system's answer.
         score: a fraction of the item's points, 0 … 1.
         error: why there is no prediction; the score is then 0.
+        log_probability: natural logarithm of the probability that the system gave its answer, the end of the
+            answer included; None = not measured. It may differ in the last digits between two runs, so
+            comparisons of items ignore it.
     """
 
     dataset: str
@@ -42,15 +45,21 @@ class Item:
     prediction: str
     score: float
     error: str | None = None
+    log_probability: float | None = field(default=None, compare=False)
 
+
+_NUMBERS = ("score", "log_probability")
+_OPTIONAL = ("error", "log_probability")
+_LATER = "log_probability"
+"""A column that files of earlier versions lack."""
 
 ITEM_SCHEMA = pa.schema(
     [
-        pa.field(field.name, pa.float64() if field.name == "score" else pa.string(), field.name == "error")
-        for field in fields(Item)
+        pa.field(one.name, pa.float64() if one.name in _NUMBERS else pa.string(), one.name in _OPTIONAL)
+        for one in fields(Item)
     ]
 )
-"""The columns of a file of items; only ``error`` may be null."""
+"""The columns of a file of items; only ``error`` and ``log_probability`` may be null."""
 
 OVERALL = "overall"
 """The name of the slice that contains all items."""
@@ -99,7 +108,7 @@ def _table(path: Path) -> pa.Table:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as scored items: {error}") from error
-    if table.schema.names != ITEM_SCHEMA.names:
+    if table.schema.names not in (ITEM_SCHEMA.names, [name for name in ITEM_SCHEMA.names if name != _LATER]):
         raise DataError(
             f"{path} has the columns {table.schema.names}, not those of scored items: {ITEM_SCHEMA.names}"
         )

@@ -14,8 +14,22 @@ from skipvision.errors import DataError
 FEW_CHANGES = 10
 """With fewer groups whose score changed, the bootstrap has too little to draw from."""
 
+Sides = Sequence[tuple[Sequence[Item], Sequence[Item]]]
+"""The items of the reference and of the other system, under each seed."""
+
 _TOLERANCE = 1e-9
 """Sums of the same fractions may differ by rounding, but by less than this."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two systems in one number, with the confidence interval ``low`` to ``high``."""
+
+    difference: float
+    low: float
+    high: float
+    reference: float
+    other: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,11 @@ class Paired:
     lost: int
     changed: int
 
+    def numbers(self, scale: float = 1.0) -> Difference:
+        """Return the difference without its counts, in units of which ``scale`` make 1."""
+        values = (self.difference, self.low, self.high, self.reference, self.other)
+        return Difference(*(scale * value for value in values))
+
 
 def paired(
     reference: Sequence[Item],
@@ -68,13 +87,7 @@ def paired(
     return paired_by_seed([(reference, other)], resamples=resamples, seed=seed, confidence=confidence)
 
 
-def paired_by_seed(
-    sides: Sequence[tuple[Sequence[Item], Sequence[Item]]],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Paired:
+def paired_by_seed(sides: Sides, *, resamples: int = 2000, seed: int = 0, confidence: float = 0.95) -> Paired:
     """Compare two systems that were trained under several seeds.
 
     A resample draws seeds, then groups; the groups are the same under all seeds that were drawn. The interval
@@ -89,14 +102,9 @@ def paired_by_seed(
     Raises:
         DataError: see `paired`; or the seeds have different items.
     """
-    keyed = [(_by_key(reference), _by_key(other)) for reference, other in sides]
-    first = keyed[0][0]
-    for before, after in keyed:
-        _check_same_items(first, before)
-        _check_same_items(before, after)
-    references = np.array([[before[key].score for key in first] for before, _ in keyed])
-    others = np.array([[after[key].score for key in first] for _, after in keyed])
-    groups = _group_numbers(list(first.values()))
+    pairs, groups = aligned(sides)
+    references = np.array([[item.score for item in before] for before, _ in pairs])
+    others = np.array([[item.score for item in after] for _, after in pairs])
     sizes = np.bincount(groups)
     gains = np.array([np.bincount(groups, difference) for difference in others - references])
     low, high = np.quantile(
@@ -115,6 +123,21 @@ def paired_by_seed(
         lost=int((by_group < -_TOLERANCE).sum()),
         changed=int((np.abs(by_group) > _TOLERANCE).sum()),
     )
+
+
+def aligned(sides: Sides) -> tuple[list[tuple[list[Item], list[Item]]], np.ndarray]:
+    """Return the items of all sides in one order, and the number of each item's group, (items,).
+
+    Raises:
+        DataError: see `paired_by_seed`.
+    """
+    keyed = [(_by_key(reference), _by_key(other)) for reference, other in sides]
+    first = keyed[0][0]
+    for before, after in keyed:
+        _check_same_items(first, before)
+        _check_same_items(before, after)
+    pairs = [([before[key] for key in first], [after[key] for key in first]) for before, after in keyed]
+    return pairs, _group_numbers(list(first.values()))
 
 
 def exact_mcnemar(lost: int, gained: int) -> float:

@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipelines.evaluation.measures import Gold, Measure
+from pipelines.evaluation.objects import SHAPES_CAPTIONS
+from pipelines.evaluation.places import place_measures
 from pipelines.score.rules.registry import RULES, Rule
 from pipelines.score.totals import ScoredAnswer, mme, ocrbench, pope
 from skipvision.errors import ConfigError
@@ -30,6 +33,7 @@ class Benchmark:
         circular: whether rows are rotations of questions and count only together.
         totals: computes the published numbers besides the mean of the points.
         rows: the size of the whole dataset, where totals are sums over it; None = totals of any part.
+        measures: make measures besides the score from the gold answers.
     """
 
     pattern: str
@@ -41,6 +45,7 @@ class Benchmark:
     circular: bool = False
     totals: Callable[[Sequence[ScoredAnswer]], dict[str, float]] = lambda answers: {}
     rows: int | None = None
+    measures: tuple[Callable[[Gold], list[Measure]], ...] = ()
 
 
 def _benchmark(pattern: str, rule: str, folder: str, source: str, **more: object) -> Benchmark:
@@ -70,7 +75,10 @@ BENCHMARKS = (
     ),
     _benchmark("MathVista_MINI", "mathvista", "VLMEval", "MathVista, arXiv 2310.02255", category=("task",)),
     _benchmark("MMVet", "judged", "VLMEval", "MM-Vet, arXiv 2308.02490"),
-    Benchmark("Shapes", RULES["same_text"], "", "this project: jobs/make_shapes.py with tsv: true"),
+    Benchmark(
+        *("Shapes", RULES["same_text"], "", "this project: jobs/make_shapes.py with tsv: true"),
+        measures=(SHAPES_CAPTIONS.measures, place_measures),
+    ),
 )
 
 

@@ -72,6 +72,11 @@ class ScoreConfig(TrackedConfig):
         description="reads free-form answers, and multiple-choice answers that name no option; null = none: "
         "MM-Vet cannot be scored, and answers that name no option are wrong",
     )
+    objects: dict[Name, tuple[str, ...]] = Field(
+        {},
+        description="names of objects by dataset, for datasets of captions: objects that a caption names and "
+        "its gold caption does not are counted, and those that it misses; Shapes has its own",
+    )
     confidence: float = Field(0.95, gt=0, lt=1, description="confidence level of all intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples of an interval")
     scaling: ScalingSection = ScalingSection()
@@ -86,6 +91,10 @@ class ScoreConfig(TrackedConfig):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"datasets: {repeated[0]} occurs twice")
+        if unknown := sorted(self.objects.keys() - set(names)):
+            raise ValueError(f"objects: {unknown[0]!r} is none of the datasets: {', '.join(names)}")
+        if empty := [name for name, words in self.objects.items() if not all(words) or not words]:
+            raise ValueError(f"objects: {empty[0]}: give at least one word, and no empty ones")
         if self.sampling.n != 1 or self.sampling.logprobs is not None:
             raise ValueError(
                 "sampling.n must be 1 and sampling.logprobs null: one text is scored per question"

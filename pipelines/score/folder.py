@@ -26,7 +26,7 @@ from pipelines.shared.folder import JobFolder
 class ScoreFolder(JobFolder):
     """The folder of the scoring job ``name`` under ``storage``, new or continued."""
 
-    reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence")
+    reported: ClassVar[tuple[str, ...]] = ("resamples", "confidence", "objects")
     """Settings of the report alone. If they change, the report is written again from the same answers."""
 
     may_differ: ClassVar[frozenset[str]] = frozenset(
@@ -54,7 +54,8 @@ class ScoreFolder(JobFolder):
     def is_reported(self, config: BaseModel) -> bool:
         """Return whether the report was made with the `reported` settings of ``config``."""
         before, now = self.state.get("config", {}), config.model_dump(mode="json")
-        return all(before.get(name) == now[name] for name in self.reported)
+        default = type(config).model_fields
+        return all(before.get(name, default[name].default) == now[name] for name in self.reported)
 
     def questions(self, dataset: str) -> Path:
         """The file with the indices of a dataset's usable questions."""

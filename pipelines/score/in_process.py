@@ -8,7 +8,7 @@ from typing import Literal
 
 from pipelines.data.images import ImageError
 from pipelines.data.special_tokens import special_tokens_of
-from pipelines.evaluation.answering import request_for
+from pipelines.evaluation.answering import log_probability, request_for
 from pipelines.score.dataset import Dataset
 from pipelines.score.points import Prediction, Scored, score_answers
 from pipelines.score.rules.judge import Judge
@@ -44,7 +44,7 @@ def score_dataset(
         JudgeError: the judge cannot be reached.
     """
     predictions: dict[str, Prediction] = {}
-    sampling = Sampling(max_new_tokens=max_new_tokens)
+    sampling = Sampling(max_new_tokens=max_new_tokens, logprobs=0)
 
     def requests() -> Iterator[Request]:
         for question in dataset.questions:
@@ -64,5 +64,6 @@ def score_dataset(
             predictions[completion.key] = Prediction(error=f"generation: {completion.error}")
         else:
             text = special_tokens_of(engine.processor).unescape(completion.text)
-            predictions[completion.key] = Prediction(text.strip())
+            probability = log_probability(completion)
+            predictions[completion.key] = Prediction(text.strip(), log_probability=probability)
     return score_answers(dataset, predictions, system, judge)

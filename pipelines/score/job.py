@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,8 +28,15 @@ from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import Dataset, read_dataset
 from pipelines.score.fingerprints import of_files
 from pipelines.score.folder import ScoreFolder
-from pipelines.score.points import Prediction, Scored, mean_score, score_answers
-from pipelines.score.report import Comparisons, Systems, compare, figure, markdown, metrics
+from pipelines.score.measures import (
+    Measured,
+    measure,
+    measures_metrics,
+    measures_result,
+    measures_table,
+)
+from pipelines.score.points import Prediction, Scored, Systems, mean_score, score_answers
+from pipelines.score.report import Comparisons, compare, figure, markdown, metrics
 from pipelines.score.rules.judge import Judge
 from pipelines.shared.console import say
 from pipelines.shared.files import write_text
@@ -59,7 +66,8 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
     A finished job whose `ScoreFolder.reported` settings have changed is compared and recorded again.
 
     The result has these fields, most of them by system and dataset: ``items`` (the file of each system),
-    ``score`` (mean points, fractions), ``totals`` (further numbers that the benchmark publishes),
+    ``score`` (mean points, fractions), ``measures`` and ``measure_differences`` (calibration and objects in
+    captions, by slice), ``totals`` (further numbers that the benchmark publishes),
     ``difference`` (to the reference, with its interval), ``errors`` (items without an answer), ``left_out``
     (rows that do not count, by dataset and reason), ``table``, ``picture``, ``seconds`` (of this start),
     ``mlflow_uri``, ``mlflow_run_ids`` and ``already_finished``.
@@ -92,8 +100,9 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
             _answer_missing(job, ray)
             scored = {label: _score(job, label) for label in config.systems}
             comparisons = _compare(job, scored)
-            _record(job, scored, comparisons, runs)
-        result = _result(job, scored, comparisons, runs)
+            measured = measure(config, job.datasets, scored)
+            _record(job, scored, comparisons, measured, runs)
+        result = _result(job, scored, comparisons, runs) | measures_result(measured)
         result["seconds"] = round(time.monotonic() - started, 2)
         folder.remember(result=result)
         return {**result, "already_finished": False}
@@ -220,7 +229,7 @@ def _captioning(job: _Job, label: str, dataset: Dataset) -> CaptionConfig:
             key="index",
             keys=str(job.folder.questions(dataset.name)),
         ),
-        sampling=config.sampling,
+        sampling=config.sampling.model_copy(update={"logprobs": 0}),
         engine=config.engine,
         output=OutputSection(shard_rows=config.shard_rows),
         max_error_fraction=config.max_error_fraction,
@@ -252,7 +261,7 @@ def _predictions(captioning: CaptionConfig) -> dict[str, Prediction]:
     return {
         row["key"]: Prediction(error=f"{row['error_kind']}: {row['error']}")
         if row["error_kind"]
-        else Prediction(row["text"] or "")
+        else Prediction(row["text"] or "", log_probability=row.get("log_probability"))
         for row in captions
     }
 
@@ -272,11 +281,18 @@ def _compare(job: _Job, scored: Systems) -> Comparisons:
     }
 
 
-def _record(job: _Job, scored: Systems, comparisons: Comparisons, runs: Mapping[str, Tracker]) -> None:
+def _record(
+    job: _Job,
+    scored: Systems,
+    comparisons: Comparisons,
+    measured: Sequence[Measured],
+    runs: Mapping[str, Tracker],
+) -> None:
     """Write table and figure, and upload them with the items and numbers to each system's run."""
     config, folder = job.config, job.folder
     left_out = {dataset.name: dict(dataset.left_out) for dataset in job.datasets}
-    write_text(folder.table, markdown(config, scored, comparisons, left_out))
+    tables = (markdown(config, scored, comparisons, left_out), measures_table(config, measured))
+    write_text(folder.table, "\n".join(tables))
     figure(config, scored, comparisons, folder.figure)
     say(f"\n{folder.table.read_text(encoding='utf-8')}")
     for label, run in runs.items():
@@ -284,7 +300,8 @@ def _record(job: _Job, scored: Systems, comparisons: Comparisons, runs: Mapping[
             f"The items are complete in {folder.items(config.reference).parents[1]}. Run the same job again "
             "to record them; no question is answered twice"
         )
-        run.metrics(metrics(scored[label], comparisons.get(label, {})), 0)
+        numbers = metrics(scored[label], comparisons.get(label, {})) | measures_metrics(measured, label)
+        run.metrics(numbers, 0)
         for path in (folder.items(label), folder.table, folder.figure):
             run.store(path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.data.error_limit import ErrorLimit
 from pipelines.evaluation.items import Item, categories
@@ -22,6 +22,7 @@ class Prediction:
 
     text: str = ""
     error: str | None = None
+    log_probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Scored:
 
     items: list[Item]
     totals: dict[str, float]
+
+
+Systems = Mapping[str, Mapping[str, Scored]]
+"""The scores of each system, by system and dataset."""
 
 
 def score_answers(
@@ -77,7 +82,7 @@ def score_answers(
             errors["judge"] += 1
             if limit is not None:
                 limit.check(errors, f"{dataset.name} {question.index}: {error}")
-            return Prediction(prediction.text, f"judge: {error}"), 0.0
+            return replace(prediction, error=f"judge: {error}"), 0.0
 
     if judge is None:
         scored = list(map(score, questions, predicted))
@@ -123,7 +128,14 @@ def _items(dataset: Dataset, system: str, scored: Sequence[tuple[Prediction, flo
             prediction=" | ".join(prediction.text for prediction in predictions),
             score=all_rotations_right([score == 1 for score in scores]) if circular else scores[0],
             error=next((prediction.error for prediction in predictions if prediction.error), None),
+            log_probability=_joint([prediction.log_probability for prediction in predictions]),
         )
+
+
+def _joint(logarithms: Sequence[float | None]) -> float | None:
+    """Return the log probability of all answers together; None if one is missing."""
+    known = [one for one in logarithms if one is not None]
+    return sum(known) if len(known) == len(logarithms) else None
 
 
 # ------------------------------------------------------------------------------------------ numbers

@@ -12,10 +12,7 @@ from pipelines.evaluation.paired import FEW_CHANGES, Paired, paired, widened
 from pipelines.evaluation.tables import markdown_table
 from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import describe_left_out
-from pipelines.score.points import Scored, by_category, mean_score
-
-Systems = Mapping[str, Mapping[str, Scored]]
-"""The scores of each system, by system and dataset."""
+from pipelines.score.points import Scored, Systems, by_category, mean_score
 
 
 @dataclass(frozen=True)

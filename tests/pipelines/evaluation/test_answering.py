@@ -14,8 +14,9 @@ import skipvision as sv
 from pipelines.data.images import FileImage, ImageError
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.data.training_rows import read_training_rows
-from pipelines.evaluation.answering import answer_rows
+from pipelines.evaluation.answering import answer_rows, log_probability, request_for
 from pipelines.evaluation.exact_match import evaluate_exact_match
+from skipvision.engine import Sampling
 
 SKIP = sv.SkipConfig(retained=4, skipped=4, summary_tokens=2)
 
@@ -47,6 +48,25 @@ def test_answers_are_those_of_generate_in_the_order_of_rows(engine, rows, tiny_m
         ]
     assert answers == expected
     assert len({answer.answer for answer in answers}) > 1
+    assert all(answer.log_probability < 0 for answer in answers)
+
+
+def test_the_log_probability_of_an_answer_is_that_of_the_model(engine, rows, tiny_model):
+    """The end of an answer counts; an answer that is cut off has none."""
+    request = request_for(rows[0].messages[:-1], rows[0].images, engine.processor, Sampling(max_new_tokens=4))
+    request = replace(engine.prepare(request), skip="full")
+    [completion] = engine.run([request])
+    assert log_probability(completion) is None
+    [completion] = engine.run([replace(request, sampling=Sampling(max_new_tokens=4, logprobs=0))])
+    ids = torch.tensor([completion.choices[0].token_ids])
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    prompt = request.inputs["input_ids"]
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.cat([prompt, ids], dim=1), pixel_values=request.inputs["pixel_values"].double()
+        ).logits[:, prompt.shape[1] - 1 : -1]
+    chosen = logits.log_softmax(dim=2).gather(2, ids[..., None])
+    assert log_probability(completion) == pytest.approx(chosen.sum().item(), rel=1e-5)
 
 
 def test_an_unreadable_image_is_an_error_and_leaves_the_engine_idle(engine, rows, tmp_path):

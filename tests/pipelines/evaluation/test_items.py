@@ -8,7 +8,7 @@ from pipelines.evaluation.items import Item, read_items, read_systems, write_ite
 from skipvision.errors import DataError
 
 ITEMS = [
-    Item("MMStar", "7", "full", "math", "g7", "B", 1.0),
+    Item("MMStar", "7", "full", "math", "g7", "B", 1.0, log_probability=-0.25),
     Item("MMStar", "8", "full", "", "g8", "", 0.0, error="corrupt: the image is cut off"),
 ]
 
@@ -20,8 +20,17 @@ def test_items_and_systems_survive_a_file(tmp_path):
     systems = {"full": {"model": "models/base", "adapter": None, "skip": "{}"}}
     write_items(path, ITEMS, systems)
     assert read_items(path) == ITEMS
+    assert [item.log_probability for item in read_items(path)] == [-0.25, None]
     assert read_systems(path) == systems
     assert [file.name for file in path.parent.iterdir()] == ["items.parquet"]
+
+
+def test_files_of_earlier_versions_have_no_probabilities(tmp_path):
+    path = tmp_path / "items.parquet"
+    write_items(path, ITEMS)
+    pq.write_table(pq.read_table(path).drop_columns(["log_probability"]), path)
+    assert read_items(path) == ITEMS
+    assert [item.log_probability for item in read_items(path)] == [None, None]
 
 
 def test_files_of_another_format_raise(tmp_path):

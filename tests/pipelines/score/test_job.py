@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import skipvision as sv
+from pipelines.evaluation.calibration import calibration
 from pipelines.evaluation.items import Item, read_items, read_systems
 from pipelines.promote.items import check_comparable
 from pipelines.score import job as score
@@ -16,7 +17,8 @@ from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import read_dataset
 from pipelines.score.in_process import score_dataset
 from pipelines.score.job import run_score
-from pipelines.score.points import Scored
+from pipelines.score.measures import measure, measures_metrics, measures_result, measures_table
+from pipelines.score.points import Prediction, Scored, score_answers
 from pipelines.score.report import compare, markdown, metrics
 from pipelines.tracking.client import TrackingError
 from pipelines.tracking.run import Tracker
@@ -124,6 +126,20 @@ def test_unusable_rows_are_counted(finished):
     assert pq.read_table(answers)["key"].to_pylist() == ["0", "1", "2", "3", "4"]
 
 
+def test_the_calibration_of_each_system_is_reported(finished):
+    for label in ("full", "skip"):
+        answered = [item for item in read_items(Path(finished["items"][label])) if item.error is None]
+        expected = calibration(answered)
+        found = finished["measures"][label]["POPE"]
+        assert found["overall"] == pytest.approx({"ece": expected.ece, "brier": expected.brier}, abs=1e-6)
+        assert found["random"] == found["overall"]
+    assert finished["measure_differences"].keys() == {"skip"}
+    assert finished["measure_differences"]["skip"]["POPE"]["overall"]["ece"]["low"] == -1, "one image"
+    report = Path(finished["table"]).read_text()
+    assert "| calibration error (ECE) | POPE |" in report
+    assert "| Brier score | POPE, random |" in report
+
+
 def test_each_system_has_its_run_in_mlflow(finished):
     from mlflow import MlflowClient
 
@@ -134,6 +150,8 @@ def test_each_system_has_its_run_in_mlflow(finished):
         assert run.data.params["system.label"] == label
         assert run.data.metrics["accuracy/POPE"] == pytest.approx(finished["score"][label]["POPE"])
         assert {"accuracy/POPE/random", "items/POPE", "total/POPE/f1"} <= run.data.metrics.keys()
+        assert {"ece/POPE", "ece/POPE/random", "brier/POPE"} <= run.data.metrics.keys()
+        assert ("brier_difference_low/POPE" in run.data.metrics) == (label == "skip")
         assert ("difference/POPE" in run.data.metrics) == (label == "skip")
         stored = {file.path for file in client.list_artifacts(run_id)}
         assert stored == {"config.yaml", "items.parquet", "comparison.md", "comparison.png"}
@@ -170,6 +188,50 @@ def test_other_settings_of_the_report_write_it_again(settings, finished, monkeyp
         assert runs.get_run(run_id).info.status == "FINISHED"
     with pytest.raises(ConfigError, match="a further system or dataset needs a job of another name"):
         run_score(ScoreConfig.model_validate({**other, "datasets": [*settings["datasets"], {"name": "MME"}]}))
+
+
+CAPTIONS = [("a red circle at the top.", "a red circle and a blue star."), ("top", "bottom")]
+
+
+def test_objects_in_captions_and_places_are_measured(tmp_path):
+    rows = [
+        {"index": n, "image": png(), "question": "?", "answer": true, "category": category}
+        for n, ((true, _), category) in enumerate(zip(CAPTIONS, ("caption", "place"), strict=True))
+    ]
+    settings = {
+        "name": "n",
+        "systems": {label: {"model": {"path": "x"}} for label in ("full", "skip")},
+        "datasets": [{"name": "Shapes", "path": str(table(tmp_path / "shapes.tsv", rows))}],
+        "objects": {"Shapes": ["star"]},
+    }
+    config = ScoreConfig.model_validate(settings)
+    dataset = read_dataset("Shapes", settings["datasets"][0]["path"])
+    answers = {"full": [true for true, _ in CAPTIONS], "skip": [answer for _, answer in CAPTIONS]}
+    scored = {
+        label: {
+            "Shapes": score_answers(
+                dataset, {str(n): Prediction(text) for n, text in enumerate(texts)}, label
+            )
+        }
+        for label, texts in answers.items()
+    }
+    measured = measure(config, [dataset], scored)
+    found = measures_result(measured)["measures"]
+    assert found["full"]["Shapes"]["caption"]["hallucinated_objects"] == 0
+    assert found["skip"]["Shapes"]["caption"] == {
+        "captions_hallucinated": 1,
+        "hallucinated_objects": 1,
+        "captions_missed": 0,
+        "missed_objects": 0,
+    }
+    assert found["skip"]["Shapes"]["place"]["place_distance"] == pytest.approx(2 / 3, abs=1e-6)
+    assert found["skip"]["Shapes"]["overall"]["captions_hallucinated"] == 0.5, "the word `star`, in all rows"
+    report = measures_table(config, measured)
+    assert "| hallucinated objects per caption | Shapes, caption | 0.000 | 1.000 | +1.000 [" in report
+    assert "| distance, % of the image's side | Shapes, place | 0.0 | 66.7 | +66.7 [" in report
+    assert "calibration" not in report, "these answers have no probabilities"
+    assert "Calibration: not measured" in measures_table(config, [])
+    assert measures_metrics(measured, "skip")["missed_objects/Shapes/caption"] == 0
 
 
 def test_one_item_has_a_wide_interval():
@@ -211,6 +273,8 @@ def test_mistakes_are_reported_before_ray_starts(settings, change, error, tmp_pa
 @pytest.mark.parametrize(
     ("change", "error"),
     [
+        ({"objects": {"Pope": ["dog"]}}, "objects: 'Pope' is none of the datasets: POPE"),
+        ({"objects": {"POPE": [""]}}, "objects: POPE: give at least one word"),
         ({"reference": "all"}, "reference = 'all' is none of the systems: full, skip"),
         ({"datasets": [{"name": "MME"}, {"name": "MME"}]}, "MME occurs twice"),
         ({"datasets": []}, "datasets"),
