@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import click
 from ray import cloudpickle
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
@@ -29,6 +30,7 @@ from serve.replica import autoscaling as scaling
 from serve.replica.replica import EngineReplica
 from serve.replica.vllm import settings as vllm_settings
 from skipvision import read_adapter
+from skipvision.errors import SkipVisionError
 
 _LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
 """JSON lines with the request's id. `serve.ingress.middleware` writes the access log."""
@@ -48,8 +50,14 @@ def build(arguments: dict[str, Any]) -> ray_serve.Application:
 
     Raises:
         SkipVisionError: settings are invalid, or a model, an adapter or the keys cannot be read.
+        ClickException: the same in a command of Ray's, which then prints the message without a traceback.
     """
-    return application(serve_config(arguments))
+    try:
+        return application(serve_config(arguments))
+    except SkipVisionError as error:
+        if click.get_current_context(silent=True) is None:
+            raise
+        raise click.ClickException(str(error)) from None
 
 
 def application(config: ServeConfig) -> ray_serve.Application:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 from pipelines.shared.config import load_config
@@ -27,6 +28,18 @@ def test_all_invalid_settings_are_reported(tmp_path):
         build({"model": str(tmp_path / "missing")})
     with pytest.raises(ConfigError, match="names used twice: a"):
         build({"models": [{"path": "m/a"}, {"path": "n/a"}]})
+
+
+def test_rays_command_prints_the_error_without_a_traceback(capsys):
+    @click.command()
+    @click.argument("model")
+    def run(model: str) -> None:
+        build({"model": model})
+
+    with pytest.raises(SystemExit) as ended:
+        run(["/nowhere"])
+    assert ended.value.code == 1
+    assert re.fullmatch(r"Error: .*there is no .*/nowhere.*\n", capsys.readouterr().err)
 
 
 def test_model_and_adapter_are_one_model():

@@ -48,6 +48,17 @@ def test_files_are_served_under_a_strict_policy(endpoint, path):
     assert found.headers["content-type"].startswith(kinds[Path(path).suffix])
 
 
+@pytest.mark.parametrize("path", ["/", "/page/page.js"])
+def test_a_browser_that_has_a_file_is_not_sent_it_again(endpoint, path):
+    first = httpx.get(endpoint.url + path)
+    for name, given in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified")):
+        again = httpx.get(endpoint.url + path, headers={name: first.headers[given]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert again.headers["etag"] == first.headers["etag"]
+    other = httpx.get(endpoint.url + path, headers={"If-None-Match": '"another"'})
+    assert (other.status_code, other.content) == (200, first.content)
+
+
 def test_no_other_files_are_served(endpoint):
     for name in ("__init__.py", "..%2fkeys.py", "index.html", "nothing.js"):
         assert httpx.get(f"{endpoint.url}/page/{name}").status_code == 404, name
