@@ -31,6 +31,15 @@ def test_secrets_come_from_the_environment_and_have_no_default():
         assert name not in example or default.startswith("?")
 
 
+def test_only_mlflow_and_its_bucket_reach_the_stores():
+    reach = {name for name, service in SERVICES.items() if "stores" in service.get("networks", [])}
+    assert reach == {"postgres", "s3", "mlflow", "bucket"}
+    for name in ("postgres", "s3"):
+        assert SERVICES[name]["networks"] == ["stores"]
+        assert "ports" not in SERVICES[name]
+    assert "default" in SERVICES["mlflow"]["networks"]  # where Ray's nodes are
+
+
 def test_mounted_files_and_volumes_exist():
     volumes = set(FILES["compose.yaml"]["volumes"])
     for service in SERVICES.values():
