@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.infra.clusters import Jobs, free_port, rays_folder, result, wait_for
+from tests.infra.work import captioning, images_of
 
 NODES = 3
 LISTS = (
@@ -106,21 +107,10 @@ def autoscaled(tmp_path: Path) -> Iterator[Autoscaled]:
 
 def test_the_cluster_grows_for_captioning_and_shrinks_after_it(autoscaled, tiny_model, shapes_data, tmp_path):
     assert wait_for(lambda: autoscaled.nodes() == 0, 180), autoscaled.log.read_text()
-    images = sorted((shapes_data / "images").rglob("*.png"))
-    rows = [{"id": f"row-{number}", "image": str(images[number % len(images)])} for number in range(400)]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    settings = {
-        "name": "captions",
-        "storage": str(tmp_path),
-        "model": {"path": str(tiny_model)},
-        "input": {"source": str(tmp_path / "rows.jsonl")},
-        "sampling": {"max_new_tokens": 32},
-        "engine": {"max_sequences": 4},
-        "output": {"shard_rows": 10},
-        "samples": 0,
-        # An engine fills a node, so the reader needs a third one.
-        "scaling": {"workers": 2, "cpus_per_worker": 2, "autoscaling": True},
-    }
+    rows = 400
+    # An engine fills a node, so the reader needs a third one.
+    scaling = {"workers": 2, "cpus_per_worker": 2, "autoscaling": True}
+    settings = captioning(tmp_path, tiny_model, images_of(shapes_data), rows, samples=0, scaling=scaling)
     jobs = Jobs(autoscaled.address, tmp_path)
     seen = set()
     try:
@@ -128,8 +118,8 @@ def test_the_cluster_grows_for_captioning_and_shrinks_after_it(autoscaled, tiny_
         answer = result(job, lambda _: seen.add(autoscaled.nodes()))
     finally:
         jobs.end()
-    assert answer["captioned"] == len(rows)
+    assert answer["captioned"] == rows
     captions = pq.read_table(answer["captions"])["key"].to_pylist()
-    assert sorted(captions) == sorted(row["id"] for row in rows)
+    assert sorted(captions) == sorted(f"row-{number}" for number in range(rows))
     assert max(seen) == NODES
     assert wait_for(lambda: autoscaled.nodes() == 0, 240)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 
 import pytest
 
-from tests.infra.dashboards import DASHBOARDS, MISSING, Prometheus, draw, formatted, prometheus
+from tests.infra.dashboards import DASHBOARDS, draw, formatted, stacked
 from tests.infra.exported import declared, named
-from tests.infra.sample_metrics import BEGIN, LOST, samples
+from tests.infra.prometheus import MISSING, Prometheus, Series, Window, is_installed, with_samples
+from tests.infra.sample_metrics import BEGIN, END, LOST, STEP, samples
+
+HOUR = Window(BEGIN, END, STEP)
 
 PANELS = {
     f"{name}: {panel['title']}, {panel['type']}": panel
@@ -21,9 +23,9 @@ PANELS = {
 
 @pytest.fixture(scope="module")
 def source() -> Iterator[Prometheus]:
-    if shutil.which("prometheus") is None or shutil.which("promtool") is None:
+    if not is_installed():
         pytest.skip(MISSING)
-    with prometheus() as started:
+    with with_samples() as started:
         yield started
 
 
@@ -39,7 +41,7 @@ def test_every_query_of_a_panel_has_data_with_a_legend_and_a_unit(source, name):
     panel = PANELS[name]
     legends = []
     for target in panel["targets"]:
-        found = source.series(target)
+        found = source.series(target, HOUR)
         assert found, target["expr"]
         for one in found:
             assert one.legend.strip(" :")
@@ -55,7 +57,7 @@ def test_every_query_of_a_panel_has_data_with_a_legend_and_a_unit(source, name):
 )
 def test_the_first_event_of_a_counter_is_shown(source, title, legend):
     panel = PANELS[f"endpoint: {title}, timeseries"]
-    lines = [one for target in panel["targets"] for one in source.series(target)]
+    lines = [one for target in panel["targets"] for one in source.series(target, HOUR)]
     (line,) = (one for one in lines if one.legend == legend)
     assert max(line.values) > 0
     assert line.times[line.values.index(max(line.values))] == BEGIN + LOST[0]
@@ -63,7 +65,7 @@ def test_the_first_event_of_a_counter_is_shown(source, title, legend):
 
 @pytest.mark.parametrize("name", list(DASHBOARDS))
 def test_a_dashboard_is_drawn(source, name, tmp_path):
-    draw(name, source).savefig(tmp_path / "picture.png")
+    draw(name, source, HOUR).savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 50_000
 
 
@@ -82,3 +84,11 @@ def test_a_dashboard_is_drawn(source, name, tmp_path):
 )
 def test_values_are_written_with_their_unit(value, unit, text):
     assert formatted(value, unit) == text
+
+
+def test_lines_are_stacked_and_a_gap_stays_a_gap():
+    bands = stacked([Series("below", [0, 5, 10], [1, math.nan, 3]), Series("above", [5, 10], [2, 4])])
+    assert [low for low, _ in bands] == [[0, 0, 0], [0, 3]]
+    (first, last), (middle, top) = bands[0][1][::2], bands[1][1]
+    assert (first, last, middle, top) == (1, 3, 2, 7)
+    assert math.isnan(bands[0][1][1])

@@ -125,6 +125,15 @@ def test_the_page_names_objects_that_exist():
     assert ("raycluster", cluster) in objects
 
 
+@pytest.mark.parametrize(
+    "message", ["do not fit", "more than the cluster holds", "a relative path ends in a throw-away copy"]
+)
+def test_the_troubleshooting_quotes_errors_of_the_jobs(message):
+    assert f"`{message}`" in PAGE
+    sources = "".join(path.read_text() for path in (ROOT / "pipelines").rglob("*.py"))
+    assert message in re.sub(r'"\s*f?"', "", sources)  # strings go over several lines
+
+
 @pytest.mark.slow
 def test_ray_generates_the_token_that_the_launcher_copies(tmp_path):
     (command,) = starting_with("ray", "get-auth-token")

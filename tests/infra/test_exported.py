@@ -21,6 +21,7 @@ import yaml
 from tests.infra.exported import ON_INCIDENTS, declared, named
 from tests.infra.manifests import INFRA
 from tests.infra.sample_metrics import samples
+from tests.infra.work import captioning, fine_tuning, images_of
 
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # by default Ray exports every few seconds
 
@@ -100,15 +101,8 @@ def fine_tune(model: Path, data: Path, storage: Path) -> None:
     from pipelines.finetune.config import FinetuneConfig
     from pipelines.finetune.job import run_finetune
 
-    settings = {
-        "name": "tuned",
-        "storage": str(storage),
-        "model": {"path": str(model)},
-        "data": {"train": str(data / "train.json")},
-        "training": {"max_steps": 40, "batch_size": 2},
-        "tracking": {"registered_model": None, "system_metrics_seconds": 0},
-        "scaling": {"cpus_per_worker": 1},
-    }
+    training = {"max_steps": 40, "batch_size": 2}
+    settings = fine_tuning(storage, model, data, training=training, scaling={"cpus_per_worker": 1})
     run_finetune(FinetuneConfig.model_validate(settings))
 
 
@@ -116,19 +110,13 @@ def caption(model: Path, data: Path, storage: Path) -> None:
     from pipelines.caption.config import CaptionConfig
     from pipelines.caption.job import run_caption
 
-    images = sorted((data / "images").rglob("*.png"))
-    rows = [{"id": str(number), "image": str(path)} for number, path in enumerate([*images, "/none.png"])]
-    (storage / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    settings = {
-        "name": "captions",
-        "storage": str(storage),
-        "model": {"path": str(model)},
-        "input": {"source": str(storage / "rows.jsonl")},
-        "sampling": {"max_new_tokens": 64},
-        "engine": {"max_sequences": 2},
-        "output": {"shard_rows": 8},
-        "scaling": {"cpus_per_worker": 1},
-    }
+    images = [*images_of(data), Path("/none.png")]
+    settings = captioning(
+        *(storage, model, images, len(images)),
+        sampling={"max_new_tokens": 64},
+        engine={"max_sequences": 2},
+        scaling={"cpus_per_worker": 1},
+    )
     run_caption(CaptionConfig.model_validate(settings))
 
 

@@ -80,6 +80,7 @@ def test_panels_are_complete_and_do_not_overlap(name):
         assert not cells & taken
         assert all(x < 24 for x, _ in cells)
         taken |= cells
+        assert panel["fieldConfig"]["defaults"]["noValue"]  # why it is empty
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
     assert len({panel["id"] for panel in DASHBOARDS[name]["panels"]}) == len(DASHBOARDS[name]["panels"])
     assert DASHBOARDS[name]["uid"] == f"skipvision-{name}"

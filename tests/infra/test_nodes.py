@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.infra.clusters import Jobs, free_port, rays_folder, result, wait_for
+from tests.infra.work import captioning, fine_tuning, images_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -119,19 +120,9 @@ def once(kill: Callable[[str], bool]) -> Callable[[str], None]:
 
 
 def test_captioning_survives_the_death_of_a_node(nodes, jobs, tiny_model, shapes_data, tmp_path):
-    images = sorted((shapes_data / "images").rglob("*.png"))
-    rows = [{"id": f"row-{number}", "image": str(images[number % len(images)])} for number in range(200)]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    settings = {
-        "name": "captions",
-        "storage": str(tmp_path),
-        "model": {"path": str(tiny_model)},
-        "input": {"source": str(tmp_path / "rows.jsonl")},
-        "sampling": {"max_new_tokens": 32},
-        "engine": {"max_sequences": 4},
-        "output": {"shard_rows": 10},
-        "scaling": {"workers": 2, "cpus_per_worker": 1.5},
-    }
+    rows = 200
+    scaling = {"workers": 2, "cpus_per_worker": 1.5}
+    settings = captioning(tmp_path, tiny_model, images_of(shapes_data), rows, scaling=scaling)
     killed_at = 0
 
     def kill_an_engine(line: str) -> bool:
@@ -151,9 +142,9 @@ def test_captioning_survives_the_death_of_a_node(nodes, jobs, tiny_model, shapes
     assert killed_at, "the job was faster than its first report"
     tables = [pq.read_table(path) for path in sorted((tmp_path / "captions/captions").glob("*.parquet"))]
     keys = Counter(key for table in tables for key in table["key"].to_pylist())
-    assert keys == Counter(row["id"] for row in rows)
-    assert answer["captioned"] == len(rows)
-    print(f"captioning: 0 of {len(rows)} rows lost, {pieces.repeated} repeated, killed after {killed_at}")
+    assert keys == Counter(f"row-{number}" for number in range(rows))
+    assert answer["captioned"] == rows
+    print(f"captioning: 0 of {rows} rows lost, {pieces.repeated} repeated, killed after {killed_at}")
     # With four captions at once a block is one row, and an engine holds twelve blocks.
     assert 0 < pieces.repeated <= 2 * 12
 
@@ -162,15 +153,11 @@ def test_fine_tuning_survives_the_death_of_a_node(nodes, jobs, tiny_model, shape
     from pipelines.tracking.client import connect
 
     steps, every = 60, 5
-    settings = {
-        "name": "tuned",
-        "storage": str(tmp_path),
-        "model": {"path": str(tiny_model)},
-        "data": {"train": str(shapes_data / "train.json")},
-        "training": {"max_steps": steps, "batch_size": 4, "checkpoint_every": every, "log_every": 1},
-        "tracking": {"registered_model": None, "system_metrics_seconds": 0},
-        "scaling": {"workers": 2, "cpus_per_worker": 2, "max_failures": 3},
-    }
+    settings = fine_tuning(
+        *(tmp_path, tiny_model, shapes_data),
+        training={"max_steps": steps, "batch_size": 4, "checkpoint_every": every, "log_every": 1},
+        scaling={"workers": 2, "cpus_per_worker": 2, "max_failures": 3},
+    )
     reached = 0
 
     def kill_a_worker(line: str) -> bool:
