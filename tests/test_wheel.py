@@ -28,6 +28,7 @@ BROUGHT_BY = {
     "huggingface_hub": "transformers",
     "starlette": "fastapi",
     "yarl": "aiohttp",
+    "click": "ray",
 }
 """Imports whose distribution is required by one that we require, and whose versions that one chooses."""
 
