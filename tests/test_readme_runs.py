@@ -225,6 +225,7 @@ def test_the_captioning_job_writes_what_its_page_reads(home):
 @pytest.mark.usefixtures("local_ray")
 def test_the_tradeoff_job_runs_without_the_demos_adapters(home):
     less = ["--adapters", '{"untuned": {}}', "--rows", "6", "--methods", '["tome"]', "--latency_rounds", "0"]
+    less += ["--pixel_sides", "[]", "--second_turn", "[]", "--difficult", "null"]
     grid = ["--grid.retained", "[32]", "--grid.skipped", "[0]", "--max_new_tokens", "4"]
     done = run([*command("tradeoff.py"), *less, *grid], home)
     assert json.loads(done.stdout.splitlines()[-1])["points"] == 4

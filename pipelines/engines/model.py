@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import transformers
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
 import skipvision as sv
@@ -178,8 +180,16 @@ def check_generation(base: str) -> None:
         check_generation_config(GenerationConfig.from_pretrained(base))
 
 
-def load_engine(model: EngineModel, settings: EngineSection, device: torch.device) -> Engine:
-    """Load base model, adapter and processor, and return their engine. It ends with `Engine.close`."""
+def load_engine(
+    model: EngineModel,
+    settings: EngineSection,
+    device: torch.device,
+    adjust: Callable[[nn.Module], object] | None = None,
+) -> Engine:
+    """Load base model, adapter and processor, and return their engine. It ends with `Engine.close`.
+
+    ``adjust`` gets the loaded model before the engine does.
+    """
     transformers.utils.logging.disable_progress_bar()
     dtype = arithmetic(model.dtype, device)
     base = load_base(model.base, dtype, model.attention, device)
@@ -188,6 +198,8 @@ def load_engine(model: EngineModel, settings: EngineSection, device: torch.devic
         tuned = base.to(device, dtype)
     else:
         tuned = sv.load_adapter(base, model.adapter).to(device, dtype)
+    if adjust is not None:
+        adjust(tuned)
     processor = load_processor(model.base)
     arguments = settings.model_dump(include=set(EngineSection.model_fields))
     return Engine(tuned, processor, model.skip, **arguments)

@@ -2,5 +2,5 @@
 
 Reading order: `items`, `paired` (differences and intervals), `gate`, `answering` and `exact_match` (items
 from an engine), `calibration`, `measures` (others besides the score) with `objects` and `places`,
-`fingerprints` (of their inputs), `tables`, `figures`.
+`second_turn` (follow-up questions), `fingerprints` (of their inputs), `tables`, `figures`.
 """

@@ -9,7 +9,7 @@ times of the same rounds are comparable.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -19,17 +19,23 @@ from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.cluster.tasks import in_parallel
 from pipelines.data.rows import TrainingRow, pick_rows
 from pipelines.data.training_rows import read_rows
+from pipelines.evaluation.exact_match import TEST
 from pipelines.evaluation.fingerprints import of_folder, of_model, of_rows
 from pipelines.evaluation.items import OVERALL, read_items, write_items
 from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 from pipelines.shared.folder import JobFolder
 from pipelines.shared.paths import copy_into
-from pipelines.tradeoff.config import TradeoffConfig
+from pipelines.tradeoff.config import FULL, TradeoffConfig
+from pipelines.tradeoff.evidence import with_evidence
 from pipelines.tradeoff.points import Point, SeededPoint, mean_text_tokens, model_config, points
 from pipelines.tradeoff.report import write_report
 from pipelines.tradeoff.results import Measurements, share
-from pipelines.tradeoff.workers import first_token_seconds, score
+from pipelines.tradeoff.timing import Seconds
+from pipelines.tradeoff.workers import measure_seconds, score, score_second_turn
+
+_TIMES = "by part"
+"""Part of the name of every file of times: earlier versions measured the first token alone."""
 
 _EVALUATION = "skipvision.Engine"
 """Part of every digest: answers of another decoding loop are not mixed with these."""
@@ -55,10 +61,18 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
     with folder.claimed():
         with ray_session():
             _score_missing(files, config, rows)
+            turns = _score_second_turns(files, config, rows)
             seconds = _time_points(files, folder.path / "times", config, rows)
-        items = {seeded: read_items(file) for seeded, file in files.items()}
-        measurements = Measurements(config, model, text_tokens, items, seconds)
-        results = [measurements.result(point) for point in todo]
+        measurements = Measurements(
+            config,
+            model,
+            text_tokens,
+            {seeded: read_items(file) for seeded, file in files.items()},
+            seconds,
+            {seeded: read_items(file) for seeded, file in turns.items()},
+            {(TEST, row.key): row.messages[-1].text for row in rows},
+        )
+        results = [with_evidence(measurements, measurements.result(point)) for point in todo]
         written = write_report(results, folder.path, rows=len(rows), text_tokens=text_tokens)
     if config.report is not None:
         # The numbers name folders of this machine, so they are not published.
@@ -93,37 +107,73 @@ def digests(
 def _score_missing(
     files: Mapping[SeededPoint, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]
 ) -> None:
-    import ray
-
     # Two points of the same SkipConfig share a file and are scored once.
     missing = {file: seeded for seeded, file in files.items() if not file.exists()}
     say(f"{len(files)} points, {len(missing)} to be scored on {len(rows)} rows each …")
+    _run(missing, config, rows, lambda seeded, shared: (score, (*seeded, config, shared)), "")
+
+
+def _score_second_turns(
+    files: Mapping[SeededPoint, Path], config: TradeoffConfig, rows: Sequence[TrainingRow]
+) -> dict[SeededPoint, Path]:
+    """Score the missing second turns, and return the file of each point that has them."""
+    chosen = (FULL, *config.second_turn) if config.second_turn else ()
+    turns = {
+        seeded: file.parents[1] / "second_turns" / file.name
+        for seeded, file in files.items()
+        if seeded[0].method.partition(",")[0] in chosen
+    }
+    missing = {file: seeded for seeded, file in turns.items() if not file.exists()}
+    if missing:
+        say(f"{len(missing)} points to be scored on second turns …")
+    _run(
+        missing,
+        config,
+        rows,
+        lambda seeded, shared: (score_second_turn, (*seeded, config, shared, read_items(files[seeded]))),
+        ", second turn",
+    )
+    return turns
+
+
+def _run(
+    missing: Mapping[Path, SeededPoint],
+    config: TradeoffConfig,
+    rows: Sequence[TrainingRow],
+    task: Callable[[SeededPoint, Any], Any],
+    suffix: str,
+) -> None:
+    """Run a task for each missing file, in parallel, and write its items."""
+    import ray
+
     shared_rows = ray.put(rows)  # sent once instead of with each task
-    tasks = [(score, (*seeded, config, shared_rows)) for seeded in missing.values()]
+    tasks = [task(seeded, shared_rows) for seeded in missing.values()]
     for number, items in in_parallel(tasks, config.cpus_per_task):
         file, (point, seed) = list(missing.items())[number]
         write_items(file, items)
-        say(f"{_label(point, seed)}: exact match {share(items):.3f}")
+        say(f"{_label(point, seed)}{suffix}: exact match {share(items):.3f}")
 
 
 def _time_points(
     files: Mapping[SeededPoint, Path], folder: Path, config: TradeoffConfig, rows: Sequence[TrainingRow]
-) -> dict[Point, list[float]]:
-    """Return seconds by round for every point, one adapter at a time and with no other task running.
+) -> dict[Point, list[Seconds]]:
+    """Return times by round for every point, one adapter at a time and with no other task running.
 
     Times saved in ``folder`` are reused unless points, rounds or CPUs differ.
     """
-    seconds: dict[Point, list[float]] = {}
+    seconds: dict[Point, list[Seconds]] = {}
     for label in config.adapters if config.latency_rounds else ():
         own = [point for point, seed in files if point.adapter == label and not seed]
-        named = [config.latency_rounds, config.cpus_per_task, [files[point, 0].stem for point in own]]
+        stems = [files[point, 0].stem for point in own]
+        named = [_TIMES, config.latency_rounds, config.cpus_per_task, stems]
         file = folder / f"{sha256(json.dumps(named).encode()).hexdigest()[:16]}.json"
         if not file.exists():
             say(f"{label}: timing {len(own)} points …")
-            [(_, measured)] = in_parallel([(first_token_seconds, (own, config, rows))], config.cpus_per_task)
+            [(_, measured)] = in_parallel([(measure_seconds, (own, config, rows))], config.cpus_per_task)
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(measured) + "\n")
-        seconds |= dict(zip(own, json.loads(file.read_text()), strict=True))
+            write_text(file, json.dumps([[asdict(one) for one in rounds] for rounds in measured]) + "\n")
+        for point, rounds in zip(own, json.loads(file.read_text()), strict=True):
+            seconds[point] = [Seconds(**one) for one in rounds]
     return seconds
 
 

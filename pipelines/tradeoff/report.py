@@ -12,7 +12,8 @@ from typing import Any
 from pipelines.evaluation.figures import SKIP_COLOUR, hide_box, save, subplots
 from pipelines.evaluation.items import OVERALL
 from pipelines.shared.console import say
-from pipelines.tradeoff.points import AS_TUNED, FULL, GRID, SKIP_VISION
+from pipelines.tradeoff.config import AS_TUNED, FULL, GRID, PIXELS, SKIP_VISION
+from pipelines.tradeoff.pixels import PIXELS_WITH_TOWER
 from pipelines.tradeoff.published import PUBLISHED, llava_with
 from pipelines.tradeoff.results import PointResult
 from pipelines.tradeoff.table import table
@@ -99,7 +100,8 @@ def _panel(axis: Any, own: Sequence[PointResult], cost: str) -> None:
     full = next(one for one in own if one.point.method == FULL)
     compared_with = 100 * full.gap[OVERALL].reference
     axis.axhline(compared_with, color="#5b6b7f", lw=0.8, ls=":", label="reference: full tokens")
-    for method, marker, colour in zip(BASELINES, cycle("ov^<>DPX"), cycle(_COLOURS), strict=False):
+    methods = (*BASELINES, PIXELS, PIXELS_WITH_TOWER)
+    for method, marker, colour in zip(methods, cycle("ov^<>DPX"), cycle(_COLOURS), strict=False):
         some = [one for one in own if one.point.method == method]
         if some and method != SKIP_VISION:
             line(some, color=f"tab:{colour}", marker=marker, ms=5, lw=0.8, alpha=0.8, label=method)

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipelines.evaluation.calibration import BINS
 from pipelines.evaluation.items import OVERALL
 from pipelines.evaluation.paired import FEW_CHANGES, Paired
 from pipelines.evaluation.tables import markdown_table
-from pipelines.tradeoff.points import FULL, GRID
-from pipelines.tradeoff.results import PointResult
+from pipelines.tradeoff.config import FULL, GRID
+from pipelines.tradeoff.evidence import columns_of
+from pipelines.tradeoff.pixels import PIXELS_WITH_TOWER
+from pipelines.tradeoff.results import Cell, PointResult
+from pipelines.tradeoff.timing import DECODED
+
+PARTS = ("tower", "selection", "prefill", "decode")
+"""The columns of the times in `PointResult.parts`, in their order."""
 
 _NOTES = (
     "{rows} questions, with {text_tokens} text tokens on average. Exact match in %. Kept: retained + "
     "skipped visual tokens. Costs in % of full tokens: prefill FLOPs after the vision tower (and the "
     "budget, if any), prefill FLOPs with the tower, and KV bytes are predicted; time to the first token"
-    " is measured (median [quartiles] of the ratio to full tokens in the same round). − full: "
+    " is measured (median [quartiles] of the ratio to full tokens in the same round). Tower, selection and "
+    "prefill are its parts, in % of the whole time to the first token of full tokens; decode is the time per "
+    "further token, over {decoded} tokens, in % of theirs. − full: "
     "difference to full tokens under the reference adapter. Skip-Vision − this: difference between "
     "Skip-Vision and the row, under the same adapter and budget. Brackets hold 95 % intervals, each on "
     "its own, by bootstrap over images and, where there are several, over seeds of the fine-tune. With "
     "one seed they say nothing about other seeds; with two or three they are still too narrow. Where "
     "fewer than {few} images changed, counting all seeds of an image once, they are at least the exact "
-    "binomial bounds.\n"
+    "binomial bounds. ECE: distance between the mean probability of answers and their mean score, averaged "
+    "over {bins} bins of equal width; mean over seeds. Smaller images at equal seconds: the largest measured "
+    "size whose median time to the first token is no longer than that of the row.\n"
 )
 
 
@@ -34,7 +45,10 @@ def table(results: Sequence[PointResult], *, rows: int, text_tokens: int) -> str
         blocks.append(_points(own))
         if compared := [one for one in own if one.point.method not in (FULL, GRID)]:
             blocks += [f"**{label}**: − full, by task", _by_task(compared)]
-    blocks.append(_NOTES.format(rows=rows, text_tokens=text_tokens, few=FEW_CHANGES))
+        for title in dict.fromkeys(title for one in own for title in one.evidence):
+            blocks += [f"**{label}**: {title}", _further(title, own)]
+    notes = _NOTES.format(rows=rows, text_tokens=text_tokens, few=FEW_CHANGES, decoded=DECODED, bins=BINS)
+    blocks.append(notes)
     return "\n\n".join(blocks)
 
 
@@ -47,6 +61,10 @@ def _points(own: Sequence[PointResult]) -> str:
         "with tower": [_percent(one.prefill_flops) for one in own],
         "KV": [_percent(one.kv_bytes) for one in own],
         "latency": [_latency(one) for one in own],
+        **{
+            title: ["" if one.parts is None else f"{100 * one.parts[at]:.0f}" for one in own]
+            for at, title in enumerate(PARTS)
+        },
         **{task: [_percent(one.accuracy[task]) for one in own] for task in tasks},
         "− full": [_difference(one.gap[OVERALL]) for one in own],
         "by seed": [", ".join(map(_signed, one.by_seed)) if len(one.by_seed) > 1 else "" for one in own],
@@ -66,9 +84,36 @@ def _by_task(own: Sequence[PointResult]) -> str:
     )
 
 
+def _further(title: str, own: Sequence[PointResult]) -> str:
+    some = [one for one in own if title in one.evidence]
+    columns = columns_of([one.evidence[title] for one in some])
+    rows = [
+        (one.point.method, _flops(one), *(_cell(one.evidence[title].get(column)) for column in columns))
+        for one in some
+    ]
+    # A difference follows the number that it is about.
+    return markdown_table(["method", "FLOPs", *(column.rpartition(": ")[2] for column in columns)], rows)
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if cell.difference is not None:
+        found = cell.difference
+        numbers = (found.difference, found.low, found.high)
+        change, low, high = (_signed(n) if cell.percent else f"{n:+.3f}" for n in numbers)
+        return f"{change} [{low}, {high}]"
+    if cell.value is None:
+        return cell.text
+    return _percent(cell.value) if cell.percent else f"{cell.value:.3f}"
+
+
 def _flops(one: PointResult) -> str:
     budget = one.point.budget
-    return _percent(one.language_flops) + ("" if budget is None else f" of {100 * budget:g}")
+    text = _percent(one.language_flops)
+    if budget is None:
+        return text
+    return f"{text} of {100 * budget:g}" + (" and tower" if one.point.method == PIXELS_WITH_TOWER else "")
 
 
 def _latency(one: PointResult) -> str:

@@ -18,14 +18,16 @@ from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
 from pipelines.data.training_rows import read_rows
+from pipelines.engines.loading import load_config
 from pipelines.evaluation.items import read_items, write_items
 from pipelines.evaluation.paired import Paired
 from pipelines.tradeoff import job as tradeoff
 from pipelines.tradeoff.config import TradeoffConfig
 from pipelines.tradeoff.job import digests, run_tradeoff
-from pipelines.tradeoff.points import Point
+from pipelines.tradeoff.points import Point, points
 from pipelines.tradeoff.report import curves
 from pipelines.tradeoff.results import PointResult
+from pipelines.tradeoff.timing import Seconds
 from skipvision.errors import AdapterError, ConfigError
 
 SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
@@ -50,8 +52,10 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
         "model": {"path": str(tiny_model)},
         "adapters": {"untuned": {}, "tuned": {"path": str(adapter), "reference": "untuned"}},
         "test": str(shapes_data / "test.json"),
-        "methods": ["random", "visionzip"],
+        "methods": ["random", "visionzip", "pixels"],
         "fractions": [0.1, 0.8],
+        "difficult": {"method": "pixels", "fraction": 0.8},
+        "second_turn": ["as tuned", "pixels"],
         "grid": {"retained": [2], "skipped": [0, 3]},
         "max_new_tokens": 2,
         "latency_rounds": 2,
@@ -64,15 +68,18 @@ def given(tiny_model: Path, adapter: Path, shapes_data: Path, tmp_path_factory: 
 def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     result = run_tradeoff(TradeoffConfig(**given, report=str(tmp_path)))
     printed = capsys.readouterr().out
-    # Per adapter: full tokens, a grid of two, two methods at one of two budgets; and one point as tuned.
-    assert result["points"] == 2 * (1 + 2 + 2) + 1
+    # Per adapter: full tokens, a grid of two, and two methods and two smaller images at one of two
+    # budgets; and one point as tuned.
+    assert result["points"] == 2 * (1 + 2 + 2 + 2) + 1
     assert printed.count("10.0% is too little for this model") == 4
-    assert "11 points, 11 to be scored on 6 rows each" in printed
+    assert printed.count("an image of one patch costs more than 10.0% of the full prefill") == 2
+    assert "15 points, 13 to be scored on 6 rows each" in printed
+    assert "5 points to be scored on second turns" in printed
     numbers = {
         (one["point"]["adapter"], one["point"]["method"], json.dumps(one["point"]["skip"])): one
         for one in json.loads(Path(result["numbers"]).read_text())
     }
-    assert len(numbers) == 11
+    assert len(numbers) == 15
     for (label, method, _), one in numbers.items():
         low, high = one["latency_quartiles"]
         assert 0 < low <= one["latency"] <= high
@@ -86,13 +93,18 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
             assert gap["low"] < gap["difference"] < gap["high"], "one image leaves everything open"
         if method == "full":
             assert one["language_flops"] == one["kv_bytes"] == one["latency"] == 1
-        elif "grid" not in method and method != "as tuned":
+        elif method in ("random", "visionzip"):
             assert 0.5 < one["language_flops"] <= 0.8
     tuned = next(one for (_, method, _), one in numbers.items() if method == "as tuned")["point"]["skip"]
     assert (tuned["retained"], tuned["skipped"], tuned["select"]) == (4, 4, "norm")
     table = Path(result["table"]).read_text()
     assert table.count("| as tuned | 4 + 4 |") == 1
     assert table.count("| 100 [100, 100] |") >= 2
+    for title in ("calibration", "difficult items", "second turn", "smaller images at equal seconds"):
+        assert table.count(f"**: {title}\n") == 2
+    assert "not measured" not in table
+    second = numbers["untuned", "full", "null"]["evidence"]["second turn"]
+    assert 0 <= second["asked second"]["value"] <= 1
     for name in ("picture", "published"):
         assert Path(result[name]).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / Path(result[name]).name).exists()
@@ -104,7 +116,8 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
     capsys.readouterr()
     again = run_tradeoff(TradeoffConfig(**given))
     printed = capsys.readouterr().out
-    assert "11 points, 1 to be scored" in printed
+    assert "15 points, 1 to be scored" in printed
+    assert "second turns" not in printed
     assert "timing" not in printed
     assert again["found"] == result["found"]
     assert Path(again["table"]).read_text() == table, "the times are reused"
@@ -112,12 +125,12 @@ def test_points_are_scored_once_and_reported(given, tmp_path, capsys):
 
 
 def test_other_points_rounds_or_cpus_are_timed_again(given, tmp_path, monkeypatch):
-    timed = []
+    timed, half = [], Seconds(0.5, 0.1, 0.1, 0.2, 0.3)
 
     def measured(tasks: Any, cpus: float) -> Any:
         [(_, (own, config, _))] = tasks
         timed.append((len(own), config.latency_rounds, cpus))
-        yield 0, [[0.5] * config.latency_rounds for _ in own]
+        yield 0, [[half] * config.latency_rounds for _ in own]
 
     monkeypatch.setattr(tradeoff, "in_parallel", measured)
     files = {(Point("a", (None,), name, None), 0): tmp_path / name for name in ("full", "norm")}
@@ -131,7 +144,7 @@ def test_other_points_rounds_or_cpus_are_timed_again(given, tmp_path, monkeypatc
         config = TradeoffConfig(**{**given, "adapters": {"a": {}}, **changes})
         for _ in range(2):
             seconds = tradeoff._time_points(some, tmp_path / "times", config, ())
-            assert list(seconds.values()) == [[0.5] * config.latency_rounds] * len(some)
+            assert list(seconds.values()) == [[half] * config.latency_rounds] * len(some)
     assert timed == [(2, 2, 1.5), (2, 1, 1.5), (2, 2, 4), (1, 2, 1.5)]
 
 
@@ -150,6 +163,8 @@ def test_answers_of_several_seeds_are_pooled_and_paired_by_seed(given, adapter, 
         "adapters": {"tuned": both, "same again": {**both, "reference": "tuned"}, "first": one},
         "storage": str(tmp_path),
         "methods": ["downscaled", "norm", "skip-vision"],
+        "difficult": None,
+        "second_turn": [],
         "fractions": [0.8],
         "grid": {"retained": [], "skipped": []},
         "latency_rounds": 0,
@@ -234,6 +249,21 @@ def test_the_figure_names_every_line_and_draws_each_reference():
     assert titles == ["a long label of the first adapter", "", "second", ""]
 
 
+def test_the_difficult_point_is_added_if_no_budget_has_it(given, tiny_model):
+    settings = {**given, "methods": ["norm"], "fractions": [0.8], "second_turn": []}
+    model = load_config(str(tiny_model))
+
+    def found(**changes: Any) -> list[tuple[str, float | None]]:
+        config = TradeoffConfig(**{**settings, "adapters": {"a": {}}, **changes})
+        return [(one.method, one.budget) for one in points(config, model, 20) if one.budget]
+
+    assert found(difficult=None) == [("norm", 0.8)]
+    assert found(difficult={"method": "norm", "fraction": 0.8}) == [("norm", 0.8)]
+    assert found(difficult={"method": "random", "fraction": 0.7}) == [("norm", 0.8), ("random", 0.7)]
+    smaller = found(difficult={"method": "pixels", "fraction": 0.9})
+    assert smaller == [("norm", 0.8), ("pixels", 0.9), ("pixels, tower counted", 0.9)]
+
+
 @pytest.mark.parametrize(
     "file", ["model/model.safetensors", "adapter/adapter_config.json", "the first image"]
 )
@@ -255,7 +285,23 @@ def test_points_are_named_by_the_contents_of_files(given, tiny_model, adapter, s
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"methods": ["fast"]}, ValidationError, "unknown: fast; known methods: random, uniform"),
+        (
+            {"methods": ["fast"], "difficult": None},
+            ValidationError,
+            "unknown: fast; known methods: random, uniform",
+        ),
+        (
+            {"difficult": {"method": "fast"}},
+            ValidationError,
+            "difficult.method\\n.*unknown: fast; known methods: random",
+        ),
+        ({"second_turn": ["norm"]}, ValidationError, "second_turn: norm is none of random, visionzip"),
+        (
+            {"methods": ["random"], "difficult": None, "second_turn": [], "pixel_sides": [28]},
+            ValidationError,
+            "pixel_sides needs pixels in methods",
+        ),
+        ({"pixel_sides": [30]}, ConfigError, "pixel_sides: 30 is not a multiple of the patch size 14"),
         ({"fractions": [0.5, 25]}, ValidationError, r"\[25.0\]: a budget is above 0"),
         ({"adapters": {"a": {"reference": "b"}}}, ValidationError, "adapters.a.reference: no adapter 'b'"),
         ({"adapters": {}}, ValidationError, "at least 1"),

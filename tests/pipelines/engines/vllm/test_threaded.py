@@ -133,7 +133,10 @@ def test_scores_are_those_of_the_native_engine(shapes, tmp_path):
     native = items("native")
     assert len(native) == 12
     assert all(item.prediction and item.error is None for item in native)
-    assert items("vllm", engine_kwargs=SMALL) == native
+    theirs = items("vllm", engine_kwargs=SMALL)
+    assert theirs == native
+    probabilities = [item.log_probability for item in native]
+    assert [item.log_probability for item in theirs] == pytest.approx(probabilities, abs=0.01)
 
 
 @pytest.mark.usefixtures("local_ray")
