@@ -11,13 +11,15 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 import skipvision as sv
-from pipelines.engines.loading import empty_model
+from pipelines.engines.loading import empty_model, load_base, load_processor
 from pipelines.shared.console import say
 from pipelines.tradeoff.config import PIXELS
 from skipvision.cost import units
@@ -72,7 +74,7 @@ class ImageSizes:
     def costs(self, side: int) -> Costs:
         """Return the costs of an image of ``side`` pixels."""
         full, own = self._full, self._decoder_cost(side)
-        tower, _ = units.images(units.Design.of(self._resized(side)), 1, None)
+        tower, _ = units.images(units.Design.of(self.resized(side)), 1, None)
         return Costs(
             self._language_flops(side),
             (own.prefill_flops - own.vision_flops + tower) / full.prefill_flops,
@@ -125,7 +127,8 @@ class ImageSizes:
         tokens = self.tokens(side)
         return sv.predict_cost(self._model, None, text_tokens=self.text_tokens, visual_tokens=tokens)
 
-    def _resized(self, side: int) -> PretrainedConfig:
+    def resized(self, side: int) -> PretrainedConfig:
+        """Return the config of the model that reads images of ``side`` pixels."""
         smaller: Any = copy.deepcopy(self._model)
         smaller.vision_config.image_size = side
         if hasattr(smaller, "image_seq_length"):
@@ -169,3 +172,28 @@ def with_side(processor: Any, side: int) -> Any:
     if getattr(images, "crop_size", None) is not None:
         images.crop_size = sizes(**square)
     return smaller
+
+
+def save_with_side(path: str, side: int, folder: str | Path) -> None:
+    """Save a base model, with its processor, that reads images of ``side`` × ``side`` pixels.
+
+    Its positions are interpolated once, so it computes what the model at ``path`` does with smaller images,
+    and an adapter that was fine-tuned on one runs on the other. Give both folders the same name.
+
+    Raises:
+        ConfigError: the tower cannot interpolate its positions, or does not have one size.
+    """
+    model: Any = load_base(path, None, "sdpa", torch.device("cpu"))
+    sizes = ImageSizes(model.config, 0)
+    sizes.check(side)
+    for module in _embeddings(model):
+        embeddings: Any = module
+        positions = embeddings.position_embedding
+        added = positions.num_embeddings - sizes.patches**2  # a class token
+        patches = torch.empty(1, sizes.tokens(side) + added, positions.embedding_dim)
+        with torch.no_grad():
+            smaller = embeddings.interpolate_pos_encoding(patches, side, side)[0]
+        embeddings.position_embedding = nn.Embedding.from_pretrained(smaller.clone(), freeze=False)
+    model.config = sizes.resized(side)
+    model.save_pretrained(folder)
+    with_side(load_processor(path), side).save_pretrained(folder)

@@ -15,6 +15,7 @@ from pipelines.tradeoff.pixels import (
     PIXELS_WITH_TOWER,
     ImageSizes,
     accept_smaller_images,
+    save_with_side,
     with_side,
 )
 from skipvision.errors import ConfigError
@@ -92,6 +93,27 @@ def test_answers_to_images_of_the_own_size_do_not_change(tiny_model, shapes_data
         accept_smaller_images(model)
         assert answers(engine, 56) == expected
         assert len(answers(engine, 28)) == 2
+
+
+def test_a_model_of_another_size_computes_what_the_hooked_one_does(tiny_model, shapes_data, tmp_path):
+    save_with_side(str(tiny_model), 28, tmp_path / "small")
+    small = AutoModelForImageTextToText.from_pretrained(tmp_path / "small", dtype=torch.float64).eval()
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    accept_smaller_images(model)
+    [row, *_] = read_rows(str(shapes_data / "test.json"))
+    given = {"text": ["<image> ?"], "images": [row.images[0].open()], "return_tensors": "pt"}
+    inputs = AutoProcessor.from_pretrained(tmp_path / "small")(**given)
+    other = with_side(AutoProcessor.from_pretrained(tiny_model), 28)(**given)
+    assert all(torch.equal(inputs[name], other[name]) for name in ("input_ids", "pixel_values"))
+    pixels = inputs["pixel_values"].double()
+    with torch.no_grad():
+        found, expected = (
+            one(input_ids=inputs["input_ids"], pixel_values=pixels).logits for one in (small, model)
+        )
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert small.config.image_seq_length == 4
+    with pytest.raises(ConfigError, match="pixel_sides: 30 is not a multiple"):
+        save_with_side(str(tiny_model), 30, tmp_path / "none")
 
 
 def test_towers_that_cannot_read_smaller_images_are_refused():
