@@ -39,6 +39,6 @@ def _hooks(model: torch.nn.Module) -> list[int]:
 
 
 def test_no_answer_ends_while_its_decoding_is_timed() -> None:
-    logits = torch.tensor([0.0, 5.0, 1.0])
+    logits = torch.tensor([-3.0, 5.0, -1.0])
     assert _never_end(frozenset({1}), [], logits).argmax() == 2
     assert logits[1] == 5
