@@ -103,7 +103,7 @@ def evaluate_exact_match(
     lengths = [len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in learnt]
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], len(prompts[i])))
     answers: dict[int, Answer] = {}
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             readable, images = open_images([rows[i] for i in batch], on_unreadable)
@@ -132,7 +132,7 @@ def _generate(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], li
         temperature=None,
         top_p=None,
         top_k=None,
-        eos_token_id=_end_ids(model, tokenizer),
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     texts: list[str] = tokenizer.batch_decode(
@@ -141,7 +141,7 @@ def _generate(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], li
     return texts
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Return all tokens that end an answer: the model's, and the tokenizer's, which training may have set."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
@@ -149,7 +149,7 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Switch to evaluation mode without gradients; restore the mode at the end."""
     training = model.training
     model.eval()

@@ -128,6 +128,13 @@ class DistillationSection(Section):
         lt=1,
         description="share of the cross-entropy in the loss of objective both; the divergence has the rest",
     )
+    on_policy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps in which the student samples each row's last answer itself, and "
+        "learns only the teacher's predictions for it",
+    )
 
     @model_validator(mode="after")
     def _cache_is_small(self) -> Self:
@@ -215,6 +222,16 @@ class FinetuneConfig(TrackedConfig):
     def distillation_cached(self) -> bool:
         """Whether the teacher's predictions are kept on disk."""
         return self.training.teaches and self.distillation.cache
+
+    @model_validator(mode="after")
+    def _somebody_teaches(self) -> Self:
+        if self.distillation.on_policy and not self.training.teaches:
+            raise ValueError(
+                f"distillation.on_policy = {self.distillation.on_policy} with training.objective = answers: "
+                "the student's own answers teach nothing without a teacher; set training.objective to "
+                "distill or both"
+            )
+        return self
 
     @model_validator(mode="after")
     def _teacher_differs(self) -> Self:

@@ -24,6 +24,7 @@ from pipelines.data.collate import Batch
 from pipelines.engines.loading import arithmetic
 from pipelines.finetune.config import FinetuneConfig, TrainingSection
 from pipelines.finetune.objective import Loss, Objective
+from pipelines.finetune.on_policy import OnPolicy
 from pipelines.finetune.teacher_cache import TeacherCache
 from skipvision.errors import ConfigError
 
@@ -71,7 +72,8 @@ def learning_rate(training: TrainingSection, step: int, steps: int) -> float:
 class StepStats:
     """One optimiser step of all workers: mean losses per learnt token, norm before clipping, inputs.
 
-    ``parts`` are ``answers_loss`` and ``distill_loss`` if a teacher takes part.
+    ``parts`` are ``answers_loss`` and ``distill_loss`` if a teacher takes part; without ``answers_loss`` in a
+    step whose answers the student wrote.
     """
 
     loss: float
@@ -92,8 +94,10 @@ class Learner:
         config: FinetuneConfig,
         device: torch.device,
         cache: TeacherCache | None = None,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         self.model, self.config, self.device, self.cache = model, config, device, cache
+        self.on_policy = on_policy
         self.compute = arithmetic(config.training.precision, device)
         self.objective = Objective(config.training.objective, config.distillation)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -112,8 +116,9 @@ class Learner:
         seed = np.random.SeedSequence([self.config.seed, step, _rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
         totals = torch.zeros(6, dtype=torch.float64)
+        own = self.on_policy if self.on_policy is not None and self.on_policy.applies(step) else None
         for batch in micro_batches:
-            loss = self.loss(batch, self.cache)
+            loss = self.loss(batch, self.cache, own)
             loss.total.backward()
             totals += torch.tensor([*loss.values(), batch.tokens, batch.images], dtype=torch.float64)
         loss_sum, answer_tokens, answers, distill, tokens, images = self._share(totals)
@@ -133,14 +138,19 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad()
         parts = {"answers_loss": answers, "distill_loss": distill} if self.objective.teaches else {}
+        if own is not None:
+            del parts["answers_loss"]  # of the student's own words: no measure of what the rows teach
         means = {name: total / max(answer_tokens, 1) for name, total in parts.items()}
         mean = loss_sum / max(answer_tokens, 1)
         return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images), means)
 
-    def loss(self, batch: Batch, cache: TeacherCache | None = None) -> Loss:
-        """Return the summed loss of a batch's learnt tokens."""
+    def loss(self, batch: Batch, cache: TeacherCache | None = None, own: OnPolicy | None = None) -> Loss:
+        """Return the summed loss of a batch's learnt tokens; with ``own``, the model first writes answers."""
+        batch = batch.to(self.device)
         with self.autocast():
-            return self.objective.loss(self.model, batch.to(self.device), cache)
+            if own is not None:
+                batch = own.rewrite(self.model, batch)
+            return self.objective.loss(self.model, batch, cache, own_answers=own is not None)
 
     @torch.no_grad()
     def validation_losses(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -53,15 +53,19 @@ class Objective:
         """Whether the teacher takes part."""
         return self.kind != "answers"
 
-    def loss(self, model: nn.Module, batch: Batch, cache: TeacherCache | None = None) -> Loss:
+    def loss(
+        self, model: nn.Module, batch: Batch, cache: TeacherCache | None = None, *, own_answers: bool = False
+    ) -> Loss:
         """Return the loss of the learnt tokens of a batch, which is on the model's device.
 
-        The teacher runs only if a row of the batch is not in ``cache``.
+        The teacher runs only if a row of the batch is not in ``cache``. With ``own_answers`` the model wrote
+        the answers itself: only the divergence is minimised, and nothing is cached.
         """
         if not self.teaches:
             total, learnt = summed_loss(model, batch)
             return Loss(total, learnt, total.detach())
         words, learnt_at = _targets(batch)
+        cache = None if own_answers else cache
         teacher = None if cache is None else cache.get(batch.keys, self.distillation.temperature)
         if teacher is None:
             teacher = self.teacher_targets(model, batch)  # before the student: see `as_teacher`
@@ -69,9 +73,10 @@ class Objective:
                 cache.add(batch.keys, learnt_at.sum(dim=1).tolist(), teacher)
         logits = _student_logits(model, batch, learnt_at)
         distill = teacher.to(logits.device).divergence(logits).sum()
-        own = logits if self.kind == "both" else logits.detach()
+        both = self.kind == "both" and not own_answers
+        own = logits if both else logits.detach()
         answers = F.cross_entropy(own.float(), words[learnt_at], reduction="sum")
-        weight = self.distillation.answers_weight if self.kind == "both" else 0.0
+        weight = self.distillation.answers_weight if both else 0.0
         total = weight * answers + (1 - weight) * distill
         return Loss(total, int(learnt_at.sum()), answers.detach(), distill.detach())
 

@@ -35,7 +35,7 @@ class Progress:
         seconds = time.monotonic() - self._mark
         self.step_seconds.append(round(seconds, 4))
         if stats.learnt_tokens:
-            self.last_loss, self.last_parts = stats.loss, stats.parts
+            self.last_loss, self.last_parts = stats.loss, {**self.last_parts, **stats.parts}
         return seconds
 
     def line(self, done: int, stats: StepStats) -> str:

@@ -33,6 +33,7 @@ from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.flops import row_flops
 from pipelines.finetune.folder import STATE
 from pipelines.finetune.learner import Learner, StepStats, prepare
+from pipelines.finetune.on_policy import OnPolicy
 from pipelines.finetune.progress import Progress
 from pipelines.finetune.teacher_cache import TeacherCache
 from pipelines.shared.console import say
@@ -104,7 +105,8 @@ class Worker:
         self.processor = load_processor(self.config.model.path)
         model = prepare(load_frozen(self.config.model, compute, device), self.config)
         self.cache = TeacherCache(work.teacher, rank) if self.config.distillation_cached else None
-        self.learner = Learner(model, self.config, device, self.cache)
+        on_policy = OnPolicy.of(self.config, model, self.processor)
+        self.learner = Learner(model, self.config, device, self.cache, on_policy)
         # The prefetching thread's own tokenizer: fast tokenizers must not be shared between threads.
         self.collator = Collator(load_processor(self.config.model.path))
         self.progress = Progress(work.steps)
@@ -134,8 +136,6 @@ class Worker:
             if every and done % every == 0 and done < self.work.steps:
                 self._evaluate(done)
             self.progress.start(done)
-        if self.rank == 0:  # before the first step: a run that never gets there is seen as stuck
-            self._gauges.set(self._steps(done))
         if self.rank == 0:
             # Before the validation, which may fail: it opens images that may have become unreadable.
             with storage_errors(self.work.adapter):

@@ -13,17 +13,10 @@ from pipelines.engines.loading import load_frozen
 from pipelines.finetune.checks import check_model
 from pipelines.finetune.flops import row_flops
 from skipvision.errors import ConfigError
-from tests.pipelines.finetune.learners import CPU, SKIPPING, changed, collator_of, gradients, learner_of
+from tests.pipelines.finetune.learners import CPU, collator_of, gradients, learner_of, teaching
 
 TEXT = TrainingRow("text", (), (Message("user", "how many circles"), Message("assistant", "two red circles")))
 """A row without an image."""
-
-
-def teaching(config, objective="distill", *, skip=SKIPPING, dropout=0.0, distillation=None, **training):
-    training = {**config.training.model_dump(), "objective": objective, **training}
-    return changed(
-        config, skip=skip, lora={"dropout": dropout}, training=training, distillation=distillation or {}
-    )
 
 
 @pytest.fixture
@@ -92,9 +85,10 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(config, rows, objective
         torch.testing.assert_close(parameter, cut.trainable[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_from_a_checkpoint_is_repeated_exactly(config, rows, tmp_path):
+@pytest.mark.parametrize("on_policy", [0, 1])
+def test_a_step_from_a_checkpoint_is_repeated_exactly(config, rows, tmp_path, on_policy):
     """Dropout takes the same random numbers, because the teacher takes none."""
-    config = teaching(config, "both", dropout=0.2)
+    config = teaching(config, "both", dropout=0.2, distillation={"on_policy": on_policy})
     batches = [collator_of(config)(rows[i : i + 2]) for i in range(0, 8, 2)]
     straight = learner_of(config)
     for step in range(2):
@@ -152,7 +146,9 @@ def test_a_student_that_skips_nothing_is_refused(config, skip):
     assert teaching(config, "both", skip=skip).training.objective == "both"
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", 0), ("top_k", 0), ("answers_weight", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 0), ("top_k", 0), ("answers_weight", 1), ("on_policy", 1.1)]
+)
 def test_distillation_out_of_range_is_refused(config, name, value):
     with pytest.raises(ValidationError, match=f"distillation.{name}"):
         teaching(config, distillation={name: value})
