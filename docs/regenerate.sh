@@ -22,7 +22,7 @@ $python $longer --name long-full --skip null
 $python $longer --name long
 $python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $images/000000.png \
   -o docs/images/overlay.png
-if command -v prometheus >/dev/null; then $python -m tests.infra.dashboards -o docs/images; fi
+if command -v prometheus >/dev/null; then $python -m tests.infra.live -o docs/images; fi
 $python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs/results

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from tests.infra.work import captioning, fine_tuning, images_of
 
 EVERY = 5
 """Seconds from one scrape to the next."""
+METRICS = {"endpoint": "http|engine", "batch": "batch", "training": "training"}
+"""The beginnings of the names of metrics, by the dashboard that shows them."""
 ENVIRONMENT = {
     "RAY_metrics_report_interval_ms": "1000",
     # A busy machine may be slow to start a proxy.
@@ -65,7 +68,13 @@ class Recording:
         begin = time.time()
         yield
         time.sleep(EVERY)  # for the last scrape
-        self.windows[dashboard] = Window(begin, time.time(), EVERY)
+        self.windows[dashboard] = self._trimmed(METRICS[dashboard], Window(begin, time.time(), EVERY))
+
+    def _trimmed(self, metrics: str, window: Window) -> Window:
+        """Return the window from the first of the metrics on: before that, processes start."""
+        query = {"expr": f'count({{__name__=~"ray_skipvision_({metrics})_.+"}})', "legendFormat": ""}
+        (found,) = self.source.series(query, window)
+        return replace(window, begin=found.times[0] - EVERY)
 
     def serve(self, endpoint: Endpoint, rate: float, seconds: float) -> None:
         with self.of("endpoint"):
@@ -146,9 +155,7 @@ async def load(endpoint: Endpoint, rate: float, seconds: float) -> None:
 
 
 @contextmanager
-def recording(
-    *, rate: float = 1.5, seconds: float = 300, rows: int = 900, steps: int = 150
-) -> Iterator[Recording]:
+def recording(*, rate: float, seconds: float, rows: int, steps: int) -> Iterator[Recording]:
     """Run an endpoint, captioning and fine-tuning, one after the other.
 
     Args:
@@ -195,10 +202,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the images")
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, help="folder of the images")
+    add("--rate", type=float, default=1.5, help="requests per second (default: %(default)s)")
+    add("--seconds", type=float, default=300, help="time of the endpoint's load (default: %(default)s)")
+    add("--rows", type=int, default=900, help="rows of the larger captioning job (default: %(default)s)")
+    add("--steps", type=int, default=150, help="steps of fine-tuning (default: %(default)s)")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    with recording() as made:
+    work = {name: getattr(options, name) for name in ("rate", "seconds", "rows", "steps")}
+    with recording(**work) as made:
         for name in DASHBOARDS:
             path = options.output / f"dashboard_{name}.png"
             draw(name, made.source, made.windows[name]).savefig(path)
