@@ -123,8 +123,9 @@ def _lines(
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: formatted(value, field["unit"], field.get("decimals")))
     )
+    clock = "%H:%M" if window.end - window.begin > 180 else "%H:%M:%S"
     axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{datetime.fromtimestamp(value, UTC):%H:%M}")
+        FuncFormatter(lambda value, _: datetime.fromtimestamp(value, UTC).strftime(clock))
     )
     axes.xaxis.set_major_locator(_ticks(window.end - window.begin, "s"))
     axes.tick_params(colors=FAINT, labelsize=7.5, length=0)

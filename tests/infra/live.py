@@ -34,7 +34,7 @@ from tests.infra.work import captioning, fine_tuning, images_of
 
 EVERY = 5
 """Seconds from one scrape to the next."""
-METRICS = {"endpoint": "http|engine", "batch": "batch", "training": "training"}
+METRICS = {"endpoint": "engine", "batch": "batch", "training": "training"}
 """The beginnings of the names of metrics, by the dashboard that shows them."""
 ENVIRONMENT = {
     "RAY_metrics_report_interval_ms": "1000",
@@ -71,10 +71,10 @@ class Recording:
         self.windows[dashboard] = self._trimmed(METRICS[dashboard], Window(begin, time.time(), EVERY))
 
     def _trimmed(self, metrics: str, window: Window) -> Window:
-        """Return the window from the first of the metrics on: before that, processes start."""
-        query = {"expr": f'count({{__name__=~"ray_skipvision_({metrics})_.+"}})', "legendFormat": ""}
+        """Return the window without its ends, in which processes start or stop and export no metrics."""
+        query = {"expr": f'count({{__name__=~"ray_skipvision_{metrics}_.+"}})', "legendFormat": ""}
         (found,) = self.source.series(query, window)
-        return replace(window, begin=found.times[0] - EVERY)
+        return replace(window, begin=found.times[0] - EVERY, end=found.times[-1])
 
     def serve(self, endpoint: Endpoint, rate: float, seconds: float) -> None:
         with self.of("endpoint"):
