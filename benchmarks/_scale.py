@@ -76,7 +76,8 @@ def _write_rows(path: Path, rows: int) -> None:
 def _caption(number: int) -> Caption:
     words = ("a", "dog", "red", "table", "of", "the", "man", "street", "two", "on", "with", "tall")
     text = " ".join(words[(number * 7 + step * step) % len(words)] for step in range(64))
-    return Caption(f"row-{number:09d}", text, "stop", 640, 64, 576, 144, 144, 160, 4.2, "llava", "adapter")
+    counts = (640, 64, 576, 144, 144, 160)
+    return Caption(f"row-{number:09d}", text, "stop", *counts, seconds=4.2, model="llava", adapter="adapter")
 
 
 def _silent(_: str) -> None:
