@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Two processes, each with whole groups of tests: see tests/conftest.py.
 IN_TWO = -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help install install-oldest install-vllm demo test test-all test-oldest test-infra test-vllm lint docs format clean
+.PHONY: help install install-oldest install-timm install-vllm demo test test-all test-oldest test-timm test-infra test-vllm lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,17 @@ install-oldest: .venv-oldest/installed ## install the library at its oldest vers
 	$(OLDEST_BIN)/python -m pip install --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[test]"
 	touch $@
 
+# timm has the vision towers of a few families. The tables of docs/families.md are made without it.
+TIMM_BIN := .venv-timm/bin
+
+install-timm: .venv-timm/installed ## install the library next to timm into .venv-timm/
+
+.venv-timm/installed: pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error Python 3.11 or newer is required: put python3.11 or python3 on the PATH))
+	test -x $(TIMM_BIN)/pip || $(PYTHON) -m venv .venv-timm
+	$(TIMM_BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[test,timm]"
+	touch $@
+
 # vLLM pins other versions of transformers and fastapi than ours, so it has an environment of its own. Its build for CPUs
 # needs torch's; CONTRIBUTING.md says where pip finds that. Nothing here decodes sound or videos.
 VLLM_BIN := .venv-vllm/bin
@@ -51,13 +62,17 @@ demo: install ## fine-tune with and without Skip-Vision on a local Ray and print
 test: install ## run the tests without the slow ones
 	$(BIN)/python -m pytest $(IN_TWO) $(ARGS)
 
-test-all: install ## run the slow tests and test-oldest, too (GPU tests: make test ARGS="-m gpu")
+test-all: install ## run the slow tests, test-oldest and test-timm, too (GPU tests: make test ARGS="-m gpu")
 	$(MAKE) test-oldest ARGS=
+	$(MAKE) test-timm ARGS=
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[services]"
 	$(BIN)/python -m pytest -m "not gpu" $(IN_TWO) $(ARGS)
 
 test-oldest: install-oldest ## run the library's tests with the oldest versions
 	$(OLDEST_BIN)/python -m pytest $(IN_TWO) tests/skipvision $(ARGS)
+
+test-timm: install-timm ## run the tests of the families whose vision towers timm has
+	$(TIMM_BIN)/python -m pytest -m "not gpu" $(IN_TWO) tests/skipvision -k "fast_vlm or perception_lm or gemma3n" $(ARGS)
 
 # Prometheus and kubectl are not on PyPI: the summary names the tests that skip without them, and how to install them.
 # With IMAGE_BASE=IMAGE the images are built on it, by buildah; IMAGE_BUILD_ARGS are further options of its build.

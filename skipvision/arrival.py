@@ -19,7 +19,7 @@ from skipvision.anatomy.images import Images
 from skipvision.anatomy.tower import received
 from skipvision.config import SkipConfig
 from skipvision.errors import InputError
-from skipvision.kv_cache import CacheState, SettledCache, refuse_static
+from skipvision.kv_cache import CacheState, SettledCache, check_prunable
 
 ARRIVAL = "skip_vision_arrival"
 """Keyword of the decoder's call that holds the `Arrival`."""
@@ -74,6 +74,18 @@ def find_placeholders(call: dict[str, Any], image_token_id: int) -> torch.Tensor
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def check_cache(call: dict[str, Any], config: SkipConfig) -> None:
+    """Raise `UnsupportedModelError` if the cache of a call with images cannot be pruned.
+
+    If nothing is skipped, only the caches are refused for which transformers makes masks of another form.
+    """
+    cache, mask = call.get("past_key_values"), call.get("attention_mask")
+    of_tokens = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+    if cache is not None and not (config.is_full and of_tokens):
+        check_prunable(cache)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def announce(
     call: dict[str, Any], visual: torch.Tensor | None, sizes: list[int], anatomy: Anatomy, config: SkipConfig
 ) -> dict[str, Any] | None:
@@ -91,9 +103,6 @@ def announce(
         return None
     images = reading = None
     if visual is not None:
-        given = call.get("attention_mask")
-        if given is not None and not (isinstance(given, torch.Tensor) and given.ndim == 2):
-            refuse_static(call.get("past_key_values"))
         if state is None:
             check_mask(call.get("attention_mask"), visual.shape, call.get("past_key_values"))
         refuse_packed(call)

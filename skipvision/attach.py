@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from skipvision._compat import EncoderOverride, forget_encoded, override_encoders, takes_encoded
+from skipvision._compat_generation import GenerateOverride
 from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
 from skipvision.anatomy.families import Anatomy, Layer, dissect
 from skipvision.anatomy.masks import Sight
@@ -20,6 +21,7 @@ from skipvision.anatomy.probe import Probe
 from skipvision.anatomy.tower import hook_tower
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, UnsupportedModelError
+from skipvision.generating import check_generate
 from skipvision.kv_cache import hook_block_indexer
 from skipvision.plan import TokenPlan
 from skipvision.reduction import Reduction
@@ -53,7 +55,7 @@ class Attachment:
         self.model = model
         self._anatomy = anatomy
         self._reduction = Reduction(anatomy, config)
-        self._handles: list[RemovableHandle | EncoderOverride] = []
+        self._handles: list[RemovableHandle | EncoderOverride | GenerateOverride] = []
         self._detached_summary: nn.Module | None = None
         if config.summary_tokens:
             self._add_summary(config.summary_tokens)
@@ -168,7 +170,9 @@ class Attachment:
 
     def _hook(self) -> None:
         anatomy, reduction, keep = self._anatomy, self._reduction, self._handles.append
-        base = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        base = self._base()
+        if base.can_generate():
+            keep(GenerateOverride(base, self._check_generate))
         keep(base.register_forward_pre_hook(reduction.call, with_kwargs=True))
         keep(anatomy.outer.register_forward_pre_hook(reduction.arrive, with_kwargs=True))
         if not takes_encoded(anatomy.outer):
@@ -180,6 +184,13 @@ class Attachment:
             self._handles += hook_layer(layer.whole, layer.attention, layer.mlp)
             self._handles += hook_block_indexer(layer.attention)
         self._handles += self._tower_hooks()
+
+    def _base(self) -> PreTrainedModel:
+        """Return the Hugging Face model, without wrappers."""
+        return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+
+    def _check_generate(self, given: dict[str, Any]) -> None:
+        check_generate(self._base(), given, self._anatomy.image_token_id, self.config)
 
     def _tower_hooks(self) -> list[RemovableHandle]:
         """Hook the vision tower only if the criterion reads it: the hooks break a compiled tower's graph."""

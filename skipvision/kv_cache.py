@@ -265,22 +265,27 @@ def _first_with_entries(cache: Cache) -> int:
     return next(n for n, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer))
 
 
-def keep_everything(cache: Cache) -> None:
-    """Make sliding-window layers keep all entries: in a pruned cache the mask limits the window.
-
-    Raises:
-        UnsupportedModelError: a layer has lost entries already.
-    """
-    for number, each in enumerate(cache.layers):
-        if type(each) is not DynamicSlidingWindowLayer and not keeps_first_call(each):
+def check_prunable(cache: Cache) -> None:
+    """Raise `UnsupportedModelError` if a cache cannot be pruned, or has lost entries; leave it unchanged."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) in _WITHOUT_ENTRIES or holds_entries(layer):
             continue
-        layer = cast(DynamicSlidingWindowLayer, each)
-        if layer.cumulative_length >= layer.sliding_window:
+        if not _drops_entries(layer):
+            raise _unprunable(number, layer)
+        window = cast(DynamicSlidingWindowLayer, layer)
+        if window.cumulative_length >= window.sliding_window:
             raise UnsupportedModelError(
-                f"the KV cache's layer {number} keeps a window of {layer.sliding_window} tokens and has lost "
-                f"some of the {layer.get_seq_length()} it was fed: pass images in the first call, or pass "
-                "past_key_values=DynamicCache()"
+                f"the KV cache's layer {number} keeps a window of {window.sliding_window} tokens and has "
+                f"lost some of the {window.get_seq_length()} it was fed: pass images in the first call, "
+                "or pass past_key_values=DynamicCache()"
             )
+
+
+def keep_everything(cache: Cache) -> None:
+    """Make the sliding-window layers of a prunable cache keep all entries: the mask limits the window."""
+    for number, layer in enumerate(cache.layers):
+        if not _drops_entries(layer):
+            continue
         whole = DynamicLayer()
         held = list(entries_of(layer).values())
         for keys, values in zip(held[::2], held[1::2], strict=True):
@@ -289,6 +294,21 @@ def keep_everything(cache: Cache) -> None:
 
 
 _WITHOUT_ENTRIES = (LinearAttentionLayer, LayerWithoutCache)
+
+
+def _drops_entries(layer: Any) -> bool:
+    """Return whether a layer keeps a window of its entries, so that it can be made to keep all."""
+    return type(layer) is DynamicSlidingWindowLayer or keeps_first_call(layer)
+
+
+def _unprunable(number: int, layer: Any) -> UnsupportedModelError:
+    dynamic = isinstance(layer, DynamicLayer)
+    reason = "its entries have another form" if dynamic else "a static cache keeps its size"
+    return UnsupportedModelError(
+        f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned "
+        f"({reason}): call generate without cache_implementation, so that it creates a DynamicCache, "
+        "or pass past_key_values=DynamicCache(config=...)"
+    )
 
 
 def prunable_layers(cache: Cache) -> list[DynamicLayer]:
@@ -302,22 +322,9 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
         if type(layer) in _WITHOUT_ENTRIES:
             continue
         if not holds_entries(layer):
-            dynamic = isinstance(layer, DynamicLayer)
-            reason = "its entries have another form" if dynamic else "a static cache keeps its size"
-            raise UnsupportedModelError(
-                f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned "
-                f"({reason}): call generate without cache_implementation, so that it creates a DynamicCache, "
-                "or pass past_key_values=DynamicCache(config=...)"
-            )
+            raise _unprunable(number, layer)
         layers.append(cast(DynamicLayer, layer))
     return layers
-
-
-def refuse_static(cache: Cache | None) -> None:
-    """Raise `UnsupportedModelError` for a cache of fixed size: transformers makes other masks for it."""
-    for layer in () if cache is None else cache.layers:
-        if not isinstance(layer, DynamicLayer) and type(layer) not in _WITHOUT_ENTRIES:
-            prunable_layers(cache)  # type: ignore[arg-type]
 
 
 def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,19 +38,17 @@ from skipvision.anatomy.encoding import encode
 from skipvision.anatomy.families import Anatomy
 from skipvision.anatomy.images import Images
 from skipvision.anatomy.probe import EarlyRun
-from skipvision.arrival import ARRIVAL, Arrival, announce, find_placeholders
+from skipvision.arrival import ARRIVAL, Arrival, announce, check_cache, find_placeholders
 from skipvision.config import SkipConfig
+from skipvision.drafts import DRAFTS, embed_drafts, note_drafts
 from skipvision.errors import InputError, UnsupportedModelError
-from skipvision.kv_cache import CacheState, Entries, compact, keep_everything, prunable_layers
+from skipvision.kv_cache import CacheState, Entries, compact, keep_everything
 from skipvision.merge import merge_tokens
 from skipvision.plan import TokenPlan
 from skipvision.planning import checked_reading, make_plan
 from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, reached_layers
 from skipvision.summaries import SUMMARY, summary_in_use
 from skipvision.tokens import VisualTokens
-
-_DRAFTS = "skip_vision_drafts"
-"""Keyword of a prefill: number of drafted tokens at its end."""
 
 
 class Reduction:
@@ -73,8 +71,8 @@ class Reduction:
         ids, labels = kwargs.get("input_ids", args[0] if args else None), kwargs.get("labels")
         if torch.is_grad_enabled() and (base.training or labels is not None):
             self._warn(base, ids, labels, decoded=kwargs.get(DECODED_KEYWORD) is not None)
-        drafts = self._drafts(ids, kwargs)
-        return (args, {**kwargs, _DRAFTS: drafts}) if drafts else None
+        call = note_drafts(kwargs, self._anatomy.image_token_id)
+        return call and (args, call)
 
     def _warn(self, base: nn.Module, ids: Any, labels: Any, *, decoded: bool) -> None:
         """Warn once of each: a frozen summary layer, labels at images, answers that see skipped tokens."""
@@ -88,14 +86,6 @@ class Reduction:
         if self.config.skip_kv and not decoded and not self._warned:
             self._warned = True
             warn_of_plain_training()
-
-    def _drafts(self, ids: Any, kwargs: dict[str, Any]) -> int:
-        """Return how many drafted tokens end a prefill: assisted `generate` checks them in the same call."""
-        kept = kwargs.get("logits_to_keep")
-        if not isinstance(kept, int) or kept < 2 or kwargs.get("past_key_values") is None:
-            return 0
-        drafted = isinstance(ids, torch.Tensor) and not torch.is_grad_enabled()
-        return kept - 1 if drafted and bool(cast(Any, ids == self._anatomy.image_token_id).any()) else 0
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check_summary(self, base: nn.Module) -> None:
@@ -112,6 +102,7 @@ class Reduction:
         visual = find_placeholders(call, self._anatomy.image_token_id)
         sizes: list[int] = []
         if visual is not None:
+            check_cache(call, self.config)
             call, sizes = encode(outer, call, int(visual.sum()))
         announced = announce(call, visual, sizes, self._anatomy, self.config)
         return announced and ((), hand_over_encoded(outer, announced))
@@ -121,7 +112,7 @@ class Reduction:
         """Decoder pre-hook: replace the caller's sequence by the reduced one."""
         arrival: Arrival | None = kwargs.pop(ARRIVAL, None)
         decoded = decoded_mask(kwargs.pop(DECODED_KEYWORD, None), kwargs.get("inputs_embeds"))
-        drafts = kwargs.pop(_DRAFTS, 0)
+        drafts = kwargs.pop(DRAFTS, None)
         if arrival is None:
             return args, self._without_images(decoder, kwargs)
         if "inputs_embeds" not in kwargs:
@@ -129,11 +120,15 @@ class Reduction:
                 f"{type(decoder).__name__} was not called with inputs_embeds: there is nothing to reduce"
             )
         fed = Fed.of(kwargs, arrival.mask)
-        if drafts and decoded is None:
+        if drafts is not None:
+            token, embeds = self._anatomy.image_token_id, kwargs["inputs_embeds"]
+            kwargs = {**kwargs, "inputs_embeds": embed_drafts(self._anatomy.outer, embeds, drafts, token)}
             # Later drafts are checked on the pruned cache, so these must not see skipped tokens either.
             decoded = torch.zeros_like(fed.mask)
-            decoded[:, -drafts:] = True
-        call = _DecoderCall(decoder, with_first_features(decoder, kwargs), fed, decoded, bool(drafts))
+            decoded[:, -drafts.shape[1] :] = True
+        call = _DecoderCall(
+            decoder, with_first_features(decoder, kwargs), fed, decoded, drafting=drafts is not None
+        )
         if arrival.images is None:
             return args, call.on_pruned_cache()
         refuse_decoded_images(decoded, arrival.images.everywhere(len(call.fed.mask)))
@@ -158,7 +153,10 @@ class Reduction:
         forget_plan()
         output.last_hidden_state = plan.to_caller(output.last_hidden_state)
         if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(plan.to_caller(hidden) for hidden in output.hidden_states)
+            # Only some layers' may be requested.
+            output.hidden_states = tuple(
+                None if hidden is None else plan.to_caller(hidden) for hidden in output.hidden_states
+            )
         cache = output.get("past_key_values")
         if cache is not None:
             _prune(cache, plan)
@@ -182,14 +180,13 @@ class Reduction:
         return make_plan(tokens, images, call.fed.mask, self.config)
 
     def _prunable_cache(self, kwargs: dict[str, Any]) -> Any:
-        """Return a prunable cache for the call: new, converted or as given. Raise before any work."""
+        """Return a prunable cache for the call: new, converted or as given."""
         cache, config = kwargs.get("past_key_values"), self._anatomy.text_config
         use = kwargs.get("use_cache")
         if cache is None and (config.use_cache if use is None else use):
             cache = DynamicCache(config=config)
         if cache is not None:
             keep_everything(cache)
-            prunable_layers(cache)
         return cache
 
 

@@ -56,9 +56,12 @@ class Family:
 
 Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
 
-_PAST_PLACEHOLDERS = "generate calls the text decoder with embeddings alone, so placeholders are not known"
-_ONE_MODULE = "one module embeds images and runs the layers, so there is no call to reduce between them"
-_FOUR_STREAMS = "its layers predict and correct four streams of hidden states, not one that an FFN adds to"
+_OWN_GENERATE = "its own generate starts the text model's generate, which is called without placeholders"
+_ONE_MODULE = "one module embeds the images and runs the layers: no text decoder is called with embeddings"
+_FOUR_STREAMS = (
+    "its layers predict and correct four streams of hidden states (AltUp); Skip-FFN is defined for one, to "
+    "which attention and FFN are added"
+)
 _COUNTED_DISTANCES = "attention counts distances between entries of the cache, which pruning changes"
 
 FAMILIES: dict[str, Family] = {
@@ -84,8 +87,8 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": Family(whole_prompt=True),
     "granite_docling": Family(rows=True),
     "fuyu": Family(one_a_row=True),
-    "blip-2": Family(refused=_PAST_PLACEHOLDERS),
-    "instructblip": Family(refused=_PAST_PLACEHOLDERS),
+    "blip-2": Family(refused=_OWN_GENERATE),
+    "instructblip": Family(refused=_OWN_GENERATE),
     "chameleon": Family(refused=_ONE_MODULE),
     "gemma3n": Family(refused=_FOUR_STREAMS),
     "inkling2": Family(refused=_COUNTED_DISTANCES),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -17,19 +17,39 @@ from skipvision.errors import ConfigError
 MIN_TEMPERATURE = 1e-6
 """Smaller temperatures choose the likeliest token anyway, and would overflow."""
 
-_BEAMS = "the engine follows one beam", 1
-_REFUSED: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
-    "num_beams": (lambda beams: beams > 1, *_BEAMS),
-    "num_beam_groups": (lambda groups: groups > 1, *_BEAMS),
-    "constraints": (lambda _: True, "constrained search needs beams", None),
-    "force_words_ids": (lambda _: True, "constrained search needs beams", None),
-    "penalty_alpha": (lambda alpha: alpha > 0, "contrastive search tries several tokens at each step", None),
-    "dola_layers": (lambda _: True, "DoLa reads the logits of several layers", None),
-    "guidance_scale": (lambda scale: scale != 1, "guidance runs the model on a second prompt", None),
-    "token_healing": (bool, "token healing changes the prompt", False),
-    "max_time": (lambda _: True, "requests have a deadline of their own, Request(deadline=…)", None),
+
+class _Refusal(NamedTuple):
+    """A setting that the engine refuses.
+
+    Attributes:
+        reason: why.
+        instead: the value to set.
+        applies: whether a value other than None is refused.
+    """
+
+    reason: str
+    instead: Any = None
+    applies: Callable[[Any], bool] = lambda value: True
+
+
+_ONE_BEAM = _Refusal("the engine follows one beam", 1, lambda number: number > 1)
+_CONSTRAINED = _Refusal("constrained search needs beams")
+_REFUSED = {
+    "num_beams": _ONE_BEAM,
+    "num_beam_groups": _ONE_BEAM,
+    "constraints": _CONSTRAINED,
+    "force_words_ids": _CONSTRAINED,
+    "penalty_alpha": _Refusal(
+        "contrastive search tries several tokens at each step", applies=lambda alpha: alpha > 0
+    ),
+    "dola_layers": _Refusal("DoLa reads the logits of several layers"),
+    "guidance_scale": _Refusal(
+        "guidance runs the model on a second prompt", applies=lambda scale: scale != 1
+    ),
+    "token_healing": _Refusal("token healing changes the prompt", False, bool),
+    "max_time": _Refusal("requests have a deadline of their own, Request(deadline=…)"),
 }
-"""Settings that the engine refuses: for which values, why, and the value to set instead."""
+"""By the name of the setting."""
 
 _NEUTRAL = {"repetition_penalty": None, "top_k": None, "top_p": None, "temperature": None}
 
@@ -62,6 +82,8 @@ class GenerationSettings:
         self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.allows_invalid_logits = config.remove_invalid_values is True
         check_generation_config(config)
+        for drawn in (False, True):
+            self._check_valid(drawn)
         self._processed = {drawn: self._has_more(drawn) for drawn in (False, True)}
 
     def complete(self, sampling: Sampling, stop_token_ids: tuple[int, ...] = ()) -> Sampling:
@@ -118,18 +140,27 @@ class GenerationSettings:
         further = [] if adjust is None else [_Adjusted(adjust, len(prompt))]
         return logits_processors(self._model, config, torch.tensor([list(prompt)], device=device), further)
 
-    def _has_more(self, drawn: bool) -> bool:
-        """Return whether the model's settings change logits in ways that `Sampling` does not have."""
-        config, prompt = copy(self._config), torch.zeros(1, 1, dtype=torch.long)
-        vars(config).update(do_sample=drawn, temperature=None, max_length=2)
+    def _check_valid(self, drawn: bool) -> None:
+        """Raise `ConfigError` if transformers cannot apply the settings to logits."""
+        config, prompt = self._alone(drawn)
         vocabulary = cast(Any, lm_head(self._model)).weight.shape[0]
         try:
             logits = cast(Any, torch.zeros(1, vocabulary))
             logits_processors(self._model, config, prompt)(cast(Any, prompt), logits)
         except Exception as error:
             raise ConfigError(f"generation_config of this model is invalid: {error}") from error
+
+    def _has_more(self, drawn: bool) -> bool:
+        """Return whether the settings change logits in ways that `Sampling` does not have."""
+        config, prompt = self._alone(drawn)
         vars(config).update(**_NEUTRAL, suppress_tokens=None)
         return len(logits_processors(self._model, config, prompt)) > 0
+
+    def _alone(self, drawn: bool) -> tuple[GenerationConfig, torch.Tensor]:
+        """Return the settings without a request's, and a prompt (1, 1) for them."""
+        config = copy(self._config)
+        vars(config).update(do_sample=drawn, temperature=None, max_length=2)
+        return config, torch.zeros(1, 1, dtype=torch.long)
 
 
 class _Adjusted(LogitsProcessor):
@@ -153,9 +184,9 @@ class _Adjusted(LogitsProcessor):
 def check_generation_config(config: GenerationConfig) -> None:
     """Raise one `ConfigError` that names all settings that the engine cannot apply."""
     problems = [
-        f"{name}={value!r}: {reason}; set it to {neutral}"
-        for name, (refused, reason, neutral) in _REFUSED.items()
-        if (value := getattr(config, name, None)) is not None and refused(value)
+        f"{name}={value!r}: {refusal.reason}; set it to {refusal.instead}"
+        for name, refusal in _REFUSED.items()
+        if (value := getattr(config, name, None)) is not None and refusal.applies(value)
     ]
     if problems:
         raise ConfigError(

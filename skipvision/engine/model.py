@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from skipvision.anatomy.attention import block_indexer
-from skipvision.anatomy.families import Family, dissect
+from skipvision.anatomy.families import dissect
 from skipvision.anatomy.masks import Sight
 from skipvision.cost import units
 from skipvision.engine.generation import GenerationSettings
@@ -22,7 +22,8 @@ class ModelFacts:
 
     Attributes:
         base: the Hugging Face model, without a PEFT wrapper.
-        family: how prompts of this model family may be split and batched.
+        splits_prompts: whether a prompt may be prefilled in two parts, so that the first can be cached.
+        batches_prompts: whether several prompts may be prefilled in one call.
         sight: the attention masks that its decoder expects.
         image_token_id: placeholder token of one visual token.
         vocabulary: number of token ids that the model can read.
@@ -33,7 +34,8 @@ class ModelFacts:
     """
 
     base: PreTrainedModel
-    family: Family
+    splits_prompts: bool
+    batches_prompts: bool
     sight: Sight
     image_token_id: int
     vocabulary: int
@@ -53,15 +55,13 @@ class ModelFacts:
         base = _generating_model(model)
         anatomy = dissect(model)
         values = sum(layer.values for layer in units.cache(units.Design.of(base.config)))
-        family = anatomy.family
-        if any(layer.recurrent for layer in anatomy.layers):
-            # A cached prefix would need the states after its last token.
-            family = replace(family, whole_prompt=True)
-        if any(block_indexer(layer.attention) for layer in anatomy.layers):
-            family = replace(family, one_by_one=True)
+        # A cached prefix would need the states of recurrent layers after its last token.
+        recurrent = any(layer.recurrent for layer in anatomy.layers)
+        blocks = any(block_indexer(layer.attention) for layer in anatomy.layers)
         return cls(
             base=base,
-            family=family,
+            splits_prompts=not (anatomy.family.whole_prompt or recurrent),
+            batches_prompts=not (anatomy.family.one_by_one or blocks),
             sight=Sight.of(anatomy.decoder),
             image_token_id=anatomy.image_token_id,
             # Some families have a placeholder that is no word.

@@ -36,7 +36,7 @@ class PrefillStage:
         decoding: chooses the first token of each sequence.
         finisher: ends requests that fail.
         counters: count tokens and seconds.
-        facts: how prompts of this model family may be split and batched.
+        facts: whether the model's prompts may be split and batched.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PrefillStage:
     ) -> None:
         self._prefiller, self._prefixes, self._adapters = prefiller, prefixes, adapters
         self._scheduler, self._running, self._decoding = scheduler, running, decoding
-        self._finisher, self._counters, self._family = finisher, counters, facts.family
+        self._finisher, self._counters, self._facts = finisher, counters, facts
 
     def step(self, admitted: abc.Sequence[SequenceGroup]) -> list[Chunk]:
         """Prefill admitted requests in as few calls as possible; returns first tokens and failures."""
@@ -70,7 +70,7 @@ class PrefillStage:
         for group in admitted:
             key = self._prefix_key(group)
             known = key is not None and (key in begun or key in self._prefixes)
-            alone = group.number if self._family.one_by_one else None
+            alone = None if self._facts.batches_prompts else group.number
             batches.setdefault((known, group.config, group.adapter, alone), []).append(group)
             begun.add(key)
         # New prompts first: they may compute the prefixes of the others.
@@ -80,8 +80,8 @@ class PrefillStage:
     def _prefix_key(self, group: SequenceGroup) -> Any:
         """Return the key of a prompt's prefix, or None if the prefix cannot be cached."""
         # If the criterion sees the prompt, text after the images decides which visual tokens stay.
-        whole = self._family.whole_prompt or group.config.criterion.sees_prompt
-        if not self._prefixes.limit or not group.prompt.prefix_length or whole:
+        splits = self._facts.splits_prompts and not group.config.criterion.sees_prompt
+        if not self._prefixes.limit or not group.prompt.prefix_length or not splits:
             return None
         return group.prompt.prefix_digest, group.config, group.adapter
 

@@ -26,14 +26,14 @@ from skipvision.testing.configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRS
 from skipvision.testing.prompts import ONE_TOKEN_TYPE, TOKEN_TYPES, frame_of
 
 _CROSS_ATTENTION = "its decoder reads images by cross-attention, not as tokens of its own"
-_OWN_POSITIONS = "its decoder inserts the images itself, at positions given next to the prompt"
+_OWN_POSITIONS = "its text model embeds the prompt itself, with images where a mask says, not at placeholders"
 
 UNSUPPORTED = {
     "blip": _CROSS_ATTENTION,
     "diffusion_gemma": "it refines a canvas of words instead of generating them in order",
     "evolla": "it reads proteins, not images",
     "florence2": _CROSS_ATTENTION,
-    "git": "images come before the prompt, which has no placeholders for them",
+    "git": "its layers normalise after the FFN, and its images come before the prompt, without placeholders",
     "idefics": _CROSS_ATTENTION,
     "instructblipvideo": "it reads videos, not images",
     "kosmos-2": _OWN_POSITIONS,
@@ -48,6 +48,9 @@ UNSUPPORTED = {
     "vision-encoder-decoder": _CROSS_ATTENTION,
 }
 """Families whose decoders have no visual tokens, and the reason."""
+
+WITH_TIMM = ("fast_vlm", "perception_lm")
+"""Families that are supported where timm is installed, which has their vision towers."""
 
 FAMILIES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - UNSUPPORTED.keys()))
 """All other image-text-to-text families of the installed transformers, by model_type."""
@@ -87,7 +90,7 @@ def tiny_model(
         except (ImportError, ValueError) as error:
             raise UnsupportedModelError(
                 f"a tiny {model_type!r} with attention={attention!r} cannot be built here: {error}",
-                _build_failure(error),
+                _build_failure(model_type, error),
             ) from error
         # With Hugging Face's small initial weights FFN updates are negligible and no test could see them.
         for parameter in model.parameters():
@@ -157,8 +160,10 @@ def tiny_batch(
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def _build_failure(error: Exception) -> str:
+def _build_failure(model_type: str, error: Exception) -> str:
     package = re.search(r"requires the (\S+) library", str(error))
+    if package and model_type in WITH_TIMM:
+        return "supported where timm is installed, which has its vision tower"
     if package:
         return f"not tried here: needs {package[1]}"
     return f"not built here: {str(error).strip().partition(' but ')[0]}"

@@ -10,6 +10,8 @@ import pytest
 import transformers
 from packaging.version import Version
 
+from skipvision.testing.families import WITH_TIMM
+
 VERSION = Version(transformers.__version__)
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/families.md").read_text()
@@ -33,8 +35,7 @@ OLDEST = re.search(r"\((\d+\.\d+\.\d+): (\d+ of \d+)\)", PAGE)
 """The oldest version of transformers that is tested, and how many families it supports."""
 HAS_TIMM = find_spec("timm") is not None
 """Whether timm is installed, which has the towers of some families; the tables are made without it."""
-WITH_TIMM = re.search(r"^With timm, ([a-z0-9_, ]+) and ([a-z0-9_]+) are supported", PAGE, re.MULTILINE)
-SUPPORTED = [name for name in ALL_SUPPORTED if name not in LEFT_OUT] + [*WITH_TIMM.groups()] * HAS_TIMM
+SUPPORTED = [name for name in ALL_SUPPORTED if name not in LEFT_OUT] + [*WITH_TIMM] * HAS_TIMM
 OTHERS = [name for name in ALL_OTHERS if name not in {*LEFT_OUT, *SUPPORTED}]
 
 BEFORE_5_18 = Version("5.18") > VERSION

@@ -1,23 +1,40 @@
 """Every way to generate gives the tokens of greedy decoding under the plan, or is refused, as documented."""
 
+import contextlib
 import copy
 import functools
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationMixin, QuantizedCache, StaticCache
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerFast,
+    QuantizedCache,
+    StaticCache,
+)
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
 
-from skipvision import InputError, SkipConfig, UnsupportedModelError, attach
+from skipvision import ConfigError, InputError, SkipConfig, UnsupportedModelError, attach
 from skipvision.testing.families import tiny_batch, tiny_model
-from skipvision.testing.llava import tiny_inputs, tiny_llava
+from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 from tests.skipvision.family_table import LEFT_OUT
 
 CONFIG = SkipConfig(retained=4, skipped=5)
 NEW = 12
 SAME = "same tokens"
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from GPUs only")
+FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 
 
 class Silent(BaseStreamer):
@@ -45,42 +62,94 @@ def attached_assistant():
     return assistant
 
 
-def quantized(backend):
-    return {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+def gemma4_assistant():
+    """One without layers: transformers 5.23 cannot build others."""
+    text = {"model_type": "gemma4_text", "num_hidden_layers": 0, "layer_types": [], "vocab_size": 64}
+    text |= {"hidden_size": 16, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    config = AutoConfig.for_model("gemma4_assistant", text_config=text, backbone_hidden_size=16)
+    return AutoModelForCausalLM.from_config(config)
 
 
-STATIC = UnsupportedModelError, "layer 0 is a StaticLayer, .* static cache keeps its size.*DynamicCache"
-QUANTISED = UnsupportedModelError, "layer 0 is a Fp8QuantizedLayer, .*entries have another form.*DynamicCache"
+def tokenizer(words):
+    """A tokenizer whose ids are the indices of words."""
+    own = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=own)
+
+
+def other_tokenizer():
+    """An assistant that knows the words by other ids, and one more word."""
+    words = [f"w{number}" for number in range(text_config().vocab_size)]
+    others = [*reversed(words), "more"]
+    assistant = tiny_llava(seed=1, vocab_size=len(others))
+    return {
+        "assistant_model": AutoModelForCausalLM.from_config(assistant.config.text_config),
+        "tokenizer": tokenizer(words),
+        "assistant_tokenizer": tokenizer(others),
+    }
+
+
+def cache(name, **options):
+    return lambda: {"cache_implementation": name, **options}
+
+
+STATIC = (
+    UnsupportedModelError,
+    r"=\W\w+\W makes a KV cache that cannot be pruned \(a static cache keeps its size\)",
+)
+QUANTISED = (
+    UnsupportedModelError,
+    r"=\W\w+\W makes a KV cache .* \(its entries have another form\).*'dynamic'",
+)
 MOVED = ValueError, "requires `trust_remote_code=True`"
 
 MODES = {
     "prompt_lookup_num_tokens": (SAME, lambda: {"prompt_lookup_num_tokens": 3}),
     "assistant_model": (SAME, lambda: {"assistant_model": tiny_llava(seed=1)}),
+    "assistant_tokenizer": (SAME, other_tokenizer),
     "an assistant that Skip-Vision is attached to": (
-        (InputError, "neither pixel_values nor encoded images"),  # `generate` hands it no images.
+        (InputError, r"attached to the assistant_model, but generate passes it no images: detach\(\)"),
         lambda: {"assistant_model": attached_assistant()},
+    ),
+    "an assistant of gemma4": (
+        (ConfigError, "Gemma4AssistantForCausalLM drafts from the keys and values .* use prompt_lookup"),
+        lambda: {"assistant_model": gemma4_assistant()},
+    ),
+    "assistant_early_exit": (
+        (ConfigError, "assistant_early_exit=1 .* read the prompt again without its images"),
+        lambda: {"assistant_early_exit": 1},
     ),
     "streamer": (SAME, lambda: {"streamer": Silent()}),
     "custom_generate": (SAME, lambda: {"custom_generate": GenerationMixin._sample}),
-    '"dynamic"': (SAME, lambda: {"cache_implementation": "dynamic"}),
+    '"dynamic"': (SAME, cache("dynamic")),
     "DynamicCache": (SAME, lambda: {"past_key_values": DynamicCache(config=text_config())}),
-    "DynamicCache without a config": (SAME, lambda: {"past_key_values": DynamicCache()}),
-    '"offloaded"': (SAME, lambda: {"cache_implementation": "offloaded"}),
+    "DynamicCache (without a config)": (SAME, lambda: {"past_key_values": DynamicCache()}),
+    '"hybrid"': (SAME, cache("hybrid")),
+    '"offloaded"': (SAME, cache("offloaded")),
     "DynamicCache(offloading=True)": (
         SAME,
         lambda: {"past_key_values": DynamicCache(config=text_config(), offloading=True)},
     ),
-    '"static"': (STATIC, lambda: {"cache_implementation": "static"}),
-    '"offloaded_static"': (STATIC, lambda: {"cache_implementation": "offloaded_static"}),
+    **{
+        f'"{name}"': (STATIC, cache(name))
+        for name in ("static", "offloaded_static", "sliding_window", "hybrid_chunked")
+    },
+    **{f'"offloaded_{name}"': (STATIC, cache(f"offloaded_{name}")) for name in ("hybrid", "hybrid_chunked")},
     "StaticCache": (
-        STATIC,
+        (UnsupportedModelError, "layer 0 is a StaticLayer, .* static cache keeps its size.*DynamicCache"),
         lambda: {"past_key_values": StaticCache(config=text_config(), max_cache_len=64)},
     ),
-    "fp8": (QUANTISED, lambda: quantized("fp8")),
-    "QuantizedCache": (QUANTISED, lambda: {"past_key_values": QuantizedCache("fp8", text_config())}),
-    "quanto": ((UnsupportedModelError, ImportError), lambda: quantized("quanto")),
-    "hqq": ((UnsupportedModelError, ImportError), lambda: quantized("hqq")),
+    **{
+        f'"quantized" ({backend})': (QUANTISED, cache("quantized", cache_config={"backend": backend}))
+        for backend in ("fp8", "quanto", "hqq")
+    },
+    "QuantizedCache": (
+        (UnsupportedModelError, "layer 0 is a Fp8QuantizedLayer, .* have another form.*DynamicCache"),
+        lambda: {"past_key_values": QuantizedCache("fp8", text_config())},
+    ),
+    '"paged"': ((ConfigError, "continuous batching, which reads no images"), cache("paged")),
     "prefill_chunk_size": ((InputError, "Leave out prefill_chunk_size"), lambda: {"prefill_chunk_size": 8}),
+    "token_healing": ((ConfigError, "without its images"), lambda: {"token_healing": True}),
     "penalty_alpha": (MOVED, lambda: {"penalty_alpha": 0.6, "top_k": 4}),
     "dola_layers": (MOVED, lambda: {"dola_layers": "high"}),
     "num_beam_groups": (
@@ -88,7 +157,31 @@ MODES = {
         lambda: {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
     ),
     "force_words_ids": (MOVED, lambda: {"num_beams": 2, "force_words_ids": [[7]]}),
+    "constraints": (MOVED, lambda: {"num_beams": 2, "constraints": [object()]}),
 }
+ELSEWHERE = {"use_mtp": SAME, 'speculation_type="dflash"': SAME}
+"""Modes that some families have, which tests below show."""
+
+NO_MODES = {
+    "arguments of the modes above": """assistant_confidence_threshold assistant_ensemble_weight
+        assistant_lookbehind cache_config continuous_batching_config is_assistant max_cache_len
+        max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule target_lookbehind
+        diversity_penalty tokenizer""",
+    "beams and draws": """do_sample early_stopping epsilon_cutoff eta_cutoff length_penalty low_memory min_p
+        num_beams num_return_sequences temperature top_h top_k top_p typical_p""",
+    "logits": """bad_words_ids begin_suppress_tokens encoder_no_repeat_ngram_size encoder_repetition_penalty
+        exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id guidance_scale
+        logits_processor min_length min_new_tokens negative_prompt_attention_mask negative_prompt_ids
+        no_repeat_ngram_size prefix_allowed_tokens_fn remove_invalid_values renormalize_logits
+        repetition_penalty sequence_bias suppress_tokens watermarking_config""",
+    "where answers end": "eos_token_id max_length max_new_tokens max_time stop_strings stopping_criteria",
+    "what is returned": """output_attentions output_hidden_states output_logits output_scores
+        return_dict_in_generate""",
+    "others": """bos_token_id compile_config decoder_start_token_id disable_compile generation_config inputs
+        kwargs pad_token_id self synced_gpus transformers_version use_cache""",
+}
+"""What else `generate` takes: it changes neither the cache nor which calls the model gets; use_cache=False
+is tested below."""
 
 
 def prompt():
@@ -113,35 +206,133 @@ def greedy(skip_kv=True):
         return tokens()
 
 
+@contextlib.contextmanager
+def no_work():
+    """Fail if a layer of the decoder or the vision tower runs in the block."""
+    calls = []
+    parts = model().model.language_model.layers[0], model().model.vision_tower
+    handles = [part.register_forward_hook(lambda part, *_: calls.append(type(part))) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about deprecated names
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=GPU if "offload" in name and "static" not in name else ()) for name in MODES],
+    [
+        pytest.param(name, marks=GPU if "offload" in name and expected == SAME else ())
+        for name, (expected, _) in MODES.items()
+    ],
 )
 def test_a_mode_gives_the_same_tokens_or_is_refused(name):
     (expected, options), answer = MODES[name], greedy()
-    with attach(model(), CONFIG):
-        if expected == SAME:
+    if expected == SAME:
+        with attach(model(), CONFIG):
             assert tokens(**options()) == answer
-        else:
-            error, message = expected if isinstance(expected[1], str) else (expected, None)
-            decoder, calls = model().model.language_model, []
-            handle = decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
-            with pytest.raises(error, match=message):
+            assert tokens() == answer, "and nothing is left of it"
+        return
+    error, message = expected
+    # These two would run the tower and layers to select.
+    for select in ("similarity", "attention", "ffn_ratio"):
+        with attach(model(), CONFIG.model_copy(update={"select": select})):
+            with no_work(), pytest.raises(error, match=message):
                 tokens(**options())
-            handle.remove()
-            assert not calls, "refused before the decoder runs"
-        assert tokens() == answer, "and nothing is left of it"
+            if select == CONFIG.select:
+                assert tokens() == answer, "and nothing is left of it"
 
 
-def test_the_page_lists_these_modes():
+@torch.no_grad()
+@pytest.mark.parametrize("select", ["similarity", "attention"])
+def test_a_call_with_another_cache_is_refused_before_its_images_are_encoded(select):
+    caches = StaticCache(config=text_config(), max_cache_len=64), QuantizedCache("fp8", text_config())
+    config = CONFIG.model_copy(update={"select": select})
+    everything = SkipConfig(retained=16, skipped=0, select=select, summary_tokens=0)
+    for each in caches:
+        for applied in (config, everything):
+            with attach(model(), applied), no_work(), pytest.raises(UnsupportedModelError, match="be pruned"):
+                model()(**prompt(), past_key_values=each, use_cache=True)
+
+
+def test_with_full_tokens_a_static_cache_is_no_problem():
+    with attach(model(), SkipConfig.full()):
+        assert tokens(cache_implementation="static") == tokens()
+
+
+def test_a_mode_of_the_models_own_settings_is_refused():
+    with attach(model(), CONFIG), no_work():
+        model().generation_config.cache_implementation = "static"
+        try:
+            with pytest.raises(UnsupportedModelError, match="also in the model's generation_config"):
+                tokens()
+        finally:
+            model().generation_config.cache_implementation = None
+
+
+def test_prompts_without_images_are_generated_as_the_model_does():
+    batch = tiny_inputs([[9]], seed=1)
+    expected = tokens(batch)
+    with attach(model(), CONFIG):
+        for options in ({"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
+            assert tokens(batch, **options) == expected
+
+
+def test_the_page_lists_these_modes_and_no_others():
     page = Path("docs/library.md").read_text(encoding="utf-8")
     rows = [row.split(" | ") for row in page.split("## Ways to generate")[1].split("\n## ")[0].splitlines()]
-    rows = [row for row in rows if len(row) == 2]
-    for name, (expected, _) in MODES.items():
-        key = name.removesuffix(" without a config")
-        (result,) = {result for modes, result in rows if f"{key}`" in modes or modes == f"| {key}"}
-        names = [SAME] if expected == SAME else [e.__name__ for e in expected if isinstance(e, type)]
-        assert all(word in result for word in names), name
+    results = {}
+    for modes, result in (row for row in rows if len(row) == 2 and not row[1].startswith(("result", "---"))):
+        labels = re.findall(r"`([^`]+)`", modes) or [modes.removeprefix("| ")]
+        results |= dict.fromkeys(labels, result)
+    tested = {name.partition(" (")[0]: expected for name, (expected, _) in MODES.items()} | ELSEWHERE
+    assert results.keys() == tested.keys()
+    for name, expected in tested.items():
+        assert (SAME if expected == SAME else expected[0].__name__) in results[name], name
+
+
+def test_everything_that_generate_takes_is_a_mode_or_none():
+    options = {option for name, (_, made) in MODES.items() if "gemma4" not in name for option in made()}
+    options |= {name.partition("=")[0] for name in ELSEWHERE}
+    others = {name for names in NO_MODES.values() for name in names.split()}
+    assert not options & others - {"num_beams", "top_k", "diversity_penalty", "cache_config", "tokenizer"}
+    taken = FIELDS | inspect.signature(GenerationMixin.generate).parameters.keys()
+    assert not taken - options - others, "does a plan fit it? test it in this file and add it to the page"
+    assert {f'"{name}"' for name in (*ALL_CACHE_IMPLEMENTATIONS, "paged")} <= {
+        name.partition(" (")[0] for name in MODES
+    }
+
+
+# ---------------------------------------------------------------------------------------------- drafts
+
+
+@pytest.mark.parametrize("greedy_placeholder", [False, True], ids=["wrong drafts", "right drafts"])
+def test_drafts_that_repeat_image_placeholders(greedy_placeholder):
+    """The word before an image ends the prompt, too, so prompt lookup drafts placeholders."""
+    inputs = tiny_inputs([[3, "image", 4]], seed=1)
+    first = inputs["input_ids"].tolist()[0].index(IMAGE_TOKEN)
+    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, first - 1 : first]], dim=1)
+    batch = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "suppress_tokens": None}
+    own = tiny_llava(seed=3)
+    own.generation_config.eos_token_id = own.generation_config.suppress_tokens = None
+    if greedy_placeholder:
+        lookup["sequence_bias"] = {(IMAGE_TOKEN,): 3.0}
+    seen = []
+    handle = own.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    with attach(own, CONFIG):
+        with_drafts = tokens(batch, own, **lookup)
+        handle.remove()
+        del lookup["prompt_lookup_num_tokens"]
+        assert with_drafts == tokens(batch, own, **lookup)
+    assert seen[0][0, -1] == IMAGE_TOKEN, "drafted in the first call"
+    generated = with_drafts[0][ids.shape[1] :]
+    assert (generated[0] == IMAGE_TOKEN) is greedy_placeholder
+    assert len({*generated}) > 2
 
 
 def test_without_a_cache_nothing_is_forgotten():
@@ -167,3 +358,58 @@ def test_drafts_in_families_with_other_caches(family):
                 tokens(batch, drafting, **lookup)
         else:
             assert tokens(batch, drafting, **lookup) == tokens(batch, drafting)
+
+
+DRAFTERS = {"muse_glimmer": "muse_glimmer_assistant" in CONFIG_MAPPING, "step3p7": "use_mtp" in FIELDS}
+"""Families with drafters of their own, and whether the installed transformers has them."""
+
+
+def dflash(drafting):
+    text = drafting.config.text_config
+    shared = "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim sliding_window"
+    config = AutoConfig.for_model(
+        "muse_glimmer_assistant",
+        **{name: getattr(text, name) for name in shared.split()},
+        num_hidden_layers=2,
+        block_size=4,
+        mask_token_id=7,
+        target_layer_ids=[0, 2],
+        pad_token_id=0,
+    )
+    return {"assistant_model": AutoModel.from_config(config).eval(), "speculation_type": "dflash"}
+
+
+def mtp(drafting, monkeypatch):
+    from transformers.modeling_layers import MtpModel
+
+    for name, value in MTP.items():
+        setattr(drafting.config.text_config, name, value)
+    drafter = MtpModel(drafting, MTP["num_nextn_predict_layers"]).eval()
+    # Its weights come from the model's checkpoint.
+    monkeypatch.setattr(MtpModel, "from_pretrained", lambda *_, **__: drafter)
+    return {"use_mtp": True}
+
+
+MTP = {
+    "num_nextn_predict_layers": 2,
+    "mtp_layer_types": ["full_attention"] * 2,
+    "mtp_mlp_layer_types": ["dense"] * 2,
+}
+
+
+@pytest.mark.parametrize("family", [name for name, exists in DRAFTERS.items() if exists])
+def test_drafters_that_read_hidden_states(family, monkeypatch):
+    drafting = tiny_model(family)
+    drafting.generation_config = copy.deepcopy(drafting.generation_config)
+    drafting.generation_config.eos_token_id = None
+    batch = tiny_batch(drafting, [[3, "image", 8]])
+    torch.manual_seed(0)
+    options = dflash(drafting) if family == "muse_glimmer" else mtp(drafting, monkeypatch)
+    with attach(drafting, SkipConfig(retained=0.3, skipped=0.3)):
+        expected, calls = tokens(batch, drafting), []
+        handle = drafting.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        assert tokens(batch, drafting, **options) == expected
+        handle.remove()
+    assert max(calls[1:]) > 1, "drafts are checked"

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from transformers.generation import CompileConfig
 
-from skipvision import ConfigError, Engine, Sampling, attach, attachment_of
+from skipvision import ConfigError, Engine, GenerationError, Sampling, attach, attachment_of
 from skipvision.testing.llava import IMAGE_TOKEN
 from tests.skipvision.engine.requests_for_tests import (
     CONFIGS,
@@ -185,8 +185,8 @@ def test_every_field_of_the_installed_transformers_is_in_the_tables():
 
 def test_the_page_names_the_same_fields():
     page = Path("docs/engine.md").read_text(encoding="utf-8").split("## Settings of the model")[1]
-    rows = dict(re.findall(r"^\| ([^|]+) \| (`[^|]+) \|", page.split("\n## ")[0], flags=re.MULTILINE))
-    found = {kind: sorted(re.findall(r"`(\w+)`", names)) for kind, names in rows.items()}
+    items = re.findall(r"^- \*\*(.+?)\*\*.*?:\n((?:  .+\n)+)", page.split("\n## ")[0], flags=re.MULTILINE)
+    found = {kind: sorted(re.findall(r"`(\w+)`", names)) for kind, names in items}
     assert found == {kind: sorted(names) for kind, names in KINDS.items()}
 
 
@@ -198,6 +198,32 @@ def test_the_answer_is_that_of_generate(name):
         expected = of_generate(model)
         assert of_engine(model) == expected
         assert (expected == IDS) is (name in SAME_TOKENS), "a setting without effect would prove nothing"
+
+
+def test_logits_that_are_no_numbers_are_replaced_as_generate_replaces_them():
+    """With `remove_invalid_values`, NaN and infinite logits of some tokens in some steps end no request."""
+
+    def spoil(head, args, logits):
+        logits = logits.clone()
+        logits[..., IDS[0]] = torch.nan
+        logits[..., 20] = torch.where(logits[..., 21] > logits[..., 22], torch.inf, logits[..., 20])
+        logits[..., 23] = torch.where(logits[..., 21] < logits[..., 22], -torch.inf, torch.nan)
+        return logits
+
+    with model_with(remove_invalid_values=True) as model:
+        handle = model.get_output_embeddings().register_forward_hook(spoil)
+        try:
+            expected = of_generate(model)
+            assert 20 in expected
+            assert len({*expected}) > 1, "not infinite in each step"
+            assert of_engine(model) == expected
+            drawn = of_engine(model, temperature=1.0, seed=1)
+            model.generation_config.remove_invalid_values = None
+            with pytest.raises(GenerationError, match="NaN or infinite"):
+                of_engine(model)
+        finally:
+            handle.remove()
+    assert len(drawn) == TOKENS
 
 
 def test_a_request_replaces_settings_of_the_model_as_arguments_of_generate_do():

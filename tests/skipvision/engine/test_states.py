@@ -1,28 +1,152 @@
 """The engine keeps the states of recurrent layers in rows of their own."""
 
+import copy
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import _dynamo as dynamo
 
-from skipvision import Engine, Request, Sampling, SkipConfig
+from skipvision import Engine, Request, Sampling, SkipConfig, attach, load_adapter, save_adapter
+from skipvision.engine import BASE
 from skipvision.engine.states import StateLayer
 from skipvision.testing.families import tiny_batch, tiny_model
-from tests.skipvision.engine.requests_for_tests import F64, ids_of
-from tests.skipvision.family_table import LEFT_OUT
+from tests.skipvision.cases import train_summary
+from tests.skipvision.engine.requests_for_tests import F64, drain, ids_of
+from tests.skipvision.family_table import LEFT_OUT, SUPPORTED
+from tests.skipvision.family_table import ROWS as TABLE_ROWS
 
 CONFIG = SkipConfig(retained=0.3, skipped=0.3)
 ROWS = [[3, "image", 4], [5], [2, "image", 1], [7, "image", 2]]
+TOKENS = 8
+HYBRIDS = [name for name in SUPPORTED if {"conv", "linear"} & {*TABLE_ROWS[name].split(" | ")[5].split(", ")}]
+SAMPLE = [name for name in ("qwen3_5", "lfm2_vl", "nemotron_h_omni") if name not in LEFT_OUT]
+BOTH = SAMPLE[:2]
+
+
+def endless(family, **options):
+    model = tiny_model(family, **options)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@functools.cache
+def hybrid(family):
+    """A model in float32, and the answers of `generate` to a batch with padding on the left."""
+    model = endless(family)
+    with attach(model, CONFIG):
+        batch = tiny_batch(model, ROWS, padding="left")
+        assert not batch["attention_mask"][:, 0].all(), "some rows are padded"
+        return model, answer(model, batch)
+
+
+def answer(model, batch):
+    output = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False)
+    return [tuple(row) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def requests(model, **options):
+    return [
+        Request(
+            inputs=tiny_batch(model, [row], row_numbers=[number]),
+            sampling=Sampling(max_new_tokens=TOKENS, **options),
+            key=number,
+        )
+        for number, row in enumerate(ROWS)
+    ]
 
 
 def answers(model, **options):
-    requests = [
-        Request(inputs=tiny_batch(model, [row], seed=n), sampling=Sampling(max_new_tokens=6), key=n)
-        for n, row in enumerate(ROWS)
-    ]
     with Engine(model, None, CONFIG, **options) as engine:
-        return {one.key: ids_of(one) for one in engine.run(requests)}
+        return {one.key: ids_of(one) for one in engine.run(requests(model))}
 
 
-@pytest.mark.parametrize("family", [name for name in ("qwen3_5", "lfm2_vl") if name not in LEFT_OUT])
+@pytest.mark.parametrize(
+    "family", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
+)
+def test_answers_in_float32_are_those_of_generate(family):
+    """Token for token: to a padded batch, to each row alone, and of the engine, one by one and together."""
+    model, expected = hybrid(family)
+    with attach(model, CONFIG):
+        alone = [answer(model, request.inputs)[0] for request in requests(model)]
+    assert alone == expected
+    for rows in (1, len(ROWS)):
+        assert answers(model, max_sequences=rows) == dict(enumerate(expected))
+    assert len({*expected}) == len(ROWS), "equal answers would prove little"
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_several_answers_to_one_prompt(family):
+    model, expected = hybrid(family)
+    with Engine(model, None, CONFIG, max_sequences=3 * len(ROWS)) as engine:
+        for done in engine.run(requests(model, n=3)):
+            assert [choice.token_ids for choice in done.choices] == [expected[done.key]] * 3
+        drawn = requests(model, n=3, temperature=1.5, seed=3)
+        several = {done.key: done for done in engine.run(drawn)}
+        for request in requests(model, n=1, temperature=1.5, seed=3):
+            (alone,) = engine.run([request])
+            assert ids_of(several[request.key]) == ids_of(alone)
+        assert len({choice.token_ids for choice in several[0].choices}) > 1
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_cancelled_rows_leave_the_others_as_they_are(family):
+    """Rows move when one before them leaves, and so do their states."""
+    model, expected = hybrid(family)
+    for leaves in range(len(ROWS)):
+        with Engine(model, None, CONFIG, max_sequences=len(ROWS)) as engine:
+            numbers = [engine.submit(request) for request in requests(model)]
+            chunks = [*engine.step(), *engine.step()]
+            assert engine.statistics().running == len(ROWS)
+            engine.cancel(numbers[leaves])
+            done = {c.id: c.completion for c in [*chunks, *drain(engine)] if c.completion is not None}
+        got = [ids_of(done[number]) for number in numbers]
+        assert 0 < len(got[leaves]) < TOKENS
+        assert got[leaves] == expected[leaves][: len(got[leaves])]
+        assert got[:leaves] + got[leaves + 1 :] == expected[:leaves] + expected[leaves + 1 :]
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_compiled_steps(family):
+    """Their rows are rounded up, so some are idle and have states, too."""
+    model, expected = hybrid(family)
+    dynamo.reset()
+    try:
+        got = answers(model, max_sequences=len(ROWS), compile_decoding="eager")
+    finally:
+        dynamo.reset()
+    assert got == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_dora_next_to_the_base_model(family, tmp_path):
+    """It changes the recurrent layers, too, and decodes in a call of its own."""
+    kind = LoraConfig(
+        r=4,
+        target_modules=r".*language_model.*(q_proj|in_proj\w*|out_proj|down_proj|w2)",
+        use_dora=True,
+        init_lora_weights=False,
+    )
+    torch.manual_seed(1)
+    tuned = get_peft_model(endless(family), kind)
+    train_summary(attach(tuned, CONFIG).summary)
+    folder = save_adapter(tuned, tmp_path / "dora")
+    loaded = load_adapter(endless(family), folder)
+    model, expected = hybrid(family)
+    want = {BASE: expected, "dora": answer(loaded, tiny_batch(model, ROWS))}
+    assert want["dora"] != want[BASE]
+    with Engine(endless(family), None, CONFIG, max_sequences=2 * len(ROWS)) as engine:
+        engine.add_adapter("dora", folder)
+        assert engine._adapters.decodes_alone("dora")
+        both = [replace(one, adapter=name, key=(name, one.key)) for name in want for one in requests(model)]
+        for done in engine.run(both):
+            assert ids_of(done) == want[done.key[0]][done.key[1]], done.key
+
+
+@pytest.mark.parametrize("family", BOTH)
 def test_a_step_that_fails_is_repeated_from_the_states_before_it(family):
     model = tiny_model(family, dtype=F64)
     expected, failures = answers(model, max_sequences=1), []

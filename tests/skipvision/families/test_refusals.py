@@ -30,8 +30,10 @@ def test_a_prompt_in_chunks(family):
     model = model_of(family)
     options = {"max_new_tokens": 2, "do_sample": False, "prefill_chunk_size": 8}
     with attach(model, CONFIG):
-        with pytest.raises(InputError, match=r"generate\(prefill_chunk_size=…\).*Leave"):
+        with pytest.raises(InputError, match=r"generate\(prefill_chunk_size=8\) cuts a prompt.*Leave"):
             model.generate(**tiny_batch(model, ROW), **options)
+        with pytest.raises(InputError, match=r"generate\(prefill_chunk_size=…\).*Leave"):
+            type(model).generate(model, **tiny_batch(model, ROW), **options)
         assert model.generate(**tiny_batch(model, [[20]]), **options).shape == (1, 22)
 
 
@@ -86,16 +88,18 @@ def test_caches_of_fixed_size_are_named(family, cache):
     model = model_of(family)
     options = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": cache}
     with attach(model, CONFIG):
-        with pytest.raises(UnsupportedModelError, match=r"layer 0 is a Static\w*Layer, .* static cache"):
+        with pytest.raises(UnsupportedModelError, match=rf"implementation='{cache}' .* static cache"):
             model.generate(**tiny_batch(model, ROW), **options)
+        with pytest.raises(UnsupportedModelError, match=r"layer 0 is a Static\w*Layer, .* static cache"):
+            type(model).generate(model, **tiny_batch(model, ROW), **options)
         model.generate(**tiny_batch(model, ROW), max_new_tokens=2, do_sample=False)
 
 
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("blip-2", "generate calls the text decoder with embeddings alone"),
-        ("chameleon", "one module embeds images and runs the layers"),
+        ("blip-2", "its own generate starts the text model"),
+        ("chameleon", "one module embeds the images and runs the layers"),
         ("inkling_mm_model", "attention counts distances between entries of the cache"),
     ],
 )

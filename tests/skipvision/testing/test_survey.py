@@ -16,11 +16,12 @@ from skipvision import InputError, SkipConfig, TokenRole, UnsupportedModelError,
 from skipvision.__main__ import main
 from skipvision.kv_cache import compact
 from skipvision.testing.configs import EXCEPTIONS, tiny_config
-from skipvision.testing.families import UNSUPPORTED, _build_failure, tiny_batch, tiny_model
+from skipvision.testing.families import UNSUPPORTED, WITH_TIMM, _build_failure, tiny_batch, tiny_model
 from skipvision.testing.survey import EVERY, Finding, count, lines, markdown, survey
 from tests.skipvision.family_table import (
     ALL_OTHERS,
     ALL_SUPPORTED,
+    HAS_TIMM,
     LEFT_OUT,
     NEWER,
     OLDEST,
@@ -47,10 +48,10 @@ def test_the_table_rows_of_some_families(family):
 @pytest.mark.timeout(1800)
 def test_the_whole_table():
     findings = [survey(family) for family in EVERY]
-    if LEFT_OUT:
-        assert [found.family for found in findings if found.supported] == SUPPORTED
+    if LEFT_OUT or HAS_TIMM:
+        assert [found.family for found in findings if found.supported] == sorted(SUPPORTED)
         rows = {line for line in markdown(findings).splitlines() if line.startswith("| ")}
-        assert rows >= {ROWS[family] for family in SUPPORTED + OTHERS}
+        assert rows >= {ROWS[family] for family in {*SUPPORTED, *OTHERS} - {*WITH_TIMM}}
         if transformers.__version__ == OLDEST[1]:
             assert count(findings).startswith(f"{OLDEST[2]} image-text-to-text")
         return
@@ -75,10 +76,20 @@ def test_the_table_entry_for_tiles(family):
 
 
 def test_a_missing_package_is_named():
-    assert _build_failure(ImportError("\nXModel requires the timm library but")) == (
-        "not tried here: needs timm"
-    )
-    assert _build_failure(ValueError("no SDPA but eager")) == "not built here: no SDPA"
+    error = ImportError("\nXModel requires the timm library but")
+    assert _build_failure("new", error) == "not tried here: needs timm"
+    assert _build_failure("fast_vlm", error).startswith("supported where timm is installed")
+    assert _build_failure("new", ValueError("no SDPA but eager")) == "not built here: no SDPA"
+
+
+@pytest.mark.skipif(not HAS_TIMM, reason="make test-timm runs it")
+@pytest.mark.parametrize("family", WITH_TIMM)
+def test_a_family_whose_tower_timm_has(family):
+    assert survey(family).supported
+
+
+def test_families_that_are_declared_not_to_work_need_not_be_built():
+    assert survey("gemma3n").reason.startswith("its layers predict and correct four streams")
 
 
 def test_the_table_has_every_family():

@@ -1,0 +1,104 @@
+"""Refuses ways to generate that a plan does not fit, before `generate` does any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from skipvision._compat_generation import GenerateOverride, generation_settings
+from skipvision.anatomy.encoding import brings_images
+from skipvision.config import SkipConfig
+from skipvision.errors import ConfigError, InputError, UnsupportedModelError
+from skipvision.kv_cache import CacheState, check_prunable
+
+_DYNAMIC = (None, "dynamic", "offloaded")
+"""Values of ``cache_implementation`` with which `generate` creates a cache that can be pruned."""
+_READS_KEYS = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Kinds of assistants that read keys and values of the model's own layers."""
+
+
+def check_generate(
+    model: PreTrainedModel, given: Mapping[str, Any], image_token_id: int, config: SkipConfig
+) -> None:
+    """Raise an error if a plan does not fit the way in which a call of `generate` would read images.
+
+    Args:
+        model: that generates.
+        given: the arguments of the call by name.
+        image_token_id: placeholder token of one visual token.
+        config: applied to the call.
+
+    Raises:
+        UnsupportedModelError: its KV cache cannot be pruned.
+        ConfigError: its drafts or its batching do not fit a pruned cache.
+        InputError: its prompt would be cut, or an assistant expects images.
+    """
+    ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
+    cache = given.get("past_key_values")
+    images = isinstance(ids, torch.Tensor) and bool((ids == image_token_id).any())
+    # Without images on a filled cache, a placeholder is a generated word.
+    images &= brings_images(given) or cache is None or cache.get_seq_length() == 0
+    if not images and CacheState.of(cache) is None:
+        return
+    settings = generation_settings(model, given)
+    _check_drafts(settings, given.get("assistant_model"))
+    if given.get("cache_implementation") == "paged":
+        raise ConfigError(
+            "cache_implementation='paged' generates by continuous batching, which reads no images: leave it "
+            "out, or use skipvision.Engine"
+        )
+    if images:
+        _check_prompt(settings, ids.shape[1])
+        if not config.is_full:
+            _check_cache(settings, cache)
+
+
+def _check_cache(settings: GenerationConfig, cache: Any) -> None:
+    name = settings.cache_implementation
+    if cache is None and settings.use_cache is not False and name not in _DYNAMIC:
+        reason = "its entries have another form" if name == "quantized" else "a static cache keeps its size"
+        raise UnsupportedModelError(
+            f"cache_implementation={name!r} makes a KV cache that cannot be pruned ({reason}): leave it out, "
+            "or set it to 'dynamic', also in the model's generation_config"
+        )
+    if cache is not None:
+        check_prunable(cache)
+
+
+def _check_prompt(settings: GenerationConfig, length: int) -> None:
+    if settings.token_healing:
+        raise ConfigError(
+            "token_healing=True generates the end of the prompt again, without its images: leave it out"
+        )
+    size = settings.prefill_chunk_size
+    if size is not None and size < length:
+        raise InputError(
+            f"generate(prefill_chunk_size={size}) cuts a prompt of {length} tokens with images: where an "
+            "image begins and ends cannot be known then. Leave out prefill_chunk_size"
+        )
+
+
+def _check_drafts(settings: GenerationConfig, assistant: nn.Module | None) -> None:
+    """Check where the drafts of assisted decoding come from."""
+    layers = getattr(settings, "assistant_early_exit", None)
+    if layers is not None:
+        raise ConfigError(
+            f"assistant_early_exit={layers} drafts with the first layers of this model, which would read the "
+            "prompt again without its images: use prompt_lookup_num_tokens or an assistant_model"
+        )
+    if assistant is None:
+        return
+    kind = getattr(getattr(assistant, "config", None), "model_type", None)
+    if kind in _READS_KEYS:
+        raise ConfigError(
+            f"{type(assistant).__name__} drafts from the keys and values of the model's layers, which lack "
+            "skipped tokens: use prompt_lookup_num_tokens or another assistant_model"
+        )
+    if any(isinstance(vars(part).get("generate"), GenerateOverride) for part in assistant.modules()):
+        raise InputError(
+            "Skip-Vision is attached to the assistant_model, but generate passes it no images: detach() it"
+        )
