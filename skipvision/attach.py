@@ -1,4 +1,7 @@
-"""`attach`: Skip-Vision on a live model, by hooks alone. No module is replaced and no class patched."""
+"""`attach`: Skip-Vision on a live model, by hooks. No module is replaced and no class patched.
+
+Only the method `generate` of this one model is replaced, by one that first checks its arguments.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from skipvision._compat_generation import GenerateOverride, generation_settings
 from skipvision.anatomy.encoding import brings_images
@@ -15,8 +16,11 @@ from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
 from skipvision.kv_cache import CacheState, check_prunable
 
-_DYNAMIC = (None, "dynamic", "offloaded")
-"""Values of ``cache_implementation`` with which `generate` creates a cache that can be pruned."""
+_DYNAMIC = (None, "dynamic", "offloaded", "paged")
+"""Values of ``cache_implementation`` with which `generate` creates a cache that can be pruned, if any.
+
+As an argument, "paged" is refused before; in the settings of a model it has no effect.
+"""
 _READS_KEYS = ("gemma4_assistant", "gemma4_unified_assistant")
 """Kinds of assistants that read keys and values of the model's own layers."""
 
@@ -39,6 +43,7 @@ def check_generate(
     """
     ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
     cache = given.get("past_key_values")
+    cache = cache if isinstance(cache, Cache) else None
     images = isinstance(ids, torch.Tensor) and bool((ids == image_token_id).any())
     # Without images on a filled cache, a placeholder is a generated word.
     images &= brings_images(given) or cache is None or cache.get_seq_length() == 0

@@ -56,7 +56,7 @@ class Family:
 
 Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
 
-_OWN_GENERATE = "its own generate starts the text model's generate, which is called without placeholders"
+_OWN_GENERATE = "its own generate runs the text model alone, on embeddings with the images merged in"
 _ONE_MODULE = "one module embeds the images and runs the layers: no text decoder is called with embeddings"
 _FOUR_STREAMS = (
     "its layers predict and correct four streams of hidden states (AltUp); Skip-FFN is defined for one, to "

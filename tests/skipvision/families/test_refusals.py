@@ -98,7 +98,7 @@ def test_caches_of_fixed_size_are_named(family, cache):
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("blip-2", "its own generate starts the text model"),
+        ("blip-2", "its own generate runs the text model alone"),
         ("chameleon", "one module embeds the images and runs the layers"),
         ("inkling_mm_model", "attention counts distances between entries of the cache"),
     ],
