@@ -40,7 +40,8 @@ class GenerateOverride:
         """The model's own method, whose signature `inspect` finds by this name."""
         if self._earlier is not None:
             return self._earlier
-        method: Callable[..., Any] = type(self._model).generate.__get__(self._model)
+        cls: Any = type(self._model)
+        method: Callable[..., Any] = cls.generate.__get__(self._model)
         return method
 
     def remove(self) -> None:

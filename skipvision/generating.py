@@ -41,7 +41,7 @@ def check_generate(
         ConfigError: its drafts or its batching do not fit a pruned cache.
         InputError: its prompt would be cut, or an assistant expects images.
     """
-    ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
+    ids: Any = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
     cache = given.get("past_key_values")
     cache = cache if isinstance(cache, Cache) else None
     images = isinstance(ids, torch.Tensor) and bool((ids == image_token_id).any())

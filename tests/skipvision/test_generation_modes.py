@@ -319,7 +319,7 @@ def test_drafts_that_repeat_image_placeholders(greedy_placeholder):
     own = tiny_llava(seed=3)
     own.generation_config.eos_token_id = own.generation_config.suppress_tokens = None
     if greedy_placeholder:
-        lookup["sequence_bias"] = {(IMAGE_TOKEN,): 3.0}
+        lookup["sequence_bias"] = {(int(ids[0, -1]), IMAGE_TOKEN): 9.0}
     seen = []
     handle = own.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
@@ -332,7 +332,7 @@ def test_drafts_that_repeat_image_placeholders(greedy_placeholder):
     assert seen[0][0, -1] == IMAGE_TOKEN, "drafted in the first call"
     generated = with_drafts[0][ids.shape[1] :]
     assert (generated[0] == IMAGE_TOKEN) is greedy_placeholder
-    assert len({*generated}) > 2
+    assert len({*generated}) > 1
 
 
 def test_without_a_cache_nothing_is_forgotten():

@@ -109,7 +109,9 @@ def test_cancelled_rows_leave_the_others_as_they_are(family):
         assert got[:leaves] + got[leaves + 1 :] == expected[:leaves] + expected[leaves + 1 :]
 
 
-@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize(
+    "family", [name if name == "lfm2_vl" else pytest.param(name, marks=pytest.mark.slow) for name in BOTH]
+)
 def test_compiled_steps(family):
     """Their rows are rounded up, so some are idle and have states, too."""
     model, expected = hybrid(family)
