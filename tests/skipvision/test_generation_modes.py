@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
+    cache_utils,
 )
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
@@ -28,12 +30,13 @@ from transformers.generation.streamers import BaseStreamer
 from skipvision import ConfigError, InputError, SkipConfig, UnsupportedModelError, attach
 from skipvision.testing.families import tiny_batch, tiny_model
 from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
-from tests.skipvision.family_table import LEFT_OUT
+from tests.skipvision.family_table import LEFT_OUT, VERSION, since_5_18
 
 CONFIG = SkipConfig(retained=4, skipped=5)
 NEW = 12
 SAME = "same tokens"
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from GPUs only")
+FP8 = pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8")
 FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 
 
@@ -159,6 +162,10 @@ MODES = {
     "force_words_ids": (MOVED, lambda: {"num_beams": 2, "force_words_ids": [[7]]}),
     "constraints": (MOVED, lambda: {"num_beams": 2, "constraints": [object()]}),
 }
+BUILT = ("an assistant of gemma4", "QuantizedCache")
+"""Modes whose arguments not every version can build."""
+MARKS = {"assistant_tokenizer": since_5_18, "QuantizedCache": FP8}
+"""Older versions hand images to an assistant that cannot take them, or have no such cache."""
 ELSEWHERE = {"use_mtp": SAME, 'speculation_type="dflash"': SAME}
 """Modes that some families have, which tests below show."""
 
@@ -224,7 +231,7 @@ def no_work():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=GPU if "offload" in name and expected == SAME else ())
+        pytest.param(name, marks=MARKS.get(name, GPU if "offload" in name and expected == SAME else ()))
         for name, (expected, _) in MODES.items()
     ],
 )
@@ -248,7 +255,9 @@ def test_a_mode_gives_the_same_tokens_or_is_refused(name):
 @torch.no_grad()
 @pytest.mark.parametrize("select", ["similarity", "attention"])
 def test_a_call_with_another_cache_is_refused_before_its_images_are_encoded(select):
-    caches = StaticCache(config=text_config(), max_cache_len=64), QuantizedCache("fp8", text_config())
+    caches = [StaticCache(config=text_config(), max_cache_len=64)]
+    if not FP8.args[0]:
+        caches.append(QuantizedCache("fp8", text_config()))
     config = CONFIG.model_copy(update={"select": select})
     everything = SkipConfig(retained=16, skipped=0, select=select, summary_tokens=0)
     for each in caches:
@@ -294,8 +303,8 @@ def test_the_page_lists_these_modes_and_no_others():
 
 
 def test_everything_that_generate_takes_is_a_mode_or_none():
-    options = {option for name, (_, made) in MODES.items() if "gemma4" not in name for option in made()}
-    options |= {name.partition("=")[0] for name in ELSEWHERE}
+    options = {option for name, (_, made) in MODES.items() if name not in BUILT for option in made()}
+    options |= {"assistant_model", "past_key_values", *(name.partition("=")[0] for name in ELSEWHERE)}
     others = {name for names in NO_MODES.values() for name in names.split()}
     assert not options & others - {"num_beams", "top_k", "diversity_penalty", "cache_config", "tokenizer"}
     taken = FIELDS | inspect.signature(GenerationMixin.generate).parameters.keys()
@@ -360,7 +369,10 @@ def test_drafts_in_families_with_other_caches(family):
             assert tokens(batch, drafting, **lookup) == tokens(batch, drafting)
 
 
-DRAFTERS = {"muse_glimmer": "muse_glimmer_assistant" in CONFIG_MAPPING, "step3p7": "use_mtp" in FIELDS}
+DRAFTERS = {
+    "muse_glimmer": "muse_glimmer_assistant" in CONFIG_MAPPING,
+    "step3p7": Version("5.23") <= VERSION,  # older ones cannot draft for it
+}
 """Families with drafters of their own, and whether the installed transformers has them."""
 
 
