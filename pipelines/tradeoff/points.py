@@ -31,6 +31,22 @@ from pipelines.tradeoff.pixels import ImageSizes
 from skipvision.baselines import BASELINES, at_cost
 from skipvision.errors import ConfigError
 
+_FIRST_FIELDS = (
+    *(
+        "retained",
+        "skipped",
+        "select",
+        "merge",
+        "summary_tokens",
+        "skip_ffn",
+        "skip_kv",
+        "positions",
+        "layout",
+    ),
+    *("probe_layer", "seed"),
+)
+"""The fields of SkipConfig when points were first named."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -63,7 +79,7 @@ class Point:
     def digest(self, evaluation: str, adapter: str | None, seed: int) -> str:
         """Name the answers under one seed, given digests of the evaluation and of the adapter."""
         skip = self.under(seed)
-        named: list[Any] = [evaluation, adapter, None if skip is None else skip.model_dump()]
+        named: list[Any] = [evaluation, adapter, None if skip is None else _named(skip)]
         named += [] if self.side is None else [self.side]
         return sha256(json.dumps(named).encode()).hexdigest()[:16]
 
@@ -148,6 +164,16 @@ def _smaller_images(
             yield point(method, side, fraction)
     for side in config.pixel_sides:
         yield point(PIXELS, side, None)
+
+
+def _named(skip: sv.SkipConfig) -> dict[str, Any]:
+    """Return the fields that name a SkipConfig: a later field only if it is set, so that names last."""
+    fields = sv.SkipConfig.model_fields
+    return {
+        name: value
+        for name, value in skip.model_dump().items()
+        if name in _FIRST_FIELDS or value != fields[name].default
+    }
 
 
 def skip_vision_shape(adapter: AdapterSection) -> sv.SkipConfig:

@@ -28,6 +28,7 @@ from pipelines.tradeoff.points import Point, points
 from pipelines.tradeoff.report import curves
 from pipelines.tradeoff.results import PointResult
 from pipelines.tradeoff.timing import Seconds
+from skipvision.baselines import BASELINES
 from skipvision.errors import AdapterError, ConfigError
 
 SKIP = sv.SkipConfig(retained=0.25, skipped=0.25, select="norm", summary_tokens=2)
@@ -247,6 +248,15 @@ def test_the_figure_names_every_line_and_draws_each_reference():
         assert line.get_ydata()[0] == pytest.approx(90)
     titles = [panel.get_title(loc="left") for panel in panels]
     assert titles == ["a long label of the first adapter", "", "second", ""]
+
+
+def test_answers_keep_their_names_when_skip_config_gains_a_field(monkeypatch):
+    """The name is that of a file of answers before SkipConfig had any later field."""
+    point = Point("a", (None,), "norm", BASELINES["norm"].model_copy(update={"retained": 64}))
+    assert point.digest("evaluation", None, 0) == "5d828653043b4b6c"
+    monkeypatch.setattr("pipelines.tradeoff.points._FIRST_FIELDS", ("retained", "skipped"))
+    other = Point("a", (None,), "norm", point.skip.model_copy(update={"summary_tokens": 1}))
+    assert other.digest("evaluation", None, 0) != point.digest("evaluation", None, 0)
 
 
 def test_the_difficult_point_is_added_if_no_budget_has_it(given, tiny_model):
