@@ -15,13 +15,17 @@ from skipvision.engine.states import StateLayer
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.cases import train_summary
 from tests.skipvision.engine.requests_for_tests import F64, drain, ids_of
-from tests.skipvision.family_table import LEFT_OUT, SUPPORTED
+from tests.skipvision.family_table import ALL_SUPPORTED, LEFT_OUT
 from tests.skipvision.family_table import ROWS as TABLE_ROWS
 
 CONFIG = SkipConfig(retained=0.3, skipped=0.3)
 ROWS = [[3, "image", 4], [5], [2, "image", 1], [7, "image", 2]]
 TOKENS = 8
-HYBRIDS = [name for name in SUPPORTED if {"conv", "linear"} & {*TABLE_ROWS[name].split(" | ")[5].split(", ")}]
+HYBRIDS = [
+    name
+    for name in ALL_SUPPORTED
+    if name not in LEFT_OUT and {"conv", "linear"} & {*TABLE_ROWS[name].split(" | ")[5].split(", ")}
+]
 SAMPLE = [name for name in ("qwen3_5", "lfm2_vl", "nemotron_h_omni") if name not in LEFT_OUT]
 BOTH = SAMPLE[:2]
 
