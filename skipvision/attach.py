@@ -15,7 +15,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from skipvision._compat import EncoderOverride, forget_encoded, override_encoders, takes_encoded
+from skipvision._compat import (
+    EncoderOverride,
+    decoder_cache_layers,
+    forget_encoded,
+    override_encoders,
+    takes_encoded,
+)
 from skipvision._compat_generation import GenerateOverride
 from skipvision.anatomy.checks import check_adapters, check_in_memory, check_unsharded
 from skipvision.anatomy.families import Anatomy, Layer, dissect
@@ -183,8 +189,8 @@ class Attachment:
             keep(anatomy.outer.register_forward_hook(forget_encoded, always_call=True))
         keep(anatomy.decoder.register_forward_pre_hook(reduction.reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(reduction.restore, with_kwargs=True))
-        for layer in anatomy.layers:
-            self._handles += hook_layer(layer.whole, layer.attention, layer.mlp)
+        for number, layer in enumerate(anatomy.layers):
+            self._handles += hook_layer(number, layer.whole, layer.attention, layer.mlp)
             self._handles += hook_block_indexer(layer.attention)
         self._handles += self._tower_hooks()
 
@@ -246,6 +252,11 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
         raise ConfigError(
             f"probe_layer={config.probe_layer}, but the decoder has layers 0 … {len(anatomy.layers) - 1}"
         )
+    last = len(anatomy.layers) - 1
+    if config.skip_layers != "all" and config.skip_layers[-1] > last:
+        raise ConfigError(f"skip_layers={[*config.skip_layers]}, but the decoder has layers 0 … {last}")
+    if config.drop_after is not None:
+        _check_drop(anatomy, config.drop_after)
     criterion, outer = config.criterion, type(anatomy.outer).__name__
     if criterion.reads == "views" and anatomy.family.base_view is None:
         raise ConfigError(
@@ -259,6 +270,30 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
                 f"{method.setting} needs a family whose visual tokens are patches of one square image; "
                 f"those of {outer} are not known to be (docs/families.md)"
             )
+
+
+def _check_drop(anatomy: Anatomy, after: int) -> None:
+    """Raise an error unless the layers after one layer can lack tokens."""
+    last = len(anatomy.layers) - 1
+    if after >= last:
+        raise ConfigError(
+            f"drop_after={after}, but the decoder has layers 0 … {last}: name one that has a layer after it"
+        )
+    kinds = [type(layer) for layer in decoder_cache_layers(anatomy.text_config)]
+    others = sorted({kind.__name__ for kind in kinds} - {"DynamicLayer", "DynamicSlidingWindowLayer"})
+    if others or not all(layer.attends for layer in anatomy.layers):
+        raise UnsupportedModelError(
+            f"drop_after={after}: {type(anatomy.decoder).__name__} has layers that keep something else than "
+            f"keys and values of their own ({', '.join(others) or 'no attention'}), whose tokens cannot be "
+            "left out: set drop_after to null",
+            "layers without keys and values of their own",
+        )
+    sight = Sight.of(anatomy.decoder)
+    if not sight.takes_masks:
+        raise ConfigError(
+            f"drop_after={after} needs attention that takes a mask per query, not {sight.implementation!r}: "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
 
 
 def _check_probe(probe: Probe, anatomy: Anatomy, number: int) -> None:

@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from skipvision.errors import ConfigError
 from skipvision.files import check_regular
@@ -25,6 +34,16 @@ MergeName = Annotated[str, MERGES]
 Count = Annotated[int, Strict(), Field(ge=0)]
 Switch = Annotated[bool, Strict()]
 Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
+
+
+def _in_order(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers:
+        raise ValueError("name at least one layer (skip_ffn=False bypasses no FFN)")
+    return tuple(sorted({*layers}))
+
+
+Layers = Annotated[tuple[Count, ...], AfterValidator(_in_order), PlainSerializer(list, return_type=list[int])]
+"""Numbers of decoder layers, in order."""
 
 
 class SkipConfig(BaseModel):
@@ -54,7 +73,17 @@ class SkipConfig(BaseModel):
         1, le=1024, description="summary tokens K per group (retained, skipped); 0 = none"
     )
     skip_ffn: Switch = Field(True, description="skipped tokens bypass the feed-forward networks")
+    skip_layers: Literal["all"] | Layers = Field(
+        "all",
+        description="decoder layers (from 0) whose feed-forward network skipped tokens bypass: all, or a "
+        "list such as [2, 3]; they enter those of the others",
+    )
     skip_kv: Switch = Field(True, description="skipped tokens leave the KV cache after prefill")
+    drop_after: Count | None = Field(
+        None,
+        description="decoder layer (from 0) after which no visual token but the summaries is left, in the "
+        "sequence and in the KV caches of later layers; null = all are",
+    )
     positions: Literal["original", "contiguous"] = Field(
         "original", description="kept tokens keep their position ids, or are numbered without gaps"
     )
@@ -103,7 +132,7 @@ class SkipConfig(BaseModel):
     def is_full(self) -> bool:
         """Whether the configuration leaves every image unchanged, as `full` does."""
         everything = isinstance(self.retained, float) and self.retained == 1.0
-        return everything and not self.summary_tokens
+        return everything and not self.summary_tokens and self.drop_after is None
 
     @property
     def criterion(self) -> Criterion:
@@ -126,7 +155,7 @@ class SkipConfig(BaseModel):
         return Counts(retained, skipped, self.summary_tokens * ((retained > 0) + (skipped > 0)))
 
     def cached(self, tokens: int) -> int:
-        """Tokens of such an image that stay in the KV cache after prefill."""
+        """Tokens of such an image in the KV cache after prefill, of layers up to ``drop_after``."""
         counts = self.counts(tokens)
         return counts.total - counts.skipped * self.skip_kv
 

@@ -8,8 +8,7 @@ any number of generations can be interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache as remember_results
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -28,10 +27,11 @@ from skipvision.anatomy.cache_layers import (
     entries_of,
     holds_entries,
     keeps_first_call,
-    kind_of,
     set_entries,
     without_padding,
 )
+from skipvision.anatomy.pruned_layers import PrunedLayer, RowsLayer
+from skipvision.drop import DroppedCall
 from skipvision.errors import InputError, UnsupportedModelError
 
 _STATE = "_skip_vision_state"
@@ -45,86 +45,9 @@ class SettledCache(Cache):
         """(B, 1) index among the entries of its row of each token of the current call."""
         raise NotImplementedError
 
-
-class _PrunedLayer(DynamicLayer):
-    """A layer of a pruned cache. ``reset`` empties it; before transformers 5.18 that would set it to zero.
-
-    Attributes:
-        base: the kind of layer that it was.
-    """
-
-    base: type[DynamicLayer] = DynamicLayer
-
-    @classmethod
-    def of(cls, layer: DynamicLayer) -> Self:
-        """Replace a layer of any kind, with its contents."""
-        own = _restored(cls.role(), kind_of(layer))
-        vars(own).update(vars(layer))
-        return own
-
-    @classmethod
-    def role(cls) -> type[_PrunedLayer]:
-        """Return the class that says what is tracked, whatever the kind of layer."""
-        return next(each for each in cls.__mro__ if each in (_RowsLayer, _PrunedLayer))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.role(), self.base), vars(self)
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
-        super().reset()
-
-
-class _RowsLayer(_PrunedLayer):
-    """First attention layer of a pruned cache: tracks the prefill row that each of its rows comes from.
-
-    Attributes:
-        origin: (B,) row of the prefill; None while the rows are those of the prefill.
-    """
-
-    origin: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, layer: DynamicLayer) -> Self:
-        own = super().of(layer)
-        own.origin = None
-        return own
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.origin = self._origin()[beam_idx.to(self.device)]
-        super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.origin = self._origin().repeat_interleave(repeats)
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.origin = self._origin()[indices.to(self.device)]
-        super().batch_select_indices(indices)
-
-    def reset(self) -> None:
-        self.origin = None
-        super().reset()
-
-    def _origin(self) -> torch.Tensor:
-        rows = 0 if self.keys is None else len(self.keys)
-        return torch.arange(rows, device=self.device) if self.origin is None else self.origin
-
-
-@remember_results
-def _based(role: type[_PrunedLayer], base: type[DynamicLayer]) -> type[_PrunedLayer]:
-    """Return the class of pruned layers of a kind."""
-    if base is DynamicLayer:
-        return role
-    # With a `_layer_type`, transformers would register it in place of the kind.
-    return type(role.__name__, (role, base), {"base": base, "_layer_type": None})
-
-
-def _restored(role: type[_PrunedLayer], base: type[DynamicLayer]) -> Any:
-    """Return an empty pruned layer; its contents are copied to it afterwards, as pickling does too."""
-    kind = _based(role, base)
-    return kind.__new__(kind)
+    def dropped_call(self) -> DroppedCall | None:
+        """Return how later layers run the current call if they lack entries; None = they lack none."""
+        return None
 
 
 class Entries(NamedTuple):
@@ -155,6 +78,31 @@ class Entries(NamedTuple):
         setattr(cache, _ENTRIES, self)
 
 
+class LaterEntries(NamedTuple):
+    """The entries of the layers after one layer that lack some: M of the C that the layers before have.
+
+    Attributes:
+        after: the last layer that lacks none.
+        among: (B, M) index of each entry among those C; meaningless at padding.
+        mask: (B, M) real entries.
+    """
+
+    after: int
+    among: torch.Tensor
+    mask: torch.Tensor
+
+    def extended(self, cached: int, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, M + n) index and mask with the entries that came later, as `mask` (B, C + n) has them.
+
+        Args:
+            cached: C.
+            mask: real entries of the layers before.
+        """
+        rows, entries = mask.shape
+        new = torch.arange(cached, entries, device=mask.device).expand(rows, -1)
+        return torch.cat([self.among, new], dim=1), torch.cat([self.mask, mask[:, cached:]], dim=1)
+
+
 @dataclass(frozen=True, eq=False)
 class CacheState:
     """How a pruned cache differs from the caller's sequence.
@@ -169,6 +117,7 @@ class CacheState:
         fed: (B,) tokens that each row had been fed.
         first: (B,) tokens that each row was fed in the cache's first call, which some layers never forget;
             None if all of its entries so far are of that call.
+        later: the entries of the layers that lack some; None = no layer does.
     """
 
     mask: torch.Tensor
@@ -178,6 +127,7 @@ class CacheState:
     token_index: torch.Tensor
     fed: torch.Tensor
     first: torch.Tensor | None = None
+    later: LaterEntries | None = None
 
     @staticmethod
     def of(cache: Cache | None) -> CacheState | None:
@@ -191,7 +141,7 @@ class CacheState:
             state = state._cropped(lost)
             setattr(cache, _STATE, state)
         first = cache.layers[_first_with_entries(cache)]
-        if not isinstance(first, _RowsLayer) or first.origin is None:
+        if not isinstance(first, RowsLayer) or first.origin is None:
             return state
         return state._of_rows(first.origin)
 
@@ -201,7 +151,7 @@ class CacheState:
         first = _first_with_entries(cache)
         for number, layer in enumerate(cache.layers):
             if isinstance(layer, DynamicLayer):
-                cache.layers[number] = (_RowsLayer if number == first else _PrunedLayer).of(layer)
+                cache.layers[number] = (RowsLayer if number == first else PrunedLayer).of(layer)
 
     def _cropped(self, lost: int) -> CacheState:
         """Return the state without its last entries, as `generate` drops the tokens of a wrong draft."""
@@ -220,6 +170,7 @@ class CacheState:
             self.token_index[:, :-lost],
             self.fed - lost,
             self.first,
+            self.later and LaterEntries(self.later.after, *(each[:, :-lost] for each in self.later[1:])),
         )
 
     def _of_rows(self, origin: torch.Tensor) -> CacheState:
@@ -232,6 +183,7 @@ class CacheState:
             self.token_index[at],
             self.fed[at],
             None if self.first is None else self.first[at],
+            self.later and LaterEntries(self.later.after, *(each[at] for each in self.later[1:])),
         )
 
     def extended_mask(self, cached: int, new: int, caller_mask: torch.Tensor | None) -> torch.Tensor:
@@ -327,12 +279,15 @@ def prunable_layers(cache: Cache) -> list[DynamicLayer]:
     return layers
 
 
-def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compact(
+    cache: Cache, keep: torch.Tensor, layers: slice = slice(None)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Drop entries from every layer, row by row, and free their memory.
 
     Args:
         cache: keys and values of shape (B, heads, S, D) per layer.
         keep: (B, S) entries that stay.
+        layers: of these layers alone, among those that have entries.
 
     Returns:
         (B, C) mask of the compacted cache's real entries, and the (B, C) index of each in the cache before. C
@@ -345,11 +300,33 @@ def compact(cache: Cache, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     # A stable sort moves the entries that leave to the front and keeps the order of the others.
     index = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - longest :]
     real = torch.arange(longest, device=keep.device) >= (longest - counts)[:, None]
-    for layer in prunable_layers(cache):
+    for layer in prunable_layers(cache)[layers]:
         entries = entries_of(layer)
         taken = {n: take_entries(states, index.to(states.device)) for n, states in entries.items()}
         set_entries(layer, without_padding(taken, real))
     return real, index
+
+
+def compact_later(
+    cache: Cache, later: LaterEntries, keep: torch.Tensor, kept: torch.Tensor, index: torch.Tensor
+) -> LaterEntries:
+    """Drop entries from the layers that lack some, after those before were compacted.
+
+    Args:
+        cache: as in `compact`.
+        later: entries of these layers, by their index among S.
+        keep: (B, M) those that stay, all of which the layers before keep, too.
+        kept: (B, C) real entries of the layers before, and
+        index: (B, C) the index of each among S, both as `compact` returned them.
+    """
+    real, chosen = compact(cache, keep, slice(later.after + 1, None))
+    # The place among C of each of the S entries.
+    order = torch.arange(kept.shape[1], device=index.device).expand_as(index).masked_fill(~kept, 0)
+    span = 1 + max(int(later.among.amax()), int(index.amax()))
+    place = torch.zeros(len(index), span, dtype=torch.long, device=index.device)
+    place.scatter_reduce_(1, index, order, "amax")
+    moved = torch.take_along_dim(place, torch.take_along_dim(later.among, chosen, dim=1), dim=1)
+    return LaterEntries(later.after, moved, real)
 
 
 def take_entries(states: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,13 +6,14 @@ elements is `_GONE`. Sorting a row by key and padding it yields the reduced row,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from skipvision.anatomy.images import Images
 from skipvision.config import SkipConfig
-from skipvision.plan import TokenPlan, TokenRole
+from skipvision.plan import Drop, TokenPlan, TokenRole
 
 _GONE = torch.iinfo(torch.long).max
 
@@ -54,7 +55,7 @@ def lay_out(
     reduced, kept = _sorted_rows(elements, attention_mask)
     real = reduced.roles != TokenRole.PADDING
     full_path = real & (reduced.roles != TokenRole.SKIPPED)
-    return TokenPlan(
+    plan = TokenPlan(
         roles=reduced.roles.to(torch.uint8),
         source=reduced.source,
         merged_into=_merged_into(reduced.source, lands_at),
@@ -66,7 +67,12 @@ def lay_out(
         removed=attention_mask.sum(dim=1) - kept,
         images=len(images.sizes),
         summary_tokens=config.summary_tokens,
+        skip_layers=None if config.skip_layers == "all" else config.skip_layers,
     )
+    if config.drop_after is None:
+        return plan
+    drop = Drop.of(plan, config.drop_after, pads_right=_pads_right(attention_mask))
+    return replace(plan, drop=drop)
 
 
 def _landing(images: Images, attention_mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -166,8 +172,7 @@ def _sorted_rows(elements: _Elements, attention_mask: torch.Tensor) -> tuple[_El
     order = elements.key.argsort(dim=1, stable=True)
     kept = (elements.key != _GONE).sum(dim=1)
     length = int(kept.max())
-    pads_right = not bool(attention_mask[:, -1].all())
-    padding = torch.zeros_like(kept) if pads_right else length - kept
+    padding = torch.zeros_like(kept) if _pads_right(attention_mask) else length - kept
     slot = torch.arange(length, device=order.device) - padding[:, None]
     used = (slot >= 0) & (slot < kept[:, None])
     chosen = torch.take_along_dim(order, slot.clamp(min=0), dim=1)
@@ -176,6 +181,10 @@ def _sorted_rows(elements: _Elements, attention_mask: torch.Tensor) -> tuple[_El
         for values, padded in zip(elements, _PADDING, strict=True)
     )
     return _Elements(*rows), kept
+
+
+def _pads_right(attention_mask: torch.Tensor) -> bool:
+    return not bool(attention_mask[:, -1].all())
 
 
 def _merged_into(source: torch.Tensor, lands_at: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,10 @@ class TokenRole(IntEnum):
     """Fills a row up to the batch's length and is masked in every layer."""
 
 
+PLAN_KEYWORD = "skip_vision_plan"
+"""Name under which the plan travels through the decoder's keyword arguments."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenPlan:
     """How a batch of B rows is reduced from T tokens per row, the caller's, to L.
@@ -34,7 +38,7 @@ class TokenPlan:
         roles: (B, L) `TokenRole` of every reduced token, as uint8.
         source: (B, L) caller position each token came from; −1 for SUMMARY and PADDING.
         merged_into: (B, T) reduced index that each caller position ends in; −1 if dropped or padding.
-        ffn_mask: (B, L) tokens that enter the feed-forward networks.
+        ffn_mask: (B, L) tokens that enter the feed-forward networks of ``skip_layers``.
         cache_mask: (B, L) tokens whose keys and values stay in the cache after prefill.
         position_source: (B, L) caller position whose position id the token takes: its own, or the last of
             its group for a summary token; −1 for PADDING.
@@ -45,6 +49,9 @@ class TokenPlan:
         removed: (B,) tokens that each row lost (negative if summaries made it longer).
         images: number of images in the batch.
         summary_tokens: K, summary tokens per group.
+        skip_layers: layers whose feed-forward networks apply ``ffn_mask``; every token enters those of the
+            others. None = all.
+        drop: what the layers after ``SkipConfig.drop_after`` keep; None = everything.
     """
 
     roles: torch.Tensor
@@ -58,6 +65,8 @@ class TokenPlan:
     removed: torch.Tensor
     images: int
     summary_tokens: int
+    skip_layers: tuple[int, ...] | None = None
+    drop: Drop | None = None
 
     def __repr__(self) -> str:
         caller, reduced = tuple(self.merged_into.shape), tuple(self.roles.shape)
@@ -73,7 +82,8 @@ class TokenPlan:
     def is_identity(self) -> bool:
         """Whether the reduced sequence is the caller's, with every token on the full path."""
         return (
-            self.source.shape == self.merged_into.shape
+            self.drop is None
+            and self.source.shape == self.merged_into.shape
             and bool((self.source == self.merged_into).all())
             and bool((self.ffn_mask == self.attention_mask).all())
             and bool((self.cache_mask == self.attention_mask).all())
@@ -91,6 +101,15 @@ class TokenPlan:
         counts = torch.zeros_like(self.source)
         return counts.scatter_add_(1, into.clamp(min=0), (into >= 0).to(counts.dtype))
 
+    def at_layer(self, number: int) -> TokenPlan:
+        """Return the plan of one decoder layer: after ``drop_after``, only what is left."""
+        return self if self.drop is None or number <= self.drop.after else self.drop.plan
+
+    @property
+    def last(self) -> TokenPlan:
+        """The plan of the decoder's last layer."""
+        return self if self.drop is None else self.drop.plan
+
     def count(self, role: TokenRole) -> torch.Tensor:
         """(B,) number of tokens of one role in each row."""
         return (self.roles == role).sum(dim=1)
@@ -102,6 +121,53 @@ class TokenPlan:
     def to_caller(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, L, H) → (B, T, H): each caller position takes the state of the token it was merged into."""
         return self.gather(hidden, self.merged_into)
+
+
+@dataclass(frozen=True, eq=False)
+class Drop:
+    """The layers after one layer, in which no visual token but the summaries is left: M of L tokens.
+
+    Attributes:
+        after: the last layer with all tokens.
+        index: (B, M) index in the reduced sequence of each token that is left; meaningless at PADDING.
+        plan: of the layers after it, (B, T) → (B, M). No token is RETAINED or SKIPPED.
+    """
+
+    after: int
+    index: torch.Tensor
+    plan: TokenPlan
+
+    @classmethod
+    def of(cls, plan: TokenPlan, after: int, *, pads_right: bool) -> Drop:
+        """Leave out a plan's visual tokens after a layer."""
+        stays = (plan.roles == TokenRole.TEXT) | (plan.roles == TokenRole.SUMMARY)
+        counts = stays.sum(dim=1)
+        length = int(counts.max())
+        # A stable sort keeps the order of those that stay.
+        order = stays.to(torch.uint8).argsort(dim=1, stable=True, descending=pads_right)
+        index = order[:, :length] if pads_right else order[:, stays.shape[1] - length :]
+        real = torch.take_along_dim(stays, index, dim=1)
+
+        def taken(values: torch.Tensor, padding: int) -> torch.Tensor:
+            return torch.take_along_dim(values, index, dim=1).masked_fill(~real, padding)
+
+        columns = torch.arange(length, device=index.device).expand_as(index).masked_fill(~real, -1)
+        place = torch.full(stays.shape, -1, device=index.device).scatter_(1, index, columns)
+        into = plan.merged_into
+        left = TokenPlan(
+            roles=taken(plan.roles, TokenRole.PADDING),
+            source=taken(plan.source, -1),
+            merged_into=torch.take_along_dim(place, into.clamp(min=0), dim=1).masked_fill(into < 0, -1),
+            ffn_mask=real,
+            cache_mask=real,
+            position_source=taken(plan.position_source, -1),
+            summary_slot=taken(plan.summary_slot, -1),
+            group=taken(plan.group, -1),
+            removed=plan.removed + plan.attention_mask.sum(dim=1) - counts,
+            images=plan.images,
+            summary_tokens=plan.summary_tokens,
+        )
+        return cls(after, index, left)
 
 
 def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ One call passes them in this order::
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +19,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from skipvision._compat import hand_over_encoded
-from skipvision.anatomy import masks, positions
-from skipvision.anatomy.cache_layers import first_call_of
+from skipvision.anatomy import positions
 from skipvision.anatomy.checks import (
     DECODED_KEYWORD,
-    check_mask,
     check_probing,
     decoded_mask,
     refuse_decoded_images,
@@ -33,20 +30,30 @@ from skipvision.anatomy.checks import (
     warn_of_learnt_placeholders,
     warn_of_plain_training,
 )
-from skipvision.anatomy.deepstack import DeepStack, with_first_features
+from skipvision.anatomy.deepstack import with_first_features
 from skipvision.anatomy.encoding import encode
 from skipvision.anatomy.families import Anatomy
 from skipvision.anatomy.images import Images
 from skipvision.anatomy.probe import EarlyRun
 from skipvision.arrival import ARRIVAL, Arrival, announce, check_cache, find_placeholders
 from skipvision.config import SkipConfig
+from skipvision.decoder_call import DecoderCall, Fed, earlier_of_later_layers
+from skipvision.determinantal import relevance
 from skipvision.drafts import DRAFTS, embed_drafts, note_drafts
+from skipvision.drop import DROP_KEYWORD
 from skipvision.errors import InputError, UnsupportedModelError
-from skipvision.kv_cache import CacheState, Entries, compact, keep_everything
-from skipvision.merge import merge_tokens
-from skipvision.plan import TokenPlan
+from skipvision.kv_cache import (
+    CacheState,
+    Entries,
+    LaterEntries,
+    SettledCache,
+    compact,
+    compact_later,
+    keep_everything,
+)
+from skipvision.plan import PLAN_KEYWORD, Drop, TokenPlan
 from skipvision.planning import checked_reading, make_plan
-from skipvision.skip_ffn import PLAN_KEYWORD, forget_plan, reached_layers
+from skipvision.skip_ffn import forget_plan, reached_layers
 from skipvision.summaries import SUMMARY, summary_in_use
 from skipvision.tokens import VisualTokens
 
@@ -114,7 +121,7 @@ class Reduction:
         decoded = decoded_mask(kwargs.pop(DECODED_KEYWORD, None), kwargs.get("inputs_embeds"))
         drafts = kwargs.pop(DRAFTS, None)
         if arrival is None:
-            return args, self._without_images(decoder, kwargs)
+            return args, _on_settled_cache(self._without_images(decoder, kwargs))
         if "inputs_embeds" not in kwargs:
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} was not called with inputs_embeds: there is nothing to reduce"
@@ -126,7 +133,7 @@ class Reduction:
             # Later drafts are checked on the pruned cache, so these must not see skipped tokens either.
             decoded = torch.zeros_like(fed.mask)
             decoded[:, -drafts.shape[1] :] = True
-        call = _DecoderCall(
+        call = DecoderCall(
             decoder, with_first_features(decoder, kwargs), fed, decoded, drafting=drafts is not None
         )
         if arrival.images is None:
@@ -145,17 +152,17 @@ class Reduction:
         if PLAN_KEYWORD not in kwargs:
             return None
         plan: TokenPlan = kwargs[PLAN_KEYWORD]
-        if not reached_layers(plan):
+        if not reached_layers(plan.last):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} did not pass the plan on to its layers: Skip-Vision does not work "
                 "with this model"
             )
         forget_plan()
-        output.last_hidden_state = plan.to_caller(output.last_hidden_state)
+        output.last_hidden_state = plan.last.to_caller(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             # Only some layers' may be requested.
             output.hidden_states = tuple(
-                None if hidden is None else plan.to_caller(hidden) for hidden in output.hidden_states
+                None if hidden is None else _to_caller(plan, hidden) for hidden in output.hidden_states
             )
         cache = output.get("past_key_values")
         if cache is not None:
@@ -169,15 +176,28 @@ class Reduction:
             return kwargs
         return {**kwargs, "inputs_embeds": decoder.get_submodule(SUMMARY)(embeds, None)}
 
-    def _plan(self, call: _DecoderCall, images: Images, reading: torch.Tensor | None) -> TokenPlan:
+    def _plan(self, call: DecoderCall, images: Images, reading: torch.Tensor | None) -> TokenPlan:
         criterion = self.config.criterion
         if criterion.probe is not None:
             probed = self._anatomy.layers[: self.config.probe_layer + 1]
             check_probing([layer.whole for layer in probed], criterion.setting)
             run = EarlyRun(call.decoder, probed[-1], call.alone(), call.fed.mask, call.prompt)
             reading = images.take(checked_reading(criterion, criterion.probe.read(run), run.real))
+        elif criterion.reads == "prompt":
+            reading = images.take(self._relevance(call, images, criterion.setting))
         tokens = VisualTokens(images.take(call.kwargs["inputs_embeds"]), images.valid, reading)
         return make_plan(tokens, images, call.fed.mask, self.config)
+
+    @staticmethod
+    def _relevance(call: DecoderCall, images: Images, setting: str) -> torch.Tensor:
+        """(B, T) relevance of each token to the words of its row's prompt."""
+        words = call.prompt & ~images.everywhere(len(call.prompt))
+        if not bool(words.any(dim=1)[images.row].all()):
+            raise InputError(
+                f"{setting} compares images with the text of their prompt, and a row of this call has none: "
+                "add text to the prompt, or choose another select"
+            )
+        return relevance(call.kwargs["inputs_embeds"], words)
 
     def _prunable_cache(self, kwargs: dict[str, Any]) -> Any:
         """Return a prunable cache for the call: new, converted or as given."""
@@ -190,156 +210,16 @@ class Reduction:
         return cache
 
 
-@dataclass(frozen=True, eq=False)
-class Fed:
-    """The tokens that the rows of a decoder call have been fed: C cache entries, and T tokens of this call.
-
-    Attributes:
-        mask: (B, T) real tokens of this call.
-        earlier: (B, C) real entries of the cache.
-        token_index: (B, C + T) index of each among all tokens that its row was ever fed.
-        first: (B,) tokens of the cache's first call; None if this call is the first.
-    """
-
-    mask: torch.Tensor
-    earlier: torch.Tensor
-    token_index: torch.Tensor
-    first: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, kwargs: dict[str, Any], callers_mask: torch.Tensor | None) -> Fed:
-        """Read them from a decoder's keyword arguments and the caller's (B, C + T) mask."""
-        cache, embeds = kwargs.get("past_key_values"), kwargs["inputs_embeds"]
-        cached = check_mask(callers_mask, embeds.shape[:2], cache)
-        if callers_mask is None:
-            shape = len(embeds), cached + embeds.shape[1]
-            callers_mask = torch.ones(shape, dtype=torch.bool, device=embeds.device)
-        mask, earlier = callers_mask[:, cached:].bool(), callers_mask[:, :cached].bool()
-        state, whole = CacheState.of(cache), torch.cat([earlier, mask], dim=1)
-        if state is not None:
-            return cls(mask, earlier, state.extended_index(whole), state.first)
-        held = first_call_of(cache) if cached else None
-        first = None if held is None else earlier[:, :held].sum(dim=1)
-        return cls(mask, earlier, masks.token_indices(whole), first)
-
-    @property
-    def cached(self) -> int:
-        """C, entries of the cache."""
-        return self.earlier.shape[1]
-
-    @property
-    def whole(self) -> torch.Tensor:
-        """(B, C + T) real entries and tokens."""
-        return torch.cat([self.earlier, self.mask], dim=1)
+def _on_settled_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Let later layers run as the owner of the cache says."""
+    cache = kwargs.get("past_key_values")
+    call = cache.dropped_call() if isinstance(cache, SettledCache) else None
+    return kwargs if call is None else {**kwargs, DROP_KEYWORD: call}
 
 
-@dataclass(frozen=True, eq=False)
-class _DecoderCall:
-    """A call of the decoder with the caller's sequence, and the calls that replace it.
-
-    Attributes:
-        decoder: text decoder.
-        kwargs: its keyword arguments.
-        fed: tokens of the cache and of this call.
-        decoded: (B, T) generated tokens of a training call, or drafted ones; None otherwise.
-        drafting: whether they are drafts of assisted decoding.
-    """
-
-    decoder: nn.Module
-    kwargs: dict[str, Any]
-    fed: Fed
-    decoded: torch.Tensor | None
-    drafting: bool = False
-
-    @property
-    def prompt(self) -> torch.Tensor:
-        """(B, T) real tokens that are not generated."""
-        return self.fed.mask if self.decoded is None else self.fed.mask & ~self.decoded
-
-    def alone(self) -> dict[str, Any]:
-        """Keyword arguments for this call's tokens alone, whatever the cache holds."""
-        given = self.kwargs.get("attention_mask")
-        own = given if masks.is_per_query(given) and not self.fed.cached else self.fed.mask
-        return {**self.kwargs, "attention_mask": own}
-
-    def on_pruned_cache(self) -> dict[str, Any]:
-        """Keyword arguments of a call without images on a pruned cache: only the mask changes."""
-        given, embeds = self.kwargs.get("attention_mask"), self.kwargs["inputs_embeds"]
-        sight, fed = masks.Sight.of(self.decoder), self.fed
-        mask = masks.decode_mask(
-            sight, given, fed.whole, fed.token_index, embeds.shape[1], embeds.dtype, fed.first
-        )
-        return {**self.kwargs, "attention_mask": mask}
-
-    def reduced(self, plan: TokenPlan, config: SkipConfig, cache: Any) -> dict[str, Any]:
-        """Return keyword arguments for the reduced sequence.
-
-        Also record on the cache the entries that the unreduced call would leave.
-        """
-        # Computed here as an input of compiled layers, because its size depends on the data.
-        _ = plan.ffn_index
-        if self.decoded is not None and not self.drafting and config.skip_kv and cache is not None:
-            raise InputError(f"{DECODED_KEYWORD} is for training calls: pass use_cache=False and no cache")
-        embeds = merge_tokens(self.kwargs["inputs_embeds"], plan)
-        if config.summary_tokens:
-            embeds = self.decoder.get_submodule(SUMMARY)(embeds, plan)
-        return {
-            **self._per_token(plan),
-            "inputs_embeds": embeds,
-            "attention_mask": self._mask(plan, embeds.dtype, config),
-            "position_ids": self._positions(plan, config, cache),
-            "past_key_values": cache,
-            PLAN_KEYWORD: plan,
-        }
-
-    def _positions(self, plan: TokenPlan, config: SkipConfig, cache: Any) -> torch.Tensor:
-        fed, original = self.fed, config.positions == "original"
-        callers = positions.of_caller(self.kwargs.get("position_ids"), fed.mask, fed.cached)
-        reduced = positions.of_reduced(callers, plan, fed.mask, original=original)
-        if cache is not None:
-            shift = positions.ends(callers, fed.mask) - positions.ends(reduced, plan.attention_mask)
-            shift = torch.zeros_like(shift) if original else shift
-            following = positions.ends(callers, torch.ones_like(fed.mask)) - shift
-            Entries(fed.whole, fed.token_index, shift, following, fed.first).remember(cache)
-        return reduced
-
-    def _mask(self, plan: TokenPlan, dtype: torch.dtype, config: SkipConfig) -> masks.Given:
-        fed = self.fed
-        return masks.prefill_mask(
-            masks.Sight.of(self.decoder),
-            plan,
-            self.kwargs.get("attention_mask"),
-            fed.token_index[:, fed.cached :],
-            fed.earlier,
-            fed.token_index[:, : fed.cached],
-            dtype,
-            self.decoded if config.skip_kv and config.skipped else None,
-            fed.first,
-        )
-
-    def _per_token(self, plan: TokenPlan) -> dict[str, Any]:
-        """Return the keyword arguments with every per-token tensor cut down to the reduced tokens."""
-        rows, length = plan.merged_into.shape
-        source = plan.position_source.clamp(min=0)
-        taken = {
-            name: value[torch.arange(rows, device=source.device)[:, None], source]
-            for name, value in self.kwargs.items()
-            if isinstance(value, torch.Tensor) and value.shape[:2] == (rows, length)
-        }
-        return {**self.kwargs, **taken, **_deep_features(self.kwargs, plan)}
-
-
-def _deep_features(kwargs: dict[str, Any], plan: TokenPlan) -> dict[str, Any]:
-    """DeepStack: merge the visual features that layers add, as the visual tokens were merged."""
-    deep = DeepStack.of(kwargs)
-    if deep is None:
-        return {}
-    stays = (plan.source >= 0) & torch.take_along_dim(deep.visual, plan.source.clamp(min=0), dim=1)
-    merged = []
-    for layer in deep.features:
-        whole = layer.new_zeros(*deep.visual.shape, layer.shape[-1]).index_put((deep.visual,), layer)
-        merged.append(merge_tokens(whole, plan)[stays])
-    return DeepStack(stays, deep.layers, merged).arguments()
+def _to_caller(plan: TokenPlan, hidden: torch.Tensor) -> torch.Tensor:
+    """(B, L or M, H) → (B, T, H) of any layer."""
+    return (plan if hidden.shape[1] == plan.roles.shape[1] else plan.last).to_caller(hidden)
 
 
 def _prune(cache: Any, plan: TokenPlan) -> None:
@@ -355,8 +235,24 @@ def _prune(cache: Any, plan: TokenPlan) -> None:
         caller = state.caller_length + before - state.mask.shape[1]
         shift = shift + positions.of_axes(state.shift, len(shift))
     fed = token_index.masked_fill(~mask, -1).amax(dim=1) + 1
-    kept, index = compact(cache, keep)
+    later = None
+    if plan.drop is None:
+        kept, index = compact(cache, keep)
+    else:
+        kept, index, later = _prune_both(cache, keep, plan.drop, state, mask[:, :before])
     entries = torch.cat([token_index[:, :before], reduced_index], dim=1)
     kept_index = torch.take_along_dim(entries, index, dim=1)
     first = fed if first is None else first
-    CacheState(kept, caller + length, shift, following, kept_index, fed, first).remember(cache)
+    CacheState(kept, caller + length, shift, following, kept_index, fed, first, later).remember(cache)
+
+
+def _prune_both(
+    cache: Any, keep: torch.Tensor, drop: Drop, state: CacheState | None, earlier: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, LaterEntries]:
+    """Compact the layers that lack no tokens, and those that do."""
+    kept, index = compact(cache, keep, slice(drop.after + 1))
+    columns, real = earlier_of_later_layers(state, earlier)
+    entries = torch.cat([columns, drop.index + earlier.shape[1]], dim=1)
+    real = torch.cat([real, drop.plan.cache_mask], dim=1)
+    later = LaterEntries(drop.after, entries, real)
+    return kept, index, compact_later(cache, later, real, kept, index)

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from skipvision.anatomy.probe import Probe, check_attention, check_feed_forward, ffn_ratio, prompt_attention
+from skipvision.determinantal import by_relevance
 from skipvision.errors import ConfigError
 from skipvision.registry import Registry
 from skipvision.tokens import Counts, Flops, VisualTokens, no_products
 
 Score = Callable[[VisualTokens, torch.Tensor, int], torch.Tensor]
 """(tokens, (I,) retained counts, seed) → (I, N) scores."""
-Reads = Literal["features", "views", "tower", "decoder"]
+Reads = Literal["features", "views", "tower", "prompt", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ def register_criterion(
             ``SkipConfig.seed``.
         reads: what it scores by: "features" alone, or also ``tokens.reading``, which holds for "views" True
             at the tokens of the whole image's view, for "tower" the attention that each patch receives in the
-            vision tower, and for "decoder" what ``probe`` returns.
+            vision tower, for "prompt" the relevance of each token to the text, and for "decoder" what
+            ``probe`` returns.
         probe: reads the decoder's layer ``SkipConfig.probe_layer`` in an `EarlyRun` over the unreduced
             sequence and returns (B, T) values.
-        sees_prompt: scores depend on text after the image, so a plan holds for one prompt only.
+        sees_prompt: scores depend on text after the image, so a plan holds for one prompt only; always so
+            for "prompt".
         needs_patches: each visual token must be a patch of one square image.
         seeded: scores depend on the seed.
         flops: ``flops(N, counts, width)`` returns the FLOPs of ``score`` for one image of N tokens. The cost
@@ -92,6 +95,7 @@ def register_criterion(
             f"criterion {name!r} has reads={reads!r} and probe={probe!r}: reads is one of "
             f"{', '.join(get_args(Reads))}, and 'decoder' alone takes a probe"
         )
+    sees_prompt = sees_prompt or reads == "prompt"
     return CRITERIA.add(Criterion(name, score, reads, probe, sees_prompt, needs_patches, seeded, flops))
 
 
@@ -213,6 +217,7 @@ register_criterion(
     "attention", by_reading, reads="decoder", probe=Probe(prompt_attention, check_attention), sees_prompt=True
 )
 register_criterion("vision_attention", by_reading, reads="tower", needs_patches=True)
+register_criterion("relevance", by_relevance, reads="prompt", flops=_all_pairs)
 
 
 def top(scores: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

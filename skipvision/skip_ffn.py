@@ -20,10 +20,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from skipvision.plan import TokenPlan
-
-PLAN_KEYWORD = "skip_vision_plan"
-"""Name under which the plan travels through the decoder's keyword arguments."""
+from skipvision.drop import DROP_KEYWORD
+from skipvision.plan import PLAN_KEYWORD, TokenPlan
 
 
 class _Slot:
@@ -42,22 +40,57 @@ class _PerThread(threading.local):
 _current = _PerThread()
 
 
-def hook_layer(layer: nn.Module, attention: nn.Module | None, mlp: nn.Module | None) -> list[RemovableHandle]:
+class _Hooks:
+    """The hooks of one layer that depend on its number. As methods of an object they can be pickled.
+
+    Args:
+        number: of the layer.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = kwargs.pop(DROP_KEYWORD, None)
+        changed = None if call is None else call.at_layer(self.number, args, kwargs)
+        store_plan(kwargs if changed is None else changed[1])
+        return changed
+
+    def gather(self, mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        plan = self._plan_to_apply()
+        return None if plan is None else gather_rows(plan, args)
+
+    def scatter(self, mlp: nn.Module, args: Any, output: Any) -> Any:
+        plan = self._plan_to_apply()
+        return None if plan is None else scatter_rows(plan, output)
+
+    def _plan_to_apply(self) -> TokenPlan | None:
+        plan = _current.slot.plan
+        # If every token enters the FFN, gathering would only cost time.
+        if plan is None or plan.ffn_index.numel() == plan.ffn_mask.numel():
+            return None
+        return plan if plan.skip_layers is None or self.number in plan.skip_layers else None
+
+
+def hook_layer(
+    number: int, layer: nn.Module, attention: nn.Module | None, mlp: nn.Module | None
+) -> list[RemovableHandle]:
     """Make a decoder layer skip by the plan it is called with; without a plan it runs unchanged."""
-    handles = [layer.register_forward_pre_hook(store_plan, with_kwargs=True)]
+    hooks = _Hooks(number)
+    handles = [layer.register_forward_pre_hook(hooks.enter, with_kwargs=True)]
     if attention is None:
         handles.append(layer.register_forward_hook(store_in_backward, with_kwargs=True))
     else:
         take = take_plan if _computes_with_positions(attention) else take_plan_and_positions
         handles.append(attention.register_forward_pre_hook(take, with_kwargs=True))
     if mlp is not None:
-        handles.append(mlp.register_forward_pre_hook(gather_rows))
-        handles.append(mlp.register_forward_hook(scatter_rows))
+        handles.append(mlp.register_forward_pre_hook(hooks.gather))
+        handles.append(mlp.register_forward_hook(hooks.scatter))
     return handles
 
 
-def store_plan(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Layer pre-hook: store the plan of this call for the layer's ``mlp``."""
+def store_plan(kwargs: dict[str, Any]) -> None:
+    """Store the plan of a layer's call for the layer's ``mlp``."""
     _current.slot.plan = kwargs.get(PLAN_KEYWORD)
 
 
@@ -103,11 +136,8 @@ def forget_plan() -> None:
     _current.slot.plan = None
 
 
-def gather_rows(mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """mlp pre-hook: (B, L, H) → (1, n, H), the n tokens that enter the FFN."""
-    plan = _plan_to_apply()
-    if plan is None:
-        return None
+def gather_rows(plan: TokenPlan, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of an ``mlp``, (B, L, H) → (1, n, H), for the n tokens that enter the FFN."""
     shape = plan.ffn_mask.shape
     return tuple(
         value.flatten(0, 1)[plan.ffn_index][None]
@@ -117,14 +147,11 @@ def gather_rows(mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None
     )
 
 
-def scatter_rows(mlp: nn.Module, args: Any, output: Any) -> Any:
-    """mlp post-hook: (1, n, H) → (B, L, H), zeros for skipped tokens, so that only their residual remains.
+def scatter_rows(plan: TokenPlan, output: Any) -> Any:
+    """Return the output of an ``mlp``, (1, n, H) → (B, L, H), zeros for skipped tokens.
 
-    A mixture of experts may also return router logits, which pass unchanged.
+    So only their residual remains. A mixture of experts may also return router logits, which pass unchanged.
     """
-    plan = _plan_to_apply()
-    if plan is None:
-        return None
     if isinstance(output, tuple):
         return (_spread(output[0], plan), *output[1:])
     return _spread(output, plan)
@@ -140,9 +167,3 @@ def _spread(update: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
     update = update.reshape(-1, update.shape[-1])
     spread = update.new_zeros(rows * length, update.shape[-1])
     return spread.index_copy(0, plan.ffn_index, update).unflatten(0, (rows, length))
-
-
-def _plan_to_apply() -> TokenPlan | None:
-    plan = _current.slot.plan
-    # If every token enters the FFN, gathering would only cost time.
-    return None if plan is None or plan.ffn_index.numel() == plan.ffn_mask.numel() else plan

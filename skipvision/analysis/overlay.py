@@ -26,11 +26,13 @@ class Overlay:
         size: width and height of the image, in pixels.
         views: grids of patches over the image, in the order of their tokens; each tile is a view.
         patches: one for each visual token, in the order of the prompt.
+        drop_after: decoder layer after which only the summaries of these tokens are left; None = all are.
     """
 
     size: Size
     views: tuple[View, ...]
     patches: tuple[Patch, ...]
+    drop_after: int | None = None
 
     @property
     def counts(self) -> dict[Fate, int]:
@@ -48,6 +50,7 @@ class Overlay:
                 asdict(patch) | {"box": None if patch.box is None else list(patch.box)}
                 for patch in self.patches
             ],
+            **({} if self.drop_after is None else {"drop_after": self.drop_after}),
         }
 
     def draw(self, image: Image.Image, side: int = 896) -> Image.Image:
@@ -64,7 +67,7 @@ class Overlay:
             raise InputError(f"the image has {image.size} pixels, but the overlay is for {self.size}")
         if side < 1:
             raise InputError(f"side={side}: expected at least one pixel")
-        return paint(image, self.views, self.patches, self.counts, side)
+        return paint(image, self.views, self.patches, self.counts, side, self.drop_after)
 
 
 def patches_of(
@@ -106,6 +109,7 @@ def patches_of(
                     tokens, (box for view in image for box in view.boxes(size)), strict=True
                 )
             ),
+            None if plan.drop is None else plan.drop.after,
         )
         for size, image, tokens in zip(sizes, views, found, strict=True)
     )

@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(overlay.as_json()))
     else:
-        print(f"{options.output}:", ", ".join(f"{fate} {count}" for fate, count in overlay.counts.items()))
+        after = "" if overlay.drop_after is None else f"; none after layer {overlay.drop_after}"
+        print(f"{options.output}:", ", ".join(f"{fate} {n}" for fate, n in overlay.counts.items()) + after)
 
 
 def _overlay(

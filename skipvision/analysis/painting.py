@@ -33,10 +33,12 @@ def paint(
     patches: Sequence[Patch],
     counts: Mapping[Fate, int],
     side: int,
+    drop_after: int | None = None,
 ) -> Image.Image:
     """Draw the image once for each panel of views, with its patches marked by fate.
 
-    Merged patches have the colour of the patch that they are merged into, and a line to it.
+    Merged patches have the colour of the patch that they are merged into, and a line to it. The legend names
+    ``drop_after``.
     """
     scale = side / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -50,7 +52,7 @@ def paint(
     at = [_shifted(box, panel * (size[0] + _GAP)) for box, panel in zip(boxes, panel_of, strict=True)]
     _veil(canvas, patches, at, hues)
     _outline(ImageDraw.Draw(canvas), patches, at, hues)
-    _legend(canvas, counts, size[1])
+    _legend(canvas, counts, size[1], drop_after)
     return canvas
 
 
@@ -138,7 +140,7 @@ def _outline(
             draw.rectangle((left + ring, top + ring, right - ring, bottom - ring), outline=colour)
 
 
-def _legend(canvas: Image.Image, counts: Mapping[Fate, int], top: int) -> None:
+def _legend(canvas: Image.Image, counts: Mapping[Fate, int], top: int, drop_after: int | None) -> None:
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default()
     entries = [(fate, f"{fate} {count}") for fate, count in counts.items()]
@@ -150,6 +152,8 @@ def _legend(canvas: Image.Image, counts: Mapping[Fate, int], top: int) -> None:
             fill=_OUTLINE[fate],
         )
         draw.text((left + 20, top + 8), text, fill="black", font=font)
+    if drop_after is not None:
+        draw.text((6 + sum(widths), top + 8), f"none after layer {drop_after}", fill="black", font=font)
 
 
 def _pixels(box: Box) -> tuple[int, int, int, int]:

@@ -65,6 +65,8 @@ def bypass_only(config: SkipConfig) -> SkipConfig:
             "skipped": 1.0,
             "summary_tokens": 0,
             "skip_ffn": True,
+            "skip_layers": "all",
+            "drop_after": None,
             "skip_kv": False,
             "layout": "raster",
             "positions": "original",

@@ -255,3 +255,58 @@ def decode_mask(
     }
     real = mask[:, entries - new :] if new > 1 else None
     return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, real)
+
+
+def later_masks(
+    decoder: Any,
+    after: int,
+    given: Given,
+    columns: torch.Tensor,
+    real: torch.Tensor,
+    queries: torch.Tensor,
+    dtype: torch.dtype,
+) -> list[torch.Tensor | None]:
+    """Return the mask of each layer after one layer, which lack some tokens and their entries.
+
+    Args:
+        decoder: its config names the kind of each layer.
+        after: the last layer that lacks none.
+        given: the decoder's mask, for all tokens.
+        columns: (B, K) indices of the entries and tokens that are left, the tokens of this call last.
+        real: (B, K) False at padding.
+        queries: (B, Q) indices of this call's tokens that are left, among this call's tokens.
+        dtype: of the hidden states.
+    """
+    sight, number = Sight.of(decoder), len(decoder.layers) - after - 1
+    if not is_per_query(given):
+        return [_later_mask(sight, real, queries.shape[1], dtype)] * number
+    masks = given if isinstance(given, dict) else dict.fromkeys(sight.attending, given)
+    cut = {kind: _cut(mask, columns, real, queries) for kind, mask in masks.items() if mask is not None}
+    kinds = getattr(decoder.config, "layer_types", None) if isinstance(given, dict) else None
+    return [cut[kind] for kind in kinds[after + 1 :]] if kinds else [next(iter(cut.values()))] * number
+
+
+def _later_mask(sight: Sight, real: torch.Tensor, new: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Let each token see all earlier ones; None where attention does so without a mask."""
+    entries = real.shape[1]
+    if sight.implementation == "sdpa" and new in (1, entries) and bool(real.all()):
+        return None
+    order = torch.arange(entries, device=real.device)
+    seen = (order[entries - new :, None] >= order) & real[:, None]
+    mask = sight.write({FULL: seen}, False, dtype)
+    return mask if isinstance(mask, torch.Tensor) else None
+
+
+def _cut(
+    mask: torch.Tensor, columns: torch.Tensor, real: torch.Tensor, queries: torch.Tensor
+) -> torch.Tensor:
+    """(B, 1, Q, K) of a mask per query, boolean or added."""
+    rows, heads = len(columns), mask.shape[1]
+    mask = mask.expand(rows, -1, -1, -1)
+    mask = mask.gather(2, queries[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
+    mask = mask.gather(3, columns[:, None, None].expand(-1, heads, mask.shape[2], -1))
+    hidden = ~real[:, None, None]
+    if mask.dtype != torch.bool:
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+    mask = mask & ~hidden
+    return mask | ~mask.any(dim=-1, keepdim=True)

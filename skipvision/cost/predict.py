@@ -7,13 +7,17 @@ cost of one token, pair or image in a family; this module multiplies it by their
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
 from skipvision.config import SkipConfig
 from skipvision.cost import units as unit_costs
+from skipvision.cost.fitted import Flops
 from skipvision.cost.units import Design
 from skipvision.errors import ConfigError
 
@@ -156,43 +160,85 @@ def _cost(
     prompt = sum(one.total for one in counts) + row.text
     short, forgotten = skipped * config.skip_ffn, skipped * config.skip_kv
     cached = prompt - forgotten
-    decoder, head = unit_costs.decoder(design), unit_costs.head(design)
+    left = sum(one.summaries for one in counts) + row.text if config.drop_after is not None else cached
+    measure = partial(_parts, config, short > 0)
+    decoder, head = measure(partial(unit_costs.decoder, design)), unit_costs.head(design)
     everywhere = unit_costs.head_sees_all(design)
     planning = _planning(design, config, row, 0, 0)
-    prefill = row.vision_flops + planning + decoder(prompt, prompt, prompt - short)
+    prefill = row.vision_flops + planning + decoder(_square(prompt, short), _square(left))
     prefill += (row.prompt if everywhere else 1) * head
 
     layers = unit_costs.cache(design)
-    reduced = prompt != row.prompt or short > 0 or forgotten > 0
+    first, later = layers, layers[:0]
+    if config.drop_after is not None:
+        first, later = layers[: config.drop_after + 1], layers[config.drop_after + 1 :]
+    reduced = prompt != row.prompt or short > 0 or forgotten > 0 or left < cached
 
     def kept(fed: int, window: float) -> int:
         """Entries in a layer's cache; a pruned cache keeps no window."""
         return fed if reduced else int(min(fed, window))
 
+    def step(fed: int, layers: tuple[unit_costs.CacheLayer, ...]) -> _Sequence:
+        return _Sequence(1, sum(kept(fed, layer.window) + 1 for layer in layers) // max(len(layers), 1), 1)
+
     decode = 0
-    for fed in range(cached, cached + row.new - 1):
-        keys = sum(kept(fed, layer.window) + 1 for layer in layers) // len(layers)
-        decode += decoder(1, keys, 1) + head
+    for new in range(row.new - 1):
+        decode += decoder(step(cached + new, first), step(left + new, later)) + head
 
     whole = prompt + row.new
     train = row.vision_flops + _planning(design, config, row, row.new, rank)
-    train += unit_costs.training(design, rank, config.summary_tokens > 0)(whole, whole, whole - short)
+    trained = measure(partial(unit_costs.training, design, rank, config.summary_tokens > 0))
+    train += trained(_square(whole, short), _square(left + row.new))
     train += (2 if rank else 3) * (row.prompt + row.new if everywhere else row.new) * head
     unreduced = row.prompt + row.new
-    teacher = row.vision_flops + decoder(unreduced, unreduced, unreduced)
+    teacher = row.vision_flops + unit_costs.decoder(design)(unreduced, unreduced, unreduced)
     teacher += (unreduced if everywhere else row.new) * head
     return Cost(
         prefill_flops=prefill,
         decode_flops=decode,
         train_flops=train,
         teacher_flops=teacher,
-        kv_bytes=element_bytes * sum(layer.values * kept(cached, layer.window) for layer in layers),
+        kv_bytes=element_bytes
+        * (
+            sum(layer.values * kept(cached, layer.window) for layer in first)
+            + sum(layer.values * kept(left, layer.window) for layer in later)
+        ),
         planning_flops=planning,
         vision_flops=row.vision_flops,
         weight_bytes=element_bytes * unit_costs.weights(design),
         sequence=prompt,
         full=full,
     )
+
+
+class _Sequence(NamedTuple):
+    """Tokens of a call of some layers: queries, keys, and those that enter the FFNs."""
+
+    queries: int
+    keys: int
+    ffn: int
+
+
+def _square(tokens: int, short: int = 0) -> _Sequence:
+    """Return a sequence whose tokens attend to each other; ``short`` of them bypass the FFNs."""
+    return _Sequence(tokens, tokens, tokens - short)
+
+
+def _parts(
+    config: SkipConfig, bypass: bool, measure: Callable[..., Flops]
+) -> Callable[[_Sequence, _Sequence], int]:
+    """Return a function of the sequences in the layers up to ``drop_after``, and after it.
+
+    Args:
+        config: decides which layers skip, and which lack tokens.
+        bypass: some tokens bypass FFNs.
+        measure: ``measure(skipping=…, last=…)`` as of `units.decoder`.
+    """
+    skipping = None if config.skip_layers == "all" or not bypass else config.skip_layers
+    last = config.drop_after
+    before = measure(skipping=skipping, last=last)
+    after = None if last is None else measure().minus(measure(last=last))
+    return lambda first, later: before(*first) + (after(*later) if after is not None else 0)
 
 
 def _planning(design: Design, config: SkipConfig, row: _Row, new: int, rank: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -26,18 +26,14 @@ from skipvision.anatomy.cache_layers import cached_values
 from skipvision.anatomy.encoding import encoded_sizes
 from skipvision.anatomy.families import Anatomy, dissect, lm_head, takes_images, text_only
 from skipvision.anatomy.pictures import Request, collate, recipe_of
-from skipvision.anatomy.probe import EarlyRun, Probe
+from skipvision.anatomy.probe import EarlyRun, Probe, hidden_of
 from skipvision.anatomy.tower import hook_tower
 from skipvision.cost.dry_run import DryRun
+from skipvision.cost.fitted import CHUNK, SHORT, Flops, ProbeFlops
 from skipvision.cost.flops import measure_flops
 from skipvision.errors import UnsupportedModelError
 from skipvision.loading import NO_IMAGE_MODEL, build_model
 
-_SHORT = 8
-"""Tokens of the shortest run."""
-_CHUNK = 64
-"""Tokens that linear attention computes together in a prompt if its config does not say (``chunk_size``);
-transformers pads the last chunk."""
 _TOKENS = 256
 """Visual tokens of an image in families that keep its size (448 × 448 pixels at 28 per token)."""
 _TRIES = 4
@@ -56,66 +52,8 @@ class Design:
         return cls(config.to_json_string(use_diff=False), config)
 
 
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of a run: per token, per pair of query and key, and per token in the feed-forward networks.
-
-    ``chunk`` are those of linear attention per ``length`` tokens of a prompt; decode steps compute none.
-    """
-
-    token: int
-    pair: int
-    ffn: int
-    chunk: int = 0
-    length: int = _CHUNK
-
-    def __call__(self, queries: int, keys: int, ffn_tokens: int) -> int:
-        chunks = self.chunk * math.ceil(queries / self.length) if queries > 1 else 0
-        return self.token * queries + self.pair * queries * keys + self.ffn * ffn_tokens + chunks
-
-    @classmethod
-    def fitted(cls, run: Callable[[int, int], Any], length: int) -> Self:
-        """Fit costs from three calls of ``run(tokens, ffn_tokens)``, or five with linear attention."""
-        n = length or _SHORT
-        sizes = [(n, n), (2 * n, 2 * n), (2 * n, n)] + [(n + 1, n + 1), (n + 2, n + 2)] * bool(length)
-        with DryRun():
-            short, long, part, *longer = (measure_flops(partial(run, *each)) for each in sizes)
-        ffn, pair = (long - part) // n, (long - 2 * short) // (2 * n * n)
-        chunk = _chunk(short, longer, pair) if length else 0
-        return cls((short - chunk) // n - pair * n - ffn, pair, ffn, chunk, length or _CHUNK)
-
-
-@dataclass(frozen=True)
-class ProbeFlops:
-    """FLOPs of a probing run: a fixed part, and a part per token, per pair of tokens, and per chunk."""
-
-    fixed: int
-    token: int
-    pair: int
-    chunk: int = 0
-    length: int = _CHUNK
-
-    def __call__(self, tokens: int) -> int:
-        chunks = self.chunk * math.ceil(tokens / self.length)
-        return self.fixed + self.token * tokens + self.pair * tokens**2 + chunks
-
-    @classmethod
-    def fitted(cls, run: Callable[[int], Any], length: int) -> Self:
-        """Fit costs from three calls of ``run(tokens)``, or five with linear attention."""
-        n = length or _SHORT
-        sizes = [n, 2 * n, 3 * n] + [n + 1, n + 2] * bool(length)
-        with DryRun():
-            one, two, three, *longer = (measure_flops(partial(run, each)) for each in sizes)
-        pair = (three - 2 * two + one) // (2 * n * n)
-        chunk = _chunk(one, longer, pair) if length else 0
-        token = (two - one - chunk) // n - 3 * n * pair
-        return cls(one - token * n - pair * n * n - chunk, token, pair, chunk, length or _CHUNK)
-
-
-def _chunk(full: int, longer: list[int], pair: int) -> int:
-    """Return the FLOPs of a chunk, by runs of one full chunk and of one and two tokens more."""
-    one_more, two_more = longer
-    return (one_more - full) - (two_more - one_more) + 2 * pair
+Numbers = tuple[int, ...] | None
+"""Numbers of layers; None = of all."""
 
 
 class CacheLayer(NamedTuple):
@@ -135,7 +73,7 @@ class _Model(NamedTuple):
         """Tokens of a chunk, if a layer computes linear attention in chunks; else 0."""
         config = self.anatomy.text_config
         chunked = "linear_attention" in (getattr(config, "layer_types", None) or ())
-        return (getattr(config, "chunk_size", None) or _CHUNK) if chunked else 0
+        return (getattr(config, "chunk_size", None) or CHUNK) if chunked else 0
 
 
 class _Stop(Exception):
@@ -163,10 +101,17 @@ def head_sees_all(design: Design) -> bool:
 
 
 @lru_cache(maxsize=64)
-def decoder(design: Design) -> Flops:
-    """Measure one forward through the decoder."""
+def decoder(design: Design, skipping: Numbers = None, last: int | None = None) -> Flops:
+    """Measure one forward through the decoder.
+
+    Args:
+        design: the model's.
+        skipping: layers whose feed-forward networks only some tokens enter; None = all.
+        last: layer to end with; None = the decoder's last.
+    """
     model = _model(design)
-    return Flops.fitted(partial(_forward, model, model.anatomy.decoder), model.chunk)
+    run = partial(_forward, model, _end(model, last))
+    return Flops.fitted(partial(run, skipping=skipping), model.chunk)
 
 
 @lru_cache(maxsize=64)
@@ -206,19 +151,24 @@ def tower_attention(design: Design, count: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def training(design: Design, rank: int, below: bool) -> Flops:
+def training(
+    design: Design, rank: int, below: bool, skipping: Numbers = None, last: int | None = None
+) -> Flops:
     """Measure one forward and backward through the decoder.
 
     Args:
         design: the model's.
         rank: rank of the LoRA on every linear layer of the decoder; 0 = the decoder itself trains.
         below: whether parameters below the first layer train too.
+        skipping, last: as in `decoder`.
     """
     model = _model(design)
     anatomy = model.anatomy
+    end = _end(model, last)
 
     def step(tokens: int, ffn_tokens: int) -> None:
-        _run(model, anatomy.decoder, tokens, ffn_tokens).last_hidden_state.sum().backward()
+        output = _run(model, end, tokens, ffn_tokens, skipping)
+        hidden_of(output if last is not None else output.last_hidden_state).sum().backward()
 
     def from_below(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"]
@@ -239,10 +189,10 @@ def cache(design: Design) -> tuple[CacheLayer, ...]:
     """Measure the KV cache of a prompt, layer by layer."""
     model = _model(design)
     with DryRun(), torch.no_grad():
-        kept = _run(model, model.anatomy.decoder, _SHORT, _SHORT, use_cache=True).past_key_values
+        kept = _run(model, model.anatomy.decoder, SHORT, SHORT, use_cache=True).past_key_values
     return tuple(
         CacheLayer(
-            sum(states.numel() for states in entries.values()) // _SHORT,
+            sum(states.numel() for states in entries.values()) // SHORT,
             layer.sliding_window - 1 if type(layer) is DynamicSlidingWindowLayer else math.inf,
         )
         for layer in kept.layers
@@ -319,13 +269,27 @@ def _model(design: Design) -> _Model:
     return _Model(model, dissect(model), sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _forward(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int) -> None:
+def _end(model: _Model, last: int | None) -> nn.Module:
+    return model.anatomy.decoder if last is None else model.anatomy.layers[last].whole
+
+
+def _forward(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, skipping: Numbers = None) -> None:
     with torch.no_grad():
-        _run(model, end, tokens, ffn_tokens)
+        _run(model, end, tokens, ffn_tokens, skipping)
 
 
-def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache: bool = False) -> Any:
-    """Run a text of ``tokens``, ``ffn_tokens`` of which enter the FFNs; return the output of ``end``."""
+def _run(
+    model: _Model,
+    end: nn.Module,
+    tokens: int,
+    ffn_tokens: int,
+    skipping: Numbers = None,
+    use_cache: bool = False,
+) -> Any:
+    """Run a text of ``tokens``; return the output of ``end``.
+
+    Only ``ffn_tokens`` of the tokens enter the FFNs of the layers ``skipping``, None = of all.
+    """
     outputs: list[Any] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -333,8 +297,8 @@ def _run(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, use_cache:
         raise _Stop
 
     with ExitStack() as stack:
-        for layer in model.anatomy.layers if ffn_tokens < tokens else ():
-            if layer.mlp is not None:
+        for number, layer in enumerate(model.anatomy.layers if ffn_tokens < tokens else ()):
+            if layer.mlp is not None and (skipping is None or number in skipping):
                 stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
         stack.callback(end.register_forward_hook(stop).remove)
         try:

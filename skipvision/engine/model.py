@@ -29,6 +29,7 @@ class ModelFacts:
         vocabulary: number of token ids that the model can read.
         max_positions: longest sequence that the model can read, or None without a limit.
         entry_bytes: bytes of one entry of the KV cache, over all layers.
+        layer_bytes: its bytes in each layer that has entries.
         text_config: the decoder's config.
         generation: settings that come with the model.
     """
@@ -41,6 +42,7 @@ class ModelFacts:
     vocabulary: int
     max_positions: int | None
     entry_bytes: int
+    layer_bytes: tuple[int, ...]
     text_config: Any
     generation: GenerationSettings
 
@@ -54,7 +56,8 @@ class ModelFacts:
         """
         base = _generating_model(model)
         anatomy = dissect(model)
-        values = sum(layer.values for layer in units.cache(units.Design.of(base.config)))
+        element = next(anatomy.decoder.parameters()).element_size()
+        layer_bytes = tuple(layer.values * element for layer in units.cache(units.Design.of(base.config)))
         # A cached prefix would need the states of recurrent layers after its last token.
         recurrent = any(layer.recurrent for layer in anatomy.layers)
         blocks = any(block_indexer(layer.attention) for layer in anatomy.layers)
@@ -69,7 +72,8 @@ class ModelFacts:
                 int(cast(Any, base.get_input_embeddings()).weight.shape[0]), anatomy.image_token_id + 1
             ),
             max_positions=getattr(anatomy.text_config, "max_position_embeddings", None),
-            entry_bytes=values * next(anatomy.decoder.parameters()).element_size(),
+            entry_bytes=sum(layer_bytes),
+            layer_bytes=layer_bytes,
             text_config=anatomy.text_config,
             generation=GenerationSettings(base),
         )

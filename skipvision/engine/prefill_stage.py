@@ -81,6 +81,8 @@ class PrefillStage:
         """Return the key of a prompt's prefix, or None if the prefix cannot be cached."""
         # If the criterion sees the prompt, text after the images decides which visual tokens stay.
         splits = self._facts.splits_prompts and not group.config.criterion.sees_prompt
+        # A prefix has one number of entries for all layers.
+        splits = splits and group.config.drop_after is None
         if not self._prefixes.limit or not group.prompt.prefix_length or not splits:
             return None
         return group.prompt.prefix_digest, group.config, group.adapter
@@ -100,6 +102,10 @@ class PrefillStage:
         kept = filled.stay.sum(dim=1).tolist()
         for group, visual, entries in zip(batch, filled.visual, kept, strict=True):
             group.visual, group.entries = visual, entries
+        if (later := filled.staying_later()) is not None:
+            after, _, _, left = later
+            for group, entries in zip(batch, left, strict=True):
+                group.absent_bytes = (group.entries - entries) * sum(self._facts.layer_bytes[after + 1 :])
         sequences = [sequence for group in batch for sequence in group.sequences]
         together = [*self._running.sequences, *sequences]
         if not self._scheduler.fits(len(together), max(each.group.reserved for each in together)):

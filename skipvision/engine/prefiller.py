@@ -22,7 +22,7 @@ from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
 from skipvision.engine.prompts import Prompt, collate
 from skipvision.engine.states import States, states_of
-from skipvision.kv_cache import CacheState, keep_everything
+from skipvision.kv_cache import CacheState, LaterEntries, keep_everything
 from skipvision.plan import TokenRole
 
 
@@ -78,6 +78,7 @@ class Prefilled:
         visual: counts of visual tokens, by row.
         positions: (A, B, T) positions of the caller's tokens, valid after the images; None if the batch
             started from cached prefixes.
+        later: entries of the layers that lack some; None = no layer does.
     """
 
     layers: Entries
@@ -90,17 +91,23 @@ class Prefilled:
     logits: torch.Tensor
     visual: list[Visual]
     positions: torch.Tensor | None = None
+    later: LaterEntries | None = None
 
     def staying(self) -> tuple[torch.Tensor, list[int]]:
         """Return the indices of the entries that stay, (B, K), and their number in each row.
 
         A row with fewer than K repeats its first entry. Padding would not do: it may hold NaN.
         """
-        counts = self.stay.sum(dim=1)
-        longest = int(counts.max())
-        order = (~self.stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-        valid = torch.arange(longest, device=order.device) < counts[:, None]
-        return torch.where(valid, order, order[:, :1]), counts.tolist()
+        return _in_front(self.stay)
+
+    def staying_later(self) -> tuple[int, torch.Tensor, torch.Tensor, list[int]] | None:
+        """Return the same after `LaterEntries.after`: that layer, indices, ordinals, and numbers."""
+        if self.later is None:
+            return None
+        after, into, real = self.later
+        index, counts = _in_front(real)
+        ordinals = torch.take_along_dim(self.ordinal, torch.take_along_dim(into, index, dim=1), dim=1)
+        return after, index, ordinals, counts
 
     def prefix(self, row: int, tokens: int) -> Prefix:
         """Copy the entries of a row's first ``tokens`` tokens, which must include its last image."""
@@ -182,7 +189,7 @@ class Prefiller:
             _layers(cache), states_of(cache), state.mask, stay, state.token_index, state.fed,
             state.next_position, logits,
             [Visual(total, *row) for total, row in zip(visual, counts, strict=True)],
-            axes - state.shift[..., None],
+            axes - state.shift[..., None], state.later,
         )  # fmt: skip
 
     def from_prefixes(self, prefixes: Sequence[Prefix], prompts: Sequence[Prompt]) -> Prefilled:
@@ -233,6 +240,15 @@ class Prefiller:
             name: value.to(device, dtype if value.is_floating_point() else None)
             for name, value in batch.items()
         }
+
+
+def _in_front(stay: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Return the indices of True entries of (B, C), first to last, and their number in each row."""
+    counts = stay.sum(dim=1)
+    longest = int(counts.max())
+    order = (~stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    valid = torch.arange(longest, device=order.device) < counts[:, None]
+    return torch.where(valid, order, order[:, :1]), counts.tolist()
 
 
 def _layers(cache: DynamicCache) -> Entries:

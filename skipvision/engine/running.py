@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from skipvision._compat import recompile_limit
+from skipvision.drop import DroppedCall
 from skipvision.engine.adapters import Adapters
 from skipvision.engine.model import ModelFacts
 from skipvision.engine.prefiller import Prefilled
 from skipvision.engine.scheduler import Scheduler
 from skipvision.engine.sequences import Sequence
-from skipvision.engine.slots import Slots
+from skipvision.engine.slots import Left, Slots, Step
 
 _MAX_COMPILED_SHAPES = 64
 """Combinations of rows and length that are compiled; further ones run uncompiled."""
@@ -40,6 +41,7 @@ class Running:
         self._sight, self._adapters, self._scheduler = facts.sight, adapters, scheduler
         backend = compiled if isinstance(compiled, str) else "inductor"
         self._compiled = torch.compile(self._model, dynamic=False, backend=backend) if compiled else None
+        self._kinds = getattr(facts.text_config, "layer_types", None) or ()
         self.sequences: list[Sequence] = []
         self.slots = Slots(scheduler.capacity)
 
@@ -66,11 +68,17 @@ class Running:
         for sequence, row in zip(sequences, source, strict=True):
             sequence.length, sequence.fed, sequence.position = lengths[row], fed[row], positions[row]
             sequence.first = fed[row]
+        later = filled.staying_later()
+        if later is not None:
+            for sequence, row in zip(sequences, source, strict=True):
+                sequence.absent = lengths[row] - later[3][row]
+                sequence.drop_after = later[0] if sequence.absent else None
         self.slots.allocate(filled.layers, filled.states)
         self._make_room([*self.sequences, *sequences])
         rows = torch.tensor(source, device=index.device)
         ordinals = torch.take_along_dim(filled.ordinal, index, dim=1)
-        self.slots.append(filled.layers, filled.states, rows, index[rows], ordinals[rows])
+        left = None if later is None else Left(later[0], later[1][rows], later[2][rows])
+        self.slots.append(filled.layers, filled.states, rows, index[rows], ordinals[rows], left)
         self.sequences += sequences
 
     def remove(self, sequence: Sequence, erase: bool = False) -> None:
@@ -115,16 +123,22 @@ class Running:
             return torch.tensor(values + [filler] * idle, device=device)
 
         lengths = [sequence.length for sequence in sequences]
-        compiled = self._compiled is not None and whole
+        dropping = sorted({s.drop_after for s in sequences if s.drop_after is not None})
+        compiled = self._compiled is not None and whole and not dropping
         span = self.slots.length if compiled else self._scheduler.length(max(lengths) + 1)
         at, ordinals = tensor(lengths), tensor([sequence.fed for sequence in sequences])
         axes = len(sequences[0].position)
         positions = tensor([sequence.position for sequence in sequences], [0] * axes).T[..., None]
         rows = None if whole else torch.tensor(self._rows_of(sequences), device=device)
         self.slots.begin_step(at, ordinals, min(span, self.slots.length), rows)
+        first = tensor([sequence.first for sequence in sequences])
+        if dropping:
+            absent = [tensor([s.absent if _lacks(s, after) else 0 for s in sequences]) for after in dropping]
+            lacking = [tensor([_lacks(s, after) for s in sequences], False) for after in dropping]
+            self._lack(dropping, absent, lacking, ordinals, first)
         inputs = {
             "input_ids": tensor([[sequence.ids[-1]] for sequence in sequences], [0]),
-            "attention_mask": self._mask(at, ordinals, tensor([sequence.first for sequence in sequences])),
+            "attention_mask": self._mask(at, ordinals, self.slots.ordinals(), first),
             "position_ids": positions if axes > 1 else positions[0],
             "past_key_values": self.slots,
             "use_cache": True,
@@ -152,9 +166,47 @@ class Running:
         with recompile_limit(_MAX_COMPILED_SHAPES):
             return self._compiled(**inputs)
 
-    def _mask(self, lengths: torch.Tensor, ordinals: torch.Tensor, first: torch.Tensor) -> Any:
-        """Let each row's new token see the row's own entries, within the window of each layer."""
-        keys = self.slots.ordinals()
+    def _lack(
+        self,
+        dropping: list[int],
+        absent: list[torch.Tensor],
+        lacking: list[torch.Tensor],
+        ordinals: torch.Tensor,
+        first: torch.Tensor,
+    ) -> None:
+        """Set what the layers after each of some layers read in this step, and their masks.
+
+        Args:
+            dropping: these layers, in order.
+            absent: for each, (R,) entries that rows lack after it.
+            lacking: for each, (R,) whether a row's entries after it are others than before.
+            ordinals: (R,) index of the new tokens among the caller's.
+            first: (R,) tokens of the prompts.
+        """
+        slots, total = self.slots, len(self.slots.layers)
+        slots.lack(
+            [
+                Step(after, slots.at - less, self._scheduler.length(int((slots.at - less).max()) + 1))
+                for after, less in zip(dropping, absent, strict=True)
+            ],
+            lacking,
+            ordinals,
+        )
+        masks: list[torch.Tensor | None] = []
+        for number, step in enumerate(slots.steps):
+            end = dropping[number + 1] if number + 1 < len(dropping) else total - 1
+            mask = self._mask(step.at, ordinals, slots.later_ordinals(step, lacking[number]), first)
+            kinds = self._kinds[step.after + 1 : end + 1] if isinstance(mask, dict) else None
+            masks += [mask[kind] for kind in kinds] if kinds else [mask] * (end - step.after)
+        slots.dropped = DroppedCall(dropping[0], masks)
+
+    def _mask(
+        self, lengths: torch.Tensor, ordinals: torch.Tensor, keys: torch.Tensor, first: torch.Tensor
+    ) -> Any:
+        """Let each row's new token see the row's own entries, within the window of each layer.
+
+        ``keys`` (R, span) are the entries' indices among the caller's tokens.
+        """
         visible = torch.arange(keys.shape[1], device=keys.device) <= lengths[:, None]
         if not self._sight.takes_masks:
             return visible.long()
@@ -171,3 +223,8 @@ class Running:
         slots, rows = self.slots, self._scheduler.rows(len(sequences))
         if needed > slots.length or rows * slots.length > slots.capacity:
             slots.reshape(needed)
+
+
+def _lacks(sequence: Sequence, after: int) -> bool:
+    """Return whether the layers after one layer lack entries of a sequence."""
+    return sequence.drop_after is not None and sequence.drop_after <= after

@@ -42,6 +42,7 @@ class SequenceGroup:
 
     Attributes:
         entries: KV cache entries that the prompt keeps: planned before prefill, exact afterwards.
+        absent_bytes: bytes of those that layers after ``drop_after`` lack.
         sequences: one for each of ``n``.
         visual: token counts, known after prefill.
         prefix_hit: whether the prompt's prefix came from the cache.
@@ -62,7 +63,7 @@ class SequenceGroup:
     ) -> None:
         self.number, self.request, self.prompt = number, request, prompt
         self.config, self.adapter, self.sampling = config, adapter, sampling
-        self.entries = prompt.planned_entries(config)
+        self.entries, self.absent_bytes = prompt.planned_entries(config), 0
         self.sequences = [Sequence(self, index, decode) for index in range(sampling.n)]
         self.visual, self.prefix_hit = Visual(), False
         self.error: Exception | None = None
@@ -101,7 +102,7 @@ class SequenceGroup:
             visual_retained=visual.retained,
             visual_skipped=visual.skipped,
             visual_cached=visual.cached,
-            kv_bytes=self.entries * entry_bytes if self.began is not None else 0,
+            kv_bytes=self.entries * entry_bytes - self.absent_bytes if self.began is not None else 0,
             prefix_hit=self.prefix_hit,
         )
         timing = Timing(
@@ -127,6 +128,8 @@ class Sequence:
         finish_reason: None until it has finished.
         adjust: function that changes the logits of its next token, or None.
         length: entries in its row of the KV cache.
+        drop_after: last layer with all of them; None = every layer has all.
+        absent: entries that the layers after it lack.
         fed: tokens of prompt and answer that the model has read, as the caller counts them.
         first: tokens of the prompt.
         position: (A,) position of the newest token, on each of the model's position axes.
@@ -141,7 +144,8 @@ class Sequence:
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
-        self.length = self.fed = self.first = 0
+        self.length = self.fed = self.first = self.absent = 0
+        self.drop_after: int | None = None
         self.position: list[int] = []
         self._stream = TextStream(decode, self.sampling.stop)
         self.adjust = None if group.request.adjust is None else group.request.adjust()

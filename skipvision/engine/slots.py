@@ -9,12 +9,13 @@ Recurrent layers have states of fixed size instead (`StateLayer`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from skipvision.anatomy.cache_layers import Entries
+from skipvision.drop import DroppedCall
 from skipvision.engine.states import StateLayer, States
 from skipvision.kv_cache import SettledCache, take_entries
 
@@ -31,6 +32,8 @@ class Slots(SettledCache):
         at: (R,) index of the entry that the current step writes in each of its rows.
         step_rows: (R,) rows of the current step; None = the first R.
         span: number of entries in each row that attention reads in the current step.
+        steps: the same in the layers after one layer, where they lack entries, in the order of these layers.
+        dropped: how such layers run the current step; None = none lacks entries.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -43,6 +46,9 @@ class Slots(SettledCache):
         self.at = self._ordinal
         self.step_rows: torch.Tensor | None = None
         self.span = 0
+        self.steps: list[Step] = []
+        self.dropped: DroppedCall | None = None
+        self._later_ordinal: torch.Tensor | None = None
 
     def allocate(self, layers: Entries, states: States) -> None:
         """Allocate memory on the first call, for entries (B, heads, S, D) and states like these."""
@@ -56,7 +62,7 @@ class Slots(SettledCache):
         self._states = {number: StateLayer(examples) for number, examples in states.items()}
         blocks = {number: {name: self._blocks[number, name] for name in layers[number]} for number in layers}
         self.layers = [
-            self._states.get(number) or _Layer(self, blocks.get(number, {}))
+            self._states.get(number) or _Layer(self, number, blocks.get(number, {}))
             for number in range(1 + max({*layers, *states}))
         ]
         device = next(iter(self._blocks.values())).flat.device
@@ -77,8 +83,9 @@ class Slots(SettledCache):
             block.move(self.rows, old, length)
         if self.rows:
             kept = min(old, length)
-            moved = self._ordinals(old)[: self.rows, :kept].clone()
-            self._ordinals(length)[: self.rows, :kept] = moved
+            for table in self._tables():
+                moved = self._ordinals(old, table)[: self.rows, :kept].clone()
+                self._ordinals(length, table)[: self.rows, :kept] = moved
 
     def append(
         self,
@@ -87,6 +94,7 @@ class Slots(SettledCache):
         source: torch.Tensor,
         index: torch.Tensor,
         ordinals: torch.Tensor,
+        left: Left | None = None,
     ) -> None:
         """Copy entries of a prefill into N new rows.
 
@@ -96,11 +104,19 @@ class Slots(SettledCache):
             source: (N,) row of the prefill that each new row copies from.
             index: (N, K) entries that it copies, in order; arbitrary past a row's last entry.
             ordinals: (N, K) index of each entry among the caller's tokens.
+            left: what layers copy that lack entries; None = none does.
         """
         new, longest = index.shape
         rows = slice(self.rows, self.rows + new)
         for (number, name), block in self._blocks.items():
-            block.view(self.length)[rows, :, :longest] = take_entries(layers[number][name], index, source)
+            own = left.entries if left is not None and number > left.after else index
+            taken = take_entries(layers[number][name], own, source)
+            block.view(self.length)[rows, :, : own.shape[1]] = taken
+        if left is not None:
+            if self._later_ordinal is None:
+                self._later_ordinal = torch.zeros_like(self._ordinal)
+            later = self._ordinals(self.length, self._later_ordinal)
+            later[rows, : left.ordinals.shape[1]] = left.ordinals
         for number, held in self._states.items():
             held.put(self.rows, states[number], source)
         self._ordinals(self.length)[rows, :longest] = ordinals
@@ -113,8 +129,9 @@ class Slots(SettledCache):
             for block in self._blocks.values():
                 view = block.view(self.length)
                 view[row] = view[last]
-            ordinals = self._ordinals(self.length)
-            ordinals[row] = ordinals[last]
+            for table in self._tables():
+                ordinals = self._ordinals(self.length, table)
+                ordinals[row] = ordinals[last]
             for held in self._states.values():
                 held.move(last, row)
         self.rows = last
@@ -138,11 +155,47 @@ class Slots(SettledCache):
             rows: (R,) rows that take part, each once; None = the first R. Others are copied, which is slower.
         """
         self.at, self.span, self.step_rows = lengths, span, rows
+        self.steps, self.dropped = [], None
         rows = self._rows_of_step()
         self._ordinals(self.length)[rows, lengths] = ordinals
         for held in self._states.values():
             held.reserve(len(lengths))
             held.begin_step(rows)
+
+    def lack(self, steps: list[Step], lacking: list[torch.Tensor], ordinals: torch.Tensor) -> None:
+        """Set where layers write that lack entries, after `begin_step`.
+
+        Args:
+            steps: of the layers after each of some layers, in order.
+            lacking: for each, (R,) rows that lack entries there.
+            ordinals: as in `begin_step`.
+        """
+        self.steps = [step._replace(span=min(step.span, self.length)) for step in steps]
+        rows, table = self._rows_of_step(), self._later_ordinal
+        if table is not None:
+            later = self._ordinals(self.length, table)
+            for step, lacks in zip(self.steps, lacking, strict=True):
+                later[rows[lacks], step.at[lacks]] = ordinals[lacks]
+
+    def place(self, number: int) -> tuple[torch.Tensor, int]:
+        """Return ``at`` and ``span`` of one layer in the current step."""
+        at, span = self.at, self.span
+        for step in self.steps:
+            if number > step.after:
+                at, span = step.at, step.span
+        return at, span
+
+    def dropped_call(self) -> DroppedCall | None:
+        """Return how the layers that lack entries run the current step."""
+        return self.dropped
+
+    def later_ordinals(self, step: Step, lacks: torch.Tensor) -> torch.Tensor:
+        """(R, span) index among the caller's tokens of each entry that attention reads after a layer."""
+        rows, table = self._rows_of_step(), self._later_ordinal
+        own = self._ordinals(self.length)[rows, : step.span]
+        if table is None:
+            return own
+        return torch.where(lacks[:, None], self._ordinals(self.length, table)[rows, : step.span], own)
 
     def end_step(self) -> None:
         """Keep the states that this step computed. Without this call, they are as before the step."""
@@ -169,9 +222,40 @@ class Slots(SettledCache):
         """Entries that attention reads before the new token; never 0 for a row in use."""
         return max(self.span - 1, 0)
 
-    def _ordinals(self, length: int) -> torch.Tensor:
+    def _ordinals(self, length: int, table: torch.Tensor | None = None) -> torch.Tensor:
         rows = self.capacity // length
-        return self._ordinal[: rows * length].view(rows, length)
+        return (self._ordinal if table is None else table)[: rows * length].view(rows, length)
+
+    def _tables(self) -> list[torch.Tensor]:
+        return [self._ordinal] + ([] if self._later_ordinal is None else [self._later_ordinal])
+
+
+class Left(NamedTuple):
+    """The entries that layers after one layer copy from a prefill, because they lack others.
+
+    Attributes:
+        after: the layer.
+        entries: (N, M) indices of entries, as ``index`` in `Slots.append`.
+        ordinals: (N, M) as there.
+    """
+
+    after: int
+    entries: torch.Tensor
+    ordinals: torch.Tensor
+
+
+class Step(NamedTuple):
+    """Where the layers after one layer write and read in a step, because they lack entries.
+
+    Attributes:
+        after: the layer.
+        at: (R,) index of the entry that they write.
+        span: number of entries in each row that attention reads.
+    """
+
+    after: int
+    at: torch.Tensor
+    span: int
 
 
 class _Block:
@@ -198,14 +282,15 @@ class _Layer(CacheLayerMixin):
 
     Args:
         slots: that it belongs to.
+        number: of the layer.
         blocks: of its fields, as `entries_of` names them; none of a layer that reads another one's entries.
     """
 
     is_sliding = False
 
-    def __init__(self, slots: Slots, blocks: dict[str, _Block]) -> None:
+    def __init__(self, slots: Slots, number: int, blocks: dict[str, _Block]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slots, self.blocks = slots, blocks
+        self.slots, self.number, self.blocks = slots, number, blocks
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -246,17 +331,18 @@ class _Layer(CacheLayerMixin):
         slots = self.slots
         own = slots.step_rows
         rows = torch.arange(len(states), device=states.device) if own is None else own
-        self.blocks[name].view(slots.length)[rows, :, slots.at] = states[:, :, 0]
+        at, _ = slots.place(self.number)
+        self.blocks[name].view(slots.length)[rows, :, at] = states[:, :, 0]
         return self._read(name)
 
     def _read(self, name: str) -> torch.Tensor:
         slots = self.slots
         rows = slice(len(slots.at)) if slots.step_rows is None else slots.step_rows
-        return self.blocks[name].view(slots.length)[rows, :, : slots.span]
+        return self.blocks[name].view(slots.length)[rows, :, : slots.place(self.number)[1]]
 
     def get_seq_length(self) -> int:
         """Number of entries, with that of this step: attention reads it after its update."""
-        return self.slots.span
+        return self.slots.place(self.number)[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.span, 0

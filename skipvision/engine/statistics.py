@@ -126,7 +126,8 @@ class Counters:
             waiting=len(scheduler.waiting),
             waiting_answers=sum(len(group.sequences) for group in scheduler.waiting),
             max_sequences=scheduler.max_rows,
-            kv_bytes_used=running.entries * entry_bytes,
+            kv_bytes_used=running.entries * entry_bytes
+            - sum(sequence.group.absent_bytes for sequence in running.sequences),
             kv_bytes_reserved=running.reserved * entry_bytes,
             kv_bytes_budget=scheduler.capacity * entry_bytes,
             prefix_bytes=prefixes.nbytes,

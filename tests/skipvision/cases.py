@@ -23,6 +23,17 @@ CONFIGS = {
     "grouped": SkipConfig(retained=5, skipped=4, layout="grouped", summary_tokens=2),
     "contiguous": SkipConfig(retained=5, skipped=4, positions="contiguous"),
     "grouped-contiguous": SkipConfig(retained=5, skipped=4, layout="grouped", positions="contiguous"),
+    "some-layers": SkipConfig(retained=5, skipped=4, skip_layers=[0, 2]),
+    "drop-after": SkipConfig(retained=5, skipped=4, drop_after=0),
+    "drop-later": SkipConfig(
+        retained=4,
+        skipped=4,
+        summary_tokens=2,
+        layout="grouped",
+        positions="contiguous",
+        skip_layers=[1],
+        drop_after=1,
+    ),
     "ffn-for-all": SkipConfig(retained=5, skipped=4, skip_ffn=False),
     "cache-for-all": SkipConfig(retained=5, skipped=4, skip_kv=False),
     "retained-only": SkipConfig(retained=6, skipped=0),
@@ -38,12 +49,13 @@ CONFIGS = {
     "attention": SkipConfig(retained=5, skipped=4, select="attention"),
     "attention-later": SkipConfig(retained=6, skipped=0, merge="drop", select="attention", probe_layer=1),
     "vision-attention": SkipConfig(retained=5, skipped=4, select="vision_attention"),
+    "relevance": SkipConfig(retained=5, skipped=4, select="relevance"),
     "tome": SkipConfig(retained=3, skipped=5, merge="tome"),
     "tome-alone": SkipConfig(retained=0, skipped=6, merge="tome", skip_ffn=False, skip_kv=False),
     "grid": SkipConfig(retained=0, skipped=9, merge="grid", summary_tokens=0, skip_ffn=False, skip_kv=False),
 }
 
-BY_THE_MODEL = ("ffn_ratio", "attention", "vision_attention")
+BY_THE_MODEL = ("ffn_ratio", "attention", "vision_attention", "relevance")
 """Criteria that read more than features."""
 
 same_every_time = settings(

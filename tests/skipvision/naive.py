@@ -59,6 +59,23 @@ def farthest_first(features: list[list[float]], count: int) -> list[int]:
     return chosen
 
 
+def largest_determinants(features: list[list[float]], relevance: list[float], count: int) -> list[int]:
+    """The relevance criterion: each next token makes the largest determinant with those already chosen."""
+    low, high = min(relevance), max(relevance)
+    quality = [(value - low) / (high - low) for value in relevance]
+    chosen: list[int] = []
+    while len(chosen) < count:
+        volumes = {}
+        for place in set(range(len(features))) - {*chosen}:
+            some = [*chosen, place]
+            kernel = [
+                [quality[i] * cosine(features[i], features[j]) * quality[j] for j in some] for i in some
+            ]
+            volumes[place] = float(torch.tensor(kernel, dtype=torch.float64).det())
+        chosen += best(volumes, 1)
+    return chosen
+
+
 def retain(
     features: list[list[float]], count: int, config: SkipConfig, scores: list[float] | None = None
 ) -> set[int]:
@@ -66,6 +83,9 @@ def retain(
     tokens = len(features)
     if config.select == "diversity":
         return set(farthest_first(features, count))
+    if config.select == "relevance":
+        assert scores is not None
+        return set(largest_determinants(features, scores, count))
     if config.select == "uniform":
         return {math.floor((i + 0.5) * tokens / count) for i in range(count)}
     if config.select == "similarity":
@@ -303,6 +323,14 @@ def prepare(model, inputs, config, summary=None, *, from_zero: bool = False) -> 
             read = ffn_ratio if config.select == "ffn_ratio" else last_attention
             values = read(decoder, embeds[None], config.probe_layer)
             scores = [[values[position] for position in positions] for positions in images]
+        elif config.select == "relevance" and images:
+            inside = {position for positions in images for position in positions}
+            lines = embeds.tolist()
+            words = [line for position, line in enumerate(lines) if position not in inside]
+            scores = [
+                [sum(cosine(lines[position], word) for word in words) / len(words) for position in positions]
+                for positions in images
+            ]
         elif config.select == "vision_attention" and images:
             scores = class_attention(model, inputs["pixel_values"][first_image : first_image + len(images)])
         tokens, lands = reduce_row(
@@ -376,14 +404,36 @@ def run_layers(decoder, layers, hidden, positions, allowed, takes_ffn, cache=Non
     return hidden
 
 
-def run_row(model, row: Row, config, cache=None) -> torch.Tensor:
-    """(L, H) last hidden states of a reduced row."""
-    decoder = model.model.language_model
-    takes_ffn = row.takes_ffn if config.skip_ffn else [True] * len(row.tokens)
-    allowed = causal(len(row.tokens))
-    return decoder.norm(
-        run_layers(decoder, decoder.layers, row.embeds, row.positions, allowed, takes_ffn, cache)
-    )[0]
+def left_at(tokens: list[Token], config, number: int) -> list[int]:
+    """Return the places of the tokens that a layer has: after drop_after, text and summaries."""
+    late = config.drop_after is not None and number > config.drop_after
+    roles = (TokenRole.TEXT, TokenRole.SUMMARY) if late else tuple(TokenRole)
+    return [place for place, token in enumerate(tokens) if token.role in roles]
+
+
+def run_row(model, row: Row, config, cache=None, earlier=()) -> torch.Tensor:
+    """(L, H) last hidden states of a reduced row; zeros for tokens that a layer dropped.
+
+    Args:
+        model: whose decoder runs.
+        row: its tokens.
+        config: decides what skips, and where.
+        cache: earlier rows, and where to add this one.
+        earlier: for each entry of the cache's first layer whether this row sees it, and its token.
+    """
+    decoder, hidden = model.model.language_model, row.embeds
+    left = list(range(len(row.tokens)))
+    for number, layer in enumerate(decoder.layers):
+        now = left_at(row.tokens, config, number)
+        hidden, left = hidden[:, [left.index(place) for place in now]], now
+        skips = config.skip_ffn and (config.skip_layers == "all" or number in config.skip_layers)
+        takes_ffn = [row.takes_ffn[place] or not skips for place in left]
+        seen = [earlier[place][0] for place in left_at([token for _, token in earlier], config, number)]
+        before = torch.tensor(seen, dtype=torch.bool).expand(len(left), -1)
+        allowed = torch.cat([before, causal(len(left))], dim=1)
+        hidden = run_layers(decoder, [layer], hidden, row.positions[left], allowed, takes_ffn, cache)
+    states = hidden.new_zeros(len(row.tokens), hidden.shape[2])
+    return states.index_put((torch.tensor(left),), decoder.norm(hidden)[0])
 
 
 def ffn_ratio(decoder, embeds: torch.Tensor, probe_layer: int) -> list[float]:
@@ -469,17 +519,19 @@ def decode(model, row: Row, config, answer: list[int]) -> list[torch.Tensor]:
 
     Nothing ever leaves the cache; if skip_kv, every step's mask hides the skipped tokens' keys.
     """
-    decoder = model.model.language_model
     cache = DynamicCache()
     result = [model.lm_head(run_row(model, row, config, cache)[-1])]
-    seen = [not (config.skip_kv and token.role == TokenRole.SKIPPED) for token in row.tokens]
+    earlier = entries_of(row, config)
     position = int(row.positions[-1])
     for token in answer[:-1]:
-        seen.append(True)
         position += 1
         embeds = model.get_input_embeddings()(torch.tensor([[token]]))
-        hidden = run_layers(
-            decoder, decoder.layers, embeds, torch.tensor([position]), torch.tensor([seen]), [True], cache
-        )
-        result.append(model.lm_head(decoder.norm(hidden))[0, -1])
+        word = Row([Token(TokenRole.TEXT)], [], embeds, torch.tensor([position]))
+        result.append(model.lm_head(run_row(model, word, config, cache, earlier))[0])
+        earlier += entries_of(word, config)
     return result
+
+
+def entries_of(row: Row, config) -> list[tuple[bool, Token]]:
+    """Return for each token whether later ones see it, and the token."""
+    return [(not (config.skip_kv and token.role == TokenRole.SKIPPED), token) for token in row.tokens]

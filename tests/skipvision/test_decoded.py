@@ -14,7 +14,15 @@ from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "chosen", [{"layout": "raster"}, {"layout": "grouped"}, {"select": "attention", "merge": "drop"}]
+    "chosen",
+    [
+        {"layout": "raster"},
+        {"layout": "grouped"},
+        {"select": "attention", "merge": "drop"},
+        {"select": "relevance"},
+        {"drop_after": 0},
+        {"drop_after": 1, "skip_layers": [1]},
+    ],
 )
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_one_call_gives_the_logits_of_decoding_step_by_step(attention, chosen, padding):

@@ -87,6 +87,8 @@ def test_attaching_twice():
     ("values", "message"),
     [
         ({"select": "ffn_ratio", "probe_layer": 3}, r"probe_layer=3, but the decoder has layers 0 … 2"),
+        ({"skip_layers": [1, 3]}, r"skip_layers=\[1, 3\], but the decoder has layers 0 … 2"),
+        ({"drop_after": 2}, r"drop_after=2, but the decoder has layers 0 … 2: name one that has a layer"),
         ({"select": "views"}, "select='views' needs a multi-view family; LlavaModel"),
         ({"select": "attention", "probe_layer": 3}, r"probe_layer=3, but the decoder has layers 0 … 2"),
     ],

@@ -105,6 +105,29 @@ def test_skipped_tokens_enter_every_attention_but_no_ffn(model):
     assert int(skip.plan.ffn_mask.sum()) == int(skip.plan.attention_mask.sum()) - 12
 
 
+def test_only_the_named_layers_skip(model):
+    """Fewer layers, fewer tokens that bypass; naming all layers is the default."""
+    inputs, entered = tiny_inputs(ROWS, dtype=F64), []
+
+    def count(module, args):
+        entered.append(args[0].shape[:-1].numel())
+
+    layers = model.model.language_model.layers
+    handles = [layer.mlp.gate_proj.register_forward_pre_hook(count) for layer in layers]
+    with torch.no_grad(), attach(model, CONFIGS["counts"]) as skip:
+        everywhere = model(**inputs).logits
+        with skip.using(SkipConfig(retained=5, skipped=4, skip_layers=[0, 1, 2])):
+            assert torch.equal(model(**inputs).logits, everywhere)
+        entered.clear()
+        with skip.using(CONFIGS["some-layers"]):
+            model(**inputs)
+    for handle in handles:
+        handle.remove()
+    assert skip.plan.skip_layers == (0, 2)
+    few = int(skip.plan.ffn_mask.sum())
+    assert entered == [few, skip.plan.ffn_mask.numel(), few]
+
+
 def test_the_plan_of_the_last_prefill_is_available(model):
     inputs = tiny_inputs(ROWS, dtype=F64)
     with torch.no_grad(), attach(model, CONFIGS["counts"]) as skip:

@@ -30,6 +30,8 @@ HERE = [
     "cache-for-all",
     "skipped-only",
     "ffn-ratio",
+    "drop-after",
+    "drop-later",
 ]
 
 
@@ -87,7 +89,7 @@ def test_rows_that_share_a_prompt_decode_apart(model, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["counts", "contiguous", "cache-for-all"])
+@pytest.mark.parametrize("name", ["counts", "contiguous", "cache-for-all", "drop-after"])
 def test_beams_keep_their_own_caches(model, name):
     """A beam's score is the sum of its tokens' log-probabilities on its own cache."""
     config, inputs = CONFIGS[name], tiny_inputs(REPEATED, dtype=F64)
@@ -121,13 +123,17 @@ def test_the_cache_holds_the_planned_entries_and_no_byte_more(model, inputs, nam
     with attach(model, CONFIGS[name]) as skip:
         out, _ = generate(model, inputs)
     # The last token is sampled but not fed.
-    entries = int(skip.plan.cache_mask.sum(dim=1).max()) + NEW - 1
     config = model.config.text_config
-    per_entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
-    assert out.past_key_values.get_seq_length() == entries
-    assert cache_bytes(out.past_key_values) == len(ROWS) * entries * per_entry
+    entries = [
+        int(skip.plan.at_layer(number).cache_mask.sum(dim=1).max()) + NEW - 1
+        for number in range(config.num_hidden_layers)
+    ]
+    per_entry = 2 * config.num_key_value_heads * config.head_dim * 8
+    cache = out.past_key_values
+    assert [cache.get_seq_length(number) for number in range(config.num_hidden_layers)] == entries
+    assert cache_bytes(cache) == len(ROWS) * sum(entries) * per_entry
     full = inputs["input_ids"].shape[1] + NEW - 1
-    assert entries < full, "generate must have applied the plan"
+    assert max(entries) < full, "generate must have applied the plan"
 
 
 @torch.no_grad()

@@ -51,7 +51,9 @@ DEFAULTS = {
     "merge": "similarity",
     "summary_tokens": 1,
     "skip_ffn": True,
+    "skip_layers": "all",
     "skip_kv": True,
+    "drop_after": None,
     "positions": "original",
     "layout": "raster",
     "probe_layer": 0,
@@ -68,6 +70,7 @@ CHOICES = {
         "random",
         "attention",
         "vision_attention",
+        "relevance",
     ],
     "merge": ["similarity", "pool", "drop", "tome", "grid"],
     "positions": ["original", "contiguous"],
@@ -92,12 +95,26 @@ def test_every_promised_choice(name, value):
     assert getattr(SkipConfig(**{"retained": 0, name: value}), name) == value
 
 
+def test_lists_of_layers_are_sets():
+    config = SkipConfig(skip_layers=[2, 0, 2])
+    assert config.skip_layers == (0, 2)
+    assert config == SkipConfig.from_yaml("skip_layers: [0, 2]")
+    assert hash(config) == hash(SkipConfig(skip_layers=(0, 2)))
+
+
+@pytest.mark.parametrize("value", [[], [-1], [1.0], 3, "some", [True]])
+def test_lists_of_layers_that_are_none(value):
+    with pytest.raises(ConfigError, match="skip_layers"):
+        SkipConfig(skip_layers=value)
+
+
 def test_full_is_the_identity():
     full = SkipConfig.full()
     assert (full.retained, full.skipped, full.summary_tokens) == (1.0, 0.0, 0)
     assert full.counts(576) == (576, 0, 0)
     assert full.is_full
     assert SkipConfig(retained=1.0, skipped=0, summary_tokens=0, select="norm").is_full
+    assert not SkipConfig(retained=1.0, skipped=0, summary_tokens=0, drop_after=0).is_full
     for other in ({"retained": 1, "summary_tokens": 0}, {"retained": 1.0}, {"summary_tokens": 0}):
         assert not SkipConfig(skipped=0, **other).is_full
 

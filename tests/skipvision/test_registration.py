@@ -199,7 +199,7 @@ def test_a_module_that_cannot_be_imported(monkeypatch, forgotten):
         (
             "select",
             "simlarity",
-            "'similarity', 'ffn_ratio', .* or 'vision_attention'; did you mean 'simi.* SKIPVISION_METHODS",
+            "'similarity', 'ffn_ratio', .* or 'relevance'; did you mean 'simi.* SKIPVISION_METHODS",
         ),
         ("merge", "pol", "'similarity', 'pool', 'drop', 'tome' or 'grid'; did you mean 'pool'"),
         ("merge", 3, r"'similarity', 'pool', 'drop', 'tome' or 'grid' \(methods of other packages need SKIP"),

@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from skipvision import SkipConfig
+from skipvision import InputError, SkipConfig, attach
 from skipvision.anatomy.attention import Attended
 from skipvision.anatomy.families import dissect
 from skipvision.anatomy.probe import EarlyRun, ffn_ratio
+from skipvision.determinantal import by_relevance, choose_by_torch
 from skipvision.select import CRITERIA, by_diversity, chain_by_torch, top
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 from skipvision.tokens import VisualTokens
@@ -80,6 +81,43 @@ def test_both_chains_of_the_farthest_tokens_are_equal(monkeypatch):
     by_numpy = by_diversity(VisualTokens(features, valid), counts, 0)
     monkeypatch.setattr("skipvision.select.chain_by_numpy", chain_by_torch)
     assert torch.equal(by_diversity(VisualTokens(features, valid), counts, 0), by_numpy)
+
+
+def relevant(features, valid, counts, reading=None):
+    """Return the mask that "relevance" retains, by random readings or given ones."""
+    if reading is None:
+        reading = torch.rand(valid.shape, generator=torch.Generator().manual_seed(5), dtype=features.dtype)
+    counts = torch.tensor(counts)
+    return top(by_relevance(VisualTokens(features, valid, reading), counts, 0), valid, counts)
+
+
+def test_both_ways_to_the_largest_determinants_are_equal(monkeypatch):
+    """Also for images of fewer tokens, and if more are retained than there are dimensions."""
+    features, valid = ragged([16, 7, 1, 12, 16])
+    by_numpy = relevant(features, valid, [16, 3, 1, 5, 9])
+    assert by_numpy.sum(dim=1).tolist() == [16, 3, 1, 5, 9]
+    monkeypatch.setattr("skipvision.determinantal.choose_by_numpy", choose_by_torch)
+    assert torch.equal(relevant(features, valid, [16, 3, 1, 5, 9]), by_numpy)
+
+
+def test_relevance_is_weighed_against_diversity():
+    """Of two equal tokens one is chosen; a relevant token comes before an irrelevant one."""
+    features = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2, 3]][None]
+    reading = torch.tensor([[1.0, 0.9, 0.8, 0.7, 0.0]], dtype=torch.float64)
+    valid = torch.ones(1, 5, dtype=torch.bool)
+    chosen = [
+        relevant(features, valid, [count], reading)[0].nonzero().flatten().tolist() for count in range(6)
+    ]
+    assert chosen == [[], [0], [0, 2], [0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    same = torch.ones_like(reading)
+    assert relevant(features, valid, [4], same)[0].tolist() == [True, False, True, True, True]
+
+
+def test_a_prompt_without_text_is_refused():
+    model, inputs = tiny_llava(dtype=torch.float64), tiny_inputs([[2, "image"], ["image", 0]])
+    config = SkipConfig(retained=4, skipped=4, select="relevance")
+    with attach(model, config), pytest.raises(InputError, match="select='relevance' compares images with"):
+        model(**{name: value.double() if name == "pixel_values" else value for name, value in inputs.items()})
 
 
 def test_random_is_fixed_by_its_seed():

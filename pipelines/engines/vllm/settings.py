@@ -120,6 +120,11 @@ def _skip_problem(skip: sv.SkipConfig, names: SettingNames) -> str | None:
             f"{names.skip}.skipped = {skip.skipped}: in vLLM no token can bypass the feed-forward networks: "
             f"set it to 0 and calibrate or tune for that, or use {names.engine}.backend native"
         )
+    if skip.drop_after is not None:
+        return (
+            f"{names.skip}.drop_after = {skip.drop_after}: in vLLM all layers have the same tokens: set it "
+            f"to null and calibrate or tune for that, or use {names.engine}.backend native"
+        )
     return None
 
 

@@ -100,8 +100,12 @@ class Settings:
         return config
 
     def _check_methods(self, config: SkipConfig) -> None:
+        if config.drop_after is not None:
+            raise ConfigError(
+                f"drop_after={config.drop_after}: in vLLM all layers have the same tokens: set it to null"
+            )
         reads = config.criterion.reads
-        if reads in ("decoder", "tower"):
+        if reads in ("decoder", "tower", "prompt"):
             raise ConfigError(
                 f"select={config.select!r} reads the {'vision tower' if reads == 'tower' else reads}, which "
                 "the vLLM plug-in does not: use 'similarity', 'diversity', 'norm', 'uniform' or 'random'"

@@ -208,6 +208,12 @@ def test_one_image_cannot_be_split(settings, questions):
         parts(config)
 
 
+def test_layers_can_be_searched():
+    space = {"skip_layers": ["all", [0, 1]], "drop_after": [None, 1]}
+    found = [(one.skip_layers, one.drop_after) for one in combinations(space, SkipConfig())]
+    assert found == [("all", None), ("all", 1), ((0, 1), None), ((0, 1), 1)]
+
+
 def test_invalid_combinations_are_left_out():
     space = {"skipped": [0, 4], "merge": ["pool", "drop"]}
     found = [(one.skipped, one.merge) for one in combinations(space, SkipConfig())]

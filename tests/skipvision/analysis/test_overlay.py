@@ -143,7 +143,7 @@ def tiny_folder(request):
 CONFIGS = [
     sv.SkipConfig(retained=0.25, skipped=0.25),
     sv.SkipConfig(retained=3, skipped=2, merge="drop", layout="grouped"),
-    sv.SkipConfig(retained=2, skipped=3, merge="pool", summary_tokens=0),
+    sv.SkipConfig(retained=2, skipped=3, merge="pool", summary_tokens=0, drop_after=0),
 ]
 
 
@@ -166,6 +166,7 @@ def test_fates_match_the_plan_with_several_images_in_a_batch(config):
     begins = [(0, 18), (1, 1), (1, 17)]
     for overlay, size, (row, begin) in zip(overlays, SIZES, begins, strict=True):
         assert overlay.size == size
+        assert overlay.drop_after == overlay.as_json().get("drop_after") == config.drop_after
         assert overlay.counts["retained"] == retained
         assert overlay.counts["skipped"] == skipped
         assert overlay.counts["dropped" if config.merge == "drop" else "merged"] == 16 - retained - skipped

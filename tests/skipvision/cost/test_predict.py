@@ -30,12 +30,16 @@ CONFIGS = {
     "attention": SkipConfig(retained=16, skipped=0, merge="drop", select="attention"),
     "attention-later": SkipConfig(retained=16, skipped=20, select="attention", probe_layer=2),
     "vision-attention": SkipConfig(retained=16, skipped=20, select="vision_attention"),
+    "relevance": SkipConfig(retained=16, skipped=20, select="relevance"),
     "tome": SkipConfig(retained=0, skipped=11, merge="tome", skip_ffn=False, skip_kv=False),
     "tome-of-the-rest": SkipConfig(retained=20, skipped=16, merge="tome"),
     "grid": SkipConfig(retained=0, skipped=20, merge="grid", skip_ffn=False, skip_kv=False),
     "pool": SkipConfig(retained=16, skipped=20, merge="pool"),
     "retained-only": SkipConfig(retained=20, skipped=0),
     "ffn-for-all": SkipConfig(retained=12, skipped=32, skip_ffn=False),
+    "some-layers": SkipConfig(retained=12, skipped=32, skip_layers=[1]),
+    "drop-after": SkipConfig(retained=12, skipped=32, summary_tokens=2, skip_layers=[1], drop_after=1),
+    "drop-everything": SkipConfig(retained=1.0, skipped=0, summary_tokens=0, drop_after=0),
     "cache-for-all": SkipConfig(retained=12, skipped=32, skip_kv=False),
     "more-than-there-are": SkipConfig(retained=50, skipped=50),
 }
@@ -108,7 +112,7 @@ def test_teacher(shape):
     assert predicted.teacher_flops == predicted.full.teacher_flops == pytest.approx(flops, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["full", "default-shaped", "cache-for-all"])
+@pytest.mark.parametrize("name", ["full", "default-shaped", "cache-for-all", "drop-after"])
 def test_decoding(name):
     model, config = build(), CONFIGS[name]
     predicted = predict_cost(model.config, config, text_tokens=PROMPT, new_tokens=6)

@@ -70,6 +70,14 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model):
     assert ("vLLM is not installed here" in message) is (find_spec("vllm") is None)
 
 
+def test_layers_that_lack_tokens_are_refused(tiny_model):
+    skip = sv.SkipConfig(retained=4, skipped=0, drop_after=0)
+    with pytest.raises(
+        ConfigError, match=r"skip(\.drop_after = 0: in vLLM all layers|: vLLM prunes images by)"
+    ):
+        check_settings(model_at(tiny_model, skip=skip), BackendSection(backend="vllm"))
+
+
 def replace_skipped() -> sv.SkipConfig:
     return sv.SkipConfig(retained=4, skipped=4)
 

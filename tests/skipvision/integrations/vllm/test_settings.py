@@ -44,6 +44,8 @@ def test_full_tokens_have_one_form(value, server, model_config):
         ({"retain": 3}, "retain=3: no such field"),
         ({"select": "attention"}, "'attention' reads the decoder"),
         ({"select": "vision_attention"}, "'vision_attention' reads the vision tower"),
+        ({"drop_after": 1}, "drop_after=1: in vLLM all layers have the same tokens"),
+        ({"select": "relevance"}, "'relevance' reads the prompt"),
         ({"select": "views"}, "this model sees one view"),
         ({"summary_tokens": 2}, "has 1: use 0 or 1"),
         ({"skipped": 4, "map_skipped": 1}, "map_skipped=1: expected true or false"),
