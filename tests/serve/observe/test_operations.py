@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 
-from tests.serve.conftest import KEPT, LONG, ORIGIN, eventually, question, register
+from tests.serve.conftest import KEPT, LONG, ORIGIN, eventually, on_native, question, register
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -50,6 +50,7 @@ def test_an_adapter_follows_its_alias_without_a_restart(guarded, endpoint, clien
     assert answer().usage.visual_tokens["cached"] == KEPT
 
 
+@on_native
 def test_a_skip_without_summary_tokens_has_none_if_the_model_has_none(client):
     options = {
         "messages": question(),
@@ -169,6 +170,7 @@ def test_a_stream_that_nobody_reads_blocks_nobody(guarded):
 
 
 @pytest.mark.slow
+@on_native  # test_vllm.py has this for vLLM, whose start takes longer than these requests wait
 def test_an_engine_that_dies_interrupts_only_the_stream_that_has_begun(guarded, client):
     options = {"model": "small", "messages": question(), "max_tokens": 400, "response_format": LONG}
     (engine,) = [
