@@ -193,7 +193,8 @@ def save_with_side(path: str, side: int, folder: str | Path) -> None:
         patches = torch.empty(1, sizes.tokens(side) + added, positions.embedding_dim)
         with torch.no_grad():
             smaller = embeddings.interpolate_pos_encoding(patches, side, side)[0]
-        embeddings.position_embedding = nn.Embedding.from_pretrained(smaller.clone(), freeze=False)
+            embeddings.position_embedding = nn.Embedding(*smaller.shape, dtype=smaller.dtype)
+            embeddings.position_embedding.weight.copy_(smaller)
     model.config = sizes.resized(side)
     model.save_pretrained(folder)
     with_side(load_processor(path), side).save_pretrained(folder)

@@ -100,7 +100,6 @@ def head_sees_all(design: Design) -> bool:
     return "logits_to_keep" not in inspect.signature(_model(design).whole.forward).parameters
 
 
-@lru_cache(maxsize=64)
 def decoder(design: Design, skipping: Numbers = None, last: int | None = None) -> Flops:
     """Measure one forward through the decoder.
 
@@ -109,6 +108,11 @@ def decoder(design: Design, skipping: Numbers = None, last: int | None = None) -
         skipping: layers whose feed-forward networks only some tokens enter; None = all.
         last: layer to end with; None = the decoder's last.
     """
+    return _decoder(design, skipping, last)  # one key in the cache, however the arguments are passed
+
+
+@lru_cache(maxsize=64)
+def _decoder(design: Design, skipping: Numbers, last: int | None) -> Flops:
     model = _model(design)
     run = partial(_forward, model, _end(model, last))
     return Flops.fitted(partial(run, skipping=skipping), model.chunk)
@@ -150,7 +154,6 @@ def tower_attention(design: Design, count: int) -> int:
     return reading - _shown(design, count, _near_square(_TOKENS))[0]
 
 
-@lru_cache(maxsize=64)
 def training(
     design: Design, rank: int, below: bool, skipping: Numbers = None, last: int | None = None
 ) -> Flops:
@@ -162,6 +165,11 @@ def training(
         below: whether parameters below the first layer train too.
         skipping, last: as in `decoder`.
     """
+    return _training(design, rank, below, skipping, last)
+
+
+@lru_cache(maxsize=64)
+def _training(design: Design, rank: int, below: bool, skipping: Numbers, last: int | None) -> Flops:
     model = _model(design)
     anatomy = model.anatomy
     end = _end(model, last)

@@ -165,7 +165,11 @@ def of_the_layers(model):
 
 @pytest.mark.parametrize(
     ("way", "name"),
-    [(of_the_model, "counts"), (of_the_decoder, "ffn-ratio"), (of_the_layers, "counts")],
+    [
+        (of_the_model, "counts"),
+        pytest.param(of_the_decoder, "ffn-ratio", marks=pytest.mark.slow),
+        (of_the_layers, "counts"),
+    ],
 )
 def test_compiled_prefill_and_decoding(way, name):
     model = tiny_llava(dtype=F64)

@@ -93,10 +93,10 @@ def test_two_images(family):
 @pytest.mark.parametrize(
     ("name", "rank"),
     [
-        ("full", 4),
         ("reduced", 4),
-        ("reduced", 0),
         ("probed", 4),
+        pytest.param("full", 4, marks=pytest.mark.slow),
+        pytest.param("reduced", 0, marks=pytest.mark.slow),
         pytest.param("full", 0, marks=pytest.mark.slow),
         pytest.param("probed", 0, marks=pytest.mark.slow),
     ],

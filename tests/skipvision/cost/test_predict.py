@@ -59,8 +59,16 @@ def one_row(images, words):
     return tiny_inputs([["image"] * images + [words]], side=SIDE)
 
 
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
+def with_shapes(first, other):
+    """Return two values with every shape; all but one shape are quick with the first only."""
+    pairs = [(shape, value) for shape in SHAPES for value in (first, other)]
+    slow = [shape != "sdpa" and value == other for shape, value in pairs]
+    return [
+        pytest.param(*pair, marks=[pytest.mark.slow] * late) for pair, late in zip(pairs, slow, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("shape", "images"), with_shapes(1, 2))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prefill(name, shape, images):
     model, config = build(**SHAPES[shape]), CONFIGS[name]
@@ -73,8 +81,7 @@ def test_prefill(name, shape, images):
     assert predicted.sequence == skip.plan.roles.shape[1]
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "rank"), with_shapes(4, 0))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_step(name, shape, rank):
     model, config = build(**SHAPES[shape]), CONFIGS[name]
