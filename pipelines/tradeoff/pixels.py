@@ -193,7 +193,7 @@ def save_with_side(path: str, side: int, folder: str | Path) -> None:
         patches = torch.empty(1, sizes.tokens(side) + added, positions.embedding_dim)
         with torch.no_grad():
             smaller = embeddings.interpolate_pos_encoding(patches, side, side)[0]
-            embeddings.position_embedding = nn.Embedding(*smaller.shape, dtype=smaller.dtype)
+            embeddings.position_embedding = nn.Embedding(len(smaller), smaller.shape[1], dtype=smaller.dtype)
             embeddings.position_embedding.weight.copy_(smaller)
     model.config = sizes.resized(side)
     model.save_pretrained(folder)
