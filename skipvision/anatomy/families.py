@@ -307,8 +307,8 @@ def _halves(layer: nn.Module, number: int) -> Layer:
             )
         raise UnsupportedModelError(
             f"layer {number} of the decoder ({type(layer).__name__}) consists of "
-            f"{', '.join(parts)}: only layers of self-attention and a feed-forward network can be "
-            "skipped, and only attention can forget a token",
+            f"{', '.join(parts)}: only layers of one token mixer (self-attention, linear attention "
+            "or a short convolution) and a feed-forward network can be skipped",
             reason,
         )
     recurrent = attention is not None and _is_recurrent(attention, parts)

@@ -42,7 +42,8 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlflow]:
     folder = tmp_path_factory.mktemp("services")
     with secrets() as passwords, postgres(passwords) as database, s3(folder / "s3.log") as store:
         server = Mlflow(database, store, passwords, folder / "mlflow.log")
-        server.create_bucket()
+        for _ in range(2):  # as every `docker compose up` does
+            server.create_bucket()
         server.start()
         yield server
         server.kill()
