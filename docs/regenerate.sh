@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure and draw the images and tables of docs/ and docs/benchmarks/ again, except those of a GPU and of other
-# engines. It takes three hours on two idle cores. Jobs that can resume keep their finished parts. Prose that quotes
+# engines. It takes five hours on two idle cores. Jobs that can resume keep their finished parts. Prose that quotes
 # numbers is not changed: check it against `git diff`.
 set -eu
 cd "$(dirname "$0")/.."
@@ -20,12 +20,20 @@ longer="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --tracking.reg
 $python jobs/make_shapes.py --config jobs/configs/shapes_demo.yaml --output data/shapes-16k --train 16000
 $python $longer --name long-full --skip null
 $python $longer --name long
+taught="$longer --training.objective both --distillation.top_k 64 --distillation.cache true"
+$python $taught --name both
+$python $taught --name both-seed-1 --seed 1
+$python $taught --name both-seed-2 --seed 2
+$python $taught --name both-3 --training.epochs 3
+$python $taught --name both-divprune \
+  --skip "{retained: 74, skipped: 0, summary_tokens: 0, select: diversity, merge: drop}"
 $python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $images/000000.png \
   -o docs/images/overlay.png
 if command -v prometheus >/dev/null; then $python -m tests.infra.live -o docs/images; fi
 $python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs/results
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_objectives.yaml --report docs/results
 
 $python jobs/deploy.py --config jobs/configs/deploy_demo.yaml &
 endpoint=$!  # stopped by TERM: background jobs of a script ignore INT
