@@ -102,7 +102,7 @@ class TokenPlan:
         return counts.scatter_add_(1, into.clamp(min=0), (into >= 0).to(counts.dtype))
 
     def at_layer(self, number: int) -> TokenPlan:
-        """Return the plan of one decoder layer: after ``drop_after``, only what is left."""
+        """Return the plan of one decoder layer: after ``drop_after``, the remaining tokens only."""
         return self if self.drop is None or number <= self.drop.after else self.drop.plan
 
     @property

@@ -73,8 +73,8 @@ def compare_calibration(
     """
     if not all(is_measured(items) for side in sides for items in side):
         return None
-    failed = {_key(item) for side in sides for items in side for item in items if item.error is not None}
-    kept = [tuple([item for item in items if _key(item) not in failed] for items in side) for side in sides]
+    failed = {item.key for side in sides for items in side for item in items if item.error is not None}
+    kept = [tuple([item for item in items if item.key not in failed] for items in side) for side in sides]
     answered = [(reference, other) for reference, other in kept]
     if not answered[0][0]:
         return None
@@ -82,10 +82,6 @@ def compare_calibration(
     brier = widened(paired_by_seed(scores, resamples=resamples, seed=seed, confidence=confidence), confidence)
     ece = _compare_ece(answered, resamples=resamples, seed=seed, confidence=confidence)
     return ece, brier.numbers()
-
-
-def _key(item: Item) -> tuple[str, str]:
-    return item.dataset, item.index
 
 
 def _compare_ece(sides: Sides, *, resamples: int, seed: int, confidence: float) -> Difference:

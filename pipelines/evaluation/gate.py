@@ -172,7 +172,7 @@ def _verdict(
     unanswered = max(errors) > budget.max_errors * len(before)
     if not unanswered:  # items that failed on both sides tell nothing about either
         both = failed[0] & failed[1]
-        before, after = ([item for item in side if _key(item) not in both] for side in (before, after))
+        before, after = ([item for item in side if item.key not in both] for side in (before, after))
     found = paired(before, after, resamples=budget.resamples, seed=budget.seed, confidence=budget.confidence)
     wide = widened(found, budget.confidence)
     verdict = partial(Verdict, name, drop, found, wide.low, wide.high, errors=errors)
@@ -201,7 +201,7 @@ def _items_needed(found: Paired, drop: float, confidence: float) -> int:
 
 def _check_reference_errors(reference: Sequence[Item], candidate: Sequence[Item]) -> None:
     failed = _failed(candidate)
-    unfair = [item for item in reference if item.error is not None and _key(item) not in failed]
+    unfair = [item for item in reference if item.error is not None and item.key not in failed]
     if unfair:
         first = unfair[0]
         raise DataError(
@@ -211,8 +211,4 @@ def _check_reference_errors(reference: Sequence[Item], candidate: Sequence[Item]
 
 
 def _failed(items: Sequence[Item]) -> set[tuple[str, str]]:
-    return {_key(item) for item in items if item.error is not None}
-
-
-def _key(item: Item) -> tuple[str, str]:
-    return item.dataset, item.index
+    return {item.key for item in items if item.error is not None}

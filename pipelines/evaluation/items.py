@@ -47,6 +47,11 @@ class Item:
     error: str | None = None
     log_probability: float | None = field(default=None, compare=False)
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Dataset and index: what the items of two systems for one question share."""
+        return self.dataset, self.index
+
 
 _NUMBERS = ("score", "log_probability")
 _OPTIONAL = ("error", "log_probability")

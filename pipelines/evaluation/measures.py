@@ -36,7 +36,7 @@ def gold_of(item: Item, gold: Gold, part: str) -> str | None:
     """Return the gold answer of an item, or None if the item is not of a slice."""
     if part != OVERALL and part not in categories(item.category):
         return None
-    return gold[item.dataset, item.index]
+    return gold[item.key]
 
 
 def mean_of(measure: Measure, items: Sequence[Item]) -> float | None:
@@ -57,10 +57,10 @@ def compare_measure(
         DataError: see `paired_by_seed`.
     """
     valued = [[_valued(measure, items) for items in side] for side in sides]
-    both = set.intersection(*({_key(item) for item in items} for side in valued for items in side))
+    both = set.intersection(*({item.key for item in items} for side in valued for items in side))
     if not both:
         return None
-    kept = [[[item for item in items if _key(item) in both] for items in side] for side in valued]
+    kept = [[[item for item in items if item.key in both] for items in side] for side in valued]
     # The bounds for few changed groups hold for numbers up to 1.
     largest = max(1.0, *(item.score for side in kept for items in side for item in items))
     found = paired_by_seed(
@@ -78,7 +78,3 @@ def _valued(measure: Measure, items: Sequence[Item]) -> list[Item]:
 
 def _divided(items: Sequence[Item], by: float) -> list[Item]:
     return [replace(item, score=item.score / by) for item in items]
-
-
-def _key(item: Item) -> tuple[str, str]:
-    return item.dataset, item.index

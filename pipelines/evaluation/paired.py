@@ -172,7 +172,7 @@ def widened(comparison: Paired, confidence: float = 0.95) -> Paired:
 
 
 def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:
-    keyed = {(item.dataset, item.index): item for item in items}
+    keyed = {item.key: item for item in items}
     if len(keyed) < len(items):
         raise DataError(
             f"{len(items) - len(keyed)} of {len(items)} items of {items[0].system!r} are duplicates: "
@@ -200,7 +200,7 @@ def _check_same_items(
         raise DataError(
             f"{len(differing)} of {len(reference)} items have another image or category on the other side "
             f"(for example {example.dataset} {example.index}: {_context(example)} and "
-            f"{_context(other[example.dataset, example.index])}); score both on the same tables"
+            f"{_context(other[example.key])}); score both on the same tables"
         )
 
 
