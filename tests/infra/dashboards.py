@@ -22,6 +22,8 @@ DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((INFRA 
 
 BACKGROUND, PANEL, TEXT, FAINT, GRID = "#111217", "#181b1f", "#ccccdc", "#8e8e9a", "#2c3235"
 COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#37872d")
+NAMED = {"green": "#73bf69", "orange": "#ff9830", "red": "#f2495c"}
+"""Colours of thresholds."""
 WIDTH, ROW = 15.0, 0.42
 """Inches of the image, and of a row of Grafana's grid."""
 
@@ -71,7 +73,7 @@ def _stat(frame: Axes, panel: dict[str, Any], found: Sequence[Series]) -> None:
             centre,
             0.5,
             text,
-            color=COLOURS[0],
+            color=_colour(one.last, field),
             fontsize=21,
             ha="center",
             va="center",
@@ -84,10 +86,18 @@ def _stat(frame: Axes, panel: dict[str, Any], found: Sequence[Series]) -> None:
     if len(found) == 1 and len(found[0].times) > 1:
         small = frame.inset_axes((0, 0, 1, 0.3))
         small.set_axis_off()
-        small.plot(found[0].times, found[0].values, color=COLOURS[0], linewidth=1)
-        small.fill_between(found[0].times, found[0].values, color=COLOURS[0], alpha=0.15)
+        colour = _colour(found[0].last, field)
+        small.plot(found[0].times, found[0].values, color=colour, linewidth=1)
+        small.fill_between(found[0].times, found[0].values, color=colour, alpha=0.15)
         top = max((value for value in found[0].values if not math.isnan(value)), default=1.0)
         small.set_ylim(0, max(top, 1e-9) * 1.1)
+
+
+def _colour(value: float, field: dict[str, Any]) -> str:
+    """The colour of the highest threshold that a value reaches."""
+    steps = field.get("thresholds", {}).get("steps", [])
+    reached = [step["color"] for step in steps if step["value"] is None or value >= step["value"]]
+    return NAMED[reached[-1]] if reached else COLOURS[0]
 
 
 def _lines(
@@ -101,7 +111,8 @@ def _lines(
     field = panel["fieldConfig"]["defaults"]
     custom, high = field["custom"], panel["gridPos"]["h"]
     axes = figure.add_axes(
-        (left + 0.05, bottom + tall * 1.75 / high, width - 0.06, tall * (high - 2.9) / high), facecolor=PANEL
+        (left + 0.065, bottom + tall * 1.75 / high, width - 0.075, tall * (high - 2.9) / high),
+        facecolor=PANEL,
     )
     bands = (
         stacked(found)
@@ -119,6 +130,9 @@ def _lines(
         (value for line in axes.lines for value in line.get_ydata() if value == value), default=1.0
     )
     axes.set_ylim(field.get("min", 0), max(top, 1e-9) * (1 if "max" in field else 1.12))
+    if "thresholdsStyle" in custom:
+        for step in field["thresholds"]["steps"][1:]:
+            axes.axhline(step["value"], color=NAMED[step["color"]], linewidth=1, linestyle="--")
     axes.yaxis.set_major_locator(_ticks(axes.get_ylim()[1], field["unit"]))
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: formatted(value, field["unit"], field.get("decimals")))
@@ -176,7 +190,9 @@ def formatted(value: float, unit: str, decimals: int | None = None) -> str:
     if unit == "s":
         size, short = next((one for one in _TIMES if abs(value) >= one[0]), (1.0, "s"))
         return f"{_number(value / size, decimals)} {short}"
-    suffix = {"none": "", "short": "", "reqps": " req/s"}[unit]
+    if unit.startswith("suffix:"):
+        return f"{_number(value, decimals)} {unit.removeprefix('suffix:')}"
+    suffix = {"none": "", "short": "", "reqps": " req/s", "rowsps": " rows/s"}[unit]
     sizes = ((1e9, " Bil"), (1e6, " Mil"), (1e3, " K")) if unit != "none" else ()
     size, short = next((one for one in sizes if abs(value) >= one[0]), (1.0, ""))
     return f"{_number(value / size, decimals)}{short}{suffix}"

@@ -21,6 +21,8 @@ from tests.infra.clusters import free_port, wait_for
 from tests.infra.manifests import INFRA
 from tests.infra.sample_metrics import samples
 
+SPAN_SECONDS = 30
+"""`spanNulls` of the panels: longer gaps are not drawn. It is twice the time between scrapes of compose."""
 MISSING = "prometheus is not installed, so no panel is evaluated (on Debian: apt-get install prometheus)"
 
 
@@ -89,7 +91,7 @@ def _named(legend: str, found: dict[str, Any], step: int) -> Series:
 
     times, values = [], []
     for at, value in found["values"]:
-        if times and at - times[-1] > 60:  # `spanNulls` of the panels: longer gaps are not drawn
+        if times and at - times[-1] > SPAN_SECONDS:
             times.append(times[-1] + step)
             values.append(math.nan)
         times.append(float(at))

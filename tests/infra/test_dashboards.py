@@ -79,6 +79,8 @@ def test_a_dashboard_is_drawn(source, name, tmp_path):
         (1060, "none", "1060"),
         (1060, "short", "1.06 K"),
         (7.5, "reqps", "7.5 req/s"),
+        (1500, "rowsps", "1.5 K rows/s"),
+        (28.1, "suffix:images/s", "28.1 images/s"),
         (math.nan, "s", "NaN"),
     ],
 )

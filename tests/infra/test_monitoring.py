@@ -10,6 +10,7 @@ import yaml
 
 from tests.infra.exported import declared, named, selected_labels
 from tests.infra.manifests import INFRA
+from tests.infra.prometheus import SPAN_SECONDS
 
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((INFRA / "grafana").glob("*.json"))}
 RULES = [
@@ -80,10 +81,30 @@ def test_panels_are_complete_and_do_not_overlap(name):
         assert not cells & taken
         assert all(x < 24 for x, _ in cells)
         taken |= cells
-        assert panel["fieldConfig"]["defaults"]["noValue"]  # why it is empty
+        defaults = panel["fieldConfig"]["defaults"]
+        assert defaults["noValue"]  # why it is empty
+        if panel["type"] == "timeseries":
+            assert defaults["custom"]["spanNulls"] == 1000 * SPAN_SECONDS
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
     assert len({panel["id"] for panel in DASHBOARDS[name]["panels"]}) == len(DASHBOARDS[name]["panels"])
     assert DASHBOARDS[name]["uid"] == f"skipvision-{name}"
+
+
+@pytest.mark.parametrize(
+    ("titles", "alert"),
+    [
+        (["Failed"], "EndpointErrors"),
+        (["First token, 95 %", "Time to first token"], "EndpointFirstTokenSlow"),
+        (["KV memory"], "EndpointKvMemoryScarce"),
+    ],
+)
+def test_the_red_thresholds_of_panels_are_those_of_alerts(titles, alert):
+    (rule,) = (one for one in RULES if one["alert"] == alert)
+    for title in titles:
+        (panel,) = (one for one in DASHBOARDS["endpoint"]["panels"] if one["title"] == title)
+        *_, red = panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+        assert red["color"] == "red"
+        assert re.search(rf"> {red['value']}(?!\S)", rule["expr"])
 
 
 def test_every_alert_has_a_unit_test_in_which_it_fires():
