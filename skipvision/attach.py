@@ -190,7 +190,7 @@ class Attachment:
         keep(anatomy.decoder.register_forward_pre_hook(reduction.reduce, with_kwargs=True))
         keep(anatomy.decoder.register_forward_hook(reduction.restore, with_kwargs=True))
         for number, layer in enumerate(anatomy.layers):
-            self._handles += hook_layer(number, layer.whole, layer.attention, layer.mlp)
+            self._handles += hook_layer(number, layer)
             self._handles += hook_block_indexer(layer.attention)
         self._handles += self._tower_hooks()
 

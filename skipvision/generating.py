@@ -14,13 +14,15 @@ from skipvision._compat_generation import GenerateOverride, generation_settings
 from skipvision.anatomy.encoding import brings_images
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError, UnsupportedModelError
-from skipvision.kv_cache import CacheState, check_prunable
+from skipvision.kv_cache import OFFLOADED, OTHER_FORM, STATIC, CacheState, check_prunable
 
-_DYNAMIC = (None, "dynamic", "offloaded", "paged")
+_DYNAMIC = (None, "dynamic", "paged")
 """Values of ``cache_implementation`` with which `generate` creates a cache that can be pruned, if any.
 
 As an argument, "paged" is refused before; in the settings of a model it has no effect.
 """
+_UNPRUNABLE = {"quantized": OTHER_FORM, "offloaded": OFFLOADED}
+"""Why caches cannot be pruned that are not static, by the same values."""
 _READS_KEYS = ("gemma4_assistant", "gemma4_unified_assistant")
 """Kinds of assistants that read keys and values of the model's own layers."""
 
@@ -65,7 +67,7 @@ def check_generate(
 def _check_cache(settings: GenerationConfig, cache: Any) -> None:
     name = settings.cache_implementation
     if cache is None and settings.use_cache is not False and name not in _DYNAMIC:
-        reason = "its entries have another form" if name == "quantized" else "a static cache keeps its size"
+        reason = _UNPRUNABLE.get(str(name), STATIC)
         raise UnsupportedModelError(
             f"cache_implementation={name!r} makes a KV cache that cannot be pruned ({reason}): leave it out, "
             "or set it to 'dynamic', also in the model's generation_config"

@@ -37,6 +37,13 @@ from skipvision.errors import InputError, UnsupportedModelError
 _STATE = "_skip_vision_state"
 _ENTRIES = "_skip_vision_entries"
 
+STATIC = "a static cache keeps its size"
+OTHER_FORM = "its entries have another form"
+OFFLOADED = (
+    "transformers copies its entries between CPU and GPU while layers run, and pruning cannot wait for it"
+)
+"""Reasons why a cache cannot be pruned."""
+
 
 class SettledCache(Cache):
     """A cache whose owner sets masks and positions itself: calls with it pass the hooks unchanged."""
@@ -219,6 +226,11 @@ def _first_with_entries(cache: Cache) -> int:
 
 def check_prunable(cache: Cache) -> None:
     """Raise `UnsupportedModelError` if a cache cannot be pruned, or has lost entries; leave it unchanged."""
+    if getattr(cache, "offloading", False):
+        raise UnsupportedModelError(
+            f"the KV cache is offloaded, so it cannot be pruned ({OFFLOADED}): pass "
+            "past_key_values=DynamicCache(config=...); a pruned cache is smaller"
+        )
     for number, layer in enumerate(cache.layers):
         if type(layer) in _WITHOUT_ENTRIES or holds_entries(layer):
             continue
@@ -255,7 +267,7 @@ def _drops_entries(layer: Any) -> bool:
 
 def _unprunable(number: int, layer: Any) -> UnsupportedModelError:
     dynamic = isinstance(layer, DynamicLayer)
-    reason = "its entries have another form" if dynamic else "a static cache keeps its size"
+    reason = OTHER_FORM if dynamic else STATIC
     return UnsupportedModelError(
         f"the KV cache's layer {number} is a {type(layer).__name__}, which cannot be pruned "
         f"({reason}): call generate without cache_implementation, so that it creates a DynamicCache, "

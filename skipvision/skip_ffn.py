@@ -6,8 +6,8 @@ it from the keywords, and stores it if the slot holds another plan: gradient che
 ``forward`` again during backward, attention first, with the keywords of the forward it repeats. Writing only
 a changed plan keeps the layer free of side effects, as ``torch.compile`` requires of a checkpointed region.
 
-A layer that is an FFN alone has no attention to do so. There the gradient of the layer's output, which
-arrives before the layer runs again, stores the plan.
+A layer that is an FFN alone has no attention to do so, and some layers pass no keywords on to their Mamba.
+There the gradient of the layer's output, which arrives before the layer runs again, stores the plan.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from skipvision.anatomy.families import Layer
 from skipvision.drop import DROP_KEYWORD
 from skipvision.plan import PLAN_KEYWORD, TokenPlan
 
@@ -72,16 +73,19 @@ class _Hooks:
         return plan if plan.skip_layers is None or self.number in plan.skip_layers else None
 
 
-def hook_layer(
-    number: int, layer: nn.Module, attention: nn.Module | None, mlp: nn.Module | None
-) -> list[RemovableHandle]:
+def hook_layer(number: int, parts: Layer) -> list[RemovableHandle]:
     """Make a decoder layer skip by the plan it is called with; without a plan it runs unchanged."""
     hooks = _Hooks(number)
+    layer, attention, mlp = parts.whole, parts.attention, parts.mlp
     handles = [layer.register_forward_pre_hook(hooks.enter, with_kwargs=True)]
-    if attention is None:
+    if attention is None or not parts.passes_plan:
         handles.append(layer.register_forward_hook(store_in_backward, with_kwargs=True))
-    else:
-        take = take_plan if _computes_with_positions(attention) else take_plan_and_positions
+    if attention is not None:
+        take: Any = take_plan_and_positions
+        if not parts.passes_plan:
+            take = ignore_plan
+        elif _computes_with_positions(attention):
+            take = take_plan
         handles.append(attention.register_forward_pre_hook(take, with_kwargs=True))
     if mlp is not None:
         handles.append(mlp.register_forward_pre_hook(hooks.gather))
@@ -94,15 +98,16 @@ def store_plan(kwargs: dict[str, Any]) -> None:
     _current.slot.plan = kwargs.get(PLAN_KEYWORD)
 
 
-def store_in_backward(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+def store_in_backward(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Layer post-hook: store the plan of this call again when the gradient of its output arrives."""
     plan = kwargs.get(PLAN_KEYWORD)
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
 
     def store(gradient: torch.Tensor) -> None:
         _current.slot.plan = plan
 
-    if plan is not None and output.requires_grad:
-        output.register_hook(store)
+    if hidden.requires_grad:
+        hidden.register_hook(store)
 
 
 def take_plan(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -110,6 +115,12 @@ def take_plan(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[
     plan = kwargs.pop(PLAN_KEYWORD, None)
     if _current.slot.plan is not plan:
         _current.slot.plan = plan
+    return args, kwargs
+
+
+def ignore_plan(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Attention pre-hook: remove the plan from the keywords, where it may not be among them."""
+    kwargs.pop(PLAN_KEYWORD, None)
     return args, kwargs
 
 

@@ -78,6 +78,7 @@ def candidates(
             skip,
             images=max(1, round(sum(len(one.images) for one in sample) / len(sample))),
             text_tokens=max(1, text // len(sample)),
+            training=False,
         ).ratio_to_full
         costs = {"prefill_flops": ratio.prefill_flops, "kv_bytes": ratio.kv_bytes}
         name = hashlib.sha256(skip.model_dump_json().encode()).hexdigest()[:8]

@@ -42,6 +42,7 @@ def savings(model_config: Any, skip: sv.SkipConfig, tally: Tally) -> dict[str, f
         text_tokens=round(text / rows),
         new_tokens=max(1, round(tokens["output_tokens"] / rows)),
         visual_tokens=round(tokens["visual_tokens"] / rows),
+        training=False,
     ).ratio_to_full
     counted = (text + tokens["visual_tokens_cached"]) / tokens["prompt_tokens"]
     found = {"kv_bytes_counted": counted}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 Entries = dict[int, dict[str, torch.Tensor]]
 """By the number of a layer and by field: (B, heads, C, dim)."""
@@ -91,6 +91,11 @@ def entries_of(layer: Any) -> dict[str, torch.Tensor]:
 def cached_values(layer: Any) -> dict[str, torch.Tensor]:
     """Return the entries of a layer that count as KV cache: all but position ids."""
     return {name: states for name, states in entries_of(layer).items() if states.is_floating_point()}
+
+
+def states_of(layer: LinearAttentionLayer) -> list[torch.Tensor | None]:
+    """Return the states (B, …) of a recurrent layer: its convolution's and its recurrence's; None = none."""
+    return [layer.conv_states[0], layer.recurrent_states[0]]
 
 
 def set_entries(layer: Any, entries: Mapping[str, torch.Tensor]) -> None:

@@ -31,8 +31,8 @@ _IGNORED = -100
 def check_cache_layers(decoder: nn.Module) -> None:
     """Raise `UnsupportedModelError` if the decoder's cache has layers that a plan does not fit.
 
-    Layers of linear attention and short convolutions keep a state of fixed size. Tokens that leave the cache
-    of the attention layers stay in that state, which costs nothing.
+    Layers of linear attention, Mamba and short convolutions keep a state of fixed size. Tokens that leave the
+    cache of the attention layers stay in that state, which costs nothing.
     """
     text_config: Any = decoder.config
     kinds = dict(enumerate(getattr(text_config, "layer_types", None) or ()))
@@ -47,7 +47,7 @@ def check_cache_layers(decoder: nn.Module) -> None:
             continue
         kind = type(layer).__name__
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            reason = "attention whose keys and values pass through convolutions with a state"
+            reason = "attention and a recurrence in one layer, which share a layer of the cache"
         elif isinstance(layer, LayerWithoutCache):
             # Such a decoder feeds these layers only the last token: the plan does not fit them.
             reason = "layers that attend to another layer's KV cache"

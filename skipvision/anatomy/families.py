@@ -98,12 +98,14 @@ FAMILIES: dict[str, Family] = {
 
 _IMAGE_PARTS = ("vision", "image", "vq_")
 _DECODERS = ("language_model", "text_model")
-_MIXERS = ("self_attn", "linear_attn", "conv")
+_MAMBA = "mamba"
+_MIXERS = ("self_attn", "linear_attn", "conv", _MAMBA)
 _EITHER = "mixer"
 """Name of the one half of layers that have one: it mixes tokens, or it is a feed-forward network."""
-_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
-_MORE_FEED_FORWARD = ("experts",)
+_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
+_EXPERTS = "experts"
 _CROSS_ATTENTION = ("cross_attn", "crossattention")
+_SIDE_BY_SIDE = "attention and a recurrence side by side in one layer"
 _STATES = "cache_params"
 """Keyword of the cache in modules that keep a state instead of keys and values."""
 _ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
@@ -112,13 +114,15 @@ _ATTENDS_ACROSS = "cross-attention instead of placeholder tokens"
 class Layer(NamedTuple):
     """A decoder layer and its two halves, of which one may be missing.
 
-    ``attention`` mixes tokens; ``recurrent`` says that it is linear attention or a short convolution.
+    ``attention`` mixes tokens; ``recurrent`` says that it is linear attention, Mamba or a short convolution,
+    and ``passes_plan`` that the layer passes the plan on to it.
     """
 
     whole: nn.Module
     attention: nn.Module | None
     mlp: nn.Module | None
     recurrent: bool = False
+    passes_plan: bool = True
 
     @property
     def attends(self) -> bool:
@@ -169,6 +173,7 @@ def dissect(model: nn.Module) -> Anatomy:
     text_config: Any = decoder.config
     check_cache_layers(decoder)
     halves = tuple(_halves(layer, number) for number, layer in enumerate(layers))
+    _check_halves(halves, type(decoder).__name__)
     if not hasattr(outer, "get_image_features"):
         raise UnsupportedModelError(
             f"{type(outer).__name__} has no get_image_features: the number of visual tokens of an image is "
@@ -290,25 +295,28 @@ def _attends_across(module: nn.Module) -> bool:
 
 def _halves(layer: nn.Module, number: int) -> Layer:
     parts = submodules(layer)
-    attention = next((parts[name] for name in _MIXERS if name in parts), None)
-    mlp = next((parts[name] for name in _FEED_FORWARD if name in parts), None)
-    others = [name for name in _MORE_FEED_FORWARD if name in parts]
+    mixers = [part for name in _MIXERS if (part := parts.get(name)) is not None]
+    networks = [part for name in _FEED_FORWARD if (part := parts.get(name)) is not None]
+    attention, mlp = next(iter(mixers), None), next(iter(networks), None)
+    several = len(networks) > 1 or parts.get(_EXPERTS) is not None
     either = parts.get(_EITHER)
     if either is not None and attention is None and mlp is None:
         attention, mlp = (either, None) if _keeps_something(either) else (None, either)
-    elif attention is None or mlp is None or others:
+    elif len(mixers) != 1 or mlp is None or several:
         if _attends_across(layer):
             reason = _ATTENDS_ACROSS
-        elif others:
+        elif several:
             reason = "experts next to the feed-forward module"
+        elif len(mixers) > 1:
+            reason = _SIDE_BY_SIDE
         else:
             reason = (
                 f"decoder layers without {'self-attention' if attention is None else 'a feed-forward module'}"
             )
         raise UnsupportedModelError(
             f"layer {number} of the decoder ({type(layer).__name__}) consists of "
-            f"{', '.join(parts)}: only layers of one token mixer (self-attention, linear attention "
-            "or a short convolution) and a feed-forward network can be skipped",
+            f"{', '.join(parts)}: only layers of one token mixer (self-attention, linear attention, Mamba "
+            "or a short convolution) and one feed-forward network can be skipped",
             reason,
         )
     recurrent = attention is not None and _is_recurrent(attention, parts)
@@ -318,7 +326,21 @@ def _halves(layer: nn.Module, number: int) -> Layer:
             "gradient checkpointing could not repeat the plan: a newer transformers does",
             "layers that do not pass the plan on",
         )
-    return Layer(layer, attention, mlp, recurrent)
+    return Layer(layer, attention, mlp, recurrent, attention is None or parts.get(_MAMBA) is not attention)
+
+
+def _check_halves(layers: tuple[Layer, ...], decoder: str) -> None:
+    """Raise `UnsupportedModelError` if no layer has the half that Skip-Vision acts on."""
+    halves = {
+        "attention": any(layer.attends for layer in layers),
+        "a feed-forward network": any(layer.mlp is not None for layer in layers),
+    }
+    lacks = next((half for half, present in halves.items() if not present), None)
+    if lacks is not None:
+        raise UnsupportedModelError(
+            f"no layer of {decoder} has {lacks}: there is nothing that skipped tokens could leave out",
+            f"no layer with {lacks}",
+        )
 
 
 def _keeps_something(module: nn.Module) -> bool:

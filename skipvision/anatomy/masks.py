@@ -38,8 +38,9 @@ class Sight:
     """The attention range of each kind of layer of one decoder.
 
     Attributes:
-        kinds: the kinds of layers: "full_attention", "sliding_attention", "chunked_attention",
-            "linear_attention", "conv".
+        kinds: the kinds of the decoder's layers that mix tokens, by the names of transformers'
+            ``layer_types``, such as "full_attention", "sliding_attention" or "linear_attention"; sorted, each
+            once.
         by_kind: the decoder takes a dictionary of masks, one per kind.
         reach: window or chunk length of a kind, in tokens.
         implementation: "sdpa" (boolean masks), "eager" (added masks), or one without masks per query.

@@ -39,10 +39,14 @@ class DryRun(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if kwargs.get("device") != _META and not any(_is_meta(leaf) for leaf in tree_leaves((args, kwargs))):
+        places = {leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if kwargs.get("device") != _META and True not in places:
             return func(*args, **kwargs)
         try:
-            shapes = func(*_without_values(args), **_without_values(kwargs))
+            if False in places:
+                shapes = func(*_without_values(args), **_without_values(kwargs))
+            else:
+                shapes = func(*args, **kwargs)
             if all(leaf is None or _may_be_meta(leaf) for leaf in tree_leaves(shapes)):
                 return shapes
         except RuntimeError:
@@ -63,10 +67,6 @@ class _Literals(TorchFunctionMode):
         if func not in (torch.tensor, torch.as_tensor) or device is None or torch.device(device) != _META:
             return func(*args, **kwargs)
         return func(*args, **{**kwargs, "device": "cpu"}).to(_META)
-
-
-def _is_meta(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_meta
 
 
 def _may_be_meta(leaf: Any) -> bool:

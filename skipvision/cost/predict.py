@@ -50,6 +50,8 @@ class Cost:
         full: the cost without Skip-Vision; None on the full cost itself.
         teacher_flops: one forward of the base model with all visual tokens over prompt and answer, with the
             LM head at the answer's positions. Self-distillation adds it to ``train_flops``.
+        state_bytes: states of recurrent layers (linear attention, short convolutions), which are of fixed
+            size, with Skip-Vision and without.
     """
 
     prefill_flops: int
@@ -62,6 +64,7 @@ class Cost:
     sequence: int
     full: Cost | None = None
     teacher_flops: int = 0
+    state_bytes: int = 0
 
     @property
     def ratio_to_full(self) -> Ratio:
@@ -85,10 +88,12 @@ def predict_cost(
     visual_tokens: int | None = None,
     lora_rank: int = 16,
     dtype: torch.dtype | None = None,
+    training: bool = True,
 ) -> Cost:
     """Predict the cost of one row, without weights.
 
-    The first call for a model config measures the family's parts, which takes seconds; later calls are quick.
+    The first call for a model config measures the family's parts, which takes seconds, or minutes for a
+    large decoder with linear attention; later calls are quick.
 
     Args:
         model_config: the whole model's config (``model.config``).
@@ -103,6 +108,8 @@ def predict_cost(
         lora_rank: rank of the LoRA on every linear layer of the decoder; 0 = full fine-tuning of the
             decoder.
         dtype: dtype of weights and KV cache; by default the config's.
+        training: also measure a training step, which takes most of the first call's time; without it
+            ``train_flops`` is 0.
 
     Raises:
         UnsupportedModelError: Skip-Vision does not support the family.
@@ -121,8 +128,9 @@ def predict_cost(
     row = _Row(sizes, text_tokens, new_tokens, encoding)
     saved_in = model_config.dtype
     element = dtype or (saved_in if isinstance(saved_in, torch.dtype) else torch.float32)
-    full = _cost(design, SkipConfig.full(), row, lora_rank, element.itemsize, None)
-    return full if config is None else _cost(design, config, row, lora_rank, element.itemsize, full)
+    rank = lora_rank if training else None
+    full = _cost(design, SkipConfig.full(), row, rank, element, None)
+    return full if config is None else _cost(design, config, row, rank, element, full)
 
 
 @dataclass(frozen=True)
@@ -153,8 +161,9 @@ def _resized(sizes: tuple[int, ...], tokens: int) -> tuple[int, ...]:
 
 
 def _cost(
-    design: Design, config: SkipConfig, row: _Row, rank: int, element_bytes: int, full: Cost | None
+    design: Design, config: SkipConfig, row: _Row, rank: int | None, element: torch.dtype, full: Cost | None
 ) -> Cost:
+    """Add up the cost of a row; a ``rank`` of None leaves out training."""
     counts = [config.counts(size) for size in row.sizes]
     skipped = sum(one.skipped for one in counts)
     prompt = sum(one.total for one in counts) + row.text
@@ -185,12 +194,12 @@ def _cost(
     for new in range(row.new - 1):
         decode += decoder(step(cached + new, first), step(left + new, later)) + head
 
-    whole = prompt + row.new
-    train = row.vision_flops + _planning(design, config, row, row.new, rank)
-    trained = measure(partial(unit_costs.training, design, rank, config.summary_tokens > 0))
-    train += trained(_square(whole, short), _square(left + row.new))
-    train += (2 if rank else 3) * (row.prompt + row.new if everywhere else row.new) * head
-    unreduced = row.prompt + row.new
+    train, unreduced = 0, row.prompt + row.new
+    if rank is not None:
+        train = row.vision_flops + _planning(design, config, row, row.new, rank)
+        trained = measure(partial(unit_costs.training, design, rank, config.summary_tokens > 0))
+        train += trained(_square(prompt + row.new, short), _square(left + row.new))
+        train += (2 if rank else 3) * (unreduced if everywhere else row.new) * head
     teacher = row.vision_flops + unit_costs.decoder(design)(unreduced, unreduced, unreduced)
     teacher += (unreduced if everywhere else row.new) * head
     return Cost(
@@ -198,16 +207,17 @@ def _cost(
         decode_flops=decode,
         train_flops=train,
         teacher_flops=teacher,
-        kv_bytes=element_bytes
+        kv_bytes=element.itemsize
         * (
             sum(layer.values * kept(cached, layer.window) for layer in first)
             + sum(layer.values * kept(left, layer.window) for layer in later)
         ),
         planning_flops=planning,
         vision_flops=row.vision_flops,
-        weight_bytes=element_bytes * unit_costs.weights(design),
+        weight_bytes=element.itemsize * unit_costs.weights(design),
         sequence=prompt,
         full=full,
+        state_bytes=unit_costs.state_bytes(design, element),
     )
 
 

@@ -101,6 +101,7 @@ def _as_json(
                 "prefill_flops": one.cost.prefill_flops,
                 "decode_flops": one.cost.decode_flops,
                 "kv_bytes": one.kv_bytes,
+                "state_bytes": one.cost.state_bytes,
             }
             for label, one in needed.items()
         },
@@ -128,6 +129,7 @@ def _lines(
         [one.cost.prefill_flops / 1e12 for one in (full, skipped)],
         [one.kv_bytes / 2**20 for one in (full, skipped)],
     )
+    states = full.cost.state_bytes
     titles = "GPU   tokens    at once  images/s  GPUs  GPU-h/day      $/day  $/million"
     lines = [
         f"weights: {_gib(full.cost.weight_bytes)}; a worker pod needs that and 1 GiB for each reader",
@@ -136,6 +138,7 @@ def _lines(
         f"captions: {_gib(storage_per_day(work))} a day",
         f"prefill of an image: {prefill[0]:,.2f} TFLOPs, skipped {prefill[1]:,.2f}",
         f"KV cache of an answer: {cache[0]:,.0f} MiB, skipped {cache[1]:,.0f}",
+        *([f"states of an answer: {states / 2**20:,.0f} MiB, also skipped"] if states else []),
         "",
         titles,
     ]

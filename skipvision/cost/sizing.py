@@ -146,6 +146,11 @@ class Demand:
     cost: Cost
     kv_bytes: int
 
+    @property
+    def memory(self) -> int:
+        """Bytes of an answer: keys and values, and the states of recurrent layers with a step's copy."""
+        return self.kv_bytes + 2 * self.cost.state_bytes
+
 
 def demand(model_config: PretrainedConfig, config: SkipConfig | None, work: Workload) -> Demand:
     """Predict what an image takes.
@@ -161,6 +166,7 @@ def demand(model_config: PretrainedConfig, config: SkipConfig | None, work: Work
             text_tokens=text_tokens,
             new_tokens=work.new_tokens,
             visual_tokens=work.visual_tokens,
+            training=False,
         )
 
     one, longer = cost(work.text_tokens), cost(work.text_tokens + _TEXT_STEP)
@@ -171,12 +177,13 @@ def demand(model_config: PretrainedConfig, config: SkipConfig | None, work: Work
 def size(needed: Demand, gpu: Gpu, work: Workload) -> Size | None:
     """Return what the workload needs of one kind of GPU; None if the model does not fit into its memory."""
     free = gpu.memory * work.memory_share - needed.cost.weight_bytes
-    sequences = min(work.max_sequences, int(free / max(needed.kv_bytes, 1))) if free > 0 else 0
+    sequences = min(work.max_sequences, int(free / max(needed.memory, 1))) if free > 0 else 0
     if sequences < 1:
         return None
     flops = gpu.flops * work.compute_share
     steps = work.new_tokens - 1
-    cached = (needed.cost.kv_bytes + needed.kv_bytes) / 2  # over the steps of an answer
+    # The mean over the steps of an answer; states are also written.
+    cached = (needed.cost.kv_bytes + needed.kv_bytes) / 2 + 2 * needed.cost.state_bytes
     read = (needed.cost.weight_bytes + sequences * cached) / (gpu.bandwidth * work.bandwidth_share)
     compute = sequences * needed.cost.decode_flops / max(steps, 1) / flops
     seconds = needed.cost.prefill_flops / flops + steps * max(read, compute) / sequences

@@ -7,6 +7,7 @@ layers and towers of any kind cost what they execute.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from skipvision.anatomy.cache_layers import cached_values
+from skipvision.anatomy.cache_layers import cached_values, states_of
 from skipvision.anatomy.encoding import encoded_sizes
 from skipvision.anatomy.families import Anatomy, dissect, lm_head, takes_images, text_only
 from skipvision.anatomy.pictures import Request, collate, recipe_of
@@ -73,7 +74,8 @@ class _Model(NamedTuple):
         """Tokens of a chunk, if a layer computes linear attention in chunks; else 0."""
         config = self.anatomy.text_config
         chunked = "linear_attention" in (getattr(config, "layer_types", None) or ())
-        return (getattr(config, "chunk_size", None) or CHUNK) if chunked else 0
+        sizes = (getattr(config, name, None) for name in ("mamba_chunk_size", "chunk_size"))
+        return next((size for size in sizes if size), CHUNK) if chunked else 0
 
 
 class _Stop(Exception):
@@ -175,8 +177,9 @@ def _training(design: Design, rank: int, below: bool, skipping: Numbers, last: i
     end = _end(model, last)
 
     def step(tokens: int, ffn_tokens: int) -> None:
-        output = _run(model, end, tokens, ffn_tokens, skipping)
-        hidden_of(output if last is not None else output.last_hidden_state).sum().backward()
+        with torch.enable_grad():  # whatever the caller has set
+            output = _run(model, end, tokens, ffn_tokens, skipping)
+            hidden_of(output if last is not None else output.last_hidden_state).sum().backward()
 
     def from_below(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"]
@@ -206,6 +209,23 @@ def cache(design: Design) -> tuple[CacheLayer, ...]:
         for layer in kept.layers
         if (entries := cached_values(layer))
     )
+
+
+@lru_cache(maxsize=64)
+def state_bytes(design: Design, dtype: torch.dtype) -> int:
+    """Count the bytes of the states that recurrent layers keep of a sequence, however long it is.
+
+    A state may be float32 in a model of another ``dtype``, so a model of that dtype is run.
+    """
+    model = _model(design)
+    if not any(layer.recurrent for layer in model.anatomy.layers):
+        return 0
+    whole = copy.deepcopy(model.whole).to(dtype)  # type: ignore[arg-type]
+    model = _Model(whole, dissect(whole), model.weights)
+    with DryRun(), torch.no_grad():
+        kept = _run(model, model.anatomy.decoder, SHORT, SHORT, use_cache=True).past_key_values
+    layers = (layer for layer in kept.layers if isinstance(layer, LinearAttentionLayer))
+    return sum(state.nbytes for layer in layers for state in states_of(layer) if state is not None)
 
 
 @lru_cache(maxsize=64)

@@ -43,7 +43,7 @@ class Running:
         self._compiled = torch.compile(self._model, dynamic=False, backend=backend) if compiled else None
         self._kinds = getattr(facts.text_config, "layer_types", None) or ()
         self.sequences: list[Sequence] = []
-        self.slots = Slots(scheduler.capacity)
+        self.slots = Slots(scheduler.capacity, scheduler.rows(scheduler.max_rows))
 
     @property
     def entries(self) -> int:

@@ -25,6 +25,7 @@ class Slots(SettledCache):
 
     Args:
         capacity: entries, all rows together.
+        max_rows: rows that a step can have.
 
     Attributes:
         rows: number of rows in use.
@@ -36,9 +37,9 @@ class Slots(SettledCache):
         dropped: how such layers run the current step; None = none lacks entries.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, max_rows: int) -> None:
         super().__init__(layers=[])
-        self.capacity = capacity
+        self.capacity, self._max_rows = capacity, max_rows
         self.rows = self.length = 0
         self._blocks: dict[tuple[int, str], _Block] = {}
         self._states: dict[int, StateLayer] = {}
@@ -59,7 +60,7 @@ class Slots(SettledCache):
             for number, fields in layers.items()
             for name, example in fields.items()
         }
-        self._states = {number: StateLayer(examples) for number, examples in states.items()}
+        self._states = {number: StateLayer(examples, self._max_rows) for number, examples in states.items()}
         blocks = {number: {name: self._blocks[number, name] for name in layers[number]} for number in layers}
         self.layers = [
             self._states.get(number) or _Layer(self, number, blocks.get(number, {}))
@@ -71,8 +72,12 @@ class Slots(SettledCache):
     @property
     def nbytes(self) -> int:
         """Bytes that the blocks and states of all layers occupy."""
-        blocks = sum(block.flat.nbytes for block in self._blocks.values())
-        return blocks + sum(states.nbytes for states in self._states.values())
+        return sum(block.flat.nbytes for block in self._blocks.values()) + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the states of all recurrent layers occupy."""
+        return sum(states.nbytes for states in self._states.values())
 
     def reshape(self, length: int) -> None:
         """Change the length of all rows; the entries in use must fit."""

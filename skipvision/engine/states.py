@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from skipvision.anatomy import cache_layers
+
 States = dict[int, list[torch.Tensor | None]]
 """By number of the layer: its convolution state and its recurrent state, (B, …); None if it has none."""
 
@@ -18,7 +20,7 @@ States = dict[int, list[torch.Tensor | None]]
 def states_of(cache: Cache) -> States:
     """Return the states that a cache holds."""
     return {
-        number: [layer.conv_states[0], layer.recurrent_states[0]]
+        number: cache_layers.states_of(layer)
         for number, layer in enumerate(cache.layers)
         if isinstance(layer, LinearAttentionLayer)
     }
@@ -29,10 +31,12 @@ class StateLayer(LinearAttentionLayer):
 
     Args:
         examples: states (B, …) of the layer, for their shapes.
+        max_rows: rows that there is room for at most.
     """
 
-    def __init__(self, examples: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, examples: Sequence[torch.Tensor | None], max_rows: int) -> None:
         super().__init__()
+        self._max_rows = max_rows
         self._rows = [None if one is None else one.new_zeros(0, *one.shape[1:]) for one in examples]
         self.is_conv_states_initialized[0] = examples[0] is not None
         self.is_recurrent_states_initialized[0] = examples[1] is not None
@@ -53,10 +57,14 @@ class StateLayer(LinearAttentionLayer):
                 held[first : first + len(source)] = new[source]
 
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` rows; new ones are zero."""
+        """Make room for ``count`` rows; new ones are zero.
+
+        Room doubles, so that rows are seldom copied, but never exceeds ``max_rows``.
+        """
         for number, held in enumerate(self._rows):
             if held is not None and len(held) < count:
-                more = held.new_zeros(max(count, 2 * len(held)) - len(held), *held.shape[1:])
+                room = max(count, min(2 * len(held), self._max_rows))
+                more = held.new_zeros(room - len(held), *held.shape[1:])
                 self._rows[number] = torch.cat([held, more])
 
     def move(self, source: int, row: int) -> None:

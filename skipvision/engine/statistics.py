@@ -35,6 +35,9 @@ class Statistics:
         visual_total, visual_retained, visual_skipped, visual_cached: as in `Usage`.
         time_to_first_token: seconds from submission, median and 95 % quantile of the last 1,000; or None.
         time_per_output_token: seconds between tokens, with the same quantiles.
+        state_bytes: room for the states of recurrent layers (linear attention, short convolutions), on top of
+            ``kv_bytes_budget``; at most ``max_sequences`` times `Cost.state_bytes`. A decode step
+            computes on a copy.
     """
 
     running: int
@@ -59,6 +62,7 @@ class Statistics:
     visual_cached: int
     time_to_first_token: tuple[float, float] | None
     time_per_output_token: tuple[float, float] | None
+    state_bytes: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -145,6 +149,7 @@ class Counters:
             visual_cached=self.visual_cached,
             time_to_first_token=_median_and_tail(self.first_tokens),
             time_per_output_token=_median_and_tail(self.between_tokens),
+            state_bytes=running.slots.state_bytes,
         )
 
 

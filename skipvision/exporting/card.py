@@ -98,7 +98,9 @@ def _costs(config: PretrainedConfig, exported: Exported) -> str:
     if exported.skip is None:
         return ""
     try:
-        cost = predict_cost(config, exported.skip, text_tokens=_TEXT_TOKENS, new_tokens=_NEW_TOKENS)
+        cost = predict_cost(
+            config, exported.skip, text_tokens=_TEXT_TOKENS, new_tokens=_NEW_TOKENS, training=False
+        )
     except SkipVisionError:
         return ""
     ratio = cost.ratio_to_full

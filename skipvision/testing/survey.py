@@ -46,7 +46,8 @@ class Finding:
             None with a single view.
         mrope: whether positions have three axes.
         deepstack: whether early layers add further visual features.
-        attention: kinds of attention layers: "full", "sliding", "chunked".
+        attention: how the decoder's layers mix tokens, one word for each kind that it has: transformers' name
+            of the kind without "_attention", such as "full", "sliding", "linear" or "conv".
         experts: whether some FFNs are mixtures of experts.
     """
 

@@ -10,7 +10,9 @@ from typing import Any
 from skipvision.engine import Completion, Statistics
 from skipvision.engine.statistics import Counters
 
-UNMEASURED = frozenset({"kv_bytes_reserved", "prefix_bytes", "prefill_seconds", "visual_skipped"})
+UNMEASURED = frozenset(
+    {"kv_bytes_reserved", "prefix_bytes", "prefill_seconds", "state_bytes", "visual_skipped"}
+)
 """Fields of `Statistics` that are 0 because vLLM does not report them, or has no such thing."""
 
 

@@ -36,7 +36,7 @@ def without_skipped(config: SkipConfig, model: PretrainedConfig) -> SkipConfig |
 @lru_cache(maxsize=256)
 def _retained(config: SkipConfig, plain: SkipConfig, model: _Model) -> int | None:
     try:
-        share = language_share(predict_cost(model.config, config))
+        share = language_share(predict_cost(model.config, config, training=False))
         return int(at_cost(model.config, plain, share).retained)
     except SkipVisionError:
         return None

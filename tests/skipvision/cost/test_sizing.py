@@ -25,8 +25,8 @@ WORK = Workload(
 )
 
 
-def needed(prefill: int = 1000, decode: int = 50, weights: int = 40, kv: int = 8) -> Demand:
-    cost = Cost(prefill, decode, 0, kv, 0, 0, weights, 0)
+def needed(prefill: int = 1000, decode: int = 50, weights: int = 40, kv: int = 8, states: int = 0) -> Demand:
+    cost = Cost(prefill, decode, 0, kv, 0, 0, weights, 0, state_bytes=states)
     return Demand(cost, kv + 2)
 
 
@@ -56,6 +56,12 @@ def test_memory_limits_answers_and_may_not_hold_the_model():
     assert size(needed(kv=18), GPU, WORK).sequences == 2
     assert size(needed(weights=75), GPU, WORK) is None
     assert size(needed(weights=200), GPU, WORK) is None
+
+
+def test_states_take_memory_twice_and_are_read_and_written_in_each_step():
+    one = size(needed(states=5), GPU, WORK)
+    assert one.sequences == 2  # 80 bytes − 40 of weights, 10 + 2 × 5 each
+    assert 1 / one.images_per_second == pytest.approx(2 + 10 * (40 + 2 * (9 + 10)) / 5 / 2)
 
 
 def test_one_token_needs_no_decode_step():

@@ -9,9 +9,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import _dynamo as dynamo
 
-from skipvision import Engine, Request, Sampling, SkipConfig, attach, load_adapter, save_adapter
+from skipvision import (
+    Engine,
+    Request,
+    Sampling,
+    SkipConfig,
+    attach,
+    load_adapter,
+    predict_cost,
+    save_adapter,
+)
 from skipvision.engine import BASE
-from skipvision.engine.states import StateLayer
+from skipvision.engine.states import StateLayer, states_of
 from skipvision.testing.families import tiny_batch, tiny_model
 from tests.skipvision.cases import train_summary
 from tests.skipvision.engine.requests_for_tests import F64, drain, ids_of
@@ -172,8 +181,29 @@ def test_a_step_that_fails_is_repeated_from_the_states_before_it(family):
     assert got == expected
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", SAMPLE)
+def test_predicted_bytes_are_those_of_generate_and_of_the_engine(family, dtype):
+    model = endless(family, dtype=dtype)
+    (predicted,) = {predict_cost(model.config, each, dtype=dtype).state_bytes for each in (None, CONFIG)}
+    with attach(model, CONFIG):
+        cache = model(**tiny_batch(model, ROWS), use_cache=True).past_key_values
+    states = [state for layer in states_of(cache).values() for state in layer if state is not None]
+    assert sum(state.nbytes for state in states) == len(ROWS) * predicted > 0
+    with Engine(model, None, CONFIG, max_sequences=3) as engine:
+        assert engine.statistics().state_bytes == 0
+        engine.submit(requests(model)[0])
+        engine.step()
+        assert engine.statistics().state_bytes == predicted
+        for request in requests(model)[1:]:
+            engine.submit(request)
+        drain(engine)
+        assert engine.statistics().state_bytes == 3 * predicted, "those of max_sequences, not more"
+
+
 def test_rows_of_states():
-    layer = StateLayer([torch.arange(6.0).view(3, 2), None])
+    layer = StateLayer([torch.arange(6.0).view(3, 2), None], max_rows=4)
     layer.put(0, [torch.arange(6.0).view(3, 2), None], torch.tensor([2, 0]))
     layer.put(2, [torch.full((1, 2), 9.0), None], torch.tensor([0]))
     layer.move(2, 0)
@@ -188,4 +218,4 @@ def test_rows_of_states():
     layer.erase(1)
     layer.begin_step(torch.tensor([0, 1, 2, 3]))
     assert layer.conv_states[0].tolist() == [[10, 10], [0, 0], [9, 9], [0, 0]]
-    assert layer.nbytes >= 4 * 2 * 4
+    assert layer.nbytes == 4 * 2 * 4, "no room for more rows than there can be"
