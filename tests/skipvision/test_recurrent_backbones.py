@@ -163,7 +163,7 @@ def test_gradient_checkpointing_repeats_the_plan(text):
 )
 def test_cost(text):
     model, seen = build(text), []
-    predicted = predict_cost(model.config, CONFIG, text_tokens=40)
+    predicted = predict_cost(model.config, CONFIG, text_tokens=40, training=False)
     inputs = tiny_inputs([["image", 40]])
     with torch.no_grad(), attach(model, CONFIG):
         flops = measure_flops(lambda: seen.append(model(**inputs, use_cache=True, logits_to_keep=1)))

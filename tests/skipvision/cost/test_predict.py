@@ -106,6 +106,15 @@ def test_training_step(name, shape, rank):
     assert predicted.train_flops == pytest.approx(flops, rel=0.02)
 
 
+@torch.no_grad()
+def test_without_a_training_step():
+    """It is measured with gradients, whatever the caller has set."""
+    config = tiny_llava(vocab_size=96).config
+    whole, part = (predict_cost(config, CONFIGS["default-shaped"], training=each) for each in (True, False))
+    assert whole.train_flops > whole.prefill_flops
+    assert part == replace(whole, train_flops=0, full=replace(whole.full, train_flops=0))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_teacher(shape):
     model = build(**SHAPES[shape])

@@ -186,7 +186,8 @@ def test_a_step_that_fails_is_repeated_from_the_states_before_it(family):
 @pytest.mark.parametrize("family", SAMPLE)
 def test_predicted_bytes_are_those_of_generate_and_of_the_engine(family, dtype):
     model = endless(family, dtype=dtype)
-    (predicted,) = {predict_cost(model.config, each, dtype=dtype).state_bytes for each in (None, CONFIG)}
+    costs = [predict_cost(model.config, each, dtype=dtype, training=False) for each in (None, CONFIG)]
+    (predicted,) = {cost.state_bytes for cost in costs}
     with attach(model, CONFIG):
         cache = model(**tiny_batch(model, ROWS), use_cache=True).past_key_values
     states = [state for layer in states_of(cache).values() for state in layer if state is not None]
