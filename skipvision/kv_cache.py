@@ -226,11 +226,6 @@ def _first_with_entries(cache: Cache) -> int:
 
 def check_prunable(cache: Cache) -> None:
     """Raise `UnsupportedModelError` if a cache cannot be pruned, or has lost entries; leave it unchanged."""
-    if getattr(cache, "offloading", False):
-        raise UnsupportedModelError(
-            f"the KV cache is offloaded, so it cannot be pruned ({OFFLOADED}): pass "
-            "past_key_values=DynamicCache(config=...); a pruned cache is smaller"
-        )
     for number, layer in enumerate(cache.layers):
         if type(layer) in _WITHOUT_ENTRIES or holds_entries(layer):
             continue
@@ -243,6 +238,11 @@ def check_prunable(cache: Cache) -> None:
                 f"lost some of the {window.get_seq_length()} it was fed: pass images in the first call, "
                 "or pass past_key_values=DynamicCache()"
             )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedModelError(
+            f"the KV cache is offloaded, so it cannot be pruned ({OFFLOADED}): pass "
+            "past_key_values=DynamicCache(config=...); a pruned cache is smaller"
+        )
 
 
 def keep_everything(cache: Cache) -> None:
