@@ -14,8 +14,6 @@ from skipvision.engine import Statistics
 ROOT = Path(__file__).parents[2]
 
 _SUFFIXES = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_sum", "_count")}
-ON_INCIDENTS = {"ray_skipvision_retries_total", "ray_skipvision_front_retries_total"}
-"""Exported only once an engine or an ingress has died; tests of faults see them."""
 
 
 @cache

@@ -99,13 +99,13 @@ class Recording:
                 result(process)
 
     def tune(self, endpoint: Endpoint, steps: int) -> None:
-        """Fine-tune, and kill the worker after two thirds of the steps."""
+        """Fine-tune, and kill the worker shortly before the last checkpoint but one."""
         killed = False
 
         def watch(line: str) -> None:
             nonlocal killed
             found = re.match(r"step (\d+)/", line)
-            if found and not killed and int(found[1]) > 2 * steps / 3:
+            if found and not killed and int(found[1]) >= 5 * steps / 6 - 3:
                 killed = True
                 asyncio.run(killing(endpoint, "RayTrainWorker")())
 
@@ -130,7 +130,8 @@ async def load(endpoint: Endpoint, rate: float, seconds: float) -> None:
     """Send requests to an endpoint; meanwhile an engine dies, then an ingress, and last too many come.
 
     The middle third of the time has twice the rate. Half of the answers are streamed, and one request in
-    twenty names a model that does not exist.
+    twenty names a model that does not exist. Whatever dies holds requests whose answers have not begun, so
+    these are sent again.
     """
     requests = _endpoint.bodies(0, max_tokens=48)
 
@@ -140,11 +141,17 @@ async def load(endpoint: Endpoint, rate: float, seconds: float) -> None:
             session, endpoint, {**body, "model": "none"} if number % 20 == 19 else body
         )
 
+    async def kill(title: str) -> None:
+        held = asyncio.gather(*(one(2 * number) for number in range(8)))  # as many as the engines hold
+        await asyncio.sleep(1)
+        await killing(endpoint, title)()
+        await held
+
     async def faults() -> None:
         await asyncio.sleep(0.4 * seconds)
-        await killing(endpoint, f":engine-{MODEL}")()
+        await kill(f":engine-{MODEL}")
         await asyncio.sleep(0.3 * seconds)
-        await killing(endpoint, ":ingress")()
+        await kill(":ingress")
         await asyncio.sleep(0.15 * seconds)
         await asyncio.gather(*(one(2 * number) for number in range(60)))
 

@@ -12,13 +12,17 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from tests.infra.exported import ON_INCIDENTS, declared, named
+from tests.infra.clusters import wait_for
+from tests.infra.exported import declared, named
 from tests.infra.manifests import INFRA
 from tests.infra.sample_metrics import samples
 from tests.infra.work import captioning, fine_tuning, images_of
@@ -27,9 +31,12 @@ os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # by default Ray
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
+SCHEMA = {"name": "long", "schema": {"type": "string", "minLength": 350}}
+LONG = {"max_tokens": 400, "response_format": {"type": "json_schema", "json_schema": SCHEMA}}
+"""Options of a request whose answer has 350 characters."""
 
 
 def wanted() -> set[str]:
@@ -89,12 +96,11 @@ def test_endpoint_and_jobs_export_what_dashboards_and_alerts_name(
         fine_tune(tiny_model, shapes_data, tmp_path)
         caption(tiny_model, shapes_data, tmp_path)
         serve(tiny_model, scraped)
-    assert wanted() - ON_INCIDENTS - scraped.names == set()
+    assert wanted() - scraped.names == set()
     assert scraped.names <= declared()
     # The dashboards are drawn with samples: these have no label that is not exported.
     for name, labels in samples().values:
-        if name not in ON_INCIDENTS:
-            assert {label for label, _ in labels} <= scraped.labels[name], name
+        assert {label for label, _ in labels} <= scraped.labels[name], name
 
 
 def fine_tune(model: Path, data: Path, storage: Path) -> None:
@@ -121,7 +127,7 @@ def caption(model: Path, data: Path, storage: Path) -> None:
 
 
 def serve(model: Path, scraped: Scraped) -> None:
-    """Deploy an endpoint, send a good request and a bad one, and wait for their metrics."""
+    """Deploy an endpoint, send requests, kill an engine and the ingress, and wait for the metrics."""
     from ray import serve as ray_serve
 
     from serve.app import build
@@ -131,33 +137,51 @@ def serve(model: Path, scraped: Scraped) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start("127.0.0.1", port)
-    scaling = {"cpus_per_engine": 0.5}
+    scaling = {"cpus_per_engine": 0.5, "min_engines": 2, "max_engines": 2}
     skip = {"retained": 4, "skipped": 4}
     section = {"path": str(model), "name": "tiny", "skip": skip, "scaling": scaling}
     try:
         ray_serve.run(build({"models": [section]}), name="exported", route_prefix="/")
         assert post(port, "tiny") == 200
         assert post(port, "none") == 404
-        deadline = time.monotonic() + 60
-        while wanted() - ON_INCIDENTS - scraped.names and time.monotonic() < deadline:
-            time.sleep(0.5)
+        kill_under_load(port, ":exported:engine-tiny", "ray_skipvision_retries_total", scraped)
+        kill_under_load(port, ":exported:ingress", "ray_skipvision_front_retries_total", scraped)
+        wait_for(lambda: not wanted() - scraped.names, 60)
     finally:
         ray_serve.shutdown()
 
 
-def post(port: int, model: str) -> int:
+def kill_under_load(port: int, title: str, counter: str, scraped: Scraped) -> None:
+    """Kill a process that holds requests, which are then sent to another one, until that is counted."""
+    for _ in range(5):
+        with ThreadPoolExecutor() as clients:
+            sent = [clients.submit(post, port, "tiny", **LONG) for _ in range(6)]
+            time.sleep(0.7)  # so that they have arrived
+            holding = [
+                each
+                for each in psutil.Process().children(recursive=True)
+                if title in "".join(each.cmdline()[:1])
+            ]
+            holding[0].kill()
+        assert {one.result() for one in sent} == {200}
+        if wait_for(lambda: counter in scraped.names, 10):
+            return
+
+
+def post(port: int, model: str, **options: Any) -> int:
     image = (
         "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAA"
         "AElFTkSuQmCC"
     )
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is it?"}]
-    body = {"model": model, "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
+    messages = [{"role": "user", "content": content}]
+    body = {"model": model, "max_tokens": 4, "messages": messages, **options}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
         json.dumps(body).encode(),
         {"content-type": "application/json"},
     )
     try:
-        return urllib.request.urlopen(request, timeout=60).status
+        return urllib.request.urlopen(request, timeout=240).status
     except urllib.error.HTTPError as error:
         return error.code

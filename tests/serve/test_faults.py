@@ -126,18 +126,26 @@ def failing(flag):
     return Failing
 
 
+def retries(url):
+    """The lines of the endpoint's metrics that count requests sent to another engine."""
+    lines = httpx.get(f"{url}/metrics", timeout=20).text.splitlines()
+    return {line for line in lines if line.startswith("ray_skipvision_retries_total{")}
+
+
 @pytest.mark.parametrize("how", ["killed", "failed"])
 def test_an_engine_that_dies_interrupts_only_streams_that_have_begun(endpoint, monkeypatch, tmp_path, how):
     flag = tmp_path / "flag"
     monkeypatch.setattr(serve.app, "EngineReplica", failing(flag))
     deploy(endpoint, min_engines=2, max_engines=2)
     url = f"{endpoint.url}/faulty/v1"
+    before = retries(endpoint.url)
     outcomes = under_load(url, engine_processes()[0].kill if how == "killed" else flag.touch)
     assert not flag.exists()
     assert outcomes.count("answered") > 10
     broken = [outcome for outcome in outcomes if outcome != "answered"]
     assert broken == [(True, "engine_died")] * len(broken)
     assert len(broken) <= 3
+    eventually(lambda: retries(endpoint.url) - before)
     wait_for_engines(2)
     ray_serve.delete(APPLICATION)
 
