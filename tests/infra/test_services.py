@@ -115,8 +115,8 @@ class Settings:
             scaling={"cpus_per_worker": 1},
         )
 
-    def serving(self, port: int, adapter: str) -> dict[str, Any]:
-        model = {"path": str(self.model), "name": "tiny", "adapters": {"tuned": adapter}}
+    def serving(self, port: int, **adapters: str) -> dict[str, Any]:
+        model: dict[str, Any] = {"path": str(self.model), "name": "tiny", "adapters": adapters}
         model["scaling"] = {"cpus_per_engine": 0.5}
         return {"models": [model], "port": port, "tracking_uri": self.mlflow.url}
 
@@ -145,6 +145,13 @@ def assert_captioned(mlflow: Mlflow, captioned: dict[str, Any], version: str, im
     assert run.info.status == "FINISHED"
     assert run.data.metrics["captioned"] == ROWS
     assert {"config.yaml", "sample.html"} <= set(mlflow.in_s3(run.info.run_id))
+
+
+def assert_scored(mlflow: Mlflow, scored: dict[str, Any]) -> None:
+    """Every question has an answer, and both runs are finished."""
+    assert scored["errors"] == {"full": {"mine": 0}, "tuned": {"mine": 0}}
+    runs = [mlflow.client().get_run(run) for run in scored["mlflow_run_ids"].values()]
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
 
 
 def answer(port: int, model: str = "tuned") -> str:
@@ -181,20 +188,17 @@ def test_from_fine_tuning_to_the_endpoint_with_mlflow_killed_in_between(
     captioned = result(jobs.start("caption", captioning))
     assert_captioned(mlflow, captioned, f"models:/chain/{version.version}", shapes_data / "images")
 
-    scored = result(jobs.start("score", settings.scoring("scores", name)))
-    assert scored["errors"] == {"full": {"mine": 0}, "tuned": {"mine": 0}}
-    runs = [mlflow.client().get_run(run) for run in scored["mlflow_run_ids"].values()]
-    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert_scored(mlflow, result(jobs.start("score", settings.scoring("scores", name))))
 
     port = free_port()
-    result(jobs.start("deploy", settings.serving(port, name)))
+    result(jobs.start("deploy", settings.serving(port, tuned=name)))
     assert answer(port) == "tuned"
     mlflow.kill()
     assert answer(port) == "tuned"
     mlflow.start()
 
 
-def test_two_writers_register_and_caption_at_once(jobs, mlflow, tiny_model, shapes_data, tmp_path):
+def test_two_writers_at_once_with_mlflow_killed_in_between(jobs, mlflow, tiny_model, shapes_data, tmp_path):
     # Neither the experiment nor the registered model exists: both jobs create them.
     settings = Settings(mlflow, tmp_path, tiny_model, shapes_data, "pair")
     started = [jobs.start("finetune", settings.tuning(name), name) for name in ("one", "two")]
@@ -206,13 +210,30 @@ def test_two_writers_register_and_caption_at_once(jobs, mlflow, tiny_model, shap
     assert {one.version for one in versions.values()} == {"1", "2"}
     assert mlflow.client().get_model_version_by_alias("pair", "candidate").run_id in versions
 
-    adapters = [f"models:/pair/{number}" for number in (1, 2)]
-    started = [
-        jobs.start("caption", settings.captioning(f"captions-{number}", adapter), f"captions-{number}")
-        for number, adapter in enumerate(adapters)
-    ]
-    for process, adapter in zip(started, adapters, strict=True):
-        assert_captioned(mlflow, result(process), adapter, shapes_data / "images")
+    adapters = {f"adapter-{number}": f"models:/pair/{number}" for number in (1, 2)}
+    port = free_port()
+    result(jobs.start("deploy", settings.serving(port, **adapters)))
+    jobs_of = {name: settings.captioning(name, adapter) for name, adapter in adapters.items()}
+    captioning = {name: jobs.start("caption", job, name) for name, job in jobs_of.items()}
+    for process in captioning.values():
+        assert any(line.startswith("row ") for line in process.stdout)
+    mlflow.kill()
+    outputs = {name: process.communicate()[0] for name, process in captioning.items()}
+    assert [answer(port, name) for name in adapters] == list(adapters)
+    mlflow.start()
+    # The job that began first may have recorded its captions before the end of MLflow.
+    unrecorded = [name for name, process in captioning.items() if process.returncode]
+    assert unrecorded
+    assert [name for name in unrecorded if "Run the same job again to record them" not in outputs[name]] == []
+    captioning |= {name: jobs.start("caption", jobs_of[name], name) for name in unrecorded}
+    for name, process in captioning.items():
+        captioned = result(process) if name in unrecorded else json.loads(outputs[name].splitlines()[-1])
+        assert_captioned(mlflow, captioned, adapters[name], shapes_data / "images")
+
+    scoring = {name: settings.scoring(f"scores-{name}", adapter) for name, adapter in adapters.items()}
+    for process in [jobs.start("score", job, f"scores-{name}") for name, job in scoring.items()]:
+        assert_scored(mlflow, result(process))
+    assert [answer(port, name) for name in adapters] == list(adapters)
 
 
 def test_the_quick_start_of_compose(jobs, mlflow, tmp_path):
