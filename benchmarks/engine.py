@@ -1,6 +1,7 @@
 """The gains of continuous batching over pruned caches: throughput, sequences in a budget, decode step.
 
     python -m benchmarks.engine --dtype bfloat16 --out docs/benchmarks/engine.md
+    python -m benchmarks.engine --dtype bfloat16 --parts packing
 
 Requests have one image, and answers of mixed lengths that are drawn once. All ways answer the same requests
 with the same random weights, in turn, several times.
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "throughput": lambda: _throughput(model, options),
         "budget": lambda: _budget(model, options),
         "decode": lambda: _decode(model, options),
+        "packing": lambda: _packing(model, options),
     }
     texts = [parts[name]() for name in options.parts]
     command = "python -m benchmarks.engine " + " ".join(arguments or sys.argv[1:])
@@ -238,6 +240,45 @@ def _decode(model: Any, options: argparse.Namespace) -> str:
     profile = _profile(model, options)
     title = f"### Decode step; weights {weights / 2**20:.0f} MiB"
     return f"{title}\n\n{_measure.table(head, rows)}\n\n{profile}"
+
+
+# --------------------------------------------------------------------------------------- packing
+
+
+def _packing(model: Any, options: argparse.Namespace) -> str:
+    """Compare prefill and decode steps with packed weights to those without, in turn."""
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
+        raise SystemExit("--parts packing needs --dtype bfloat16 on the CPU: only these weights are packed")
+    rows = []
+    for setting in (FULL, options.setting):
+        times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        for _ in range(1 + options.repeats):
+            for packed in times:
+                times[packed].append(_prefill_and_step(model, setting, packed, options))
+        for number, part in enumerate((f"prefill of {options.batch} prompts", "decode step")):
+            plain, packed = ([time[number] for time in times[way][1:]] for way in (False, True))
+            ratios = [after / before for before, after in zip(plain, packed, strict=True)]
+            times_of = [Spread.of(values).text(1e3, 1) for values in (plain, packed)]
+            rows.append([setting, part, *times_of, Spread.of(ratios).text(digits=2)])
+            print(rows[-1], file=sys.stderr, flush=True)
+    head = ["setting", "part", "unpacked ms", "packed ms", "packed ÷ unpacked"]
+    return f"### Packed weights, {options.batch} rows\n\n{_measure.table(head, rows)}"
+
+
+def _prefill_and_step(
+    model: Any, setting: str, packed: bool, options: argparse.Namespace
+) -> tuple[float, float]:
+    """Return the seconds of one prefill, and the median of those of a decode step."""
+    config = _measure.setting(setting) or sv.SkipConfig.full()
+    limits = {"max_sequences": options.batch, "kv_budget_bytes": 2**31, "prefill_tokens": 2**30}
+    with Engine(model, None, config, **limits, pack_weights=packed) as engine:
+        if packed and not engine.statistics().packed_bytes:
+            raise SystemExit("this CPU does not multiply bfloat16, so no weights are packed")
+        for _ in range(options.batch):
+            engine.submit(Request(inputs=_inputs(model, 0), sampling=Sampling(max_new_tokens=200)))
+        engine.step()
+        steps = sorted(_steps(engine, model.device, options.steps))
+        return engine.statistics().prefill_seconds, Spread.of(steps).median
 
 
 def _steps(engine: Engine, device: torch.device, count: int) -> Iterator[float]:

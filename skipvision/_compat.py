@@ -1,6 +1,7 @@
 """Every private name of another library that the package uses, with the version it was last seen in.
 
-Start here when a new version of that library breaks something. `_compat_generation` has those of `generate`.
+Start here when a new version of that library breaks something. `_compat_generation` has those of `generate`,
+`_compat_onednn` those of packed weights.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ __all__ = [
     "forget_encoded",
     "fused_cpu_attention",
     "hand_over_encoded",
+    "is_intercepted",
     "looks_up_attention",
     "model_output",
     "modules_kept_in_float32",
@@ -120,6 +122,12 @@ def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
     Seen in: torch 2.13.
     """
     return module._modules
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Return whether something sees or replaces the calls of a module. Seen in: torch 2.13, accelerate 1."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def looks_up_attention(module: nn.Module) -> bool:

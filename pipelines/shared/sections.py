@@ -64,6 +64,11 @@ class EngineSection(Section):
     compile_decoding: bool = Field(
         False, description="compile the decoding steps: a minute at the start, less time per token later"
     )
+    pack_weights: bool = Field(
+        True,
+        description="hold bfloat16 weights in the layout that the CPU reads fastest; no effect in float32, "
+        "on GPUs, on CPUs that do not multiply bfloat16, with compile_decoding, and on vLLM",
+    )
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

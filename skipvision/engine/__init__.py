@@ -12,8 +12,8 @@
 Read in this order: `requests`, `prompts`, `intake`, `prefiller`, `prefixes`, `slots`, `states` (of recurrent
 layers), `sequences`, `scheduler`, `running`, `prefill_stage`, `decoding`, `sampling`, `streams` (text from
 tokens), `finishing`, `statistics`, `engine`. `model` has the facts about the model, `generation` the settings
-that come with it; `adapters` and `adapter_kinds` handle PEFT. Torch only: threads, asyncio, Ray and HTTP
-stay outside.
+that come with it; `adapters` and `adapter_kinds` handle PEFT, `packing` the layout of weights. Torch only:
+threads, asyncio, Ray and HTTP stay outside.
 """
 
 from skipvision.engine.adapters import BASE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
@@ -40,6 +41,18 @@ def reason_to_refuse(config: PeftConfig) -> str | None:
     if getattr(settings, "layer_replication", None):
         return "layer_replication adds decoder layers, for requests without the adapter too"
     return None
+
+
+def reads_weights(config: PeftConfig) -> bool:
+    """Return whether an adapter may read or change the weights of the layers that it adapts.
+
+    Plain LoRA only adds to their outputs, unless it is initialised from them (PiSSA, OLoRA …).
+    """
+    settings: Any = config
+    if settings.peft_type != PeftType.LORA or settings.init_lora_weights not in (True, False, "gaussian"):
+        return True
+    variants = (field.name for field in fields(settings) if field.metadata.get("is_lora_variant"))
+    return any(getattr(settings, name) for name in ("use_dora", *variants))
 
 
 def reason_not_to_add(

@@ -16,7 +16,14 @@ from skipvision.adapters.save_load import load_adapter, unload_adapters
 from skipvision.anatomy.families import dissect, lm_head
 from skipvision.attach import Attachment
 from skipvision.config import SkipConfig
-from skipvision.engine.adapter_kinds import by_row, can_share, reason_not_to_add, reason_to_refuse
+from skipvision.engine.adapter_kinds import (
+    by_row,
+    can_share,
+    reads_weights,
+    reason_not_to_add,
+    reason_to_refuse,
+)
+from skipvision.engine.packing import PackedWeights
 from skipvision.errors import AdapterError, ConfigError, UnsupportedModelError
 
 BASE = "__base__"
@@ -31,15 +38,21 @@ class Adapters:
         attachment: Skip-Vision on that model.
         config: SkipConfig of the base model's requests.
         trained: SkipConfig of the adapters that the model already has.
+        weights: the model's, which are packed while no adapter reads them.
 
     Attributes:
         default: the adapter that was active when the engine was created.
     """
 
     def __init__(
-        self, model: nn.Module, attachment: Attachment, config: SkipConfig, trained: SkipConfig
+        self,
+        model: nn.Module,
+        attachment: Attachment,
+        config: SkipConfig,
+        trained: SkipConfig,
+        weights: PackedWeights,
     ) -> None:
-        self._model, self._attachment = model, attachment
+        self._model, self._attachment, self._weights = model, attachment, weights
         self._peft = model if isinstance(model, PeftModel) else None
         active = list(model.active_adapters) if isinstance(model, PeftModel) else [BASE]
         if len(active) != 1:
@@ -102,10 +115,13 @@ class Adapters:
         with self._attachment.growing(config):
             self.activate(self.default)
             try:
+                if (kind := peft_config(folder)) is not None and reads_weights(kind):
+                    self._weights.unpack()
                 loaded = load_adapter(self._peft or self._model, folder, name=name)
                 self._peft = loaded if isinstance(loaded, PeftModel) else None
             finally:
                 self._reactivate_default()
+                self.pack_weights()
         self._configs[name] = config
 
     def remove(self, name: str) -> None:
@@ -119,6 +135,12 @@ class Adapters:
             self._reactivate_default()
         del self._configs[name]
         self._alone.pop(name, None)
+        self.pack_weights()
+
+    def pack_weights(self) -> None:
+        """Pack the model's weights, unless a loaded adapter reads them."""
+        if self._peft is None or not any(map(reads_weights, self._peft.peft_config.values())):
+            self._weights.pack()
 
     def clear(self) -> None:
         """Restore the adapter that was active at creation, or the model without PEFT."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from skipvision.anatomy.families import lm_head
+from skipvision._compat_onednn import multiplies_packed
 from skipvision.attach import attach, attachment_of
 from skipvision.config import SkipConfig
 from skipvision.engine.adapters import Adapters
@@ -22,6 +22,7 @@ from skipvision.engine.decoding import DecodeStage
 from skipvision.engine.finishing import Finisher
 from skipvision.engine.intake import Intake
 from skipvision.engine.model import ModelFacts
+from skipvision.engine.packing import PackedWeights
 from skipvision.engine.prefill_stage import PrefillStage
 from skipvision.engine.prefiller import Prefiller
 from skipvision.engine.prefixes import PrefixCache
@@ -51,6 +52,9 @@ class Engine:
         prefix_cache_bytes: size of the cache for images that come again; 0 = no cache.
         compile_decoding: run decode steps through ``torch.compile``; a string names the backend. Rows and
             lengths are then rounded to few sizes, so that few graphs are compiled.
+        pack_weights: hold the bfloat16 weights of linear layers in the layout that the CPU reads fastest,
+            until `close` restores them. No effect in other dtypes, on hardware that does not multiply
+            bfloat16, next to adapters that read weights (docs/engine.md), and with ``compile_decoding``.
 
     Raises:
         ConfigError: an argument is out of range, the model cannot run under the config, or its
@@ -69,6 +73,7 @@ class Engine:
         prefill_tokens: int = 4096,
         prefix_cache_bytes: int = 0,
         compile_decoding: bool | str = False,
+        pack_weights: bool = True,
     ) -> None:
         _check_numbers(
             max_sequences=(max_sequences, 1),
@@ -83,9 +88,11 @@ class Engine:
         self._detach_on_close = attached is None
         config = config or self._attachment.config
         trained = SkipConfig.full() if attached is None else attached.config
+        packable = multiplies_packed if pack_weights and not compile_decoding else None
+        self._weights = PackedWeights(model, packable)
         try:
             self._attachment.check(config)
-            self._adapters = Adapters(model, self._attachment, config, trained)
+            self._adapters = Adapters(model, self._attachment, config, trained, self._weights)
             self._intake = Intake(processor, facts, self._attachment, self._adapters, config)
         except BaseException:
             if self._detach_on_close:
@@ -116,6 +123,7 @@ class Engine:
         )
         self._groups = self._finisher.groups
         self._pending: list[Chunk] = []
+        self._adapters.pack_weights()
 
     def prepare(self, request: Request) -> Request:
         """Run this engine's processor on a request; raises `InputError`. See `skipvision.engine.prepare`."""
@@ -255,20 +263,22 @@ class Engine:
     @property
     def vocabulary(self) -> int:
         """Number of logits for each token."""
-        return int(cast(Any, lm_head(self._facts.base)).weight.shape[0])
+        return self._facts.outputs
 
     def statistics(self) -> Statistics:
         """Return a snapshot of the queue, the KV cache, and all counters."""
-        entry_bytes = self._facts.entry_bytes
-        return self._counters.snapshot(self._running, self._scheduler, self._prefixes, entry_bytes)
+        return self._counters.snapshot(
+            self._running, self._scheduler, self._prefixes, self._facts.entry_bytes, self._weights.nbytes
+        )
 
     def close(self) -> None:
-        """Drop all requests and release the model; Skip-Vision is detached if the engine attached it."""
+        """Drop all requests, and release the model with its weights; detach what the engine attached."""
         self._running.clear()
         self._groups.clear()
         self._scheduler.waiting.clear()
         self._prefixes.clear()
         self._adapters.clear()
+        self._weights.unpack()
         if self._detach_on_close:
             self._attachment.detach()
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from skipvision.anatomy.attention import block_indexer
-from skipvision.anatomy.families import dissect
+from skipvision.anatomy.families import dissect, lm_head
 from skipvision.anatomy.masks import Sight
 from skipvision.cost import units
 from skipvision.engine.generation import GenerationSettings
@@ -27,6 +27,7 @@ class ModelFacts:
         sight: the attention masks that its decoder expects.
         image_token_id: placeholder token of one visual token.
         vocabulary: number of token ids that the model can read.
+        outputs: number of logits for each token.
         max_positions: longest sequence that the model can read, or None without a limit.
         entry_bytes: bytes of one entry of the KV cache, over all layers.
         layer_bytes: its bytes in each layer that has entries.
@@ -40,6 +41,7 @@ class ModelFacts:
     sight: Sight
     image_token_id: int
     vocabulary: int
+    outputs: int
     max_positions: int | None
     entry_bytes: int
     layer_bytes: tuple[int, ...]
@@ -71,6 +73,7 @@ class ModelFacts:
             vocabulary=max(
                 int(cast(Any, base.get_input_embeddings()).weight.shape[0]), anatomy.image_token_id + 1
             ),
+            outputs=int(cast(Any, lm_head(base)).weight.shape[0]),
             max_positions=getattr(anatomy.text_config, "max_position_embeddings", None),
             entry_bytes=sum(layer_bytes),
             layer_bytes=layer_bytes,

@@ -38,6 +38,7 @@ class Statistics:
         state_bytes: room for the states of recurrent layers (linear attention, short convolutions), on top of
             ``kv_bytes_budget``; at most ``max_sequences`` times `Cost.state_bytes`. A decode step
             computes on a copy.
+        packed_bytes: weights in the layout that the CPU reads fastest; 0 = none is packed.
     """
 
     running: int
@@ -63,6 +64,7 @@ class Statistics:
     time_to_first_token: tuple[float, float] | None
     time_per_output_token: tuple[float, float] | None
     state_bytes: int = 0
+    packed_bytes: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -122,9 +124,14 @@ class Counters:
                 self.between_tokens.append((completion.timing.total - first) / later)
 
     def snapshot(
-        self, running: Running, scheduler: Scheduler, prefixes: PrefixCache, entry_bytes: int
+        self,
+        running: Running,
+        scheduler: Scheduler,
+        prefixes: PrefixCache,
+        entry_bytes: int,
+        packed_bytes: int,
     ) -> Statistics:
-        """Combine the totals with the present state of queue, rows and prefix cache."""
+        """Combine the totals with the present state of queue, rows, prefix cache and weights."""
         return Statistics(
             running=len(running.sequences),
             waiting=len(scheduler.waiting),
@@ -150,6 +157,7 @@ class Counters:
             time_to_first_token=_median_and_tail(self.first_tokens),
             time_per_output_token=_median_and_tail(self.between_tokens),
             state_bytes=running.slots.state_bytes,
+            packed_bytes=packed_bytes,
         )
 
 
