@@ -57,7 +57,7 @@ class Family:
 Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
 
 _OWN_GENERATE = "its own generate runs the text model alone, on embeddings with the images merged in"
-_ONE_MODULE = "one module embeds the images and runs the layers: no text decoder is called with embeddings"
+_MERGES_INSIDE = "its text model is called with ids and encoded images, which it merges itself"
 _FOUR_STREAMS = (
     "its layers predict and correct four streams of hidden states (AltUp); Skip-FFN is defined for one, to "
     "which attention and FFN are added"
@@ -89,7 +89,7 @@ FAMILIES: dict[str, Family] = {
     "fuyu": Family(one_a_row=True),
     "blip-2": Family(refused=_OWN_GENERATE),
     "instructblip": Family(refused=_OWN_GENERATE),
-    "chameleon": Family(refused=_ONE_MODULE),
+    "chameleon": Family(refused=_MERGES_INSIDE),
     "gemma3n": Family(refused=_FOUR_STREAMS),
     "inkling2": Family(refused=_COUNTED_DISTANCES),
     "inkling_mm_model": Family(refused=_COUNTED_DISTANCES),

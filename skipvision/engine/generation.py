@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, NamedTuple, cast
@@ -51,6 +52,15 @@ _REFUSED = {
 }
 """By the name of the setting."""
 
+_REPLACED = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "max_length": 20,
+    "max_new_tokens": None,
+    "num_return_sequences": 1,
+}
+"""Settings that each request's `Sampling` replaces, also by its defaults, and the values of `generate`."""
+
 _NEUTRAL = {"repetition_penalty": None, "top_k": None, "top_p": None, "temperature": None}
 
 
@@ -82,6 +92,7 @@ class GenerationSettings:
         self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.allows_invalid_logits = config.remove_invalid_values is True
         check_generation_config(config)
+        _warn_of_replaced(config)
         for drawn in (False, True):
             self._check_valid(drawn)
         self._processed = {drawn: self._has_more(drawn) for drawn in (False, True)}
@@ -179,6 +190,20 @@ class _Adjusted(LogitsProcessor):
         ids: list[int] = input_ids[0, self._prompt :].tolist()
         adjusted: Any = self._adjust(ids, scores[0])[None]
         return adjusted
+
+
+def _warn_of_replaced(config: GenerationConfig) -> None:
+    """Warn that `generate` would use settings which the engine leaves to requests."""
+    values = {name: getattr(config, name, None) for name in _REPLACED}
+    if not values["do_sample"]:
+        values["temperature"] = None
+    replaced = [f"{name}={value!r}" for name, value in values.items() if value not in (None, _REPLACED[name])]
+    if replaced:
+        warnings.warn(
+            f"this model's generation_config has {', '.join(replaced)}, which generate applies. Here "
+            "each request's Sampling decides, by default temperature=0 and max_new_tokens=64",
+            stacklevel=5,
+        )
 
 
 def check_generation_config(config: GenerationConfig) -> None:

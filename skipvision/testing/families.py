@@ -26,7 +26,7 @@ from skipvision.testing.configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRS
 from skipvision.testing.prompts import ONE_TOKEN_TYPE, TOKEN_TYPES, frame_of
 
 _CROSS_ATTENTION = "its decoder reads images by cross-attention, not as tokens of its own"
-_OWN_POSITIONS = "its text model embeds the prompt itself, with images where a mask says, not at placeholders"
+_COUNTED_POSITIONS = "its text model counts positions by the entries of the cache, which pruning changes"
 
 UNSUPPORTED = {
     "blip": _CROSS_ATTENTION,
@@ -36,8 +36,8 @@ UNSUPPORTED = {
     "git": "its layers normalise after the FFN, and its images come before the prompt, without placeholders",
     "idefics": _CROSS_ATTENTION,
     "instructblipvideo": "it reads videos, not images",
-    "kosmos-2": _OWN_POSITIONS,
-    "kosmos-2.5": _OWN_POSITIONS,
+    "kosmos-2": _COUNTED_POSITIONS,
+    "kosmos-2.5": _COUNTED_POSITIONS,
     "mistral4": "it reads text only",
     "mllama": _CROSS_ATTENTION,
     "pi0": "it generates actions, not words",

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, Waterm
 from transformers.generation import CompileConfig
 
 from skipvision import ConfigError, Engine, GenerationError, Sampling, attach, attachment_of
+from skipvision.engine.generation import _REPLACED
 from skipvision.testing.llava import IMAGE_TOKEN
 from tests.skipvision.engine.requests_for_tests import (
     CONFIGS,
@@ -274,13 +275,33 @@ def test_draws_follow_the_distribution_of_generate(name):
 
 def test_sampling_settings_of_the_model_leave_greedy_requests_as_they_are():
     drawn = {key: value for settings in DRAWN.values() for key, value in settings.items()}
-    with model_with(do_sample=True, **drawn) as model:
+    with (
+        model_with(do_sample=True, **drawn) as model,
+        pytest.warns(UserWarning, match="do_sample=True, which"),
+    ):
         assert of_engine(model) == IDS
 
 
-@pytest.mark.parametrize("name", [*OF_THE_REQUEST, *NO_EFFECT])
+@pytest.mark.parametrize("name", NO_EFFECT)
 def test_fields_that_change_no_token(name):
-    with model_with(**{**OF_THE_REQUEST, **NO_EFFECT, name: {**OF_THE_REQUEST, **NO_EFFECT}[name]}) as model:
+    with model_with(**{name: NO_EFFECT[name]}) as model:
+        assert of_engine(model) == IDS
+
+
+@pytest.mark.parametrize("name", [*OF_THE_REQUEST, "all"])
+def test_fields_that_requests_replace_are_named_in_a_warning(name):
+    settings = OF_THE_REQUEST if name == "all" else {"do_sample": True, name: OF_THE_REQUEST[name]}
+    has = ", ".join(f"{key}={settings[key]}" for key in _REPLACED if key in settings)
+    with (
+        model_with(**NO_EFFECT, **settings) as model,
+        pytest.warns(UserWarning, match=rf"generation_config has {has}, which generate applies\.") as warned,
+    ):
+        assert of_engine(model) == IDS
+    assert len(warned) == 1
+
+
+def test_settings_without_effect_cause_no_warning():
+    with model_with(do_sample=False, temperature=0.3, num_return_sequences=1) as model:
         assert of_engine(model) == IDS
 
 

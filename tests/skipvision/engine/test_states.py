@@ -136,26 +136,27 @@ def test_compiled_steps(family):
     assert got == dict(enumerate(expected))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", BOTH)
-def test_dora_next_to_the_base_model(family, tmp_path):
-    """It changes the recurrent layers, too, and decodes in a call of its own."""
+def test_adapters_next_to_the_base_model(family, dora, tmp_path):
+    """They change the recurrent layers, too; only DoRA decodes in a call of its own."""
     kind = LoraConfig(
         r=4,
         target_modules=r".*language_model.*(q_proj|in_proj\w*|out_proj|down_proj|w2)",
-        use_dora=True,
+        use_dora=dora,
         init_lora_weights=False,
     )
     torch.manual_seed(1)
     tuned = get_peft_model(endless(family), kind)
     train_summary(attach(tuned, CONFIG).summary)
-    folder = save_adapter(tuned, tmp_path / "dora")
+    folder = save_adapter(tuned, tmp_path / "adapter")
     loaded = load_adapter(endless(family), folder)
     model, expected = hybrid(family)
-    want = {BASE: expected, "dora": answer(loaded, tiny_batch(model, ROWS))}
-    assert want["dora"] != want[BASE]
+    want = {BASE: expected, "tuned": answer(loaded, tiny_batch(model, ROWS))}
+    assert want["tuned"] != want[BASE]
     with Engine(endless(family), None, CONFIG, max_sequences=2 * len(ROWS)) as engine:
-        engine.add_adapter("dora", folder)
-        assert engine._adapters.decodes_alone("dora")
+        engine.add_adapter("tuned", folder)
+        assert engine._adapters.decodes_alone("tuned") == dora
         both = [replace(one, adapter=name, key=(name, one.key)) for name in want for one in requests(model)]
         for done in engine.run(both):
             assert ids_of(done) == want[done.key[0]][done.key[1]], done.key

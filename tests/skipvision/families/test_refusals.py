@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from skipvision import ConfigError, InputError, SkipConfig, UnsupportedModelError, attach
 from skipvision.testing.families import tiny_batch, tiny_model
@@ -95,11 +96,29 @@ def test_caches_of_fixed_size_are_named(family, cache):
         model.generate(**tiny_batch(model, ROW), max_new_tokens=2, do_sample=False)
 
 
+@pytest.mark.parametrize("family", sorted({"lfm2_vl", "qwen3_5"} - {*LEFT_OUT}))
+def test_such_caches_of_decoders_with_states(family):
+    model = model_of(family)
+    batch, decoder = tiny_batch(model, ROW), model.config.get_text_config()
+    with attach(model, CONFIG):
+        for name in ("static", "quantized", "offloaded"):
+            with pytest.raises(
+                UnsupportedModelError, match=f"cache_implementation='{name}' makes a KV cache"
+            ):
+                model.generate(**batch, max_new_tokens=2, cache_implementation=name)
+        cache = StaticCache(config=decoder, max_cache_len=64)
+        with pytest.raises(UnsupportedModelError, match=r"is a Static\w*Layer, .* static cache"):
+            model.generate(**batch, max_new_tokens=2, past_key_values=cache)
+        cache = DynamicCache(config=decoder, offloading=True)
+        with pytest.raises(UnsupportedModelError, match="KV cache is offloaded"):
+            model.generate(**batch, max_new_tokens=2, past_key_values=cache)
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
         ("blip-2", "its own generate runs the text model alone"),
-        ("chameleon", "one module embeds the images and runs the layers"),
+        ("chameleon", "its text model is called with ids and encoded images"),
         ("inkling_mm_model", "attention counts distances between entries of the cache"),
     ],
 )
