@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.engines.config import ModelSection
 from pipelines.score.config import DatasetSection
+from pipelines.shared.paths import InputPath
 from pipelines.shared.sections import EngineSection, Section
 from pipelines.tracking.config import TrackedConfig
 from skipvision.config import SkipConfig
@@ -22,6 +23,32 @@ class DataSection(DatasetSection):
         0.5, gt=0, lt=1, description="share of the images that are only used for verification"
     )
     max_new_tokens: int = Field(96, ge=1, description="max tokens of an answer")
+
+
+class PromptsSection(Section):
+    """Images with prompts for strategy layers. The model with full tokens answers them."""
+
+    path: InputPath = Field(
+        description="file, pattern or fsspec URL of rows: LLaVA JSON, chat JSONL or parquet. The first question "
+        "of each row is used; answers may be missing"
+    )
+    image_root: InputPath | None = Field(
+        None, description="folder that relative image paths start at; null = the folder of the file of rows"
+    )
+    rows: int = Field(64, ge=2, description="rows that are drawn from the file, one per image")
+    held_out: float = Field(
+        0.25, gt=0, lt=1, description="share of these rows that is only used to verify the result"
+    )
+    max_new_tokens: int = Field(64, ge=1, description="max tokens of an answer")
+    batch_size: int = Field(8, ge=1, description="rows per forward pass of a worker")
+
+
+class LayersSection(Section):
+    """The greedy search of strategy layers."""
+
+    block: int = Field(
+        1, ge=1, description="adjacent decoder layers that a move changes together; more = fewer measurements"
+    )
 
 
 class LimitsSection(Section):
@@ -90,7 +117,14 @@ class CalibrateConfig(TrackedConfig):
     """A calibration. An existing job of the same name is continued; other settings are refused."""
 
     model: ModelSection
-    data: DataSection
+    strategy: Literal["space", "layers"] = Field(
+        "space",
+        description="space = search the configs of `space` by the accuracy of answers (needs data); layers = "
+        "find skip_layers and drop_after by the divergence from full tokens (needs prompts, no labels)",
+    )
+    data: DataSection | None = Field(None, description="questions with gold answers, for strategy space")
+    prompts: PromptsSection | None = Field(None, description="images with prompts, for strategy layers")
+    layers: LayersSection = LayersSection()
     skip: SkipConfig | None = Field(
         None, description="values of the fields that are not searched; null = the adapter's, or the defaults"
     )
@@ -118,3 +152,38 @@ class CalibrateConfig(TrackedConfig):
         if not value:
             raise ValueError("the space is empty: set at least one field with its values")
         return value
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        needed, other = ("data", "prompts") if self.strategy == "space" else ("prompts", "data")
+        problems = []
+        if getattr(self, needed) is None:
+            problems.append(f"strategy = {self.strategy} needs the section {needed}")
+        if getattr(self, other) is not None:
+            problems.append(f"strategy = {self.strategy} does not read the section {other}: remove it")
+        if self.strategy == "layers":
+            if self.budget.prefill_flops is None:
+                problems.append("strategy = layers needs budget.prefill_flops, for example 0.3")
+            ignored = [
+                *(f"budget.{name}" for name in sorted(self.budget.model_fields_set - {"prefill_flops"})),
+                *(name for name in ("space", "search") if name in self.model_fields_set),
+            ]
+            if ignored:
+                problems.append(f"strategy = layers does not read {', '.join(ignored)}: remove them")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def questions(self) -> DataSection:
+        """The section ``data`` of strategy space."""
+        if self.data is None:
+            raise ValueError("strategy layers has no questions")
+        return self.data
+
+    @property
+    def unlabelled(self) -> PromptsSection:
+        """The section ``prompts`` of strategy layers."""
+        if self.prompts is None:
+            raise ValueError("strategy space has no prompts")
+        return self.prompts

@@ -1,36 +1,26 @@
 """The calibration job: find and verify a SkipConfig that stays within a budget on a user's model and data.
 
 The search uses one part of the images, and its result is verified on the other part. The config that looks
-best among many is partly lucky, so its score on the questions that selected it is too good.
+best among many is partly lucky, so its score on the data that selected it is too good.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import skipvision as sv
+from pipelines.calibrate.accuracy import ByAccuracy
 from pipelines.calibrate.config import CalibrateConfig
-from pipelines.calibrate.halving import Candidate
-from pipelines.calibrate.report import figure, markdown
-from pipelines.calibrate.search import Calibration, NothingWithinBudgetError
-from pipelines.calibrate.space import candidates, parts
-from pipelines.calibrate.workers import scorers
+from pipelines.calibrate.layers.strategy import ByLayers
+from pipelines.calibrate.search import NothingWithinBudgetError
+from pipelines.calibrate.strategy import Strategy
 from pipelines.cluster.resources import node_resources, worker_resources
 from pipelines.cluster.session import check_ray_address, ray_session
-from pipelines.engines.model import (
-    EngineModel,
-    check_generation,
-    check_model,
-    find_model,
-    insist_on_same_adapter,
-)
-from pipelines.score.dataset import Dataset
-from pipelines.score.fingerprints import of_files
+from pipelines.engines.model import EngineModel, check_generation, find_model, insist_on_same_adapter
 from pipelines.shared.console import say
 from pipelines.shared.files import write_text
 from pipelines.shared.folder import JobFolder
@@ -51,7 +41,7 @@ class CalibrationFolder(JobFolder):
 
     @property
     def has_work(self) -> bool:
-        return bool({"latency", "evidence"} & self.state.keys()) or (
+        return bool({"latency", "divergences", "evidence"} & self.state.keys()) or (
             self.scores.exists() and any(self.scores.iterdir())
         )
 
@@ -88,77 +78,55 @@ def run_calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The model, the questions and the fingerprints of both."""
+    """The model, the strategy with its data, and the fingerprints of both."""
 
     model: EngineModel
-    whole: Dataset
-    search: Dataset
-    held_out: Dataset
+    strategy: Strategy
     files: dict[str, str]
 
 
 def _read(config: CalibrateConfig, folder: CalibrationFolder) -> _Inputs:
-    """Read model and questions, and check that they are those of the job's first start."""
+    """Read model and data, and check that they are those of the job's first start."""
     uri = config.tracking.absolute_uri(folder.storage)
     known = folder.state.get("adapter")
     if folder.state.get("result"):
         insist_on_same_adapter(config.model, uri, known)
     model = find_model(config, uri, folder.downloads, known)
-    search, held_out = parts(config)
-    whole = replace(search, questions=(*search.questions, *held_out.questions))
-    files = of_files([whole], [model])
+    strategy: Strategy = (ByLayers if config.strategy == "layers" else ByAccuracy)(config, model)
+    files = strategy.files()
     folder.require_same_files(files)
-    return _Inputs(model, whole, search, held_out, files)
+    return _Inputs(model, strategy, files)
 
 
 def _complete(config: CalibrateConfig, folder: CalibrationFolder, inputs: _Inputs) -> dict[str, Any]:
     """Search, unless that is done, record the evidence and return the result."""
-    evidence = folder.state.get("evidence")
-    space = [] if evidence else _space(config, inputs)
+    evidence, strategy = folder.state.get("evidence"), inputs.strategy
+    if evidence is None:  # mistakes are reported before an MLflow run starts
+        for line in strategy.facts():
+            say(line)
+        check_generation(inputs.model.base)
+        strategy.check()
     folder.hold(adapter=inputs.model.adapter_label, files=inputs.files)
     settings = config.model_dump(mode="json")
     # Ray is left after the MLflow run has ended, because stopping it takes seconds.
     with ExitStack() as ray, tracked_run(config, folder, settings, settings) as run:
         if evidence is None:
-            evidence = _search(config, folder, inputs, space, ray)
+            scaling = config.scaling
+            ray.enter_context(ray_session())
+            resources = worker_resources(
+                node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
+            )
+            evidence = strategy.search(folder, resources)
             folder.remember(evidence=evidence)
         run.advice = (
-            f"The evidence is complete in {folder.path}. Run the same job again to record it; no question "
-            "is answered twice"
+            f"The evidence is complete in {folder.path}. Run the same job again to record it; nothing is "
+            "measured twice"
         )
-        return _record(evidence, config, folder, run)
-
-
-def _space(config: CalibrateConfig, inputs: _Inputs) -> list[Candidate]:
-    """Report the dataset and return the search space. Mistakes are reported before an MLflow run starts."""
-    for line in inputs.whole.facts():
-        say(line)
-    check_generation(inputs.model.base)
-    return candidates(config, inputs.model, check_model(inputs.model), inputs.search)
-
-
-def _search(
-    config: CalibrateConfig,
-    folder: CalibrationFolder,
-    inputs: _Inputs,
-    space: Sequence[Candidate],
-    ray: ExitStack,
-) -> dict[str, Any]:
-    """Start the workers, search, and return the evidence."""
-    # An engine with summary tokens can also run without them, but not the other way round.
-    skip = max((one.skip for one in space), key=lambda skip: skip.summary_tokens)
-    scaling, tokens = config.scaling, config.data.max_new_tokens
-    ray.enter_context(ray_session())
-    resources = worker_resources(
-        node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
-    )
-    model = replace(inputs.model, skip=skip)
-    with scorers(model, config.engine, tokens, workers=scaling.workers, resources=resources) as run_tasks:
-        return Calibration(config, folder, run_tasks, inputs.search, inputs.held_out).run(space)
+        return _record(evidence, strategy, folder, run)
 
 
 def _record(
-    evidence: dict[str, Any], config: CalibrateConfig, folder: CalibrationFolder, run: Tracker
+    evidence: dict[str, Any], strategy: Strategy, folder: CalibrationFolder, run: Tracker
 ) -> dict[str, Any]:
     """Write evidence, table, figure and the chosen SkipConfig to the folder and to MLflow.
 
@@ -166,18 +134,12 @@ def _record(
     """
     files = {name: folder.path / name for name in ("evidence.json", "calibration.md", "calibration.png")}
     write_text(files["evidence.json"], json.dumps(evidence, indent=2) + "\n")
-    write_text(files["calibration.md"], markdown(evidence, config.budget))
-    figure(evidence, config.budget, files["calibration.png"])
+    write_text(files["calibration.md"], strategy.markdown(evidence))
+    strategy.figure(evidence, files["calibration.png"])
     if evidence["chosen"] is not None:
         files["skip.yaml"] = folder.skip
         write_text(folder.skip, sv.SkipConfig(**evidence["chosen"]).to_yaml())
-        verdict = evidence["verdict"]
-        numbers = {
-            "difference": verdict["found"]["difference"],
-            "low": verdict["worst"],
-            "high": verdict["best"],
-        }
-        run.metrics({**numbers, **evidence["costs"]}, 0)
+        run.metrics({**strategy.metrics(evidence), **evidence["costs"]}, 0)
     for file in files.values():
         run.store(file)
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from dataclasses import replace
@@ -14,8 +13,9 @@ from transformers import PretrainedConfig
 import skipvision as sv
 from pipelines.calibrate.config import CalibrateConfig
 from pipelines.calibrate.halving import Candidate
+from pipelines.calibrate.pricing import Pricing
 from pipelines.calibrate.search import NothingWithinBudgetError
-from pipelines.engines.loading import empty_model, load_processor
+from pipelines.engines.loading import empty_model
 from pipelines.engines.model import EngineModel
 from pipelines.score.dataset import Dataset, read_dataset
 from pipelines.shared.console import say
@@ -25,7 +25,7 @@ from skipvision.errors import ConfigError, DataError
 
 def parts(config: CalibrateConfig) -> tuple[Dataset, Dataset]:
     """Split the questions by image: those of the search, in the order of rungs, and the held-out ones."""
-    given = config.data
+    given = config.questions
     whole = read_dataset(
         given.name, given.path, rule=given.rule, instruction=given.instruction, limit=given.limit
     )
@@ -66,23 +66,12 @@ def candidates(
             f"space.summary_tokens = {sorted(summaries)}: {trained}a model supports one number besides 0"
         )
     empty = empty_model(model_config)
-    processor: Any = load_processor(model.base)
-    sample = dataset.questions[:100]
-    text = sum(len(processor.tokenizer(m.text)["input_ids"]) for one in sample for m in one.messages)
+    pricing = Pricing.of(model, model_config, dataset.questions)
     priced = []
     for skip in configs:
         with sv.attach(empty, skip):  # raises if the model does not support the config
             pass
-        ratio = sv.predict_cost(
-            model_config,
-            skip,
-            images=max(1, round(sum(len(one.images) for one in sample) / len(sample))),
-            text_tokens=max(1, text // len(sample)),
-            training=False,
-        ).ratio_to_full
-        costs = {"prefill_flops": ratio.prefill_flops, "kv_bytes": ratio.kv_bytes}
-        name = hashlib.sha256(skip.model_dump_json().encode()).hexdigest()[:8]
-        priced.append(Candidate(name, skip, costs))
+        priced.append(Candidate(pricing.name(skip), skip, pricing.costs(skip)))
     limits = {name: limit for name, limit in config.budget.on_costs.items() if name != "latency"}
     cheap = [c for c in priced if all(c.costs[name] <= limit for name, limit in limits.items())]
     if not cheap:

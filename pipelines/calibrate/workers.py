@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
+from pipelines.calibrate.pool import RunTasks, actor_pool
 from pipelines.engines.loading import usable_device
 from pipelines.engines.model import EngineModel, load_engine
 from pipelines.evaluation.answering import request_for, seconds_of
@@ -17,7 +18,7 @@ from pipelines.score.in_process import score_dataset
 from pipelines.shared.sections import EngineSection
 from skipvision.config import SkipConfig
 from skipvision.engine import Sampling
-from skipvision.errors import DataError, SkipVisionError
+from skipvision.errors import DataError
 
 FULL = "full"
 """The system with full tokens."""
@@ -78,10 +79,6 @@ class Scorer:
         return statistics.median(seconds[task.skip]) / statistics.median(seconds["full"])
 
 
-RunTasks = Callable[[Sequence[Task]], Iterator[tuple[Task, Any]]]
-"""Runs tasks in parallel, and yields each task with its result as soon as it has finished."""
-
-
 @contextmanager
 def scorers(
     model: EngineModel,
@@ -91,35 +88,6 @@ def scorers(
     workers: int,
     resources: Mapping[str, float],
 ) -> Iterator[RunTasks]:
-    """Start the worker processes and yield a function that runs tasks on them.
-
-    A process that dies is started again, and its task with it.
-    """
-    import ray
-    from ray.util import ActorPool
-
-    remote = ray.remote(Scorer).options(
-        num_cpus=resources["CPU"],
-        num_gpus=resources["GPU"],
-        max_restarts=2,
-        max_task_retries=2,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources["CPU"])))}},
-    )
-    actors: list[Any] = [remote.remote(model, engine, max_new_tokens) for _ in range(workers)]
-    pool = ActorPool(actors)
-
-    def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
-        try:
-            finished = pool.map_unordered(lambda actor, one: actor.do.remote(*one), list(enumerate(tasks)))
-            for number, result in finished:
-                yield tasks[number], result
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, SkipVisionError):  # without Ray's traceback around it
-                raise error.cause from None
-            raise
-
-    try:
+    """Start workers with an engine each, and yield a function that runs `Task`s on them."""
+    with actor_pool(Scorer, model, engine, max_new_tokens, workers=workers, resources=resources) as run_tasks:
         yield run_tasks
-    finally:
-        for actor in actors:
-            ray.kill(actor)

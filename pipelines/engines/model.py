@@ -190,19 +190,24 @@ def load_engine(
 
     ``adjust`` gets the loaded model before the engine does.
     """
-    transformers.utils.logging.disable_progress_bar()
-    dtype = arithmetic(model.dtype, device)
-    base = load_base(model.base, dtype, model.attention, device)
-    if model.adapter is None:
-        attach_as_exported(base, model.base)
-        tuned = base.to(device, dtype)
-    else:
-        tuned = sv.load_adapter(base, model.adapter).to(device, dtype)
+    tuned = load_tuned(model, device)
     if adjust is not None:
         adjust(tuned)
     processor = load_processor(model.base)
     arguments = settings.model_dump(include=set(EngineSection.model_fields))
     return Engine(tuned, processor, model.skip, **arguments)
+
+
+def load_tuned(model: EngineModel, device: torch.device) -> nn.Module:
+    """Load base model and adapter, or an exported model with what it was exported with."""
+    transformers.utils.logging.disable_progress_bar()
+    dtype = arithmetic(model.dtype, device)
+    base = load_base(model.base, dtype, model.attention, device)
+    if model.adapter is None:
+        attach_as_exported(base, model.base)
+        return base.to(device, dtype)
+    tuned: nn.Module = sv.load_adapter(base, model.adapter).to(device, dtype)
+    return tuned
 
 
 def adapter_digest(folder: Path) -> str:

@@ -113,14 +113,15 @@ def evaluate_exact_match(
                 continue
             inputs = encode(processor, [prompts[i] for i in batch], images, padding_side="left")
             limit = min(max_new_tokens, max(lengths[i] for i in batch) + _SPARE_TOKENS)
-            for i, text in zip(batch, _generate(model, chat.tokenizer, inputs, limit), strict=True):
+            for i, text in zip(batch, greedy_texts(model, chat.tokenizer, inputs, limit), strict=True):
                 answers[i] = Answer(
                     rows[i].key, rows[i].task, expected[i], chat.special.unescape(text).strip()
                 )
     return [answers[i] for i in sorted(answers)]
 
 
-def _generate(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], limit: int) -> list[str]:
+def greedy_texts(model: Any, tokenizer: Any, inputs: Mapping[str, torch.Tensor], limit: int) -> list[str]:
+    """Return the greedy answers to prompts that are padded on the left, of up to ``limit`` tokens."""
     device = model.device
     inputs = {name: value.to(device) for name, value in inputs.items()}
     generated = model.generate(

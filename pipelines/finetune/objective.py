@@ -64,14 +64,14 @@ class Objective:
         if not self.teaches:
             total, learnt = summed_loss(model, batch)
             return Loss(total, learnt, total.detach())
-        words, learnt_at = _targets(batch)
+        words, learnt_at = next_tokens(batch)
         cache = None if own_answers else cache
         teacher = None if cache is None else cache.get(batch.keys, self.distillation.temperature)
         if teacher is None:
             teacher = self.teacher_targets(model, batch)  # before the student: see `as_teacher`
             if cache is not None:
                 cache.add(batch.keys, learnt_at.sum(dim=1).tolist(), teacher)
-        logits = _student_logits(model, batch, learnt_at)
+        logits = answer_logits(model, batch, learnt_at)
         distill = teacher.to(logits.device).divergence(logits).sum()
         both = self.kind == "both" and not own_answers
         own = logits if both else logits.detach()
@@ -82,7 +82,7 @@ class Objective:
 
     def teacher_targets(self, model: nn.Module, batch: Batch) -> sv.SoftTargets:
         """Return the predictions of the base model with all visual tokens, for the learnt tokens."""
-        _, learnt_at = _targets(batch)
+        _, learnt_at = next_tokens(batch)
         with sv.as_teacher(model):
             logits = model(**batch.inputs, logits_to_keep=learnt_at, use_cache=False).logits
         settings = self.distillation
@@ -91,18 +91,18 @@ class Objective:
 
 def summed_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     """Return the summed cross-entropy of a batch's learnt tokens, and their number."""
-    words, learnt_at = _targets(batch)
-    logits = _student_logits(model, batch, learnt_at)
+    words, learnt_at = next_tokens(batch)
+    logits = answer_logits(model, batch, learnt_at)
     return F.cross_entropy(logits.float(), words[learnt_at], reduction="sum"), int(learnt_at.sum())
 
 
-def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def next_tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) the token that each position predicts, and where it is learnt: position t predicts t + 1."""
     words = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     return words, words != IGNORED
 
 
-def _student_logits(model: nn.Module, batch: Batch, learnt_at: torch.Tensor) -> torch.Tensor:
+def answer_logits(model: nn.Module, batch: Batch, learnt_at: torch.Tensor) -> torch.Tensor:
     """(n, V) logits at the learnt positions; the LM head runs nowhere else.
 
     With Skip-Vision attached, answers attend only to tokens that are in the KV cache during decoding.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.calibrate import accuracy
 from pipelines.calibrate import job as calibrate
 from pipelines.calibrate.config import CalibrateConfig
 from pipelines.calibrate.halving import Candidate
@@ -122,7 +123,7 @@ def in_process(monkeypatch):
         scorer = Scorer(*arguments)
         yield lambda tasks: ((task, scorer.do(0, task)[1]) for task in tasks)
 
-    monkeypatch.setattr(calibrate, "scorers", scorers)
+    monkeypatch.setattr(accuracy, "scorers", scorers)
 
 
 @pytest.mark.slow
