@@ -34,7 +34,7 @@ class ByAccuracy:
 
     def facts(self) -> Sequence[str]:
         """Describe the dataset."""
-        return self._whole.facts()
+        return list(self._whole.facts())
 
     def check(self) -> None:
         """Price the configs of the space."""

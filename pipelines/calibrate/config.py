@@ -29,8 +29,8 @@ class PromptsSection(Section):
     """Images with prompts for strategy layers. The model with full tokens answers them."""
 
     path: InputPath = Field(
-        description="file, pattern or fsspec URL of rows: LLaVA JSON, chat JSONL or parquet. The first question "
-        "of each row is used; answers may be missing"
+        description="file, pattern or fsspec URL of rows: LLaVA JSON, chat JSONL or parquet. Of each row, "
+        "the first question is used; answers may be missing"
     )
     image_root: InputPath | None = Field(
         None, description="folder that relative image paths start at; null = the folder of the file of rows"
@@ -164,10 +164,14 @@ class CalibrateConfig(TrackedConfig):
         if self.strategy == "layers":
             if self.budget.prefill_flops is None:
                 problems.append("strategy = layers needs budget.prefill_flops, for example 0.3")
+            usual = LimitsSection()
             ignored = [
-                *(f"budget.{name}" for name in sorted(self.budget.model_fields_set - {"prefill_flops"})),
-                *(name for name in ("space", "search") if name in self.model_fields_set),
+                f"budget.{name}"
+                for name in LimitsSection.model_fields
+                if name != "prefill_flops" and getattr(self.budget, name) != getattr(usual, name)
             ]
+            fields = type(self).model_fields
+            ignored += [name for name in ("space", "search") if getattr(self, name) != fields[name].default]
             if ignored:
                 problems.append(f"strategy = layers does not read {', '.join(ignored)}: remove them")
         if problems:

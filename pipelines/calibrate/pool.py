@@ -29,7 +29,7 @@ def actor_pool(
     import ray
     from ray.util import ActorPool
 
-    remote = ray.remote(kind).options(
+    remote: Any = ray.remote(kind).options(
         num_cpus=resources["CPU"],
         num_gpus=resources["GPU"],
         max_restarts=2,

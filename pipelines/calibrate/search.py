@@ -16,7 +16,8 @@ from pipelines.calibrate.halving import (
     most_accurate,
     rung_sizes,
 )
-from pipelines.calibrate.workers import FULL, RunTasks, Task
+from pipelines.calibrate.pool import RunTasks
+from pipelines.calibrate.workers import FULL, Task
 from pipelines.evaluation.gate import Budget, judge
 from pipelines.evaluation.items import Item, read_items, write_items
 from pipelines.score.dataset import Dataset

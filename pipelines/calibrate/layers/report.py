@@ -25,13 +25,14 @@ _HEADER = [
 
 
 def markdown(evidence: Mapping[str, Any]) -> str:
-    """Format the path, the options of each round, and the verification."""
-    rows = [_line(one) for one in evidence["history"]]
+    """Format the path and the verification. The other options of each round are only drawn."""
+    rows = [_line(one) for one in evidence["history"] if one["stage"] != "option"]
     table = markdown_table(_HEADER, rows, left=range(len(_HEADER)))
     chosen = ", ".join(f"{name} {value}" for name, value in evidence["chosen"].items())
     return (
         f"{table}\n\nCosts are relative to full tokens. The divergence of the next-token predictions from "
-        "those with full tokens is the mean over rows, ± its standard error.\n\n"
+        "those with full tokens is the mean over rows, ± its standard error. evidence.json has the moves that "
+        "were not chosen too.\n\n"
         f"Chosen: {chosen}.\n"
     )
 
