@@ -31,8 +31,8 @@ def markdown(evidence: Mapping[str, Any]) -> str:
     chosen = ", ".join(f"{name} {value}" for name, value in evidence["chosen"].items())
     return (
         f"{table}\n\nCosts are relative to full tokens. The divergence of the next-token predictions from "
-        "those with full tokens is the mean over rows, ± its standard error. evidence.json has the moves that "
-        "were not chosen too.\n\n"
+        "those with full tokens is the mean over rows, ± its standard error. evidence.json has the moves "
+        "that were not chosen too.\n\n"
         f"Chosen: {chosen}.\n"
     )
 
