@@ -33,15 +33,15 @@ class ByAccuracy:
         return of_files([self._whole], [self._model])
 
     def facts(self) -> Sequence[str]:
-        """Describe the dataset."""
+        """Return lines about the table of questions."""
         return list(self._whole.facts())
 
     def check(self) -> None:
-        """Price the configs of the space."""
+        """Price the configs of the space, and drop those over the budget."""
         self._space = candidates(self._config, self._model, check_model(self._model), self._search)
 
     def search(self, folder: JobFolder, resources: Mapping[str, float]) -> dict[str, Any]:
-        """Run the rungs and verify the finalists."""
+        """Evaluate rung by rung, then verify the finalists."""
         # An engine with summary tokens can also run without them, but not the other way round.
         skip = max((one.skip for one in self._space), key=lambda skip: skip.summary_tokens)
         config, model = self._config, replace(self._model, skip=skip)
@@ -55,11 +55,11 @@ class ByAccuracy:
             return Calibration(config, folder, run_tasks, self._search, self._held_out).run(self._space)
 
     def markdown(self, evidence: Mapping[str, Any]) -> str:
-        """Format the stages of the search."""
+        """Format the stages of the search as a table."""
         return markdown(evidence, self._config.budget)
 
     def figure(self, evidence: Mapping[str, Any], path: Path) -> None:
-        """Draw accuracy against cost."""
+        """Draw the accuracy of each config against its cost."""
         figure(evidence, self._config.budget, path)
 
     def metrics(self, evidence: Mapping[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the job needs of a strategy: its data, its search, and how its evidence is reported."""
+"""The interface of strategies: their data, their search, and the report of their evidence."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Strategy(Protocol):
     def search(self, folder: JobFolder, resources: Mapping[str, float]) -> dict[str, Any]:
         """Search with workers of these resources, and return the evidence. Ray runs.
 
-        The folder keeps what was measured, and an interrupted search continues from it.
+        The folder keeps each measurement, and an interrupted search continues from it.
         """
 
     def markdown(self, evidence: Mapping[str, Any]) -> str:
-        """Format the evidence as tables."""
+        """Format the evidence as Markdown tables."""
 
     def figure(self, evidence: Mapping[str, Any], path: Path) -> None:
-        """Draw the evidence."""
+        """Draw the evidence to a file."""
 
     def metrics(self, evidence: Mapping[str, Any]) -> dict[str, float]:
         """Return the numbers of the chosen config, besides its costs."""

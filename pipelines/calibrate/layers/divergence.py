@@ -1,4 +1,4 @@
-"""What a worker measures: the divergence of predictions under a SkipConfig from those with full tokens."""
+"""The measurement of a worker: the divergence of predictions under a SkipConfig from full tokens."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Prompts:
 
     @property
     def rows(self) -> tuple[TrainingRow, ...]:
-        """All rows."""
+        """The rows of both parts, those of the search first."""
         return (*self.search, *self.held_out)
 
 

@@ -46,11 +46,11 @@ class ByLayers:
         return {"prompts.path": of_rows(self._prompts.rows), f"base model {self._model.label}": base}
 
     def facts(self) -> Sequence[str]:
-        """Describe the rows."""
+        """Return lines about the rows that were drawn."""
         return self._prompts.facts
 
     def check(self) -> None:
-        """Check that some path reaches the budget."""
+        """Check that some choice of layers reaches the budget."""
         start = before_all(self._base)
         config = check_model(replace(self._model, skip=everywhere(self._base)))
         space = self._spaced(config)
@@ -68,7 +68,7 @@ class ByLayers:
         self._space = space
 
     def search(self, folder: JobFolder, resources: Mapping[str, float]) -> dict[str, Any]:
-        """Walk the greedy path."""
+        """Walk the greedy path and verify its end."""
         if self._space is None:
             raise RuntimeError("check() builds the space")
         given, config = self._config.unlabelled, self._config
@@ -84,15 +84,15 @@ class ByLayers:
             return LayerSearch(folder, run_tasks, self._prompts, self._space).run(self._base, self._budget)
 
     def markdown(self, evidence: Mapping[str, Any]) -> str:
-        """Format the path."""
+        """Format the greedy path as a table."""
         return markdown(evidence)
 
     def figure(self, evidence: Mapping[str, Any], path: Path) -> None:
-        """Draw divergence against cost."""
+        """Draw the divergence of each config against its cost."""
         figure(evidence, self._budget, path)
 
     def metrics(self, evidence: Mapping[str, Any]) -> dict[str, float]:
-        """Return what was measured on the held-out rows."""
+        """Return the divergence and agreement on the held-out rows."""
         line = chosen_line(evidence)
         return {"divergence": line["divergence"], "agreement": line["agreement"]}
 
