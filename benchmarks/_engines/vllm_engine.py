@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from itertools import count
 from typing import Any
 
@@ -64,7 +64,9 @@ async def start(options: dict[str, Any]) -> _Vllm:
 
 
 def configure(options: dict[str, Any]) -> None:
-    """Set what vLLM reads from the environment."""
+    """Set what vLLM reads from the environment. Refuse to measure full tokens under the name of pruned ones."""
+    if options["skip"] is not None and "skipvision" not in entry_points(group="vllm.general_plugins").names:
+        raise SystemExit("vLLM does not find the plug-in: install this project into vLLM's Python")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(options["kv_gib"]))))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
