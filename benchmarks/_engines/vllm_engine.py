@@ -64,7 +64,7 @@ async def start(options: dict[str, Any]) -> _Vllm:
 
 
 def configure(options: dict[str, Any]) -> None:
-    """Set what vLLM reads from the environment. Refuse to measure full tokens under the name of pruned ones."""
+    """Set the environment that vLLM reads. Refuse to measure full tokens under the name of pruned ones."""
     if options["skip"] is not None and "skipvision" not in entry_points(group="vllm.general_plugins").names:
         raise SystemExit("vLLM does not find the plug-in: install this project into vLLM's Python")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(options["kv_gib"]))))
