@@ -139,6 +139,9 @@ def test_a_head_that_is_the_embedding_stays_as_it_came():
 def test_biases_and_experts(family):
     """Qwen2.5 has biases; the experts of a mixture are no `nn.Linear`."""
     model = tiny_model(family, dtype=BF16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
     inputs = tiny_batch(model, [[3, "image", 4]])
     found = []
     for pack_weights in (True, False):
