@@ -239,6 +239,7 @@ def test_a_decoding_step_on_a_pruned_cache_has_the_decoder_in_one_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor's own modules
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the CPU backend of inductor needs a C++ compiler")
 def test_inductor_gives_the_same_results():
     model = tiny_llava(dtype=F64)
@@ -246,4 +247,5 @@ def test_inductor_gives_the_same_results():
         expected = [logits(model, inputs, use_cache=False) for inputs in BATCHES]
         compile_layers(model, "inductor")
         for inputs, eager in zip(BATCHES, expected, strict=True):
-            close(logits(model, inputs, use_cache=False), eager)
+            # Norms compute in float32, whose sums inductor takes in another order.
+            torch.testing.assert_close(logits(model, inputs, use_cache=False), eager, rtol=1e-4, atol=1e-5)
