@@ -25,8 +25,19 @@ $python $taught --name both
 $python $taught --name both-seed-1 --seed 1
 $python $taught --name both-seed-2 --seed 2
 $python $taught --name both-3 --training.epochs 3
+$python $longer --name long-3 --training.epochs 3
+$python -c "
+import json
+rows = json.load(open('data/shapes-16k/train.json'))
+unlabelled = [{**row, 'conversations': row['conversations'][:1]} for row in rows]
+json.dump(unlabelled, open('data/shapes-16k/unlabelled.json', 'w'))"
+$python ${taught/train.json/unlabelled.json} --name unlabelled --training.objective distill \
+  --answering.max_new_tokens 96
 $python $taught --name both-divprune \
   --skip "{retained: 74, skipped: 0, summary_tokens: 0, select: diversity, merge: drop}"
+where="jobs/finetune.py --config jobs/configs/finetune_demo.yaml --tracking.registered_model null"
+$python $where --name drop-4 --skip "{retained: 0.4, skipped: 0.0, select: diversity, drop_after: 4}"
+$python $where --name drop-none --skip "{retained: 0.335, skipped: 0.0, select: diversity}"
 $python -m skipvision overlay --model models/shapes-llava --adapter runs/demo/adapter $images/000000.png \
   -o docs/images/overlay.png
 if command -v prometheus >/dev/null; then $python -m tests.infra.live -o docs/images; fi
@@ -34,6 +45,9 @@ $python jobs/analyse.py --config jobs/configs/analyse_demo.yaml --report docs/re
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_objectives.yaml --report docs/results
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_layers.yaml --report docs/results
+$python jobs/calibrate.py --config jobs/configs/calibrate_layers.yaml
+cp runs/layers/calibration.png docs/results/calibrate_layers.png
 
 $python jobs/deploy.py --config jobs/configs/deploy_demo.yaml &
 endpoint=$!  # stopped by TERM: background jobs of a script ignore INT
