@@ -142,9 +142,16 @@ async def load(endpoint: Endpoint, rate: float, seconds: float) -> None:
         )
 
     async def kill(title: str) -> None:
-        held = asyncio.gather(*(one(2 * number) for number in range(8)))  # as many as the engines hold
+        killed = False
+
+        async def hold(number: int) -> None:
+            while not killed:
+                await one(2 * number)
+
+        held = asyncio.gather(*(hold(number) for number in range(8)))  # as many as the engines hold
         await asyncio.sleep(1)
         await killing(endpoint, title)()
+        killed = True
         await held
 
     async def faults() -> None:
