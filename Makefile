@@ -85,7 +85,7 @@ test-infra: install ## run all tests of infra/ with the checkers that pip has
 test-vllm: install-vllm ## run the tests of vLLM (plug-in, jobs, endpoint) in .venv-vllm/
 	PYTHONPATH="$(CURDIR)/tests/skipvision/integrations/vllm/start$${PYTHONPATH:+:$$PYTHONPATH}" TEST_BACKEND=vllm \
 		$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm \
-		tests/pipelines/engines/vllm/test_threaded.py tests/serve/chat/test_chat.py \
+		tests/pipelines/engines/vllm tests/serve/replica/vllm tests/serve/chat/test_chat.py \
 		tests/serve/chat/test_refusals.py tests/serve/ingress/test_middleware.py \
 		tests/serve/observe/test_operations.py tests/serve/test_vllm.py $(ARGS)
 

@@ -25,13 +25,10 @@ from pipelines.caption.stages import Assignment, CaptionedBlock, captions
 from pipelines.cluster.resources import node_resources
 from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.data.error_limit import ErrorLimit, listed
-from pipelines.engines.model import EngineModel, check_generation, check_model, find_model
-from pipelines.engines.vllm.settings import (
-    check_arguments,
-    check_settings,
-    remove_exported,
-    vllm_model,
-)
+from pipelines.engines.backend import check_backend
+from pipelines.engines.model import EngineModel, check_model, find_model
+from pipelines.engines.vllm.pruning import mapped
+from pipelines.engines.vllm.settings import remove_exported, vllm_model
 from pipelines.shared.console import say
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.tracked import finished_result, tracked_run
@@ -69,6 +66,7 @@ def run_caption(config: CaptionConfig) -> dict[str, Any]:
             folder.adapter,
             folder.state.get("adapter"),
         )
+        model = mapped(model, config.engine)
         model_config = check_model(model)
         engine_model = _engine_model(config, model, folder, resumed=resumed)
         if not resumed or "listed" not in folder.state:
@@ -99,16 +97,12 @@ def _engine_model(
     config: CaptionConfig, model: EngineModel, folder: CaptionFolder, *, resumed: bool
 ) -> EngineModel:
     """Check that the engine of the settings can do the job, and return the model that it loads."""
-    settings = config.engine
-    if settings.backend == "native":
-        check_generation(model.base)
+    check_backend(model, config.engine)
+    if config.engine.backend == "native":
         return model
-    check_settings(model, settings)
     if not resumed:
         remove_exported(folder.exported)
-    loaded = vllm_model(model, folder.exported)
-    check_arguments(loaded, settings)
-    return loaded
+    return vllm_model(model, folder.exported)
 
 
 def _list_inputs(absolute: CaptionConfig, config: CaptionConfig, folder: CaptionFolder) -> None:

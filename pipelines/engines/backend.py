@@ -7,6 +7,7 @@ A job's processes share a `SharedEngine`. `open_engine` creates the one that the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,20 +15,24 @@ import torch
 from pipelines.engines.config import BackendSection
 from pipelines.engines.model import EngineModel, check_generation, load_engine
 from pipelines.engines.thread import EngineThread, Outcome
-from pipelines.engines.vllm.settings import check_arguments, check_settings, needs_export
+from pipelines.engines.vllm.settings import OF_JOBS, SettingNames, check_arguments, check_settings
 from pipelines.engines.vllm.threaded import VllmEngine
 from skipvision.engine import Request, Statistics
 
 
-def check_backend(model: EngineModel, settings: BackendSection) -> None:
+def check_backend(model: EngineModel, settings: BackendSection, names: SettingNames = OF_JOBS) -> None:
     """Raise `ConfigError` for what the engine of the settings cannot do.
 
-    vLLM's own checks of a model that has to be exported first follow `vllm_model`.
+    vLLM checks the base model under the adapter's SkipConfig: that needs no merged weights.
+
+    Args:
+        model: the model, before `vllm_model`.
+        settings: of the engine.
+        names: of the settings in messages.
     """
     if settings.backend == "vllm":
-        check_settings(model, settings)
-        if not needs_export(model):
-            check_arguments(model, settings)
+        check_settings(model, settings, names)
+        check_arguments(replace(model, adapter=None), settings, names)
     else:
         check_generation(model.base)
 

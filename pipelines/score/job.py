@@ -23,6 +23,8 @@ from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.data.error_limit import ErrorLimit
 from pipelines.engines.backend import check_backend
 from pipelines.engines.model import EngineModel, check_model, find_model, insist_on_same_adapter
+from pipelines.engines.vllm.pruning import mapped
+from pipelines.engines.vllm.settings import SettingNames
 from pipelines.evaluation.items import write_items
 from pipelines.score.config import ScoreConfig
 from pipelines.score.dataset import Dataset, read_dataset
@@ -129,10 +131,13 @@ def _read(config: ScoreConfig, folder: ScoreFolder) -> _Job:
         known = pinned.get(label)
         if folder.state.get("result"):
             insist_on_same_adapter(system.model, uri, known)
-        models[label] = find_model(system, uri, folder.path / "adapters" / label, known)
+        found = find_model(system, uri, folder.path / "adapters" / label, known)
+        models[label] = mapped(found, config.engine)
         if not folder.state.get("result"):
             check_model(models[label])
-            check_backend(models[label], config.engine)
+            one = f"systems.{label}"
+            names = SettingNames(model=f"{one}.model.", skip=f"{one}.skip", adapters=f"{one}.model.adapter")
+            check_backend(models[label], config.engine, names)
     files = of_files(datasets, models.values())
     folder.require_same_files(files)
     return _Job(config, folder, uri, datasets, models, files)

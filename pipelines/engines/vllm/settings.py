@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,12 @@ import skipvision as sv
 from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import load_config
 from pipelines.engines.model import EngineModel
+from pipelines.engines.vllm.pruning import skip_problems
 from pipelines.shared.console import say
 from skipvision.errors import ConfigError, SkipVisionError
 from skipvision.exporting.names import needs_other_names
 from skipvision.exporting.read import exported_settings
+from skipvision.integrations.vllm.settings import KEYWORD, MAP_SKIPPED
 
 _NATIVE = {
     "prefill_tokens": "max_num_batched_tokens",
@@ -44,7 +45,7 @@ _OURS = {
     "enable_lora": "{adapters}",
 }
 """Arguments of vLLM that other settings decide."""
-_PLUGINS = "vllm.general_plugins"
+_MM = "mm_processor_kwargs"
 
 
 class VllmError(SkipVisionError):
@@ -60,12 +61,14 @@ class SettingNames:
         model: what precedes the name of a field of the model.
         skip: the SkipConfig.
         adapters: the setting that names adapters.
+        of_job: they are settings of a job, and not of the endpoint.
     """
 
     engine: str = "engine"
     model: str = "model."
     skip: str = "skip"
     adapters: str = "model.adapter"
+    of_job: bool = True
 
 
 OF_JOBS = SettingNames()
@@ -101,36 +104,23 @@ def check_settings(model: EngineModel, settings: BackendSection, names: SettingN
             f"{names.model}attention = {model.attention}: vLLM has attention of its own; see "
             f"{engine}.engine_kwargs.attention_backend"
         )
-    if (problem := _skip_problem(model.skip, names)) is not None:
-        problems.append(problem)
+    problems += _argument_problems(settings.engine_kwargs, names)
+    problems += skip_problems(model, names.skip, engine, of_job=names.of_job)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _skip_problem(skip: sv.SkipConfig, names: SettingNames) -> str | None:
-    if skip.is_full:
-        return None
-    if not prunes_images():
-        return (
-            f"{names.skip}: vLLM prunes images by the plug-in of skipvision, which is not installed here: "
-            f"pip install 'skipvision[vllm]', or set {names.skip} to full"
-        )
-    if skip.skipped:
-        return (
-            f"{names.skip}.skipped = {skip.skipped}: in vLLM no token can bypass the feed-forward networks: "
-            f"set it to 0 and calibrate or tune for that, or use {names.engine}.backend native"
-        )
-    if skip.drop_after is not None:
-        return (
-            f"{names.skip}.drop_after = {skip.drop_after}: in vLLM all layers have the same tokens: set it "
-            f"to null and calibrate or tune for that, or use {names.engine}.backend native"
-        )
-    return None
-
-
-def prunes_images() -> bool:
-    """Return whether vLLM finds the plug-in that prunes images."""
-    return any(entry.value.startswith("skipvision.") for entry in entry_points(group=_PLUGINS))
+def _argument_problems(given: Mapping[str, Any], names: SettingNames) -> Iterator[str]:
+    base = f"{names.engine}.engine_kwargs"
+    processor = given.get(_MM) or {}
+    if not isinstance(processor, Mapping):
+        yield f"{base}.{_MM} = {processor!r}: expected names with values"
+    elif KEYWORD in processor:
+        yield f"{base}.{_MM}.{KEYWORD}: set {names.skip} instead"
+    if MAP_SKIPPED in given and not names.of_job:
+        yield f"{base}.{MAP_SKIPPED}: this is a setting of jobs: set {names.skip} instead"
+    elif not isinstance(given.get(MAP_SKIPPED, False), bool):
+        yield f"{base}.{MAP_SKIPPED} = {given[MAP_SKIPPED]!r}: expected true or false"
 
 
 def vllm_model(model: EngineModel, folder: Path) -> EngineModel:
@@ -193,9 +183,9 @@ def engine_arguments(
         **(further or {}),
         **settings.engine_kwargs,
     }
+    arguments.pop(MAP_SKIPPED, None)  # `mapped` has applied it
     if skip := _skip_argument(model):
-        given = arguments.get("mm_processor_kwargs") or {}
-        arguments["mm_processor_kwargs"] = {**given, "skip": skip}
+        arguments[_MM] = {**(arguments.get(_MM) or {}), KEYWORD: skip}
     return arguments
 
 
@@ -222,10 +212,12 @@ def check_arguments(
     names: SettingNames = OF_JOBS,
     further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Build vLLM's configuration without an engine; not where vLLM has no device, such as a head node.
+    """Build vLLM's configuration without an engine.
+
+    Where vLLM has no device, such as a head node, only the names of the arguments are checked.
 
     Args:
-        model: as `vllm_model` returned it.
+        model: without an adapter. No weights are read, so it may be one that has to be exported.
         settings: of the engine.
         names: of the settings in messages.
         further: as for `engine_arguments`.
@@ -237,6 +229,11 @@ def check_arguments(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    if unknown := sorted(settings.engine_kwargs.keys() - known - {MAP_SKIPPED}):
+        raise ConfigError(
+            "\n".join(f"{names.engine}.engine_kwargs.{name}: vLLM has no such argument" for name in unknown)
+        )
     if not current_platform.device_type:
         return
     dtype = "auto" if model.dtype == "auto" else model.dtype

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from pipelines.engines.model import EngineModel
 from pipelines.engines.vllm.awaited import AsyncVllm
 from serve.replica.vllm.settings import check_adapter
 from skipvision import SkipConfig
@@ -44,13 +45,13 @@ class VllmAdapters:
 
     Args:
         engine: runs in ``loop``.
-        skip: SkipConfig of the base model.
+        model: the base model.
         loop: event loop of the engine. Other methods than `using` and `configs` are called in other threads.
     """
 
-    def __init__(self, engine: AsyncVllm, skip: SkipConfig, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: AsyncVllm, model: EngineModel, loop: asyncio.AbstractEventLoop) -> None:
         self._engine, self._loop, self._numbers = engine, loop, count(1)
-        self._loaded = {BASE: LoadedAdapter(skip)}
+        self._base, self._loaded = model.base, {BASE: LoadedAdapter(model.skip)}
 
     @property
     def configs(self) -> dict[str, SkipConfig]:
@@ -80,7 +81,7 @@ class VllmAdapters:
             AdapterError: vLLM cannot serve it.
             ConfigError: vLLM refuses it.
         """
-        adapter = LoadedAdapter(check_adapter(name, folder), number=next(self._numbers))
+        adapter = LoadedAdapter(check_adapter(name, folder, self._base), number=next(self._numbers))
         if all((folder / file).exists() for file in PEFT_FILES):
             # vLLM may read an adapter again when it is used.
             adapter.files = Path(tempfile.mkdtemp(prefix="skipvision-lora-"))

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pipelines.engines.loading import load_config
 from pipelines.engines.vllm.awaited import AsyncVllm
 from pipelines.engines.vllm.meter import UNMEASURED
-from pipelines.engines.vllm.settings import VllmError, prunes_images
+from pipelines.engines.vllm.pruning import pruning_problem
+from pipelines.engines.vllm.settings import VllmError
 from serve.config import ModelSection
 from serve.errors import DeadlineError, LengthError
 from serve.replica.grammar import Grammars
@@ -43,14 +44,14 @@ class VllmReplicaEngine:
         self._model = engine_model(section)
         self._died = died
         self._engine = AsyncVllm(self._model, section.engine, self._end, further_arguments(section))
-        self._prunes = prunes_images()
+        self._unpruned = pruning_problem()
         self.stepped = time.monotonic()
 
     async def start(self) -> None:
         await self._engine.start()
         processor, loop = self._engine.processor, asyncio.get_running_loop()
         self._grammars = Grammars(processor.tokenizer, self._engine.vocabulary, [])
-        self.adapters = VllmAdapters(self._engine, self._model.skip, loop)
+        self.adapters = VllmAdapters(self._engine, self._model, loop)
         self._watching = loop.create_task(self._watch())
 
     async def stream(self, request: Request, work: Work, *, whole: bool) -> AsyncGenerator[Chunk, None]:
@@ -90,10 +91,8 @@ class VllmReplicaEngine:
         default = self._model.skip
         if config == default or (config.is_full and default.is_full):
             return None
-        if not self._prunes:
-            raise ConfigError(
-                "this server prunes no images: the plug-in for vLLM is not installed. Leave skip out"
-            )
+        if self._unpruned is not None:
+            raise ConfigError(f"this server prunes no images ({self._unpruned}). Leave skip out")
         if config.skipped:
             # The first call measures the model, which takes seconds.
             equal = await asyncio.to_thread(without_skipped, config, load_config(self._model.base))

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pipelines.engines.model import EngineModel
+from pipelines.engines.vllm.pruning import instead_of_skipped, pruning_problem
 from pipelines.engines.vllm.settings import SettingNames, check_arguments, check_settings, needs_export
 from pipelines.tracking.registry import is_registered
 from serve.config import ModelSection
@@ -96,7 +97,7 @@ def check_model(section: ModelSection, index: int) -> None:
         AdapterError: vLLM cannot serve the only adapter with a problem.
     """
     base, model = f"models.{index}", engine_model(section)
-    names = SettingNames(f"{base}.engine", f"{base}.", f"{base}.skip", f"{base}.adapters")
+    names = SettingNames(f"{base}.engine", f"{base}.", f"{base}.skip", f"{base}.adapters", of_job=False)
     problems, skips = Problems(), {model.skip}
     problems.collect(lambda: check_settings(model, section.engine, names))
     problems.collect(lambda: _check_weights(section, base))
@@ -104,11 +105,18 @@ def check_model(section: ModelSection, index: int) -> None:
     problems.collect(lambda: _check_rank(section, base))
     for name, source in section.adapters.items():
         if not is_registered(source):
-            skip = problems.collect(partial(check_adapter, name, Path(source)))
+            skip = problems.collect(partial(check_adapter, name, Path(source), section.path))
+            if skip is not None and not skip.is_full:
+                problems.collect(partial(_check_pruning, f"{base}.adapters.{name}"))
             skips |= set() if skip is None else {skip}
     problems.raise_any()
     for skip in skips:
         check_arguments(replace(model, skip=skip), section.engine, names, further_arguments(section))
+
+
+def _check_pruning(name: str) -> None:
+    if (problem := pruning_problem()) is not None:
+        raise ConfigError(f"{name}: its SkipConfig prunes images: {problem}, or leave the adapter out")
 
 
 def _check_weights(section: ModelSection, name: str) -> None:
@@ -140,8 +148,13 @@ def _check_rank(section: ModelSection, name: str) -> None:
             )
 
 
-def check_adapter(name: str, folder: Path) -> SkipConfig:
+def check_adapter(name: str, folder: Path, base: str) -> SkipConfig:
     """Return the SkipConfig of an adapter that vLLM can serve next to its base model.
+
+    Args:
+        name: of the adapter.
+        folder: its files.
+        base: folder or Hugging Face id of the base model.
 
     Raises:
         AdapterError: the folder holds no adapter, or one that vLLM cannot serve.
@@ -150,7 +163,9 @@ def check_adapter(name: str, folder: Path) -> SkipConfig:
     skip: SkipConfig = saved["skip"] or SkipConfig.full()
     reasons = [*_unservable(skip), *(_no_lora(folder) if saved["lora"] else ())]
     if reasons:
-        merging = "jobs/export.py with skip.skipped: 0" if skip.skipped else "jobs/export.py"
+        merging = "jobs/export.py"
+        if skip.skipped:
+            merging += f" with {instead_of_skipped(skip, base, 'skip')}"
         raise AdapterError(
             f"adapter {name} ({folder}): vLLM cannot serve it next to its base model, because "
             f"{'; and '.join(reasons)}. Merge it by {merging}, and serve the folder that this writes as a "

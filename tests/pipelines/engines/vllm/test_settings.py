@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 import skipvision as sv
+from pipelines.caption import job as caption
 from pipelines.caption.config import CaptionConfig
 from pipelines.caption.folder import CaptionFolder
 from pipelines.caption.rows import CaptionRow
@@ -23,13 +28,30 @@ from pipelines.engines.config import BackendSection
 from pipelines.engines.loading import load_processor
 from pipelines.engines.model import EngineModel
 from pipelines.engines.templates import TemplateProcess
+from pipelines.engines.vllm import pruning
+from pipelines.engines.vllm import settings as vllm_settings
+from pipelines.engines.vllm.pruning import mapped
 from pipelines.engines.vllm.settings import check_settings, engine_arguments, vllm_model
+from pipelines.score import job as score
+from pipelines.score.config import ScoreConfig
 from pipelines.score.folder import ScoreFolder
 from skipvision.errors import ConfigError
 from skipvision.exporting.read import settings_of
+from skipvision.integrations.vllm import plugin
+from tests.pipelines.score.tables import PLAIN, png, table
 
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 SKIP = sv.SkipConfig(retained=4, skipped=0)
 FULL = sv.SkipConfig.full()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the checks that do not need vLLM find it and the plug-in."""
+    ours = EntryPoint("skipvision", f"{plugin.__name__}:register", "vllm.general_plugins")
+    monkeypatch.setattr(pruning, "entry_points", lambda group: [ours])
+    monkeypatch.setattr(vllm_settings, "find_spec", lambda _: True)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +73,13 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model):
         backend="vllm",
         prefill_tokens=77,
         compile_decoding=True,
-        engine_kwargs={"dtype": "half", "trust_remote_code": True, "tensor_parallel_size": 2},
+        engine_kwargs={
+            "dtype": "half",
+            "trust_remote_code": True,
+            "tensor_parallel_size": 2,
+            "mm_processor_kwargs": {"skip": {"retained": 8}},
+            "map_skipped": "yes",
+        },
     )
     model = model_at(tiny_model, attention="eager", skip=replace_skipped())
     with pytest.raises(ConfigError) as refused:
@@ -63,19 +91,114 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model):
         "engine.engine_kwargs.dtype: this is decided by another setting: model.dtype",
         "engine.engine_kwargs.trust_remote_code",
         "model.attention = eager",
-        "skip",
+        "skip.skipped = 4: in vLLM no token can bypass the feed-forward networks: set --skip.retained ",
+        "engine.engine_kwargs.mm_processor_kwargs.skip: set skip instead",
+        "engine.engine_kwargs.map_skipped = 'yes': expected true or false",
     ):
         assert text in message
     assert "tensor_parallel_size" not in message
     assert ("vLLM is not installed here" in message) is (find_spec("vllm") is None)
 
 
-def test_layers_that_lack_tokens_are_refused(tiny_model):
-    skip = sv.SkipConfig(retained=4, skipped=0, drop_after=0)
-    with pytest.raises(
-        ConfigError, match=r"skip(\.drop_after = 0: in vLLM all layers|: vLLM prunes images by)"
-    ):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop_after": 0}, r"^skip\.drop_after = 0: in vLLM all layers have the same tokens: [^\n]*$"),
+        ({"select": "attention"}, r"^skip: select='attention' reads the decoder[^\n]*$"),
+    ],
+    ids=str,
+)
+def test_a_skipconfig_that_vllm_cannot_run_is_refused(installed, tiny_model, changes, message):
+    skip = sv.SkipConfig(retained=4, skipped=0, **changes)
+    with pytest.raises(ConfigError, match=message):
         check_settings(model_at(tiny_model, skip=skip), BackendSection(backend="vllm"))
+
+
+@pytest.mark.parametrize(
+    ("plugins", "version", "message"),
+    [
+        ("", "0.32.0", "VLLM_PLUGINS='' turns off the plug-in that prunes images: add skipvision"),
+        ("one,two", "0.32.0", "VLLM_PLUGINS='one,two' turns off"),
+        (None, "0.34.1", "works with vLLM 0.32 up to, not including, 0.34, and this is 0.34.1"),
+    ],
+)
+def test_a_vllm_that_would_not_prune_gets_full_tokens_only(
+    installed, monkeypatch, tiny_model, plugins, version, message
+):
+    settings = BackendSection(backend="vllm")
+    check_settings(model_at(tiny_model, skip=SKIP), settings)
+    monkeypatch.setenv("VLLM_PLUGINS", "one,skipvision")
+    check_settings(model_at(tiny_model, skip=SKIP), settings)
+    monkeypatch.setattr(plugin, "_version", lambda: version)
+    if plugins is None:
+        monkeypatch.delenv("VLLM_PLUGINS")
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    check_settings(model_at(tiny_model), settings)
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_settings(model_at(tiny_model, skip=SKIP), settings)
+    assert str(refused.value).startswith("skip: ")
+
+
+def test_without_the_plugin_images_are_not_pruned(installed, monkeypatch, tiny_model):
+    monkeypatch.setattr(pruning, "entry_points", lambda group: [])
+    check_settings(model_at(tiny_model), BackendSection(backend="vllm"))
+    with pytest.raises(ConfigError, match=r"^skip: vLLM prunes images by the plug-in .* set skip to full$"):
+        check_settings(model_at(tiny_model, skip=SKIP), BackendSection(backend="vllm"))
+
+
+def test_skipped_tokens_are_replaced_as_the_message_says(installed, tiny_model):
+    model = model_at(tiny_model, skip=sv.SkipConfig(retained=4, skipped=6, select="norm"))
+    with pytest.raises(ConfigError, match=r"to true, or use engine\.backend native$") as refused:
+        check_settings(model, BackendSection(backend="vllm"))
+    arguments = r"set --skip\.retained (\d+) --skip\.skipped 0 --skip\.select norm "
+    (number,) = re.findall(arguments, str(refused.value))
+    asked = BackendSection(backend="vllm", engine_kwargs={"map_skipped": True})
+    runs = mapped(model, asked)
+    assert (runs.skip.retained, runs.skip.skipped, runs.skip.select) == (int(number), 0, "norm")
+    assert 4 < runs.skip.retained < 10
+    check_settings(runs, asked)
+    assert "map_skipped" not in engine_arguments(runs, asked, "float32")
+    assert mapped(model, BackendSection(backend="vllm")) is model
+    assert mapped(model_at(tiny_model), asked).skip == FULL
+
+
+WRONG = [
+    (
+        {"engine_kwargs": {"mm_processor_kwargs": {"skip": "full"}}},
+        "engine_kwargs.mm_processor_kwargs.skip: ",
+    ),
+    pytest.param(
+        {"engine_kwargs": {"no_such_argument": 1}},
+        "engine.engine_kwargs.no_such_argument: vLLM has no such argument",
+        marks=needs_vllm,
+    ),
+    pytest.param({"engine_kwargs": {"max_model_len": 10**7}}, "max_model_len", marks=needs_vllm),
+]
+
+
+@pytest.mark.parametrize("job", ["caption", "score"])
+@pytest.mark.parametrize(("engine", "message"), WRONG)
+def test_jobs_report_wrong_settings_before_ray_starts_and_weights_are_merged(
+    installed, monkeypatch, tiny_model, adapter, tmp_path, job, engine, message
+):
+    for module in (caption, score):
+        monkeypatch.setattr(module, "ray_session", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(sv, "export", lambda *_, **__: pytest.fail("weights were merged"))
+    model = {"path": str(tiny_model), "adapter": str(adapter)}
+    common = {"name": "job", "storage": str(tmp_path), "engine": {"backend": "vllm", **engine}}
+    run: Callable[[], object]
+    if job == "caption":
+        sections = {"model": model, "input": {"source": str(tmp_path), "prompt": "what?"}}
+        run = partial(caption.run_caption, CaptionConfig.model_validate({**common, **sections}))
+    else:
+        file = table(tmp_path / "table.tsv", [{"index": 1, "image": png(1), **PLAIN, "answer": "red"}])
+        data = [{"name": "mine", "path": str(file), "rule": "exact"}]
+        sections = {"systems": {"full": {"model": model}}, "datasets": data}
+        run = partial(score.run_score, ScoreConfig.model_validate({**common, **sections}))
+    with pytest.raises(ConfigError) as refused:
+        run()
+    assert message in str(refused.value)
 
 
 def replace_skipped() -> sv.SkipConfig:

@@ -1,12 +1,14 @@
 """What vLLM cannot do for an endpoint is refused by name when the settings are read; without vLLM."""
 
 import json
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipelines.engines.vllm import pruning
 from serve.app import build
 from serve.config import serve_config
 from serve.replica.vllm.settings import check_adapter, further_arguments
@@ -34,8 +36,8 @@ def adapter(tmp_path):
 
 
 def test_an_adapter_of_lora_can_be_served(adapter):
-    assert check_adapter("a", adapter()) == PRUNED
-    assert check_adapter("b", adapter("b", None)) == SkipConfig.full()
+    assert check_adapter("a", adapter(), "m") == PRUNED
+    assert check_adapter("b", adapter("b", None), "m") == SkipConfig.full()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_an_adapter_of_lora_can_be_served(adapter):
     [
         (
             {"skip": SkipConfig(retained=4, skipped=3, summary_tokens=0)},
-            "skipped = 3: .*with skip.skipped: 0",
+            r"skipped = 3: .*jobs/export\.py with --skip\.retained [5-7] --skip\.skipped 0 .*the same FLOPs",
         ),
         (
             {"skip": SkipConfig(retained=4, skipped=0, summary_tokens=2)},
@@ -57,18 +59,21 @@ def test_an_adapter_of_lora_can_be_served(adapter):
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
-def test_other_adapters_are_refused_with_the_remedy(adapter, changes, reason):
+def test_other_adapters_are_refused_with_the_remedy(adapter, tiny_model, changes, reason):
     with pytest.raises(AdapterError, match=rf"^adapter one .*{reason}.*") as refused:
-        check_adapter("one", adapter(**changes))
+        check_adapter("one", adapter(**changes), str(tiny_model))
     assert "jobs/export.py" in str(refused.value)
 
 
-def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter):
+def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter, monkeypatch):
+    ours = EntryPoint("skipvision", "skipvision.integrations.vllm.plugin:register", "vllm.general_plugins")
+    monkeypatch.setattr(pruning, "entry_points", lambda group: [ours])
+    monkeypatch.setenv("VLLM_PLUGINS", "")
     model = {
         "path": str(tiny_model),
         "attention": "eager",
         "skip": {"retained": 4, "skipped": 2},
-        "adapters": {"one": str(adapter(use_dora=True))},
+        "adapters": {"one": str(adapter(use_dora=True)), "two": str(adapter("two"))},
         "engine": {
             "backend": "vllm",
             "prefill_tokens": 77,
@@ -77,6 +82,8 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter):
                 "enable_lora": True,
                 "tensor_parallel_size": 2,
                 "max_lora_rank": 8,
+                "map_skipped": True,
+                "mm_processor_kwargs": {"skip": {"retained": 8}},
             },
         },
         "scaling": {"gpus_per_engine": 1},
@@ -89,7 +96,12 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter):
         "models.1.engine.engine_kwargs.max_num_seqs: this is decided by another setting",
         "models.1.engine.engine_kwargs.enable_lora: this is decided by another setting: models.1.adapters",
         "models.1.attention = eager",
-        "models.1.skip",
+        "models.1.skip.skipped = 2: in vLLM no token can bypass",
+        "feed-forward networks: set models.1.skip.retained=",
+        "models.1.skip: VLLM_PLUGINS='' turns off",
+        "models.1.adapters.two: its SkipConfig prunes images: VLLM_PLUGINS=''",
+        "models.1.engine.engine_kwargs.mm_processor_kwargs.skip: set models.1.skip instead",
+        "models.1.engine.engine_kwargs.map_skipped: this is a setting of jobs: set models.1.skip instead",
         f"models.1.path = {tiny_model}: vLLM does not know the names of its weights",
         "models.1.scaling.gpus_per_engine = 1",
         "models.1.engine.engine_kwargs.max_lora_rank = 8: adapter one has rank 12",
