@@ -87,6 +87,13 @@ class DecoderCall:
         """(B, T) real tokens that are not generated."""
         return self.fed.mask if self.decoded is None else self.fed.mask & ~self.decoded
 
+    @property
+    def first(self) -> torch.Tensor | None:
+        """(B,) tokens of the cache's first call, to which drafts that are checked in it do not belong."""
+        if self.fed.first is not None or not self.drafting:
+            return self.fed.first
+        return self.fed.earlier.sum(dim=1) + self.prompt.sum(dim=1)
+
     def alone(self) -> dict[str, Any]:
         """Keyword arguments for this call's tokens alone, whatever the cache holds."""
         given = self.kwargs.get("attention_mask")
@@ -176,7 +183,7 @@ class DecoderCall:
             shift = positions.ends(callers, fed.mask) - positions.ends(reduced, plan.attention_mask)
             shift = torch.zeros_like(shift) if original else shift
             following = positions.ends(callers, torch.ones_like(fed.mask)) - shift
-            Entries(fed.whole, fed.token_index, shift, following, fed.first).remember(cache)
+            Entries(fed.whole, fed.token_index, shift, following, self.first).remember(cache)
         return reduced
 
     def _mask(self, plan: TokenPlan, dtype: torch.dtype, config: SkipConfig) -> masks.Given:
@@ -190,7 +197,7 @@ class DecoderCall:
             fed.token_index[:, : fed.cached],
             dtype,
             self.decoded if config.skip_kv and config.skipped else None,
-            fed.first,
+            self.first,
         )
 
     def _per_token(self, plan: TokenPlan) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 
 from skipvision._compat_generation import GenerateOverride, generation_settings
 from skipvision.anatomy.encoding import brings_images
@@ -25,6 +27,9 @@ _UNPRUNABLE = {"quantized": OTHER_FORM, "offloaded": OFFLOADED}
 """Why caches cannot be pruned that are not static, by the same values."""
 _READS_KEYS = ("gemma4_assistant", "gemma4_unified_assistant")
 """Kinds of assistants that read keys and values of the model's own layers."""
+_KINDS_OF_TOKENS = "moe_mm_token_type_ids"
+"""Argument with the kind of each token, by which experts are chosen; `generate` adds none for drafts."""
+_WITHOUT_DRAFTS = "leave out prompt_lookup_num_tokens, assistant_model and use_mtp"
 
 
 def check_generate(
@@ -53,6 +58,8 @@ def check_generate(
         return
     settings = generation_settings(model, given)
     _check_drafts(settings, given.get("assistant_model"))
+    if settings.get_generation_mode(given.get("assistant_model")) == GenerationMode.ASSISTED_GENERATION:
+        _check_rollback(model, cache)
     if given.get("cache_implementation") == "paged":
         raise ConfigError(
             "cache_implementation='paged' generates by continuous batching, which reads no images: leave it "
@@ -108,4 +115,25 @@ def _check_drafts(settings: GenerationConfig, assistant: nn.Module | None) -> No
     if any(isinstance(vars(part).get("generate"), GenerateOverride) for part in assistant.modules()):
         raise InputError(
             "Skip-Vision is attached to the assistant_model, but generate passes it no images: detach() it"
+        )
+
+
+def _check_rollback(model: PreTrainedModel, cache: Cache | None) -> None:
+    """Check that a call of assisted decoding can check drafts and take wrong ones back."""
+    # transformers asks the outer class alone, which knows nothing of its decoder.
+    stateful = [type(part).__name__ for part in model.modules() if getattr(part, "_is_stateful", False)]
+    if stateful:
+        raise ConfigError(
+            f"{stateful[-1]} has recurrent states, which cannot be restored after a wrong draft: "
+            f"{_WITHOUT_DRAFTS}"
+        )
+    if _KINDS_OF_TOKENS in signature(model.forward).parameters:
+        raise ConfigError(
+            f"{type(model).__name__} takes the kind of each token of the prompt, and drafts have none: "
+            f"{_WITHOUT_DRAFTS}"
+        )
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ConfigError(
+            f"past_key_values has {cache.get_seq_length()} entries: with drafts, transformers feeds the text "
+            f"of these again. {_WITHOUT_DRAFTS.capitalize()}, or start with an empty cache"
         )

@@ -64,7 +64,7 @@ class Entries(NamedTuple):
         mask: (B, C + T) real entries of the cache before, then real tokens of the caller.
         token_index: (B, C + T) their indices among the tokens that their row was fed.
         shift, next_position: as in `CacheState`.
-        first: as in `CacheState`; None if this call is the first.
+        first: as in `CacheState`; None if this call is the first, and all of it is prompt.
     """
 
     mask: torch.Tensor
@@ -122,8 +122,8 @@ class CacheState:
         next_position: (A, B) position id, shifted, of the next token after those.
         token_index: (B, C) index of each entry among the tokens that its row was fed.
         fed: (B,) tokens that each row had been fed.
-        first: (B,) tokens that each row was fed in the cache's first call, which some layers never forget;
-            None if all of its entries so far are of that call.
+        first: (B,) tokens that each row was fed in the cache's first call, without drafts, which some layers
+            never forget; None if all of its entries so far are of that call.
         later: the entries of the layers that lack some; None = no layer does.
     """
 
@@ -226,6 +226,11 @@ def _first_with_entries(cache: Cache) -> int:
 
 def check_prunable(cache: Cache) -> None:
     """Raise `UnsupportedModelError` if a cache cannot be pruned, or has lost entries; leave it unchanged."""
+    if not hasattr(cache, "layers"):
+        raise UnsupportedModelError(
+            f"the KV cache is a {type(cache).__name__}, which cannot be pruned ({OTHER_FORM}): pass "
+            "past_key_values=DynamicCache(config=...)"
+        )
     for number, layer in enumerate(cache.layers):
         if type(layer) in _WITHOUT_ENTRIES or holds_entries(layer):
             continue

@@ -57,7 +57,10 @@ class Family:
 Geometry = Literal["square", "grid", "tiles", "canvas", "any_resolution"]
 
 _OWN_GENERATE = "its own generate runs the text model alone, on embeddings with the images merged in"
-_MERGES_INSIDE = "its text model is called with ids and encoded images, which it merges itself"
+_MERGES_INSIDE = (
+    "it has no separate text model: the module with its layers turns images into codes of the vocabulary and "
+    "merges their embeddings itself"
+)
 _FOUR_STREAMS = (
     "its layers predict and correct four streams of hidden states (AltUp); Skip-FFN is defined for one, to "
     "which attention and FFN are added"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import copy
+from operator import index
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -86,10 +88,15 @@ class GenerationSettings:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._config = model, copy(model.generation_config)
         config: Any = self._config
-        eos, stop = config.eos_token_id, config.stop_strings
-        self.eos_token_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-        self.suppressed_token_ids: list[int] = list(config.suppress_tokens or [])
-        self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        for name in ("eos_token_id", "suppress_tokens"):
+            setattr(config, name, _token_ids(config, name))
+        vocabulary = cast(Any, lm_head(model)).weight.shape[0]
+        self.eos_token_ids = frozenset(config.eos_token_id or ())
+        # `generate` ignores ids outside the vocabulary, too.
+        self.suppressed_token_ids = [
+            token for token in config.suppress_tokens or () if 0 <= token < vocabulary
+        ]
+        self.stop = _stop_strings(config)
         self.allows_invalid_logits = config.remove_invalid_values is True
         check_generation_config(config)
         _warn_of_replaced(config)
@@ -174,6 +181,33 @@ class GenerationSettings:
         return config, torch.zeros(1, 1, dtype=torch.long)
 
 
+def _token_ids(config: Any, name: str) -> list[int] | None:
+    """Return a setting that is None, a token id or several."""
+    value = getattr(config, name)
+    if value is None:
+        return None
+    with suppress(TypeError):
+        return [index(value)]
+    try:
+        return [index(token) for token in value]
+    except TypeError as error:
+        raise _invalid(name, value, "a token id or a list of them") from error
+
+
+def _stop_strings(config: Any) -> tuple[str, ...]:
+    value = config.stop_strings
+    strings = (value,) if isinstance(value, str) else () if value is None else value
+    if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
+        raise _invalid("stop_strings", value, "a string or a list of them")
+    return tuple(strings)
+
+
+def _invalid(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(
+        f"generation_config of this model is invalid: {name}={value!r} must be {expected}, or None"
+    )
+
+
 class _Adjusted(LogitsProcessor):
     """Applies a request's ``adjust`` where `generate` applies processors that it is passed.
 
@@ -211,10 +245,17 @@ def check_generation_config(config: GenerationConfig) -> None:
     problems = [
         f"{name}={value!r}: {refusal.reason}; set it to {refusal.instead}"
         for name, refusal in _REFUSED.items()
-        if (value := getattr(config, name, None)) is not None and refusal.applies(value)
+        if (value := getattr(config, name, None)) is not None and _applies(name, value, refusal)
     ]
     if problems:
         raise ConfigError(
             "the engine cannot apply this model's generation_config: " + "; ".join(problems) + " (in its "
             "generation_config.json or in model.generation_config), or call model.generate"
         )
+
+
+def _applies(name: str, value: Any, refusal: _Refusal) -> bool:
+    try:
+        return refusal.applies(value)
+    except TypeError as error:
+        raise _invalid(name, value, "a number") from error

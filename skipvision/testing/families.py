@@ -26,7 +26,10 @@ from skipvision.testing.configs import BOS, EOS, FIRST_MARK, FIRST_SPECIAL, FIRS
 from skipvision.testing.prompts import ONE_TOKEN_TYPE, TOKEN_TYPES, frame_of
 
 _CROSS_ATTENTION = "its decoder reads images by cross-attention, not as tokens of its own"
-_COUNTED_POSITIONS = "its text model counts positions by the entries of the cache, which pruning changes"
+_COUNTED_POSITIONS = (
+    "its `prepare_inputs_for_generation` drops position ids, and its text model counts positions by the "
+    "entries of the cache, which pruning changes"
+)
 
 UNSUPPORTED = {
     "blip": _CROSS_ATTENTION,

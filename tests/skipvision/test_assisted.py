@@ -1,14 +1,18 @@
 """Assisted decoding: drafts are checked in one call, the first of them in the prefill, wrong ones cropped."""
 
+import copy
 import functools
 
 import pytest
 import torch
 
-from skipvision import InputError, SkipConfig, attach
-from skipvision.testing.families import tiny_batch
+from skipvision import ConfigError, InputError, SkipConfig, attach
+from skipvision.kv_cache import CacheState
+from skipvision.testing.families import tiny_batch, tiny_model
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.families.matrix import model_of
+from tests.skipvision.family_table import LEFT_OUT, since_5_18
+from tests.skipvision.test_recurrent_backbones import BACKBONES
 
 CONFIGS = {
     "summaries": SkipConfig(retained=4, skipped=5),
@@ -87,3 +91,99 @@ def test_a_pruned_cache_is_cropped_down_to_its_last_image():
         cache.crop(-14)
         with pytest.raises(InputError, match="cropped by 9 entries, into its images"):
             model()(input_ids=five, past_key_values=cache)
+
+
+def repeated(model, times):
+    """A batch of a model, in float64, whose last four words are repeated."""
+    batch = tiny_batch(model, [[3, "image", 4]])
+    length, words = batch["input_ids"].shape[1], batch["input_ids"][:, -4:]
+    for name, value in batch.items():
+        if value.is_floating_point():
+            batch[name] = value.double()
+        elif value.shape == (1, length):
+            more = words.repeat(1, times) if name == "input_ids" else value[:, -1:].expand(-1, 4 * times)
+            batch[name] = torch.cat([value, more], dim=1)
+    return batch
+
+
+@pytest.mark.skipif("unlimited_ocr" in LEFT_OUT, reason="this transformers has no such family")
+@pytest.mark.parametrize("drafted", [3, 30], ids=["fewer than the window", "more than the window"])
+def test_drafts_of_the_first_call_leave_a_window_as_words_do(drafted):
+    """Tokens of the first call are never forgotten, but its drafts are words of the answer."""
+    model = tiny_model("unlimited_ocr", dtype=torch.float64)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = None
+    batch, calls = repeated(model, 2 if drafted == 3 else 8), []
+    *_, first, second, third, fourth = batch["input_ids"][0].tolist()
+    cycle = [(first, second), (second, third), (third, fourth), (fourth, first)]
+    options = {
+        "max_new_tokens": 2 * model.config.get_text_config().sliding_window,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        # The answer goes on to repeat the words, so that drafts are right.
+        "sequence_bias": dict.fromkeys(cycle, 50.0),
+    }
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with attach(model, SkipConfig(retained=0.3, skipped=0.3)):
+        actual = model.generate(**batch, **options, prompt_lookup_num_tokens=drafted)
+        assert calls[0] == batch["input_ids"].shape[1] + drafted
+        expected = model.generate(**batch, **options)
+    torch.testing.assert_close(torch.cat(actual.logits), torch.cat(expected.logits))
+    assert actual.sequences.tolist() == expected.sequences.tolist()
+    length = batch["input_ids"].shape[1]
+    assert CacheState.of(actual.past_key_values).first.tolist() == [length]
+
+
+def no_work(model):
+    """Make every layer of the model fail that runs."""
+
+    def fail(*_):
+        raise AssertionError("work was done")
+
+    for part in model.modules():
+        if not list(part.children()):
+            part.register_forward_pre_hook(fail)
+
+
+DRAFTS = {
+    "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3},
+    "assistant": lambda: {"assistant_model": tiny_llava(seed=1)},
+}
+
+
+@since_5_18
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("text", BACKBONES)
+def test_drafts_are_refused_where_states_cannot_be_restored(text, drafts):
+    """transformers refuses them by the outer class, and LLaVA says nothing of its decoder."""
+    model = tiny_llava(text=text, **BACKBONES[text])
+    with attach(model, CONFIGS["cached"]):
+        no_work(model)
+        with pytest.raises(ConfigError, match=r"Model has recurrent states, .* leave out prompt_lookup"):
+            model.generate(**tiny_inputs([[3, "image", 4]]), **DRAFTS[drafts]())
+
+
+@pytest.mark.skipif("ernie4_5_vl_moe" in LEFT_OUT, reason="this transformers has no such family")
+def test_drafts_are_refused_where_tokens_have_kinds():
+    model = tiny_model("ernie4_5_vl_moe")
+    batch = tiny_batch(model, [[3, "image", 4]])
+    with attach(model, SkipConfig(retained=0.3, skipped=0.3)):
+        no_work(model)
+        with pytest.raises(ConfigError, match="the kind of each token of the prompt, and drafts have none"):
+            model.generate(**batch, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_drafts_are_refused_on_a_filled_cache(drafts):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with attach(model(), CONFIGS["summaries"]):
+        first = model().generate(**prompt(0), **options, return_dict_in_generate=True)
+        cache, ids = first.past_key_values, torch.cat([first.sequences, torch.tensor([[9, 10, 9]])], dim=1)
+        entries = cache.get_seq_length()
+        with pytest.raises(ConfigError, match=rf"past_key_values has {entries} entries: .* an empty cache"):
+            model().generate(input_ids=ids, past_key_values=cache, **options, **DRAFTS[drafts]())
+        assert cache.get_seq_length() == entries
+        model().generate(input_ids=ids, past_key_values=cache, **options)

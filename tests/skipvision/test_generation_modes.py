@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedTokenizerFast,
@@ -152,6 +153,13 @@ MODES = {
     "QuantizedCache": (
         (UnsupportedModelError, "layer 0 is a Fp8QuantizedLayer, .* have another form.*DynamicCache"),
         lambda: {"past_key_values": QuantizedCache("fp8", text_config())},
+    ),
+    "EncoderDecoderCache": (
+        (
+            UnsupportedModelError,
+            "the KV cache is a EncoderDecoderCache, which cannot be pruned .*DynamicCache",
+        ),
+        lambda: {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())},
     ),
     '"paged"': ((ConfigError, "continuous batching, which reads no images"), cache("paged")),
     "prefill_chunk_size": ((InputError, "Leave out prefill_chunk_size"), lambda: {"prefill_chunk_size": 8}),
@@ -368,7 +376,7 @@ def test_drafts_in_families_with_other_caches(family):
     lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
     with attach(drafting, SkipConfig(retained=0.3, skipped=0.3)):
         if family in STATEFUL:
-            with pytest.raises(ValueError, match="not supported with stateful models"):
+            with pytest.raises(ConfigError, match="has recurrent states, which cannot be restored"):
                 tokens(batch, drafting, **lookup)
         else:
             assert tokens(batch, drafting, **lookup) == tokens(batch, drafting)

@@ -340,6 +340,40 @@ def test_invalid_settings_are_reported_before_any_request(settings):
         Engine(model, Letters(), CONFIGS["counts"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eos_token_id", [[1]]),
+        ("eos_token_id", "</s>"),
+        ("suppress_tokens", 5.0),
+        ("stop_strings", 5),
+        ("stop_strings", ["a", 5]),
+        ("num_beams", "four"),
+    ],
+)
+def test_settings_of_another_type_are_named(name, value):
+    with (
+        model_with(**{name: value}) as model,
+        pytest.raises(ConfigError, match=rf"is invalid: {name}={re.escape(repr(value))} must be a "),
+    ):
+        Engine(model, Letters(), CONFIGS["counts"])
+
+
+def test_ids_may_be_tensors():
+    settings = {"suppress_tokens": [IMAGE_TOKEN, IDS[0]], "eos_token_id": [9, IDS[2]]}
+    with model_with(**settings) as model:
+        expected = of_generate(model)
+    with model_with(**{name: torch.tensor(ids) for name, ids in settings.items()}) as model:
+        assert of_engine(model) == expected
+    with model_with(eos_token_id=torch.tensor(IDS[1])) as model:
+        assert of_engine(model) == IDS[: IDS.index(IDS[1]) + 1]
+
+
+def test_suppressed_tokens_outside_the_vocabulary_are_ignored():
+    with model_with(suppress_tokens=[IMAGE_TOKEN, IDS[0], 999_999, -1]) as model:
+        assert of_engine(model) == of_generate(model)
+
+
 def test_stop_strings_of_the_model_end_answers():
     text = text_of(IDS)
     with model_with(stop_strings=[text[3:5]]) as model:

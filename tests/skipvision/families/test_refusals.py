@@ -118,7 +118,7 @@ def test_such_caches_of_decoders_with_states(family):
     ("family", "reason"),
     [
         ("blip-2", "its own generate runs the text model alone"),
-        ("chameleon", "its text model is called with ids and encoded images"),
+        ("chameleon", "it has no separate text model"),
         ("inkling_mm_model", "attention counts distances between entries of the cache"),
     ],
 )
