@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from skipvision._compat_generation import GenerateOverride, generation_settings
 from skipvision.anatomy.encoding import brings_images

@@ -103,8 +103,11 @@ class DecodeStage:
         invalid = [] if self._generation.allows_invalid_logits else _true_rows(_has_nan_or_inf(logits))
         errors: dict[int, Exception] = {row: GenerationError(_NO_NUMBERS) for row in invalid}
         adjusted = logits.clone()
-        if self._generation.suppressed_token_ids:
-            adjusted[:, self._generation.suppressed_token_ids] = -torch.inf
+        # `generate` ignores ids outside the vocabulary, too.
+        vocabulary = range(adjusted.shape[1])
+        suppressed = [token for token in self._generation.suppressed_token_ids if token in vocabulary]
+        if suppressed:
+            adjusted[:, suppressed] = -torch.inf
         for row, sequence in enumerate(sequences):
             if row in errors:
                 continue

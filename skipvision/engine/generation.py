@@ -90,12 +90,8 @@ class GenerationSettings:
         config: Any = self._config
         for name in ("eos_token_id", "suppress_tokens"):
             setattr(config, name, _token_ids(config, name))
-        vocabulary = cast(Any, lm_head(model)).weight.shape[0]
         self.eos_token_ids = frozenset(config.eos_token_id or ())
-        # `generate` ignores ids outside the vocabulary, too.
-        self.suppressed_token_ids = [
-            token for token in config.suppress_tokens or () if 0 <= token < vocabulary
-        ]
+        self.suppressed_token_ids: list[int] = config.suppress_tokens or []
         self.stop = _stop_strings(config)
         self.allows_invalid_logits = config.remove_invalid_values is True
         check_generation_config(config)
