@@ -120,7 +120,7 @@ def _check_drafts(settings: GenerationConfig, assistant: nn.Module | None) -> No
 
 def _check_rollback(model: PreTrainedModel, cache: Cache | None) -> None:
     """Check that a call of assisted decoding can check drafts and take wrong ones back."""
-    # transformers asks the outer class alone, which knows nothing of its decoder.
+    # transformers checks the outer class alone, which has no such flag for its decoder.
     stateful = [type(part).__name__ for part in model.modules() if getattr(part, "_is_stateful", False)]
     if stateful:
         raise ConfigError(

@@ -121,7 +121,7 @@ def test_drafts_of_the_first_call_leave_a_window_as_words_do(drafted):
         "do_sample": False,
         "return_dict_in_generate": True,
         "output_logits": True,
-        # The answer goes on to repeat the words, so that drafts are right.
+        # The answer repeats the words, so that drafts are right.
         "sequence_bias": dict.fromkeys(cycle, 50.0),
     }
     model.register_forward_pre_hook(
