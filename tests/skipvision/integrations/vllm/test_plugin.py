@@ -14,6 +14,8 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])
 def test_another_version_of_vllm_is_left_alone(version, monkeypatch, caplog):
     monkeypatch.setattr(plugin, "_version", lambda: version)
+    # vLLM, once imported, keeps its messages from other handlers.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         plugin.register()
     assert f"works with vLLM 0.32 up to, not including, 0.34, and this is {version}" in caplog.text
