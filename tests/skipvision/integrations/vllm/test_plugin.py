@@ -16,7 +16,7 @@ def test_another_version_of_vllm_is_left_alone(version, monkeypatch, caplog):
     monkeypatch.setattr(plugin, "_version", lambda: version)
     # vLLM, once imported, keeps its messages from other handlers.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="vllm"):
         plugin.register()
     assert f"works with vLLM 0.32 up to, not including, 0.34, and this is {version}" in caplog.text
 
