@@ -85,9 +85,8 @@ def test_attaching_does_not_make_layers_compile_more_often():
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.parametrize(
-    "use_reentrant", [None, *(pytest.param(b, marks=pytest.mark.slow) for b in (False, True))]
-)
+@pytest.mark.slow  # a checkpoint around compiled layers, below, is trained quickly
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_compiled_layers_train_as_uncompiled_ones(use_reentrant):
     """Without checkpointing and with both kinds; two forwards run before the first backward."""
     first, second = BATCHES[:2]
@@ -166,7 +165,7 @@ def of_the_layers(model):
 @pytest.mark.parametrize(
     ("way", "name"),
     [
-        (of_the_model, "counts"),
+        pytest.param(of_the_model, "counts", marks=pytest.mark.slow),
         pytest.param(of_the_decoder, "ffn-ratio", marks=pytest.mark.slow),
         (of_the_layers, "counts"),
     ],

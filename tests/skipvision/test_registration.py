@@ -262,7 +262,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("command", [["mymod.py"], ["-m", "mymod"]])
+@pytest.mark.parametrize("command", [pytest.param(["mymod.py"], marks=pytest.mark.slow), ["-m", "mymod"]])
 def test_a_script_may_register_its_methods_and_be_named_in_the_environment(command, tmp_path):
     done = run_python(tmp_path, MINE, *command, SKIPVISION_METHODS="mymod")
     assert done.stdout.splitlines()[1:] == ["mine lambda"], done.stderr

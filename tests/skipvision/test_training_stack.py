@@ -465,7 +465,7 @@ def by_hand(model, steps, accumulated=1, decoded=False):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_trainer_learns_what_a_loop_by_hand_learns(tmp_path, accumulated):
     model, expected = tuned().train(), tuned().train()
     before = learnt(model)
@@ -490,7 +490,7 @@ def test_the_trainer_passes_the_mask_of_generated_tokens(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_trainer_with_checkpointing_learns_the_same(tmp_path, use_reentrant):
     model, expected = tuned().train(), tuned().train()
     if use_reentrant:

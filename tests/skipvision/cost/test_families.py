@@ -19,7 +19,7 @@ from tests.skipvision.families.running import new_cache
 from tests.skipvision.family_table import SUPPORTED
 
 SAMPLE = {"gemma3", "idefics3", "kimi_k25", "lfm2_vl", "llama4", "qwen2_vl", "qwen3_5", "qwen3_vl_moe"}
-PAIRED = {"hunyuan_vl", "internvl", "llava_onevision", "mistral3"}
+PAIRED = {"hunyuan_vl", "llava_onevision"}
 """Families that are sampled with two images."""
 CONFIGS = {
     "full": SkipConfig.full(),

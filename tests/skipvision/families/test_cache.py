@@ -16,7 +16,7 @@ def layers_of(model, batch):
     return [states for layer in cache.layers for states in entries_of(layer).values()]
 
 
-@combinations(turn=2)
+@combinations(turn=2, halved=True)
 def test_length_and_bytes_are_as_planned(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)

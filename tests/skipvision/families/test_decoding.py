@@ -39,7 +39,7 @@ def compare(model, config, converse):
     return got[:, prompt:]
 
 
-@combinations(turn=1)
+@combinations(turn=1, halved=True)
 def test_pruned_decoding_is_masked_decoding(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)

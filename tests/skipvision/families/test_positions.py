@@ -29,7 +29,7 @@ def generated(model, batch, config):
         return prefill, torch.cat(steps, dim=-1), skip.plan
 
 
-@combinations(turn=1)
+@combinations(turn=1, halved=True)
 def test_survivors_keep_their_positions(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ROWS)

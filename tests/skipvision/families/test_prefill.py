@@ -58,7 +58,7 @@ CONFIGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", CONFIGS)
-@combinations(dtypes=("float32",))
+@combinations(dtypes=("float32",), halved=True)
 def test_under_other_configs(family, attention, dtype, name, padding):
     compare(model_of(family, attention, dtype), CONFIGS[name], padding, TOLERANCE)
 

@@ -35,7 +35,7 @@ def images_of(plan):
     return images
 
 
-@combinations(turn=1)
+@combinations(turn=1, halved=True)
 def test_counts_and_fractions_of_each_image(family, attention, dtype):
     model = model_of(family, attention, dtype)
     batch = tiny_batch(model, ALONE)
@@ -99,7 +99,7 @@ def test_each_image_retains_its_own_highest(family, attention, dtype, select, sc
     assert torch.equal(found, visual)
 
 
-@combinations(turn=1, dtypes=["float32"])
+@combinations(turn=1, dtypes=["float32"], halved=True)
 def test_the_last_words_attention_equals_that_of_eager_attention(family, attention, dtype):
     model = model_of(family, attention, dtype)
     layers = dissect(model).layers
@@ -121,7 +121,7 @@ def test_the_last_words_attention_equals_that_of_eager_attention(family, attenti
         assert score[row, retained].min() >= score[row, others].max() - 1e-6
 
 
-@combinations(turn=1)
+@combinations(turn=1, halved=True)
 def test_each_image_is_followed_by_its_own_summaries(family, attention, dtype):
     model = model_of(family, attention, dtype)
     plan = plan_of(model, tiny_batch(model, ROWS), SkipConfig(retained=3, skipped=2, summary_tokens=2))
