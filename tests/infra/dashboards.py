@@ -23,7 +23,7 @@ DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((INFRA 
 BACKGROUND, PANEL, TEXT, FAINT, GRID = "#111217", "#181b1f", "#ccccdc", "#8e8e9a", "#2c3235"
 COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#37872d")
 NAMED = {"green": "#73bf69", "orange": "#ff9830", "red": "#f2495c"}
-"""Colours of thresholds."""
+"""Hexadecimal values of the colours that the panels name for their thresholds."""
 WIDTH, ROW = 15.0, 0.42
 """Inches of the image, and of a row of Grafana's grid."""
 

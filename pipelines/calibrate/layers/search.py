@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Space:
     layers: int
     block: int
     pricing: Pricing
-    supports: Any
+    supports: Callable[[SkipConfig], None]
 
     def cheaper(self, skip: SkipConfig) -> dict[str, SkipConfig]:
         """Return the supported configs one move away that cost less, by move."""

@@ -21,7 +21,8 @@ from pipelines.calibrate.pricing import Pricing
 from pipelines.calibrate.search import NothingWithinBudgetError
 from pipelines.engines.loading import empty_model
 from pipelines.engines.model import EngineModel, check_model
-from pipelines.evaluation.fingerprints import of_model, of_rows
+from pipelines.evaluation.fingerprints import of_rows
+from pipelines.score.fingerprints import of_files
 from pipelines.shared.folder import JobFolder
 from skipvision.anatomy.families import dissect
 from skipvision.config import SkipConfig
@@ -39,11 +40,7 @@ class ByLayers:
 
     def files(self) -> dict[str, str]:
         """Return the fingerprints of the base model and of the drawn rows."""
-        try:
-            base = of_model(self._model.base)
-        except OSError as error:
-            raise ConfigError(f"model.path = {self._model.label}: {error}") from error
-        return {"prompts.path": of_rows(self._prompts.rows), f"base model {self._model.label}": base}
+        return {"prompts.path": of_rows(self._prompts.rows), **of_files([], [self._model])}
 
     def facts(self) -> Sequence[str]:
         """Return lines about the rows that were drawn."""

@@ -119,7 +119,7 @@ def test_a_file_with_one_image_is_refused(rows, tmp_path):
 
 @pytest.fixture(scope="module")
 def measurer(tiny_model: Path) -> Iterator[Measurer]:
-    """Compares the whole vocabulary."""
+    """A worker that compares every token of the vocabulary, so that divergences are exact."""
     model = EngineModel(str(tiny_model), "", None, None, everywhere(SKIP), "float32", "sdpa")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(divergence, "_TOP_K", 10**6)
