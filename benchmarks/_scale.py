@@ -7,10 +7,12 @@ import io
 import itertools
 import json
 import os
+import re
 import resource
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,11 @@ def _forty_blocks(batch: pa.Table) -> Iterator[pa.Table]:
 
 
 def blocks(count: int) -> dict[str, float]:
-    """Stream blocks with tiny payloads through Ray Data, and measure time and memory of the job for each."""
+    """Stream blocks with tiny payloads through Ray Data, and measure time and memory of the job for each.
+
+    The first quarter allocates what every stream needs. The memory of a block is the slope over the rest, and
+    over each half of it: that of few blocks is noise.
+    """
     import ray
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
@@ -118,17 +124,28 @@ def blocks(count: int) -> dict[str, float]:
         scaling = ScalingSection(workers=1, readers=1)
         shards, resources = range(-(-count // 40)), {"CPU": 1, "GPU": 0}
         stream = streamed(shards, _forty_blocks, (Same, None), scaling, resources, 12)
-        warm = count // 2  # the memory of every stream is allocated by then
-        for _ in itertools.islice(stream, warm):
+        for _ in itertools.islice(stream, count // 4):
             pass
-        begin, memory = time.process_time(), resident()
-        rest = sum(1 for _ in stream)
+        begin, every = time.process_time(), max(1, count // 400)
+        memory: list[int] = []
+        for number, _ in enumerate(stream):
+            if number % every == 0:
+                memory.append(allocated())
+        half = len(memory) // 2
         return {
-            "seconds": (time.process_time() - begin) / rest,
-            "bytes": max(0.0, (resident() - memory) / rest),
+            "blocks": count,
+            "seconds": (time.process_time() - begin) / (number + 1),
+            "bytes": _slope(memory) / every,
+            "bytes_first": _slope(memory[:half]) / every,
+            "bytes_last": _slope(memory[half:]) / every,
         }
     finally:
         ray.shutdown()
+
+
+def _slope(values: Sequence[float]) -> float:
+    """Return the slope of a line through equidistant values, by least squares."""
+    return statistics.linear_regression(range(len(values)), values).slope
 
 
 # ---------------------------------------------------------------------------------- images and files
@@ -226,10 +243,10 @@ def repeated(call: Callable[[], Any], times: int = 15) -> float:
     return _measure.Spread.of([seconds(call) for _ in range(times)]).median
 
 
-def resident() -> int:
-    """Return the bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def allocated() -> int:
+    """Return the bytes of this process in memory, without pages of files, which the kernel drops at will."""
+    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
 
 
 def peak() -> int:

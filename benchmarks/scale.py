@@ -36,8 +36,15 @@ READERS, THREADS = 4, ScalingSection.model_fields["threads_per_reader"].default
 """Readers for each GPU, as in the overlay `gpu` of infra/kuberay, and the files that each opens at once."""
 BLOCKS_HELD = 14 + 2 * READERS
 """Blocks in the object store for each engine: those it has been given, and two that each reader has ready."""
+BLOCK_BYTES = 50.0
+"""Bytes of the driver for each block of Ray Data, to plan with: more than a run over 10⁵ blocks gave.
+
+A run over a few thousand gives noise.
+"""
 OBJECT_STORE = 0.5 * 0.3 * 48 * 2**30
 """Bytes that Ray Data may use of a GPU pod's object store: half of it, which is 30 % of the pod's memory."""
+INGRESS_SHARE = 0.7
+"""Share of its CPU that each ingress may use, for the number of ingresses."""
 EARLIER = {"block_bytes": 4_100.0, "row_bytes": 44.0, "footer_bytes": 1_750.0, "tally": 2.0}
 """Costs of the version before, as they were measured in the same way then. They are not measured again.
 
@@ -54,10 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(getattr(_scale, options.measure)(options.count)))
         return
     load = os.getloadavg()[0]
-    jobs = [_apart("job", rows) for rows in options.rows]
-    parts = [f"### A job's driver, tiny payloads, {_scale.SHARD:,} rows a shard\n\n{_driver(jobs)}"]
+    parts: list[str] = []
+    if {"driver", "arithmetic"} & {*options.parts}:
+        jobs = [_apart("job", rows) for rows in options.rows]
+        parts.append(f"### A job's driver, tiny payloads, {_scale.SHARD:,} rows a shard\n\n{_driver(jobs)}")
+    if {"blocks", "arithmetic"} & {*options.parts}:
+        block = _apart("blocks", options.blocks)
+    if "blocks" in options.parts:
+        parts.append(f"### Blocks through Ray Data, in the driver\n\n{_blocks(block)}")
     if "arithmetic" in options.parts:
-        block, request = _apart("blocks", options.blocks), _apart("endpoint", options.requests)
+        request = _apart("endpoint", options.requests)
         wait = options.file_wait_ms / 1e3
         costs = Costs(jobs[-1], block, _scale.image(), request, _scale.attempts(), options.gpu, wait)
         parts += [
@@ -142,7 +155,8 @@ class Costs:
                 f"{self.job['manifest_bytes']:.0f} + {self.job['caption_bytes']:.0f} B",
             ),
             ("block: Ray Data, the driver's time", _ms(self.block["seconds"])),
-            ("block: Ray Data, the driver's memory", f"{self.block['bytes']:,.0f} B"),
+            ("block: Ray Data, the driver's memory (planned)", f"{BLOCK_BYTES:,.0f} B"),
+            ("driver: memory without Ray Data", f"{self.job['memory'] / 2**20:.0f} MiB"),
             ("block: its file of attempts", _ms(self.attempts)),
             ("shard: reading its manifest", _ms(self.job["shard"])),
             ("request: CPU of the proxy", _ms(self.request["proxy"])),
@@ -168,6 +182,13 @@ def _driver(jobs: Sequence[dict[str, float]]) -> str:
         for job in jobs
     ]
     return _measure.table(head, rows)
+
+
+def _blocks(block: dict[str, float]) -> str:
+    head = ["blocks", "time ms/block", "memory B/block", "in the first half", "in the second half", "planned"]
+    slopes = [f"{block[name]:.0f}" for name in ("bytes", "bytes_first", "bytes_last")]
+    row = [f"{block['blocks']:,}", f"{1e3 * block['seconds']:.2f}", *slopes, f"{BLOCK_BYTES:.0f}"]
+    return _measure.table(head, [row])
 
 
 # ----------------------------------------------------------------------------------------- captioning
@@ -207,7 +228,7 @@ LIFTED = {
     "object store": "pods with more memory, fewer `scaling.readers`",
     "network between nodes": "readers on the engines' nodes",
     "shared folder": "inputs in an object store",
-    "ingress' CPU": "`ingresses`",
+    "ingress' CPU": "more `ingresses`",
     "proxies' CPU": "a proxy on every node and a load balancer; HAProxy",
     "Serve's controller": "several endpoints with a load balancer",
     "clients' network": "URLs instead of base64, a load balancer",
@@ -218,7 +239,7 @@ LIFTED = {
 def _limits(costs: Costs, images: int, gpus: int, time: float, *, earlier: bool) -> dict[str, float]:
     """Return the share of each limit that a job takes, by name."""
     blocks, shards = images / BLOCK_ROWS, max(1.0, images / _scale.SHARD)
-    block_bytes = EARLIER["block_bytes"] if earlier else costs.block["bytes"]
+    block_bytes = EARLIER["block_bytes"] if earlier else BLOCK_BYTES
     memory = block_bytes * blocks + (EARLIER["row_bytes"] * images if earlier else costs.job["memory"])
     parsed = EARLIER["footer_bytes"] * (shards if earlier else min(shards, 100))
     tally = costs.job["tally"] * images * (2 * EARLIER["tally"] if earlier else 1)
@@ -253,26 +274,36 @@ def _first(shares: dict[str, float]) -> str:
 
 
 def _serving(costs: Costs) -> str:
-    """Format the first bottlenecks of endpoints: with one ingress and proxy, and with one on each node."""
-    head = ["requests/s", "GPUs", "one ingress and proxy", "one for each 8 GPUs", "what lifts that"]
+    """Format the first bottlenecks of endpoints: by default, and with more ingresses and proxies."""
+    head = ["requests/s", "GPUs", "before: one ingress and proxy", "`ingresses`", "proxies", "after"]
     rows = []
     for power in range(6):
         rate = 10**power
         gpus = math.ceil(rate * costs.engine)
-        one, many = (_loads(costs, rate, gpus, fronts) for fronts in (1, math.ceil(gpus / 8)))
-        name = max(many, key=lambda one: many[one])
+        proxies = math.ceil(gpus / 8)  # one on each node with 8 GPUs
+        ingresses = math.ceil(rate * costs.request["ingress"] / INGRESS_SHARE)
+        before, after = (_loads(costs, rate, gpus, *fronts) for fronts in ((1, 1), (ingresses, proxies)))
+        lifted = LIFTED[max(after, key=lambda name: after[name])] if max(after.values()) > 1 else ""
         rows.append(
-            [f"10^{power}", f"{gpus:,}", _first(one), _first(many), LIFTED[name] if many[name] > 1 else ""]
+            [
+                f"10^{power}",
+                f"{gpus:,}",
+                _first(before),
+                f"{ingresses:,}",
+                f"{proxies:,}",
+                _first(after),
+                lifted,
+            ]
         )
-    return _measure.table(head, rows)
+    return _measure.table([*head, "what lifts that"], rows)
 
 
-def _loads(costs: Costs, rate: int, gpus: int, fronts: int) -> dict[str, float]:
+def _loads(costs: Costs, rate: int, gpus: int, ingresses: int, proxies: int) -> dict[str, float]:
     request = costs.request
     return {
-        "ingress' CPU": rate * request["ingress"] / fronts,
-        "proxies' CPU": rate * request["proxy"] / fronts,
-        "clients' network": rate * costs.image["file"] * 4 / 3 / fronts / 1.25e9,  # 10 Gbit/s, base64
+        "ingress' CPU": rate * request["ingress"] / ingresses,
+        "proxies' CPU": rate * request["proxy"] / proxies,
+        "clients' network": rate * costs.image["file"] * 4 / 3 / proxies / 1.25e9,  # 10 Gbit/s, base64
         "Serve's controller": gpus / 2_000,  # replicas that report to one controller, an assumption
         "MLflow": gpus / 30 / 100,  # each engine polls every 30 s; 100 answers/s, an assumption
     }
@@ -292,8 +323,14 @@ def _options() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     rows = [10**3, 10**4, 10**5, 10**6]
-    both = ["driver", "arithmetic"]
-    add("--parts", choices=both, nargs="+", default=both, help="tables to print (default: both)")
+    both, parts = ["driver", "arithmetic"], ["driver", "blocks", "arithmetic"]
+    add(
+        "--parts",
+        choices=parts,
+        nargs="+",
+        default=both,
+        help="tables to print (default: driver, arithmetic)",
+    )
     add("--rows", type=int, nargs="+", default=rows, help="sizes of the manifest (default: 10^3 to 10^6)")
     add("--blocks", type=int, default=6000, help="blocks through Ray Data (default: %(default)s)")
     add("--requests", type=int, default=160, help="requests to the endpoint (default: %(default)s)")
