@@ -1,18 +1,14 @@
-"""Shared by the benchmarks: models with random weights, device clocks, samples, tables."""
+"""Shared by the benchmarks: models with random weights, device clocks, samples."""
 
 from __future__ import annotations
 
-import os
-import platform
+import math
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
@@ -23,6 +19,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import skipvision as sv
+from benchmarks._record import table, today, write_part  # noqa: F401 (benchmarks use them from here)
+from benchmarks._run import native_bfloat16, parser, processor, versions  # noqa: F401
 from skipvision.anatomy.families import dissect
 from skipvision.loading import build_model
 
@@ -290,15 +288,23 @@ def _attached(
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], Sample]], repeats: int, warm_up: int = 1
+    cases: Mapping[str, Callable[[], Sample]], repeats: int, warm_up: int = 1, seconds: float = math.inf
 ) -> dict[str, list[Sample]]:
-    """Measure all cases in turn, several rounds, each starting with another case."""
+    """Measure all cases in turn, several rounds, each starting with another case.
+
+    No round starts that would probably end later than ``seconds`` from now, except the first.
+    """
+    begin = time.perf_counter()
     for _ in range(warm_up):
         for measure in cases.values():
             measure()
     samples: dict[str, list[Sample]] = {name: [] for name in cases}
     names = list(cases)
+    rounds_begin = time.perf_counter()
     for turn in range(repeats):
+        now = time.perf_counter()
+        if turn and now - begin + (now - rounds_begin) / turn > seconds:
+            break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             samples[name].append(cases[name]())
@@ -322,53 +328,3 @@ class Spread:
         """Format as ``median (low – high)``, scaled."""
         middle, low, high = (f"{scale * value:,.{digits}f}" for value in (self.median, self.low, self.high))
         return f"{middle} ({low} – {high})"
-
-
-# ----------------------------------------------------------------------------------------- reports
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table; all columns except the first are right-aligned."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def today() -> str:
-    """Return the date in UTC."""
-    return datetime.now(UTC).date().isoformat()
-
-
-def versions() -> str:
-    """Describe the versions of Python and the main libraries."""
-    names = ("torch", "transformers", "peft")
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
-
-
-def processor() -> str:
-    """Describe the CPU, its visible cores and torch's threads."""
-    name = _cpu_info("model name") or platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def native_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 natively."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_info("flags").split())
-
-
-def _cpu_info(name: str) -> str:
-    """Return a field of /proc/cpuinfo for the first core; empty on other systems."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
-
-
-def write_part(file: Path, part: str, text: str) -> None:
-    """Replace the generated part of a page between its two markers."""
-    begin, end = f"<!-- generated: {part} -->", f"<!-- end: {part} -->"
-    page = file.read_text() if file.exists() else f"{begin}\n{end}\n"
-    if begin not in page or end not in page:
-        raise SystemExit(f"{file} has no markers {begin} and {end}: add them where the part belongs")
-    before, rest = page.split(begin, 1)
-    after = rest.split(end, 1)[1]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")

@@ -1,6 +1,6 @@
 """Compare the captioning job under Ray Data with the bare engine, on the same rows.
 
-    python -m benchmarks.caption_job --out docs/benchmarks/engine.md --part caption-job
+    python -m benchmarks run caption_job --out docs/benchmarks/engine.md --part caption-job
 
 Each way runs in its own process with one torch thread, in turn. The rate of the job is the one that it
 reports, from its first caption on; it reads and prepares images in parallel with its engine. The bare engine
@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import _measure
 from benchmarks._measure import Spread
+from benchmarks._run import Run
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Describe the image."
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.bare:
         print(json.dumps(_bare(options, ready=options.bare == "ready")))
         return
-    load = os.getloadavg()[0]
+    run = Run("caption_job", arguments)
     rates: dict[str, list[float]] = {"ready": [], "alone": [], "job": []}
     for _ in range(options.repeats):
         rates["ready"].append(_in_process(options, "ready"))
@@ -56,12 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         for name, values in rates.items()
     ]
-    command = "python -m benchmarks.caption_job " + " ".join(arguments or sys.argv[1:])
-    loads = f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
-    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
-    what = f"{options.rows} images, {options.sequences} sequences, one torch thread"
-    table = _measure.table(["way", "rows/s", "÷ ready-made"], rows)
-    text = f"`{command.strip()}`\n\n{machine}; {what}; {loads}\n\n{table}"
+    conditions = f"{options.rows} images, {options.sequences} sequences, one torch thread"
+    text = run.text(conditions, _measure.table(["way", "rows/s", "÷ ready-made"], rows))
     print(text)
     if options.out:
         _measure.write_part(options.out, options.part, text)
@@ -134,9 +131,7 @@ def _shared(options: argparse.Namespace) -> list[str]:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("caption_job", __doc__)
     add = parser.add_argument
     add("--rows", type=int, default=400, help="images (default: %(default)s)")
     add("--sequences", type=int, default=16, help="captions generated at once (default: %(default)s)")

@@ -1,7 +1,7 @@
 """The gains of continuous batching over pruned caches: throughput, sequences in a budget, decode step.
 
-    python -m benchmarks.engine --dtype bfloat16 --out docs/benchmarks/engine.md
-    python -m benchmarks.engine --dtype bfloat16 --parts packing
+    python -m benchmarks run engine --dtype bfloat16 --out docs/benchmarks/engine.md
+    python -m benchmarks run engine --dtype bfloat16 --parts packing
 
 Requests have one image, and answers of mixed lengths that are drawn once. All ways answer the same requests
 with the same random weights, in turn, several times.
@@ -10,7 +10,6 @@ with the same random weights, in turn, several times.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import nn
 import skipvision as sv
 from benchmarks import _measure
 from benchmarks._measure import FULL, Geometry, Spread
+from benchmarks._run import Run
 from skipvision.engine import Engine, Request, Sampling
 
 TEXT = 32
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
-    load = os.getloadavg()[0]
+    run = Run("engine", arguments)
     model: Any = _measure.build(
         Geometry.scaled(options.hidden, options.layers, tower=256, tower_layers=4), device, dtype
     )
@@ -51,13 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "packing": lambda: _packing(model, options),
     }
     texts = [parts[name]() for name in options.parts]
-    command = "python -m benchmarks.engine " + " ".join(arguments or sys.argv[1:])
-    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
     geometry = (
         f"hidden {options.hidden}, {options.layers} layers, {_visual(model)} visual tokens, {TEXT} words"
     )
-    loads = f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
-    text = "\n\n".join([f"`{command.strip()}`", f"{machine}; {options.dtype}, {geometry}; {loads}", *texts])
+    text = run.text(f"{options.dtype}, {geometry}", *texts)
     print(text)
     if options.out:
         _measure.write_part(options.out, options.part, text)
@@ -354,9 +351,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("engine", __doc__)
     add = parser.add_argument
     add("--parts", nargs="+", default=["throughput", "budget", "decode"])
     add("--setting", default="100+156", help="RETAINED+SKIPPED (default: %(default)s)")

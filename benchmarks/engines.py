@@ -1,6 +1,6 @@
 """This project's engine, vLLM with the plug-in, and OpenVINO GenAI: full tokens against pruned ones.
 
-    python -m benchmarks.engines --engines native vllm openvino --python vllm=.venv-vllm/bin/python \
+    python -m benchmarks run engines --engines native vllm openvino --python vllm=.venv-vllm/bin/python \
         --python openvino=PYTHON --out docs/benchmarks/engines.md
 
 All engines get the same random weights, prompts and images, and take turns. Each runs in its own process, by
@@ -61,7 +61,7 @@ def _read(files: Sequence[Path]) -> list[Record]:
 
 def _command(arguments: Sequence[str] | None) -> str:
     """Return the command without folders of this machine."""
-    words = ["python", "-m", "benchmarks.engines", *(arguments or sys.argv[1:])]
+    words = ["python", "-m", "benchmarks", "run", "engines", *(arguments or sys.argv[1:])]
     words = [f"{word.split('=')[0]}=PYTHON" if "=" in word else word for word in words]
     for option in ("--folder", "--json", "--out", "--part"):
         if option in words:
@@ -182,9 +182,7 @@ def _python(options: argparse.Namespace, engine: str) -> str:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("engines", __doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=["engines", "plugin"], default=["engines"])
     add("--engines", nargs="+", choices=ENGINES, default=["native"])

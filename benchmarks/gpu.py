@@ -1,16 +1,17 @@
-"""Prefill, LoRA step and decode step at full size on a CUDA device: full tokens against Skip-Vision.
+"""Prefill, decode step and LoRA step at full size on a CUDA device: full tokens against Skip-Vision.
 
-Needs torch, transformers, peft and this library. Weights are random and created on the device.
-Every run takes a few minutes and appends JSON lines to a file; ``--report`` prints the tables.
+Needs torch, transformers, peft and this library, no other package. Weights are random and created on the
+device. All pieces of a geometry run in the order of what they tell most, each within ``--seconds``. Each
+prints its table at once, and appends its records to the file of ``--json``.
 
-    python -m benchmarks.gpu --geometry llama-3-8b --piece prefill --out gpu.jsonl
-    python -m benchmarks.gpu --geometry llama-3-8b --piece train --checkpointing --out gpu.jsonl
-    python -m benchmarks.gpu --geometry llama-3-8b --piece prefill --compiled --out gpu.jsonl
-    python -m benchmarks.gpu --report gpu.jsonl --page docs/benchmarks/gpu.md
+    python -m benchmarks run gpu --json gpu.jsonl --out docs/benchmarks/gpu.md
+    python -m benchmarks run gpu --pieces train --checkpointing --json gpu.jsonl
+    python -m benchmarks run gpu --geometry llava-1.5-7b --json gpu.jsonl
+    python -m benchmarks run gpu --report gpu.jsonl --out docs/benchmarks/gpu.md
 
 With ``--engine vllm``, vLLM answers requests of 1 … 64 clients, full and pruned by the plug-in:
 
-    python -m benchmarks.gpu --engine vllm --geometry llava-1.5-7b --repeats 3 --out vllm.jsonl
+    python -m benchmarks run gpu --engine vllm --geometry llava-1.5-7b --repeats 3 --json vllm.jsonl
 
 To try the script without a CUDA device: ``--device cpu --tiny``.
 """
@@ -22,7 +23,6 @@ import gc
 import json
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,10 +34,10 @@ import torch
 from torch import nn
 
 import skipvision as sv
-from benchmarks import _measure
-from benchmarks._engines.on_gpu import measure_vllm
-from benchmarks._engines.report import report as report_engines
-from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample, Spread
+from benchmarks import _gpu_report, _measure
+from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample
+from benchmarks._record import today, write_part
+from benchmarks._run import Run, parser, processor, versions
 from skipvision._compat import compile_counters, raise_recompile_limits
 from skipvision.anatomy.families import dissect
 from skipvision.kv_cache import cache_bytes
@@ -68,52 +68,79 @@ TINY = Geometry(
 )
 SETTINGS = ["100+156", "256+320", "144+144"]
 TINY_SETTINGS = ["8+10", "9+9"]
+COMPILED = "-compiled"
+"""End of the names of pieces with compiled layers."""
+PIECES = ["prefill", "decode", "train", "prefill-compiled", "decode-compiled", "train-compiled"]
 
 Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one piece, or report on earlier runs."""
+    """Measure all pieces, or report on earlier runs."""
     options = _options().parse_args(arguments)
     if options.report:
-        text = report([json.loads(line) for line in options.report.read_text().splitlines() if line.strip()])
-        print(text)
-        if options.page:
-            _measure.write_part(options.page, "table", text)
+        records = [json.loads(line) for line in options.report.read_text().splitlines() if line.strip()]
+        print(_gpu_report.report(records))
+        _write(options, records)
         return
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: add --device cpu --tiny to try the script without one")
-    if options.compiled:
-        # One graph for each layer, length and batch. Beyond its default limit dynamo falls back to eager.
-        raise_recompile_limits(1024, accumulated=4096)
-    begin = time.perf_counter()
-    for record in _records(options, device):
-        line = json.dumps(record)
-        print(line, flush=True)
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(line + "\n")
+    run, begin = Run("gpu", arguments), time.perf_counter()
+    records = []
+    for found in _pieces(options, device):
+        found = [{"command": run.command, "load": run.load, **record} for record in found]
+        records += found
+        if options.json:
+            with options.json.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in found)
+        if options.engine == "vllm":
+            print(json.dumps(found[0]), flush=True)
+        else:
+            print(f"{_gpu_report.tables(found)}\n", flush=True)
+            _write(options, records)
+    if options.engine == "vllm":
+        print(_gpu_report.report(records))
+        _write(options, records)
     print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
 
 
-def _records(options: argparse.Namespace, device: torch.device) -> Iterator[Record]:
+def _write(options: argparse.Namespace, records: Sequence[Record]) -> None:
+    if options.out:
+        write_part(options.out, options.part, _gpu_report.report(records))
+
+
+def _pieces(options: argparse.Namespace, device: torch.device) -> Iterator[list[Record]]:
+    """Measure piece by piece. Those with compiled layers are last, because compiling takes long."""
     if options.engine == "vllm":
+        from benchmarks._engines.on_gpu import measure_vllm
+
         # vLLM's tokenizer needs a token for each byte, and its attention on CPUs wider heads.
         tiny = replace(TINY, vocabulary=512, heads=2, key_heads=1)
-        yield from measure_vllm(options, tiny if options.tiny else GEOMETRIES[options.geometry])
+        for record in measure_vllm(options, tiny if options.tiny else GEOMETRIES[options.geometry]):
+            yield [record]
         return
-    for batch in options.batch:
-        gc.collect()  # free the last batch's model before the next one is built
-        yield from measure(options, device, batch)
+    for compiled in (False, True):
+        own = [piece for piece in options.pieces if piece.endswith(COMPILED) == compiled]
+        if own and compiled:
+            # One graph for each layer, length and batch. Beyond its default limit dynamo falls back to eager.
+            raise_recompile_limits(1024, accumulated=4096)
+        for batch in options.batch:
+            for piece in own:
+                gc.collect()  # free the last model before the next one is built
+                options.piece, options.compiled = piece.removesuffix(COMPILED), compiled
+                yield measure(options, device, batch)
 
 
 def measure(options: argparse.Namespace, device: torch.device, batch: int) -> list[Record]:
     """Measure one piece at one batch size; returns a record for each setting."""
+    begin = time.perf_counter()
     geometry = TINY if options.tiny else GEOMETRIES[options.geometry]
     model = _measure.build(geometry, device, getattr(torch, options.dtype))
     inputs = _measure.inputs_for(model, batch, options.text)
-    names = [FULL, *(options.settings or (TINY_SETTINGS if options.tiny else SETTINGS))]
+    # Compiling one setting shows what compiling gains, and takes minutes.
+    own = (TINY_SETTINGS if options.tiny else SETTINGS)[: 1 if options.compiled else None]
+    names = [FULL, *(options.settings or own)]
     settings = {name: _measure.setting(name) for name in names}
     cases = _cases(options, model, inputs, settings)
     run = _describe(options, device, batch)
@@ -127,6 +154,9 @@ def measure(options: argparse.Namespace, device: torch.device, batch: int) -> li
         for layer in dissect(model).decoder.get_submodule("layers").children():
             layer.compile()
     for name, config in settings.items():
+        if time.perf_counter() - begin > options.seconds:
+            records[name]["error"] = "no time left"
+            continue
         records[name] |= _prepare(cases[name], device, options.compiled)
         if generates and "error" not in records[name]:
             logits, records[name]["kv_bytes"] = _first_logits(model, config, inputs)
@@ -134,7 +164,8 @@ def measure(options: argparse.Namespace, device: torch.device, batch: int) -> li
             expected = before[name][0]
             records[name]["difference"] = float((logits - expected).abs().max() / expected.std())
     working = {name: case for name, case in cases.items() if "error" not in records[name]}
-    for name, samples in _measure.interleaved(working, options.repeats).items():
+    left = options.seconds - (time.perf_counter() - begin)
+    for name, samples in _measure.interleaved(working, options.repeats, warm_up=0, seconds=left).items():
         records[name]["seconds"] = [sample.total for sample in samples]
         records[name]["planning"] = [sample.planning for sample in samples]
         records[name]["restoring"] = [sample.restoring for sample in samples]
@@ -169,9 +200,9 @@ def _describe(options: argparse.Namespace, device: torch.device, batch: int) -> 
     """Return the fields that all records of a run share."""
     return {
         "run": f"{time.time():.3f}",
-        "date": _measure.today(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _measure.processor(),
-        "versions": _measure.versions(),
+        "date": today(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "versions": versions(),
         "geometry": "tiny" if options.tiny else options.geometry,
         "dtype": options.dtype,
         "piece": options.piece,
@@ -261,118 +292,33 @@ def _predicted(
     return {"flops": batch * flops[options.piece], "kv_bytes_predicted": batch * cost.kv_bytes}
 
 
-# ----------------------------------------------------------------------------------------- report
-
-
-def report(records: Sequence[Record]) -> str:
-    """Format all runs as Markdown, with one table each."""
-    engines = [record for record in records if "engine" in record]
-    if engines:
-        return report_engines(engines)
-    runs: dict[tuple[str, int], list[Record]] = defaultdict(list)
-    for record in records:
-        runs[record["run"], record["batch"]].append(record)
-    return "\n\n".join(_report_run(run) for run in runs.values())
-
-
-def _report_run(records: Sequence[Record]) -> str:
-    first = records[0]
-    work = {"prefill": "Prefill", "train": "LoRA training step", "decode": "Decode step"}[first["piece"]]
-    notes = [f"batch {first['batch']}", first["dtype"], "compiled layers" if first["compiled"] else "eager"]
-    if first["checkpointing"]:
-        notes.append("gradient checkpointing (FLOPs exclude the recomputation)")
-    lines = [
-        f"### {work}, {first['geometry']}, {', '.join(notes)}",
-        f"{first['date']}; {first['device']}; {first['versions']}; {first['text']} text tokens a row.",
-        _report_table(records),
-    ]
-    if first["compiled"]:
-        lines.append(_report_compiling(records))
-    return "\n\n".join(lines)
-
-
-def _report_table(records: Sequence[Record]) -> str:
-    full = next((r for r in records if r["setting"] == FULL and "seconds" in r), None)
-    rows = []
-    for record in records:
-        row = [record["setting"], f"{record['flops'] / 1e12:,.3f}"]
-        if "seconds" not in record:
-            rows.append([*row, record["error"], *["–"] * 6])
-            continue
-        row.append(Spread.of(record["seconds"]).text(1000, 1))
-        if full is None:
-            row += ["–"] * 3
-        else:
-            flops = record["flops"] / full["flops"]
-            pairs = zip(record["seconds"], full["seconds"], strict=True)
-            ratio = Spread.of([some / whole for some, whole in pairs])
-            row += [f"{flops:.3f}", ratio.text(digits=3), f"{ratio.median / flops:.2f}"]
-        planning = Spread.of(
-            [part / whole for part, whole in zip(record["planning"], record["seconds"], strict=True)]
-        )
-        row.append(f"{planning.median:.1%}")
-        row.append(f"{record['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in record else "–")
-        row.append(f"{record['kv_bytes'] / 2**20:,.1f}" if "kv_bytes" in record else "–")
-        rows.append(row)
-    head = [
-        "retained+skipped",
-        "TFLOPs predicted",
-        "ms: median (min – max)",
-        "FLOPs ratio",
-        "time ratio",
-        "time ÷ FLOPs",
-        "planning",
-        "peak GiB",
-        "KV MiB",
-    ]
-    return _measure.table(head, rows)
-
-
-def _report_compiling(records: Sequence[Record]) -> str:
-    rows = [
-        [
-            record["setting"],
-            f"{record['warm_up_seconds']:.0f}",
-            str(record["graphs"]),
-            str(sum(record["graph_breaks"].values())),
-            f"{record['difference']:.1e}" if "difference" in record else "–",
-        ]
-        for record in records
-        if "graphs" in record
-    ]
-    head = ["retained+skipped", "compiling s", "graphs", "graph breaks", "largest Δ logit ÷ σ"]
-    reasons = {reason.splitlines()[0] for record in records for reason in record.get("graph_breaks", ())}
-    return "\n".join(
-        [_measure.table(head, rows), "", *(f"- graph break: {reason}" for reason in sorted(reasons))]
-    ).strip()
-
-
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    options = parser("gpu", __doc__)
+    add = options.add_argument
     add("--engine", choices=["library", "vllm"], default="library")
     add("--geometry", choices=list(GEOMETRIES), default="llama-3-8b")
-    add("--piece", choices=["prefill", "train", "decode"], default="prefill")
-    add("--batch", type=int, nargs="+", default=[1, 8])
+    add(
+        "--pieces", nargs="+", choices=PIECES, default=PIECES, metavar="PIECE", help=f"of {', '.join(PIECES)}"
+    )
+    add("--batch", type=int, nargs="+", default=[8, 1])
+    add("--seconds", type=float, default=200, help="max seconds of a piece (default: %(default)s)")
     add("--settings", nargs="+", metavar="RETAINED+SKIPPED", help=f"default: {' '.join(SETTINGS)}")
-    add("--compiled", action="store_true", help="compile every decoder layer")
     add("--checkpointing", action="store_true", help="gradient checkpointing in the training step")
     add("--text", type=int, default=64, help="text tokens of a row, answer included")
     add("--answer", type=int, default=32, help="text tokens at which the training step takes its loss")
     add("--rank", type=int, default=16, help="LoRA rank")
     add("--steps", type=int, default=32, help="decode steps in one sample")
-    add("--repeats", type=int, default=10, help="rounds over all settings")
+    add("--repeats", type=int, default=10, help="max rounds over all settings")
     add("--concurrency", type=int, nargs="+", default=[1, 4, 16, 32, 64], help="clients of --engine vllm")
     add("--requests", type=int, default=32, help="requests of a run of --engine vllm; at least two a client")
     add("--device", default="cuda")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--tiny", action="store_true", help="a tiny model instead of the geometry, to try the script")
-    add("--out", type=Path, help="file to append JSON lines to")
-    add("--report", type=Path, metavar="FILE", help="print the tables of such a file instead of measuring")
-    add("--page", type=Path, help="with --report: Markdown page to update")
-    return parser
+    add("--json", type=Path, help="file to append the records to, one JSON line each")
+    add("--report", type=Path, metavar="FILE", help="report on such a file instead of measuring")
+    add("--out", type=Path, help="Markdown page to update, after each piece")
+    add("--part", default="table", help="name of the page's part (default: %(default)s)")
+    return options
 
 
 if __name__ == "__main__":

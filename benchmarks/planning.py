@@ -1,6 +1,6 @@
 """The cost of planning (select, merge, summary), by itself and as a share of a prefill.
 
-    python -m benchmarks.planning --out docs/benchmarks/planning.md
+    python -m benchmarks run planning --out docs/benchmarks/planning.md
 
 The first table times the steps on random embeddings of Llama-3-8B's width, and compares their FLOPs with its
 prefill. The second table times real prefills of a narrower decoder.
@@ -9,8 +9,6 @@ prefill. The second table times real prefills of a narrower decoder.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 import skipvision as sv
 from benchmarks import _measure
 from benchmarks._measure import Clock, Geometry, Spread
+from benchmarks._run import Run
 from benchmarks.gpu import GEOMETRIES
 from skipvision.anatomy.images import Images
 from skipvision.layout import lay_out
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    load = os.getloadavg()[0]
+    run = Run("planning", arguments)
     parts = [
         _part(select, tokens, batch, options.width, dtype, options.repeats)
         for select in options.select
@@ -54,17 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for select in options.select
         for tokens, batch in options.prefill
     ]
-    command = "python -m benchmarks.planning " + " ".join(arguments or sys.argv[1:])
-    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
-    text = "\n\n".join(
-        [
-            f"`{command.strip()}`",
-            f"{machine}; {options.dtype}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after.",
-            f"### Steps, width {options.width}, a quarter retained and a quarter skipped (ms)",
-            _measure.table(head, parts),
-            f"### Share of the reduced prefill, decoder of {options.layers} layers, hidden {options.hidden}",
-            _measure.table(shares, prefills),
-        ]
+    text = run.text(
+        options.dtype,
+        f"### Steps, width {options.width}, a quarter retained and a quarter skipped (ms)",
+        _measure.table(head, parts),
+        f"### Share of the reduced prefill, decoder of {options.layers} layers, hidden {options.hidden}",
+        _measure.table(shares, prefills),
     )
     print(text)
     if options.out:
@@ -100,7 +94,8 @@ def _part(select: str, tokens: int, batch: int, width: int, dtype: torch.dtype, 
             counts = torch.tensor([config.counts(tokens)] * batch)
             scores = step("select", CRITERIA[select].score, visual_tokens, counts[:, 0], 0)
             retained = step("select", top, scores, images.valid, counts[:, 0])
-            target = step("assign", assign, visual_tokens, retained, counts[:, 1], config.merging)
+            ends = step("assign", config.merging.ends, visual_tokens, retained, counts[:, 1])
+            target = step("assign", assign, visual_tokens, retained, ends)
             plan = step("lay out", lay_out, images, mask, retained, target, config)
             reduced = step("merge", merge_tokens, embeds, plan)
             step("summary", layer, reduced, plan)
@@ -150,9 +145,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("planning", __doc__)
     add = parser.add_argument
     add(
         "--select",

@@ -1,6 +1,6 @@
 """Outcomes of requests to an endpoint in which something breaks.
 
-    python -m benchmarks.serve_faults --out docs/benchmarks/serving.md --part faults
+    python -m benchmarks run serve_faults --out docs/benchmarks/serving.md --part faults
 
 Two ingresses and two engines answer a steady stream of requests for an adapter from MLflow, half of them
 streamed. Under that load a process is killed, or another fault occurs, twice. Clients retry as the openai
@@ -33,6 +33,7 @@ from PIL import Image
 
 from benchmarks import _endpoint, _measure
 from benchmarks._endpoint import MODEL, PROMPT, SKIP, Endpoint, Outcome
+from benchmarks._run import Run
 from serve.config import Proxy
 
 ADAPTER = "shapes"
@@ -315,20 +316,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         with _endpoint.local_endpoint(proxy=options.proxy, **options.settings) as endpoint:
             text = asyncio.run(measured(options, endpoint, server))
-    command = "python -m benchmarks.serve_faults " + " ".join(arguments or sys.argv[1:])
+    command = Run("serve_faults", arguments).command
     what = (
         f"{options.rate:g} requests a second for {options.seconds:g} s a case, Poisson, half of them streamed"
     )
-    text = f"`{command.strip()}`\n\n{_endpoint.machine(load)}; {what}.\n\n{text}"
+    text = f"`{command}`\n\n{_endpoint.machine(load)}; {what}.\n\n{text}"
     print(text)
     if options.out:
         _measure.write_part(options.out, options.part, text)
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("serve_faults", __doc__)
     add = parser.add_argument
     add("--rate", type=float, default=5.0, help="requests per second (default: %(default)s)")
     add("--seconds", type=float, default=30.0, help="duration of each case (default: %(default)s)")

@@ -1,6 +1,6 @@
 """The endpoint under load: rates and latencies, overhead of the framework, scaling, and a long run.
 
-    python -m benchmarks.serve_load --parts load overhead scaling soak --out docs/benchmarks/serving.md
+    python -m benchmarks run serve_load --parts load overhead scaling soak --out docs/benchmarks/serving.md
 
 Requests arrive by a seeded Poisson process, without waiting for earlier answers. They caption 64 images in
 turn, without the prefix cache. Clients, HTTP, ingress and engine share the machine's cores.
@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import _endpoint, _measure
 from benchmarks._endpoint import FULL, MODEL, SKIP, Endpoint, Outcome
+from benchmarks._run import Run
 from serve.media.config import MediaConfig
 from serve.media.fetch import MediaFetcher
 from skipvision import Engine, Request, Sampling, SkipConfig
@@ -332,22 +333,20 @@ async def _run(options: argparse.Namespace, part: str, endpoint: Endpoint) -> st
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; with --out, update each part of the page."""
     options = _options().parse_args(arguments)
-    command = "python -m benchmarks.serve_load " + " ".join(arguments or sys.argv[1:])
+    command = Run("serve_load", arguments).command
     for part in options.parts:
         begin = os.getloadavg()[0]
         with _endpoint.local_endpoint(proxy=options.proxy, **PARTS[part][1]) as endpoint:
             found = asyncio.run(_run(options, part, endpoint))
         what = f"{part}: answers of {options.tokens} tokens at most"
-        text = f"`{command.strip()}`\n\n{_endpoint.machine(begin)}; {what}.\n\n{found}"
+        text = f"`{command}`\n\n{_endpoint.machine(begin)}; {what}.\n\n{found}"
         print(text, flush=True)
         if options.out:
             _measure.write_part(options.out, options.part or part, text)
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("serve_load", __doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=list(PARTS), default=["load", "overhead", "scaling"])
     add("--tokens", type=int, default=32, help="max tokens of each answer (default: %(default)s)")

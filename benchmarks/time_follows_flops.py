@@ -4,13 +4,12 @@ The model is a LLaVA with random weights. Its layers divide their FLOPs as Llama
 attention 19 %, FFN 81 %), and its vision tower has the same small share. All settings are measured in turn
 within one run, so that changes in the machine's load affect them equally.
 
-    python -m benchmarks.time_follows_flops --repeats 9 --out docs/benchmarks/time_follows_flops.md
+    python -m benchmarks run time_follows_flops --repeats 9 --out docs/benchmarks/time_follows_flops.md
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import skipvision as sv
 from benchmarks import _measure
 from benchmarks._measure import FULL, Clock, Geometry, LoraStep, Sample, Spread
+from benchmarks._run import Run
 
 TARGET = 1.15
 """Max time ratio ÷ FLOPs ratio that the project promises."""
@@ -46,17 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    load = os.getloadavg()[0]
+    run = Run("time_follows_flops", arguments)
     sections = []
     for dtype in options.dtype:
         if dtype == "bfloat16" and not _measure.native_bfloat16():
             print("skipping bfloat16: this CPU does not multiply it natively", file=sys.stderr)
             continue
         sections += _measure_dtype(options, dtype)
-    command = "python -m benchmarks.time_follows_flops " + " ".join(arguments or sys.argv[1:])
-    machine = f"{_measure.today()}; {_measure.processor()}; {_measure.versions()}"
-    conditions = f"{machine}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
-    text = "\n\n".join([f"`{command}`", conditions, _describe(options), *sections])
+    text = run.text("", _describe(options), *sections)
     print(text)
     if options.out:
         _measure.write_part(options.out, options.part, text)
@@ -184,9 +181,7 @@ def _describe(options: argparse.Namespace) -> str:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("time_follows_flops", __doc__)
     add = parser.add_argument
     add("--hidden", type=int, default=1024, help="width of the decoder (FFN: 3.5 times as wide)")
     add("--layers", type=int, default=8, help="decoder layers")

@@ -61,6 +61,7 @@ kill -TERM $endpoint
 wait $endpoint || true
 
 # Each benchmark table, by the command above it.
-grep -rhoE '^`python -m benchmarks\.[^`]*`' $pages/*.md | tr -d '`' | while read -r _ command; do
+grep -rhoE '^`python -m benchmarks[. ][^`]*`' $pages/*.md | tr -d '`' | while read -r _ command; do
   $python $command </dev/null
 done
+$python -m benchmarks figures

@@ -43,7 +43,7 @@ def measure_vllm(options: argparse.Namespace, geometry: Geometry) -> Iterator[Re
             for setting in names
         }
         run = {
-            "command": " ".join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "benchmarks", "run", "gpu", *sys.argv[1:]]),
             "date": _measure.today(),
             "machine": f"{_device(options)}; {_name(options)}, {options.dtype}, "
             f"{(geometry.image // geometry.patch) ** 2} visual tokens, {WORDS} words",

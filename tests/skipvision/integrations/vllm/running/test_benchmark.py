@@ -17,8 +17,8 @@ ON_GPU = ["--engine", "vllm", "--settings", "8+0", "--concurrency", "1", "2", "-
 @pytest.mark.parametrize(("script", "options"), [("engines", [*ENGINES, *PLUGIN]), ("gpu", ON_GPU)])
 def test_it_measures_and_reports(script, options, tmp_path):
     lines = tmp_path / "records.json"
-    file = "--json" if script == "engines" else "--out"
-    run(script, *SCRIPTS[script], *options, file, str(lines))
+    page = ["--out", str(tmp_path / "page.md")]
+    run(script, *SCRIPTS[script], *options, "--json", str(lines), *page)
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     measured = [(one["engine"], one["setting"], one["concurrency"]) for one in records if "engine" in one]
     engines = ["native", "vllm"] if script == "engines" else ["vllm"]
@@ -30,13 +30,13 @@ def test_it_measures_and_reports(script, options, tmp_path):
                 record["plugin"], record["encoder"], record["prefill"], strict=True
             ):
                 assert 0 < part < part + encoder < step
-    text = run(script, "--report", str(lines))
+    text = run(script, "--report", str(lines), *page)
     assert "vllm, 8+0" in text
     assert ("share of CPU time" in text) == (script == "engines")
 
 
 def run(script, *options):
-    command = [sys.executable, "-m", f"benchmarks.{script}", *options]
+    command = [sys.executable, "-m", "benchmarks", "run", script, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
