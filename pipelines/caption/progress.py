@@ -111,13 +111,10 @@ class CaptionProgress:
         if not all_of:
             return {}
         count = len(all_of)
-        return {
+        values = {
             "engine/running": float(sum(s.running for s in all_of)),
             "engine/waiting": float(sum(s.waiting for s in all_of)),
             "engine/kv_bytes_used": float(sum(s.kv_bytes_used for s in all_of)),
-            "engine/prefill_tokens_per_second": _ratio(
-                sum(s.prefill_tokens for s in all_of), sum(s.prefill_seconds for s in all_of) / count
-            ),
             "engine/decode_tokens_per_second": _ratio(
                 sum(s.decode_tokens for s in all_of), sum(s.decode_seconds for s in all_of) / count
             ),
@@ -127,6 +124,10 @@ class CaptionProgress:
             ),
             "engine/prefix_hits": float(sum(s.prefix_hits for s in all_of)),
         }
+        # vLLM does not report these seconds.
+        if seconds := sum(s.prefill_seconds for s in all_of) / count:
+            values["engine/prefill_tokens_per_second"] = sum(s.prefill_tokens for s in all_of) / seconds
+        return values
 
     def _since_start(self) -> float:
         return _ratio(self.tally.rows - self._before, self._last - self._started)

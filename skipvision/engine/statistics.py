@@ -154,14 +154,14 @@ class Counters:
             visual_retained=self.visual_retained,
             visual_skipped=self.visual_skipped,
             visual_cached=self.visual_cached,
-            time_to_first_token=_median_and_tail(self.first_tokens),
-            time_per_output_token=_median_and_tail(self.between_tokens),
+            time_to_first_token=median_and_tail(self.first_tokens),
+            time_per_output_token=median_and_tail(self.between_tokens),
             state_bytes=running.slots.state_bytes,
             packed_bytes=packed_bytes,
         )
 
 
-def _median_and_tail(values: Sequence[float]) -> tuple[float, float] | None:
+def median_and_tail(values: Sequence[float]) -> tuple[float, float] | None:
     """Median and 95 % quantile, or None without values."""
     if not values:
         return None

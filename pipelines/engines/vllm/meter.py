@@ -8,12 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from skipvision.engine import Completion, Statistics
-from skipvision.engine.statistics import Counters
+from skipvision.engine.statistics import Counters, median_and_tail
 
 UNMEASURED = frozenset(
-    {"kv_bytes_reserved", "prefix_bytes", "prefill_seconds", "state_bytes", "visual_skipped"}
+    {
+        "kv_bytes_reserved",
+        "packed_bytes",
+        "prefill_seconds",
+        "prefix_bytes",
+        "state_bytes",
+        "visual_skipped",
+    }
 )
-"""Fields of `Statistics` that are 0 because vLLM does not report them, or has no such thing."""
+"""Fields of `Statistics` that are 0 because vLLM does not report them, or has no such thing. All others are
+measured."""
 
 
 class Meter:
@@ -96,8 +104,8 @@ class Meter:
             visual_retained=now.visual_retained,
             visual_skipped=0,
             visual_cached=now.visual_cached,
-            time_to_first_token=None,
-            time_per_output_token=None,
+            time_to_first_token=median_and_tail(now.first_tokens),
+            time_per_output_token=median_and_tail(now.between_tokens),
         )
 
 
