@@ -36,6 +36,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CODE = "trust_remote_code"
 """Every refusal of transformers to run remote code names this argument."""
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""A model on the Hugging Face hub: ``owner/name``."""
 
 NO_IMAGE_MODEL = "is not the config of an image-text-to-text model"
 
@@ -232,6 +234,8 @@ def _config_errors(path: str | Path) -> Iterator[None]:
     try:
         if Path(path).is_dir():
             check_entries(path)
+        else:
+            _check_on_hub(path)
         with _remote_code_refused(path):
             yield
     except ConfigError:
@@ -240,6 +244,19 @@ def _config_errors(path: str | Path) -> Iterator[None]:
         raise ConfigError(f"{path}: {_reason(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: its files are nested too deeply") from error
+
+
+def _check_on_hub(path: str | Path) -> None:
+    """Raise `ConfigError` for a folder that does not exist.
+
+    ``models/mine`` could also be a model on the hub: it is a folder if there is a folder ``models``.
+    """
+    folder = Path(path)
+    is_path = folder.parent != Path() and folder.parent.is_dir()
+    if not folder.exists() and (is_path or not HUB_ID.fullmatch(str(path))):
+        raise ConfigError(
+            f"{path}: there is no such folder: give the folder of a model, or its Hugging Face id"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -27,14 +27,12 @@ from pydantic import BaseModel
 
 from pipelines._compat import RAY_JOB_VARIABLE
 from skipvision.errors import ConfigError, Problems
+from skipvision.loading import HUB_ID
 
 M = TypeVar("M", bound=BaseModel)
 
 HOME = "SKIPVISION_HOME"
 """Environment variable: the folder that relative paths start at."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-"""A model on the Hugging Face hub: ``owner/name``."""
 
 _DEMO_DATA = ("data", "shapes")
 """The folder of the demo's data set."""
@@ -134,7 +132,7 @@ def model_path(path: str, field: str) -> str:
         folder = Path(path).expanduser().parent
         bases = [Path(os.environ.get(HOME, ".")).expanduser(), Path.cwd()]
         is_path = folder != Path() and any(os.path.isdir(base / folder) for base in bases)  # noqa: PTH112
-        if is_path or not _HUB_ID.fullmatch(path):
+        if is_path or not HUB_ID.fullmatch(path):
             near = [match for base in bases for match in _similar_names(base / folder, Path(path).name)]
             hint = f"; did you mean {folder / near[0]}?" if near else ""
             raise ConfigError(f"{error}{hint}") from None

@@ -264,8 +264,22 @@ def test_all_problems_are_reported_together(base, tmp_path):
     (tmp_path / "model" / "precious").touch()
     with pytest.raises(ConfigError) as refused:
         sv.export(tmp_path / "none", tmp_path / "no-adapter", tmp_path / "model", dtype="int3")
-    for text in ("4 problems", "dtype='int3'", "model exists, and is not", "none", "is not a Skip-Vision"):
+    for text in (
+        "4 problems",
+        "dtype='int3'",
+        "model exists, and is not",
+        "none: there is no such folder",
+        "is not a Skip-Vision",
+    ):
         assert text in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["/nope", "./nope", "models/nope", "a/b/c"])
+def test_a_missing_folder_is_not_looked_up_on_the_hub(path, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{path}: there is no such folder: give the folder of a model"):
+        sv.export(path, None, tmp_path / "exported", config=sv.SkipConfig())
 
 
 def test_without_adapter_and_config_there_is_nothing_to_export(base, tmp_path):
@@ -400,7 +414,7 @@ def test_a_missing_summary_layer_and_a_base_model_are_refused(exported, base, tm
         sv.from_exported(folder)
     with pytest.raises(AdapterError, match="does not name Skip-Vision"):
         sv.from_exported(base)
-    with pytest.raises(ConfigError, match="none"):
+    with pytest.raises(ConfigError, match=r"none: there is no such folder"):
         sv.from_exported(tmp_path / "none")
 
 
