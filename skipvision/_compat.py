@@ -21,7 +21,11 @@ from torch import _dynamo as dynamo  # Seen in: torch 2.13
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # Seen in: torch 2.13
 from torch.utils._pytree import tree_leaves, tree_map_only  # Seen in: torch 2.13
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # Seen in: torch 2.13
+from torch.utils.flop_counter import (  # Seen in: torch 2.13
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.utils.generic import ModelOutput
 
@@ -46,6 +50,7 @@ __all__ = [
     "flop_counter",
     "forget_encoded",
     "fused_cpu_attention",
+    "fused_gpu_attention",
     "hand_over_encoded",
     "is_intercepted",
     "looks_up_attention",
@@ -54,6 +59,7 @@ __all__ = [
     "override_encoders",
     "raise_recompile_limits",
     "recompile_limit",
+    "sdpa_backward_flop_count",
     "sdpa_flop_count",
     "submodules",
     "takes_encoded",
@@ -362,6 +368,16 @@ def fused_cpu_attention() -> tuple[Any, Any]:
         ops._scaled_dot_product_flash_attention_for_cpu,
         ops._scaled_dot_product_flash_attention_for_cpu_backward,
     )
+
+
+def fused_gpu_attention() -> tuple[list[Any], list[Any]]:
+    """Return the fused attention operators for GPUs and their backwards.
+
+    The formulas of torch 2.11 for them refuse key heads that several query heads share.
+    """
+    names = [f"_scaled_dot_product_{name}_attention" for name in ("flash", "efficient", "cudnn")]
+    ops = torch.ops.aten
+    return [getattr(ops, name) for name in names], [getattr(ops, f"{name}_backward") for name in names]
 
 
 def experts_products() -> tuple[list[Any], list[Any]]:

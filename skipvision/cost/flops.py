@@ -10,7 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from skipvision._compat import experts_products, flop_counter, fused_cpu_attention, sdpa_flop_count
+from skipvision._compat import (
+    experts_products,
+    flop_counter,
+    fused_cpu_attention,
+    fused_gpu_attention,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 
 def measure_flops(function: Callable[[], Any]) -> int:
@@ -23,20 +30,29 @@ def measure_flops(function: Callable[[], Any]) -> int:
 
 def _further_formulas() -> dict[Any, Callable[..., int]]:
     attention, attention_backward = fused_cpu_attention()
+    on_gpus, on_gpus_backward = fused_gpu_attention()
     products, products_backward = experts_products()
     formulas: dict[Any, Callable[..., int]] = {attention: _attention, attention_backward: _attention_backward}
+    formulas |= dict.fromkeys(on_gpus, _attention) | dict.fromkeys(on_gpus_backward, _gpu_attention_backward)
     formulas |= dict.fromkeys(products, _grouped)
     return formulas | dict.fromkeys(products_backward, _grouped_backward)
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    # Several query heads may share a key head, but each computes a full product.
-    heads = query[:2]
-    return int(sdpa_flop_count(query, (*heads, *key[2:]), (*heads, *value[2:])))
+    return int(sdpa_flop_count(query, *_for_each_head(query, key, value)))
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * _attention(query, key, value)
+
+
+def _gpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, *_for_each_head(query, key, value)))
+
+
+def _for_each_head(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+    """Return the shapes of keys and values without sharing: each query head computes a full product."""
+    return (*query[:2], *key[2:]), (*query[:2], *value[2:])
 
 
 def _grouped(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:

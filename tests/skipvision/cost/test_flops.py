@@ -28,6 +28,23 @@ def test_fused_attention_counts_every_query_head(key_heads):
     assert measure_flops(lambda: attend().sum().backward()) == pytest.approx(3 * forward, abs=forward)
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_fused_attention_of_gpus_does_too(key_heads):
+    """The formulas of torch 2.11 refuse shared key heads."""
+    query = torch.empty(2, 4, 10, 16, device="meta")
+    key = value = torch.empty(2, key_heads, 10, 16, device="meta")
+    ops = torch.ops.aten
+    attend, backward = (
+        ops._scaled_dot_product_flash_attention,
+        ops._scaled_dot_product_flash_attention_backward,
+    )
+    forward = 2 * 2 * 2 * 4 * 10 * 10 * 16
+    assert measure_flops(lambda: attend(query, key, value)) == forward
+    rest = (query, query[..., 0], None, None, 10, 10, 0.0, False, query, query)
+    # The backward computes the scores again.
+    assert measure_flops(lambda: backward(query, query, key, value, *rest)) == 2.5 * forward
+
+
 @pytest.mark.parametrize("product", [F.grouped_mm, torch.ops.transformers.grouped_mm_fallback])
 def test_each_token_meets_its_own_experts_matrix(product):
     tokens = torch.randn(TOKENS, IN, requires_grad=True)
