@@ -49,9 +49,11 @@ class VisualTokens:
     @cached_property
     def unit(self) -> torch.Tensor:
         """(I, N, D) features scaled to length 1, in at least float32; zero at padding."""
-        wide = self.features.detach().to(torch.promote_types(self.features.dtype, torch.float32))
-        scale = self.valid / wide.norm(dim=-1).clamp(min=1e-12)
-        return wide * scale[..., None]
+        features = self.features.detach()
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        scale = (self.valid / wide.norm(dim=-1).clamp(min=1e-12))[..., None]
+        # A copy is scaled in place: one more tensor of this size would take longer than the product.
+        return wide * scale if wide.dtype == features.dtype else wide.mul_(scale)
 
     @cached_property
     def redundancy(self) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -69,7 +70,14 @@ class Images:
     def spread(self, values: torch.Tensor, rows: int, elsewhere: int) -> torch.Tensor:
         """(I, N) → (B, T) long: the images' values at their tokens, ``elsewhere`` at other positions."""
         whole = torch.full((rows * self.length,), elsewhere, dtype=torch.long, device=values.device)
-        return whole.index_put((self.index[self.valid],), values[self.valid].long()).unflatten(0, (rows, -1))
+        token, position = self._real
+        return whole.index_put((position,), values.flatten()[token].long()).unflatten(0, (rows, -1))
+
+    @cached_property
+    def _real(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n,) flat indices of all images' tokens into (I · N), and into (B · T)."""
+        token = self.valid.flatten().nonzero().squeeze(1)
+        return token, self.index.flatten()[token]
 
     def everywhere(self, rows: int) -> torch.Tensor:
         """(B, T) True at visual tokens, for a batch of ``rows`` rows."""

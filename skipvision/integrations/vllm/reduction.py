@@ -72,7 +72,7 @@ def _batch(
     views: torch.Tensor | None,
 ) -> list[Reduced]:
     """Reduce images as rows of a batch that has nothing but these images."""
-    whole = pad_sequence(features, batch_first=True)
+    whole = features[0][None] if len(features) == 1 else pad_sequence(features, batch_first=True)
     sizes = [len(image) for image in features]
     lengths = torch.tensor(sizes, device=whole.device)
     valid = torch.arange(whole.shape[1], device=whole.device) < lengths[:, None]
