@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vllm.multimodal.encoder_budget import get_mm_max_toks_per_item
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from skipvision.config import SkipConfig
 from skipvision.errors import ConfigError, InputError
 from skipvision.integrations.vllm.image_settings import FIELD, ImageSettings
-from skipvision.integrations.vllm.settings import KEYWORD
+from skipvision.integrations.vllm.settings import KEYWORD, Settings
 from skipvision.integrations.vllm.startup import settings_of
 
 _IMAGE = "image"
@@ -51,6 +52,7 @@ class SkipProcessor:
             _check_end(result)
         elif settings.positions == "shared":
             self._check_positions(result, config)
+        self._check_size(result, config, settings)
         return result
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
@@ -97,6 +99,25 @@ class SkipProcessor:
             raise InputError(
                 f"the prompt has {length} tokens, but with the {removed} that its images lost, its positions "
                 f"reach {length + removed}; the model knows {limit}: use positions='contiguous'"
+            )
+
+    def _check_size(self, result: Any, config: SkipConfig, settings: Settings) -> None:
+        """Raise `InputError` for an image that vLLM's cache of encoded images cannot hold.
+
+        vLLM sizes the cache for images under the server's default. Its own message (0.32) names an argument
+        that does not change the size.
+        """
+        kept = max(
+            (placed.get_num_embeds() for placed in result["mm_placeholders"].get(_IMAGE, [])), default=0
+        )
+        if not settings.encoder_tokens or kept <= settings.encoder_tokens or config == settings.default:
+            return
+        counts = {modality: 1 for modality, limit in self.info.allowed_mm_limits.items() if limit}
+        limit = max(settings.encoder_tokens, *get_mm_max_toks_per_item(self, counts, None).values())
+        if kept > limit:
+            raise InputError(
+                f"an image takes {kept} tokens, and this server holds {limit} tokens of encoded images: "
+                f"lower retained, or start the server with max_num_batched_tokens={kept} or more"
             )
 
 

@@ -34,6 +34,7 @@ class Settings:
         positions: how position ids of a pruned image reach the decoder.
         views: the family orders visual tokens by view (select="views").
         refused: why this server prunes no images; None = it does.
+        encoder_tokens: tokens that vLLM's cache of encoded images holds at least; 0 = unknown.
     """
 
     default: SkipConfig
@@ -42,6 +43,7 @@ class Settings:
     positions: Positions = "none"
     views: bool = False
     refused: str | None = None
+    encoder_tokens: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON values, for `from_json`."""

@@ -141,6 +141,8 @@ def restrict(vllm_config: Any) -> None:
         if vllm_config.compilation_config.cudagraph_mm_encoder:
             logger.warning("Skip-Vision turns off cudagraph_mm_encoder: it would bypass pruning")
             vllm_config.compilation_config.cudagraph_mm_encoder = False
+        tokens = vllm_config.scheduler_config.encoder_cache_size
+        setattr(hf_config, RESOLVED, replace(settings, encoder_tokens=tokens).as_json())
         return
     if not settings.default.is_full:
         raise ConfigError(reason)

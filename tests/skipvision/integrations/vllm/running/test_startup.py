@@ -5,8 +5,9 @@ import json
 import pytest
 
 from skipvision import SkipConfig
-from skipvision.errors import UnsupportedModelError
+from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.integrations.vllm.startup import settings_of
+from tests.skipvision.integrations.vllm.running.conftest import QUESTION, prompt
 
 
 @pytest.fixture
@@ -96,3 +97,32 @@ def test_an_architecture_without_a_tested_path_is_refused_by_name(exported, tmp_
         EngineArgs(
             str(tmp_path), dtype="float32", tokenizer=str(exported), max_model_len=256
         ).create_engine_config()
+
+
+def test_an_image_that_vllms_cache_cannot_hold_is_refused_with_the_remedy(configure, scenes):
+    """A server that prunes by default has less room than an image of full tokens takes."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    config = configure(max_num_batched_tokens=160, max_num_seqs=8).model_config
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    images = processor.info.parse_mm_data({"image": scenes[:1]})
+
+    def tokens(skip):
+        found = processor(prompt(QUESTION), images, hf_processor_mm_kwargs={"skip": skip})
+        return found["mm_placeholders"]["image"][0].get_num_embeds()
+
+    assert tokens({"retained": 159}) == 160
+    for skip, kept in (({"retained": 160}, 161), ("full", 256)):
+        message = rf"takes {kept} tokens, .* holds 160 tokens .* max_num_batched_tokens={kept} or more"
+        with pytest.raises(InputError, match=message):
+            tokens(skip)
+
+
+def test_images_of_the_servers_default_always_fit(configure, scenes):
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    config = configure(skip="full", max_num_batched_tokens=160, max_num_seqs=8).model_config
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    images = processor.info.parse_mm_data({"image": scenes[:1]})
+    for skip in (None, "full", {"retained": 200}):
+        processor(prompt(QUESTION), images, hf_processor_mm_kwargs={} if skip is None else {"skip": skip})
