@@ -51,10 +51,9 @@ def skip_problems(model: EngineModel, name: str, engine: str, *, of_job: bool) -
         yield f"{name}: {problem}, or set {name} to full"
     if skip.skipped:
         equal = instead_of_skipped(skip, model.base, name, of_job=of_job)
-        remedy = f", or {engine}.engine_kwargs.{MAP_SKIPPED} to true" if of_job else ""
         yield (
             f"{name}.skipped = {skip.skipped}: in vLLM no token can bypass the feed-forward networks: set "
-            f"{equal}{remedy}, or use {engine}.backend native"
+            f"{equal}, or {engine}.engine_kwargs.{MAP_SKIPPED} to true, or use {engine}.backend native"
         )
     if skip.drop_after is not None:
         yield (
@@ -98,13 +97,24 @@ def mapped(model: EngineModel, settings: BackendSection) -> EngineModel:
 
     It is the model itself unless ``engine_kwargs.map_skipped`` is true and the model has skipped tokens.
     """
-    if settings.engine_kwargs.get(MAP_SKIPPED) is not True or not model.skip.skipped:
-        return model
-    equal = without_skipped(model.skip, load_config(model.base))
-    if equal is None:
+    equal = mapped_config(model.skip, model.base, settings)
+    if equal == model.skip:
         return model
     say(
         f"{MAP_SKIPPED}: retained={equal.retained}, skipped=0 instead of retained={model.skip.retained}, "
         f"skipped={model.skip.skipped}"
     )
     return replace(model, skip=equal)
+
+
+def mapped_config(skip: sv.SkipConfig, base: str, settings: BackendSection) -> sv.SkipConfig:
+    """Return the SkipConfig that `mapped` gives a model; the first call for a model takes seconds.
+
+    Args:
+        skip: to be mapped.
+        base: folder or Hugging Face id of the model.
+        settings: of the engine.
+    """
+    if settings.engine_kwargs.get(MAP_SKIPPED) is not True or not skip.skipped:
+        return skip
+    return without_skipped(skip, load_config(base)) or skip

@@ -117,9 +117,7 @@ def _argument_problems(given: Mapping[str, Any], names: SettingNames) -> Iterato
         yield f"{base}.{_MM} = {processor!r}: expected names with values"
     elif KEYWORD in processor:
         yield f"{base}.{_MM}.{KEYWORD}: set {names.skip} instead"
-    if MAP_SKIPPED in given and not names.of_job:
-        yield f"{base}.{MAP_SKIPPED}: this is a setting of jobs: set {names.skip} instead"
-    elif not isinstance(given.get(MAP_SKIPPED, False), bool):
+    if not isinstance(given.get(MAP_SKIPPED, False), bool):
         yield f"{base}.{MAP_SKIPPED} = {given[MAP_SKIPPED]!r}: expected true or false"
 
 

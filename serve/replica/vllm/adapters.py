@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pipelines.engines.model import EngineModel
 from pipelines.engines.vllm.awaited import AsyncVllm
+from serve.config import ModelSection
 from serve.replica.vllm.settings import check_adapter
 from skipvision import SkipConfig
 from skipvision.adapters.files import PEFT_FILES
@@ -45,13 +45,16 @@ class VllmAdapters:
 
     Args:
         engine: runs in ``loop``.
-        model: the base model.
+        section: the base model and its engine.
+        skip: SkipConfig of the base model.
         loop: event loop of the engine. Other methods than `using` and `configs` are called in other threads.
     """
 
-    def __init__(self, engine: AsyncVllm, model: EngineModel, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, engine: AsyncVllm, section: ModelSection, skip: SkipConfig, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._engine, self._loop, self._numbers = engine, loop, count(1)
-        self._base, self._loaded = model.base, {BASE: LoadedAdapter(model.skip)}
+        self._section, self._loaded = section, {BASE: LoadedAdapter(skip)}
 
     @property
     def configs(self) -> dict[str, SkipConfig]:
@@ -81,7 +84,7 @@ class VllmAdapters:
             AdapterError: vLLM cannot serve it.
             ConfigError: vLLM refuses it.
         """
-        adapter = LoadedAdapter(check_adapter(name, folder, self._base), number=next(self._numbers))
+        adapter = LoadedAdapter(check_adapter(name, folder, self._section), number=next(self._numbers))
         if all((folder / file).exists() for file in PEFT_FILES):
             # vLLM may read an adapter again when it is used.
             adapter.files = Path(tempfile.mkdtemp(prefix="skipvision-lora-"))

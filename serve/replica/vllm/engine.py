@@ -23,6 +23,7 @@ from skipvision import SkipConfig
 from skipvision.engine import BASE, Chunk, Request, Statistics
 from skipvision.errors import ConfigError, UnsupportedModelError
 from skipvision.integrations.vllm.equal_cost import without_skipped
+from skipvision.integrations.vllm.settings import MAP_SKIPPED
 from skipvision.plan import TokenPlan
 
 _PING_SECONDS = 1.0
@@ -41,7 +42,7 @@ class VllmReplicaEngine:
     adapters: VllmAdapters
 
     def __init__(self, section: ModelSection, died: Callable[[BaseException], None]) -> None:
-        self._model = engine_model(section)
+        self._section, self._model = section, engine_model(section)
         self._died = died
         self._engine = AsyncVllm(self._model, section.engine, self._end, further_arguments(section))
         self._unpruned = pruning_problem()
@@ -51,7 +52,7 @@ class VllmReplicaEngine:
         await self._engine.start()
         processor, loop = self._engine.processor, asyncio.get_running_loop()
         self._grammars = Grammars(processor.tokenizer, self._engine.vocabulary, [])
-        self.adapters = VllmAdapters(self._engine, self._model, loop)
+        self.adapters = VllmAdapters(self._engine, self._section, self._model.skip, loop)
         self._watching = loop.create_task(self._watch())
 
     async def stream(self, request: Request, work: Work, *, whole: bool) -> AsyncGenerator[Chunk, None]:
@@ -62,7 +63,8 @@ class VllmReplicaEngine:
             config = request.skip if isinstance(request.skip, SkipConfig) else adapter.skip
             try:
                 async with asyncio.timeout_at(until):
-                    rendered = await self._engine.render(request, await self._setting(config))
+                    config = await self._runnable(config)
+                    rendered = await self._engine.render(request, self._setting(config))
             except TimeoutError as error:
                 raise DeadlineError from error
             left = max(until - time.monotonic(), 1e-3)
@@ -86,23 +88,29 @@ class VllmReplicaEngine:
                     if chunk.completion is not None or not whole:
                         yield chunk
 
-    async def _setting(self, config: SkipConfig) -> object:
-        """Return the plug-in's setting of a request; None = the server's default. Raise `ConfigError`."""
+    async def _runnable(self, config: SkipConfig) -> SkipConfig:
+        """Return the SkipConfig that vLLM runs for a request's. Raise `ConfigError` if there is none."""
+        if config.is_full or config == self._model.skip:
+            return config
+        if self._unpruned is not None:
+            raise ConfigError(f"this server prunes no images ({self._unpruned}). Leave skip out")
+        if not config.skipped:
+            return config
+        # The first call measures the model, which takes seconds.
+        equal = await asyncio.to_thread(without_skipped, config, load_config(self._model.base))
+        if equal is not None and self._section.engine.engine_kwargs.get(MAP_SKIPPED):
+            return equal
+        instead = "skipped=0" if equal is None else f"retained={equal.retained}, skipped=0 for the same FLOPs"
+        raise ConfigError(
+            f"skipped={config.skipped!r}: in vLLM every token takes the whole decoder, so none bypasses the "
+            f"feed-forward networks: use {instead}"
+        )
+
+    def _setting(self, config: SkipConfig) -> object:
+        """Return the plug-in's setting of a request; None = the server's default."""
         default = self._model.skip
         if config == default or (config.is_full and default.is_full):
             return None
-        if self._unpruned is not None:
-            raise ConfigError(f"this server prunes no images ({self._unpruned}). Leave skip out")
-        if config.skipped:
-            # The first call measures the model, which takes seconds.
-            equal = await asyncio.to_thread(without_skipped, config, load_config(self._model.base))
-            instead = (
-                "skipped=0" if equal is None else f"retained={equal.retained}, skipped=0 for the same FLOPs"
-            )
-            raise ConfigError(
-                f"skipped={config.skipped!r}: in vLLM every token takes the whole decoder, so none bypasses "
-                f"the feed-forward networks: use {instead}"
-            )
         return "full" if config.is_full else config.model_dump()
 
     async def plan(self, request: Request, until: float) -> TokenPlan:

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pipelines.engines.model import EngineModel
-from pipelines.engines.vllm.pruning import instead_of_skipped, pruning_problem
+from pipelines.engines.vllm.pruning import instead_of_skipped, mapped, mapped_config, pruning_problem
 from pipelines.engines.vllm.settings import SettingNames, check_arguments, check_settings, needs_export
 from pipelines.tracking.registry import is_registered
 from serve.config import ModelSection
@@ -36,10 +36,10 @@ _TOWER = re.compile(r"\.(vision|visual|image|multi_modal_projector|merger|connec
 
 
 def engine_model(section: ModelSection) -> EngineModel:
-    """Return the base model as vLLM's engine takes it."""
+    """Return the base model as vLLM's engine takes it, with `mapped` skipped tokens."""
     exported = settings_of(section.path)
     skip = section.skip or (None if exported is None else exported.skip) or SkipConfig.full()
-    return EngineModel(
+    model = EngineModel(
         base=section.path,
         label=section.path,
         adapter=None,
@@ -48,6 +48,7 @@ def engine_model(section: ModelSection) -> EngineModel:
         dtype=section.dtype,
         attention=section.attention,
     )
+    return mapped(model, section.engine)
 
 
 def further_arguments(section: ModelSection) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def check_model(section: ModelSection, index: int) -> None:
     problems.collect(lambda: _check_rank(section, base))
     for name, source in section.adapters.items():
         if not is_registered(source):
-            skip = problems.collect(partial(check_adapter, name, Path(source), section.path))
+            skip = problems.collect(partial(check_adapter, name, Path(source), section))
             if skip is not None and not skip.is_full:
                 problems.collect(partial(_check_pruning, f"{base}.adapters.{name}"))
             skips |= set() if skip is None else {skip}
@@ -148,24 +149,24 @@ def _check_rank(section: ModelSection, name: str) -> None:
             )
 
 
-def check_adapter(name: str, folder: Path, base: str) -> SkipConfig:
+def check_adapter(name: str, folder: Path, section: ModelSection) -> SkipConfig:
     """Return the SkipConfig of an adapter that vLLM can serve next to its base model.
 
     Args:
         name: of the adapter.
         folder: its files.
-        base: folder or Hugging Face id of the base model.
+        section: the base model and its engine.
 
     Raises:
         AdapterError: the folder holds no adapter, or one that vLLM cannot serve.
     """
     saved = read_adapter(folder)
-    skip: SkipConfig = saved["skip"] or SkipConfig.full()
+    skip = mapped_config(saved["skip"] or SkipConfig.full(), section.path, section.engine)
     reasons = [*_unservable(skip), *(_no_lora(folder) if saved["lora"] else ())]
     if reasons:
         merging = "jobs/export.py"
         if skip.skipped:
-            merging += f" with {instead_of_skipped(skip, base, 'skip')}"
+            merging += f" with {instead_of_skipped(skip, section.path, 'skip')}"
         raise AdapterError(
             f"adapter {name} ({folder}): vLLM cannot serve it next to its base model, because "
             f"{'; and '.join(reasons)}. Merge it by {merging}, and serve the folder that this writes as a "

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from pipelines.engines.vllm import pruning
 from serve.app import build
-from serve.config import serve_config
-from serve.replica.vllm.settings import check_adapter, further_arguments
+from serve.config import ModelSection, serve_config
+from serve.replica.vllm.settings import check_adapter, engine_model, further_arguments
 from skipvision import AdapterError, ConfigError, SkipConfig
 
 LANGUAGE = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
@@ -35,9 +35,24 @@ def adapter(tmp_path):
     return write
 
 
+def section(path="m", **values):
+    engine = {"backend": "vllm", "engine_kwargs": values.pop("engine_kwargs", {})}
+    return ModelSection.model_validate({"path": str(path), "engine": engine, **values})
+
+
 def test_an_adapter_of_lora_can_be_served(adapter):
-    assert check_adapter("a", adapter(), "m") == PRUNED
-    assert check_adapter("b", adapter("b", None), "m") == SkipConfig.full()
+    assert check_adapter("a", adapter(), section()) == PRUNED
+    assert check_adapter("b", adapter("b", None), section()) == SkipConfig.full()
+
+
+def test_skipped_tokens_of_model_and_adapters_are_mapped_on_request(adapter, tiny_model):
+    skipping = SkipConfig(retained=4, skipped=6, summary_tokens=0)
+    mapping = section(tiny_model, skip=skipping, engine_kwargs={"map_skipped": True})
+    equal = engine_model(mapping).skip
+    assert (equal.skipped, equal.summary_tokens) == (0, 0)
+    assert 4 < equal.retained < 10
+    assert check_adapter("a", adapter(skip=skipping), mapping) == equal
+    assert engine_model(section(tiny_model, skip=skipping)).skip == skipping
 
 
 @pytest.mark.parametrize(
@@ -61,7 +76,7 @@ def test_an_adapter_of_lora_can_be_served(adapter):
 )
 def test_other_adapters_are_refused_with_the_remedy(adapter, tiny_model, changes, reason):
     with pytest.raises(AdapterError, match=rf"^adapter one .*{reason}.*") as refused:
-        check_adapter("one", adapter(**changes), str(tiny_model))
+        check_adapter("one", adapter(**changes), section(tiny_model))
     assert "jobs/export.py" in str(refused.value)
 
 
@@ -82,7 +97,7 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter, monkeypa
                 "enable_lora": True,
                 "tensor_parallel_size": 2,
                 "max_lora_rank": 8,
-                "map_skipped": True,
+                "map_skipped": "yes",
                 "mm_processor_kwargs": {"skip": {"retained": 8}},
             },
         },
@@ -98,10 +113,11 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model, adapter, monkeypa
         "models.1.attention = eager",
         "models.1.skip.skipped = 2: in vLLM no token can bypass",
         "feed-forward networks: set models.1.skip.retained=",
+        "or models.1.engine.engine_kwargs.map_skipped to true",
         "models.1.skip: VLLM_PLUGINS='' turns off",
         "models.1.adapters.two: its SkipConfig prunes images: VLLM_PLUGINS=''",
         "models.1.engine.engine_kwargs.mm_processor_kwargs.skip: set models.1.skip instead",
-        "models.1.engine.engine_kwargs.map_skipped: this is a setting of jobs: set models.1.skip instead",
+        "models.1.engine.engine_kwargs.map_skipped = 'yes': expected true or false",
         f"models.1.path = {tiny_model}: vLLM does not know the names of its weights",
         "models.1.scaling.gpus_per_engine = 1",
         "models.1.engine.engine_kwargs.max_lora_rank = 8: adapter one has rank 12",
