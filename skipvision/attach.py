@@ -257,6 +257,8 @@ def _check(anatomy: Anatomy, config: SkipConfig) -> None:
         raise ConfigError(f"skip_layers={[*config.skip_layers]}, but the decoder has layers 0 … {last}")
     if config.drop_after is not None:
         _check_drop(anatomy, config.drop_after)
+    if config.size_bias:
+        _check_masks(anatomy, "size_bias=True", "take no bias", "set size_bias to false")
     criterion, outer = config.criterion, type(anatomy.outer).__name__
     if criterion.reads == "views" and anatomy.family.base_view is None:
         raise ConfigError(
@@ -279,20 +281,31 @@ def _check_drop(anatomy: Anatomy, after: int) -> None:
         raise ConfigError(
             f"drop_after={after}, but the decoder has layers 0 … {last}: name one that has a layer after it"
         )
+    _check_masks(anatomy, f"drop_after={after}", "cannot leave tokens out", "set drop_after to null")
+
+
+def _check_masks(anatomy: Anatomy, setting: str, reason: str, remedy: str) -> None:
+    """Raise an error unless every layer has keys and values of its own, and takes a mask per query.
+
+    Args:
+        anatomy: of the model.
+        setting: that needs it.
+        reason: what other layers cannot do.
+        remedy: what to do.
+    """
     kinds = [type(layer) for layer in decoder_cache_layers(anatomy.text_config)]
     others = sorted({kind.__name__ for kind in kinds} - {"DynamicLayer", "DynamicSlidingWindowLayer"})
     if others or not all(layer.attends for layer in anatomy.layers):
         raise UnsupportedModelError(
-            f"drop_after={after}: {type(anatomy.decoder).__name__} has layers that keep something else than "
-            f"keys and values of their own ({', '.join(others) or 'no attention'}), whose tokens cannot be "
-            "left out: set drop_after to null",
+            f"{setting}: {type(anatomy.decoder).__name__} has layers that keep something else than keys and "
+            f"values of their own ({', '.join(others) or 'no attention'}) and {reason}: {remedy}",
             "layers without keys and values of their own",
         )
     sight = Sight.of(anatomy.decoder)
     if not sight.takes_masks:
         raise ConfigError(
-            f"drop_after={after} needs attention that takes a mask per query, not {sight.implementation!r}: "
-            "load the model with attn_implementation='sdpa' or 'eager'"
+            f"{setting} needs attention that takes a mask per query, not {sight.implementation!r}: "
+            f"load the model with attn_implementation='sdpa' or 'eager', or {remedy}"
         )
 
 

@@ -84,6 +84,11 @@ class SkipConfig(BaseModel):
         description="decoder layer (from 0) after which no visual token but the summaries is left, in the "
         "sequence and in the KV caches of later layers; null = all are",
     )
+    size_bias: Switch = Field(
+        False,
+        description="attention adds log(s) to the score of a token that holds s visual tokens after merging, "
+        "so that it weighs as much as they did",
+    )
     positions: Literal["original", "contiguous"] = Field(
         "original", description="kept tokens keep their position ids, or are numbered without gaps"
     )

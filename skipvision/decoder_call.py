@@ -17,7 +17,7 @@ from skipvision.drop import DROP_KEYWORD, DroppedCall
 from skipvision.errors import InputError, UnsupportedModelError
 from skipvision.kv_cache import CacheState, Entries
 from skipvision.merge import merge_tokens
-from skipvision.plan import PLAN_KEYWORD, Drop, TokenPlan
+from skipvision.plan import PLAN_KEYWORD, Drop, TokenPlan, joined_sizes
 from skipvision.summaries import SUMMARY
 
 
@@ -30,12 +30,14 @@ class Fed:
         earlier: (B, C) real entries of the cache.
         token_index: (B, C + T) index of each among all tokens that its row was ever fed.
         first: (B,) tokens of the cache's first call; None if this call is the first.
+        sizes: (B, C) tokens that attention counts each entry as; None = one each.
     """
 
     mask: torch.Tensor
     earlier: torch.Tensor
     token_index: torch.Tensor
     first: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
 
     @classmethod
     def of(cls, kwargs: dict[str, Any], callers_mask: torch.Tensor | None) -> Fed:
@@ -48,7 +50,8 @@ class Fed:
         mask, earlier = callers_mask[:, cached:].bool(), callers_mask[:, :cached].bool()
         state, whole = CacheState.of(cache), torch.cat([earlier, mask], dim=1)
         if state is not None:
-            return cls(mask, earlier, state.extended_index(whole), state.first)
+            index = state.extended_index(whole)
+            return cls(mask, earlier, index, state.first, state.extended_sizes(earlier))
         held = first_call_of(cache) if cached else None
         first = None if held is None else earlier[:, :held].sum(dim=1)
         return cls(mask, earlier, masks.token_indices(whole), first)
@@ -104,8 +107,9 @@ class DecoderCall:
         """Keyword arguments of a call without images on a pruned cache: only the mask changes."""
         given, embeds = self.kwargs.get("attention_mask"), self.kwargs["inputs_embeds"]
         sight, fed = masks.Sight.of(self.decoder), self.fed
+        sizes = joined_sizes((fed.sizes, fed.earlier), (None, fed.mask))
         mask = masks.decode_mask(
-            sight, given, fed.whole, fed.token_index, embeds.shape[1], embeds.dtype, fed.first
+            sight, given, fed.whole, fed.token_index, embeds.shape[1], embeds.dtype, fed.first, sizes
         )
         call = {**self.kwargs, "attention_mask": mask}
         state = CacheState.of(self.kwargs.get("past_key_values"))
@@ -198,6 +202,7 @@ class DecoderCall:
             dtype,
             self.decoded if config.skip_kv and config.skipped else None,
             self.first,
+            joined_sizes((fed.sizes, fed.earlier), (plan.sizes, plan.attention_mask)),
         )
 
     def _per_token(self, plan: TokenPlan) -> dict[str, Any]:

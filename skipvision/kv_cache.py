@@ -33,6 +33,7 @@ from skipvision.anatomy.cache_layers import (
 from skipvision.anatomy.pruned_layers import PrunedLayer, RowsLayer
 from skipvision.drop import DroppedCall
 from skipvision.errors import InputError, UnsupportedModelError
+from skipvision.plan import joined_sizes
 
 _STATE = "_skip_vision_state"
 _ENTRIES = "_skip_vision_entries"
@@ -125,6 +126,7 @@ class CacheState:
         first: (B,) tokens that each row was fed in the cache's first call, without drafts, which some layers
             never forget; None if all of its entries so far are of that call.
         later: the entries of the layers that lack some; None = no layer does.
+        sizes: (B, C) tokens that attention counts each entry as; None = one each.
     """
 
     mask: torch.Tensor
@@ -135,6 +137,7 @@ class CacheState:
     fed: torch.Tensor
     first: torch.Tensor | None = None
     later: LaterEntries | None = None
+    sizes: torch.Tensor | None = None
 
     @staticmethod
     def of(cache: Cache | None) -> CacheState | None:
@@ -178,6 +181,7 @@ class CacheState:
             self.fed - lost,
             self.first,
             self.later and LaterEntries(self.later.after, *(each[:, :-lost] for each in self.later[1:])),
+            None if self.sizes is None else self.sizes[:, :-lost],
         )
 
     def _of_rows(self, origin: torch.Tensor) -> CacheState:
@@ -191,6 +195,7 @@ class CacheState:
             self.fed[at],
             None if self.first is None else self.first[at],
             self.later and LaterEntries(self.later.after, *(each[at] for each in self.later[1:])),
+            None if self.sizes is None else self.sizes[at],
         )
 
     def extended_mask(self, cached: int, new: int, caller_mask: torch.Tensor | None) -> torch.Tensor:
@@ -217,6 +222,10 @@ class CacheState:
         """
         later = mask[:, self.mask.shape[1] :].long().cumsum(dim=1) - 1
         return torch.cat([self.token_index, self.fed[:, None] + later], dim=1)
+
+    def extended_sizes(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """(B, C + later) ``sizes`` of all entries of such a mask; each later entry holds one token."""
+        return joined_sizes((self.sizes, self.mask), (None, mask[:, self.mask.shape[1] :]))
 
 
 def _first_with_entries(cache: Cache) -> int:

@@ -68,6 +68,7 @@ def lay_out(
         images=len(images.sizes),
         summary_tokens=config.summary_tokens,
         skip_layers=None if config.skip_layers == "all" else config.skip_layers,
+        size_bias=config.size_bias,
     )
     if config.drop_after is None:
         return plan

@@ -52,6 +52,7 @@ class TokenPlan:
         skip_layers: layers whose feed-forward networks apply ``ffn_mask``; every token enters those of the
             others. None = all.
         drop: what the layers after ``SkipConfig.drop_after`` keep; None = everything.
+        size_bias: attention counts `sizes`.
     """
 
     roles: torch.Tensor
@@ -67,6 +68,7 @@ class TokenPlan:
     summary_tokens: int
     skip_layers: tuple[int, ...] | None = None
     drop: Drop | None = None
+    size_bias: bool = False
 
     def __repr__(self) -> str:
         caller, reduced = tuple(self.merged_into.shape), tuple(self.roles.shape)
@@ -100,6 +102,14 @@ class TokenPlan:
         into = self.merged_into
         counts = torch.zeros_like(self.source)
         return counts.scatter_add_(1, into.clamp(min=0), (into >= 0).to(counts.dtype))
+
+    @cached_property
+    def sizes(self) -> torch.Tensor | None:
+        """(B, L) caller positions that attention counts each token as; None = every token counts as one.
+
+        A summary counts as one: the tokens that it summarises are counted themselves.
+        """
+        return sizes_above_one(self.mass.clamp(min=1)) if self.size_bias else None
 
     def at_layer(self, number: int) -> TokenPlan:
         """Return the plan of one decoder layer: after ``drop_after``, the remaining tokens only."""
@@ -168,6 +178,22 @@ class Drop:
             summary_tokens=plan.summary_tokens,
         )
         return cls(after, index, left)
+
+
+def sizes_above_one(sizes: torch.Tensor) -> torch.Tensor | None:
+    """Return (B, L) sizes of tokens, or None if none is larger than one."""
+    return sizes if bool((sizes > 1).any()) else None
+
+
+def joined_sizes(*parts: tuple[torch.Tensor | None, torch.Tensor]) -> torch.Tensor | None:
+    """(B, …) sizes of consecutive parts of a row; None if no part has any.
+
+    Each part is its (B, n) sizes, or None where each is one, and another (B, n) tensor, such as its mask.
+    """
+    if all(sizes is None for sizes, _ in parts):
+        return None
+    whole = [torch.ones_like(like, dtype=torch.long) if sizes is None else sizes for sizes, like in parts]
+    return torch.cat(whole, dim=1)
 
 
 def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ from skipvision.kv_cache import (
     compact_later,
     keep_everything,
 )
-from skipvision.plan import PLAN_KEYWORD, Drop, TokenPlan
+from skipvision.plan import PLAN_KEYWORD, Drop, TokenPlan, joined_sizes, sizes_above_one
 from skipvision.planning import checked_reading, make_plan
 from skipvision.skip_ffn import forget_plan, reached_layers
 from skipvision.summaries import SUMMARY, summary_in_use
@@ -243,7 +243,23 @@ def _prune(cache: Any, plan: TokenPlan) -> None:
     entries = torch.cat([token_index[:, :before], reduced_index], dim=1)
     kept_index = torch.take_along_dim(entries, index, dim=1)
     first = fed if first is None else first
-    CacheState(kept, caller + length, shift, following, kept_index, fed, first, later).remember(cache)
+    sizes = _sizes_left(plan, state, mask[:, :before], kept, index)
+    CacheState(kept, caller + length, shift, following, kept_index, fed, first, later, sizes).remember(cache)
+
+
+def _sizes_left(
+    plan: TokenPlan,
+    state: CacheState | None,
+    earlier: torch.Tensor,
+    kept: torch.Tensor,
+    index: torch.Tensor,
+) -> torch.Tensor | None:
+    """(B, K) sizes of the entries that stay; None if each is one, as when all merged tokens have left."""
+    before = None if state is None else state.extended_sizes(earlier)
+    sizes = joined_sizes((before, earlier), (plan.sizes, plan.cache_mask))
+    if sizes is None:
+        return None
+    return sizes_above_one(torch.take_along_dim(sizes, index, dim=1).masked_fill(~kept, 1))
 
 
 def _prune_both(

@@ -1,8 +1,9 @@
 """Attention masks of a reduced sequence, for decoders that need more than a 2-D padding mask.
 
-A decoder needs more for three reasons: layers that see only a window or a chunk, image tokens that attend to
-each other both ways, and training calls in which answers must not see skipped tokens. Distances are taken
-between the tokens' indices in the caller's sequence, so a window covers the same text as there.
+A decoder needs more for four reasons: layers that see only a window or a chunk, image tokens that attend to
+each other both ways, training calls in which answers must not see skipped tokens, and merged tokens that
+weigh as much as the tokens in them. Distances are taken between the tokens' indices in the caller's sequence,
+so a window covers the same text as there.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class Sight:
         as_dict: bool,
         dtype: torch.dtype,
         real: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
     ) -> Given:
         """Return the masks in the form that the decoder takes.
 
@@ -113,18 +115,22 @@ class Sight:
             as_dict: the decoder takes a dictionary.
             dtype: of the hidden states.
             real: (B, Q) tokens that are not padding, for recurrent layers; None = all.
+            sizes: (B, K) tokens that each key holds, whose log is added to its scores; None = one each.
         """
         masks: dict[str, torch.Tensor | None] = {
-            kind: self._written(allowed, dtype) for kind, allowed in seen.items()
+            kind: self._written(allowed, dtype, sizes) for kind, allowed in seen.items()
         }
         if not as_dict:
             return next(iter(masks.values()))
         return {**masks, **{kind: real for kind in self.kinds if kind in _RECURRENT}}
 
-    def _written(self, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _written(self, seen: torch.Tensor, dtype: torch.dtype, sizes: torch.Tensor | None) -> torch.Tensor:
         seen = seen[:, None]
         # A softmax needs an entry in each row: a query that sees nothing is padding, and may see anything.
         seen = seen | ~seen.any(dim=-1, keepdim=True)
+        if sizes is not None:
+            wide = sizes.clamp(min=1).to(torch.promote_types(dtype, torch.float32))
+            return wide.log().to(dtype)[:, None, None].masked_fill(~seen, torch.finfo(dtype).min)
         if self.implementation == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
@@ -167,6 +173,7 @@ def prefill_mask(
     dtype: torch.dtype,
     decoded: torch.Tensor | None = None,
     first: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> Given:
     """Return the decoder's mask for the reduced sequence.
 
@@ -181,11 +188,13 @@ def prefill_mask(
         dtype: of the hidden states.
         decoded: (B, T) generated tokens, which do not see tokens that leave the cache.
         first: (B,) tokens of the cache's first call, as in `Sight.within_reach`.
+        sizes: (B, C + L) tokens that each entry and token holds; None = one each.
 
     Raises:
         ConfigError: the attention implementation takes no mask per query, but one is needed.
     """
-    if decoded is None and not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
+    needed = decoded is not None or sizes is not None or is_per_query(given)
+    if not needed and (sight.unlimited or not sight.takes_masks):
         return torch.cat([earlier, plan.attention_mask], dim=1)
     sight.check_masks()
     source = plan.position_source.clamp(min=0)
@@ -205,7 +214,7 @@ def prefill_mask(
             own = own & ~(generated[:, :, None] & ~plan.cache_mask[:, None, :])
         old = sight.within_reach(kind, token_index, earlier_index, first) & earlier[:, None, :]
         seen[kind] = torch.cat([old.expand(-1, own.shape[1], -1), own], dim=2)
-    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, plan.attention_mask)
+    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, plan.attention_mask, sizes)
 
 
 def _reduced(given: torch.Tensor, source: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -231,6 +240,7 @@ def decode_mask(
     new: int,
     dtype: torch.dtype,
     first: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> Given:
     """Return the decoder's mask for ``new`` tokens after a pruned cache.
 
@@ -242,8 +252,9 @@ def decode_mask(
         new: tokens of this call.
         dtype: of the hidden states.
         first: (B,) tokens of the cache's first call, as in `Sight.within_reach`.
+        sizes: (B, C + new) tokens that each entry and token holds; None = one each.
     """
-    if not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
+    if sizes is None and not is_per_query(given) and (sight.unlimited or not sight.takes_masks):
         return mask
     entries = mask.shape[1]
     order = torch.arange(entries, device=mask.device)
@@ -255,7 +266,7 @@ def decode_mask(
         for kind in (sight.attending if sight.by_kind or isinstance(given, dict) else sight.attending[:1])
     }
     real = mask[:, entries - new :] if new > 1 else None
-    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, real)
+    return sight.write(seen, sight.by_kind or isinstance(given, dict), dtype, real, sizes)
 
 
 def later_masks(

@@ -47,6 +47,7 @@ class Prefix:
         next_position: (A,) position of the token after it, on each of the model's position axes.
         fed: number of the caller's tokens.
         visual: counts of visual tokens.
+        sizes: (C,) tokens that attention counts each entry as; None = one each.
     """
 
     layers: Entries
@@ -55,6 +56,7 @@ class Prefix:
     next_position: torch.Tensor
     fed: int
     visual: Visual
+    sizes: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +81,7 @@ class Prefilled:
         positions: (A, B, T) positions of the caller's tokens, valid after the images; None if the batch
             started from cached prefixes.
         later: entries of the layers that lack some; None = no layer does.
+        sizes: (B, C) tokens that attention counts each entry as; None = one each.
     """
 
     layers: Entries
@@ -92,6 +95,7 @@ class Prefilled:
     visual: list[Visual]
     positions: torch.Tensor | None = None
     later: LaterEntries | None = None
+    sizes: torch.Tensor | None = None
 
     def staying(self) -> tuple[torch.Tensor, list[int]]:
         """Return the indices of the entries that stay, (B, K), and their number in each row.
@@ -125,6 +129,7 @@ class Prefilled:
             self.positions[:, row, padding + tokens].clone(),
             tokens,
             self.visual[row],
+            None if self.sizes is None else self.sizes[row, index],
         )
 
 
@@ -189,7 +194,7 @@ class Prefiller:
             _layers(cache), states_of(cache), state.mask, stay, state.token_index, state.fed,
             state.next_position, logits,
             [Visual(total, *row) for total, row in zip(visual, counts, strict=True)],
-            axes - state.shift[..., None], state.later,
+            axes - state.shift[..., None], state.later, state.sizes,
         )  # fmt: skip
 
     def from_prefixes(self, prefixes: Sequence[Prefix], prompts: Sequence[Prompt]) -> Prefilled:
@@ -215,6 +220,7 @@ class Prefiller:
             next_position=next_position,
             token_index=_padded_left([prefix.ordinal for prefix in prefixes]),
             fed=torch.tensor([prefix.fed for prefix in prefixes], device=mask.device),
+            sizes=_sizes(prefixes),
         )
         state.remember(cache)
         positions = next_position[..., None] + (mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -231,7 +237,7 @@ class Prefiller:
         new = mask.sum(dim=1)
         return Prefilled(
             _layers(cache), {}, real, stay, state.extended_index(real), state.fed + new, next_position + new,
-            output.logits[:, -1], [prefix.visual for prefix in prefixes],
+            output.logits[:, -1], [prefix.visual for prefix in prefixes], sizes=state.extended_sizes(real),
         )  # fmt: skip
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +260,15 @@ def _in_front(stay: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
 def _layers(cache: DynamicCache) -> Entries:
     found = {number: entries_of(layer) for number, layer in enumerate(cache.layers)}
     return {number: fields for number, fields in found.items() if fields}
+
+
+def _sizes(prefixes: Sequence[Prefix]) -> torch.Tensor | None:
+    """(B, C) sizes of the entries of several prefixes, padded on the left."""
+    if all(prefix.sizes is None for prefix in prefixes):
+        return None
+    return _padded_left(
+        [torch.ones_like(one.ordinal) if one.sizes is None else one.sizes for one in prefixes]
+    )
 
 
 def _padded_left(values: list[torch.Tensor]) -> torch.Tensor:

@@ -78,7 +78,12 @@ class Running:
         rows = torch.tensor(source, device=index.device)
         ordinals = torch.take_along_dim(filled.ordinal, index, dim=1)
         left = None if later is None else Left(later[0], later[1][rows], later[2][rows])
-        self.slots.append(filled.layers, filled.states, rows, index[rows], ordinals[rows], left)
+        sizes = None
+        if filled.sizes is not None:
+            sizes = torch.take_along_dim(filled.sizes, index, dim=1)[rows]
+            for sequence, sized in zip(sequences, (sizes > 1).any(dim=1).tolist(), strict=True):
+                sequence.sized = sized
+        self.slots.append(filled.layers, filled.states, rows, index[rows], ordinals[rows], left, sizes)
         self.sequences += sequences
 
     def remove(self, sequence: Sequence, erase: bool = False) -> None:
@@ -132,13 +137,15 @@ class Running:
         rows = None if whole else torch.tensor(self._rows_of(sequences), device=device)
         self.slots.begin_step(at, ordinals, min(span, self.slots.length), rows)
         first = tensor([sequence.first for sequence in sequences])
+        sized = any(sequence.sized for sequence in sequences)
+        sizes = self.slots.sizes() if sized else None
         if dropping:
             absent = [tensor([s.absent if _lacks(s, after) else 0 for s in sequences]) for after in dropping]
             lacking = [tensor([_lacks(s, after) for s in sequences], False) for after in dropping]
-            self._lack(dropping, absent, lacking, ordinals, first)
+            self._lack(dropping, absent, lacking, ordinals, first, sized)
         inputs = {
             "input_ids": tensor([[sequence.ids[-1]] for sequence in sequences], [0]),
-            "attention_mask": self._mask(at, ordinals, self.slots.ordinals(), first),
+            "attention_mask": self._mask(at, ordinals, self.slots.ordinals(), first, sizes),
             "position_ids": positions if axes > 1 else positions[0],
             "past_key_values": self.slots,
             "use_cache": True,
@@ -173,6 +180,7 @@ class Running:
         lacking: list[torch.Tensor],
         ordinals: torch.Tensor,
         first: torch.Tensor,
+        sized: bool,
     ) -> None:
         """Set what the layers after each of some layers read in this step, and their masks.
 
@@ -182,6 +190,7 @@ class Running:
             lacking: for each, (R,) whether a row's entries after it are others than before.
             ordinals: (R,) index of the new tokens among the caller's.
             first: (R,) tokens of the prompts.
+            sized: attention counts entries of some rows as several tokens.
         """
         slots, total = self.slots, len(self.slots.layers)
         slots.lack(
@@ -195,17 +204,25 @@ class Running:
         masks: list[torch.Tensor | None] = []
         for number, step in enumerate(slots.steps):
             end = dropping[number + 1] if number + 1 < len(dropping) else total - 1
-            mask = self._mask(step.at, ordinals, slots.later_ordinals(step, lacking[number]), first)
+            keys = slots.later_ordinals(step, lacking[number])
+            sizes = slots.later_sizes(step, lacking[number]) if sized else None
+            mask = self._mask(step.at, ordinals, keys, first, sizes)
             kinds = self._kinds[step.after + 1 : end + 1] if isinstance(mask, dict) else None
             masks += [mask[kind] for kind in kinds] if kinds else [mask] * (end - step.after)
         slots.dropped = DroppedCall(dropping[0], masks)
 
     def _mask(
-        self, lengths: torch.Tensor, ordinals: torch.Tensor, keys: torch.Tensor, first: torch.Tensor
+        self,
+        lengths: torch.Tensor,
+        ordinals: torch.Tensor,
+        keys: torch.Tensor,
+        first: torch.Tensor,
+        sizes: torch.Tensor | None,
     ) -> Any:
         """Let each row's new token see the row's own entries, within the window of each layer.
 
-        ``keys`` (R, span) are the entries' indices among the caller's tokens.
+        ``keys`` (R, span) are the entries' indices among the caller's tokens, and ``sizes`` (R, span) the
+        tokens that attention counts each as; None = one each.
         """
         visible = torch.arange(keys.shape[1], device=keys.device) <= lengths[:, None]
         if not self._sight.takes_masks:
@@ -215,7 +232,7 @@ class Running:
             kind: visible[:, None] & self._sight.within_reach(kind, ordinals[:, None], keys, first)
             for kind in kinds
         }
-        return self._sight.write(masks, self._sight.by_kind, self._model.dtype)
+        return self._sight.write(masks, self._sight.by_kind, self._model.dtype, sizes=sizes)
 
     def _make_room(self, sequences: abc.Sequence[Sequence]) -> None:
         """Change the length of rows if these sequences need longer rows, or more of them."""

@@ -130,6 +130,7 @@ class Sequence:
         length: entries in its row of the KV cache.
         drop_after: last layer with all of them; None = every layer has all.
         absent: entries that the layers after it lack.
+        sized: whether attention counts some of its entries as several tokens.
         fed: tokens of prompt and answer that the model has read, as the caller counts them.
         first: tokens of the prompt.
         position: (A,) position of the newest token, on each of the model's position axes.
@@ -146,6 +147,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.length = self.fed = self.first = self.absent = 0
         self.drop_after: int | None = None
+        self.sized = False
         self.position: list[int] = []
         self._stream = TextStream(decode, self.sampling.stop)
         self.adjust = None if group.request.adjust is None else group.request.adjust()

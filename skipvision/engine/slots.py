@@ -50,6 +50,7 @@ class Slots(SettledCache):
         self.steps: list[Step] = []
         self.dropped: DroppedCall | None = None
         self._later_ordinal: torch.Tensor | None = None
+        self._sizes: torch.Tensor | None = None
 
     def allocate(self, layers: Entries, states: States) -> None:
         """Allocate memory on the first call, for entries (B, heads, S, D) and states like these."""
@@ -100,6 +101,7 @@ class Slots(SettledCache):
         index: torch.Tensor,
         ordinals: torch.Tensor,
         left: Left | None = None,
+        sizes: torch.Tensor | None = None,
     ) -> None:
         """Copy entries of a prefill into N new rows.
 
@@ -110,6 +112,7 @@ class Slots(SettledCache):
             index: (N, K) entries that it copies, in order; arbitrary past a row's last entry.
             ordinals: (N, K) index of each entry among the caller's tokens.
             left: what layers copy that lack entries; None = none does.
+            sizes: (N, K) tokens that attention counts each entry as; None = one each.
         """
         new, longest = index.shape
         rows = slice(self.rows, self.rows + new)
@@ -125,6 +128,10 @@ class Slots(SettledCache):
         for number, held in self._states.items():
             held.put(self.rows, states[number], source)
         self._ordinals(self.length)[rows, :longest] = ordinals
+        if sizes is not None and self._sizes is None:
+            self._sizes = torch.ones_like(self._ordinal)
+        if self._sizes is not None:
+            self._ordinals(self.length, self._sizes)[rows, :longest] = 1 if sizes is None else sizes
         self.rows += new
 
     def remove(self, row: int) -> None:
@@ -163,6 +170,8 @@ class Slots(SettledCache):
         self.steps, self.dropped = [], None
         rows = self._rows_of_step()
         self._ordinals(self.length)[rows, lengths] = ordinals
+        if self._sizes is not None:
+            self._ordinals(self.length, self._sizes)[rows, lengths] = 1
         for held in self._states.values():
             held.reserve(len(lengths))
             held.begin_step(rows)
@@ -220,8 +229,22 @@ class Slots(SettledCache):
 
         Arbitrary past a row's last entry.
         """
+        return self._of_step(self._ordinal)
+
+    def sizes(self) -> torch.Tensor | None:
+        """(R, span) tokens that attention counts each of these entries as; None = one each."""
+        return None if self._sizes is None else self._of_step(self._sizes)
+
+    def later_sizes(self, step: Step, lacks: torch.Tensor) -> torch.Tensor | None:
+        """(R, span) the same after a layer. Rows that lack entries there have no merged tokens."""
+        if self._sizes is None:
+            return None
+        own = self._ordinals(self.length, self._sizes)[self._rows_of_step(), : step.span]
+        return own.masked_fill(lacks[:, None], 1)
+
+    def _of_step(self, table: torch.Tensor) -> torch.Tensor:
         rows = slice(len(self.at)) if self.step_rows is None else self.step_rows
-        return self._ordinals(self.length)[rows, : self.span]
+        return self._ordinals(self.length, table)[rows, : self.span]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Entries that attention reads before the new token; never 0 for a row in use."""
@@ -232,7 +255,7 @@ class Slots(SettledCache):
         return (self._ordinal if table is None else table)[: rows * length].view(rows, length)
 
     def _tables(self) -> list[torch.Tensor]:
-        return [self._ordinal] + ([] if self._later_ordinal is None else [self._later_ordinal])
+        return [t for t in (self._ordinal, self._later_ordinal, self._sizes) if t is not None]
 
 
 class Left(NamedTuple):

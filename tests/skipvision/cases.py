@@ -34,6 +34,11 @@ CONFIGS = {
         skip_layers=[1],
         drop_after=1,
     ),
+    "sized": SkipConfig(retained=5, skipped=4, size_bias=True),
+    "sized-in-cache": SkipConfig(retained=6, skipped=0, size_bias=True, layout="grouped"),
+    "sized-drop-later": SkipConfig(
+        retained=3, skipped=4, merge="tome", skip_kv=False, drop_after=1, size_bias=True
+    ),
     "ffn-for-all": SkipConfig(retained=5, skipped=4, skip_ffn=False),
     "cache-for-all": SkipConfig(retained=5, skipped=4, skip_kv=False),
     "retained-only": SkipConfig(retained=6, skipped=0),

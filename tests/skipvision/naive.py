@@ -377,7 +377,7 @@ def causal(length: int) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
-def run_layers(decoder, layers, hidden, positions, allowed, takes_ffn, cache=None):
+def run_layers(decoder, layers, hidden, positions, allowed, takes_ffn, cache=None, sizes=None):
     """Run decoder layers: every token enters every FFN, and a mask discards the update of skipped tokens.
 
     Args:
@@ -388,9 +388,12 @@ def run_layers(decoder, layers, hidden, positions, allowed, takes_ffn, cache=Non
         allowed: (L, keys) who attends to whom.
         takes_ffn: L flags.
         cache: keys and values of earlier tokens, to be extended.
+        sizes: of each key, whose log is added to its scores; None = one each.
     """
     rotary = decoder.rotary_emb(hidden, position_ids=positions[None])
     mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, -torch.inf)[None, None]
+    if sizes is not None:
+        mask = mask + torch.tensor([math.log(size) for size in sizes], dtype=hidden.dtype)
     keep = torch.tensor(takes_ffn, dtype=hidden.dtype)[None, :, None]
     for layer in layers:
         attended = layer.self_attn(
@@ -428,10 +431,14 @@ def run_row(model, row: Row, config, cache=None, earlier=()) -> torch.Tensor:
         hidden, left = hidden[:, [left.index(place) for place in now]], now
         skips = config.skip_ffn and (config.skip_layers == "all" or number in config.skip_layers)
         takes_ffn = [row.takes_ffn[place] or not skips for place in left]
-        seen = [earlier[place][0] for place in left_at([token for _, token in earlier], config, number)]
+        past = left_at([token for _, token in earlier], config, number)
+        seen = [earlier[place][0] for place in past]
+        keys = [*(earlier[place][1] for place in past), *(row.tokens[place] for place in left)]
+        sizes = [max(len(key.mean_of), 1) for key in keys] if config.size_bias else None
         before = torch.tensor(seen, dtype=torch.bool).expand(len(left), -1)
         allowed = torch.cat([before, causal(len(left))], dim=1)
-        hidden = run_layers(decoder, [layer], hidden, row.positions[left], allowed, takes_ffn, cache)
+        positions = row.positions[left]
+        hidden = run_layers(decoder, [layer], hidden, positions, allowed, takes_ffn, cache, sizes)
     states = hidden.new_zeros(len(row.tokens), hidden.shape[2])
     return states.index_put((torch.tensor(left),), decoder.norm(hidden)[0])
 

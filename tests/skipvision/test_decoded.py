@@ -21,6 +21,7 @@ from skipvision.testing.llava import IMAGE_TOKEN, tiny_inputs, tiny_llava
         {"select": "attention", "merge": "drop"},
         {"select": "relevance"},
         {"drop_after": 0},
+        {"size_bias": True},
         {"drop_after": 1, "skip_layers": [1]},
     ],
 )

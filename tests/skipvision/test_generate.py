@@ -32,6 +32,9 @@ HERE = [
     "ffn-ratio",
     "drop-after",
     "drop-later",
+    "sized",
+    "sized-in-cache",
+    "sized-drop-later",
 ]
 
 
@@ -89,7 +92,7 @@ def test_rows_that_share_a_prompt_decode_apart(model, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["counts", "contiguous", "cache-for-all", "drop-after"])
+@pytest.mark.parametrize("name", ["counts", "contiguous", "cache-for-all", "drop-after", "sized-in-cache"])
 def test_beams_keep_their_own_caches(model, name):
     """A beam's score is the sum of its tokens' log-probabilities on its own cache."""
     config, inputs = CONFIGS[name], tiny_inputs(REPEATED, dtype=F64)

@@ -54,6 +54,7 @@ DEFAULTS = {
     "skip_layers": "all",
     "skip_kv": True,
     "drop_after": None,
+    "size_bias": False,
     "positions": "original",
     "layout": "raster",
     "probe_layer": 0,

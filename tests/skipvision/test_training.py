@@ -53,7 +53,7 @@ def loss_by_hand(logits, labels):
 
 
 REDUCED = ["counts", "three-summaries", "pool", "drop", "grouped-contiguous", "ffn-for-all", "retained-only"]
-REDUCED += ["some-layers", "drop-later"]
+REDUCED += ["some-layers", "drop-later", "sized", "sized-in-cache"]
 
 
 @pytest.mark.parametrize("name", REDUCED)
@@ -122,7 +122,7 @@ def checkpointing(model, use_reentrant):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.filterwarnings("ignore:`use_cache=True` is incompatible with gradient checkpointing")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("name", ["counts", "no-summary", "grouped", "ffn-ratio", "drop-later"])
+@pytest.mark.parametrize("name", ["counts", "no-summary", "grouped", "ffn-ratio", "drop-later", "sized"])
 def test_checkpointing_gives_the_same_gradients(name, use_reentrant):
     """Also if a second forward, under another plan, runs before the first one's backward."""
     first = tiny_inputs(ROWS, padding="right", dtype=F64)

@@ -60,8 +60,13 @@ def skip_problems(model: EngineModel, name: str, engine: str, *, of_job: bool) -
             f"{name}.drop_after = {skip.drop_after}: in vLLM all layers have the same tokens: set it "
             f"to null and calibrate or tune for that, or use {engine}.backend native"
         )
+    if skip.size_bias:
+        yield (
+            f"{name}.size_bias = true: vLLM's paged attention takes no bias: set it to false and calibrate or "
+            f"tune for that, or use {engine}.backend native"
+        )
     # Positions, views and summary tokens depend on vLLM's class of the model, which is not known yet.
-    rest = skip.model_copy(update={"skipped": 0, "drop_after": None})
+    rest = skip.model_copy(update={"skipped": 0, "drop_after": None, "size_bias": False})
     known = Settings(rest, summary_tokens=skip.summary_tokens, positions="shared", views=True)
     try:
         known.checked(rest, load_config(model.base), False)

@@ -106,6 +106,8 @@ class Settings:
             raise ConfigError(
                 f"drop_after={config.drop_after}: in vLLM all layers have the same tokens: set it to null"
             )
+        if config.size_bias and not config.is_full:
+            raise ConfigError("size_bias=True: vLLM's paged attention takes no bias: set it to false")
         reads = config.criterion.reads
         if reads in ("decoder", "tower", "prompt"):
             raise ConfigError(

@@ -36,6 +36,7 @@ CONFIGS = {
     "grid": SkipConfig(retained=0, skipped=20, merge="grid", skip_ffn=False, skip_kv=False),
     "pool": SkipConfig(retained=16, skipped=20, merge="pool"),
     "retained-only": SkipConfig(retained=20, skipped=0),
+    "sized": SkipConfig(retained=20, skipped=8, size_bias=True),
     "ffn-for-all": SkipConfig(retained=12, skipped=32, skip_ffn=False),
     "some-layers": SkipConfig(retained=12, skipped=32, skip_layers=[1]),
     "drop-after": SkipConfig(retained=12, skipped=32, summary_tokens=2, skip_layers=[1], drop_after=1),

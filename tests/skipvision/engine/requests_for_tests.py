@@ -32,6 +32,8 @@ CONFIGS = {
     "vision-attention": SkipConfig(retained=4, skipped=6, select="vision_attention", merge="tome"),
     "drop-after": SkipConfig(retained=4, skipped=6, drop_after=0),
     "drop-later": SkipConfig(retained=5, skipped=3, drop_after=1, layout="grouped", skip_kv=False),
+    "sized": SkipConfig(retained=6, skipped=0, size_bias=True),
+    "sized-drop-later": SkipConfig(retained=4, skipped=6, skip_kv=False, drop_after=1, size_bias=True),
     "grid": SkipConfig(retained=0, skipped=6, merge="grid", skip_ffn=False, skip_kv=False),
     "pooled": SkipConfig(retained=4, skipped=6, merge="pool"),
     "everything": SkipConfig(retained=16, skipped=0),

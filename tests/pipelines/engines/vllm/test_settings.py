@@ -104,6 +104,7 @@ def test_all_that_vllm_cannot_do_is_listed_by_name(tiny_model):
     ("changes", "message"),
     [
         ({"drop_after": 0}, r"^skip\.drop_after = 0: in vLLM all layers have the same tokens: [^\n]*$"),
+        ({"size_bias": True}, r"^skip\.size_bias = true: vLLM's paged attention takes no bias: [^\n]*$"),
         ({"select": "attention"}, r"^skip: select='attention' reads the decoder[^\n]*$"),
     ],
     ids=str,

@@ -45,6 +45,7 @@ def test_full_tokens_have_one_form(value, server, model_config):
         ({"select": "attention"}, "'attention' reads the decoder"),
         ({"select": "vision_attention"}, "'vision_attention' reads the vision tower"),
         ({"drop_after": 1}, "drop_after=1: in vLLM all layers have the same tokens"),
+        ({"size_bias": True}, "size_bias=True: vLLM's paged attention takes no bias"),
         ({"select": "relevance"}, "'relevance' reads the prompt"),
         ({"select": "views"}, "this model sees one view"),
         ({"summary_tokens": 2}, "has 1: use 0 or 1"),
