@@ -11,5 +11,5 @@ and `instructions`.
 Files: `folders` finds them, `formats` knows their suffixes, `storage` opens them. `records` reads JSON (with
 `json_items`) and tables (`columnar`, with `arrow_files`, `parquet_cells` and `presence`), `tar_records`
 WebDataset tars, and `tsv_records` VLMEvalKit's tables. `encoded` decodes base64. `error_limit` limits
-the share of error rows.
+the share of error rows. `shapes_words` are the words of the data that `pipelines.shapes` generates.
 """

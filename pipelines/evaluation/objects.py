@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from pipelines.data.shapes_words import COLOURS, SHAPES
 from pipelines.evaluation.items import OVERALL, Item
 from pipelines.evaluation.measures import Gold, Measure, gold_of
 
@@ -75,11 +76,7 @@ def _any(count: Callable[[Item], int | None]) -> Callable[[Item], float | None]:
 
 
 SHAPES_CAPTIONS = ObjectWords(
-    tuple(
-        f"{colour} {shape}"
-        for colour in ("red", "green", "blue", "yellow", "purple", "orange")
-        for shape in ("circle", "square", "triangle", "star", "cross", "diamond")
-    ),
+    tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
     repeated=True,
     part="caption",
 )

@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import math
 
+from pipelines.data.shapes_words import PLACES
 from pipelines.evaluation.exact_match import normalised
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.measures import Gold, Measure, gold_of
-
-PLACES = (
-    *("top left", "top", "top right"),
-    *("left", "centre", "right"),
-    *("bottom left", "bottom", "bottom right"),
-)
-"""The answers to place questions: the cells of a 3 × 3 grid in reading order."""
 
 _SIDE = 3
 

@@ -19,6 +19,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipelines.data.shapes_words import COLOURS, PLACES, SHAPES
+
 Split = Literal["train", "validation", "test"]
 Task = Literal["caption", "colour", "shape", "count", "place", "number"]
 T = TypeVar("T")
@@ -30,22 +32,8 @@ IMAGE_SIZE = 224
 FONT_SIZE = 28
 """Height of the number in pixels; its digits are at least one 14-pixel patch apart."""
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (34, 150, 60),
-    "blue": (40, 80, 210),
-    "yellow": (240, 205, 30),
-    "purple": (130, 50, 165),
-    "orange": (240, 130, 25),
-}
 SIZES = {"small": (12, 15), "large": (22, 27)}
 """Smallest and largest radius of an object in pixels."""
-PLACES = (
-    "top left", "top", "top right",
-    "left", "centre", "right",
-    "bottom left", "bottom", "bottom right",
-)  # fmt: skip
 _CELL = IMAGE_SIZE / 3
 _SUPERSAMPLE = 2
 

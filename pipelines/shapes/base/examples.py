@@ -12,11 +12,10 @@ from torch.utils.data import Dataset
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from pipelines.data.collate import IGNORED
+from pipelines.data.shapes_words import COLOURS, SHAPES
 from pipelines.shapes.base.config import BaseModelConfig
 from pipelines.shapes.base.parts import PATCH_SIZE, PATCHES_PER_SIDE
 from pipelines.shapes.scenes import (
-    COLOURS,
-    SHAPES,
     SIZES,
     TASKS,
     Scene,

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.data.shapes_words import COLOURS, PLACES, SHAPES
 from pipelines.shapes.files import ShapesConfig, write_shapes
 from pipelines.shapes.scenes import (
-    COLOURS,
     IMAGE_SIZE,
-    PLACES,
-    SHAPES,
     SPLITS,
     TASKS,
     digit_centres,
