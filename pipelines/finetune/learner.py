@@ -99,7 +99,7 @@ class Learner:
         self.model, self.config, self.device, self.cache = model, config, device, cache
         self.on_policy = on_policy
         self.compute = arithmetic(config.training.precision, device)
-        self.objective = Objective(config.training.objective, config.distillation)
+        self.objective = Objective(config.training, config.distillation)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if _workers() > 1:
             for parameter in self.trainable.values():
@@ -137,7 +137,7 @@ class Learner:
         if answer_tokens:  # without any, momentum and weight decay would still move the weights
             self.optimizer.step()
         self.optimizer.zero_grad()
-        parts = {"answers_loss": answers, "distill_loss": distill} if self.objective.teaches else {}
+        parts = {"answers_loss": answers, "distill_loss": distill} if training.teaches else {}
         if own is not None:
             del parts["answers_loss"]  # of the student's own words: no measure of what the rows teach
         means = {name: total / max(answer_tokens, 1) for name, total in parts.items()}
@@ -168,7 +168,7 @@ class Learner:
         losses = {"validation_loss": float(answers / learnt)}
         return (
             {**losses, "validation_distill_loss": float(distill / learnt)}
-            if self.objective.teaches
+            if self.config.training.teaches
             else losses
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import skipvision as sv
 from pipelines.data.collate import IGNORED, Batch
-from pipelines.finetune.config import DistillationSection
+from pipelines.finetune.config import DistillationSection, TrainingSection
 from pipelines.finetune.teacher_cache import TeacherCache
 
 
@@ -41,17 +41,12 @@ class Objective:
     """Computes the loss of a batch.
 
     Attributes:
-        kind: ``training.objective``.
+        training: names the objective.
         distillation: how the teacher teaches.
     """
 
-    kind: Literal["answers", "distill", "both"]
+    training: TrainingSection
     distillation: DistillationSection
-
-    @property
-    def teaches(self) -> bool:
-        """Whether the teacher takes part."""
-        return self.kind != "answers"
 
     def loss(
         self, model: nn.Module, batch: Batch, cache: TeacherCache | None = None, *, own_answers: bool = False
@@ -61,7 +56,7 @@ class Objective:
         The teacher runs only if a row of the batch is not in ``cache``. With ``own_answers`` the model wrote
         the answers itself: only the divergence is minimised, and nothing is cached.
         """
-        if not self.teaches:
+        if not self.training.teaches:
             total, learnt = summed_loss(model, batch)
             return Loss(total, learnt, total.detach())
         words, learnt_at = next_tokens(batch)
@@ -73,7 +68,7 @@ class Objective:
                 cache.add(batch.keys, learnt_at.sum(dim=1).tolist(), teacher)
         logits = answer_logits(model, batch, learnt_at)
         distill = teacher.to(logits.device).divergence(logits).sum()
-        both = self.kind == "both" and not own_answers
+        both = self.training.objective == "both" and not own_answers
         own = logits if both else logits.detach()
         answers = F.cross_entropy(own.float(), words[learnt_at], reduction="sum")
         weight = self.distillation.answers_weight if both else 0.0

@@ -251,7 +251,7 @@ class Worker:
 
     def _flops(self, done: int) -> dict[str, Any]:
         """Return the FLOPs of the first readable row with a teacher, measured and predicted."""
-        if self.rank or not self.learner.objective.teaches:
+        if self.rank or not self.config.training.teaches:
             return {}
         single = ([row] for row in self.work.rows)
         batch = next(_batches_of(Collator(self.processor), single, self.leave_out), None)
