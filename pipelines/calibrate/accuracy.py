@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipelines.calibrate.halving import Candidate
 from pipelines.calibrate.report import figure, markdown
 from pipelines.calibrate.search import Calibration
 from pipelines.calibrate.space import candidates, parts
+from pipelines.calibrate.strategy import Search
 from pipelines.calibrate.workers import scorers
 from pipelines.engines.model import EngineModel, check_model
 from pipelines.score.fingerprints import of_files
@@ -26,7 +28,6 @@ class ByAccuracy:
         self._search, self._held_out = parts(config)
         questions = (*self._search.questions, *self._held_out.questions)
         self._whole = replace(self._search, questions=questions)
-        self._space: list[Candidate] = []
 
     def files(self) -> dict[str, str]:
         """Return the fingerprints of the base model and of the questions."""
@@ -36,14 +37,17 @@ class ByAccuracy:
         """Return lines about the table of questions."""
         return list(self._whole.facts())
 
-    def check(self) -> None:
+    def prepare(self) -> Search:
         """Price the configs of the space, and drop those over the budget."""
-        self._space = candidates(self._config, self._model, check_model(self._model), self._search)
+        space = candidates(self._config, self._model, check_model(self._model), self._search)
+        return partial(self._evaluate, space)
 
-    def search(self, folder: JobFolder, resources: Mapping[str, float]) -> dict[str, Any]:
+    def _evaluate(
+        self, space: Sequence[Candidate], folder: JobFolder, resources: Mapping[str, float]
+    ) -> dict[str, Any]:
         """Evaluate rung by rung, then verify the finalists."""
         # An engine with summary tokens can also run without them, but not the other way round.
-        skip = max((one.skip for one in self._space), key=lambda skip: skip.summary_tokens)
+        skip = max((one.skip for one in space), key=lambda skip: skip.summary_tokens)
         config, model = self._config, replace(self._model, skip=skip)
         with scorers(
             model,
@@ -52,7 +56,7 @@ class ByAccuracy:
             workers=config.scaling.workers,
             resources=resources,
         ) as run_tasks:
-            return Calibration(config, folder, run_tasks, self._search, self._held_out).run(self._space)
+            return Calibration(config, folder, run_tasks, self._search, self._held_out).run(space)
 
     def markdown(self, evidence: Mapping[str, Any]) -> str:
         """Format the stages of the search as a table."""

@@ -100,23 +100,24 @@ def _read(config: CalibrateConfig, folder: CalibrationFolder) -> _Inputs:
 
 def _complete(config: CalibrateConfig, folder: CalibrationFolder, inputs: _Inputs) -> dict[str, Any]:
     """Search, unless that is done, record the evidence and return the result."""
-    evidence, strategy = folder.state.get("evidence"), inputs.strategy
+    evidence: Any = folder.state.get("evidence")
+    strategy, search = inputs.strategy, None
     if evidence is None:  # mistakes are reported before an MLflow run starts
         for line in strategy.facts():
             say(line)
         check_generation(inputs.model.base)
-        strategy.check()
+        search = strategy.prepare()
     folder.hold(adapter=inputs.model.adapter_label, files=inputs.files)
     settings = config.model_dump(mode="json")
     # Ray is left after the MLflow run has ended, because stopping it takes seconds.
     with ExitStack() as ray, tracked_run(config, folder, settings, settings) as run:
-        if evidence is None:
+        if search is not None:
             scaling = config.scaling
             ray.enter_context(ray_session())
             resources = worker_resources(
                 node_resources(), scaling.workers, scaling.cpus_per_worker, scaling.gpus_per_worker
             )
-            evidence = strategy.search(folder, resources)
+            evidence = search(folder, resources)
             folder.remember(evidence=evidence)
         run.advice = (
             f"The evidence is complete in {folder.path}. Run the same job again to record it; nothing is "

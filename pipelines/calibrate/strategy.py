@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.shared.folder import JobFolder
+
+Search = Callable[[JobFolder, Mapping[str, float]], dict[str, Any]]
+"""(folder, resources of a worker) → the evidence. Ray runs while it is called.
+
+The folder keeps each measurement, and an interrupted search continues from it.
+"""
 
 
 class Strategy(Protocol):
@@ -22,13 +28,12 @@ class Strategy(Protocol):
     def facts(self) -> Sequence[str]:
         """Return lines about the data for the console."""
 
-    def check(self) -> None:
-        """Raise `ConfigError` or `NothingWithinBudgetError` if the search cannot succeed; load no weights."""
+    def prepare(self) -> Search:
+        """Return a search that can succeed, without loading weights.
 
-    def search(self, folder: JobFolder, resources: Mapping[str, float]) -> dict[str, Any]:
-        """Search with workers of these resources, and return the evidence. Ray runs.
-
-        The folder keeps each measurement, and an interrupted search continues from it.
+        Raises:
+            ConfigError: the settings contradict the model.
+            NothingWithinBudgetError: the budget is too tight.
         """
 
     def markdown(self, evidence: Mapping[str, Any]) -> str:

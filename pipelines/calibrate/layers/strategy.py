@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines.calibrate.layers.search import LayerSearch, Space, chosen_line
 from pipelines.calibrate.pool import actor_pool
 from pipelines.calibrate.pricing import Pricing
 from pipelines.calibrate.search import NothingWithinBudgetError
+from pipelines.calibrate.strategy import Search
 from pipelines.engines.loading import empty_model
 from pipelines.engines.model import EngineModel, check_model
 from pipelines.evaluation.fingerprints import of_rows
@@ -36,7 +38,6 @@ class ByLayers:
         self._config, self._model = config, model
         self._base: SkipConfig = model.skip if model.adapter is not None else (config.skip or SkipConfig())
         self._prompts = read_prompts(config.unlabelled, config.search.seed)
-        self._space: Space | None = None
 
     def files(self) -> dict[str, str]:
         """Return the fingerprints of the base model and of the drawn rows."""
@@ -46,7 +47,7 @@ class ByLayers:
         """Return lines about the rows that were drawn."""
         return self._prompts.facts
 
-    def check(self) -> None:
+    def prepare(self) -> Search:
         """Check that some choice of layers reaches the budget."""
         start = before_all(self._base)
         config = check_model(replace(self._model, skip=everywhere(self._base)))
@@ -62,12 +63,10 @@ class ByLayers:
                 f"budget.prefill_flops = {budget:g}, but these tokens need {space.cost(start):.3f} if no "
                 "layer skips anything: lower the budget, or retain more tokens"
             )
-        self._space = space
+        return partial(self._walk, space)
 
-    def search(self, folder: JobFolder, resources: Mapping[str, float]) -> dict[str, Any]:
+    def _walk(self, space: Space, folder: JobFolder, resources: Mapping[str, float]) -> dict[str, Any]:
         """Walk the greedy path and verify its end."""
-        if self._space is None:
-            raise RuntimeError("check() builds the space")
         given, config = self._config.unlabelled, self._config
         model = replace(self._model, skip=everywhere(self._base))
         with actor_pool(
@@ -78,7 +77,7 @@ class ByLayers:
             workers=config.scaling.workers,
             resources=resources,
         ) as run_tasks:
-            return LayerSearch(folder, run_tasks, self._prompts, self._space).run(self._base, self._budget)
+            return LayerSearch(folder, run_tasks, self._prompts, space).run(self._base, self._budget)
 
     def markdown(self, evidence: Mapping[str, Any]) -> str:
         """Format the greedy path as a table."""
