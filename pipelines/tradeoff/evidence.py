@@ -26,20 +26,35 @@ DIFFICULT, SECOND_TURN, EQUAL_SECONDS = "difficult items", "second turn", "small
 NO_GAP, RIVAL = ": − full", ": Skip-Vision − this"
 
 
-def with_evidence(measurements: Measurements, result: PointResult) -> PointResult:
-    """Return a point's result with its further tables; points of the grid have none."""
-    point = result.point
-    if point.method == GRID:
-        return result
-    tables = {
-        CALIBRATION: _calibration(measurements, point),
-        OBJECTS: _compared(measurements, point, _object_measures(measurements)),
-        PLACES: _compared(measurements, point, place_measures(measurements.gold)),
-        DIFFICULT: _compared(measurements, point, _difficult_measures(measurements, point), rival=True),
-        SECOND_TURN: _second_turn(measurements, point),
-        EQUAL_SECONDS: _equal_seconds(measurements, point),
-    }
-    return replace(result, evidence={title: columns for title, columns in tables.items() if columns})
+class Evidence:
+    """The further tables of all points.
+
+    Args:
+        measurements: the inputs of all results.
+    """
+
+    def __init__(self, measurements: Measurements) -> None:
+        self._measurements = measurements
+        self._objects = _object_measures(measurements)
+        self._places = place_measures(measurements.gold)
+        self._difficult = {
+            adapter: _difficult_measures(measurements, adapter) for adapter in measurements.config.adapters
+        }
+
+    def added_to(self, result: PointResult) -> PointResult:
+        """Return a point's result with its further tables; points of the grid have none."""
+        measurements, point = self._measurements, result.point
+        if point.method == GRID:
+            return result
+        tables = {
+            CALIBRATION: _calibration(measurements, point),
+            OBJECTS: _compared(measurements, point, self._objects),
+            PLACES: _compared(measurements, point, self._places),
+            DIFFICULT: _compared(measurements, point, self._difficult[point.adapter], rival=True),
+            SECOND_TURN: _second_turn(measurements, point),
+            EQUAL_SECONDS: _equal_seconds(measurements, point),
+        }
+        return replace(result, evidence={title: columns for title, columns in tables.items() if columns})
 
 
 def _compared(
@@ -84,12 +99,12 @@ def _object_measures(measurements: Measurements) -> list[Measure]:
     return words.measures(measurements.gold) if named else []
 
 
-def _difficult_measures(measurements: Measurements, point: Point) -> list[Measure]:
+def _difficult_measures(measurements: Measurements, adapter: str) -> list[Measure]:
     """Return accuracy on the items that most seeds of the configured point have wrong, and on the others."""
     chosen = measurements.config.difficult
     if chosen is None:
         return []
-    same = (point.adapter, chosen.method, chosen.fraction)
+    same = (adapter, chosen.method, chosen.fraction)
     sides = [
         items
         for (one, _), items in measurements.items.items()

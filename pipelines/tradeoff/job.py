@@ -27,7 +27,7 @@ from pipelines.shared.files import write_text
 from pipelines.shared.folder import JobFolder
 from pipelines.shared.paths import copy_into
 from pipelines.tradeoff.config import FULL, TradeoffConfig
-from pipelines.tradeoff.evidence import with_evidence
+from pipelines.tradeoff.evidence import Evidence
 from pipelines.tradeoff.points import Point, SeededPoint, mean_text_tokens, model_config, points
 from pipelines.tradeoff.report import write_report
 from pipelines.tradeoff.results import Measurements, share
@@ -72,7 +72,8 @@ def run_tradeoff(config: TradeoffConfig) -> dict[str, Any]:
             {seeded: read_items(file) for seeded, file in turns.items()},
             {(TEST, row.key): row.messages[-1].text for row in rows},
         )
-        results = [with_evidence(measurements, measurements.result(point)) for point in todo]
+        evidence = Evidence(measurements)
+        results = [evidence.added_to(measurements.result(point)) for point in todo]
         written = write_report(results, folder.path, rows=len(rows), text_tokens=text_tokens)
     if config.report is not None:
         # The numbers name folders of this machine, so they are not published.

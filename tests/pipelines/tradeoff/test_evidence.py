@@ -13,7 +13,7 @@ from transformers import LlavaConfig
 import skipvision as sv
 from pipelines.evaluation.items import Item
 from pipelines.tradeoff.config import TradeoffConfig
-from pipelines.tradeoff.evidence import with_evidence
+from pipelines.tradeoff.evidence import Evidence
 from pipelines.tradeoff.points import Point
 from pipelines.tradeoff.results import Measurements, PointResult
 from pipelines.tradeoff.table import table
@@ -79,7 +79,8 @@ def measurements(tiny_model: Path) -> Measurements:
 @pytest.fixture(scope="module")
 def results(measurements: Measurements) -> dict[str, PointResult]:
     points = {"full": FULL, "skip": SKIP, "norm": NORM, "small": SMALL, "smaller": SMALLER}
-    return {name: with_evidence(measurements, measurements.result(point)) for name, point in points.items()}
+    evidence = Evidence(measurements)
+    return {name: evidence.added_to(measurements.result(point)) for name, point in points.items()}
 
 
 def test_calibration_is_that_of_the_answers(results, measurements):
@@ -93,7 +94,7 @@ def test_calibration_is_that_of_the_answers(results, measurements):
         for seeded, some in measurements.items.items()
     }
     unknown = replace(measurements, items=old)
-    columns = with_evidence(unknown, unknown.result(SKIP)).evidence["calibration"]
+    columns = Evidence(unknown).added_to(unknown.result(SKIP)).evidence["calibration"]
     assert {cell.text for cell in columns.values()} == {"not measured"}
 
 
