@@ -66,7 +66,7 @@ def test_sizes_are_those_of_the_plan(model):
 @pytest.mark.parametrize("skipped", [4, 0], ids=["merged-into-skipped", "merged-into-retained"])
 def test_the_cache_remembers_the_sizes_that_stay(model, skipped):
     """If all merged tokens have left the cache, decoding needs no mask of its own."""
-    with attach(model, SkipConfig(retained=5, skipped=skipped, size_bias=True)) as skip:
+    with attach(model, SkipConfig(retained=5, skipped=skipped, size_bias=True)):
         cache = model(**tiny_inputs(ROWS, dtype=F64)).past_key_values
     sizes = CacheState.of(cache).sizes
     assert (sizes is None) is bool(skipped)
@@ -158,7 +158,8 @@ def check_family(family, monkeypatch):
     """In prefill and in decoding, the attention of every layer gets the bias of every key that it sees."""
     model = tiny_model(family, dtype=F64)
     config = SkipConfig(retained=0.3, skipped=0.3, skip_kv=False, size_bias=True)
-    inputs, alone = tiny_batch(model, [[3, "image", 4], [5, "image", 2]]), tiny_batch(model, [[3, "image", 4]])
+    alone = tiny_batch(model, [[3, "image", 4]])
+    inputs = tiny_batch(model, [[3, "image", 4], [5, "image", 2]])
     with attach(model, config) as skip:
         with monkeypatch.context() as patched:
             given = masks_given(patched)
@@ -170,9 +171,7 @@ def check_family(family, monkeypatch):
             own = functional.pad(bias, (0, mask.shape[3] - bias.shape[1]))[:, None, None].expand_as(mask)
             seen = mask > torch.finfo(F64).min
             assert torch.equal(mask[seen], own[seen])
-        again = model.generate(
-            **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False
-        )
+        again = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False)
         expected = model.generate(**alone, max_new_tokens=6, do_sample=False)
     assert torch.equal(cached, again)
     with Engine(model, None, config) as engine:

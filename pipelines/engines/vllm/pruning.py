@@ -62,8 +62,8 @@ def skip_problems(model: EngineModel, name: str, engine: str, *, of_job: bool) -
         )
     if skip.size_bias:
         yield (
-            f"{name}.size_bias = true: vLLM's paged attention takes no bias: set it to false and calibrate or "
-            f"tune for that, or use {engine}.backend native"
+            f"{name}.size_bias = true: vLLM's paged attention takes no bias: set it to false and calibrate "
+            f"or tune for that, or use {engine}.backend native"
         )
     # Positions, views and summary tokens depend on vLLM's class of the model, which is not known yet.
     rest = skip.model_copy(update={"skipped": 0, "drop_after": None, "size_bias": False})

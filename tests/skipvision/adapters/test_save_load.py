@@ -22,7 +22,9 @@ from skipvision import (
 from skipvision.testing.llava import tiny_inputs, tiny_llava
 from tests.skipvision.cases import CONFIGS, ROWS, labels_for, train_summary
 
-CONFIG = SkipConfig(retained=5, skipped=4, select="norm", positions="contiguous", summary_tokens=2)
+CONFIG = SkipConfig(
+    retained=5, skipped=4, select="norm", positions="contiguous", summary_tokens=2, size_bias=True
+)
 FILES = ["adapter_config.json", "adapter_model.safetensors", "skip_config.json", "skip_summary.safetensors"]
 
 

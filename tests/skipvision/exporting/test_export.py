@@ -24,7 +24,7 @@ from tests.skipvision.cases import ROWS, train_summary
 from tests.skipvision.engine.test_adapter_kinds import ALONE, OTHERS, REFUSED, SHARED, lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-SKIP = SkipConfig(retained=5, skipped=4, summary_tokens=2)
+SKIP = SkipConfig(retained=5, skipped=4, summary_tokens=2, size_bias=True)
 KINDS = {**SHARED, **ALONE, **OTHERS}
 BIASES = KINDS.pop("LoRA with biases")  # the layers of a Llama have none to merge them into
 FILES = {
