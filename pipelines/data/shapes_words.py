@@ -1,4 +1,4 @@
-"""The words of shapes data: of its captions and of the answers to questions for colours, shapes and places."""
+"""The words of shapes data: of captions, and of answers to questions for colours, shapes and places."""
 
 from __future__ import annotations
 
