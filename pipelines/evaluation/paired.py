@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from pipelines.evaluation.items import Item
 from skipvision.errors import DataError
@@ -169,6 +169,16 @@ def widened(comparison: Paired, confidence: float = 0.95) -> Paired:
         for count in (comparison.lost, comparison.changed - comparison.lost)
     )
     return replace(comparison, low=min(comparison.low, -loss), high=max(comparison.high, gain))
+
+
+def detectable(comparison: Paired, *, confidence: float = 0.95, power: float = 0.8) -> float:
+    """Return the smallest true difference that data like these would show with a probability of ``power``.
+
+    To show it, the interval must exclude 0. The standard error is taken from the width of the interval, whose
+    ``confidence`` it had; it is too large where the interval was widened.
+    """
+    beyond = norm.ppf((1 + confidence) / 2)
+    return float((comparison.high - comparison.low) / 2 * (1 + norm.ppf(power) / beyond))
 
 
 def _by_key(items: Sequence[Item]) -> dict[tuple[str, str], Item]:

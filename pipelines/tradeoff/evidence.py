@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipelines.evaluation.calibration import calibration, compare_calibration, is_measured
-from pipelines.evaluation.items import Item
+from pipelines.evaluation.items import OVERALL, Item
 from pipelines.evaluation.measures import Measure, compare_measure
 from pipelines.evaluation.objects import SHAPES_CAPTIONS, ObjectWords
-from pipelines.evaluation.paired import Sides, widened
+from pipelines.evaluation.paired import Sides, aligned, detectable, widened
 from pipelines.evaluation.places import place_measures
 from pipelines.tradeoff.config import GRID, PIXELS
 from pipelines.tradeoff.points import Point
@@ -23,6 +23,7 @@ Columns = dict[str, Cell]
 
 CALIBRATION, OBJECTS, PLACES = "calibration", "objects in captions", "places"
 DIFFICULT, SECOND_TURN, EQUAL_SECONDS = "difficult items", "second turn", "smaller images at equal seconds"
+RIVALRY = "answers that differ from Skip-Vision"
 NO_GAP, RIVAL = ": − full", ": Skip-Vision − this"
 
 
@@ -52,6 +53,7 @@ class Evidence:
             PLACES: _compared(measurements, point, self._places),
             DIFFICULT: _compared(measurements, point, self._difficult[point.adapter], rival=True),
             SECOND_TURN: _second_turn(measurements, point),
+            RIVALRY: _against_skip_vision(measurements, point),
             EQUAL_SECONDS: _equal_seconds(measurements, point),
         }
         return replace(result, evidence={title: columns for title, columns in tables.items() if columns})
@@ -177,6 +179,29 @@ def _equal_seconds(measurements: Measurements, point: Point) -> Columns:
         "its accuracy": Cell(found.reference),
         "this − image": Cell(difference=found),
     }
+
+
+def _against_skip_vision(measurements: Measurements, point: Point) -> Columns:
+    """Count the answers that one of two points alone has right, and say what their comparison can show."""
+    sides = measurements.rival(point)
+    if sides is None:
+        return {}
+    pairs, _ = aligned(sides)
+    both = [pair for this, rival in pairs for pair in zip(this, rival, strict=True)]
+    columns = {}
+    for task in [*sorted({this.category for this, _ in both} - {""}), OVERALL]:
+        own = [(this, rival) for this, rival in both if task in (OVERALL, this.category)]
+        ahead = sum(this.score < rival.score for this, rival in own)
+        behind = sum(this.score > rival.score for this, rival in own)
+        columns[task] = Cell(text=f"{ahead} : {behind}")
+    found = widened(measurements.paired(sides))
+    columns["Skip-Vision − this"] = Cell(difference=found.numbers())
+    smallest = detectable(found)
+    columns["detectable"] = Cell(smallest)
+    if abs(found.difference) > 1e-9:
+        questions = len(pairs[0][0]) * (smallest / found.difference) ** 2
+        columns["questions to show it"] = Cell(text=f"{float(f'{questions:.1e}'):,.0f}")
+    return columns
 
 
 def _no_slower(measurements: Measurements, adapter: str, limit: float) -> Iterator[tuple[Point, float]]:

@@ -31,7 +31,10 @@ _NOTES = (
     "fewer than {few} images changed, counting all seeds of an image once, they are at least the exact "
     "binomial bounds. ECE: distance between the mean probability of answers and their mean score, averaged "
     "over {bins} bins of equal width; mean over seeds. Smaller images at equal seconds: the largest measured "
-    "size whose median time to the first token is no longer than that of the row.\n"
+    "size whose median time to the first token is no longer than that of the row. Answers that differ: the "
+    "number of answers, over all seeds, that Skip-Vision alone : this row alone has right. Detectable: the "
+    "smallest true difference whose interval would exclude 0 in 80 % of such comparisons; for the measured "
+    "difference that would take about as many questions as the last column has.\n"
 )
 
 

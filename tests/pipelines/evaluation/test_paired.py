@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from pipelines.evaluation.items import Item
-from pipelines.evaluation.paired import exact_loss_bound, exact_mcnemar, paired, paired_by_seed, widened
+from pipelines.evaluation.paired import (
+    detectable,
+    exact_loss_bound,
+    exact_mcnemar,
+    paired,
+    paired_by_seed,
+    widened,
+)
 from skipvision.errors import DataError
 
 
@@ -140,3 +147,14 @@ def test_more_confidence_widens_the_interval_and_a_seed_repeats_it():
 def test_unpaired_items_raise(one, other, message):
     with pytest.raises(DataError, match=message):
         paired(one, other)
+
+
+def test_the_detectable_difference_is_shown_in_four_of_five_experiments():
+    rng = np.random.default_rng(2)
+    same, noise = np.full(240, 0.5), rng.normal(scale=0.1, size=240)
+    smallest = detectable(paired(items(list(same)), items(list(same + noise)), resamples=1000))
+    shown = []
+    for _ in range(150):
+        after = same + rng.normal(scale=0.1, size=240) + smallest
+        shown.append(paired(items(list(same)), items(list(after)), resamples=200).low > 0)
+    assert 0.7 <= np.mean(shown) <= 0.9

@@ -153,3 +153,17 @@ def test_the_tables_show_it(results):
     line = next(line for line in text.splitlines() if line.startswith("| skip-vision") and "28 px" in line)
     assert "| 50.0 | 28 px | 45.0 | 17.5 | +32.5 [" in line
     assert "| pixels | 4 + 0 |" in text
+
+
+def test_answers_that_differ_from_skip_vision_are_counted_by_task(results):
+    """Skip-Vision has every second answer right, norm none, the smaller image 7 captions, twice."""
+    norm, small = (
+        results[name].evidence["answers that differ from Skip-Vision"] for name in ("norm", "small")
+    )
+    assert [norm[task].text for task in ("caption", "place", "overall")] == ["20 : 0", "20 : 0", "40 : 0"]
+    assert [small[task].text for task in ("caption", "place", "overall")] == ["12 : 6", "20 : 0", "32 : 6"]
+    found = small["Skip-Vision − this"].difference
+    assert found.difference == pytest.approx(26 / 80)
+    assert small["detectable"].value == pytest.approx((found.high - found.low) / 2 * 2.8016 / 1.96, rel=1e-3)
+    assert "answers that differ from Skip-Vision" not in results["skip"].evidence
+    assert "answers that differ from Skip-Vision" not in results["full"].evidence
