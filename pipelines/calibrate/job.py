@@ -17,7 +17,7 @@ from pipelines.calibrate.accuracy import ByAccuracy
 from pipelines.calibrate.config import CalibrateConfig
 from pipelines.calibrate.layers.strategy import ByLayers
 from pipelines.calibrate.search import NothingWithinBudgetError
-from pipelines.calibrate.strategy import Strategy
+from pipelines.calibrate.strategy import Search, Strategy
 from pipelines.cluster.resources import node_resources, worker_resources
 from pipelines.cluster.session import check_ray_address, ray_session
 from pipelines.engines.model import EngineModel, check_generation, find_model, insist_on_same_adapter
@@ -101,7 +101,8 @@ def _read(config: CalibrateConfig, folder: CalibrationFolder) -> _Inputs:
 def _complete(config: CalibrateConfig, folder: CalibrationFolder, inputs: _Inputs) -> dict[str, Any]:
     """Search, unless that is done, record the evidence and return the result."""
     evidence: Any = folder.state.get("evidence")
-    strategy, search = inputs.strategy, None
+    strategy = inputs.strategy
+    search: Search | None = None
     if evidence is None:  # mistakes are reported before an MLflow run starts
         for line in strategy.facts():
             say(line)
