@@ -191,9 +191,9 @@ def _against_skip_vision(measurements: Measurements, point: Point) -> Columns:
     columns = {}
     for task in [*sorted({this.category for this, _ in both} - {""}), OVERALL]:
         own = [(this, rival) for this, rival in both if task in (OVERALL, this.category)]
-        ahead = sum(this.score < rival.score for this, rival in own)
-        behind = sum(this.score > rival.score for this, rival in own)
-        columns[task] = Cell(text=f"{ahead} : {behind}")
+        rival_alone = sum(this.score < rival.score for this, rival in own)
+        this_alone = sum(this.score > rival.score for this, rival in own)
+        columns[task] = Cell(text=f"{rival_alone} : {this_alone}")
     found = widened(measurements.paired(sides))
     columns["Skip-Vision − this"] = Cell(difference=found.numbers())
     smallest = detectable(found)
