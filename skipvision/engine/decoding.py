@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -71,7 +72,7 @@ class DecodeStage:
         """Choose the next token of each sequence from its (R, V) logits; finished ones leave their row."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         adjusted, errors = self._adjust(sequences, logits)
-        draws = torch.tensor([sequence.draw() for sequence in sequences])
+        draws = torch.tensor([s.draw() if s.sampling.temperature > 0 else 0.0 for s in sequences])
         if self._generation.allows_invalid_logits:
             logits = logits.nan_to_num()
         settings = [_drawing(sequence) for sequence in sequences]
@@ -99,36 +100,68 @@ class DecodeStage:
     def _adjust(
         self, sequences: abc.Sequence[Sequence], logits: torch.Tensor
     ) -> tuple[torch.Tensor, dict[int, Exception]]:
-        """Apply the settings of model and request to (R, V) logits; returns errors by row, too."""
-        invalid = [] if self._generation.allows_invalid_logits else _true_rows(_has_nan_or_inf(logits))
+        """Apply the settings of model and request to (R, V) logits; returns errors by row, too.
+
+        A pass over the logits of a large vocabulary takes long, so they are only copied if a setting changes
+        them.
+        """
+        highest = _highest(logits)
+        allowed = self._generation.allows_invalid_logits
+        invalid = [] if allowed else [row for row, value in enumerate(highest) if not value < inf]
         errors: dict[int, Exception] = {row: GenerationError(_NO_NUMBERS) for row in invalid}
-        adjusted = logits.clone()
+        adjusted = logits
+        changed = self._changed(sequences, logits.device, errors)
         # `generate` ignores ids outside the vocabulary, too.
-        vocabulary = range(adjusted.shape[1])
-        suppressed = [token for token in self._generation.suppressed_token_ids if token in vocabulary]
-        if suppressed:
-            adjusted[:, suppressed] = -torch.inf
+        suppressed = [
+            token for token in self._generation.suppressed_token_ids if 0 <= token < logits.shape[1]
+        ]
+        if suppressed or changed:
+            adjusted = logits.clone()
+            if suppressed:
+                adjusted[:, suppressed] = -inf
+            for row in changed:
+                try:
+                    self._adjust_row(sequences[row], logits[row], adjusted[row])
+                except torch.AcceleratorError:
+                    raise
+                except Exception as error:
+                    errors[row] = error
+            highest = _highest(adjusted)
+        failed = [row for row, value in enumerate(highest) if not -inf < value < inf]
+        if failed:
+            adjusted = adjusted.clone()
+            for row in failed:
+                errors.setdefault(row, GenerationError(_NO_CANDIDATE))
+                adjusted[row] = 0
+        return adjusted, errors
+
+    def _changed(
+        self, sequences: abc.Sequence[Sequence], device: torch.device, errors: dict[int, Exception]
+    ) -> list[int]:
+        """Return the rows without an error whose own settings change the logits; new errors are added."""
+        changed = []
         for row, sequence in enumerate(sequences):
             if row in errors:
                 continue
+            sampling = sequence.sampling
             try:
-                self._adjust_row(sequence, logits[row], adjusted[row])
+                if not sequence.ids:
+                    sequence.processors = self._generation.processors(
+                        sampling, sequence.group.prompt.ids, sequence.adjust, device
+                    )
             except torch.AcceleratorError:
                 raise
             except Exception as error:
                 errors[row] = error
-        for row in _true_rows(_has_nan_or_inf(adjusted) | adjusted.isneginf().all(dim=1)):
-            errors.setdefault(row, GenerationError(_NO_CANDIDATE))
-            adjusted[row] = 0
-        return adjusted, errors
+                continue
+            penalised = sampling.repetition_penalty not in (None, 1)
+            if penalised or sequence.processors is not None or sequence.adjust is not None:
+                changed.append(row)
+        return changed
 
     def _adjust_row(self, sequence: Sequence, logits: torch.Tensor, adjusted: torch.Tensor) -> None:
         """Change the (V,) adjusted logits, without suppressed tokens so far, in place."""
         prompt, sampling = sequence.group.prompt.ids, sequence.sampling
-        if not sequence.ids:
-            sequence.processors = self._generation.processors(
-                sampling, prompt, sequence.adjust, logits.device
-            )
         if sequence.processors is not None:
             ids: Any = torch.tensor([[*prompt, *sequence.ids]], device=logits.device)
             adjusted.copy_(sequence.processors(ids, cast(Any, logits[None]))[0])
@@ -148,14 +181,10 @@ def _drawing(sequence: Sequence) -> Sampling:
     return sequence.sampling.model_copy(update={"temperature": 1.0, "top_k": 0, "top_p": 1.0})
 
 
-def _has_nan_or_inf(logits: torch.Tensor) -> torch.Tensor:
-    """(R,) True for each row of (R, V) logits with a NaN or +∞; −∞ excludes a token and is allowed."""
-    return (logits.isnan() | logits.isposinf()).any(dim=1)
-
-
-def _true_rows(mask: torch.Tensor) -> list[int]:
-    rows: list[int] = mask.nonzero().squeeze(1).tolist()
-    return rows
+def _highest(logits: torch.Tensor) -> list[float]:
+    """Return the largest logit of each row of (R, V): NaN for a row with one, −inf if each is excluded."""
+    highest: list[float] = logits.amax(dim=1).tolist()
+    return highest
 
 
 def _choose_tokens(
