@@ -23,6 +23,7 @@ from pipelines.engines.loading import empty_model, load_base, load_processor
 from pipelines.shared.console import say
 from pipelines.tradeoff.config import PIXELS
 from skipvision.cost import units
+from skipvision.cost.running import Design
 from skipvision.errors import ConfigError
 
 PIXELS_WITH_TOWER = f"{PIXELS}, tower counted"
@@ -74,7 +75,7 @@ class ImageSizes:
     def costs(self, side: int) -> Costs:
         """Return the costs of an image of ``side`` pixels."""
         full, own = self._full, self._decoder_cost(side)
-        tower, _ = units.images(units.Design.of(self.resized(side)), 1, None)
+        tower, _ = units.images(Design.of(self.resized(side)), 1, None)
         return Costs(
             self._language_flops(side),
             (own.prefill_flops - own.vision_flops + tower) / full.prefill_flops,

@@ -1,8 +1,8 @@
 """Predicted and measured cost: FLOPs, bytes of weights and bytes of the KV cache.
 
-Reading order: `flops` (count operations), `dry_run` (count without weights), `fitted` and `units` (the cost
-of a model's parts), `predict` (the cost of a configuration), `sizing` and `size_command` (GPUs and money for
-a load).
+Reading order: `flops` (count operations), `kept` (count the memory of activations), `dry_run` (count without
+weights), `fitted`, `running`, `units` and `activations` (the cost of a model's parts), `predict` (the cost of
+a configuration), `sizing` and `size_command` (GPUs and money for a load).
 """
 
 from skipvision.cost.flops import measure_flops

@@ -1,4 +1,4 @@
-"""Costs per token, pair and chunk, fitted to the counted FLOPs of a few short runs."""
+"""Costs per token, pair and chunk, fitted to the counted FLOPs or bytes of a few short runs."""
 
 from __future__ import annotations
 
@@ -76,6 +76,26 @@ class ProbeFlops:
         chunk = _chunk(one, longer, pair) if length else 0
         token = (two - one - chunk) // n - 3 * n * pair
         return cls(one - token * n - pair * n * n - chunk, token, pair, chunk, length or CHUNK)
+
+
+def fit_bytes(count: Callable[[int, int], int], length: int) -> Flops:
+    """Fit the bytes of a token, and of a token in the feed-forward networks, to four short runs.
+
+    Bytes that do not depend on the tokens, and those of pairs of tokens, which fused attention does not keep,
+    are left out.
+
+    Args:
+        count: ``count(tokens, ffn_tokens)`` runs the model and returns the bytes.
+        length: as in `Flops.fitted`.
+    """
+    n = length or SHORT
+    with DryRun():
+        one, two, three, part = (
+            count(*size) for size in ((n, n), (2 * n, 2 * n), (3 * n, 3 * n), (2 * n, n))
+        )
+    pair = (three - 2 * two + one) / (2 * n * n)
+    ffn = (two - part) // n
+    return Flops(round((two - one) / n - 3 * n * pair) - ffn, 0, ffn)
 
 
 def _chunk(full: int, longer: list[int], pair: int) -> int:

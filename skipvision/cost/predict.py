@@ -7,7 +7,7 @@ cost of one token, pair or image in a family; this module multiplies it by their
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -16,9 +16,10 @@ import torch
 from transformers import PretrainedConfig
 
 from skipvision.config import SkipConfig
+from skipvision.cost import activations
 from skipvision.cost import units as unit_costs
 from skipvision.cost.fitted import Flops
-from skipvision.cost.units import Design
+from skipvision.cost.running import Design
 from skipvision.errors import ConfigError
 
 
@@ -52,6 +53,8 @@ class Cost:
             LM head at the answer's positions. Self-distillation adds it to ``train_flops``.
         state_bytes: states of recurrent layers (linear attention, short convolutions), which are of fixed
             size, with Skip-Vision and without.
+        activation_bytes: activations that one training row keeps from its forward to its backward, with fused
+            attention and without checkpointing.
     """
 
     prefill_flops: int
@@ -65,6 +68,7 @@ class Cost:
     full: Cost | None = None
     teacher_flops: int = 0
     state_bytes: int = 0
+    activation_bytes: int = 0
 
     @property
     def ratio_to_full(self) -> Ratio:
@@ -109,7 +113,7 @@ def predict_cost(
             decoder.
         dtype: dtype of weights and KV cache; by default the config's.
         training: also measure a training step, which takes most of the first call's time; without it
-            ``train_flops`` is 0.
+            ``train_flops`` and ``activation_bytes`` are 0.
 
     Raises:
         UnsupportedModelError: Skip-Vision does not support the family.
@@ -131,6 +135,30 @@ def predict_cost(
     rank = lora_rank if training else None
     full = _cost(design, SkipConfig.full(), row, rank, element, None)
     return full if config is None else _cost(design, config, row, rank, element, full)
+
+
+def predict_activations(
+    model_config: PretrainedConfig,
+    config: SkipConfig | None,
+    *,
+    visual_tokens: Sequence[int],
+    text_tokens: int,
+    new_tokens: int,
+    lora_rank: int,
+    dtype: torch.dtype,
+) -> int:
+    """Predict `Cost.activation_bytes` alone, which takes less time than a whole `Cost`.
+
+    Args:
+        model_config, config, text_tokens, new_tokens, lora_rank: as in `predict_cost`.
+        visual_tokens: of each image of the row.
+        dtype: dtype of the matrix products.
+
+    Raises:
+        UnsupportedModelError: Skip-Vision does not support the family.
+    """
+    row = _Row(tuple(visual_tokens), text_tokens, new_tokens, 0)
+    return _kept(Design.of(model_config), config or SkipConfig.full(), row, lora_rank, dtype)
 
 
 @dataclass(frozen=True)
@@ -194,12 +222,13 @@ def _cost(
     for new in range(row.new - 1):
         decode += decoder(step(cached + new, first), step(left + new, later)) + head
 
-    train, unreduced = 0, row.prompt + row.new
+    train, activation, unreduced = 0, 0, row.prompt + row.new
     if rank is not None:
         train = row.vision_flops + _planning(design, config, row, row.new, rank)
         trained = measure(partial(unit_costs.training, design, rank, config.summary_tokens > 0))
         train += trained(_square(prompt + row.new, short), _square(left + row.new))
         train += (2 if rank else 3) * (unreduced if everywhere else row.new) * head
+        activation = _kept(design, config, row, rank, element)
     teacher = row.vision_flops + unit_costs.decoder(design)(unreduced, unreduced, unreduced)
     teacher += (unreduced if everywhere else row.new) * head
     return Cost(
@@ -218,7 +247,21 @@ def _cost(
         sequence=prompt,
         full=full,
         state_bytes=unit_costs.state_bytes(design, element),
+        activation_bytes=activation,
     )
+
+
+def _kept(design: Design, config: SkipConfig, row: _Row, rank: int, element: torch.dtype) -> int:
+    """Bytes that a training row keeps for its backward: of the decoder, and of the LM head at the answer."""
+    counts = [config.counts(size) for size in row.sizes]
+    short = sum(one.skipped for one in counts) * config.skip_ffn
+    first = sum(one.total for one in counts) + row.text + row.new
+    later = first
+    if config.drop_after is not None:
+        later = sum(one.summaries for one in counts) + row.text + row.new
+    decoder = partial(activations.kept, design, rank, config.summary_tokens > 0, element)
+    kept = _parts(config, short > 0, decoder)(_square(first, short), _square(later))
+    return kept + row.new * activations.logits(design)
 
 
 class _Sequence(NamedTuple):

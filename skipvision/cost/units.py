@@ -10,51 +10,28 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import count
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from skipvision.anatomy.cache_layers import cached_values, states_of
 from skipvision.anatomy.encoding import encoded_sizes
-from skipvision.anatomy.families import Anatomy, dissect, lm_head, takes_images, text_only
+from skipvision.anatomy.families import dissect, lm_head
 from skipvision.anatomy.pictures import Request, collate, recipe_of
 from skipvision.anatomy.probe import EarlyRun, Probe, hidden_of
 from skipvision.anatomy.tower import hook_tower
 from skipvision.cost.dry_run import DryRun
-from skipvision.cost.fitted import CHUNK, SHORT, Flops, ProbeFlops
+from skipvision.cost.fitted import SHORT, Flops, ProbeFlops
 from skipvision.cost.flops import measure_flops
-from skipvision.errors import UnsupportedModelError
-from skipvision.loading import NO_IMAGE_MODEL, build_model
+from skipvision.cost.running import Built, Design, Numbers, Stop, built, end_of, run, training_mode, with_lora
 
 _TOKENS = 256
 """Visual tokens of an image in families that keep its size (448 × 448 pixels at 28 per token)."""
 _TRIES = 4
 """How often another size of image is tried if the first does not have the requested tokens."""
-
-
-@dataclass(frozen=True)
-class Design:
-    """A model's config, as the key of cached measurements."""
-
-    text: str
-    config: PretrainedConfig = field(compare=False)
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Self:
-        return cls(config.to_json_string(use_diff=False), config)
-
-
-Numbers = tuple[int, ...] | None
-"""Numbers of layers; None = of all."""
 
 
 class CacheLayer(NamedTuple):
@@ -64,42 +41,24 @@ class CacheLayer(NamedTuple):
     window: float
 
 
-class _Model(NamedTuple):
-    whole: PreTrainedModel
-    anatomy: Anatomy
-    weights: int
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a chunk, if a layer computes linear attention in chunks; else 0."""
-        config = self.anatomy.text_config
-        chunked = "linear_attention" in (getattr(config, "layer_types", None) or ())
-        sizes = (getattr(config, name, None) for name in ("mamba_chunk_size", "chunk_size"))
-        return next((size for size in sizes if size), CHUNK) if chunked else 0
-
-
-class _Stop(Exception):
-    """Ends a run of the model once it has computed what is measured."""
-
-
 def weights(design: Design) -> int:
     """Count the parameters of the whole model."""
-    return _model(design).weights
+    return built(design).weights
 
 
 def hidden_size(design: Design) -> int:
     """Return the width of the decoder."""
-    return _model(design).anatomy.hidden_size
+    return built(design).anatomy.hidden_size
 
 
 def head(design: Design) -> int:
     """Count the FLOPs of the LM head for one token."""
-    return 2 * cast(Any, lm_head(_model(design).whole)).weight.numel()
+    return 2 * cast(Any, lm_head(built(design).whole)).weight.numel()
 
 
 def head_sees_all(design: Design) -> bool:
     """Return whether the LM head runs over the whole prompt, because the family has no ``logits_to_keep``."""
-    return "logits_to_keep" not in inspect.signature(_model(design).whole.forward).parameters
+    return "logits_to_keep" not in inspect.signature(built(design).whole.forward).parameters
 
 
 def decoder(design: Design, skipping: Numbers = None, last: int | None = None) -> Flops:
@@ -115,15 +74,15 @@ def decoder(design: Design, skipping: Numbers = None, last: int | None = None) -
 
 @lru_cache(maxsize=64)
 def _decoder(design: Design, skipping: Numbers, last: int | None) -> Flops:
-    model = _model(design)
-    run = partial(_forward, model, _end(model, last))
-    return Flops.fitted(partial(run, skipping=skipping), model.chunk)
+    model = built(design)
+    forward = partial(_forward, model, end_of(model, last))
+    return Flops.fitted(partial(forward, skipping=skipping), model.chunk)
 
 
 @lru_cache(maxsize=64)
 def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
     """Measure a criterion's probe of a layer, in a decoder with LoRA."""
-    model = _model(design)
+    model = built(design)
     anatomy = model.anatomy
 
     def run(tokens: int) -> None:
@@ -131,7 +90,7 @@ def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
 
         def read(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             probe.read(EarlyRun(decoder, anatomy.layers[layer], kwargs, real, real))
-            raise _Stop
+            raise Stop
 
         handle = anatomy.decoder.register_forward_pre_hook(read, with_kwargs=True)
         try:
@@ -139,14 +98,14 @@ def probing(design: Design, probe: Probe, layer: int, rank: int) -> ProbeFlops:
         finally:
             handle.remove()
 
-    with _lora(anatomy, rank):
+    with with_lora(anatomy, rank):
         return ProbeFlops.fitted(run, model.chunk)
 
 
 @lru_cache(maxsize=64)
 def tower_attention(design: Design, count: int) -> int:
     """Measure how much reading the vision tower's attention adds, for the images of a row."""
-    handles = hook_tower(_model(design).anatomy, lambda: True)
+    handles = hook_tower(built(design).anatomy, lambda: True)
     try:
         # Uncached: the hooks are not part of the design.
         reading, _ = _shown.__wrapped__(design, count, _near_square(_TOKENS))
@@ -163,8 +122,7 @@ def training(
 
     Args:
         design: the model's.
-        rank: rank of the LoRA on every linear layer of the decoder; 0 = the decoder itself trains.
-        below: whether parameters below the first layer train too.
+        rank, below: as in `running.training_mode`.
         skipping, last: as in `decoder`.
     """
     return _training(design, rank, below, skipping, last)
@@ -172,35 +130,24 @@ def training(
 
 @lru_cache(maxsize=64)
 def _training(design: Design, rank: int, below: bool, skipping: Numbers, last: int | None) -> Flops:
-    model = _model(design)
-    anatomy = model.anatomy
-    end = _end(model, last)
+    model = built(design)
+    end = end_of(model, last)
 
     def step(tokens: int, ffn_tokens: int) -> None:
         with torch.enable_grad():  # whatever the caller has set
-            output = _run(model, end, tokens, ffn_tokens, skipping)
+            output = run(model, end, tokens, ffn_tokens, skipping)
             hidden_of(output if last is not None else output.last_hidden_state).sum().backward()
 
-    def from_below(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        embeds = kwargs["inputs_embeds"]
-        return args, {**kwargs, "inputs_embeds": embeds.detach().requires_grad_() if below else embeds}
-
-    handle = anatomy.decoder.register_forward_pre_hook(from_below, with_kwargs=True)
-    anatomy.decoder.requires_grad_(not rank)
-    try:
-        with _lora(anatomy, rank):
-            return Flops.fitted(step, model.chunk)
-    finally:
-        handle.remove()
-        anatomy.decoder.requires_grad_(False).zero_grad()
+    with training_mode(model, rank, below):
+        return Flops.fitted(step, model.chunk)
 
 
 @lru_cache(maxsize=64)
 def cache(design: Design) -> tuple[CacheLayer, ...]:
     """Measure the KV cache of a prompt, layer by layer."""
-    model = _model(design)
+    model = built(design)
     with DryRun(), torch.no_grad():
-        kept = _run(model, model.anatomy.decoder, SHORT, SHORT, use_cache=True).past_key_values
+        kept = run(model, model.anatomy.decoder, SHORT, SHORT, use_cache=True).past_key_values
     return tuple(
         CacheLayer(
             sum(states.numel() for states in entries.values()) // SHORT,
@@ -217,13 +164,13 @@ def state_bytes(design: Design, dtype: torch.dtype) -> int:
 
     A state may be float32 in a model of another ``dtype``, so a model of that dtype is run.
     """
-    model = _model(design)
+    model = built(design)
     if not any(layer.recurrent for layer in model.anatomy.layers):
         return 0
     whole = copy.deepcopy(model.whole).to(dtype)  # type: ignore[arg-type]
-    model = _Model(whole, dissect(whole), model.weights)
+    model = Built(whole, dissect(whole), model.weights)
     with DryRun(), torch.no_grad():
-        kept = _run(model, model.anatomy.decoder, SHORT, SHORT, use_cache=True).past_key_values
+        kept = run(model, model.anatomy.decoder, SHORT, SHORT, use_cache=True).past_key_values
     layers = (layer for layer in kept.layers if isinstance(layer, LinearAttentionLayer))
     return sum(state.nbytes for layer in layers for state in states_of(layer) if state is not None)
 
@@ -253,7 +200,7 @@ def images(design: Design, count: int, tokens: int | None) -> tuple[int, tuple[i
 
 @lru_cache(maxsize=64)
 def _shown(design: Design, count: int, grid: tuple[int, int]) -> tuple[int, tuple[int, ...]]:
-    model_type, (_, anatomy, _) = design.config.model_type, _model(design)
+    model_type, (_, anatomy, _) = design.config.model_type, built(design)
     recipe = recipe_of(model_type, inspect.signature(anatomy.outer.get_image_features).parameters)  # type: ignore[arg-type]
     request = Request(design.config, 1, count, torch.Generator(), torch.float32, grid)
     # Pixels have values, because towers skip black tiles.
@@ -275,117 +222,6 @@ def _broad(limit: int) -> tuple[int, int]:
     return next((rows, columns) for rows, columns in grids if columns <= 2 * rows)
 
 
-@lru_cache(maxsize=4)
-def _model(design: Design) -> _Model:
-    config = type(design.config).from_dict(design.config.to_dict())
-    try:
-        with DryRun(), torch.device("meta"):
-            model = build_model(
-                config, dtype=torch.float32, attn_implementation="eager", experts_implementation="batched_mm"
-            )
-    except ValueError as error:
-        name = type(design.config).__name__
-        if not takes_images(design.config):
-            raise text_only(name) from None
-        if NO_IMAGE_MODEL in str(error):
-            raise UnsupportedModelError(
-                f"{name} is not the config of an image-text-to-text model of transformers: pass the config "
-                "of the whole model (model.config)"
-            ) from None
-        raise UnsupportedModelError(f"{name}: {error}") from error
-    model.eval().requires_grad_(False)
-    return _Model(model, dissect(model), sum(parameter.numel() for parameter in model.parameters()))
-
-
-def _end(model: _Model, last: int | None) -> nn.Module:
-    return model.anatomy.decoder if last is None else model.anatomy.layers[last].whole
-
-
-def _forward(model: _Model, end: nn.Module, tokens: int, ffn_tokens: int, skipping: Numbers = None) -> None:
+def _forward(model: Built, end: nn.Module, tokens: int, ffn_tokens: int, skipping: Numbers = None) -> None:
     with torch.no_grad():
-        _run(model, end, tokens, ffn_tokens, skipping)
-
-
-def _run(
-    model: _Model,
-    end: nn.Module,
-    tokens: int,
-    ffn_tokens: int,
-    skipping: Numbers = None,
-    use_cache: bool = False,
-) -> Any:
-    """Run a text of ``tokens``; return the output of ``end``.
-
-    Only ``ffn_tokens`` of the tokens enter the FFNs of the layers ``skipping``, None = of all.
-    """
-    outputs: list[Any] = []
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-        raise _Stop
-
-    with ExitStack() as stack:
-        for number, layer in enumerate(model.anatomy.layers if ffn_tokens < tokens else ()):
-            if layer.mlp is not None and (skipping is None or number in skipping):
-                stack.enter_context(_shortened(layer.mlp, tokens, ffn_tokens))
-        stack.callback(end.register_forward_hook(stop).remove)
-        try:
-            kept = {"past_key_values": DynamicCache(config=model.anatomy.text_config)} if use_cache else {}
-            model.whole(**_text(model.whole, tokens), use_cache=use_cache, **kept)
-        except _Stop:
-            return outputs[0] if outputs else None
-    raise UnsupportedModelError(f"{type(model.whole).__name__} does not call its {type(end).__name__}")
-
-
-def _text(model: PreTrainedModel, tokens: int) -> dict[str, torch.Tensor]:
-    """Return a prompt without special tokens."""
-    special = {value for value in vars(model.config).values() if isinstance(value, int)}
-    word = next(number for number in count() if number not in special)
-    ones = torch.ones(1, tokens, dtype=torch.long)
-    accepted = inspect.signature(model.forward).parameters
-    types = {name: 0 * ones for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
-    return {"input_ids": word * ones, "attention_mask": ones, **types}
-
-
-@contextmanager
-def _shortened(mlp: nn.Module, tokens: int, ffn_tokens: int) -> Iterator[None]:
-    """Make only the first ``ffn_tokens`` tokens enter a feed-forward network, and add zeros to the others."""
-
-    def cut(mlp: nn.Module, args: Any) -> Any:
-        return tuple(
-            value[:, :ffn_tokens]
-            if isinstance(value, torch.Tensor) and value.shape[:2] == (1, tokens)
-            else value
-            for value in args
-        )
-
-    def pad(mlp: nn.Module, args: Any, output: Any) -> Any:
-        update = output[0] if isinstance(output, tuple) else output
-        padded = F.pad(update.reshape(1, ffn_tokens, -1), (0, 0, 0, tokens - ffn_tokens))
-        return (padded, *output[1:]) if isinstance(output, tuple) else padded
-
-    handles = [mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(pad)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _lora(anatomy: Anatomy, rank: int) -> Iterator[None]:
-    """Add LoRA to every linear layer of the decoder, as PEFT runs it; nothing with rank 0."""
-
-    def add_lora(linear: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        into = torch.empty(rank, args[0].shape[-1], device="meta", requires_grad=True)
-        out = torch.empty(output.shape[-1], rank, device="meta", requires_grad=True)
-        return output + F.linear(F.linear(args[0], into), out)
-
-    layers: Any = anatomy.decoder.layers
-    linears = [module for module in layers.modules() if type(module) is nn.Linear] if rank else []
-    handles = [linear.register_forward_hook(add_lora) for linear in linears]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        run(model, end, tokens, ffn_tokens, skipping)

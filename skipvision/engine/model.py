@@ -12,6 +12,7 @@ from skipvision.anatomy.attention import block_indexer
 from skipvision.anatomy.families import dissect, lm_head
 from skipvision.anatomy.masks import Sight
 from skipvision.cost import units
+from skipvision.cost.running import Design
 from skipvision.engine.generation import GenerationSettings
 from skipvision.errors import UnsupportedModelError
 
@@ -59,7 +60,7 @@ class ModelFacts:
         base = _generating_model(model)
         anatomy = dissect(model)
         element = next(anatomy.decoder.parameters()).element_size()
-        layer_bytes = tuple(layer.values * element for layer in units.cache(units.Design.of(base.config)))
+        layer_bytes = tuple(layer.values * element for layer in units.cache(Design.of(base.config)))
         # A cached prefix would need the states of recurrent layers after its last token.
         recurrent = any(layer.recurrent for layer in anatomy.layers)
         blocks = any(block_indexer(layer.attention) for layer in anatomy.layers)

@@ -23,6 +23,7 @@ from pipelines.engines.vllm.prompts import Prompts, Rendered
 from pipelines.engines.vllm.settings import VllmError, configure_vllm, engine_arguments, refusal
 from skipvision.config import SkipConfig
 from skipvision.cost import units
+from skipvision.cost.running import Design
 from skipvision.engine import Chunk, Completion, Request, Sampling, Statistics
 from skipvision.errors import GenerationError, InputError, SkipVisionError
 
@@ -96,7 +97,7 @@ class AsyncVllm:
         self._entry_bytes = self._bytes_of_an_entry()
 
     def _bytes_of_an_entry(self) -> int:
-        values = sum(layer.values for layer in units.cache(units.Design.of(load_config(self._model.base))))
+        values = sum(layer.values for layer in units.cache(Design.of(load_config(self._model.base))))
         kind = self._engine.vllm_config.cache_config.cache_dtype
         each = 1 if kind.startswith("fp8") else self._engine.model_config.dtype.itemsize
         return int(values * each)
