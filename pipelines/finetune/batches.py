@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from pipelines._compat import visual_token_counter
 from pipelines.data.chat import ChatFormat, encode, tokenizer_panics
 from pipelines.data.rows import TrainingRow
 from pipelines.shared.console import say
+from skipvision.config import SkipConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,16 +78,25 @@ class LengthGroupedBatches:
         return [batches[b] for b in order]
 
 
-def row_lengths(processor: ProcessorMixin, rows: Sequence[TrainingRow]) -> list[int]:
-    """Return the number of tokens of each row, visual tokens included, without decoding an image.
+class RowLength(NamedTuple):
+    """Tokens of a row, visual tokens included: all of them, and those that the decoder computes."""
+
+    tokens: int
+    computed: int
+
+
+def row_lengths(
+    processor: ProcessorMixin, rows: Sequence[TrainingRow], skip: SkipConfig | None = None
+) -> list[RowLength]:
+    """Return the lengths of each row under a SkipConfig, without decoding an image.
 
     Image files are opened for their size, and only if the processor's token count depends on it. Progress is
-    printed every few seconds.
+    printed every few seconds. If the count needs pixels, ``computed`` equals ``tokens``.
     """
     shown = time.monotonic()
     chat = ChatFormat(processor)
     count_visual = _visual_token_counter(processor)
-    lengths: list[int] = []
+    lengths: list[RowLength] = []
     for start in range(0, len(rows), 1024):
         some = rows[start : start + 1024]
         if time.monotonic() - shown > _PROGRESS_SECONDS:
@@ -94,11 +104,15 @@ def row_lengths(processor: ProcessorMixin, rows: Sequence[TrainingRow]) -> list[
             say(f"{start} of {len(rows)} rows measured")
         texts = [chat.render(row.messages).text for row in some]
         if count_visual is None:
-            lengths += [_encoded_length(processor, text, row) for text, row in zip(texts, some, strict=True)]
+            encoded = [_encoded_length(processor, *pair) for pair in zip(texts, some, strict=True)]
+            lengths += [RowLength(tokens, tokens) for tokens in encoded]
             continue
         # The tokenizer sees each placeholder as one token.
         for ids, row in zip(_token_ids(processor, texts), some, strict=True):
-            lengths.append(len(ids) + sum(count_visual(row)) - len(row.images))
+            visual = count_visual(row)
+            text = len(ids) - len(row.images)
+            reduced = visual if skip is None else [skip.counts(tokens).total for tokens in visual]
+            lengths.append(RowLength(text + sum(visual), text + sum(reduced)))
     return lengths
 
 

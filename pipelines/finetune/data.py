@@ -35,7 +35,7 @@ class FinetuneData:
 
     Attributes:
         rows: training rows.
-        lengths: number of tokens of each training row.
+        lengths: number of tokens of each training row by which rows are grouped.
         validation: validation rows.
         rejected: numbers of rejected rows of both sets, by kind.
         answered: number of training rows with an answer of the full-token model.
@@ -133,17 +133,19 @@ def _read(
     The whole row therefore has to fit into the model's positions, as a request to the endpoint does.
     """
     data = config.data
+    # A teacher computes all tokens, which takes longer than what skipping leaves of the student.
+    skip = None if config.training.teaches else config.skip
     again = partial(read_training_rows, source, image_root=data.image_root, without_answer=answer is not None)
     read = again(check_images=data.check_images)
     questions = [row for row in read.rows if not row.answered]
     answered = answer(questions) if answer is not None and questions else Answered([], [])
     try:
         rows = [*(row for row in read.rows if row.answered), *answered.rows]
-        lengths = row_lengths(processor, rows)
+        lengths = row_lengths(processor, rows, skip)
     except ImageError:  # images were not checked, but the processor needs their sizes
         read = again()
         rows = [*(row for row in read.rows if row.answered), *answered.rows]
-        lengths = row_lengths(processor, rows)
+        lengths = row_lengths(processor, rows, skip)
     listed = {reject.source for reject in read.rejects}
     rejects = [*read.rejects, *(reject for reject in answered.rejects if reject.source not in listed)]
     records = len(read.rows) + len(read.rejects)
@@ -152,11 +154,11 @@ def _read(
     if positions is not None and positions < limit:
         limit, limit_name = positions, f"the {positions} positions of the model"
     for row, length in zip(rows, lengths, strict=True):
-        if length <= limit:
+        if length.tokens <= limit:
             measured.rows.append(row)
-            measured.lengths.append(length)
+            measured.lengths.append(length.computed)
         else:
-            reason = f"{length} tokens, more than {limit_name}"
+            reason = f"{length.tokens} tokens, more than {limit_name}"
             measured.rejects.append(Reject(row.source, row.key, "too long", reason))
     return measured
 

@@ -16,6 +16,7 @@ from pipelines.data.chat import ChatFormat
 from pipelines.data.collate import IGNORED, Collator
 from pipelines.data.rows import Message, TrainingRow
 from pipelines.finetune.batches import LengthGroupedBatches, prefetched, row_lengths
+from skipvision import SkipConfig
 from skipvision.errors import ConfigError
 
 CHATML = (
@@ -133,14 +134,22 @@ def test_no_template_is_refused(processor):
         ChatFormat(processor)
 
 
-def test_lengths_without_pixels_are_those_of_the_batch(processor):
-    lengths = row_lengths(processor, ROWS)
-    assert lengths == Collator(processor)(ROWS).inputs["attention_mask"].sum(dim=1).tolist()
+@pytest.mark.parametrize("pixels", [False, True])
+def test_lengths_are_those_of_the_batch(processor, pixels, monkeypatch):
+    if pixels:  # the number of visual tokens is unknown without them
+        monkeypatch.delattr(type(processor), "_get_num_multimodal_tokens")
+    tokens = Collator(processor)(ROWS).inputs["attention_mask"].sum(dim=1).tolist()
+    assert row_lengths(processor, ROWS) == [(length, length) for length in tokens]
 
 
-def test_lengths_measured_with_pixels(processor, monkeypatch):
-    monkeypatch.delattr(type(processor), "_get_num_multimodal_tokens")
-    assert row_lengths(processor, ROWS) == Collator(processor)(ROWS).inputs["attention_mask"].sum(1).tolist()
+def test_computed_lengths_are_those_of_the_reduced_rows(processor):
+    ids = Collator(processor)(ROWS).inputs["input_ids"]
+    visual = (ids == processor.image_token_id).sum(dim=1).tolist()
+    kept = 2 + 3 + 2  # with a summary token for each group
+    lengths = row_lengths(processor, ROWS, SkipConfig(retained=2, skipped=3))
+    removed = [length.tokens - length.computed for length in lengths]
+    assert removed == [tokens - len(one.images) * kept for tokens, one in zip(visual, ROWS, strict=True)]
+    assert removed[0] == 0 < removed[1] < removed[2]
 
 
 # ------------------------------------------------------------------------------------------- batches

@@ -74,7 +74,7 @@ def test_training_rows(processor, position, words):
     answers = processor.tokenizer.decode(labels[labels != IGNORED]).split("</s>")
     learnt = [message.text for message in given.messages if message.role == "assistant"]
     assert [without_joiners(answer).strip() for answer in answers] == [*learnt, ""]
-    assert row_lengths(processor, [given]) == [ids.shape[1]]
+    assert [length.tokens for length in row_lengths(processor, [given])] == [ids.shape[1]]
 
 
 def test_the_system_message(processor):

@@ -111,7 +111,7 @@ def test_a_row_longer_than_the_model_has_positions_is_rejected(
     long = row("long", "What?", "red " * 50)
     files = {"train": run.file("t.json", GOOD), "validation": run.file("v.json", GOOD)}
     files[data_set] = run.file("long.json", GOOD, long)
-    length = row_lengths(run.processor, run.read(run.config(files[data_set])).rows)[1]
+    length = row_lengths(run.processor, run.read(run.config(files[data_set])).rows)[1].tokens
     positions = None if positions is None else length - 1 + positions
     max_length = max_length if max_length > 1 else length - 1 + max_length
     data = run.read(run.config(**files, max_length=max_length), positions)
