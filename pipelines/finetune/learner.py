@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import distributed, nn
 
 import skipvision as sv
@@ -26,6 +27,7 @@ from pipelines.finetune.config import FinetuneConfig, TrainingSection
 from pipelines.finetune.objective import Loss, Objective
 from pipelines.finetune.on_policy import OnPolicy
 from pipelines.finetune.teacher_cache import TeacherCache
+from skipvision.cost.kept import KeptTensors
 from skipvision.errors import ConfigError
 
 
@@ -57,6 +59,17 @@ def prepare(base: nn.Module, config: FinetuneConfig) -> nn.Module:
     return model
 
 
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Stop PEFT from casting the inputs of LoRA to float32, for a model that only runs under autocast.
+
+    Autocast casts them back to bfloat16: the values are the same, but every input of a linear layer is copied
+    twice, and one copy is kept for the backward.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def learning_rate(training: TrainingSection, step: int, steps: int) -> float:
     """Return the learning rate of a step (from 0): a linear rise, then half a cosine."""
     warm = int(steps * training.warmup)
@@ -86,7 +99,11 @@ class StepStats:
 
 
 class Learner:
-    """The trainable parameters of a model and their optimiser."""
+    """The trainable parameters of a model and their optimiser.
+
+    Attributes:
+        activation_bytes: the most that the forward of a batch has kept for its backward.
+    """
 
     def __init__(
         self,
@@ -98,7 +115,10 @@ class Learner:
     ) -> None:
         self.model, self.config, self.device, self.cache = model, config, device, cache
         self.on_policy = on_policy
+        self.activation_bytes = self._largest = 0
         self.compute = arithmetic(config.training.precision, device)
+        if self.compute == torch.bfloat16:
+            leave_casts_to_autocast(model)
         self.objective = Objective(config.training, config.distillation)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if _workers() > 1:
@@ -118,7 +138,7 @@ class Learner:
         totals = torch.zeros(6, dtype=torch.float64)
         own = self.on_policy if self.on_policy is not None and self.on_policy.applies(step) else None
         for batch in micro_batches:
-            loss = self.loss(batch, self.cache, own)
+            loss = self._measured_loss(batch, own)
             loss.total.backward()
             totals += torch.tensor([*loss.values(), batch.tokens, batch.images], dtype=torch.float64)
         loss_sum, answer_tokens, answers, distill, tokens, images = self._share(totals)
@@ -143,6 +163,16 @@ class Learner:
         means = {name: total / max(answer_tokens, 1) for name, total in parts.items()}
         mean = loss_sum / max(answer_tokens, 1)
         return StepStats(mean, norm, rate, int(answer_tokens), int(tokens), int(images), means)
+
+    def _measured_loss(self, batch: Batch, own: OnPolicy | None) -> Loss:
+        """Return the loss of a batch. If no batch before was as large, measure what it keeps in memory."""
+        if batch.labels.numel() <= self._largest:
+            return self.loss(batch, self.cache, own)
+        self._largest = batch.labels.numel()
+        with KeptTensors(self.model) as kept:
+            loss = self.loss(batch, self.cache, own)
+        self.activation_bytes = max(self.activation_bytes, kept.bytes)
+        return loss
 
     def loss(self, batch: Batch, cache: TeacherCache | None = None, own: OnPolicy | None = None) -> Loss:
         """Return the summed loss of a batch's learnt tokens; with ``own``, the model first writes answers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from pipelines.finetune.config import FinetuneConfig
 from pipelines.finetune.flops import row_flops
 from pipelines.finetune.folder import STATE
 from pipelines.finetune.learner import Learner, StepStats, prepare
+from pipelines.finetune.memory import Memory, peak_memory
 from pipelines.finetune.on_policy import OnPolicy
 from pipelines.finetune.progress import Progress
 from pipelines.finetune.teacher_cache import TeacherCache
@@ -107,6 +107,7 @@ class Worker:
         self.cache = TeacherCache(work.teacher, rank) if self.config.distillation_cached else None
         on_policy = OnPolicy.of(self.config, model, self.processor)
         self.learner = Learner(model, self.config, device, self.cache, on_policy)
+        self.memory = Memory(self.learner, tracker)
         # The prefetching thread's own tokenizer: fast tokenizers must not be shared between threads.
         self.collator = Collator(load_processor(self.config.model.path))
         self.progress = Progress(work.steps)
@@ -127,10 +128,16 @@ class Worker:
         self.progress.start(done)
         if self.rank == 0:  # before the first step: a run that never gets there is seen as stuck
             self._gauges.set(self._steps(done))
+        first = done
         for batches in self._batches(done):
+            if done == first and self.rank == 0:
+                self.memory.predict(batches)
+                self.progress.start(done)  # the prediction is not part of the step
             stats = self.learner.step(batches, done, self.work.steps)
             done += 1
             self._record(done, stats)
+            if done == first + 1 and self.rank == 0:
+                self.memory.report()
             if done % training.checkpoint_every == 0 or done == self.work.steps:
                 self._checkpoint(done)
             if every and done % every == 0 and done < self.work.steps:
@@ -140,7 +147,8 @@ class Worker:
             # Before the validation, which may fail: it opens images that may have become unreadable.
             with storage_errors(self.work.adapter):
                 sv.save_adapter(self.learner.model, self.work.adapter)
-        return {**self.progress.summary(), **self._flops(done), **self._evaluate(done)}
+        summary = {**self.progress.summary(), **self.memory.result(done)}
+        return {**summary, **self._flops(done), **self._evaluate(done)}
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -170,7 +178,7 @@ class Worker:
                 "step_seconds": seconds,
                 "images_per_second": stats.images / seconds,
                 "tokens_per_second": stats.tokens / seconds,
-                "peak_memory_bytes": float(_peak_memory(self.learner.device)),
+                "peak_memory_bytes": float(peak_memory(self.learner.device)),
             }
             self.tracker.metrics(values, done)
         if done % self.config.training.log_every == 0 or done == self.work.steps:
@@ -371,10 +379,3 @@ def _threads() -> int:
     """Return the number of torch threads: the CPUs assigned by Ray, which may exceed those of the machine."""
     given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     return max(1, min(int(given), usable_cpus()))
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the peak use so far, in bytes: of GPU memory, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F
 
 import skipvision as sv
@@ -63,6 +64,22 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(config, rows):
         learner.step([collate(group) for group in groups], 0, 10)
     for name, parameter in whole.trainable.items():
         torch.testing.assert_close(parameter, cut.trainable[name], rtol=1e-4, atol=1e-5)
+
+
+def test_casts_left_to_autocast_change_no_value_and_save_memory(config, rows):
+    training = {**config.training.model_dump(), "precision": "bfloat16"}
+    model = {**config.model.model_dump(), "dtype": "bfloat16"}
+    half = changed(config, model=model, training=training, lora={"dropout": 0.0})
+    ours, casting = learner_of(half), learner_of(half)
+    for module in casting.model.modules():
+        if isinstance(module, BaseTunerLayer):
+            assert not module.cast_input_dtype_enabled
+            module.cast_input_dtype_enabled = True
+    batch = collator_of(half)(rows[:4])
+    assert torch.equal(gradients(ours, [batch]), gradients(casting, [batch]))
+    for learner in (ours, casting):
+        learner.step([batch], 0, 10)
+    assert ours.activation_bytes < 0.95 * casting.activation_bytes
 
 
 def test_a_step_from_a_checkpoint_is_repeated_exactly(config, rows, tmp_path):
