@@ -21,19 +21,22 @@ class Worker:
 
     Args:
         python: of the environment in which the engine is installed.
-        options: of `benchmarks._engines.worker`.
+        options: of the module.
         log: takes what the engine prints.
+        module: the program of the process.
 
     Attributes:
         versions: description of the environment.
     """
 
-    def __init__(self, python: str, options: Mapping[str, Any], log: Path) -> None:
+    def __init__(
+        self, python: str, options: Mapping[str, Any], log: Path, module: str = "benchmarks._engines.worker"
+    ) -> None:
         self._log = log
         threads = {"OMP_NUM_THREADS": str(options["threads"])} if options["threads"] else {}
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [python, "-m", "benchmarks._engines.worker", json.dumps(options)],
+                [python, "-m", module, json.dumps(options)],
                 cwd=ROOT, env={**os.environ, **threads}, text=True, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             )  # fmt: skip
