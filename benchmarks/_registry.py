@@ -35,6 +35,13 @@ BENCHMARKS = [
         "time_follows_flops.md",
     ),
     Benchmark(
+        "training",
+        "How much faster is LoRA fine-tuning than the stock recipes, and how much of that is skipping?",
+        "8 min",
+        f"{QUIET}; for SFTTrainer an environment with TRL",
+        "training.md",
+    ),
+    Benchmark(
         "planning",
         "How much do select, merge and summary cost?",
         "4 min",

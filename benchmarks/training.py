@@ -1,6 +1,6 @@
 """LoRA fine-tuning by transformers' `Trainer`, TRL's `SFTTrainer` and this project, also with skipping.
 
-    python -m benchmarks.training --trl .venv-trl/bin/python --out docs/benchmarks/training.md
+    python -m benchmarks run training --trl .venv-trl/bin/python --out docs/benchmarks/training.md
 
 All ways train the same random weights on the same rows, and take turns. Each runs in its own process. TRL
 needs a Python with trl and datasets besides this project's requirements; without ``--trl`` it is left out.
@@ -25,6 +25,7 @@ import skipvision as sv
 from benchmarks import _measure
 from benchmarks._engines.processes import Worker
 from benchmarks._measure import FULL, Geometry, Spread
+from benchmarks._run import Run
 from benchmarks._training import padding, report
 from benchmarks._training.attention import attention_table
 from benchmarks._training.rows import Length, sample, write_data
@@ -38,30 +39,33 @@ PARTS = ("ways", "padding", "attention")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; with --out, update the page."""
     options = _options().parse_args(arguments)
-    # Not in single backticks: docs/regenerate.sh would run it, without a Python for TRL.
-    parts = [f"```text\n{_command(arguments)}\n```"]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    run = Run("training", arguments)
+    sections: list[str] = []
     if "ways" in options.parts:
-        parts += _ways(options)
+        sections += _ways(options)
     if "padding" in options.parts:
         setting = next((way for way in options.ways if way not in (*STOCK, FULL)), "100+156")
-        parts.append(f"Share of padding among the positions of all batches, pruned to {setting}.")
-        parts.append(report.padding_table(padding.shares(_setting(setting), options.seed)))
+        sections.append(f"Share of padding among the positions of all batches, pruned to {setting}.")
+        sections.append(report.padding_table(padding.shares(_setting(setting), options.seed)))
     if "attention" in options.parts:
-        parts += _attention(options)
-    text = "\n\n".join(part for part in parts if part)
+        forms = attention_table(getattr(torch, options.dtype), options.attention_repeats)
+        sections += ["Forward and backward of one attention module, with a mask for each row.", forms]
+    text = run.text(options.dtype, *(section for section in sections if section))
+    if options.trl is not None:
+        # Not in single backticks: docs/regenerate.sh would run it, without a Python for TRL.
+        text = text.replace(f"`{run.command}`", f"```text\n{_shown(run.command, options.trl)}\n```", 1)
     print(text)
     if options.out:
         _measure.write_part(options.out, options.part, text)
 
 
-def _command(arguments: Sequence[str] | None) -> str:
+def _shown(command: str, python: Path) -> str:
     """Return the command without folders of this machine."""
-    words = ["python", "-m", "benchmarks.training", *(arguments or sys.argv[1:])]
-    if "--trl" in words:
-        words[words.index("--trl") + 1] = "PYTHON"
-    for option in ("--json", "--out", "--part"):
-        if option in words:
-            del words[words.index(option) : words.index(option) + 2]
+    words = command.replace(str(python), "PYTHON").split()
+    if "--json" in words:
+        del words[words.index("--json") : words.index("--json") + 2]
     return " ".join(words)
 
 
@@ -80,20 +84,12 @@ def _ways(options: argparse.Namespace) -> list[str]:
         for way in dict.fromkeys(record["way"] for record in records)
     }
     return [
-        _heading(options, records, lengths),
+        _description(options, records, lengths),
         report.verdict(records),
         report.ways_table(records, predicted),
         "Factors within a round, median (lowest – highest):",
         report.factors_table(records),
     ]
-
-
-def _attention(options: argparse.Namespace) -> list[str]:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    forms = attention_table(getattr(torch, options.dtype), options.attention_repeats)
-    machine = f"{_measure.today()}; {_measure.processor()}; load average {os.getloadavg()[0]:.1f}."
-    return [machine, f"Forward and backward in {options.dtype}, with a mask for each row.", forms]
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:
@@ -169,32 +165,23 @@ def _predicted(way: str, geometry: Geometry, lengths: Sequence[Length], options:
     return total // len(lengths)
 
 
-def _heading(options: argparse.Namespace, records: Sequence[Record], lengths: Sequence[Length]) -> str:
+def _description(options: argparse.Namespace, records: Sequence[Record], lengths: Sequence[Length]) -> str:
     geometry, loads = _geometry(options), Spread.of([record["load"] for record in records])
-    threads = f"{options.threads} threads of each process; " if options.threads else ""
-    rows = f"{options.batches} batches of {options.batch} rows with one image"
     questions, answers = (Spread.of([length[part] for length in lengths]).text() for part in range(2))
     image = (geometry.image // geometry.patch) ** 2
+    others = {record["versions"] for record in records} - {_measure.versions()}
     model = (
-        f"{geometry.layers} layers of width {geometry.hidden}, FFN {geometry.intermediate}, vocabulary "
-        f"{geometry.vocabulary:,}, {image} visual tokens; {options.dtype}, {options.attention} attention, "
-        f"LoRA of rank {options.rank}. A round is {rows}: questions of {questions} tokens, "
-        f"answers of {answers}; "
-        f"{options.repeats} rounds."
+        f"model: {geometry.layers} layers of width {geometry.hidden}, FFN {geometry.intermediate}, "
+        f"vocabulary {geometry.vocabulary:,}, {image} visual tokens, {options.attention} attention, "
+        f"LoRA of rank {options.rank}"
     )
-    machine = f"{_measure.today()}; {_measure.processor()}; {threads}load average {loads.text(digits=1)}."
-    versions = "\n".join(f"- {way}: {text}" for way, text in _versions(records).items())
-    return f"{machine}\n\n{model}\n\n{versions}"
-
-
-def _versions(records: Sequence[Record]) -> dict[str, str]:
-    """Return the versions, the ways of one environment together."""
-    ways: dict[str, list[str]] = {}
-    for record in records:
-        names = ways.setdefault(record["versions"], [])
-        if record["way"] not in names:
-            names.append(record["way"])
-    return {", ".join(names): text for text, names in ways.items()}
+    rows = (
+        f"a round: {options.batches} batches of {options.batch} rows with one image, questions of "
+        f"{questions} tokens, answers of {answers}"
+    )
+    rounds = f"{options.repeats} rounds, load average {loads.text(digits=1)}"
+    lines = [model, rows, rounds, *(f"SFTTrainer: {text}" for text in sorted(others))]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _geometry(options: argparse.Namespace) -> Geometry:
@@ -217,9 +204,7 @@ def _setting(name: str) -> sv.SkipConfig:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _measure.parser("training", __doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add(

@@ -196,7 +196,7 @@ def test_mlflow_has_the_whole_run(straight):
     assert run.data.metrics["peak_memory_bytes"] > 10 * 2**20
     measured, predicted = (run.data.metrics[f"activation_bytes{end}"] for end in ("", "_predicted"))
     assert (measured, predicted) == (straight["activation_bytes"], straight["activation_bytes_predicted"])
-    assert predicted == pytest.approx(measured, rel=0.15)
+    assert predicted == pytest.approx(measured, rel=0.25)
     assert steps_of(straight, "validation/exact_match/overall") == {12, 24}
     assert steps_of(straight, "validation/loss") == {12, 24}
     assert run.data.metrics["rejected_rows"] == 2
