@@ -61,7 +61,6 @@ __all__ = [
     "recompile_limit",
     "sdpa_backward_flop_count",
     "sdpa_flop_count",
-    "storage_identity",
     "submodules",
     "takes_encoded",
     "tree_leaves",
@@ -111,14 +110,6 @@ def raise_recompile_limits(per_function: int, accumulated: int) -> None:
     """
     dynamo.config.recompile_limit = per_function
     dynamo.config.accumulated_recompile_limit = accumulated
-
-
-def storage_identity(tensor: torch.Tensor) -> int:
-    """Return a number that tensors have in common if and only if they share memory, also without data.
-
-    Seen in: torch 2.13.
-    """
-    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

@@ -65,9 +65,9 @@ def leave_casts_to_autocast(model: nn.Module) -> None:
     Autocast casts them back to bfloat16: the values are the same, but every input of a linear layer is copied
     twice, and one copy is kept for the backward.
     """
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
+    layers: Any = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
 
 
 def learning_rate(training: TrainingSection, step: int, steps: int) -> float:

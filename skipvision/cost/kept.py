@@ -7,8 +7,7 @@ from typing import Self
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-
-from skipvision._compat import storage_identity
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class KeptTensors(saved_tensors_hooks):
@@ -20,8 +19,8 @@ class KeptTensors(saved_tensors_hooks):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(self._pack, _unpack)
-        self._own = {storage_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._sizes: dict[int, int] = {}
+        self._own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._sizes: dict[StorageWeakRef, int] = {}
 
     def __enter__(self) -> Self:  # type: ignore[override]
         super().__enter__()
@@ -33,10 +32,15 @@ class KeptTensors(saved_tensors_hooks):
         return sum(self._sizes.values())
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        identity = storage_identity(tensor)
-        if identity not in self._own:
-            self._sizes[identity] = tensor.untyped_storage().nbytes()
+        storage = _storage(tensor)
+        if storage not in self._own:
+            self._sizes[storage] = tensor.untyped_storage().nbytes()
         return tensor.detach()
+
+
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    """Return a reference that is equal for tensors that share memory, also without data."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _unpack(tensor: torch.Tensor) -> torch.Tensor:
