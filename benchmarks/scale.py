@@ -27,6 +27,7 @@ from benchmarks import _measure, _scale
 from benchmarks.gpu import GEOMETRIES
 from pipelines.caption.config import ScalingSection
 from pipelines.caption.folder import FILES_AT_ONCE
+from pipelines.caption.stages import BLOCKS_AT_ONCE
 from skipvision.cost.sizing import GPUS, Workload, demand, size
 
 DAY = 86_400
@@ -34,8 +35,9 @@ BLOCK_ROWS = 16
 """Rows of a block with 64 sequences at once: see `pipelines.caption.stages`."""
 READERS, THREADS = 4, ScalingSection.model_fields["threads_per_reader"].default
 """Readers for each GPU, as in the overlay `gpu` of infra/kuberay, and the files that each opens at once."""
-BLOCKS_HELD = 14 + 2 * READERS
-"""Blocks in the object store for each engine: those it has been given, and two that each reader has ready."""
+BLOCKS_HELD = BLOCKS_AT_ONCE + 2 + 2 * READERS
+"""Blocks in the object store for each engine: those it has been given, two that Ray Data has ready, and two
+of each reader."""
 BLOCK_BYTES = 50.0
 """Bytes of the driver for each block of Ray Data, to plan with: more than a run over 10⁵ blocks gave.
 

@@ -45,7 +45,7 @@ from pipelines.shared.files import StorageError, storage_errors
 from skipvision.engine import Completion, Request, Sampling, Statistics, prepare
 from skipvision.errors import InputError, SkipVisionError
 
-_BLOCKS_AT_ONCE = 12
+BLOCKS_AT_ONCE = 12
 _ROWS_AT_ONCE = 3
 """Rows waiting in an engine, as a multiple of the captions that it generates at once."""
 
@@ -62,7 +62,7 @@ class Assignment:
     @property
     def block_rows(self) -> int:
         """Number of rows in a block."""
-        return math.ceil(_ROWS_AT_ONCE * self.config.engine.max_sequences / _BLOCKS_AT_ONCE)
+        return math.ceil(_ROWS_AT_ONCE * self.config.engine.max_sequences / BLOCKS_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def captions(
         ray.exceptions.RayError: a bug.
     """
     actor, scaling = (CaptionActor, work), work.config.scaling
-    return streamed(shards, partial(read_shard, work), actor, scaling, resources, _BLOCKS_AT_ONCE)
+    return streamed(shards, partial(read_shard, work), actor, scaling, resources, BLOCKS_AT_ONCE)
 
 
 # --------------------------------------------------------------------------------------------- reading

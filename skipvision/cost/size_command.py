@@ -68,6 +68,11 @@ def run(options: argparse.Namespace) -> None:
         max_sequences=options.max_sequences,
     )
     skip = SkipConfig(retained=options.retained, skipped=options.skipped)
+    shares = [each for each in (skip.retained, skip.skipped) if isinstance(each, float)]
+    if sum(shares) > 1:
+        raise ConfigError(
+            f"--retained {skip.retained} --skipped {skip.skipped}: together more than all visual tokens"
+        )
     gpus = {name: GPUS[name] for name in options.gpu or GPUS}
     if options.price is not None:
         if not 0 < options.price < math.inf:
@@ -134,6 +139,7 @@ def _lines(
     lines = [
         f"weights: {_gib(full.cost.weight_bytes)}; a worker pod needs that and 1 GiB for each reader",
         f"skipped: {_amount(skip.retained)} retained, {_amount(skip.skipped)} skipped",
+        f"prompt: {full.cost.sequence:,} tokens, skipped {skipped.cost.sequence:,}",
         f"images: {work.images_per_day / 86_400:,.1f} per second",
         f"captions: {_gib(storage_per_day(work))} a day",
         f"prefill of an image: {prefill[0]:,.2f} TFLOPs, skipped {prefill[1]:,.2f}",

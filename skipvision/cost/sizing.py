@@ -106,6 +106,10 @@ class Workload:
         for name in ("images_per_day", "new_tokens", "max_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more")
+        for name, least in (("text_tokens", 0), ("visual_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}={value}: expected {least} or more")
         for name in ("compute_share", "bandwidth_share", "memory_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a number above 0 and at most 1")

@@ -115,7 +115,7 @@ def test_the_cluster_grows_for_captioning_and_shrinks_after_it(autoscaled, tiny_
     seen = set()
     try:
         job = jobs.start("caption", settings)
-        answer = result(job, lambda _: seen.add(autoscaled.nodes()))
+        answer = result(job, lambda _: seen.add(autoscaled.nodes() or 0))
     finally:
         jobs.end()
     assert answer["captioned"] == rows

@@ -13,6 +13,12 @@ FOLDER = INFRA / "compose"
 TEXTS = {name: (FOLDER / name).read_text() for name in ("compose.yaml", "compose.cuda.yaml")}
 FILES = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
 SERVICES = FILES["compose.yaml"]["services"]
+VARIABLE = r"(?<!\$)\$\{(\w+)([^}]*)\}"
+"""A variable that compose replaces: its name, and what follows it, such as ``:-default`` or ``:?message``."""
+
+
+def variables(file: str) -> list[tuple[str, str]]:
+    return re.findall(VARIABLE, TEXTS[file])
 
 
 def test_ports_are_published_on_loopback_only():
@@ -27,8 +33,28 @@ def test_secrets_come_from_the_environment_and_have_no_default():
     assert sources == example
     used = {name for service in SERVICES.values() for name in service.get("secrets", [])}
     assert used == set(FILES["compose.yaml"]["secrets"])
-    for name, default in re.findall(r"(?<!\$)\$\{(\w+):?-?([^}]*)\}", TEXTS["compose.yaml"]):
-        assert name not in example or default.startswith("?")
+    assert [name for name, rest in variables("compose.yaml") if name in example and "-" in rest[:2]] == []
+
+
+def test_an_unset_or_empty_secret_is_refused_before_anything_starts():
+    example = set(re.findall(r"^(\w+)=$", (FOLDER / ".env.example").read_text(), re.MULTILINE))
+    required = "".join(FILES["compose.yaml"]["x-required"])
+    assert {name for name, rest in re.findall(VARIABLE, required) if rest.startswith(":?")} == example
+
+
+def test_the_tags_of_our_images_can_be_set():
+    ours = [
+        service["image"]
+        for file in FILES.values()
+        for service in file["services"].values()
+        if "image" in service
+    ]
+    untagged = [
+        image for image in ours if image.startswith("skipvision") and ":${SKIPVISION_TAG:-" not in image
+    ]
+    assert untagged == []
+    (cuda,) = {service["image"] for service in FILES["compose.cuda.yaml"]["services"].values()}
+    assert cuda == "skipvision:${SKIPVISION_TAG:-cuda}"
 
 
 def test_only_mlflow_and_its_bucket_reach_the_stores():

@@ -78,6 +78,8 @@ def test_storage_grows_with_images_and_tokens():
     [
         ({"images_per_day": 0}, "images_per_day=0: expected 1 or more"),
         ({"new_tokens": 0}, "new_tokens=0"),
+        ({"text_tokens": -1}, "text_tokens=-1: expected 0 or more"),
+        ({"visual_tokens": 0}, "visual_tokens=0: expected 1 or more"),
         ({"compute_share": 1.5}, "compute_share=1.5: expected a number above 0"),
         ({"memory_share": 0.0}, "memory_share=0.0"),
         ({"peak": 0.5}, "peak=0.5: the busiest hour"),
@@ -126,6 +128,10 @@ def test_the_command_compares_full_and_skipped(tiny_model, capsys):
         ["l4", "skipped"],
     ]
     assert lines[-1] == "Prices: --price."
+    full, skipped = (
+        int(one) for one in re.findall(r"\d+", next(x for x in lines if x.startswith("prompt:")))
+    )
+    assert skipped < full
     assert "skipped: 4 tokens retained, 25% of the tokens skipped" in lines  # 4 is a count, 0.25 a share
 
 
@@ -158,6 +164,7 @@ def test_the_table_of_the_docs_is_what_the_command_prints(tmp_path, capsys):
         (["--images-per-day", "9", "--price", "nan"], "--price nan: give dollars"),
         (["--images-per-day", "9", "--peak", "nan"], "peak=nan"),
         (["--images-per-day", "0"], "images_per_day=0"),
+        (["--images-per-day", "9", "--retained", "0.9", "--skipped", "0.2"], "more than all visual tokens"),
         (["--images-per-day", "9", "--model", "/nothing"], "/nothing"),
     ],
 )
