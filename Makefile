@@ -68,8 +68,9 @@ test-all: install ## run the slow tests, test-oldest and test-timm, too (GPU tes
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[services]"
 	$(BIN)/python -m pytest -m "not gpu" $(IN_TWO) $(ARGS)
 
-test-oldest: install-oldest ## run the library's tests with the oldest versions
+test-oldest: install-oldest ## run the library's tests and benchmarks/gpu.py with the oldest versions
 	$(OLDEST_BIN)/python -m pytest $(IN_TWO) tests/skipvision $(ARGS)
+	$(OLDEST_BIN)/python -m pytest -m "not gpu" tests/test_benchmarks.py -k gpu_script
 
 # Without an index of torch for CPUs, pip may install a torchvision for CUDA next to it: sitecustomize.py lets that be imported.
 test-timm: install-timm ## run the tests of the families whose vision towers timm has
@@ -85,9 +86,9 @@ test-infra: install ## run all tests of infra/ with the checkers that pip has
 test-vllm: install-vllm ## run the tests of vLLM (plug-in, jobs, endpoint) in .venv-vllm/
 	PYTHONPATH="$(CURDIR)/tests/skipvision/integrations/vllm/start$${PYTHONPATH:+:$$PYTHONPATH}" TEST_BACKEND=vllm \
 		$(VLLM_BIN)/python -m pytest -m "" -W default --timeout 900 tests/skipvision/integrations/vllm \
-		tests/pipelines/engines/vllm tests/serve/replica/vllm tests/serve/chat/test_chat.py \
-		tests/serve/chat/test_refusals.py tests/serve/ingress/test_middleware.py \
-		tests/serve/observe/test_operations.py tests/serve/test_vllm.py $(ARGS)
+		tests/pipelines/engines/vllm tests/pipelines/caption/test_job.py tests/pipelines/export \
+		tests/serve/replica/vllm tests/serve/chat/test_chat.py tests/serve/chat/test_refusals.py \
+		tests/serve/ingress/test_middleware.py tests/serve/observe/test_operations.py tests/serve/test_vllm.py $(ARGS)
 
 lint: install ## check style, types, import contracts and advisories of dependencies
 	$(BIN)/ruff check .

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.backend import HEADS
+
 ROOT = Path(__file__).parents[1]
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""The search path of a process that a test starts: this repository, and what this process was given."""
 
 # Tests run on one CPU each, and the numbers that they compare depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,7 +31,7 @@ def applications() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(applications: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaVA (16 visual tokens per image) and its processor."""
-    return save_tiny_llava(tmp_path_factory.mktemp("model") / "tiny-llava")
+    return save_tiny_llava(tmp_path_factory.mktemp("model") / "tiny-llava", **HEADS)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +57,7 @@ def local_ray(applications: None) -> Iterator[None]:
         object_store_memory=200 * 2**20,
         runtime_env={
             "env_vars": {
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+                "PYTHONPATH": PYTHONPATH,
                 "OMP_NUM_THREADS": "1",
                 "SKIPVISION_METHODS": "tests.skipvision.further_methods",
             }

@@ -23,25 +23,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import save_tiny_llava
+from tests.backend import ENGINE, ON_VLLM
 
 # By default Ray and OpenTelemetry export only every few seconds.
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
 os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", "200")
 
-BACKEND = os.environ.get("TEST_BACKEND", "native")
-ON_VLLM = BACKEND == "vllm"
-on_native = pytest.mark.skipif(ON_VLLM, reason="only the native engine does this")
-on_vllm = pytest.mark.skipif(not ON_VLLM, reason="needs TEST_BACKEND=vllm: make test-vllm")
-
 SKIP = {"retained": 4, "skipped": 0, "summary_tokens": 0} if ON_VLLM else {"retained": 4, "skipped": 6}
 KEPT = 4 if ON_VLLM else 4 + 2
 """Visual tokens of an image in the cache under `SKIP`."""
 
-ENGINE = (
-    {"backend": "vllm", "engine_kwargs": {"max_model_len": 512, "enforce_eager": True}} if ON_VLLM else {}
+GUARDED_ENGINE = (
+    {**ENGINE, "engine_kwargs": {**ENGINE["engine_kwargs"], "map_skipped": True}} if ON_VLLM else {}
 )
-"""Settings of every engine."""
 ORIGIN = "https://page.example"
 LONG = {
     "type": "json_schema",
@@ -101,15 +95,14 @@ def question(text: str = "what is it?", *seeds: int) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="session")
-def served_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of the deployments: the tiny one. For vLLM larger heads and other names of weights."""
+def served_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the deployments: the tiny one. For vLLM with other names of weights."""
     if not ON_VLLM:
-        return request.getfixturevalue("tiny_model")
+        return tiny_model
     import skipvision as sv
 
-    folder = tmp_path_factory.mktemp("served")
-    tiny = save_tiny_llava(folder / "tiny-llava", head_dim=32)
-    return Path(sv.export(tiny, None, folder / "exported", config=sv.SkipConfig.full()))
+    folder = tmp_path_factory.mktemp("served") / "exported"
+    return sv.export(tiny_model, None, folder, config=sv.SkipConfig.full())
 
 
 @pytest.fixture(scope="session")
@@ -222,7 +215,7 @@ def guarded(
                 "name": "small",
                 "dtype": "float32",
                 "adapters": {"shapes": "models:/shapes@champion"},
-                "engine": {"max_sequences": 1, "kv_budget_bytes": 2**22, **ENGINE},
+                "engine": {"max_sequences": 1, "kv_budget_bytes": 2**22, **GUARDED_ENGINE},
                 "scaling": {"cpus_per_engine": 0.25},
             }
         ],

@@ -13,10 +13,12 @@ import pytest
 from ray import serve as ray_serve
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pipelines.engines.vllm.meter import UNMEASURED
 from serve.errors import DeadlineError
 from serve.replica.messages import Work
 from skipvision import Engine, Request, Sampling, SkipConfig, load_adapter
-from tests.serve.conftest import LONG, eventually, noise, on_vllm, question
+from tests.backend import on_vllm
+from tests.serve.conftest import LONG, eventually, noise, question
 
 pytestmark = [on_vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 OTHER = {"retained": 2, "skipped": 0, "summary_tokens": 0, "select": "diversity"}
@@ -90,6 +92,18 @@ def test_a_skipconfig_that_vllm_cannot_run_is_refused(client, skip, message, str
         ask(client, skip=skip, stream=stream)
     assert message in refused.value.message
     assert (refused.value.param, refused.value.code) == ("skip", "invalid_value")
+
+
+def test_skipped_tokens_are_mapped_where_the_settings_say_so(guarded):
+    """The answer is that of retained tokens of equal FLOPs, and its usage counts them."""
+    with openai.OpenAI(base_url=guarded.url, api_key=guarded.alice, max_retries=0, timeout=120) as alice:
+        skipping = {"retained": 4, "skipped": 6, "summary_tokens": 0}
+        found = ask(alice, "small", skipping)
+        counts = found.usage.visual_tokens
+        assert 4 < counts["retained"] < 10
+        assert (counts["total"], counts["skipped"], counts["cached"]) == (16, 0, counts["retained"])
+        equal = ask(alice, "small", {**skipping, "retained": counts["retained"], "skipped": 0})
+    assert found.choices[0].message.content == equal.choices[0].message.content
 
 
 def test_a_text_without_images_is_answered(client):
@@ -174,7 +188,7 @@ def test_what_vllm_does_not_measure_is_no_metric(client, endpoint):
     text = page()
     for name in ("running", "waiting", "kv_occupancy", "kv_bytes_used", "decode_tokens", "visual_total"):
         assert f"skipvision_engine_{name}{{" in text
-    for name in ("prefill_seconds", "prefix_bytes", "kv_bytes_reserved", "visual_skipped"):
+    for name in UNMEASURED:
         assert f"skipvision_engine_{name}{{" not in text
 
 

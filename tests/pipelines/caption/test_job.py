@@ -1,6 +1,7 @@
 """Captioning on a real local Ray: every key occurs once, errors are rows, and deaths change no result.
 
-The model, the adapter, the images and the storage are in folders named like those of cloud drives.
+The model, the adapter, the images and the storage are in folders named like those of cloud drives. With
+``TEST_BACKEND=vllm`` vLLM generates the captions.
 """
 
 from __future__ import annotations
@@ -33,14 +34,19 @@ from pipelines.tracking.client import TrackingError, connect
 from pipelines.tracking.run import Tracker
 from skipvision.engine import Engine, Request, Sampling
 from skipvision.errors import ConfigError, DataError, ResourceError
+from tests.backend import ENGINE, ON_VLLM, on_vllm
+from tests.conftest import PYTHONPATH
 from tests.pipelines.odd_folders import CLOUD_DRIVE, copied
 
+SECONDS = 900 if ON_VLLM else 300
+"""How long a test may take."""
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(SECONDS),
 ]
 ROOT = Path(__file__).parents[3]
 ROWS = 40
+SKIPPED = 0 if ON_VLLM else 4
 BAD = {
     "missing": "missing image",
     "corrupt": "unreadable image",
@@ -66,7 +72,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         r=4, target_modules=r".*language_model.*\.(q_proj|up_proj)", init_lora_weights=False
     )
     model = peft.get_peft_model(base, lora)
-    sv.attach(model, sv.SkipConfig(retained=4, skipped=4))
+    sv.attach(model, sv.SkipConfig(retained=4, skipped=SKIPPED))
     return sv.save_adapter(model, tmp_path_factory.mktemp("adapter") / CLOUD_DRIVE / "adapter")
 
 
@@ -106,7 +112,7 @@ def settings(
         "model": {"path": str(tiny_model), "adapter": str(adapter), "dtype": "float32"},
         "input": {"source": str(inputs), "prompt": "Describe the {category}.", "max_pixels": 1_000_000},
         "sampling": {"max_new_tokens": 24},
-        "engine": {"max_sequences": 4, "kv_budget_bytes": 2**22},
+        "engine": {"max_sequences": 4, "kv_budget_bytes": 2**22, **ENGINE},
         "output": {"shard_rows": 7},
         "samples": 5,
         "tracking": {"experiment": "tests"},
@@ -166,7 +172,7 @@ def after_first_shard(config: CaptionConfig, act: Any) -> threading.Thread:
     captions = CaptionFolder(Path(config.storage), config.name).captions
 
     def watch() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 0.4 * SECONDS
         while time.monotonic() < deadline:
             if list(captions.glob("0*")):
                 act()
@@ -213,7 +219,8 @@ def test_captions_are_those_of_the_engine(straight, settings, adapter, tiny_mode
     assert row["finish_reason"] == alone.choices[0].finish_reason
     assert row["prompt_tokens"] == alone.usage.prompt_tokens
     assert row["output_tokens"] == alone.usage.completion_tokens
-    assert (row["visual_tokens"], row["visual_tokens_retained"], row["visual_tokens_skipped"]) == (16, 4, 4)
+    visual = ("visual_tokens", "visual_tokens_retained", "visual_tokens_skipped")
+    assert tuple(row[name] for name in visual) == (16, 4, SKIPPED)
     assert row["visual_tokens_cached"] == alone.usage.visual_cached < 16
     assert row["seconds"] > 0
     assert row["model"] == settings["model"]["path"]
@@ -335,6 +342,28 @@ def test_a_killed_engine_and_an_absent_mlflow_cost_no_caption(straight, settings
     assert client.get_experiment(recorded).name == "elsewhere"
 
 
+@on_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["vllm", "actor"])
+def test_neither_vllm_nor_its_actor_outlives_the_other(straight, settings, which):
+    config = changed(settings, name=f"{which}-killed")
+    ended: list[psutil.Process] = []
+
+    def kill() -> None:
+        for actor in engines():
+            children = actor.children(recursive=True)
+            ended.extend([actor, *children])
+            for process in [actor] if which == "actor" else children:
+                process.kill()
+
+    watcher = after_first_shard(config, kill)
+    assert_same_captions(straight, run_caption(config))
+    watcher.join()
+    assert len(ended) > 1
+    _, alive = psutil.wait_procs(ended, timeout=30)
+    assert not alive, "nothing of the dead engine is left"
+
+
 @pytest.mark.slow
 def test_a_killed_job_is_resumed_and_keeps_its_captions(straight, settings, local_ray):
     config = changed(settings, name="job-killed")
@@ -347,9 +376,9 @@ def test_a_killed_job_is_resumed_and_keeps_its_captions(straight, settings, loca
         "run_caption(CaptionConfig.model_validate_json(sys.argv[3]))"
     )
     job = subprocess.Popen(
-        [sys.executable, "-c", code, address, str(ROOT), config.model_dump_json()],
+        [sys.executable, "-c", code, address, PYTHONPATH, config.model_dump_json()],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -410,10 +439,10 @@ def test_a_node_that_dies_costs_no_caption(straight, settings):
     done = subprocess.run(
         [sys.executable, "-c", ON_TWO_NODES, config.model_dump_json()],
         cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=SECONDS - 20,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "an engine is there" in done.stdout

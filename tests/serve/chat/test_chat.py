@@ -12,7 +12,8 @@ from ray import serve as ray_serve
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from skipvision import Engine, Request, Sampling, SkipConfig, load_adapter
-from tests.serve.conftest import KEPT, ON_VLLM, SKIP, noise, on_native, question
+from tests.backend import ON_VLLM, on_native
+from tests.serve.conftest import KEPT, SKIP, noise, question
 
 
 @pytest.fixture(scope="module")

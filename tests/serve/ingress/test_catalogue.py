@@ -5,7 +5,7 @@ import pytest
 import skipvision as sv
 from serve.config import serve_config
 from serve.ingress.catalogue import ServedModel, Target
-from tests.serve.conftest import on_native
+from tests.backend import on_native
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import ray
 
-from tests.serve.conftest import KEPT, LONG, ORIGIN, eventually, on_native, question, register
+from tests.backend import on_native
+from tests.serve.conftest import KEPT, LONG, ORIGIN, eventually, question, register
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
