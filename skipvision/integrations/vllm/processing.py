@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from skipvision.integrations.vllm.settings import KEYWORD, Settings
 from skipvision.integrations.vllm.startup import settings_of
 
 _IMAGE = "image"
+_REMEMBERED = 2**16
+"""Images whose size a processor remembers."""
 
 
 class SkipInfo:
@@ -41,6 +44,10 @@ class SkipProcessor:
     """
 
     info: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._spans: OrderedDict[str, int] = OrderedDict()
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         hf_config = self.info.get_hf_config()
@@ -89,17 +96,29 @@ class SkipProcessor:
         if limit is None or config.positions != "original":
             return
         length, ranges = len(result["prompt_token_ids"]), result["mm_placeholders"].get(_IMAGE, [])
-        items = result["mm_kwargs"].get(_IMAGE, [])
-        removed = 0
-        for item, placed in zip(items, ranges, strict=True):
-            if item is not None:
-                image = ImageSettings.from_tensor(item[FIELD].data)
-                removed += image.span - placed.get_num_embeds()
-        if removed and length + removed > limit and length > sum(placed.length for placed in ranges):
+        items, keys = (result[name].get(_IMAGE, []) for name in ("mm_kwargs", "mm_hashes"))
+        removed = sum(
+            self._span(item, key, placed.get_num_embeds()) - placed.get_num_embeds()
+            for item, key, placed in zip(items, keys, ranges, strict=True)
+        )
+        # vLLM itself refuses a prompt that is too long without them.
+        if length <= limit < length + removed and length > sum(placed.length for placed in ranges):
             raise InputError(
                 f"the prompt has {length} tokens, but with the {removed} that its images lost, its positions "
                 f"reach {length + removed}; the model knows {limit}: use positions='contiguous'"
             )
+
+    def _span(self, item: Any, key: str, unknown: int) -> int:
+        """Return the positions of an image.
+
+        vLLM's cache of processed images has no item for an image that it has sent to the engine before.
+        """
+        if item is not None:
+            self._spans.pop(key, None)  # to the end
+            self._spans[key] = ImageSettings.from_tensor(item[FIELD].data).span
+        if len(self._spans) > _REMEMBERED:
+            self._spans.popitem(last=False)
+        return self._spans.get(key, unknown)
 
     def _check_size(self, result: Any, config: SkipConfig, settings: Settings) -> None:
         """Raise `InputError` for an image that vLLM's cache of encoded images cannot hold.
