@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import ProcessorMixin
+import torch
+from torch import nn
+from transformers import ProcessorMixin, modeling_utils
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable of the entry point of a ``ray job submit`` (Ray 2.60.0)."""
@@ -22,6 +24,20 @@ CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """The file in which Ray Train keeps the list of a run's checkpoints (Ray 2.60.0)."""
 
 LOOPBACK = "127.0.0.1"
+
+
+def logits_at(model: nn.Module, kept: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """(n, V) logits of a call at the positions that ``kept`` (B, T) marks, row by row.
+
+    The LM head runs there only. Older versions keep the same positions of all rows (transformers 5.20), so it
+    also runs where another row is marked.
+    """
+    if hasattr(modeling_utils, "slice_logits_to_keep"):
+        marked: torch.Tensor = model(**inputs, logits_to_keep=kept).logits
+        return marked
+    columns = kept.any(dim=0).nonzero().squeeze(1)
+    logits: torch.Tensor = model(**inputs, logits_to_keep=columns).logits
+    return logits[kept[:, columns]]
 
 
 @contextmanager

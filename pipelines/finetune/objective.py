@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import skipvision as sv
+from pipelines._compat import logits_at
 from pipelines.data.collate import IGNORED, Batch
 from pipelines.finetune.config import DistillationSection, TrainingSection
 from pipelines.finetune.teacher_cache import TeacherCache
@@ -79,7 +80,7 @@ class Objective:
         """Return the predictions of the base model with all visual tokens, for the learnt tokens."""
         _, learnt_at = next_tokens(batch)
         with sv.as_teacher(model):
-            logits = model(**batch.inputs, logits_to_keep=learnt_at, use_cache=False).logits
+            logits = logits_at(model, learnt_at, **batch.inputs, use_cache=False)
         settings = self.distillation
         return sv.SoftTargets.of(logits, temperature=settings.temperature, top_k=settings.top_k)
 
@@ -106,7 +107,7 @@ def answer_logits(model: nn.Module, batch: Batch, learnt_at: torch.Tensor) -> to
     given: dict[str, Any] = {}
     if sv.attachment_of(model) is not None:
         given[sv.DECODED_KEYWORD] = _decoded(batch, cast(Any, model).config.image_token_id)
-    return model(**batch.inputs, **given, logits_to_keep=learnt_at, use_cache=False).logits
+    return logits_at(model, learnt_at, **batch.inputs, **given, use_cache=False)
 
 
 def _decoded(batch: Batch, image_token_id: int) -> torch.Tensor:
