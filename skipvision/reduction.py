@@ -105,7 +105,9 @@ class Reduction:
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def arrive(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Outer pre-hook: encode and find images; on a pruned cache, set mask and positions."""
-        call = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
+        # Decoding passes keywords only, and reading a signature takes as long as a layer's norms.
+        names = inspect.signature(outer.forward).parameters if args else ()
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
         visual = find_placeholders(call, self._anatomy.image_token_id)
         sizes: list[int] = []
         if visual is not None:

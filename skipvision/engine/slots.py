@@ -32,6 +32,7 @@ class Slots(SettledCache):
         length: entries that each row can hold.
         at: (R,) index of the entry that the current step writes in each of its rows.
         step_rows: (R,) rows of the current step; None = the first R.
+        row_index: (R,) the same rows, by number.
         span: number of entries in each row that attention reads in the current step.
         steps: the same in the layers after one layer, where they lack entries, in the order of these layers.
         dropped: how such layers run the current step; None = none lacks entries.
@@ -46,6 +47,7 @@ class Slots(SettledCache):
         self._ordinal = torch.zeros(0, dtype=torch.long)
         self.at = self._ordinal
         self.step_rows: torch.Tensor | None = None
+        self.row_index = self._ordinal
         self.span = 0
         self.steps: list[Step] = []
         self.dropped: DroppedCall | None = None
@@ -167,14 +169,14 @@ class Slots(SettledCache):
             rows: (R,) rows that take part, each once; None = the first R. Others are copied, which is slower.
         """
         self.at, self.span, self.step_rows = lengths, span, rows
+        self.row_index = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
         self.steps, self.dropped = [], None
-        rows = self._rows_of_step()
-        self._ordinals(self.length)[rows, lengths] = ordinals
+        self._ordinals(self.length)[self.row_index, lengths] = ordinals
         if self._sizes is not None:
-            self._ordinals(self.length, self._sizes)[rows, lengths] = 1
+            self._ordinals(self.length, self._sizes)[self.row_index, lengths] = 1
         for held in self._states.values():
             held.reserve(len(lengths))
-            held.begin_step(rows)
+            held.begin_step(self.row_index)
 
     def lack(self, steps: list[Step], lacking: list[torch.Tensor], ordinals: torch.Tensor) -> None:
         """Set where layers write that lack entries, after `begin_step`.
@@ -185,7 +187,7 @@ class Slots(SettledCache):
             ordinals: as in `begin_step`.
         """
         self.steps = [step._replace(span=min(step.span, self.length)) for step in steps]
-        rows, table = self._rows_of_step(), self._later_ordinal
+        rows, table = self.row_index, self._later_ordinal
         if table is not None:
             later = self._ordinals(self.length, table)
             for step, lacks in zip(self.steps, lacking, strict=True):
@@ -205,7 +207,7 @@ class Slots(SettledCache):
 
     def later_ordinals(self, step: Step, lacks: torch.Tensor) -> torch.Tensor:
         """(R, span) index among the caller's tokens of each entry that attention reads after a layer."""
-        rows, table = self._rows_of_step(), self._later_ordinal
+        rows, table = self.row_index, self._later_ordinal
         own = self._ordinals(self.length)[rows, : step.span]
         if table is None:
             return own
@@ -214,11 +216,7 @@ class Slots(SettledCache):
     def end_step(self) -> None:
         """Keep the states that this step computed. Without this call, they are as before the step."""
         for held in self._states.values():
-            held.end_step(self._rows_of_step())
-
-    def _rows_of_step(self) -> torch.Tensor:
-        own = self.step_rows
-        return torch.arange(len(self.at), device=self.at.device) if own is None else own
+            held.end_step(self.row_index)
 
     def newest(self) -> torch.Tensor:
         """(R, 1) index of the entry that the current step writes in each of its rows."""
@@ -239,7 +237,7 @@ class Slots(SettledCache):
         """(R, span) the same after a layer. Rows that lack entries there have no merged tokens."""
         if self._sizes is None:
             return None
-        own = self._ordinals(self.length, self._sizes)[self._rows_of_step(), : step.span]
+        own = self._ordinals(self.length, self._sizes)[self.row_index, : step.span]
         return own.masked_fill(lacks[:, None], 1)
 
     def _of_step(self, table: torch.Tensor) -> torch.Tensor:
@@ -357,10 +355,8 @@ class _Layer(CacheLayerMixin):
 
     def _write(self, name: str, states: torch.Tensor) -> torch.Tensor:
         slots = self.slots
-        own = slots.step_rows
-        rows = torch.arange(len(states), device=states.device) if own is None else own
         at, _ = slots.place(self.number)
-        self.blocks[name].view(slots.length)[rows, :, at] = states[:, :, 0]
+        self.blocks[name].view(slots.length)[slots.row_index, :, at] = states[:, :, 0]
         return self._read(name)
 
     def _read(self, name: str) -> torch.Tensor:
