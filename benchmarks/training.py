@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -103,17 +105,25 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 def _measure_rounds(
     options: argparse.Namespace, ways: Sequence[str], lengths: Sequence[Length], geometry: Geometry
 ) -> Iterator[Record]:
-    """Train once in each way to count FLOPs, then in turn, several rounds. Every other round is reversed."""
+    """Train once in each way to count FLOPs, then in turn, several rounds. Every other round is reversed.
+
+    No round starts that would probably end later than ``--seconds`` from now, except the first.
+    """
+    begin = time.perf_counter()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="training-")))
         write_data(folder, geometry)
-        workers = {}
+        workers, rounds = {}, begin
         for way in ways:
             given = worker_options(options, folder, way, lengths, geometry)
             python = str(options.trl) if way in (SFT, SFT_CHECKPOINTS) else sys.executable
             worker = Worker(python, given, folder / f"{way}.log", module="benchmarks._training.worker")
             workers[way] = stack.enter_context(worker)
         for turn in range(-1, options.repeats):
+            now = time.perf_counter()
+            rounds = now if turn == 0 else rounds
+            if turn > 0 and now - begin + (now - rounds) / turn > options.seconds:
+                break
             for way in ways[:: -1 if turn % 2 else 1]:
                 job = {"turn": max(turn, 0), "count": turn < 0}
                 load = os.getloadavg()[0]
@@ -179,7 +189,7 @@ def _description(options: argparse.Namespace, records: Sequence[Record], lengths
         f"a round: {options.batches} batches of {options.batch} rows with one image, questions of "
         f"{questions} tokens, answers of {answers}"
     )
-    rounds = f"{options.repeats} rounds, load average {loads.text(digits=1)}"
+    rounds = f"{1 + max(record['turn'] for record in records)} rounds, load average {loads.text(digits=1)}"
     lines = [model, rows, rounds, *(f"SFTTrainer: {text}" for text in sorted(others))]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -215,9 +225,10 @@ def _options() -> argparse.ArgumentParser:
         help=f"{', '.join(STOCK)}, {FULL} or RETAINED+SKIPPED (default: %(default)s)",
     )
     add("--trl", type=Path, metavar="PYTHON", help="a Python with trl and datasets")
-    add("--batch", type=int, default=8, help="rows of a step (default: %(default)s)")
-    add("--batches", type=int, default=3, help="steps of a round (default: %(default)s)")
+    add("--batch", type=int, default=4, help="rows of a step (default: %(default)s)")
+    add("--batches", type=int, default=6, help="steps of a round (default: %(default)s)")
     add("--repeats", type=int, default=3, help="rounds over all ways (default: %(default)s)")
+    add("--seconds", type=float, default=math.inf, help="start no round that would end later")
     add("--attention-repeats", type=int, default=7, help="steps of each form (default: %(default)s)")
     add("--rank", type=int, default=16, help="LoRA rank (default: %(default)s)")
     add("--hidden", type=int, default=1024, help="width of the decoder (default: %(default)s)")

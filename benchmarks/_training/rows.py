@@ -47,7 +47,7 @@ def sample(batch: int, batches: int, seed: int) -> list[Length]:
     """Draw the rows of a run: ``batches`` whole batches of a large data set grouped by length.
 
     They have equal distances in the order of lengths. So batches are as uneven as in a data set of `POOL`
-    batches, and the run has short rows and long ones in the right proportion.
+    batches. With six or more of them, the run has long rows and short ones in the right proportion.
     """
     generator = random.Random(seed)
     pool = sorted((draw(generator) for _ in range(POOL * batch)), key=sum, reverse=True)
