@@ -46,6 +46,7 @@ $python jobs/tradeoff.py --config jobs/configs/tradeoff_seeds.yaml --report docs
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_objectives.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_layers.yaml --report docs/results
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_size_bias.yaml --report docs/results
 $python jobs/calibrate.py --config jobs/configs/calibrate_layers.yaml
 cp runs/layers/calibration.png docs/results/calibrate_layers.png
 
