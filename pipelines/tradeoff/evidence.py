@@ -13,7 +13,7 @@ from pipelines.evaluation.calibration import calibration, compare_calibration, i
 from pipelines.evaluation.items import OVERALL, Item
 from pipelines.evaluation.measures import Measure, compare_measure
 from pipelines.evaluation.objects import SHAPES_CAPTIONS, ObjectWords
-from pipelines.evaluation.paired import Sides, aligned, detectable, widened
+from pipelines.evaluation.paired import FEW_CHANGES, Sides, aligned, detectable, widened
 from pipelines.evaluation.places import place_measures
 from pipelines.tradeoff.config import GRID, PIXELS
 from pipelines.tradeoff.points import Point
@@ -198,7 +198,7 @@ def _against_skip_vision(measurements: Measurements, point: Point) -> Columns:
     columns["Skip-Vision − this"] = Cell(difference=found.numbers())
     smallest = detectable(found)
     columns["detectable"] = Cell(smallest)
-    if abs(found.difference) > 1e-9:
+    if found.changed >= FEW_CHANGES and abs(found.difference) > 1e-9:
         questions = len(pairs[0][0]) * (smallest / found.difference) ** 2
         columns["questions to show it"] = Cell(text=f"{float(f'{questions:.1e}'):,.0f}")
     return columns
