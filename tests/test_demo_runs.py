@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files of a clone."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("skipvision", "pipelines", "serve", "jobs", "models"):
+    for name in ("benchmarks", "skipvision", "pipelines", "serve", "jobs", "models"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -45,6 +45,9 @@ def test_the_demo_compares_both_runs_and_captions_a_folder(demo, home):
     for name in ("demo", "demo-full"):
         assert (home / "runs" / name / "adapter/adapter_config.json").exists()
     assert len([line for line in demo.splitlines() if line.startswith("  0000")]) == 4, "captions"
+    assert len([line for line in demo.splitlines() if line.startswith("| 144+144 |")]) == 2, (
+        "prefill and step"
+    )
 
 
 def test_the_adapter_is_scored_and_the_decision_recorded(demo, home):
