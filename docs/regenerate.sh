@@ -26,6 +26,12 @@ $python $taught --name both-seed-1 --seed 1
 $python $taught --name both-seed-2 --seed 2
 $python $taught --name both-3 --training.epochs 3
 $python $longer --name long-3 --training.epochs 3
+sized="{retained: 72, skipped: 0, select: diversity, size_bias: true}"
+$python $longer --name sized --skip "$sized"
+$python $longer --name sized-seed-1 --seed 1 --skip "$sized"
+$python $longer --name sized-seed-2 --seed 2 --skip "$sized"
+$python jobs/make_shapes.py --config jobs/configs/shapes_demo.yaml --output data/shapes-48k --train 48000
+$python ${longer//16k/48k} --name wide
 $python -c "
 import json
 rows = json.load(open('data/shapes-16k/train.json'))
@@ -47,6 +53,7 @@ $python jobs/tradeoff.py --config jobs/configs/tradeoff_target.yaml --report doc
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_objectives.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_layers.yaml --report docs/results
 $python jobs/tradeoff.py --config jobs/configs/tradeoff_size_bias.yaml --report docs/results
+$python jobs/tradeoff.py --config jobs/configs/tradeoff_by_size.yaml --report docs/results
 $python jobs/calibrate.py --config jobs/configs/calibrate_layers.yaml
 cp runs/layers/calibration.png docs/results/calibrate_layers.png
 
