@@ -203,13 +203,22 @@ def test_the_quoted_sequences_are_those_of_the_engine_benchmark():
 
 def test_the_quoted_quality_is_that_of_the_longer_fine_tune():
     page = "docs/shapes_finetune.md"
-    quality = headline("quality cost")
+    quality = headline("quality cost, tuned")
     assert quality[1] == f"{cell(page, '', 'overall', 1)} %"
     assert quality[2] == f"{cell(page, '', 'overall', 2)} %"
     assert f"at {cell(page, '', 'training FLOPs', 2)} of the training FLOPs" in quality[0]
     points, interval = re.fullmatch(r"(\S+) (\[.*\])", cell(page, "", "overall", 3)).groups()
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"the difference is {points} points with a 95 % interval of {interval}" in readme
+
+
+def test_the_quoted_quality_without_tuning_is_that_of_the_trade_off():
+    quality = headline("quality cost without tuning")
+    table = rows("docs/results/tradeoff_by_size_table.md")
+    full = next(cells for cells in table if cells[0] == "full")
+    sized = next(cells for cells in table if cells[:2] == ["skip-vision", "72 + 0"])
+    assert sized[2].removesuffix(" of 30") < "30"
+    assert (quality[1], quality[2]) == (f"{full[11]} %", f"{sized[11]} %")
 
 
 def test_the_demo_page_explains_the_numbers_of_its_table():
