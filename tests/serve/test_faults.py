@@ -10,6 +10,7 @@ import httpx2 as httpx
 import openai
 import psutil
 import pytest
+import torch
 from ray import serve as ray_serve
 
 import serve.app
@@ -107,7 +108,7 @@ def engine_processes():
 
 
 def failing(flag):
-    """An engine class: the first to decode while the flag exists deletes it and runs out of memory."""
+    """An engine class: the first to decode while the flag exists deletes it, and its device fails."""
 
     class Failing(EngineReplica):
         async def __init__(self, *given):
@@ -118,7 +119,7 @@ def failing(flag):
                     flag.unlink()
                 except FileNotFoundError:
                     return decode(running, sequences)
-                raise MemoryError
+                raise torch.AcceleratorError("the device failed")
 
             Running.decode = fails
             await super().__init__(*given)
