@@ -119,7 +119,9 @@ def test_the_page_names_objects_that_exist():
     named = {tuple(command[4:6]) for command in starting_with("kubectl", "--namespace", "skipvision", "get")}
     named -= {("pod", "-l")}  # in a command inside another
     named -= {("secret", "cluster")}  # KubeRay creates it
-    assert named == {("rayservice", "endpoint"), ("rayjob", "finetune")}
+    waits = starting_with("kubectl", "--namespace", "skipvision", "wait")
+    named |= {tuple(command[4].split("/")) for command in waits}
+    assert named == {("rayservice", "endpoint"), ("rayjob", "finetune"), ("raycluster", "cluster")}
     assert named <= objects
     (cluster,) = set(re.findall(r"ray\.io/cluster=(\w+)", PAGE))
     assert ("raycluster", cluster) in objects
