@@ -539,6 +539,19 @@ def decode(model, row: Row, config, answer: list[int]) -> list[torch.Tensor]:
     return result
 
 
+def second_turn(model, first, second, config, summary) -> torch.Tensor:
+    """(T, V) logits of a row's second call, without its mask, on the cache that a first call filled."""
+    cache = DynamicCache()
+    [before] = prepare(model, first, config, summary)
+    run_row(model, before, config, cache)
+    everything = torch.ones_like(second["input_ids"])
+    [after] = prepare(model, {**second, "attention_mask": everything}, config, summary)
+    original = config.positions == "original"
+    after.positions += first["input_ids"].shape[1] if original else len(before.tokens)
+    states = run_row(model, after, config, cache, entries_of(before, config))
+    return model.lm_head(torch.stack([states[n] if n >= 0 else 0 * states[0] for n in after.lands]))
+
+
 def entries_of(row: Row, config) -> list[tuple[bool, Token]]:
     """Return for each token whether later ones see it, and the token."""
     return [(not (config.skip_kv and token.role == TokenRole.SKIPPED), token) for token in row.tokens]
